@@ -1,0 +1,151 @@
+"""The one Hydra entry point: compose, convert, hand over to the pipeline."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from evopress import config as configuration
+from evopress.errors import EvoPressError
+
+logger = logging.getLogger(__name__)
+_PACKAGES = ("evopress", "torch", "transformers", "hydra-core", "omegaconf", "datasets", "numpy", "scipy", "pandas", "wandb")
+_failures: list[str] = []
+
+
+def main() -> None:
+    """Run the command line: `python -m evopress +method=quant bits=2.5`. Exits with 1 after a user's error."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    configuration.register()
+    try:
+        sys.argv[1:] = _with_resumed(sys.argv[1:])
+    except EvoPressError as error:
+        _say_error(error)
+        sys.exit(1)
+    entry = hydra.main(version_base="1.3", config_path=str(configuration.config_folder()), config_name="config")(_task)
+    entry()
+    sys.exit(1 if _failures else 0)
+
+
+def _with_resumed(arguments: list[str]) -> list[str]:
+    """Put an earlier run's own overrides before those of `resume=RUN_FOLDER`, and let the run go on in that folder."""
+    folder = next((argument.removeprefix("resume=") for argument in arguments if argument.startswith("resume=")), None)
+    if folder is None or folder in ("", "null"):
+        return arguments
+    overrides = Path(folder) / ".hydra" / "overrides.yaml"
+    if not overrides.is_file():
+        raise EvoPressError(f"resume={folder} is not a run folder: expected {overrides}")
+    earlier = [str(override) for override in OmegaConf.load(overrides)]
+    later = {argument.split("=", 1)[0] for argument in arguments}
+    kept = [override for override in earlier if override.split("=", 1)[0] not in later | {"resume", "stages"}]
+    return [*kept, *arguments, f"hydra.run.dir={folder}"]
+
+
+def _task(config: DictConfig) -> float:
+    """Run one job; a user's error is one sentence, in a multirun too, where the other jobs go on."""
+    try:
+        return _run(config)
+    except EvoPressError as error:
+        _say_error(error)
+        _failures.append(str(error))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return float("nan")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        folder = HydraConfig.get().runtime.output_dir
+        _say_error(f"interrupted; go on with: python -m evopress resume={shlex.quote(_shown(folder))}")
+        sys.exit(130)
+
+
+def _run(config: DictConfig) -> float:
+    settings = configuration.to_settings(config)
+    # Imported here: `--help`, shell completion and configuration errors need no torch.
+    import torch
+    import transformers
+
+    from evopress import pipeline
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    environment = _environment(torch.get_num_threads())
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    paper = pipeline.search_cost(configuration.at_paper_scale(config).search)
+    logger.info(
+        "scale %s: the search evaluates %.2f M candidate tokens (scale=paper: %.0f M); run folder %s",
+        settings.scale.name,
+        pipeline.search_cost(settings.search) / 1e6,
+        paper / 1e6,
+        _shown(run_dir),
+    )
+    return pipeline.run(
+        settings,
+        run_dir,
+        config=configuration.plain_dict(config),
+        command=f"python -m evopress {shlex.join(HydraConfig.get().overrides.task)}".strip(),
+        environment=environment,
+    )
+
+
+def _environment(threads: int) -> dict[str, Any]:
+    """Describe where a run happens: versions, machine, git revision."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {threads} torch threads",
+        "git_revision": _git_revision(),
+        **packages,
+    }
+
+
+def _git_revision() -> str:
+    """Return the revision of the clone that the code runs from, marked if it has changes; "unknown" outside a clone."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return "unknown"
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def _shown(path: str | Path) -> str:
+    """Return a path relative to the working directory where it lies below it."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _say_error(error: object) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

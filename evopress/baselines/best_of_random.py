@@ -1,0 +1,45 @@
+"""The random baseline: the best of k random mixes of the two levels next to the target."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from evopress.errors import EvoPressError
+from evopress.search import Fitness, random_mixes, select_fittest
+from evopress.units import Budget, Genome, Space
+
+
+def best_of_random(
+    space: Space,
+    budget: Budget,
+    fitness: Fitness,
+    *,
+    num_candidates: int,
+    tokens: int,
+    rng: np.random.Generator,
+) -> tuple[Genome, list[float]]:
+    """Draw distinct random mixes, score them on one minibatch and return the fittest, with all fitnesses.
+
+    Source: paper, appendix F.1, Table 16 (best of 32). Where the target is a level, the only mix is the uniform genome.
+
+    Args:
+        space: units and levels.
+        budget: the cost that no mix exceeds.
+        fitness: scores the mixes; lower is better.
+        num_candidates: mixes to draw.
+        tokens: size of the minibatch.
+        rng: draws the mixes.
+
+    Raises: EvoPressError if the budget cannot be met or no mix has a finite fitness.
+    """
+    genomes = random_mixes(space, budget, num_candidates=num_candidates, rng=rng)
+    fitnesses = [float(value) for value in fitness(genomes, tokens=tokens)]
+    (best,) = select_fittest(genomes, fitnesses, 1)
+    if not math.isfinite(fitnesses[best]):
+        raise EvoPressError(
+            f"none of {len(genomes)} random mixes has a finite fitness on {tokens} tokens: "
+            "look at the model's outputs at these levels or raise the target"
+        )
+    return genomes[best], fitnesses

@@ -1,0 +1,68 @@
+"""What every compressor looks like from outside: weights that share an input go in, all their levels come out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from evopress.units import Level
+
+
+class Payload(Protocol):
+    """The compact form of one compressed weight, as stored."""
+
+    codec: str
+    """Names the codec in `evopress.levels.codec` that writes and reads it."""
+
+    def decode(self) -> Tensor:
+        """Return the weight, [R, C], in the dtype it was compressed for."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """One unit at one level."""
+
+    payload: Payload
+    error: float
+    """Relative output error tr(E H Eᵀ) / tr(W H Wᵀ), E = W - decoded; 0 for a weight that never sees input."""
+    damping: float
+    """Share of H's mean diagonal that was added before the factorisation."""
+
+
+class Compressor(Protocol):
+    """Compress independently to several levels (paper section 3, level database)."""
+
+    def levels(self, shape: tuple[int, int]) -> tuple[Level, ...]:
+        """Return the levels of a weight of this shape, least compressed first, without touching it.
+
+        Raises: EvoPressError if the settings do not fit the shape.
+        """
+
+    def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
+        """Compress all weights that share one input to all their levels.
+
+        Args:
+            weights: unit name to weight [R, C]; left as they are. C is the same for all.
+            H: Hessian of their input, float32 [C, C], undamped; left as it is.
+
+        Returns: unit name to one result per level, in the order of `levels`.
+        Raises: SingularHessianError if no damping makes H positive definite.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything that decides the result, for the database's fingerprint; JSON values only."""
+
+
+def output_error(E: Tensor, W: Tensor, H: Tensor) -> float:
+    """Relative output error ‖XE‖² / ‖XW‖² = tr(E H Eᵀ) / tr(W H Wᵀ).
+
+    Args: E and W float32 [R, C], H float32 [C, C]. Sums run in float64.
+    """
+    reference = float(((W @ H) * W).sum(dtype=torch.float64))
+    if reference <= 0.0:
+        return 0.0
+    return max(float(((E @ H) * E).sum(dtype=torch.float64)), 0.0) / reference

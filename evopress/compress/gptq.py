@@ -1,0 +1,230 @@
+"""GPTQ at several bit widths in one column sweep.
+
+Rows are independent given the Hessian's factor, so the rows of every unit on one input, times every bit width, are stacked and swept
+together: a Llama block takes four sweeps, not thirty-five. W is held transposed, [C, R], so that a column is contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from evopress.compress.compressor import Compressed, output_error
+from evopress.compress.grid import fit_grid, from_codes, to_codes
+from evopress.compress.hessian import inverse_factor
+from evopress.errors import EvoPressError
+from evopress.units import Level
+
+_SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_ZERO_BITS = 16
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight as integers with a scale and a zero per row and group."""
+
+    codec: ClassVar[str] = "packed_integers"
+
+    codes: Tensor
+    """uint8 [R, C], each below 2^bits."""
+    scales: Tensor
+    """float16 or float32 [R, G]."""
+    zeros: Tensor
+    """int16 [R, G]."""
+    bits: int
+    dtype: torch.dtype
+    """Of the decoded weight."""
+
+    def decode(self) -> Tensor:
+        """Return scale · (code - zero), [R, C], computed in float32 and rounded once to `dtype`."""
+        rows, columns = self.codes.shape
+        grouped = self.codes.to(torch.float32).reshape(rows, self.scales.shape[1], -1)
+        grouped.sub_(self.zeros.to(torch.float32).unsqueeze(-1)).mul_(self.scales.to(torch.float32).unsqueeze(-1))
+        return grouped.reshape(rows, columns).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Quantize weights to several bit widths with error feedback.
+
+    Source: GPTQ, Algorithm 1 (arXiv:2210.17323), in the paper's setting (section 4.3): asymmetric grid, no activation order. Differs
+    from the authors' code: each group's grid is fitted to weights that carry all earlier updates (theirs misses those of the
+    unfinished 128 columns when group_size < block_size), and scales are rounded to their storage dtype before they are used.
+    """
+
+    bits: tuple[int, ...] = (6, 5, 4, 3, 2)
+    """Bit widths, descending, each in 1..8."""
+    group_size: int | None = 128
+    """Columns that share a scale and a zero; None: a whole row."""
+    damping: float = 0.01
+    """Share of H's mean diagonal added to its diagonal, in (0, 1)."""
+    block_size: int = 128
+    """Columns per lazy update; changes speed, and the result only by rounding."""
+    scale_dtype: str = "float16"
+    slice_bytes: int = 256 * 2**20
+    """Working memory of one sweep; more rows than fit are swept in slices. Does not change the result."""
+
+    def __post_init__(self) -> None:
+        if not self.bits or sorted(set(self.bits), reverse=True) != list(self.bits):
+            raise EvoPressError(f"method.levels {list(self.bits)} must be distinct bit widths in descending order, such as [4, 3, 2]")
+        if min(self.bits) < 1 or max(self.bits) > 8:
+            raise EvoPressError(f"method.levels {list(self.bits)} must lie in 1 to 8 bits")
+        if self.group_size is not None and self.group_size < 1:
+            raise EvoPressError(f"method.group_size {self.group_size} must be positive, or null for one group per row")
+        if not 0.0 < self.damping < 1.0:
+            raise EvoPressError(f"method.damping {self.damping:g} must lie between 0 and 1; the paper uses 0.01")
+        if self.block_size < 1:
+            raise EvoPressError(f"method.block_size {self.block_size} must be positive")
+        if self.scale_dtype not in _SCALE_DTYPES:
+            raise EvoPressError(f"method.scale_dtype {self.scale_dtype!r} is not one of {', '.join(_SCALE_DTYPES)}")
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        settings = asdict(self)
+        del settings["slice_bytes"]
+        return settings | {"bits": list(self.bits), "compressor": "gptq", "numerics": 1}
+
+    def levels(self, shape: tuple[int, int]) -> tuple[Level, ...]:
+        """Return one level per bit width; raise EvoPressError if the group size does not divide the columns."""
+        rows, columns = shape
+        group_size = self.group_size or columns
+        if columns % group_size:
+            divisors = [size for size in (128, 64, 32, 16) if columns % size == 0]
+            advice = f"method.group_size={divisors[0]} fits this one" if divisors else "method.group_size=null always fits"
+            raise EvoPressError(f"group size {group_size} does not divide the {columns} input columns of this weight: {advice}")
+        scale_bits = torch.finfo(_SCALE_DTYPES[self.scale_dtype]).bits
+        metadata = rows * (columns // group_size) * (scale_bits + _ZERO_BITS)
+        size = rows * columns
+        return tuple(Level(f"{b} bits", b * size, str(b), b * size + metadata) for b in self.bits)
+
+    def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
+        """Quantize every weight at every bit width; see `Compressor.compress`."""
+        U, damping = inverse_factor(H, damping=self.damping)
+        dead = H.diagonal() == 0
+        originals = {name: W.to(H.device, torch.float32, copy=True) for name, W in weights.items()}
+        for W in originals.values():
+            W[:, dead] = 0.0
+        if not all(bool(torch.isfinite(W).all()) for W in originals.values()):
+            broken = next(name for name, W in originals.items() if not bool(torch.isfinite(W).all()))
+            raise EvoPressError(f"the weight of {broken} is not finite: fetch the checkpoint again")
+        columns = H.shape[0]
+        group_size = self.group_size or columns
+        payloads: dict[str, list[Quantized]] = {name: [] for name in weights}
+        for rows in self._slices(originals, columns):
+            Wt = torch.cat([originals[name][start:stop].T for name, start, stop, _ in rows], dim=1)  # [C, stacked rows]
+            bits = torch.cat([torch.full((stop - start,), b) for _, start, stop, b in rows])
+            maxq = (2.0**bits - 1.0).to(H.device)
+            scale_dtype = _SCALE_DTYPES[self.scale_dtype]
+            codes, scales, zeros = sweep(Wt, U, maxq, group_size, block_size=self.block_size, scale_dtype=scale_dtype)
+            offset = 0
+            for name, start, stop, b in rows:
+                here = slice(offset, offset + stop - start)
+                offset = here.stop
+                part = Quantized(
+                    codes=codes[:, here].T.contiguous(),
+                    scales=scales[:, here].T.to(scale_dtype).contiguous(),
+                    zeros=zeros[:, here].T.to(torch.int16).contiguous(),
+                    bits=b,
+                    dtype=weights[name].dtype,
+                )
+                if start:  # a further slice of the same unit and level
+                    part = _joined(payloads[name].pop(), part)
+                payloads[name].append(part)
+        return {
+            name: [Compressed(p, output_error(W - p.decode().to(torch.float32), W, H), damping) for p in payloads[name]]
+            for name, W in originals.items()
+        }
+
+    def _slices(self, weights: Mapping[str, Tensor], columns: int) -> list[list[tuple[str, int, int, int]]]:
+        """Split (unit, rows, bits) into sweeps that fit `slice_bytes`; each entry is (name, first row, end row, bits)."""
+        # Per stacked row: the weight and the input copy (float32), codes (uint8), and the errors of one block of columns.
+        room = max(self.slice_bytes // (columns * 9 + self.block_size * 8), 1)
+        slices: list[list[tuple[str, int, int, int]]] = [[]]
+        free = room
+        for name, W in weights.items():
+            for b in self.bits:
+                start = 0
+                while start < W.shape[0]:
+                    stop = min(W.shape[0], start + free)
+                    slices[-1].append((name, start, stop, b))
+                    free -= stop - start
+                    start = stop
+                    if not free:
+                        slices.append([])
+                        free = room
+        return [rows for rows in slices if rows]
+
+
+def _joined(first: Quantized, second: Quantized) -> Quantized:
+    return Quantized(
+        codes=torch.cat([first.codes, second.codes]),
+        scales=torch.cat([first.scales, second.scales]),
+        zeros=torch.cat([first.zeros, second.zeros]),
+        bits=first.bits,
+        dtype=first.dtype,
+    )
+
+
+def sweep(
+    Wt: Tensor,
+    U: Tensor,
+    maxq: Tensor,
+    group_size: int,
+    *,
+    block_size: int = 128,
+    scale_dtype: torch.dtype = torch.float16,
+    inner_size: int = 16,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round stacked rows column by column, spreading each column's error over the columns still open.
+
+    Source: GPTQ, Algorithm 1. Updates are lazy at two depths: `inner_size` columns are finished with rank-1 updates, then reach the rest of their block of
+    `block_size` in one product, and finished blocks reach all later columns in one product.
+
+    Args:
+        Wt: float32 [C, R], transposed stacked weights; overwritten.
+        U: float32 [C, C], upper Cholesky factor of the damped inverse Hessian.
+        maxq: float32 [R], greatest code of each row.
+        group_size: columns per group; divides C.
+
+    Returns: codes uint8 [C, R], scales and zeros float32 [G, R].
+    """
+    columns, rows = Wt.shape
+    # A group's grid needs every update of the columns before it, so groups start where a block and an inner run start.
+    inner_size = math.gcd(inner_size, group_size)
+    if group_size < block_size:
+        block_size -= block_size % group_size
+    elif group_size < columns and group_size % block_size:
+        block_size = group_size
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=Wt.device)
+    scales = torch.empty(columns // group_size, rows, device=Wt.device)
+    zeros = torch.empty_like(scales)
+    errors = torch.empty(min(block_size, columns), rows, device=Wt.device)
+    grid = None
+    for first in range(0, columns, block_size):
+        end = min(first + block_size, columns)
+        for inner in range(first, end, inner_size):
+            inner_end = min(inner + inner_size, end)
+            for c in range(inner, inner_end):
+                if c % group_size == 0:
+                    group = Wt[c : c + group_size]
+                    grid = fit_grid(group.amin(0), group.amax(0), maxq, scale_dtype=scale_dtype)
+                    scales[c // group_size], zeros[c // group_size] = grid.scale, grid.zero
+                assert grid is not None
+                w = Wt[c]
+                q = to_codes(w, grid, maxq)
+                codes[c] = q.to(torch.uint8)
+                error = errors[c - first]
+                torch.sub(w, from_codes(q, grid), out=error)
+                error.div_(U[c, c])
+                if c + 1 < inner_end:
+                    Wt[c + 1 : inner_end].addr_(U[c, c + 1 : inner_end], error, alpha=-1.0)
+            if inner_end < end:
+                Wt[inner_end:end].addmm_(U[inner:inner_end, inner_end:end].T, errors[inner - first : inner_end - first], alpha=-1.0)
+        if end < columns:
+            Wt[end:].addmm_(U[first:end, end:].T, errors[: end - first], alpha=-1.0)
+    return codes, scales, zeros

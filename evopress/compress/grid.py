@@ -1,0 +1,61 @@
+"""The asymmetric integer grid of a group of weights: scale and zero from minimum and maximum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ZERO_LIMIT = 32767
+"""Zeros are stored as int16."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zeros, one per row [R]: value = scale · (code - zero), code in 0..maxq."""
+
+    scale: Tensor
+    """float32, already rounded to the dtype it is stored in, so that the sweep sees the grid that is stored."""
+    zero: Tensor
+    """float32 integers within ±ZERO_LIMIT; not confined to 0..maxq, as the range need not contain 0."""
+
+
+def fit_grid(low: Tensor, high: Tensor, maxq: Tensor, *, scale_dtype: torch.dtype = torch.float16) -> Grid:
+    """Span the grid from the least to the greatest weight of each row's group.
+
+    Source: GPTQ's asymmetric quantizer without its grid search, as the paper uses it (section 4.3). Differs from it: a group of equal
+    values is kept (as 1 · scale or 0), and scales are rounded to their storage dtype before use, not after.
+
+    Args:
+        low, high: float32 [R], minimum and maximum of the group.
+        maxq: float32 [R], 2^bits - 1.
+        scale_dtype: dtype in which scales are stored.
+    """
+    # Beyond this ratio the zero would leave int16: widen such far-off, narrow ranges to contain 0.
+    far = torch.minimum(low.abs(), high.abs()) > (high - low) * (ZERO_LIMIT / 2) / maxq
+    far &= (low * high > 0) & (high > low)
+    low = torch.where(far, low.clamp(max=0.0), low)
+    high = torch.where(far, high.clamp(min=0.0), high)
+    constant = high == low
+    scale = torch.where(constant, high.abs(), (high - low) / maxq)
+    scale = _storable(torch.where(scale == 0, torch.ones_like(scale), scale), scale_dtype)
+    zero = torch.round(-low / scale)
+    zero = torch.where(constant, (low < 0).to(zero.dtype), zero)
+    return Grid(scale=scale, zero=zero.clamp(-ZERO_LIMIT, ZERO_LIMIT))
+
+
+def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round positive float32 scales to `dtype` without reaching 0 or infinity."""
+    limits = torch.finfo(dtype)
+    return scale.clamp(min=limits.smallest_normal, max=limits.max).to(dtype).to(torch.float32)
+
+
+def to_codes(w: Tensor, grid: Grid, maxq: Tensor) -> Tensor:
+    """Round weights float32 [R] to their grid; return codes as float32 integers in 0..maxq, [R]."""
+    return torch.minimum(torch.round(w / grid.scale + grid.zero).clamp_(min=0.0), maxq)
+
+
+def from_codes(codes: Tensor, grid: Grid) -> Tensor:
+    """Return scale · (code - zero), float32 [R]."""
+    return (codes - grid.zero) * grid.scale

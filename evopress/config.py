@@ -1,0 +1,85 @@
+"""The bridge to Hydra: register the schemas, resolve scales, turn a composed config into plain dataclasses."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from evopress import settings as schema
+from evopress.errors import EvoPressError
+from evopress.settings import RunSettings
+
+_SCHEMAS: dict[str, tuple[str, type]] = {
+    "model": ("base_model", schema.ModelSettings),
+    "data": ("base_data", schema.DataSettings),
+    "level_db": ("base_level_db", schema.LevelDatabaseSettings),
+    "fitness": ("base_fitness", schema.FitnessSettings),
+    "search": ("base_search", schema.SearchConfig),
+    "scale": ("base_scale", schema.ScaleSettings),
+    "evaluation": ("base_evaluation", schema.EvaluationSettings),
+    "tracker": ("base_tracker", schema.TrackerSettings),
+    "paths": ("base_paths", schema.PathsSettings),
+}
+METHODS: dict[str, type] = {"quant": schema.QuantSettings}
+"""A method's name to the schema of its settings."""
+
+
+def config_folder() -> Path:
+    """Return the config tree: inside the package when installed from a wheel, beside it in a clone."""
+    packaged = Path(__file__).parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def register() -> None:
+    """Register schemas and resolvers; done once, before Hydra composes."""
+    store = ConfigStore.instance()
+    store.store(name="base_run", node=RunSettings)
+    for group, (name, node) in _SCHEMAS.items():
+        store.store(group=group, name=name, node=node)
+    for method, node in METHODS.items():
+        store.store(group="method", name=f"base_{method}", node=node)
+    OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
+
+
+def _scaled(value: int, factor: float, least: int = 1) -> int:
+    """Return `${scaled:value,factor,least}`: a number of the paper's Table 8 times a factor of the scale, not below `least`."""
+    return max(round(value * factor), min(least, value))
+
+
+def to_settings(config: DictConfig) -> RunSettings:
+    """Convert a composed config; checks of the dataclasses run here.
+
+    Raises: EvoPressError without a method, or if a value is missing or out of range.
+    """
+    if "method" not in config or OmegaConf.is_missing(config, "method"):
+        raise EvoPressError(
+            f"no method was chosen: add one of {', '.join(f'+method={name}' for name in METHODS)} to the command"
+        )
+    try:
+        settings = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise EvoPressError(f"the configuration is incomplete: {str(error).splitlines()[0]}") from None
+    assert isinstance(settings, RunSettings)
+    return settings
+
+
+def at_paper_scale(config: DictConfig) -> RunSettings:
+    """Return the same run at the paper's size, to say what it would cost; explicit values stay."""
+    other = copy.deepcopy(config)
+    paper = OmegaConf.load(config_folder() / "scale" / "paper.yaml")
+    del paper["defaults"]
+    OmegaConf.set_readonly(other, False)
+    other.scale = OmegaConf.merge(OmegaConf.structured(schema.ScaleSettings), paper)
+    return to_settings(other)
+
+
+def plain_dict(config: DictConfig) -> dict[str, Any]:
+    """Return a composed config as plain containers, for trackers and reports."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}

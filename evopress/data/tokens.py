@@ -1,0 +1,182 @@
+"""Text to token sequences: documents joined, the stream cut into equal parts, and kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from evopress.data.sources import Split, TextSource
+from evopress.errors import EvoPressError
+from evopress.files import canonical_json, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+END_OF_TEXT = "eos"
+"""Separator that stands for the tokenizer's own end-of-text token."""
+_SCHEMA = 1
+
+
+def token_sequences(
+    source: TextSource,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    num_tokens: int,
+    cache_dir: Path | str | None = None,
+    separator: str | None = END_OF_TEXT,
+) -> Tensor:
+    """Return the first tokens of a split as sequences of equal length that do not overlap.
+
+    Documents are tokenised without special tokens and joined by the separator; the stream is cut every
+    `sequence_length` tokens. The source is read no further than needed. Differs from the authors' code in the separator
+    and in documents that run on from one sequence to the next.
+
+    Args:
+        sequence_length: tokens per sequence L, at least 2.
+        num_tokens: tokens asked for; what does not fill a sequence is left out.
+        cache_dir: folder that keeps the sequences from run to run; None keeps nothing.
+        separator: token between documents; "eos" is the tokenizer's end-of-text token (none if it has none).
+
+    Returns: int64 [num_tokens // L, L].
+    Raises: EvoPressError if the text is too short, the numbers do not fit or the separator is no single token.
+    """
+    if sequence_length < 2:
+        raise EvoPressError(
+            f"sequence_length is {sequence_length}: give at least 2, one token to read and one to predict"
+        )
+    if num_tokens < sequence_length:
+        raise EvoPressError(
+            f"{num_tokens} {split} tokens do not fill one sequence of {sequence_length}: "
+            "ask for more tokens or shorten the sequences"
+        )
+    separator_id = _separator_id(tokenizer, separator)
+    shape = (num_tokens // sequence_length, sequence_length)
+    if cache_dir is None:
+        return _read_sequences(source, split, tokenizer, shape=shape, separator_id=separator_id)
+
+    recipe = {
+        "schema": _SCHEMA,
+        "source": source.identity(),
+        "split": split,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "separator": separator_id,
+        "sequence_length": sequence_length,
+        "num_tokens": num_tokens,
+    }
+    key = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
+    path = Path(cache_dir).expanduser() / f"{source.name}-{split}-{key[:24]}.safetensors"
+    sequences = _load(path, key=key, shape=shape)
+    if sequences is None:
+        sequences = _read_sequences(source, split, tokenizer, shape=shape, separator_id=separator_id)
+        _save(path, sequences, key=key, recipe=recipe)
+    return sequences
+
+
+def tokens_digest(sequences: Tensor) -> str:
+    """Return the SHA-256 of sequences, int64 [N, L]: what a level database built from them depends on."""
+    shape = "x".join(map(str, sequences.shape))
+    return hashlib.sha256(shape.encode() + b":" + sequences.contiguous().numpy().tobytes()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of what decides a tokenizer's output, without the state that calls leave on it."""
+    if tokenizer.is_fast:
+        description = json.loads(tokenizer.backend_tokenizer.to_str())
+        for state in ("truncation", "padding"):
+            description.pop(state, None)
+    else:
+        description = {"class": type(tokenizer).__name__, "vocabulary": sorted(tokenizer.get_vocab().items())}
+    return hashlib.sha256(canonical_json(description).encode()).hexdigest()
+
+
+def _separator_id(tokenizer: PreTrainedTokenizerBase, separator: str | None) -> int | None:
+    if separator is None:
+        return None
+    if separator == END_OF_TEXT:
+        return tokenizer.eos_token_id
+    vocabulary = tokenizer.get_vocab()
+    if separator not in vocabulary:
+        raise EvoPressError(
+            f"the separator {separator!r} is no token of this tokenizer: "
+            f"choose one of its tokens, or {END_OF_TEXT!r} for its end-of-text token ({tokenizer.eos_token!r})"
+        )
+    return vocabulary[separator]
+
+
+def _read_sequences(
+    source: TextSource,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shape: tuple[int, int],
+    separator_id: int | None,
+) -> Tensor:
+    needed = shape[0] * shape[1]
+    stream = array("q")
+    for ids in _documents_ids(source, split, tokenizer):
+        if stream and separator_id is not None:
+            stream.append(separator_id)
+        stream.extend(ids)
+        if len(stream) >= needed:
+            return torch.tensor(stream[:needed], dtype=torch.int64).view(shape)
+    raise EvoPressError(
+        f"the {split} split of {source.name} has {len(stream)} tokens but {needed} are needed "
+        f"({shape[0]} sequences of {shape[1]}): ask for at most {len(stream)} {split} tokens or give more text"
+    )
+
+
+def _documents_ids(source: TextSource, split: Split, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    for document in source.documents(split):
+        if document:
+            # Not verbose: whole documents are longer than the model's context on purpose.
+            yield tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+
+
+def _load(path: Path, *, key: str, shape: tuple[int, int]) -> Tensor | None:
+    """Return the sequences in a cache file; None if there is none, or it is damaged, which is logged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("evopress", "{}"))
+            sequences = file.get_tensor("sequences")
+        if about.get("key") != key:
+            fault = "it was made for other settings"
+        elif tuple(sequences.shape) != shape or sequences.dtype != torch.int64:
+            fault = f"it holds {sequences.dtype} {list(sequences.shape)}, not {torch.int64} {list(shape)}"
+        elif about.get("sha256") != tokens_digest(sequences):
+            fault = "its digest does not fit its tokens"
+        else:
+            return sequences
+    except (SafetensorError, OSError, ValueError) as error:
+        fault = str(error)
+    log.warning("the token cache %s is damaged (%s): it is made again", path, fault)
+    return None
+
+
+def _save(path: Path, sequences: Tensor, *, key: str, recipe: dict[str, Any]) -> None:
+    from safetensors.torch import save
+
+    about = {"key": key, "sha256": tokens_digest(sequences), "recipe": recipe}
+    # One entry, because safetensors writes several in no fixed order.
+    content = save({"sequences": sequences}, metadata={"evopress": canonical_json(about)})
+
+    def write(temporary: Path) -> None:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+
+    write_atomically(path, write)

@@ -1,0 +1,112 @@
+"""What is measured per token: KL divergence, sparse (top-k) KL divergence, perplexity.
+
+Logits exist for one chunk of tokens at a time. The base model's part of a chunk is computed once for all candidates.
+
+Shapes: T tokens of a chunk, d hidden size, V vocabulary, k tokens kept by the sparse KL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from evopress.models.blocks import Head
+
+
+class Measure(Protocol):
+    """One or more numbers per token that compare a candidate with the base model or with the text."""
+
+    names: tuple[str, ...]
+
+    def reference(self, base: Tensor, labels: Tensor, head: Head) -> Any:
+        """Prepare a chunk once for all candidates.
+
+        Args:
+            base: the base model's last hidden states [T, d].
+            labels: next tokens int64 [T].
+        """
+
+    def __call__(self, hidden: Tensor, reference: Any, head: Head) -> Tensor:
+        """Measure a candidate's last hidden states [T, d]; return float32 [len(names), T]."""
+
+
+@dataclass(frozen=True)
+class KLDivergence:
+    """KL(base ‖ compressed) in nats, exact over the vocabulary (paper section 3, fitness environment)."""
+
+    names: tuple[str, ...] = ("kl",)
+
+    def reference(self, base: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        logp = torch.log_softmax(head.logits(base), dim=-1)
+        p = logp.exp()
+        return p, torch.linalg.vecdot(p, logp)  # [T, V] and Σ p log p, [T]
+
+    def __call__(self, hidden: Tensor, reference: tuple[Tensor, Tensor], head: Head) -> Tensor:
+        p, negative_entropy = reference
+        logits = head.logits(hidden)
+        # Σ p (log p - log q) with log q = logits - logsumexp, so the [T, V] log q is never formed.
+        return (negative_entropy - torch.linalg.vecdot(p, logits) + log_sum_exp(logits)).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class TopkKL:
+    """KL divergence over the base model's k most likely tokens, both distributions renormalised over them, in nats.
+
+    Source: `sparse_kl` of the authors' code. It needs k logits of a candidate instead of V.
+    """
+
+    k: int = 10
+    names: tuple[str, ...] = ("kl",)
+
+    def reference(self, base: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        top = head.logits(base).topk(self.k, dim=-1)
+        return torch.log_softmax(top.values, dim=-1), top.indices
+
+    def __call__(self, hidden: Tensor, reference: tuple[Tensor, Tensor], head: Head) -> Tensor:
+        logp, kept = reference
+        logq = torch.log_softmax(head.logits_of(hidden, kept), dim=-1)
+        return (logp.exp() * (logp - logq)).sum(-1).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class NegativeLogLikelihood:
+    """-log q(next token) in nats; its mean is the logarithm of the perplexity (paper B.3)."""
+
+    names: tuple[str, ...] = ("nll",)
+
+    def reference(self, base: Tensor, labels: Tensor, head: Head) -> Tensor:
+        return labels
+
+    def __call__(self, hidden: Tensor, reference: Tensor, head: Head) -> Tensor:
+        logits = head.logits(hidden)
+        return (log_sum_exp(logits) - logits.gather(-1, reference.unsqueeze(-1)).squeeze(-1)).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Everything that is reported: KL divergence, negative log-likelihood, and whether the most likely token is the base model's."""
+
+    names: tuple[str, ...] = ("kl", "nll", "top1_agreement")
+
+    def reference(self, base: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logits = head.logits(base)
+        logp = torch.log_softmax(logits, dim=-1)
+        p = logp.exp()
+        return p, torch.linalg.vecdot(p, logp), logits.argmax(-1), labels
+
+    def __call__(self, hidden: Tensor, reference: tuple[Tensor, Tensor, Tensor, Tensor], head: Head) -> Tensor:
+        p, negative_entropy, top1, labels = reference
+        logits = head.logits(hidden)
+        lse = log_sum_exp(logits)
+        kl = negative_entropy - torch.linalg.vecdot(p, logits) + lse
+        nll = lse - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return torch.stack([kl, nll, (logits.argmax(-1) == top1).to(torch.float32)])
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """Return log Σ exp over the last axis, [T], of float32 logits [T, V]; needs one temporary of the same size."""
+    peak = logits.amax(-1, keepdim=True)
+    return torch.sub(logits, peak).exp_().sum(-1).log_() + peak.squeeze(-1)

@@ -1,0 +1,138 @@
+"""Evaluate a whole population block by block, every shared prefix once (DESIGN section 4).
+
+Offspring differ from their parent in a handful of units. Candidates whose genomes agree up to a block share the hidden state that
+leaves it; the weights of a block's assignment are put in place once for all states that need them.
+
+Shapes: b sequences, l tokens each, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from evopress.fitness.measures import Measure
+from evopress.levels.live import LiveModel
+from evopress.units import Genome
+
+
+class Evaluator(Protocol):
+    """Measures genomes on token ids; None stands for the dense model."""
+
+    live: LiveModel
+
+    def final_states(self, genomes: Sequence[Genome | None], ids: Tensor) -> tuple[list[int], list[Tensor]]:
+        """Return the distinct last hidden states [b, l, d], and for each genome the index of its own.
+
+        Args: ids: int64 [b, l].
+        """
+
+
+class PopulationEvaluator:
+    """The fast way: block by block over the whole population."""
+
+    def __init__(self, live: LiveModel, *, max_tokens_in_flight: int = 4096) -> None:
+        """Args: max_tokens_in_flight: tokens per forward of one block; bounds memory, changes results only by rounding."""
+        self.live = live
+        self.max_tokens_in_flight = max_tokens_in_flight
+        self.num_block_tokens = 0
+        """Tokens times blocks computed so far."""
+
+    @torch.no_grad()
+    def final_states(self, genomes: Sequence[Genome | None], ids: Tensor) -> tuple[list[int], list[Tensor]]:
+        live, blocks = self.live, self.live.blocks
+        states: list[Tensor | None] = [blocks.embed(ids)]
+        state_of = [0] * len(genomes)
+        for index in range(len(blocks.blocks)):
+            children: dict[tuple[int, Genome | None], int] = {}
+            parents_of: dict[Genome | None, list[int]] = defaultdict(list)
+            for candidate, genome in enumerate(genomes):
+                edge = (state_of[candidate], live.levels_in(genome, index))
+                if edge not in children:
+                    children[edge] = len(children)
+                    parents_of[edge[1]].append(edge[0])
+                state_of[candidate] = children[edge]
+            uses = [0] * len(states)
+            for parent, _ in children:
+                uses[parent] += 1
+            following: list[Tensor | None] = [None] * len(children)
+            with blocks.on_device(index):
+                try:
+                    for levels, parents in parents_of.items():
+                        live.set_block(index, levels)
+                        self._advance(index, levels, parents, states, following, children, uses)
+                finally:
+                    live.set_block(index, None)
+            states = following
+        finished = [blocks.finish(state) for state in states if state is not None]
+        return state_of, finished
+
+    def _advance(
+        self,
+        index: int,
+        levels: Genome | None,
+        parents: list[int],
+        states: list[Tensor | None],
+        following: list[Tensor | None],
+        children: dict[tuple[int, Genome | None], int],
+        uses: list[int],
+    ) -> None:
+        """Run one assignment of block `index` over all states that need it, several states to a forward; free used-up parents."""
+        first = states[parents[0]]
+        assert first is not None
+        b, length = first.shape[:2]
+        per_forward = max(self.max_tokens_in_flight // length, 1)  # sequences
+        together = max(per_forward // b, 1)  # states
+        for start in range(0, len(parents), together):
+            group = parents[start : start + together]
+            inputs = [states[parent] for parent in group]
+            hidden = torch.cat([state for state in inputs if state is not None])
+            del inputs
+            outputs = [self.live.blocks.run(index, part) for part in hidden.split(per_forward)]
+            self.num_block_tokens += hidden.shape[0] * length
+            joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            for parent, output in zip(group, joined.split(b), strict=True):
+                following[children[parent, levels]] = output
+                uses[parent] -= 1
+                if not uses[parent]:
+                    states[parent] = None
+
+
+def measure_sums(
+    evaluator: Evaluator,
+    genomes: Sequence[Genome | None],
+    ids: Tensor,
+    base: Tensor | None,
+    measure: Measure,
+    *,
+    chunk_tokens: int = 128,
+) -> tuple[Tensor, int]:
+    """Sum a measure over the predicted tokens of sequences, for every genome.
+
+    The last position of each sequence has no next token and is left out, as in the authors' code.
+
+    Args:
+        ids: token ids int64 [b, l], l ≥ 2.
+        base: the base model's last hidden states [b, l', d], l' ≥ l; None takes the first genome's.
+        chunk_tokens: tokens whose logits exist at a time.
+
+    Returns: sums float64 [genomes, measures] on the host, and the number of tokens summed over.
+    """
+    head = evaluator.live.blocks.head()
+    state_of, states = evaluator.final_states(genomes, ids)
+    device = states[0].device
+    labels = ids[:, 1:].reshape(-1).to(device)
+    flat = [state[:, :-1].reshape(-1, state.shape[-1]) for state in states]
+    flat_base = flat[state_of[0]] if base is None else base[:, : ids.shape[1] - 1].reshape(-1, base.shape[-1])
+    sums = torch.zeros(len(states), len(measure.names), dtype=torch.float64)
+    with torch.no_grad():
+        for start in range(0, labels.numel(), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            reference = measure.reference(flat_base[chunk].to(device), labels[chunk], head)
+            for i, state in enumerate(flat):
+                sums[i] += measure(state[chunk], reference, head).sum(-1, dtype=torch.float64).cpu()
+    return sums[state_of], labels.numel()

@@ -1,0 +1,377 @@
+"""Build a level database in one walk over the blocks, or go on where an earlier build stopped.
+
+Calibration activations enter block i; one Hessian per distinct input is accumulated; all levels of all units on that input are made
+and written; the activations leave through the block, dense or at the level named by `propagate`. Only one block and its inputs are
+on the device at a time.
+
+Shapes: N sequences of L tokens, d hidden size, C input columns of a linear.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from evopress.compress.compressor import Compressed, Compressor
+from evopress.compress.hessian import HessianSum
+from evopress.errors import EvoPressError
+from evopress.files import explained, make_folder, sync_folder
+from evopress.levels.store import (
+    MANIFEST,
+    DamagedDatabaseError,
+    LevelDatabase,
+    check_block,
+    entries_of,
+    fingerprint,
+    read_manifest,
+    write_block,
+    write_manifest,
+)
+from evopress.models.blocks import BlockModel
+from evopress.progress import track
+from evopress.units import Space, Unit
+
+logger = logging.getLogger(__name__)
+_JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How a database is built; nothing here changes its content beyond rounding except what `recipe` says."""
+
+    root: Path
+    """Databases lie in <root>/<model>/<method>-<fingerprint>."""
+    method: str
+    model_name: str
+    recipe: dict[str, Any]
+    """Everything that decides the content: model and data digests, compressor settings, propagated level."""
+    propagate: str | None
+    """Key of the level through which activations leave a block ("4"); None: dense."""
+    batch_tokens: int = 4096
+    """Tokens per forward of one block."""
+    activations: str = "memory"
+    """Where calibration activations live between blocks: "memory" (of the host) or "disk"."""
+    lock_timeout: float = 24 * 3600.0
+    """Seconds to wait for another process that builds the same database."""
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.recipe)
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.model_name / f"{self.method}-{self.fingerprint}"
+
+
+def plan_space(blocks: BlockModel, compressor: Compressor, *, method: str) -> Space:
+    """List all units with their levels from shapes alone; no forward pass.
+
+    Raises: EvoPressError if the compressor's settings fit no unit, with the unit's name.
+    """
+    units = []
+    for index in range(len(blocks.blocks)):
+        for name, linear in blocks.linears(index).items():
+            rows, columns = linear.weight.shape
+            try:
+                levels = compressor.levels((rows, columns))
+            except EvoPressError as error:
+                raise EvoPressError(f"{name}: {error}") from None
+            units.append(Unit(name=name, block=index, kind=name.rsplit(".", 1)[-1], size=rows * columns, levels=levels))
+    return Space(method=method, units=tuple(units))
+
+
+def database_bytes(space: Space) -> int:
+    """Bytes that a space's levels take on disk, all of them stored (file headers aside)."""
+    return sum(level.stored_bits for unit in space.units for level in unit.levels) // 8
+
+
+def ensure_database(
+    settings: BuildSettings, blocks: BlockModel, tokens: Tensor, compressor: Compressor
+) -> tuple[LevelDatabase, bool]:
+    """Open the database that the settings name, building it or what is missing or damaged of it first.
+
+    Args:
+        blocks: the dense model; given back as it was.
+        tokens: calibration token ids int64 [N, L].
+
+    Returns: the database, and whether it was there complete.
+    Raises: EvoPressError if it cannot be built: no room, no access, singular or non-finite Hessians, a lock that is never freed.
+    """
+    folder = settings.folder
+    space = plan_space(blocks, compressor, method=settings.method)
+    make_folder(folder)
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        if lock.is_locked or not _try(lock):
+            logger.info("waiting for another run that builds %s", folder)
+            lock.acquire(timeout=settings.lock_timeout)
+    except Timeout:
+        raise EvoPressError(f"another process has held {lock.lock_file} for {settings.lock_timeout:g} s: end it, or use another level_db.root") from None
+    try:
+        entries = _finished_blocks(folder, len(blocks.blocks))
+        if (folder / MANIFEST).is_file() and len(entries) == len(blocks.blocks):
+            return LevelDatabase.open(folder), True
+        _preflight(folder, space, entries, blocks, tokens)
+        _build(settings, blocks, tokens, compressor, space, entries)
+        return LevelDatabase.open(folder), False
+    finally:
+        lock.release()
+
+
+def _try(lock: FileLock) -> bool:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
+
+
+def _finished_blocks(folder: Path, num_blocks: int) -> dict[int, dict[str, Any]]:
+    """Return the entries of the blocks whose files are there and whole, from the manifest or else the journal."""
+    try:
+        return entries_of(LevelDatabase.open(folder).manifest)
+    except DamagedDatabaseError as error:
+        if (folder / MANIFEST).exists():
+            logger.warning("%s; what is damaged is built again", error)
+    try:
+        candidates = list(entries_of(read_manifest(folder)).values())
+    except DamagedDatabaseError:
+        candidates = list(_read_journal(folder / _JOURNAL))
+    entries = {}
+    for entry in candidates:
+        try:
+            if 0 <= entry["block"] < num_blocks:
+                check_block(folder, entry)
+                entries[entry["block"]] = entry
+        except DamagedDatabaseError as error:
+            logger.warning("%s; the block is built again", error)
+            entries.pop(entry["block"], None)
+    return entries
+
+
+def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            assert {"block", "file", "bytes", "sha256", "units"} <= set(entry)
+        except (ValueError, TypeError, AssertionError):  # a line cut off by a crash
+            continue
+        yield entry
+
+
+def _preflight(folder: Path, space: Space, entries: Mapping[int, Any], blocks: BlockModel, tokens: Tensor) -> None:
+    """Compare what the build needs with what there is, before the first forward pass."""
+    missing = [unit for unit in space.units if unit.block not in entries]
+    needed = database_bytes(Space(space.method, tuple(missing)))
+    free = shutil.disk_usage(folder).free
+    buffer = tokens.numel() * blocks.hidden_size * blocks.dtype.itemsize
+    widest = max(module.in_features for module in blocks.linears(0).values())
+    memory = buffer + 6 * widest * widest * 4 + 2**28
+    available = psutil.virtual_memory().available
+    logger.info(
+        "level database: %d blocks to build, %d units, %d levels, %.2f GB on disk, about %.2f GB of memory, %d calibration tokens",
+        len({unit.block for unit in missing}),
+        len(missing),
+        sum(len(unit.levels) for unit in missing),
+        needed / 1e9,
+        memory / 1e9,
+        tokens.numel(),
+    )
+    if needed * 1.02 > free:
+        raise EvoPressError(
+            f"the level database needs {needed / 1e9:.2f} GB but {folder} has {free / 1e9:.2f} GB free: free some space, store fewer "
+            "levels (method.levels) or use another level_db.root"
+        )
+    if memory > available:
+        raise EvoPressError(
+            f"building the level database needs about {memory / 1e9:.2f} GB of memory but {available / 1e9:.2f} GB are available: use "
+            "fewer calibration tokens (data.calibration_tokens) or level_db.activations=disk"
+        )
+
+
+def _build(
+    settings: BuildSettings,
+    blocks: BlockModel,
+    tokens: Tensor,
+    compressor: Compressor,
+    space: Space,
+    entries: dict[int, dict[str, Any]],
+) -> None:
+    """Walk over the blocks up to the last missing one; then write the manifest."""
+    folder = settings.folder
+    (folder / MANIFEST).unlink(missing_ok=True)
+    _rewrite_journal(folder / _JOURNAL, entries)
+    missing = [index for index in range(len(blocks.blocks)) if index not in entries]
+    if missing:
+        units = {unit.name: unit for unit in space.units}
+        batch = max(settings.batch_tokens // tokens.shape[1], 1)
+        with _activations(settings, blocks, tokens, batch) as buffer:
+            for index in track(range(missing[-1] + 1), "building the level database"):
+                with blocks.on_device(index):
+                    if index in missing:
+                        compressed = _compress_block(blocks, index, buffer, batch, compressor)
+                        entries[index] = write_block(folder, index, compressed, units)
+                        _append(folder / _JOURNAL, entries[index])
+                        decoded = _at_level(compressed, units, settings.propagate)
+                    else:
+                        decoded = _stored_level(folder, entries[index], settings.propagate)
+                    if index < missing[-1]:
+                        _propagate(blocks, index, buffer, batch, decoded)
+    write_manifest(
+        folder,
+        method=settings.method,
+        fingerprint=settings.fingerprint,
+        recipe=settings.recipe,
+        entries=[entries[index] for index in range(len(blocks.blocks))],
+    )
+    (folder / _JOURNAL).unlink(missing_ok=True)
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise explained(error, path) from error
+
+
+def _rewrite_journal(path: Path, entries: Mapping[int, dict[str, Any]]) -> None:
+    """Let the journal name just the blocks that are whole."""
+    path.unlink(missing_ok=True)
+    for index in sorted(entries):
+        _append(path, entries[index])
+    sync_folder(path.parent)
+
+
+@contextmanager
+def _activations(settings: BuildSettings, blocks: BlockModel, tokens: Tensor, batch: int) -> Iterator[Tensor]:
+    """Hold the hidden states that enter the current block, [N, L, d], in host memory or in a file that is removed at the end."""
+    shape = (*tokens.shape, blocks.hidden_size)
+    path = settings.folder / f".activations.{os.getpid()}.tmp"
+    if settings.activations == "disk":
+        count = tokens.numel() * blocks.hidden_size
+        free = shutil.disk_usage(settings.folder).free
+        if count * blocks.dtype.itemsize > free:
+            raise EvoPressError(
+                f"activations need {count * blocks.dtype.itemsize / 1e9:.2f} GB but {settings.folder} has {free / 1e9:.2f} GB free: use "
+                "fewer calibration tokens (data.calibration_tokens) or another level_db.root"
+            )
+        buffer = torch.from_file(str(path), shared=True, size=count, dtype=blocks.dtype).reshape(shape)
+    else:
+        buffer = torch.empty(shape, dtype=blocks.dtype)
+    try:
+        for start in range(0, len(tokens), batch):
+            buffer[start : start + batch] = blocks.embed(tokens[start : start + batch]).to(buffer.device)
+        yield buffer
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _compress_block(
+    blocks: BlockModel, index: int, buffer: Tensor, batch: int, compressor: Compressor
+) -> dict[str, list[Compressed]]:
+    """Run the dense block over all activations, accumulate one Hessian per distinct input, and compress all its units."""
+    linears = blocks.linears(index)
+    owners, hessians = collect_hessians(blocks, index, buffer, batch)
+    compressed: dict[str, list[Compressed]] = {}
+    for owner, hessian in hessians.items():
+        weights = {name: linears[name].weight.detach() for name in linears if owners[name] == owner}
+        try:
+            results = compressor.compress(weights, hessian.result())
+        except EvoPressError as error:
+            raise type(error)(f"{', '.join(weights)}: {error}") from None
+        compressed |= {name: list(levels) for name, levels in results.items()}
+    return {name: compressed[name] for name in linears}
+
+
+def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int) -> tuple[dict[str, str], dict[str, HessianSum]]:
+    """Run block `index` over activations [N, L, d] and sum one Hessian per distinct input, not per linear.
+
+    Linears that are handed the same tensor (q, k and v; gate and up) share the first one's Hessian.
+
+    Returns: unit name to the name of the unit that owns its Hessian, and owner to Hessian.
+    """
+    linears = blocks.linears(index)
+    owners: dict[str, str] = {}
+    hessians: dict[str, HessianSum] = {}
+    alive: list[tuple[str, Tensor]] = []  # inputs of this forward, held so that no address is used twice
+
+    def caught(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            owner = next((o for o, seen in alive if seen.data_ptr() == x.data_ptr() and seen.shape == x.shape), name)
+            assert owners.setdefault(name, owner) == owner, f"{name} shares its input with {owner} in one batch only"
+            if owner == name:
+                alive.append((name, x))
+                # OPT hands its MLP [b·l, d]; n counts sequences, so give them back their axis.
+                X = x.reshape(len(current), -1, x.shape[-1])
+                hessians.setdefault(name, HessianSum(x.shape[-1], device=x.device)).add(X)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(caught(name)) for name, module in linears.items()]
+    try:
+        for start in range(0, len(buffer), batch):
+            current = buffer[start : start + batch].to(blocks.device)
+            blocks.run(index, current)
+            alive.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    idle = [name for name in linears if name not in owners]
+    if idle:
+        raise EvoPressError(f"{idle[0]} was never called in its block's forward: its family's adapter names a module that is not used")
+    return owners, hessians
+
+
+def _at_level(compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit], key: str | None) -> dict[str, Tensor]:
+    """Decode the units at the level with this key; none of them if the key is None."""
+    if key is None:
+        return {}
+    return {
+        name: next(r for level, r in zip(units[name].levels, results, strict=True) if level.key == key).payload.decode()
+        for name, results in compressed.items()
+    }
+
+
+def _stored_level(folder: Path, entry: dict[str, Any], key: str | None) -> dict[str, Tensor]:
+    """Decode a finished block's units at the level with this key from its file."""
+    if key is None:
+        return {}
+    database = LevelDatabase(folder, {"method": "", "units": entry["units"], "files": [entry]})
+    return {
+        unit.name: database.read(i, next(j for j, level in enumerate(unit.levels) if level.key == key)).decode()
+        for i, unit in enumerate(database.space.units)
+    }
+
+
+def _propagate(blocks: BlockModel, index: int, buffer: Tensor, batch: int, decoded: Mapping[str, Tensor]) -> None:
+    """Replace activations [N, L, d] by what block `index` makes of them, with these weights in place of the dense ones."""
+    linears = blocks.linears(index)
+    dense = {name: linears[name].weight.data for name in decoded}
+    try:
+        for name, weight in decoded.items():
+            linears[name].weight.data = weight.to(blocks.device)
+        for start in range(0, len(buffer), batch):
+            current = buffer[start : start + batch].to(blocks.device)
+            buffer[start : start + batch] = blocks.run(index, current).to(buffer.device)
+    finally:
+        for name, weight in dense.items():
+            linears[name].weight.data = weight
+

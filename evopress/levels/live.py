@@ -1,0 +1,84 @@
+"""Put levels into a live model and take them out again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from evopress.errors import EvoPressError
+from evopress.levels.store import LevelDatabase
+from evopress.models.blocks import BlockModel
+from evopress.units import Genome
+
+
+class LiveModel:
+    """A model whose units can be switched to levels of a database, block by block.
+
+    Switching exchanges references: the dense weights stay where they are, untouched, and come back bit for bit. Decoded levels are
+    kept up to `cache_bytes`, the least recently used given up first.
+    """
+
+    def __init__(self, blocks: BlockModel, database: LevelDatabase, *, cache_bytes: int = 2**28) -> None:
+        """Check that the database fits the model.
+
+        Raises: EvoPressError if their units differ.
+        """
+        self.blocks = blocks
+        self.database = database
+        self.space = database.space
+        self._linears = [blocks.linears(index) for index in range(len(blocks.blocks))]
+        names = [name for linears in self._linears for name in linears]
+        if names != [unit.name for unit in self.space.units]:
+            raise EvoPressError(f"the level database in {database.folder} is of another model: its units have other names")
+        self._dense = [[linear.weight.data for linear in linears.values()] for linears in self._linears]
+        self._first = [0]
+        for linears in self._linears:
+            self._first.append(self._first[-1] + len(linears))
+        self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._cache_bytes = cache_bytes
+        self._cached_bytes = 0
+        self.num_loads = 0
+        """Levels decoded so far."""
+
+    def levels_in(self, genome: Genome | None, index: int) -> Genome | None:
+        """Return the part of a genome that lies in block `index`; None stands for the dense model."""
+        return None if genome is None else genome[self._first[index] : self._first[index + 1]]
+
+    def set_block(self, index: int, levels: Sequence[int] | None) -> None:
+        """Give block `index` these levels, one per unit of the block, or its dense weights for None."""
+        first = self._first[index]
+        for i, linear in enumerate(self._linears[index].values()):
+            weight = self._dense[index][i] if levels is None else self._weight(first + i, levels[i])
+            linear.weight.data = weight
+
+    @contextmanager
+    def applied(self, genome: Genome | None) -> Iterator[None]:
+        """Hold the whole model at a genome; on leaving, every weight is the dense one again."""
+        try:
+            if genome is not None:
+                self.space.check(genome)
+            for index in range(len(self.blocks.blocks)):
+                self.set_block(index, self.levels_in(genome, index))
+            yield
+        finally:
+            for index in range(len(self.blocks.blocks)):
+                self.set_block(index, None)
+
+    def _weight(self, unit: int, level: int) -> Tensor:
+        key = (unit, level)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        weight = self.database.read(unit, level).decode().to(self.blocks.device)
+        self.num_loads += 1
+        size = weight.numel() * weight.element_size()
+        if size <= self._cache_bytes:
+            self._cache[key] = weight
+            self._cached_bytes += size
+            while self._cached_bytes > self._cache_bytes:
+                _, given_up = self._cache.popitem(last=False)
+                self._cached_bytes -= given_up.numel() * given_up.element_size()
+        return weight

@@ -1,0 +1,230 @@
+"""The level database on disk: one safetensors file per block, and a manifest that is written last.
+
+    <root>/<model>/<method>-<fingerprint>/block-000.safetensors … manifest.json
+
+While a database is built, `journal.jsonl` has one line per finished block; the manifest replaces it. No manifest, no database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evopress.compress.compressor import Compressed, Payload
+from evopress.errors import EvoPressError
+from evopress.files import canonical_json, sha256_file, write_atomically
+from evopress.levels.codec import CODECS
+from evopress.units import Level, Space, Unit
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_MANIFEST_BYTES = 256 * 2**20
+
+
+class DamagedDatabaseError(EvoPressError):
+    """A database whose files do not match its manifest."""
+
+
+def block_file(index: int) -> str:
+    """Name the file of block `index`."""
+    return f"block-{index:03d}.safetensors"
+
+
+def fingerprint(recipe: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that stand for everything that decides a database's content."""
+    return hashlib.sha256(canonical_json({"schema": SCHEMA, **recipe}).encode()).hexdigest()[:16]
+
+
+def write_block(folder: Path, index: int, compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit]) -> dict[str, Any]:
+    """Write one block's file and return its manifest entry: file, bytes, SHA-256 and one record per unit."""
+    tensors: dict[str, Tensor] = {}
+    records = []
+    for name, results in compressed.items():
+        levels = []
+        for level, result in zip(units[name].levels, results, strict=True):
+            codec = CODECS[result.payload.codec]
+            parts, meta = codec.encode(result.payload)
+            tensors |= {_key(name, level.key, part): tensor.contiguous() for part, tensor in parts.items()}
+            levels.append(
+                {
+                    "label": level.label,
+                    "key": level.key,
+                    "cost": level.cost,
+                    "stored_bits": level.stored_bits,
+                    "error": result.error,
+                    "damping": result.damping,
+                    "codec": result.payload.codec,
+                    "meta": meta,
+                }
+            )
+        unit = units[name]
+        records.append({"name": name, "block": unit.block, "kind": unit.kind, "size": unit.size, "levels": levels})
+    path = folder / block_file(index)
+    # No metadata: safetensors does not keep its order, and equal content must be equal bytes.
+    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    return {"block": index, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path), "units": records}
+
+
+def _key(unit: str, level: str, part: str) -> str:
+    return f"{unit}/{level}/{part}"
+
+
+def check_block(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Raise DamagedDatabaseError unless a block's file has the size and SHA-256 of its entry."""
+    path = folder / block_file(int(entry["block"]))
+    if path.name != entry["file"]:
+        raise DamagedDatabaseError(f"{folder} names {entry['file']!r} for block {entry['block']}, expected {path.name}")
+    if not path.is_file():
+        raise DamagedDatabaseError(f"{path} is missing")
+    if path.stat().st_size != entry["bytes"]:
+        raise DamagedDatabaseError(f"{path} has {path.stat().st_size} bytes, expected {entry['bytes']}")
+    if sha256_file(path) != entry["sha256"]:
+        raise DamagedDatabaseError(f"{path} is damaged: its SHA-256 differs from the manifest's")
+
+
+def write_manifest(folder: Path, *, method: str, fingerprint: str, recipe: Mapping[str, Any], entries: list[dict[str, Any]]) -> None:
+    """Write the manifest; from here on the database is there."""
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "method": method,
+        "fingerprint": fingerprint,
+        "recipe": recipe,
+        "files": [{key: entry[key] for key in ("block", "file", "bytes", "sha256")} for entry in entries],
+        "units": [unit for entry in entries for unit in entry["units"]],
+    }
+    manifest["digest"] = _digest(manifest)
+    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    write_atomically(folder / MANIFEST, lambda temporary: _write_text(temporary, text))
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over a manifest's content without the digest itself."""
+    return hashlib.sha256(canonical_json({key: manifest[key] for key in manifest if key != "digest"}).encode()).hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check a manifest's form.
+
+    Raises: EvoPressError for a newer schema; DamagedDatabaseError for one that is missing or no manifest of ours.
+    """
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > _MANIFEST_BYTES:
+            raise DamagedDatabaseError(f"{path} is larger than {_MANIFEST_BYTES} bytes")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        schema = manifest["schema"]
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise EvoPressError(f"{path} has schema {schema}, this version reads up to {SCHEMA}: update evopress or rebuild elsewhere")
+        if schema != SCHEMA:
+            raise DamagedDatabaseError(f"{path} has schema {schema!r}, expected {SCHEMA}")
+        if _digest(manifest) != manifest["digest"]:
+            raise DamagedDatabaseError(f"{path} is damaged: its content does not match its digest")
+        space_of(manifest)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise DamagedDatabaseError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    return manifest
+
+
+def entries_of(manifest: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return the entries that `write_block` made, by block."""
+    return {
+        file["block"]: {**file, "units": [unit for unit in manifest["units"] if unit["block"] == file["block"]]}
+        for file in manifest["files"]
+    }
+
+
+def space_of(manifest: Mapping[str, Any]) -> Space:
+    """Return the manifest's units and levels."""
+    units = tuple(
+        Unit(
+            name=str(unit["name"]),
+            block=int(unit["block"]),
+            kind=str(unit["kind"]),
+            size=int(unit["size"]),
+            levels=tuple(
+                Level(str(v["label"]), int(v["cost"]), str(v["key"]), int(v["stored_bits"])) for v in unit["levels"]
+            ),
+        )
+        for unit in manifest["units"]
+    )
+    return Space(method=str(manifest["method"]), units=units)
+
+
+@dataclass(frozen=True)
+class LevelDatabase:
+    """An opened, verified level database."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> LevelDatabase:
+        """Open a database and check every file against the manifest.
+
+        Raises: DamagedDatabaseError that names the file; EvoPressError for a newer schema.
+        """
+        manifest = read_manifest(folder)
+        for entry in manifest["files"]:
+            check_block(folder, entry)
+        return cls(folder, manifest)
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.manifest["fingerprint"])
+
+    @cached_property
+    def space(self) -> Space:
+        return space_of(self.manifest)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of all block files and the manifest."""
+        return sum(entry["bytes"] for entry in self.manifest["files"]) + (self.folder / MANIFEST).stat().st_size
+
+    @cached_property
+    def errors(self) -> list[list[float]]:
+        """Relative output error of every unit at every level, in database order."""
+        return [[float(level["error"]) for level in unit["levels"]] for unit in self.manifest["units"]]
+
+    @cached_property
+    def _files(self) -> dict[int, Any]:
+        return {}
+
+    def read(self, unit: int, level: int) -> Payload:
+        """Read unit `unit` at level `level`, both indices in database order."""
+        record = self.manifest["units"][unit]
+        stored = record["levels"][level]
+        block = record["block"]
+        path = self.folder / block_file(block)
+        try:
+            if block not in self._files:
+                self._files[block] = safe_open(path, framework="pt")
+            file = self._files[block]
+            prefix = _key(record["name"], stored["key"], "")
+            names = [name for name in self._keys(block) if name.startswith(prefix)]
+            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            return CODECS[stored["codec"]].decode(tensors, stored["meta"])
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DamagedDatabaseError(f"{path} cannot be read ({error}): start again, the file is then rebuilt") from error
+
+    @cached_property
+    def _key_lists(self) -> dict[int, list[str]]:
+        return {}
+
+    def _keys(self, block: int) -> list[str]:
+        if block not in self._key_lists:
+            self._key_lists[block] = list(self._files[block].keys())
+        return self._key_lists[block]

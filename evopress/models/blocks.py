@@ -1,0 +1,251 @@
+"""Run a causal language model block by block.
+
+What enters the first block, and what every block gets beside its hidden states (masks, rotary embeddings, positions), is captured
+from the model's own forward, so that it is the model's whatever the family.
+
+Shapes: b sequences, l tokens each, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evopress.errors import EvoPressError
+from evopress.models.families import Family
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a block was called with, its hidden states taken out."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stop(Exception):
+    """Leaves the model's forward once the wanted input is captured."""
+
+
+class BlockModel:
+    """A causal language model whose blocks are called one at a time, each on the compute device only while it is needed."""
+
+    def __init__(self, model: nn.Module, family: Family, *, device: torch.device | str = "cpu", offload: bool = False) -> None:
+        """Wrap a model in evaluation mode; weights stay the model's own.
+
+        Args:
+            device: where the computation runs.
+            offload: keep the blocks in host memory and move each to the device while it runs (models larger than the device).
+        """
+        self.model = model
+        self.family = family
+        self.device = torch.device(device)
+        self.offload = offload and self.device.type != "cpu"
+        self.decoder: nn.Module = model.get_submodule(family.decoder)
+        self.blocks: list[nn.Module] = list(self.decoder.get_submodule(family.blocks))
+        self._prefix = f"{family.decoder}.{family.blocks}"
+        self._calls: dict[int, list[_Call]] = {}
+        self._place()
+
+    def _place(self) -> None:
+        if not self.offload:
+            self.model.to(self.device)
+            return
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        for module in self.model.modules():
+            if id(module) not in inside:
+                for tensors in (module._parameters, module._buffers):
+                    for name, tensor in tensors.items():
+                        if tensor is not None:
+                            tensors[name] = (
+                                nn.Parameter(tensor.to(self.device), requires_grad=False)
+                                if isinstance(tensor, nn.Parameter)
+                                else tensor.to(self.device)
+                            )
+        if hasattr(self.model, "tie_weights"):
+            self.model.tie_weights()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """Return block `index`'s units: full module name to module, in the order of the computation.
+
+        Raises: EvoPressError if a module that the family promises is missing or no plain linear layer.
+        """
+        found: dict[str, nn.Linear] = {}
+        for name in self.family.linears:
+            full = f"{self._prefix}.{index}.{name}"
+            try:
+                module = self.blocks[index].get_submodule(name)
+            except AttributeError:
+                module = None
+            if type(module) is not nn.Linear:
+                kind = "missing" if module is None else f"a {type(module).__name__}"
+                raise EvoPressError(
+                    f"{full} is {kind}, expected a plain linear layer as in other {self.family.name} models: mixture-of-experts "
+                    "and other special blocks are not supported"
+                )
+            found[full] = module
+        return found
+
+    @contextmanager
+    def on_device(self, index: int) -> Iterator[nn.Module]:
+        """Hold block `index` on the compute device."""
+        block = self.blocks[index]
+        if not self.offload:
+            yield block
+            return
+        block.to(self.device)
+        try:
+            yield block
+        finally:
+            block.to("cpu")
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return what enters the first block, [b, l, d], for token ids int64 [b, l]."""
+        caught: list[Tensor] = []
+
+        def stop(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            caught.append(hidden)
+            raise _Stop
+
+        with self._replaced_forwards([stop]):
+            try:
+                self.decoder(input_ids=ids.to(self.device), use_cache=False)
+            except _Stop:
+                return caught[0]
+        raise AssertionError("the decoder never called its first block")
+
+    @torch.no_grad()
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """Run block `index` on hidden states [b, l, d] and return [b, l, d]; the block must be on the device."""
+        call = self._captured(hidden.shape[1])[index]
+        output = self.blocks[index](hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Apply what follows the last block (final norm, OPT's projection): [b, l, d] to the last hidden state."""
+        for name in self.family.after_blocks:
+            module = getattr(self.decoder, name, None)
+            if module is not None:
+                hidden = module(hidden)
+        return hidden
+
+    def _captured(self, length: int) -> list[_Call]:
+        """What each block gets beside its hidden states, for sequences of `length` tokens, captured once per length.
+
+        Captured with a batch of one; masks and rotary embeddings broadcast over larger batches (`self_check` compares).
+        """
+        if length not in self._calls:
+            if len(self._calls) >= 8:  # cut sequences come in few lengths; do not hold masks of forgotten ones
+                self._calls.clear()
+            ids = torch.zeros(1, length, dtype=torch.int64, device=self.device)
+            first: list[_Call] = []
+
+            def stop(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                first.append(_Call(args, kwargs))
+                raise _Stop
+
+            with self._replaced_forwards([stop]):
+                try:
+                    self.decoder(input_ids=ids, use_cache=False)
+                except _Stop:
+                    pass
+            with self.on_device(0):
+                hidden = torch.zeros(1, length, self.hidden_size, dtype=self.dtype, device=self.device)
+                returns_tuple = isinstance(self.blocks[0](hidden, *first[0].args, **first[0].kwargs), tuple)
+            calls: list[_Call] = []
+
+            def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                calls.append(_Call(args, kwargs))
+                return (hidden,) if returns_tuple else hidden
+
+            with self._replaced_forwards([record] * len(self.blocks)):
+                self.decoder(input_ids=ids, use_cache=False)
+            self._calls[length] = calls
+        return self._calls[length]
+
+    @contextmanager
+    def _replaced_forwards(self, forwards: list[Callable[..., Any]]) -> Iterator[None]:
+        """Let the first blocks' forwards be these functions for a moment."""
+        blocks = self.blocks[: len(forwards)]
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    def head(self) -> Head:
+        """Return the projection from last hidden states to logits."""
+        config = self.model.config
+        output = self.model.get_output_embeddings()  # type: ignore[operator]
+        return Head(
+            weight=output.weight, bias=getattr(output, "bias", None), softcap=getattr(config, "final_logit_softcapping", None)
+        )
+
+    @torch.no_grad()
+    def self_check(self, *, length: int = 24) -> float:
+        """Compare block-by-block logits with the whole model's on two short made-up sequences; return the largest difference.
+
+        Raises: EvoPressError if the logits are not finite, or if they differ by more than rounding explains.
+        """
+        vocabulary = self.head().weight.shape[0]
+        ids = (torch.arange(2 * length, device=self.device).reshape(2, length) * 7919 + 11) % vocabulary
+        hidden = self.embed(ids)
+        for index in range(len(self.blocks)):
+            with self.on_device(index):
+                hidden = self.run(index, hidden)
+        mine = self.head().logits(self.finish(hidden))
+        if not bool(torch.isfinite(mine).all()):
+            raise EvoPressError(
+                f"the model's logits are not finite in {self.dtype}: use model.dtype=bfloat16 or model.dtype=float32"
+            )
+        if self.offload:  # the whole model does not fit the device, so there is nothing to compare with
+            return 0.0
+        whole = self.model(input_ids=ids, use_cache=False).logits.float()
+        difference = float((mine - whole).abs().max())
+        scale = float(whole.abs().max())
+        tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}[self.dtype]
+        if difference > tolerance * max(scale, 1.0):
+            raise EvoPressError(
+                f"running {self.family.name} block by block changes its logits by {difference:.3g} (largest logit {scale:.3g}): this "
+                "version of transformers calls the blocks in a way the adapter does not know; use fitness.evaluator=plain"
+            )
+        return difference
+
+
+@dataclass(frozen=True)
+class Head:
+    """The projection from last hidden states to logits, with Gemma 2's soft-capping where the model has it."""
+
+    weight: Tensor
+    """[V, d], the model's dtype."""
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits [..., V] of last hidden states [..., d]; the product runs in the model's dtype."""
+        return self._capped(nn.functional.linear(hidden, self.weight, self.bias)).float()
+
+    def logits_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Return float32 logits [T, k] of k tokens int64 [T, k] only, from last hidden states [T, d]."""
+        logits = torch.einsum("td,tkd->tk", hidden, self.weight[tokens])
+        return self._capped(logits if self.bias is None else logits + self.bias[tokens]).float()
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits

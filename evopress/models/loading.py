@@ -1,0 +1,182 @@
+"""Load a causal language model and its tokenizer from a local folder, safetensors only, and say what was loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from evopress.errors import EvoPressError
+from evopress.models.families import Family, family_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A loaded model with what other rooms ask about it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+    name: str
+    """Safe for file systems: letters, digits, dot, dash and underscore."""
+    folder: Path
+    digest: str
+    """SHA-256 over the weight files and config.json, hexadecimal."""
+
+
+def safe_name(name: str) -> str:
+    """Turn a model id or path into a name that any file system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.strip("/").replace("/", "--")).strip(".-") or "model"
+
+
+def pick_device(device: str) -> torch.device:
+    """Resolve "auto" to the first GPU or the CPU, and check that an explicit device is there.
+
+    Raises: EvoPressError if CUDA is asked for and absent, or the name is no device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise EvoPressError(f"device {device!r} is not a device name: use auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
+        raise EvoPressError(
+            f"device {device!r} was asked for but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices: "
+            "use device=cpu or device=auto, or install a CUDA build of torch"
+        )
+    return chosen
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """List a checkpoint folder's safetensors files, after checking that the folder can be loaded at all.
+
+    Raises: EvoPressError for a missing folder, a folder without weights, pickled weights, or already quantized weights.
+    """
+    if not folder.is_dir():
+        raise EvoPressError(f"model path {str(folder)!r} is not a folder: give the folder that holds config.json")
+    config = read_config(folder)
+    family_of(str(config.get("model_type", "")))
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise EvoPressError(
+            f"the model in {folder} is already quantized ({method}): give the original weights, or dequantize them first"
+        )
+    weights = sorted(folder.glob("*.safetensors"))
+    if weights:
+        return weights
+    pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickled:
+        raise EvoPressError(
+            f"the model in {folder} has only pickled weights ({pickled[0]}), which can run code when loaded: convert them "
+            "to safetensors first (load them where you trust them, then save_pretrained(..., safe_serialization=True))"
+        )
+    raise EvoPressError(f"model path {folder} holds config.json but no weights: expected model.safetensors or its shards")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's config.json.
+
+    Raises: EvoPressError if it is missing or no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise EvoPressError(f"model path {folder} has no config.json: give the folder of a Hugging Face checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise EvoPressError(f"{path} cannot be read as JSON ({error}): fetch the checkpoint again") from None
+    if not isinstance(config, dict):
+        raise EvoPressError(f"{path} is not a JSON object: fetch the checkpoint again")
+    return config
+
+
+def fetch_from_hub(hub_id: str, *, revision: str | None, cache_dir: Path | None = None) -> Path:
+    """Download a checkpoint's config, tokenizer and safetensors and return the local snapshot folder.
+
+    Raises: EvoPressError if the hub cannot be reached or has no such model.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            hub_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"],
+            etag_timeout=20,
+        )
+    except Exception as error:  # the hub raises many kinds: network, access, missing repository or revision
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise EvoPressError(
+            f"model {hub_id!r} could not be fetched from the hub ({type(error).__name__}: {reason}): check the name, your "
+            "access and the network, or give a local folder with model=local model.path=DIR"
+        ) from None
+    return Path(folder)
+
+
+def digest_files(paths: list[Path]) -> str:
+    """SHA-256 over names and contents of files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_pretrained(
+    folder: Path,
+    *,
+    name: str | None = None,
+    dtype: str = "bfloat16",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Pretrained:
+    """Load a checkpoint folder into host memory, ready for inference.
+
+    Args:
+        folder: a Hugging Face checkpoint with safetensors weights.
+        dtype: float32, bfloat16 or float16, of all weights.
+        attn_implementation: as transformers takes it; None leaves the choice to transformers.
+        trust_remote_code: run code that comes with the checkpoint; off unless asked for by name.
+
+    Raises: EvoPressError as `find_weights`, and for an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise EvoPressError(f"model.dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    folder = folder.expanduser()
+    weights = find_weights(folder)
+    family = family_of(read_config(folder)["model_type"])
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise EvoPressError(f"the model in {folder} could not be loaded ({reason}): fetch the checkpoint again") from error
+    model.eval()
+    model.requires_grad_(False)
+    return Pretrained(
+        model=model,
+        tokenizer=tokenizer,
+        family=family,
+        name=safe_name(name or folder.name),
+        folder=folder,
+        digest=digest_files([*weights, folder / "config.json"]),
+    )

@@ -1,0 +1,434 @@
+"""The stages of a run, each a function of the workspace: database, baselines, search, evaluate, export, report.
+
+A stage reads what earlier ones left in the run folder, so any can be run alone on an earlier run, and a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evopress.baselines.best_of_random import best_of_random
+from evopress.baselines.dynamic_programming import dynamic_programming
+from evopress.baselines.uniform import uniform_genomes
+from evopress.errors import EvoPressError
+from evopress.evaluation.heldout import measure_held_out, scores_by_data_set
+from evopress.export import export_checkpoint
+from evopress.fitness.measures import KLDivergence, Measure, NegativeLogLikelihood, TopkKL
+from evopress.fitness.minibatch import MinibatchFitness
+from evopress.progress import duration
+from evopress.reporting import figures, tables
+from evopress.reporting.records import (
+    append_record,
+    read_genome,
+    read_json,
+    read_records,
+    truncate_records,
+    write_genome,
+    write_json,
+)
+from evopress.reporting.report import headline, write_report
+from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
+from evopress.search.evolution import Evolution, SearchSettings
+from evopress.search.record import GenerationRecord
+from evopress.search.selection import Stage
+from evopress.settings import FitnessSettings, RunSettings, SearchConfig, TrackerSettings
+from evopress.units import Genome
+from evopress.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+BASELINES = ("uniform", "best_of_random", "dp")
+
+
+def run(settings: RunSettings, run_dir: Path, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> float:
+    """Run the stages that the settings name and return the found genome's held-out KL (NaN if it was not measured).
+
+    Args:
+        config: the composed config, for the report and the tracker.
+        command: what was typed, for the report.
+        environment: versions and machine, for the report.
+    """
+    check_names(settings)
+    searching = search_settings(settings.search)
+    started = time.monotonic()
+    workspace = Workspace(settings, run_dir)
+    tracker = make_tracker(settings.tracker)
+    tracker.start(
+        config=config,
+        run_dir=run_dir,
+        name=settings.tracker.run_name,
+        group=settings.tracker.group,
+        tags=[settings.method.name, *settings.tracker.tags],
+    )
+    try:
+        if "database" in settings.stages:
+            build_database(workspace)
+        if "baselines" in settings.stages:
+            find_baselines(workspace)
+        if "search" in settings.stages:
+            search(workspace, searching, tracker)
+        if "evaluate" in settings.stages:
+            evaluate(workspace, tracker)
+        if "export" in settings.stages:
+            export(workspace, command=command)
+        if "report" in settings.stages:
+            report(workspace, tracker, config=config, command=command, environment=environment)
+    finally:
+        tracker.finish()
+    logger.info("done in %s: %s", duration(time.monotonic() - started), run_dir)
+    result = _result(run_dir)
+    return next((row["kl"] for row in result.get("rows", []) if row["name"] == "evopress"), float("nan"))
+
+
+def check_names(settings: RunSettings) -> None:
+    """Raise EvoPressError for baselines that do not exist."""
+    for name in settings.baselines.names:
+        if name not in BASELINES:
+            raise EvoPressError(f"baselines.names has {name!r}: choose among {', '.join(BASELINES)}")
+
+
+def search_settings(config: SearchConfig) -> SearchSettings:
+    """Convert and check the search's numbers; raise EvoPressError if the survivors do not descend to 1 or a number is missing."""
+    if config.generations is None:
+        raise EvoPressError("search.generations is null, which only depth pruning derives: give a number, such as search.generations=50")
+    return SearchSettings(
+        generations=config.generations,
+        num_offspring=config.num_offspring,
+        stages=tuple(Stage(tokens, survivors) for tokens, survivors in zip(config.tokens, config.survivors, strict=True)),
+        initial_candidates=config.initial_candidates,
+        initial_tokens=config.initial_tokens,
+        max_switches=config.max_switches,
+        distribution=config.distribution,
+        exchange=config.exchange,
+    )
+
+
+def search_cost(config: SearchConfig) -> int:
+    """Return the candidate tokens that a search evaluates: the one honest currency."""
+    per_generation = 0
+    candidates = config.num_offspring
+    for stage, (tokens, survivors) in enumerate(zip(config.tokens, config.survivors, strict=True)):
+        per_generation += tokens * (candidates + (stage == len(config.tokens) - 1))
+        candidates = survivors
+    return (config.generations or 0) * per_generation + config.initial_candidates * config.initial_tokens
+
+
+def make_tracker(settings: TrackerSettings) -> Tracker:
+    """Return the tracker that the settings name."""
+    if settings.name == "none":
+        return NullTracker()
+    return WandbTracker(mode=settings.mode, project=settings.project, entity=settings.entity)  # type: ignore[arg-type]
+
+
+def make_measure(settings: FitnessSettings) -> Measure:
+    """Return what the search minimises."""
+    if settings.name == "topk_kl":
+        return TopkKL(settings.k)
+    return NegativeLogLikelihood() if settings.name == "perplexity" else KLDivergence()
+
+
+def make_fitness(workspace: Workspace, rng: np.random.Generator) -> MinibatchFitness:
+    """Return the fitness on the search text, minibatches drawn by `rng`."""
+    settings = workspace.settings.fitness
+    return MinibatchFitness(
+        workspace.evaluator,
+        workspace.search_tokens,
+        rng=rng,
+        measure=make_measure(settings),
+        chunk_tokens=settings.chunk_tokens,
+        batch_tokens=settings.max_tokens_in_flight,
+    )
+
+
+def build_database(workspace: Workspace) -> None:
+    """Stage `database`: build what is missing of the level database, or reuse it."""
+    started = time.monotonic()
+    database, _ = workspace.database, workspace.budget
+    result = _result(workspace.run_dir)
+    result["database"] = {
+        "path": str(database.folder),
+        "bytes": database.num_bytes,
+        "seconds": time.monotonic() - started,
+        "reused": workspace.database_reused,
+    }
+    write_json(workspace.run_dir / "result.json", result)
+
+
+def find_baselines(workspace: Workspace) -> None:
+    """Stage `baselines`: find the genomes that the search is compared with."""
+    path = workspace.run_dir / "baselines.json"
+    if path.exists():
+        logger.info("baselines: already found in %s", path)
+        return
+    settings = workspace.settings.baselines
+    space, budget = workspace.database.space, workspace.budget
+    found: dict[str, Genome] = {}
+    if "uniform" in settings.names:
+        nearest = {level.cost / unit.size for unit in space.units for level in unit.levels}
+        target = budget.total / space.size
+        below = max((cost for cost in nearest if cost <= target), default=None)
+        above = min((cost for cost in nearest if cost > target), default=None)
+        uniform = uniform_genomes(space)
+        found |= {name: genome for name, genome in uniform.items() if space.cost(genome) / space.size in (above, below)}
+    if "best_of_random" in settings.names:
+        logger.info("best of %d random: %d tokens each", settings.num_random, settings.random_tokens)
+        genome, _ = best_of_random(
+            space,
+            budget,
+            make_fitness(workspace, workspace.rng["random_minibatch"]),
+            num_candidates=settings.num_random,
+            tokens=settings.random_tokens,
+            rng=workspace.rng["random"],
+        )
+        found[f"best_of_{settings.num_random}"] = genome
+    if "dp" in settings.names:
+        found["dp"] = dynamic_programming(space, budget, workspace.database.errors)
+    write_json(path, {"schema": 1, "database": workspace.database.fingerprint, "genomes": {n: list(g) for n, g in found.items()}})
+
+
+def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> None:
+    """Stage `search`: the evolutionary search, a record and a checkpoint per generation; goes on where an earlier run stopped."""
+    run_dir, database = workspace.run_dir, workspace.database
+    evolution = Evolution(
+        database.space,
+        workspace.budget,
+        settings,
+        rng_initial=workspace.rng["initial"],
+        rng_mutation=workspace.rng["mutation"],
+    )
+    metrics, state_path = run_dir / "metrics.jsonl", run_dir / "state.json"
+    seconds_before = 0.0
+    if state_path.exists():
+        state = read_json(state_path)
+        if state.get("database") != database.fingerprint:
+            raise EvoPressError(
+                f"the search in {run_dir} was made with level database {state.get('database')}, this one is {database.fingerprint}: "
+                "start a new run, or give the settings that it had"
+            )
+        evolution.restore(state["evolution"])
+        workspace.rng["minibatch"].bit_generator.state = state["rng_minibatch"]
+        seconds_before = float(state["seconds"])
+        truncate_records(metrics, evolution.generation - 1)
+        logger.info("search: going on at generation %d of %d", evolution.generation, settings.generations)
+    else:
+        metrics.unlink(missing_ok=True)
+    if not evolution.finished:
+        logger.info(
+            "search: %d generations, λ = %d, %.2f M candidate tokens in all",
+            settings.generations,
+            settings.num_offspring,
+            search_cost(workspace.settings.search) / 1e6,
+        )
+        fitness = make_fitness(workspace, workspace.rng["minibatch"])
+        started = time.monotonic()
+
+        def finish_generation(record: GenerationRecord) -> None:
+            seconds = seconds_before + time.monotonic() - started
+            entry = {"schema": 1, **record.to_dict(), "seconds": seconds}
+            every = workspace.settings.evaluation.every
+            if every and (record.generation % every == 0 or evolution.finished):
+                entry["held_out"] = _held_out(workspace, record.genome)
+            append_record(metrics, entry)
+            write_json(
+                state_path,
+                {
+                    "schema": 1,
+                    "database": database.fingerprint,
+                    "evolution": evolution.state(),
+                    "rng_minibatch": workspace.rng["minibatch"].bit_generator.state,
+                    "seconds": seconds,
+                },
+            )
+            tracker.log(_metrics(entry), generation=record.generation)
+            _say(entry, settings.generations, seconds - seconds_before, first=first)
+
+        first = evolution.generation
+        if evolution.initial_record is not None:
+            finish_generation(evolution.initial_record)
+        while not evolution.finished:
+            question = evolution.ask()
+            record = evolution.tell(fitness(question.genomes, tokens=question.tokens))
+            if record is not None:
+                finish_generation(record)
+    write_genome(
+        run_dir / "genome.json",
+        run_dir / "genome.txt",
+        space=database.space,
+        genome=evolution.parent,
+        database=database.fingerprint,
+        budget=workspace.budget,
+    )
+
+
+def _held_out(workspace: Workspace, genome: Genome) -> dict[str, Any]:
+    """Measure a genome on the first held-out tokens of the run's own text."""
+    name, sequences = next(iter(workspace.evaluation_data.items()))
+    rows = max(workspace.settings.evaluation.every_tokens // sequences.shape[1], 1)
+    score = measure_held_out(workspace.evaluator, [genome], sequences[:rows], **_batching(workspace))[0]
+    return {"kl": score.kl, "perplexity": {name: score.perplexity}, "top1_agreement": score.top1_agreement}
+
+
+def _batching(workspace: Workspace) -> dict[str, int]:
+    fitness = workspace.settings.fitness
+    return {"batch_tokens": fitness.max_tokens_in_flight, "chunk_tokens": fitness.chunk_tokens}
+
+
+def _metrics(entry: dict[str, Any]) -> dict[str, float]:
+    """Pick what a tracker draws out of a record."""
+    numbers = {
+        "fitness": entry["fitness"],
+        "parent_fitness": entry["parent_fitness"],
+        "accepted": float(entry["accepted"]),
+        "tokens": entry["tokens"],
+        "evaluations": entry["evaluations"],
+        "seconds": entry["seconds"],
+        "cost": entry["cost"],
+    }
+    held_out = entry.get("held_out", {})
+    numbers |= {f"held_out/{key}": held_out.get(key) for key in ("kl", "top1_agreement")}
+    numbers |= {f"held_out/ppl_{name}": value for name, value in held_out.get("perplexity", {}).items()}
+    return {key: value for key, value in numbers.items() if value is not None}
+
+
+def _say(entry: dict[str, Any], generations: int, seconds: float, *, first: int) -> None:
+    """Log one line about a generation, with the time that is left."""
+    generation = entry["generation"]
+    done = generation - first + 1
+    parts = [f"generation {generation:>3} of {generations}"]
+    if entry["fitness"] is not None:
+        parts.append(f"fitness {entry['fitness']:.4f}" + (" (new)" if entry["accepted"] else ""))
+    if "held_out" in entry:
+        parts.append(f"held-out KL {entry['held_out']['kl']:.4f}")
+    if generation < generations:
+        parts.append(f"{duration(seconds / done * (generations - generation))} left")
+    logger.info("%s", ", ".join(parts))
+
+
+def evaluate(workspace: Workspace, tracker: Tracker) -> None:
+    """Stage `evaluate`: measure the dense model, the baselines and the found genome, read back from its file, on held-out text."""
+    run_dir, database = workspace.run_dir, workspace.database
+    space = database.space
+    genomes: dict[str, Genome | None] = {"dense": None}
+    if (run_dir / "baselines.json").exists():
+        stored = read_json(run_dir / "baselines.json")
+        if stored.get("database") != database.fingerprint:
+            raise EvoPressError(f"the baselines in {run_dir} were found with another level database: remove baselines.json and start again")
+        genomes |= {name: space.check(genome) for name, genome in stored["genomes"].items()}
+    if (run_dir / "genome.json").exists():
+        genomes["evopress"] = read_genome(run_dir / "genome.json", space, database=database.fingerprint)
+    data_sets = workspace.evaluation_data
+    count = sum(sequences.numel() for sequences in data_sets.values())
+    logger.info("evaluation: %d models on %d tokens of %s", len(genomes), count, ", ".join(data_sets))
+    scores = scores_by_data_set(workspace.evaluator, genomes, data_sets, **_batching(workspace))
+    itemsize = workspace.blocks.dtype.itemsize
+    rows = []
+    for name, genome in genomes.items():
+        measured = scores[name]
+        tokens = {data_set: score.num_tokens for data_set, score in measured.items()}
+        weights = {data_set: count / sum(tokens.values()) for data_set, count in tokens.items()}
+        if genome is None:
+            costs, stored_bits = workspace.method.dense_costs(8 * itemsize), 8 * itemsize * space.size
+        else:
+            costs, stored_bits = workspace.method.costs(space, genome), space.stored_bits(genome)
+        rows.append(
+            {
+                "name": name,
+                **costs,
+                "bytes": workspace.other_bytes + (stored_bits + 7) // 8,
+                "kl": sum(weights[data_set] * score.kl for data_set, score in measured.items()),
+                "top1_agreement": sum(weights[data_set] * score.top1_agreement for data_set, score in measured.items()),
+                "perplexity": {data_set: score.perplexity for data_set, score in measured.items()},
+                "kl_by_data_set": {data_set: score.kl for data_set, score in measured.items()},
+            }
+        )
+    result = {"schema": 1, "rows": rows}
+    records = read_records(run_dir / "metrics.jsonl")
+    if records:
+        result["search"] = {key: records[-1][key] for key in ("tokens", "seconds", "evaluations")}
+        result["search"]["generations"] = records[-1]["generation"]
+    result |= {key: value for key, value in _result(run_dir).items() if key not in result}
+    result["memory"] = workspace.memory()
+    write_json(run_dir / "result.json", result)
+    frame = tables.results_frame(rows)
+    tracker.table("results", list(frame.columns), frame.to_numpy().tolist())
+
+
+def export(workspace: Workspace, *, command: str) -> None:
+    """Stage `export`: write the found genome as a checkpoint that transformers loads."""
+    run_dir, database = workspace.run_dir, workspace.database
+    if not (run_dir / "genome.json").exists():
+        raise EvoPressError(f"there is no genome.json in {run_dir} to export: run the stage search first")
+    genome = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
+    folder = export_checkpoint(
+        run_dir / "checkpoint",
+        live=workspace.live,
+        model=workspace.pretrained.model,
+        tokenizer=workspace.pretrained.tokenizer,
+        genome=genome,
+        genome_files=(run_dir / "genome.json", run_dir / "genome.txt"),
+        provenance={
+            "schema": 1,
+            "made_by": "evopress",
+            "command": command,
+            "base_model": workspace.pretrained.name,
+            "base_model_digest": workspace.pretrained.digest,
+            "level_database": database.fingerprint,
+            "recipe": database.manifest["recipe"],
+            **workspace.method.costs(database.space, genome),
+        },
+    )
+    logger.info("checkpoint: %s", folder)
+
+
+def report(
+    workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], command: str, environment: dict[str, Any]
+) -> None:
+    """Stage `report`: tables, figures and one HTML page; prints the table."""
+    run_dir, database = workspace.run_dir, workspace.database
+    result, records = _result(run_dir), read_records(run_dir / "metrics.jsonl")
+    rows = result.get("rows", [])
+    genome = None
+    pictures: list[Path] = []
+    if records:
+        fitness = workspace.settings.fitness.name
+        baselines = {row["name"]: row["kl"] for row in rows if row["name"] not in ("dense", "evopress") and row.get("kl") is not None}
+        pictures += figures.convergence(records, run_dir / "figures", baselines, fitness=fitness)
+    if (run_dir / "genome.json").exists():
+        genome = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
+        stored = read_json(run_dir / "baselines.json")["genomes"] if (run_dir / "baselines.json").exists() else {}
+        others = {name: tuple(g) for name, g in stored.items() if not name.startswith("uniform")}
+        pictures += figures.level_heatmap(database.space, genome, run_dir / "figures")
+        pictures += figures.level_profile(database.space, {**others, "evopress": genome}, run_dir / "figures")
+    if rows:
+        tables.write_tables(rows, run_dir)
+    checkpoint = run_dir / "checkpoint"
+    write_report(
+        run_dir / "report.html",
+        title=f"{workspace.pretrained.name}, {workspace.method.settings.name} {workspace.budget.target:g} {workspace.budget.measure}",
+        config=config,
+        result={**result, "checkpoint": str(checkpoint)} if checkpoint.is_dir() else result,
+        records=records,
+        space=database.space,
+        genome=genome,
+        figures=pictures,
+        command=command,
+        environment=environment,
+    )
+    for path in pictures:
+        if path.suffix == ".png":
+            tracker.figure(path.stem, path)
+    files = [run_dir / name for name in ("genome.json", "genome.txt", "result.json") if (run_dir / name).exists()]
+    tracker.artifact(f"genome-{database.fingerprint}", "genome", files)
+    if rows:
+        print(f"\n{tables.format_table(rows)}\n\n{headline(rows)}", flush=True)
+    print(f"report: {run_dir / 'report.html'}", flush=True)
+
+
+def _result(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "result.json"
+    return read_json(path) if path.exists() else {"schema": 1}

@@ -1,0 +1,165 @@
+"""Lay out the rows of `result.json` as tables: a data frame, CSV, Markdown, and text for the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evopress.reporting.records import write_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = Mapping[str, Any]
+
+_NAMES = {"dp": "DP", "evopress": "EvoPress", "owl": "OWL", "shortgpt": "ShortGPT"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the results: a number for each row, or None where it does not apply."""
+
+    header: str
+    values: tuple[float | None, ...]
+    show: Callable[[float], str]
+    best: Callable[[Iterable[float]], float] | None = None
+    """`min` or `max` where the column is a quality; None where it is a size."""
+
+    def cell(self, row: int) -> str:
+        """Show one value with sensible digits; a missing one is blank."""
+        value = self.values[row]
+        return "" if value is None else self.show(value)
+
+
+def display_name(name: str) -> str:
+    """Return a row's name as people read it: "best_of_32" becomes "best of 32"."""
+    return _NAMES.get(name, name.replace("_", " "))
+
+
+def number(value: Any) -> float | None:
+    """Return a finite number as it is and anything else as None."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """Show a number with so many significant digits: 0.81234 is "0.8123"."""
+    if value == 0 or not 1e-6 <= abs(value) < 1e6:
+        return f"{value:.{digits}g}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def results_columns(rows: Sequence[Row]) -> list[Column]:
+    """Return the columns that at least one row has a number for, in reading order."""
+
+    def column(
+        header: str,
+        value: Callable[[Row], Any],
+        show: Callable[[float], str],
+        best: Callable[[Iterable[float]], float] | None = None,
+    ) -> Column:
+        return Column(header, tuple(number(value(row)) for row in rows), show, best)
+
+    columns = [
+        column("bits per weight", lambda row: row.get("bits_per_weight"), "{:.3f}".format),
+        column("bits per weight with metadata", lambda row: row.get("bits_per_weight_with_metadata"), "{:.3f}".format),
+        column("sparsity", lambda row: row.get("sparsity"), "{:.3f}".format),
+        column("modules dropped", lambda row: row.get("modules_dropped"), "{:.0f}".format),
+        column("size MB", lambda row: _megabytes(row.get("bytes")), "{:.1f}".format),
+        column("held-out KL", lambda row: row.get("kl"), significant, min),
+        column("top-1 agreement", lambda row: row.get("top1_agreement"), "{:.4f}".format, max),
+    ]
+    for data_set in _inner_keys(rows, "perplexity"):
+        columns.append(
+            column(f"ppl {data_set}", partial(_inner, outer="perplexity", key=data_set), "{:.2f}".format, min)
+        )
+    for task in _inner_keys(rows, "zero_shot"):
+        columns.append(column(f"zero-shot {task}", partial(_inner, outer="zero_shot", key=task), "{:.4f}".format, max))
+    return [column for column in columns if any(value is not None for value in column.values)]
+
+
+def results_frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return the rows as a data frame: `name`, then one column per measure in full precision, NaN where it is missing.
+
+    Units: sizes in MB (10^6 bytes), KL in nats per token, agreement and accuracies in [0, 1].
+    """
+    import pandas as pd
+
+    data: dict[str, Any] = {"name": [str(row.get("name", "")) for row in rows]}
+    data.update(
+        (column.header, pd.Series([math.nan if value is None else value for value in column.values], dtype=float))
+        for column in results_columns(rows)
+    )
+    return pd.DataFrame(data)
+
+
+def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write `results.csv` (full precision, for programs) and `results.md` (rounded, for people); return their paths."""
+    columns = results_columns(rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["name", *(column.header for column in columns)])
+    for index, row in enumerate(rows):
+        values = [column.values[index] for column in columns]
+        writer.writerow([row.get("name", ""), *("" if value is None else value for value in values)])
+    paths = [Path(folder) / "results.csv", Path(folder) / "results.md"]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(paths[0], text.getvalue().encode())
+    write_bytes(paths[1], _markdown(rows, columns).encode())
+    return paths
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """Return the rows as aligned plain text, long headers wrapped, without a newline at the end."""
+    columns = results_columns(rows)
+    cells = [[display_name(str(row.get("name", ""))), *(c.cell(i) for c in columns)] for i, row in enumerate(rows)]
+    headers = [textwrap.wrap(header, 12) for header in ("name", *(column.header for column in columns))]
+    height = max(len(header) for header in headers)
+    padded = [[""] * (height - len(header)) + header for header in headers]
+    lines = [list(line) for line in zip(*padded, strict=True)]
+    widths = [max(len(line[column]) for line in lines + cells) for column in range(len(headers))]
+
+    def aligned(line: Sequence[str]) -> str:
+        numbers = (f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        return "  ".join([f"{line[0]:<{widths[0]}}", *numbers]).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([*map(aligned, lines), rule, *map(aligned, cells)])
+
+
+def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    lines = [
+        ["name", *(column.header for column in columns)],
+        ["---", *("---:" for _ in columns)],
+        *([display_name(str(row.get("name", ""))), *(c.cell(i) for c in columns)] for i, row in enumerate(rows)),
+    ]
+    return "".join("| " + " | ".join(_no_pipes(cell) for cell in line) + " |\n" for line in lines)
+
+
+def _no_pipes(cell: str) -> str:
+    return " ".join(cell.split()).replace("|", "\\|")
+
+
+def _megabytes(value: Any) -> float | None:
+    count = number(value)
+    return None if count is None else count / 1e6
+
+
+def _inner(row: Row, outer: str, key: str) -> Any:
+    values = row.get(outer)
+    return values.get(key) if isinstance(values, Mapping) else None
+
+
+def _inner_keys(rows: Sequence[Row], outer: str) -> list[str]:
+    """Return the keys of a nested mapping over all rows, in order of first appearance."""
+    found = [row[outer] for row in rows if isinstance(row.get(outer), Mapping)]
+    return list(dict.fromkeys(key for values in found for key in values))

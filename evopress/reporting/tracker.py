@@ -1,0 +1,227 @@
+"""Send a run's numbers, tables and figures to an experiment tracker: Weights & Biases, or nothing at all.
+
+A tracker is a spectator: it asks no questions, keeps nobody waiting, and its failures never end a run.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+from urllib.parse import urlsplit
+
+from evopress.errors import EvoPressError
+from evopress.reporting.records import plain
+
+Mode = Literal["online", "offline", "disabled"]
+
+_MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+
+_log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """What follows a run. The calls come in this order: `start`, then any of the others, `finish` last."""
+
+    def start(
+        self, *, config: dict[str, Any], run_dir: Path, name: str | None, group: str | None, tags: Sequence[str]
+    ) -> None:
+        """Open the tracker's run, described by the composed config."""
+
+    def log(self, metrics: Mapping[str, float], *, generation: int) -> None:
+        """Record numbers of one generation; `tokens` and `seconds` among them are further x axes."""
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Record a table."""
+
+    def figure(self, name: str, path: Path) -> None:
+        """Record a figure, a PNG file."""
+
+    def artifact(self, name: str, type: str, paths: Sequence[Path]) -> None:
+        """Record files under one name; they must stay as they are until `finish`."""
+
+    def finish(self) -> None:
+        """Close the tracker's run."""
+
+
+class NullTracker:
+    """Follow nothing: costs nothing and imports nothing."""
+
+    def start(
+        self, *, config: dict[str, Any], run_dir: Path, name: str | None, group: str | None, tags: Sequence[str]
+    ) -> None:
+        pass
+
+    def log(self, metrics: Mapping[str, float], *, generation: int) -> None:
+        pass
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        pass
+
+    def figure(self, name: str, path: Path) -> None:
+        pass
+
+    def artifact(self, name: str, type: str, paths: Sequence[Path]) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class WandbTracker:
+    """Follow a run in Weights & Biases; its files go to `wandb/` in the run folder.
+
+    The first failure is logged as a warning and turns the tracker off.
+
+    Args:
+        mode: None takes WANDB_MODE from the environment, else online. Online without an API key becomes offline.
+        project, entity: where the run appears; None leaves it to the environment's or the account's default.
+        init_timeout: seconds that opening the run may take.
+        finish_timeout: seconds that the last upload may take; what is not sent by then stays in the run folder.
+
+    Raises: EvoPressError if the mode is unknown.
+    """
+
+    def __init__(
+        self,
+        mode: Mode | None = None,
+        project: str | None = None,
+        entity: str | None = None,
+        *,
+        init_timeout: float = 60.0,
+        finish_timeout: float = 120.0,
+    ) -> None:
+        if mode is not None and mode not in get_args(Mode):
+            raise EvoPressError(f"tracker mode {mode!r} is unknown: choose one of {', '.join(get_args(Mode))}")
+        self.mode = mode
+        self.project = project
+        self.entity = entity
+        self.init_timeout = init_timeout
+        self.finish_timeout = finish_timeout
+        self._wandb: Any = None
+        self._run: Any = None
+        self._borrowed: list[str] = []
+
+    def start(
+        self, *, config: dict[str, Any], run_dir: Path, name: str | None, group: str | None, tags: Sequence[str]
+    ) -> None:
+        mode = self._resolve_mode()
+        if mode != "disabled":
+            self._try("start", lambda: self._start(mode, config, run_dir, name, group, tags))
+
+    def log(self, metrics: Mapping[str, float], *, generation: int) -> None:
+        if self._run is not None:
+            self._try("log", lambda: self._run.log({**metrics, "generation": generation}))
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        if self._run is not None:
+            self._try("log a table", lambda: self._run.log({name: self._table(columns, rows)}))
+
+    def figure(self, name: str, path: Path) -> None:
+        if self._run is not None:
+            self._try("log a figure", lambda: self._run.log({name: self._wandb.Image(str(path))}))
+
+    def artifact(self, name: str, type: str, paths: Sequence[Path]) -> None:
+        if self._run is not None:
+            self._try("log an artifact", lambda: self._log_artifact(name, type, paths))
+
+    def finish(self) -> None:
+        if self._run is not None:
+            self._try("finish", lambda: self._run.finish())
+        self._run = None
+        for variable in self._borrowed:
+            os.environ.pop(variable, None)
+        self._borrowed.clear()
+
+    def _resolve_mode(self) -> Mode:
+        wanted = self.mode or os.environ.get("WANDB_MODE", "").strip().lower()
+        mode: Mode = _MODES.get(wanted, "online")
+        if mode == "online" and not _has_key():
+            _log.info("no Weights & Biases API key was found: the run is tracked offline; send it with `wandb sync`")
+            return "offline"
+        return mode
+
+    def _start(
+        self,
+        mode: Mode,
+        config: dict[str, Any],
+        run_dir: Path,
+        name: str | None,
+        group: str | None,
+        tags: Sequence[str],
+    ) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        folder = str(run_dir.resolve() / "wandb")
+        # What no setting of wandb's says: files that it would keep in the home folder, and its login's greeting.
+        for variable, value in {"WANDB_DATA_DIR": folder, "WANDB_CACHE_DIR": folder, "WANDB_SILENT": "true"}.items():
+            if variable not in os.environ:
+                os.environ[variable] = value
+                self._borrowed.append(variable)
+        import wandb
+
+        settings = wandb.Settings(
+            init_timeout=self.init_timeout,
+            login_timeout=self.init_timeout,
+            finish_timeout=self.finish_timeout,
+            silent=True,
+            console="off",
+            # The run folder has the revision already; nobody's uncommitted code is sent anywhere.
+            disable_code=True,
+            disable_git=True,
+        )
+        run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            name=name,
+            group=group,
+            tags=list(tags) or None,
+            config=plain(config),
+            dir=str(run_dir),
+            mode=mode,
+            reinit="finish_previous",  # the runs of a sweep share one process
+            settings=settings,
+        )
+        self._wandb, self._run = wandb, run
+        for axis in ("generation", "tokens", "seconds"):
+            run.define_metric(axis)
+        run.define_metric("*", step_metric="generation")
+
+    def _table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+        data = [plain(row) for row in rows]
+        return self._wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
+
+    def _log_artifact(self, name: str, type: str, paths: Sequence[Path]) -> None:
+        artifact = self._wandb.Artifact(re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)[:128], type=type)
+        for path in paths:
+            artifact.add_file(str(path), policy="immutable", skip_cache=True)  # sent from where it lies
+        self._run.log_artifact(artifact)
+
+    def _try(self, what: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (Exception, SystemExit) as error:  # whatever goes wrong there, the run goes on
+            self._run = None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _log.warning(
+                "Weights & Biases failed to %s (%s: %s): the run goes on without it", what, type(error).__name__, reason
+            )
+
+
+def _has_key() -> bool:
+    """Tell if wandb can log in by itself, so that it never has to ask."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        try:
+            login = netrc.netrc(str(path)).hosts.get(host)
+        except (OSError, netrc.NetrcParseError):
+            continue
+        if login is not None and login[2]:
+            return True
+    return False

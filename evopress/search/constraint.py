@@ -1,0 +1,180 @@
+"""Which exchanges of levels keep the budget: the rules behind the config word `exchange`.
+
+Source: paper, section 3 (level-switch mutation) and 4.3 (switches only between equal sizes). A step is the move of one
+unit by one level; its cost is the difference of the two levels' costs. Nothing here knows what a level means, so the same
+rules serve bit widths, sparsities and dropped modules.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from evopress.errors import EvoPressError
+from evopress.units import Budget, Space, Unit
+
+
+class Exchange(Protocol):
+    """Exchange levels between units without ever exceeding the budget."""
+
+    def __call__(self, levels: list[int], num_switches: int, rng: np.random.Generator) -> bool:
+        """Apply switches to `levels` in place; False if one was not found (`levels` is then of no use)."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Cost of every step, as `table[unit][level]`; 0 where the level has no such neighbour."""
+
+    less: tuple[tuple[int, ...], ...]
+    """Cost added by going one level less compressed (to `level - 1`)."""
+    more: tuple[tuple[int, ...], ...]
+    """Cost released by going one level more compressed (to `level + 1`)."""
+
+    @classmethod
+    def of(cls, space: Space) -> StepCosts:
+        """Tabulate the steps of a space."""
+        costs = [[level.cost for level in unit.levels] for unit in space.units]
+        steps = [tuple(a - b for a, b in itertools.pairwise(unit)) for unit in costs]
+        return cls(less=tuple((0, *step) for step in steps), more=tuple((*step, 0) for step in steps))
+
+
+class GroupSwitch:
+    """Switch one level between two units of one group whose steps cost the same; the cost stays exactly as it was.
+
+    Source: paper, sections 3 and 4.3; the authors' groups. A group is drawn with probability proportional to its number of
+    units, in it a unit that can be compressed more, then one that can be compressed less. Differs from the authors' code: the
+    two are never the same unit.
+    """
+
+    max_attempts = 8
+    """Draws before all switches are listed and one of them is drawn uniformly (only where most groups are stuck)."""
+
+    def __init__(self, space: Space, key: Callable[[Unit], Hashable]) -> None:
+        self._steps = StepCosts.of(space)
+        groups: dict[Hashable, list[int]] = {}
+        for index, unit in enumerate(space.units):
+            groups.setdefault(key(unit), []).append(index)
+        self._group_of = [groups[key(unit)] for unit in space.units]
+
+    def __call__(self, levels: list[int], num_switches: int, rng: np.random.Generator) -> bool:
+        return all(self._switch(levels, rng) for _ in range(num_switches))
+
+    def _switch(self, levels: list[int], rng: np.random.Generator) -> bool:
+        more = self._steps.more
+        for _ in range(self.max_attempts):
+            group = self._group_of[rng.integers(len(levels))]  # a uniform unit's group: probability by number of units
+            givers = [i for i in group if more[i][levels[i]]]
+            if givers and (takers := self._takers(levels, giver := _draw(givers, rng))):
+                taker = _draw(takers, rng)
+                break
+        else:
+            pairs = [(i, j) for i, level in enumerate(levels) if more[i][level] for j in self._takers(levels, i)]
+            if not pairs:
+                return False
+            giver, taker = pairs[rng.integers(len(pairs))]
+        levels[giver] += 1
+        levels[taker] -= 1
+        return True
+
+    def _takers(self, levels: list[int], giver: int) -> list[int]:
+        """List the units of the giver's group that can take exactly what the giver's step releases."""
+        less, released = self._steps.less, self._steps.more[giver][levels[giver]]
+        return [j for j in self._group_of[giver] if less[j][levels[j]] == released and j != giver]
+
+
+class ExactExchange:
+    """Move one unit one level and others, of any size, one level the other way, so that the cost stays as it was.
+
+    A switch between two equal steps is the smallest case; one unit of 884,736 weights against eight of 110,592 is another. So
+    the split of the budget between sizes can change, which groups by size freeze at the initial genome. Whether the one unit
+    is compressed more or less is a fair coin's choice.
+    """
+
+    max_attempts = 50
+    """Draws of (direction, unit, order of the others) for one exchange."""
+
+    def __init__(self, space: Space) -> None:
+        self._steps = StepCosts.of(space)
+
+    def __call__(self, levels: list[int], num_switches: int, rng: np.random.Generator) -> bool:
+        return all(self._exchange(levels, rng) for _ in range(num_switches))
+
+    def _exchange(self, levels: list[int], rng: np.random.Generator) -> bool:
+        for _ in range(self.max_attempts):
+            compress = rng.random() < 0.5
+            own, others = (self._steps.more, self._steps.less) if compress else (self._steps.less, self._steps.more)
+            movable = [i for i, level in enumerate(levels) if own[i][level]]
+            if not movable:
+                continue
+            unit = _draw(movable, rng)
+            partners, missing = [], own[unit][levels[unit]]
+            # What fits in random order: the same as drawing again and again among the units that still fit.
+            for i in rng.permutation(len(levels)).tolist():
+                step = others[i][levels[i]]
+                if 0 < step <= missing and i != unit:
+                    partners.append(i)
+                    missing -= step
+                    if not missing:
+                        sign = 1 if compress else -1
+                        levels[unit] += sign
+                        for partner in partners:
+                            levels[partner] -= sign
+                        return True
+        return False
+
+
+class RepairedExchange:
+    """Make random units one level less compressed, then random units one level more compressed until the budget is met.
+
+    Source: the authors' `group_rule=none`. Slack that earlier generations left may be used up. Differs from the authors' code:
+    no limit on the ratio of what is added to what is removed, since the cost stays within one step of the budget by itself.
+    """
+
+    def __init__(self, space: Space, budget: Budget) -> None:
+        self._costs = [[level.cost for level in unit.levels] for unit in space.units]
+        self._steps = StepCosts.of(space)
+        self._budget = budget.total
+
+    def __call__(self, levels: list[int], num_switches: int, rng: np.random.Generator) -> bool:
+        less, more = self._steps.less, self._steps.more
+        cost = sum(costs[level] for costs, level in zip(self._costs, levels, strict=True))
+        for _ in range(num_switches):
+            movable = [i for i, level in enumerate(levels) if less[i][level]]
+            if not movable:
+                return False
+            unit = _draw(movable, rng)
+            cost += less[unit][levels[unit]]
+            levels[unit] -= 1
+        while cost > self._budget:  # ends: every turn compresses a unit
+            movable = [i for i, level in enumerate(levels) if more[i][level]]
+            if not movable:
+                return False
+            unit = _draw(movable, rng)
+            cost -= more[unit][levels[unit]]
+            levels[unit] += 1
+        return True
+
+
+EXCHANGES: dict[str, Callable[[Space, Budget], Exchange]] = {
+    "size": lambda space, budget: GroupSwitch(space, lambda unit: unit.size),
+    "name": lambda space, budget: GroupSwitch(space, lambda unit: unit.kind),
+    "any": lambda space, budget: ExactExchange(space),
+    "none": RepairedExchange,
+}
+"""The values of `exchange`: between units of equal size, of equal kind, any that balance exactly, any repaired to fit."""
+
+
+def make_exchange(name: str, space: Space, budget: Budget) -> Exchange:
+    """Build the exchange rule of this name; raise EvoPressError if there is none."""
+    if name not in EXCHANGES:
+        raise EvoPressError(f'exchange "{name}" is unknown: choose one of {", ".join(EXCHANGES)}')
+    return EXCHANGES[name](space, budget)
+
+
+def _draw(items: list[int], rng: np.random.Generator) -> int:
+    return items[rng.integers(len(items))]

@@ -1,0 +1,248 @@
+"""The (1 + lambda) evolutionary algorithm with level-switch mutation and multi-step selection, as ask and tell.
+
+Source: paper, Algorithm 1. The search asks for fitnesses and is told them; who evaluates, and how, is not its business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from evopress.errors import EvoPressError
+from evopress.search.initial import random_mixes, uniform_genome
+from evopress.search.mutation import LevelSwitch, Mutation, offspring
+from evopress.search.record import GenerationRecord, StageRecord
+from evopress.search.selection import Stage, check_stages, select_fittest
+from evopress.units import Budget, Genome, Space
+
+
+class Fitness(Protocol):
+    """Score genomes; lower is better."""
+
+    def __call__(self, genomes: Sequence[Genome], *, tokens: int) -> list[float]:
+        """Score all genomes on one fresh minibatch of `tokens` tokens, the same for all; drawing it is done here."""
+        ...
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """The numbers of a search (paper, Table 8)."""
+
+    generations: int
+    num_offspring: int
+    stages: tuple[Stage, ...]
+    initial_candidates: int
+    """Random mixes to start from where the target is not a level."""
+    initial_tokens: int
+    """Tokens to choose among them."""
+    max_switches: int
+    distribution: str
+    """A name in `mutation.DISTRIBUTIONS`."""
+    exchange: str
+    """A name in `constraint.EXCHANGES`."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("generations", 0), ("num_offspring", 1), ("initial_candidates", 1), ("initial_tokens", 1)):
+            if getattr(self, name) < least:
+                raise EvoPressError(f"{name} is {getattr(self, name)}: the search needs at least {least}")
+        check_stages(self.stages, self.num_offspring)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Genomes whose fitness the search asks for, all on the same minibatch."""
+
+    genomes: tuple[Genome, ...]
+    tokens: int
+    stage: int
+    """Index of the stage; -1 is the choice of the initial genome."""
+
+
+class Evolution:
+    """The state of a search, between `ask` and `tell`.
+
+    Args:
+        space: units and levels.
+        budget: the cost that no genome exceeds.
+        settings: the numbers of the search.
+        rng_initial: draws the initial candidates and nothing else.
+        rng_mutation: draws the offspring and nothing else.
+        mutation: makes an offspring; by default the `LevelSwitch` that the settings describe.
+
+    Raises: EvoPressError if the budget cannot be met or a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        budget: Budget,
+        settings: SearchSettings,
+        *,
+        rng_initial: np.random.Generator,
+        rng_mutation: np.random.Generator,
+        mutation: Mutation | None = None,
+    ) -> None:
+        budget.check(space)
+        self._space, self._budget, self._settings = space, budget, settings
+        self._rng_initial, self._rng_mutation = rng_initial, rng_mutation
+        self._mutation = mutation or LevelSwitch(
+            space,
+            budget,
+            exchange=settings.exchange,
+            max_switches=settings.max_switches,
+            distribution=settings.distribution,
+        )
+        self._generation = 0  # the one that is asked about next
+        self._parent: Genome | None = None
+        self._tokens = self._evaluations = 0
+        self._question: Question | None = None
+        self._stages: list[StageRecord] = []
+        self.initial_record: GenerationRecord | None = None
+        """The record of generation 0 where it needs no evaluation because the target is a level."""
+        if (uniform := uniform_genome(space, budget)) is not None:
+            self.initial_record = self._finish(uniform, fitness=None, accepted=False, parent_fitness=None)
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether all generations are done."""
+        return self._generation > self._settings.generations
+
+    @property
+    def generation(self) -> int:
+        """Number of the generation that is asked about next; 0 is the choice of the initial genome."""
+        return self._generation
+
+    @property
+    def parent(self) -> Genome:
+        """The best genome so far; there is one once generation 0 is finished."""
+        assert self._parent is not None, "generation 0 is not finished"
+        return self._parent
+
+    def ask(self) -> Question:
+        """Return the genomes to evaluate next; the same question until it is answered by `tell`."""
+        assert not self.finished, "the search is finished"
+        if self._question is None:
+            settings = self._settings
+            if self._parent is None:
+                mixes = random_mixes(self._space, self._budget, num_candidates=settings.initial_candidates, rng=self._rng_initial)
+                self._question = Question(tuple(mixes), settings.initial_tokens, stage=-1)
+            else:
+                children = offspring(self._mutation, self._parent, settings.num_offspring, self._rng_mutation)
+                self._question = self._stage_question(0, children)
+        return self._question
+
+    def tell(self, fitnesses: Sequence[float]) -> GenerationRecord | None:
+        """Take the fitnesses of the genomes asked for, in their order; return the record when they finish a generation.
+
+        Raises: EvoPressError if their number is wrong or the best of them is not a finite number.
+        """
+        assert self._question is not None, "tell answers ask"
+        genomes, tokens, stage = self._question.genomes, self._question.tokens, self._question.stage
+        if len(fitnesses) != len(genomes):
+            raise EvoPressError(f"the fitness returned {len(fitnesses)} numbers for {len(genomes)} genomes: one for each")
+        values = tuple(float(fitness) for fitness in fitnesses)
+        survivors = select_fittest(genomes, values, 1 if stage < 0 else self._settings.stages[stage].survivors)
+        best = survivors[0]
+        if not math.isfinite(values[best]):
+            raise EvoPressError(
+                f"the best fitness of the {len(genomes)} candidates in generation {self._generation} on {tokens} tokens is "
+                f"{values[best]}, not a finite number: look at the model's outputs at these levels (overflow in half "
+                "precision, a damaged level) or raise the target"
+            )
+        self._tokens += tokens * len(genomes)
+        self._evaluations += len(genomes)
+        self._stages.append(StageRecord(tokens, len(genomes), values, tuple(survivors)))
+        if 0 <= stage < len(self._settings.stages) - 1:
+            self._question = self._stage_question(stage + 1, [genomes[i] for i in survivors])
+            return None
+        first = stage < 0
+        return self._finish(
+            genomes[best],
+            fitness=values[best],
+            accepted=not first and best != 0,
+            parent_fitness=None if first else values[0],
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return, between generations, all that `restore` needs to go on, as JSON-able values."""
+        assert self._question is None, "the state is taken between generations"
+        return {
+            "schema": 1,
+            "settings": self._identity(),
+            "generation": self._generation,
+            "parent": None if self._parent is None else list(self._parent),
+            "tokens": self._tokens,
+            "evaluations": self._evaluations,
+            "rng_initial": self._rng_initial.bit_generator.state,
+            "rng_mutation": self._rng_mutation.bit_generator.state,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same search; the number of generations alone may differ.
+
+        Both generators are set to where they were; a question that is open is dropped.
+        Raises: EvoPressError if the state is of another search.
+        """
+        if state.get("schema") != 1:
+            raise EvoPressError(f"the saved search has schema {state.get('schema')}, this version reads schema 1: start a new run")
+        saved, here = state["settings"], self._identity()
+        if saved != here:
+            changed = [f"{key} {saved.get(key)} there, {here[key]} here" for key in here if saved.get(key) != here[key]]
+            raise EvoPressError(
+                f"the saved search had other settings ({'; '.join(changed)}): resume it with its own, or start a new run"
+            )
+        self._parent = None if state["parent"] is None else self._space.check(state["parent"])
+        self._generation, self._tokens, self._evaluations = state["generation"], state["tokens"], state["evaluations"]
+        self._rng_initial.bit_generator.state = state["rng_initial"]
+        self._rng_mutation.bit_generator.state = state["rng_mutation"]
+        self._question, self._stages, self.initial_record = None, [], None
+
+    def _stage_question(self, stage: int, candidates: Sequence[Genome]) -> Question:
+        # The authors' code adds the parent by survivor count; Algorithm 1 adds it in the last stage. In front, it wins ties.
+        last = stage == len(self._settings.stages) - 1
+        genomes = (self.parent, *candidates) if last else tuple(candidates)
+        return Question(genomes, self._settings.stages[stage].tokens, stage)
+
+    def _finish(self, winner: Genome, *, fitness: float | None, accepted: bool, parent_fitness: float | None) -> GenerationRecord:
+        """Make the winner the parent, close the generation and return its record."""
+        before = winner if self._parent is None else self._parent
+        record = GenerationRecord(
+            generation=self._generation,
+            genome=winner,
+            fitness=fitness,
+            accepted=accepted,
+            parent_fitness=parent_fitness,
+            stages=tuple(self._stages),
+            switches=tuple((i, a, b) for i, (a, b) in enumerate(zip(before, winner, strict=True)) if a != b),
+            tokens=self._tokens,
+            evaluations=self._evaluations,
+            cost=self._space.cost(winner),
+        )
+        self._parent, self._question, self._stages = winner, None, []
+        self._generation += 1
+        return record
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what makes two searches the same one, as it reads back from JSON."""
+        identity = asdict(self._settings)
+        del identity["generations"]
+        identity["stages"] = [[stage.tokens, stage.survivors] for stage in self._settings.stages]
+        return identity | {"budget": self._budget.total, "units": len(self._space)}
+
+
+def run_search(
+    evolution: Evolution, fitness: Fitness, *, on_generation: Callable[[GenerationRecord], None] = lambda record: None
+) -> Genome:
+    """Run a search to its end and return the best genome; `on_generation` is called with every record."""
+    if evolution.initial_record is not None and evolution.generation == 1:
+        on_generation(evolution.initial_record)
+    while not evolution.finished:
+        question = evolution.ask()
+        record = evolution.tell(fitness(question.genomes, tokens=question.tokens))
+        if record is not None:
+            on_generation(record)
+    return evolution.parent

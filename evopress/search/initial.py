@@ -1,0 +1,76 @@
+"""The first genome: uniform where the target is a level, else random mixes of the two neighbouring levels.
+
+Source: paper, section 3 ("For initialization ...") and the sampling of Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from evopress.errors import EvoPressError
+from evopress.search.constraint import StepCosts
+from evopress.units import Budget, Genome, Space
+
+
+def uniform_genome(space: Space, budget: Budget) -> Genome | None:
+    """Return the genome with one level everywhere that costs exactly the budget; None if there is none."""
+    for level in space.units[0].levels:
+        genome = space.uniform(level.label)
+        if genome is not None and space.cost(genome) == budget.total:
+            return genome
+    return None
+
+
+def random_mix(space: Space, budget: Budget, rng: np.random.Generator) -> Genome:
+    """Draw a genome whose units sit at the two levels next to the target, within the budget.
+
+    Every unit starts at its most compressed level that is not below the budget's average cost per weight. Random units go one
+    level down, each once, until the budget is met (again and again where one level is not enough); random ones among those go
+    back up where the rest of the budget allows it. Differs from the authors' code, which leaves that rest unused.
+
+    Raises: EvoPressError if no genome meets the budget.
+    """
+    budget.check(space)
+    steps = StepCosts.of(space)
+    levels = [_neighbour_above(space, budget, index) for index in range(len(space))]
+    slack = budget.total - space.cost(levels)
+    moved: list[int] = []
+    while slack < 0:  # ends: a turn compresses every unit that can be, and the least cost is within the budget
+        for unit in rng.permutation(len(space)).tolist():
+            if slack < 0 and (step := steps.more[unit][levels[unit]]):
+                levels[unit] += 1
+                slack += step
+                moved.append(unit)
+    if not moved:  # some units have no level as dear as the average: the others may rise above theirs
+        moved = [unit for unit, level in enumerate(levels) for _ in range(level)]
+    for index in rng.permutation(len(moved)).tolist():
+        unit = moved[index]
+        if 0 < (step := steps.less[unit][levels[unit]]) <= slack:
+            levels[unit] -= 1
+            slack -= step
+    return tuple(levels)
+
+
+def random_mixes(space: Space, budget: Budget, *, num_candidates: int, rng: np.random.Generator) -> list[Genome]:
+    """Draw distinct random mixes: `num_candidates`, or what 100 + 10 * num_candidates attempts find, at least one."""
+    if num_candidates < 1:
+        raise EvoPressError(f"{num_candidates} random candidates were asked for: at least 1 is needed")
+    found: dict[Genome, None] = {}
+    for _ in range(100 + 10 * num_candidates):
+        found[random_mix(space, budget, rng)] = None
+        if len(found) == num_candidates:
+            break
+    return list(found)
+
+
+def initial_candidates(space: Space, budget: Budget, *, num_candidates: int, rng: np.random.Generator) -> list[Genome]:
+    """Return the uniform genome alone where the target is a level, else distinct random mixes (see `random_mixes`)."""
+    uniform = uniform_genome(space, budget)
+    return [uniform] if uniform is not None else random_mixes(space, budget, num_candidates=num_candidates, rng=rng)
+
+
+def _neighbour_above(space: Space, budget: Budget, index: int) -> int:
+    """Find a unit's most compressed level that costs at least the budget's average per weight; 0 if none does."""
+    unit = space.units[index]
+    dear = [i for i, level in enumerate(unit.levels) if level.cost * space.size >= budget.total * unit.size]
+    return dear[-1] if dear else 0

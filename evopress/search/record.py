@@ -1,0 +1,56 @@
+"""What one generation did, as it is written to the run's records."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from evopress.units import Genome
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage of one generation; indices count its candidates (in the last stage 0 is the parent)."""
+
+    tokens: int
+    num_candidates: int
+    fitnesses: tuple[float, ...]
+    survivors: tuple[int, ...]
+    """Indices of the candidates that went on, best first."""
+
+
+@dataclass(frozen=True)
+class GenerationRecord:
+    """One finished generation; generation 0 is the choice of the initial genome."""
+
+    generation: int
+    genome: Genome
+    """The winner: parent of the next generation."""
+    fitness: float | None
+    """Of the winner in the last stage; None where nothing was evaluated (a uniform initial genome)."""
+    accepted: bool
+    """The winner is an offspring, not the parent."""
+    parent_fitness: float | None
+    """Of the previous parent on the last stage's minibatch; None in generation 0."""
+    stages: tuple[StageRecord, ...]
+    switches: tuple[tuple[int, int, int], ...]
+    """(unit index, from level, to level) of the units in which the winner differs from the previous parent."""
+    tokens: int
+    """Tokens evaluated so far, summed over candidates."""
+    evaluations: int
+    """Candidates evaluated so far, summed over stages."""
+    cost: int
+    """Cost of the winner."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON-able values; a number that is not finite becomes None."""
+        return {key: _jsonable(value) for key, value in asdict(self).items()}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,45 @@
+"""Multi-step selection: stages with more tokens and fewer survivors each.
+
+Source: paper, section 3 and Algorithm 1 (Selection).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evopress.errors import EvoPressError
+from evopress.units import Genome
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the selection."""
+
+    tokens: int
+    """Tokens that every candidate is evaluated on."""
+    survivors: int
+    """Candidates that go on."""
+
+
+def check_stages(stages: Sequence[Stage], num_offspring: int) -> None:
+    """Raise EvoPressError unless the survivors go down from at most `num_offspring` to 1, on positive numbers of tokens."""
+    if not stages:
+        raise EvoPressError("the selection has no stage: give at least one number of tokens with 1 survivor")
+    survivors, tokens = [stage.survivors for stage in stages], [stage.tokens for stage in stages]
+    if min(tokens) < 1:
+        raise EvoPressError(f"the selection's tokens are {tokens}: every stage needs at least 1 token")
+    if min(survivors) < 1 or survivors[-1] != 1 or survivors != sorted(survivors, reverse=True):
+        raise EvoPressError(f"the selection's survivors are {survivors}: they must descend to 1 and never rise")
+    if survivors[0] > num_offspring:
+        raise EvoPressError(
+            f"the first stage keeps {survivors[0]} survivors of {num_offspring} offspring: "
+            "keep at most as many as there are offspring"
+        )
+
+
+def select_fittest(genomes: Sequence[Genome], fitnesses: Sequence[float], k: int) -> list[int]:
+    """Return the indices of the k fittest, best first; lower is better, NaN counts as +inf, of equals the first wins."""
+    keys = [math.inf if math.isnan(fitness) else fitness for _, fitness in zip(genomes, fitnesses, strict=True)]
+    return sorted(range(len(keys)), key=keys.__getitem__)[:k]

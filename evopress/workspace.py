@@ -1,0 +1,217 @@
+"""What the stages of a run share, each part made when it is first needed: model, text, level database, evaluator."""
+
+from __future__ import annotations
+
+import logging
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evopress.data.hub import c4, fineweb_edu, wikitext2
+from evopress.data.python_docs import PythonDocs
+from evopress.data.sources import TextSource
+from evopress.data.text_files import TextFiles
+from evopress.data.tokens import token_sequences, tokens_digest
+from evopress.errors import EvoPressError
+from evopress.files import make_folder
+from evopress.fitness.plain import PlainEvaluator
+from evopress.fitness.population import Evaluator, PopulationEvaluator
+from evopress.levels.build import BuildSettings, ensure_database
+from evopress.levels.live import LiveModel
+from evopress.levels.store import LevelDatabase
+from evopress.methods import make_method
+from evopress.models.blocks import BlockModel
+from evopress.models.loading import Pretrained, fetch_from_hub, find_weights, load_pretrained, pick_device
+from evopress.models.smollm2 import ensure_smollm2
+from evopress.models.tiny import ensure_tiny
+from evopress.settings import ModelSettings, RunSettings
+from evopress.units import Budget
+
+logger = logging.getLogger(__name__)
+
+_HUB_TEXT = {"wikitext2": wikitext2, "c4": c4, "fineweb_edu": fineweb_edu}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_STREAMS = ("data", "initial", "mutation", "minibatch", "random", "random_minibatch")
+
+
+def find_model(settings: ModelSettings, cache: Path) -> Path:
+    """Return the local folder of the model that the settings name, fetching it if need be.
+
+    Raises: EvoPressError if there is no such model or it cannot be fetched.
+    """
+    if settings.path is not None:
+        path = Path(settings.path).expanduser()
+        if path.exists() or not _HUB_ID.fullmatch(settings.path):
+            find_weights(path)
+            return path
+        return fetch_from_hub(settings.path, revision=settings.revision)
+    if settings.builtin == "smollm2_135m":
+        return ensure_smollm2(cache)
+    if settings.builtin == "tiny":
+        return ensure_tiny(cache)
+    raise EvoPressError(f"no model was named: give model.path (a folder or a hub id); model.builtin={settings.builtin!r} is unknown")
+
+
+class Workspace:
+    """Opens what a run's stages ask for, once."""
+
+    def __init__(self, settings: RunSettings, run_dir: Path) -> None:
+        """Check what can be checked before any model work.
+
+        Raises: EvoPressError if the target, a setting, the device or a folder does not fit.
+        """
+        self.settings = settings
+        self.run_dir = run_dir
+        self.method = make_method(settings)
+        self.device = pick_device(settings.model.device)
+        self.cache = make_folder(Path(settings.paths.cache).expanduser())
+        self.database_root = make_folder(Path(settings.level_db.root).expanduser())
+        self.database_reused = False
+        self.model_folder = find_model(settings.model, self.cache)
+        seeds = np.random.SeedSequence(settings.seed).spawn(len(_STREAMS))
+        self.rng = {name: np.random.default_rng(seed) for name, seed in zip(_STREAMS, seeds, strict=True)}
+        """One generator for each purpose, so that what one draws never changes another."""
+
+    @cached_property
+    def pretrained(self) -> Pretrained:
+        settings = self.settings.model
+        name = settings.name if settings.path is None or settings.builtin is None else None
+        pretrained = load_pretrained(
+            self.model_folder,
+            name=name or (settings.path if settings.path and not Path(settings.path).exists() else None),
+            dtype=settings.dtype,
+            attn_implementation=settings.attn_implementation,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        count = sum(parameter.numel() for parameter in pretrained.model.parameters())
+        logger.info("model: %s, %.1f M parameters, %s on %s", pretrained.name, count / 1e6, settings.dtype, self.device)
+        return pretrained
+
+    @cached_property
+    def blocks(self) -> BlockModel:
+        pretrained = self.pretrained
+        blocks = BlockModel(pretrained.model, pretrained.family, device=self.device, offload=self.settings.model.offload)
+        if self.settings.fitness.evaluator == "population":
+            blocks.self_check()
+        return blocks
+
+    def source(self, name: str) -> TextSource:
+        """Return a text source by its name in `data.source` or `evaluation.data`."""
+        data = self.settings.data
+        if name == "python_docs":
+            return PythonDocs()
+        if name in _HUB_TEXT:
+            pinned = {"revision": data.revision} if data.revision and name == data.source else {}
+            return _HUB_TEXT[name](**pinned)
+        if name == "text":
+            return TextFiles(
+                calibration=tuple(data.calibration),
+                search=tuple(data.search),
+                evaluation=tuple(data.evaluation),
+                field=data.field,
+                wikitext=data.wikitext,
+            )
+        raise EvoPressError(f"evaluation.data {name!r} is unknown: choose among python_docs, {', '.join(_HUB_TEXT)}")
+
+    def tokens(self, split: Any, num_tokens: int, source: TextSource | None = None) -> Tensor:
+        """Return token ids int64 [N, L] of a split of the run's own text, or of another source."""
+        return token_sequences(
+            source or self._own_source,
+            split,
+            self.pretrained.tokenizer,
+            sequence_length=self.settings.model.sequence_length,
+            num_tokens=num_tokens,
+            cache_dir=self.cache / "tokens",
+            separator=self.settings.model.separator,
+        )
+
+    @cached_property
+    def _own_source(self) -> TextSource:
+        return self.source(self.settings.data.source)
+
+    @cached_property
+    def evaluation_data(self) -> dict[str, Tensor]:
+        """Held-out text by data set, the run's own first."""
+        count = self.settings.data.evaluation_tokens
+        evaluation = self.settings.evaluation
+        own = self._own_source
+        sets = {own.name: self.tokens("evaluation", count)}
+        for name in evaluation.data:
+            if name not in sets:
+                sets[name] = self.tokens("evaluation", count, self.source(name))
+        for name, path in evaluation.files.items():
+            files = TextFiles(evaluation=(path,), wikitext=name in evaluation.wikitext)
+            sets[name] = self.tokens("evaluation", count, files)
+        return sets
+
+    @cached_property
+    def database(self) -> LevelDatabase:
+        """The run's level database, built first where it is missing."""
+        settings, pretrained = self.settings, self.pretrained
+        compressor = self.method.compressor()
+        tokens = self.tokens("calibration", settings.data.calibration_tokens)
+        recipe = {
+            "method": settings.method.name,
+            "model": {"digest": pretrained.digest, "dtype": settings.model.dtype, "family": pretrained.family.name},
+            "data": {
+                "tokens_sha256": tokens_digest(tokens),
+                "num_sequences": tokens.shape[0],
+                "sequence_length": tokens.shape[1],
+                "source": self._own_source.name,
+            },
+            "compressor": compressor.settings(),
+            "propagate": self.method.propagate,
+        }
+        build = BuildSettings(
+            root=self.database_root,
+            method=settings.method.name,
+            model_name=pretrained.name,
+            recipe=recipe,
+            propagate=self.method.propagate,
+            batch_tokens=settings.level_db.batch_tokens,
+            activations=settings.level_db.activations,
+        )
+        database, self.database_reused = ensure_database(build, self.blocks, tokens, compressor)
+        verb = "reused" if self.database_reused else "built"
+        logger.info("level database: %s %s (%.1f MB)", verb, database.folder, database.num_bytes / 1e6)
+        return database
+
+    @cached_property
+    def budget(self) -> Budget:
+        budget = self.method.budget(self.database.space)
+        budget.check(self.database.space)
+        return budget
+
+    @cached_property
+    def live(self) -> LiveModel:
+        return LiveModel(self.blocks, self.database, cache_bytes=self.settings.level_db.cache_bytes)
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        fitness = self.settings.fitness
+        kind = PopulationEvaluator if fitness.evaluator == "population" else PlainEvaluator
+        return kind(self.live, max_tokens_in_flight=fitness.max_tokens_in_flight)
+
+    @cached_property
+    def search_tokens(self) -> Tensor:
+        return self.tokens("search", self.settings.data.search_tokens)
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of everything that is no unit: embeddings, norms, head, each tied weight once."""
+        total = sum(parameter.numel() * parameter.element_size() for parameter in self.pretrained.model.parameters())
+        return total - self.database.space.size * self.blocks.dtype.itemsize
+
+    def memory(self) -> dict[str, int]:
+        """Return peak resident memory of the process, and of the device where there is one, in bytes."""
+        import resource
+
+        peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        if self.device.type == "cuda":
+            peak["peak_device_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return peak

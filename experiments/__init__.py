@@ -1,0 +1,1 @@
+"""Experiments: one folder per table, figure or claim of the paper."""

@@ -1,0 +1,1 @@
+"""Theorem 1: generations to the optimum of a linear fitness."""

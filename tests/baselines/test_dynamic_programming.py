@@ -1,0 +1,111 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evopress.baselines import dynamic_programming
+from evopress.errors import EvoPressError
+from evopress.units import Budget, Level, Space, Unit
+
+
+def space_of(sizes, bits=(6, 5, 4, 3, 2)) -> Space:
+    levels = [tuple(Level(f"{b} bits", b * n, str(b), b * n) for b in bits) for n in sizes]
+    return Space("quant", tuple(Unit(f"u{i}", i, "q", n, levels[i]) for i, n in enumerate(sizes)))
+
+
+def brute_force(space: Space, total: int, errors) -> float:
+    """Return the least sum of errors within the budget, by trying every genome."""
+    genomes = itertools.product(*(range(len(unit.levels)) for unit in space.units))
+    return min(error_sum(genome, errors) for genome in genomes if space.cost(genome) <= total)
+
+
+def error_sum(genome, errors) -> float:
+    return math.fsum(values[level] for values, level in zip(errors, genome, strict=True))
+
+
+@pytest.mark.parametrize("bits", [2.0, 2.25, 2.5, 3.0, 4.7, 6.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_five_units_equal_brute_force(bits, seed):
+    space = space_of((884736, 884736, 331776, 110592, 110592))
+    budget = Budget(int(bits * space.size), bits, "bits per weight")
+    scales = np.random.default_rng(seed).lognormal(sigma=2, size=5)
+    errors = [[float(scale) * 4.0**-b for b in (6, 5, 4, 3, 2)] for scale in scales]
+    genome = dynamic_programming(space, budget, errors)
+    assert space.cost(space.check(genome)) <= budget.total
+    assert error_sum(genome, errors) == pytest.approx(brute_force(space, budget.total, errors), rel=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_small_knapsack_equals_brute_force(data):
+    """Unrelated costs up to 10^7, different numbers of levels, errors in no order."""
+    units, errors = [], []
+    for i in range(data.draw(st.integers(1, 5))):
+        costs = sorted(data.draw(st.sets(st.integers(0, 10**7), min_size=1, max_size=4)), reverse=True)
+        units.append(Unit(f"u{i}", i, "w", 5, tuple(Level(str(c), c, str(c), c) for c in costs)))
+        errors.append([data.draw(st.integers(0, 1000)) / 1000 for _ in costs])
+    space = Space("toy", tuple(units))
+    budget = Budget(data.draw(st.integers(space.least_cost, space.greatest_cost)), 0.5, "share")
+    genome = dynamic_programming(space, budget, errors)
+    assert space.cost(space.check(genome)) <= budget.total
+    assert error_sum(genome, errors) == pytest.approx(brute_force(space, budget.total, errors), rel=1e-9, abs=1e-12)
+
+
+def test_small_errors_are_told_apart():
+    space = space_of((1, 1, 1, 1), bits=(3, 2))
+    errors = [[0.0, 1e-9], [0.0, 2e-9], [0.0, 4e-9], [0.0, 3e-9]]
+    assert dynamic_programming(space, Budget(10, 2.5, "bits per weight"), errors) == (1, 1, 0, 0)
+
+
+def test_groups_by_size_have_their_share_of_the_budget_each():
+    space = space_of((8, 8, 8, 8, 1, 1, 1, 1))
+    budget = Budget(90, 2.5, "bits per weight")
+    errors = [[scale * 4.0**-b for b in (6, 5, 4, 3, 2)] for scale in (9, 7, 5, 3, 8, 6, 4, 2)]
+    grouped = dynamic_programming(space, budget, errors, group_by="size")
+    costs = [unit.levels[level].cost for unit, level in zip(space.units, grouped, strict=True)]
+    assert sum(costs[:4]) <= 80
+    assert sum(costs[4:]) <= 10
+    parts = [space_of((8,) * 4), space_of((1,) * 4)]
+    best = brute_force(parts[0], 80, errors[:4]) + brute_force(parts[1], 10, errors[4:])
+    assert error_sum(grouped, errors) == pytest.approx(best)
+    assert error_sum(dynamic_programming(space, budget, errors), errors) < best
+
+
+def test_hundreds_of_units_are_solved_within_the_budget():
+    space = space_of((8, 3, 3, 1, 1) * 40)
+    budget = Budget(int(2.5 * space.size), 2.5, "bits per weight")
+    scales = np.random.default_rng(0).lognormal(size=200)
+    errors = [[float(scale) * 4.0**-b for b in (6, 5, 4, 3, 2)] for scale in scales]
+    genome = dynamic_programming(space, budget, errors)
+    assert space.cost(genome) <= budget.total
+    # No single switch between equal sizes, and nothing that still fits, makes it better: the optimum is a local one too.
+    total = error_sum(genome, errors)
+    for i, j in itertools.permutations(range(200), 2):
+        if space.units[i].size == space.units[j].size and genome[i] < 4 and genome[j] > 0:
+            gain = errors[i][genome[i]] - errors[i][genome[i] + 1] + errors[j][genome[j]] - errors[j][genome[j] - 1]
+            assert gain <= 1e-9 * total
+
+
+def test_impossible_problems_are_refused():
+    space = space_of((8, 8, 1), bits=(4, 3))
+    errors = [[0.0, 1.0]] * 3
+    with pytest.raises(EvoPressError, match="below what"):
+        dynamic_programming(space, Budget(50, 2.9, "bits per weight"), errors)
+    with pytest.raises(EvoPressError, match="errors of 2 units but 3 units"):
+        dynamic_programming(space, Budget(60, 3.5, "bits per weight"), errors[:2])
+    with pytest.raises(EvoPressError, match="errors of u1"):
+        dynamic_programming(space, Budget(60, 3.5, "bits per weight"), [[0.0, 1.0], [0.0, math.nan], [0.0, 1.0]])
+    with pytest.raises(EvoPressError, match='group_by is "kind"'):
+        dynamic_programming(space, Budget(60, 3.5, "bits per weight"), errors, group_by="kind")
+
+
+def test_a_group_that_cannot_meet_its_share_is_named():
+    wide = Unit("wide", 0, "q", 8, (Level("4 bits", 32, "4", 32),))
+    narrow = Unit("narrow", 1, "q", 4, (Level("4 bits", 16, "4", 16), Level("1 bits", 4, "1", 4)))
+    space = Space("quant", (wide, narrow))
+    with pytest.raises(EvoPressError, match=r"a budget of 24 for 1 units \(first: wide\)"):
+        dynamic_programming(space, Budget(36, 3, "bits per weight"), [[0.0], [0.0, 1.0]], group_by="size")
+    assert dynamic_programming(space, Budget(36, 3, "bits per weight"), [[0.0], [0.0, 1.0]]) == (0, 1)

@@ -1,0 +1,117 @@
+"""Figures: files that are images with something on them, for any space and any part of a run."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from evopress.reporting import figures
+from evopress.units import Level, Space, Unit
+
+
+def check(paths: list[Path], name: str) -> tuple[Any, str]:
+    """Return the image and the SVG text after seeing that both hold a drawing."""
+    assert [path.name for path in paths] == [f"{name}.png", f"{name}.svg"]
+    image = imread(paths[0])
+    assert min(image.shape[:2]) > 200
+    assert 0.01 < (image[..., :3] < 0.99).any(axis=-1).mean() < 0.9  # neither blank nor filled
+    svg = paths[1].read_text()
+    assert svg.rstrip().endswith("</svg>")
+    return image, svg
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_errors() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def colours(image: Any) -> set[tuple[int, ...]]:
+    values, counts = np.unique((image[..., :3] * 255).round().astype(int).reshape(-1, 3), axis=0, return_counts=True)
+    return {tuple(int(part) for part in value) for value, count in zip(values, counts, strict=True) if count > 500}
+
+
+def odd_space() -> Space:
+    """Blocks of different kinds, experts, many levels with labels of their own, a block index that is missing."""
+
+    def unit(block: int, name: str, size: int) -> Unit:
+        levels = tuple(Level(f"{100 - 7 * i - size}% kept", 100 - 7 * i, f"level {i}", 900) for i in range(9))
+        return Unit(f"layers.{block}.{name}", block, name.rpartition(".")[2], size, levels)
+
+    names = [(0, "attn.qkv", 1), (0, "mlp.up", 2), (1, "mamba.in", 3), (4, "attn.qkv", 1)]
+    experts = [(4, f"experts.{index}.w1", 4) for index in range(3)]
+    return Space("sparsity", tuple(unit(*each) for each in [*names, *experts]))
+
+
+def test_convergence(run: Any, tmp_path: Path) -> None:
+    image, _ = check(figures.convergence(run.records, tmp_path, run.baselines), "convergence")
+    assert (0x00, 0x72, 0xB2) in colours(image)  # the held-out curve
+    bare, _ = check(figures.convergence(run.records, tmp_path / "bare"), "convergence")
+    assert (0xD5, 0x5E, 0x00) in colours(image) - colours(bare)  # a baseline's line
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_convergence_of_a_short_run(run: Any, tmp_path: Path, count: int) -> None:
+    short = [{**record, "fitness": None, "held_out": None} for record in run.records[:count]]
+    check(figures.convergence(short, tmp_path), "convergence")
+    check(figures.convergence(run.records[:count], tmp_path, {"dp": 1.0, "broken": float("nan")}), "convergence")
+
+
+def test_a_perplexity_search_has_no_empty_panels(run: Any, tmp_path: Path) -> None:
+    records = [{**record, "held_out": None} for record in run.records[:4]]
+    image, _ = check(figures.convergence(records, tmp_path, fitness="perplexity"), "convergence")
+    assert image.shape[0] < image.shape[1] / 2  # one row of panels
+
+
+def test_heatmap_shows_each_level_in_its_colour(run: Any, tmp_path: Path) -> None:
+    flat = run.space.uniform("3 bits")
+    image, _ = check(figures.level_heatmap(run.space, run.genome, tmp_path), "level_heatmap")
+    uniform, _ = check(figures.level_heatmap(run.space, flat, tmp_path / "flat"), "level_heatmap")
+    assert len(colours(image)) >= len(set(run.genome)) + 1  # levels and the white card
+    assert image.shape == uniform.shape
+    assert not np.array_equal(image, uniform)
+
+
+def test_heatmap_and_profile_of_an_odd_space(tmp_path: Path) -> None:
+    space = odd_space()
+    genome = tuple(range(len(space)))
+    check(figures.level_heatmap(space, genome, tmp_path), "level_heatmap")
+    check(figures.level_profile(space, {"evopress": genome}, tmp_path), "level_profile")
+
+
+def test_profile(run: Any, tmp_path: Path) -> None:
+    image, _ = check(figures.level_profile(run.space, run.genomes, tmp_path), "level_profile")
+    assert len(colours(image)) >= len(run.genomes) + 1
+
+
+def test_average_costs(run: Any) -> None:
+    uniform = run.genomes["uniform_3"]
+    assert set(figures.average_costs(run.space, uniform, by="kind").values()) == {3.0}
+    by_block = figures.average_costs(run.space, run.genome, by="block")
+    assert list(by_block) == list(range(30))
+    assert sum(by_block.values()) / 30 == pytest.approx(run.space.cost(run.genome) / run.space.size)
+
+
+def test_a_genome_keeps_its_colour_in_every_figure() -> None:
+    some = figures._styles(["uniform_3", "dp", "evopress"])
+    more = figures._styles(["uniform_3", "uniform_2", "best_of_32", "dp", "owl", "evopress"])
+    assert {name: more[name] for name in some} == some
+    assert len(set(more.values())) == len(more)
+
+
+def test_the_same_data_give_the_same_files(run: Any, tmp_path: Path) -> None:
+    first = figures.level_heatmap(run.space, run.genome, tmp_path / "a")
+    second = figures.level_heatmap(run.space, run.genome, tmp_path / "b")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_pyplot_stays_out_of_it(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    figures.level_profile(run.space, run.genomes, tmp_path)

@@ -1,0 +1,190 @@
+"""The report: what was found, honestly, on one page that holds everything and runs nothing."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evopress.reporting import figures
+from evopress.reporting.report import headline, write_report
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Collect a page's tags and text, and see that every tag is closed in its turn."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(self.source)
+        self.close()
+        assert self._open == []
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def write(path: Path, run: Any, **changes: Any) -> Page:
+    values: dict[str, Any] = {
+        "title": "EvoPress: smollm2_135m at 2.5 bits",
+        "config": run.config,
+        "result": run.result,
+        "records": run.records,
+        "space": run.space,
+        "genome": run.genome,
+        "figures": [],
+        "command": "python -m evopress +method=quant bits=2.5",
+        "environment": {"python": "3.11.9", "git revision": "0123abc"},
+    }
+    write_report(path, **(values | changes))
+    return Page(path)
+
+
+def test_a_whole_run(run: Any, tmp_path: Path) -> None:
+    drawn = [
+        *figures.convergence(run.records, tmp_path / "figures", run.baselines),
+        *figures.level_heatmap(run.space, run.genome, tmp_path / "figures"),
+        *figures.level_profile(run.space, run.genomes, tmp_path / "figures"),
+    ]
+    page = write(tmp_path / "report.html", run, figures=drawn)
+    headings = re.findall("<h2>(.*?)</h2>", page.source)
+    assert headings == [
+        "What was asked",
+        "What was found",
+        "Convergence",
+        "Where the budget went",
+        "Accepted switches",
+        "What it cost",
+        "Load the checkpoint",
+        "Run it again",
+        "Environment",
+        "Configuration",
+    ]
+    images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 3
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in images)
+    accepted = sum(record["accepted"] for record in run.records)
+    assert f"{accepted} of 40 generations replaced their parent" in page.text
+    assert "python -m evopress +method=quant bits=2.5" in page.text
+    assert "AutoModelForCausalLM.from_pretrained(folder)" in page.text
+    assert "2.90 GB" in page.text
+    assert "271.0 MB" in page.text
+    assert "git revision 0123abc" in page.text
+    assert "model.layers." in page.text
+    assert "3 bits → 2 bits" in page.text
+    assert not {"link", "script", "iframe", "a"} & {tag for tag, _ in page.tags}  # nothing from outside
+
+
+def test_bold_is_the_best_that_spends_no_more(run: Any, tmp_path: Path) -> None:
+    page = write(tmp_path / "report.html", run)
+    bold = {
+        name: re.findall("<b>(.*?)</b>", row)
+        for row in re.findall("<tr.*?</tr>", page.source)
+        for name in re.findall("<td>([^<]*)</td>", row)[:1]
+    }
+    assert bold["DP"] == ["1.334", "0.4344", "72.95", "102.99"]
+    assert bold["uniform 3"] == bold["dense"] == bold["EvoPress"] == []
+
+
+def rows(**kl: float) -> list[dict[str, Any]]:
+    bits = {"uniform_3": 3.0, "uniform_2": 2.0}
+    return [{"name": name, "bits_per_weight": bits.get(name, 2.5), "kl": value} for name, value in kl.items()]
+
+
+def test_the_headline_names_the_winner() -> None:
+    wins = headline(rows(uniform_3=0.4, uniform_2=4.0, best_of_32=1.5, dp=1.25, evopress=1.0))
+    assert wins == (
+        "EvoPress's held-out KL is 1.000 nats per token at 2.500 bits per weight; the best baseline within this "
+        "budget, DP, has 1.250: EvoPress wins, 20.0% lower (others: uniform 2 at 4.000, best of 32 at 1.500). "
+        "With a larger budget: uniform 3 has 0.4000 at 3.000 bits per weight. One run, one seed: "
+        "small differences may be chance."
+    )
+    assert "DP wins, EvoPress is 25.0% higher" in headline(rows(dp=0.8, evopress=1.0))
+    assert "a draw" in headline(rows(dp=1.00001, evopress=1.0))
+    assert "no baseline within this budget" in headline(rows(uniform_3=0.4, evopress=1.0))
+    assert "No search has been measured; of uniform 2, DP, DP has the lowest" in headline(rows(uniform_2=4.0, dp=1.0))
+    assert headline([{"name": "dense", "kl": 0.0}, {"name": "evopress", "kl": None}]).startswith("Nothing has been")
+
+
+def test_budgets_of_other_methods_are_compared_their_way() -> None:
+    sparse = [{"name": "dp", "sparsity": 0.5, "kl": 0.1}, {"name": "evopress", "sparsity": 0.7, "kl": 1.0}]
+    assert "no baseline within this budget" in headline(sparse)
+    dropped = [{"name": "dp", "modules_dropped": 14, "kl": 2.0}, {"name": "evopress", "modules_dropped": 14, "kl": 1.0}]
+    assert "with 14 modules dropped; the best baseline within this budget, DP, has 2.000: EvoPress wins" in headline(
+        dropped
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"result": {}, "records": [], "space": None, "genome": None, "config": {}, "command": "", "environment": {}},
+        {"records": []},
+        {"space": None},
+        {"genome": None},
+        {"result": {"rows": None, "search": None, "database": None, "memory": None}},
+        {"result": {"rows": [{"name": "dense"}, {"name": "dp", "kl": None}, {"kl": 1.0}]}},
+        {"figures": [Path("missing.png"), Path("notes.txt")]},
+    ],
+)
+def test_missing_parts_are_left_out(run: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
+    page = write(tmp_path / "report.html", run, **changes)
+    assert page.count("h1") == 1
+    assert page.count("img") == 0
+    assert "None" not in page.text
+    assert "nan" not in page.text
+
+
+def test_one_record(run: Any, tmp_path: Path) -> None:
+    first = {**run.records[0], "fitness": None, "held_out": None}
+    page = write(tmp_path / "report.html", run, records=[first])
+    assert "generations replaced" not in page.text
+
+
+def test_everything_is_escaped(run: Any, tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>\"'& $title {{body}}"
+    result = {**run.result, "rows": [{"name": evil, "kl": 1.0, "perplexity": {evil: 2.0}}], "database": {"path": evil}}
+    config = {"model": {"name": evil}, evil: {evil: [evil]}}
+    figure = tmp_path / f"{evil.replace('/', '')}.png"
+    figure.write_bytes(b"not looked at")
+    changes = {"title": evil, "command": evil, "environment": {evil: evil}, "figures": [figure]}
+    page = write(tmp_path / "report.html", run, config=config, result=result, **changes)
+    assert "<script" not in page.source
+    assert page.count("script") == 0
+    assert page.text.count("<script>alert(1)</script>\"'& $title {{body}}") >= 8
+    assert page.count("img") == 1
+
+
+def test_long_lists_of_switches_are_capped(run: Any, tmp_path: Path) -> None:
+    many = [{"generation": g, "accepted": True, "fitness": 1.0, "switches": [[0, 3, 2]]} for g in range(1, 301)]
+    page = write(tmp_path / "report.html", run, records=many)
+    assert "the first 200 of 300 accepted generations" in page.text
+    assert page.source.count("model.layers.0.self_attn.q_proj: 3 bits → 4 bits") == 200
+
+
+def test_a_heavy_svg_is_embedded_as_png(run: Any, tmp_path: Path) -> None:
+    svg, png = tmp_path / "big.svg", tmp_path / "big.png"
+    svg.write_bytes(b" " * 400_001)
+    png.write_bytes(b"png")
+    page = write(tmp_path / "report.html", run, figures=[svg, png])
+    assert 'src="data:image/png;base64,cG5n"' in page.source

@@ -1,0 +1,89 @@
+"""Tables: the right numbers under the right names, blanks for what does not apply."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evopress.reporting import tables
+
+
+def test_frame_has_one_tidy_column_per_measure(run: Any) -> None:
+    frame = tables.results_frame(run.result["rows"])
+    assert list(frame.columns) == [
+        "name",
+        "bits per weight",
+        "bits per weight with metadata",
+        "size MB",
+        "held-out KL",
+        "top-1 agreement",
+        "ppl python_docs",
+        "ppl text",
+    ]
+    assert list(frame["name"]) == ["dense", "uniform_3", "uniform_2", "best_of_32", "dp", "evopress"]
+    dense = frame.iloc[0]
+    assert math.isnan(dense["held-out KL"])
+    assert dense["ppl text"] == 31.4
+    assert frame.set_index("name").loc["dp", "held-out KL"] == 1.334
+    assert {str(dtype) for dtype in frame.dtypes.iloc[1:]} == {"float64"}
+
+
+def test_text_is_aligned_and_rounded() -> None:
+    rows = [
+        {"name": "dense", "bytes": 1_234_567, "perplexity": {"c4": 12.3456}},
+        {
+            "name": "best_of_32",
+            "bits_per_weight": 2.5,
+            "kl": 0.0123456,
+            "zero_shot": {"piqa": 0.7},
+            "modules_dropped": 3,
+        },
+        {"name": "dp", "kl": math.nan, "perplexity": {"c4": None}, "bytes": "?"},
+    ]
+    assert tables.format_table(rows).splitlines() == [
+        "            bits per  modules                                zero-shot",
+        "name          weight  dropped  size MB  held-out KL  ppl c4       piqa",
+        "----------  --------  -------  -------  -----------  ------  ---------",
+        "dense                              1.2                12.35",
+        "best of 32     2.500        3               0.01235             0.7000",
+        "DP",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.81234, "0.8123"), (12.3456, "12.35"), (12345.6, "12346"), (0.00123456, "0.001235"), (0, "0"), (1e-9, "1e-09")],
+)
+def test_significant(value: float, shown: str) -> None:
+    assert tables.significant(value) == shown
+
+
+def test_written_tables(run: Any, tmp_path: Path) -> None:
+    paths = tables.write_tables([*run.result["rows"], {"name": "odd|name\nx"}], tmp_path / "tables")
+    assert sorted(os.listdir(tmp_path / "tables")) == ["results.csv", "results.md"]
+    with open(paths[0], newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert lines[0]["held-out KL"] == ""
+    assert float(lines[4]["held-out KL"]) == 1.334
+    assert float(lines[5]["top-1 agreement"]) == run.result["rows"][5]["top1_agreement"]  # full precision
+    markdown = paths[1].read_text().splitlines()
+    assert markdown[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    assert markdown[2] == "| dense |  |  | 212.3 |  |  | 20.10 | 31.40 |"
+    assert markdown[-1].startswith("| odd\\|name x |")
+
+
+def test_files_and_text_need_no_pandas(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert len(tables.write_tables(run.result["rows"], tmp_path)) == 2
+    assert "EvoPress" in tables.format_table(run.result["rows"])
+
+
+def test_no_rows() -> None:
+    assert tables.format_table([]).startswith("name")
+    assert tables.results_frame([]).empty

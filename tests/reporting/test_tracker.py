@@ -1,0 +1,231 @@
+"""The tracker follows a run and never gets in its way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evopress.errors import EvoPressError
+from evopress.reporting.figures import level_profile
+from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
+from evopress.units import Space
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+def follow(tracker: Tracker, run_dir: Path, figure: Path, files: list[Path]) -> None:
+    tracker.start(config={"bits": 2.5, "path": run_dir}, run_dir=run_dir, name="a run", group="g", tags=["quant"])
+    for generation in range(3):
+        tracker.log({"kl": 1.0 / (generation + 1), "tokens": 512.0 * generation}, generation=generation)
+    tracker.table("results", ["name", "kl"], [["dense", None], ["dp", 1], ["evopress", 0.5]])
+    tracker.figure("profile", figure)
+    tracker.artifact("genome of a run/2.5", "genome", files)
+    tracker.finish()
+
+
+@pytest.fixture
+def figure(tmp_path: Path, space: Space) -> Path:
+    return level_profile(space, {"a": (0,) * len(space)}, tmp_path / "figures")[0]
+
+
+class FakeWandb(types.ModuleType):
+    """A wandb in which every call is recorded and the chosen one fails."""
+
+    def __init__(self, failing: str = "") -> None:
+        super().__init__("wandb")
+        self.failing = failing
+        self.calls: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.calls.append((name, options or arguments))
+            if name == self.failing:
+                raise RuntimeError("the service is on fire\nwith a long traceback")
+            return self if name in ("init", "Artifact") else None
+
+        return call
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+
+def test_importing_the_room_imports_nothing_heavy() -> None:
+    code = """
+        import sys
+        from evopress.reporting import figures, records, report, tables, tracker
+        tracker.NullTracker().log({"kl": 1.0}, generation=0)
+        tracker.WandbTracker("disabled").start(config={}, run_dir=None, name=None, group=None, tags=())
+        print(sorted({"wandb", "pandas", "matplotlib", "numpy", "torch", "hydra"} & set(sys.modules)))
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_null_tracker_leaves_nothing_behind(tmp_path: Path) -> None:
+    follow(NullTracker(), tmp_path / "run", tmp_path / "none.png", [])
+    assert not (tmp_path / "run").exists()
+
+
+def in_a_process(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code as a program of its own, with an empty home and no way out but a closed port."""
+    home = folder / "home"
+    home.mkdir()
+    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    homes = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"), str(home))
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(folder)],
+        cwd=home,
+        env=os.environ | nowhere | homes | paths | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+PROGRAM = """
+    import logging, os, sys
+    from pathlib import Path
+    from evopress.reporting.tracker import WandbTracker
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("evopress").setLevel(logging.INFO)
+    folder = Path(sys.argv[1])
+    tracker = WandbTracker("online", "evopress", init_timeout=3, finish_timeout=3)
+    tracker.start(config={"bits": 2.5}, run_dir=folder / "run", name="a run", group="g", tags=["quant"])
+    for generation in range(3):
+        tracker.log({"kl": 1 / (generation + 1), "tokens": 512.0}, generation=generation)
+    tracker.table("results", ["name", "kl"], [["dense", None], ["dp", 1], ["evopress", 0.5]])
+    tracker.figure("profile", folder / "figure.png")
+    tracker.artifact("genome of a run/2.5", "genome", [folder / "genome.txt"])
+    tracker.finish()
+    print(sorted(name for name in os.environ if name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_SILENT")))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, figure: Path) -> Path:
+    folder = tmp_path / "process"
+    folder.mkdir()
+    (folder / "genome.txt").write_text("a: 3\n")
+    (folder / "figure.png").write_bytes(figure.read_bytes())
+    return folder
+
+
+def test_offline_run_is_written_below_the_run_folder_alone(folder: Path) -> None:
+    result = in_a_process(PROGRAM, folder)
+    assert result.stderr.splitlines() == [
+        "no Weights & Biases API key was found: the run is tracked offline; send it with `wandb sync`"
+    ]
+    assert (result.returncode, result.stdout) == (0, "[]\n")
+    (record,) = (folder / "run" / "wandb").glob("offline-run-*/*.wandb")
+    content = record.read_bytes()
+    for word in (b"generation", b"tokens", b"seconds", b"genome-of-a-run-2.5", b"a run", b"results", b"profile"):
+        assert word in content
+    assert os.listdir(folder / "run") == ["wandb"]
+    assert not [path for path in (folder / "home").rglob("*") if path.is_file()]
+
+
+def test_a_service_out_of_reach_ends_no_run_and_holds_none_up(folder: Path) -> None:
+    result = in_a_process(PROGRAM, folder, WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL="http://127.0.0.1:9")
+    (warning,) = result.stderr.splitlines()
+    assert warning.startswith("Weights & Biases failed to start")
+    assert warning.endswith("the run goes on without it")
+    assert (result.returncode, result.stdout) == (0, "[]\n")
+
+
+@pytest.mark.parametrize("failing", ["init", "define_metric", "log", "Table", "Image", "Artifact", "finish"])
+def test_a_failure_is_told_once_and_turns_the_tracker_off(
+    tmp_path: Path, figure: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    fake = FakeWandb(failing)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    follow(WandbTracker("offline"), tmp_path / "run", figure, [figure])
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert warning.message.endswith("(RuntimeError: the service is on fire): the run goes on without it")
+    assert fake.names()[-1] == failing
+
+
+def test_a_missing_wandb_is_told_once(
+    tmp_path: Path, figure: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    follow(WandbTracker("offline"), tmp_path / "run", figure, [figure])
+    assert ["failed to start" in record.message for record in caplog.records] == [True]
+
+
+def test_everything_is_sent_with_its_axes(tmp_path: Path, figure: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    follow(WandbTracker("offline", "p", "e"), tmp_path / "run", figure, [figure])
+    options = dict(fake.calls)["init"]
+    assert (options["project"], options["entity"], options["mode"], options["dir"]) == (
+        "p",
+        "e",
+        "offline",
+        str(tmp_path / "run"),
+    )
+    assert options["config"] == {"bits": 2.5, "path": str(tmp_path / "run")}
+    axes = [call for name, call in fake.calls if name == "define_metric"]
+    assert axes == [("generation",), ("tokens",), ("seconds",), {"step_metric": "generation"}]
+    logged = [call[0] for name, call in fake.calls if name == "log"]
+    assert logged[2] == {"kl": 1 / 3, "tokens": 1024.0, "generation": 2}
+    assert fake.names()[-2:] == ["log_artifact", "finish"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "expected"),
+    [
+        ("online", {}, "offline"),
+        ("online", {"WANDB_API_KEY": "k"}, "online"),
+        ("offline", {"WANDB_API_KEY": "k"}, "offline"),
+        (None, {}, "offline"),
+        (None, {"WANDB_API_KEY": "k"}, "online"),
+        (None, {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        (None, {"WANDB_MODE": "disabled"}, None),
+        ("offline", {"WANDB_MODE": "disabled"}, "offline"),
+        ("disabled", {"WANDB_API_KEY": "k"}, None),
+    ],
+)
+def test_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any, environment: dict[str, str], expected: str | None
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    WandbTracker(mode).start(config={}, run_dir=tmp_path, name=None, group=None, tags=())
+    assert dict(fake.calls).get("init", {}).get("mode") == expected
+
+
+def test_a_netrc_entry_is_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "no-netrc").write_text("machine api.wandb.ai login user password made-up\n")
+    WandbTracker().start(config={}, run_dir=tmp_path, name=None, group=None, tags=())
+    assert dict(fake.calls)["init"]["mode"] == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8443")
+    WandbTracker().start(config={}, run_dir=tmp_path, name=None, group=None, tags=())
+    assert dict(fake.calls)["init"]["mode"] == "offline"
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(EvoPressError, match="'onlin' is unknown: choose one of online, offline, disabled"):
+        WandbTracker("onlin")  # type: ignore[arg-type]

@@ -1,0 +1,164 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evopress.errors import EvoPressError
+from evopress.search import EXCHANGES, make_exchange
+from evopress.units import Budget, Level, Space, Unit
+
+SIZES = (8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    exchange=st.sampled_from(["size", "name", "any"]),
+    genome=st.tuples(*[st.integers(0, 4) for _ in SIZES]),
+    num_switches=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_balanced_exchanges_keep_the_cost_and_the_levels(quant_space, exchange, genome, num_switches, seed):
+    space = quant_space(SIZES)
+    levels = list(genome)
+    rule = make_exchange(exchange, space, Budget(space.cost(genome), 0.0, "bits per weight"))
+    if rule(levels, num_switches, np.random.default_rng(seed)):
+        assert space.cost(space.check(levels)) == space.cost(genome)
+
+
+@pytest.mark.parametrize(("exchange", "key"), [("size", "size"), ("name", "kind")])
+def test_a_switch_is_one_down_and_another_up_inside_one_group(quant_space, exchange, key):
+    space = quant_space((4, 4, 4, 4, 2, 2), kinds=("q", "k", "q", "k", "v", "v"))
+    rule = make_exchange(exchange, space, Budget(space.size * 4, 4, "bits per weight"))
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(300):
+        levels = [2] * 6
+        assert rule(levels, 1, rng)
+        (giver,) = (i for i, level in enumerate(levels) if level == 3)
+        (taker,) = (i for i, level in enumerate(levels) if level == 1)
+        assert getattr(space.units[giver], key) == getattr(space.units[taker], key)
+        seen.add((giver, taker))
+    groups = Counter(getattr(unit, key) for unit in space.units)
+    assert len(seen) == sum(n * (n - 1) for n in groups.values())  # every legal switch turns up
+
+
+def test_groups_are_drawn_by_their_number_of_units(quant_space):
+    space = quant_space((4,) * 9 + (2,) * 3)
+    rule = make_exchange("size", space, Budget(space.size * 4, 4, "bits per weight"))
+    rng = np.random.default_rng(1)
+    small = 0
+    for _ in range(4000):
+        levels = [2] * 12
+        rule(levels, 1, rng)
+        small += levels[9:] != [2, 2, 2]
+    assert small / 4000 == pytest.approx(3 / 12, abs=0.03)
+
+
+def test_units_of_one_kind_and_different_steps_do_not_switch(quant_space):
+    space = quant_space((4, 4, 2, 2), kinds=("q",) * 4)
+    rule = make_exchange("name", space, Budget(space.size * 4, 4, "bits per weight"))
+    rng = np.random.default_rng(2)
+    for _ in range(100):
+        levels = [2] * 4
+        rule(levels, 1, rng)
+        assert sorted(levels[:2]) == [1, 3] or sorted(levels[2:]) == [1, 3]
+
+
+def test_unequal_steps_inside_a_unit_are_respected(quant_space):
+    space = quant_space((4, 4), bits=(8, 4, 3))  # 8 -> 4 frees 16, 4 -> 3 frees 4
+    rule = make_exchange("size", space, Budget(0, 0, "bits per weight"))
+    rng = np.random.default_rng(3)
+    for before in ([0, 1], [1, 2]):
+        levels = list(before)
+        assert rule(levels, 1, rng)
+        assert levels == before[::-1]
+    assert not rule([1, 1], 1, rng)  # one would free 4, the other take 16
+    assert not rule([0, 2], 1, rng)  # one would free 16, the other take 4
+
+
+def test_a_rare_legal_switch_is_found(quant_space):
+    space = quant_space((1,) * 200 + (2, 2), bits=(3, 2))
+    rule = make_exchange("size", space, Budget(0, 0, "bits per weight"))
+    levels = [1] * 200 + [0, 1]  # all but the last two are at the bottom
+    assert rule(levels, 1, np.random.default_rng(4))
+    assert levels == [1] * 200 + [1, 0]
+
+
+def test_any_crosses_sizes_in_both_directions_equally(quant_space):
+    space = quant_space((8, *([1] * 8)))
+    rule = make_exchange("any", space, Budget(space.size * 4, 4, "bits per weight"))
+    rng = np.random.default_rng(5)
+    outcomes = Counter()
+    for _ in range(3000):
+        levels = [2] * 9
+        assert rule(levels, 1, rng)
+        assert space.cost(levels) == space.size * 4
+        outcomes[levels[0]] += 1
+        if levels[0] != 2:
+            assert levels[1:] == [4 - levels[0]] * 8
+    assert outcomes[2] > 0  # plain switches between equal sizes are among them
+    assert outcomes[1] / (outcomes[1] + outcomes[3]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_none_spends_at_most_the_budget_and_crosses_sizes(quant_space):
+    space = quant_space(SIZES)
+    budget = Budget(space.size * 4, 4, "bits per weight")
+    rule = make_exchange("none", space, budget)
+    rng = np.random.default_rng(6)
+    levels = [2] * len(SIZES)
+    sizes = {size: set() for size in SIZES}
+    for _ in range(500):
+        assert rule(levels, 2, rng)
+        cost = space.cost(space.check(levels))
+        assert budget.total - max(SIZES) < cost <= budget.total  # slack is below one step of the largest unit
+        for size in sizes:
+            sizes[size].add(sum(levels[i] for i, s in enumerate(SIZES) if s == size))
+    assert all(len(sums) > 1 for sums in sizes.values())
+
+
+@pytest.mark.parametrize("exchange", ["size", "any"])
+def test_sparsity_steps_of_equal_cost_pair_any_units(exchange):
+    """Levels that remove 10 weights each, from units of different size, in one group."""
+    units = tuple(
+        Unit(
+            f"u{i}",
+            i,
+            "w",
+            size,
+            tuple(Level(f"{kept}", kept, f"{kept}", kept) for kept in range(size, size - 31, -10)),
+        )
+        for i, size in enumerate((100, 200, 400))
+    )
+    space = Space("sparsity", units)
+    rng = np.random.default_rng(7)
+    levels = [1, 1, 1]
+    switched = make_exchange(exchange, space, Budget(670, 0.5, "sparsity"))(levels, 1, rng)
+    assert switched == (exchange == "any")  # sizes differ, so groups by size have no partner
+    assert space.cost(levels) == 670
+
+
+def test_dropped_modules_switch_within_their_kind():
+    levels = (Level("keep", 1, "1", 16), Level("drop", 0, "0", 0))
+    kinds = ("attention", "mlp") * 4
+    space = Space("drop", tuple(Unit(f"{i}.{kind}", i // 2, kind, 10, levels) for i, kind in enumerate(kinds)))
+    rule = make_exchange("name", space, Budget(4, 0.5, "modules"))
+    rng = np.random.default_rng(8)
+    genome = [1, 1, 1, 0, 0, 1, 0, 0]
+    for _ in range(100):
+        assert rule(genome, 1, rng)
+        assert sum(genome[0::2]) == 2
+        assert sum(genome[1::2]) == 2
+
+
+def test_an_unknown_exchange_is_refused(quant_space):
+    with pytest.raises(EvoPressError, match=r'exchange "sizes" is unknown.*size, name, any, none'):
+        make_exchange("sizes", quant_space((1, 1)), Budget(8, 4, "bits per weight"))
+
+
+@pytest.mark.parametrize("exchange", sorted(EXCHANGES))
+def test_no_exchange_from_a_cornered_genome(quant_space, exchange):
+    space = quant_space((4, 4, 2))
+    rule = make_exchange(exchange, space, Budget(space.greatest_cost, 6, "bits per weight"))
+    assert not rule([0, 0, 0], 1, np.random.default_rng(9))
