@@ -57,9 +57,7 @@ def to_settings(config: DictConfig) -> RunSettings:
     Raises: EvoPressError without a method, or if a value is missing or out of range.
     """
     if "method" not in config or OmegaConf.is_missing(config, "method"):
-        raise EvoPressError(
-            f"no method was chosen: add one of {', '.join(f'+method={name}' for name in METHODS)} to the command"
-        )
+        raise EvoPressError(f"no method was chosen: add one of {', '.join(f'+method={name}' for name in METHODS)} to the command")
     try:
         settings = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -72,6 +70,7 @@ def at_paper_scale(config: DictConfig) -> RunSettings:
     """Return the same run at the paper's size, to say what it would cost; explicit values stay."""
     other = copy.deepcopy(config)
     paper = OmegaConf.load(config_folder() / "scale" / "paper.yaml")
+    assert isinstance(paper, DictConfig)
     del paper["defaults"]
     OmegaConf.set_readonly(other, False)
     other.scale = OmegaConf.merge(OmegaConf.structured(schema.ScaleSettings), paper)

@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evopress.files import explained
 from evopress.levels.live import LiveModel
+from evopress.levels.store import os_error
 from evopress.units import Genome
 
 
@@ -40,6 +42,8 @@ def export_checkpoint(
         scratch.mkdir(parents=True)
         with live.applied(genome):
             model.save_pretrained(scratch)
+        for path in scratch.glob("*.safetensors"):  # safetensors writes for the owner alone
+            path.chmod((scratch / "config.json").stat().st_mode)
         tokenizer.save_pretrained(scratch)
         for path in genome_files:
             shutil.copy2(path, scratch / path.name)
@@ -48,6 +52,8 @@ def export_checkpoint(
         scratch.rename(folder)
     except OSError as error:
         raise explained(error, folder) from error
+    except SafetensorError as error:
+        raise explained(os_error(error), folder) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder

@@ -41,7 +41,9 @@ class Quantization:
         least, most = min(self.settings.levels), max(self.settings.levels)
         if not least <= self.bits <= most:
             where = f"below the lowest level ({least} bits)" if self.bits < least else f"above the highest level ({most} bits)"
-            raise EvoPressError(f"bits={self.bits:g} is {where} of method.levels {self.settings.levels}: change bits or add such a level")
+            raise EvoPressError(
+                f"bits={self.bits:g} is {where} of method.levels {self.settings.levels}: change bits or add such a level"
+            )
         self.compressor()
 
     def budget(self, space: Space) -> Budget:

@@ -95,7 +95,9 @@ def check_names(settings: RunSettings) -> None:
 def search_settings(config: SearchConfig) -> SearchSettings:
     """Convert and check the search's numbers; raise EvoPressError if the survivors do not descend to 1 or a number is missing."""
     if config.generations is None:
-        raise EvoPressError("search.generations is null, which only depth pruning derives: give a number, such as search.generations=50")
+        raise EvoPressError(
+            "search.generations is null, which only depth pruning derives: give a number, such as search.generations=50"
+        )
     return SearchSettings(
         generations=config.generations,
         num_offspring=config.num_offspring,
@@ -139,9 +141,9 @@ def make_fitness(workspace: Workspace, rng: np.random.Generator) -> MinibatchFit
         workspace.evaluator,
         workspace.search_tokens,
         rng=rng,
+        base=workspace.search_base,
         measure=make_measure(settings),
         chunk_tokens=settings.chunk_tokens,
-        batch_tokens=settings.max_tokens_in_flight,
     )
 
 
@@ -207,8 +209,8 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
         state = read_json(state_path)
         if state.get("database") != database.fingerprint:
             raise EvoPressError(
-                f"the search in {run_dir} was made with level database {state.get('database')}, this one is {database.fingerprint}: "
-                "start a new run, or give the settings that it had"
+                f"the search in {run_dir} was made with level database {state.get('database')}, this one is "
+                f"{database.fingerprint}: start a new run, or give the settings that it had"
             )
         evolution.restore(state["evolution"])
         workspace.rng["minibatch"].bit_generator.state = state["rng_minibatch"]
@@ -268,14 +270,16 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
 def _held_out(workspace: Workspace, genome: Genome) -> dict[str, Any]:
     """Measure a genome on the first held-out tokens of the run's own text."""
     name, sequences = next(iter(workspace.evaluation_data.items()))
-    rows = max(workspace.settings.evaluation.every_tokens // sequences.shape[1], 1)
-    score = measure_held_out(workspace.evaluator, [genome], sequences[:rows], **_batching(workspace))[0]
-    return {"kl": score.kl, "perplexity": {name: score.perplexity}, "top1_agreement": score.top1_agreement}
-
-
-def _batching(workspace: Workspace) -> dict[str, int]:
     fitness = workspace.settings.fitness
-    return {"batch_tokens": fitness.max_tokens_in_flight, "chunk_tokens": fitness.chunk_tokens}
+    rows = max(workspace.settings.evaluation.every_tokens // sequences.shape[1], 1)
+    score = measure_held_out(
+        workspace.evaluator,
+        [genome],
+        sequences[:rows],
+        batch_tokens=fitness.max_tokens_in_flight,
+        chunk_tokens=fitness.chunk_tokens,
+    )[0]
+    return {"kl": score.kl, "perplexity": {name: score.perplexity}, "top1_agreement": score.top1_agreement}
 
 
 def _metrics(entry: dict[str, Any]) -> dict[str, float]:
@@ -317,14 +321,19 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     if (run_dir / "baselines.json").exists():
         stored = read_json(run_dir / "baselines.json")
         if stored.get("database") != database.fingerprint:
-            raise EvoPressError(f"the baselines in {run_dir} were found with another level database: remove baselines.json and start again")
+            raise EvoPressError(
+                f"the baselines in {run_dir} were found with another level database: remove baselines.json and start again"
+            )
         genomes |= {name: space.check(genome) for name, genome in stored["genomes"].items()}
     if (run_dir / "genome.json").exists():
         genomes["evopress"] = read_genome(run_dir / "genome.json", space, database=database.fingerprint)
     data_sets = workspace.evaluation_data
     count = sum(sequences.numel() for sequences in data_sets.values())
     logger.info("evaluation: %d models on %d tokens of %s", len(genomes), count, ", ".join(data_sets))
-    scores = scores_by_data_set(workspace.evaluator, genomes, data_sets, **_batching(workspace))
+    fitness = workspace.settings.fitness
+    scores = scores_by_data_set(
+        workspace.evaluator, genomes, data_sets, batch_tokens=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens
+    )
     itemsize = workspace.blocks.dtype.itemsize
     rows = []
     for name, genome in genomes.items():
@@ -346,7 +355,7 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
                 "kl_by_data_set": {data_set: score.kl for data_set, score in measured.items()},
             }
         )
-    result = {"schema": 1, "rows": rows}
+    result: dict[str, Any] = {"schema": 1, "rows": rows}
     records = read_records(run_dir / "metrics.jsonl")
     if records:
         result["search"] = {key: records[-1][key] for key in ("tokens", "seconds", "evaluations")}
@@ -385,18 +394,18 @@ def export(workspace: Workspace, *, command: str) -> None:
     logger.info("checkpoint: %s", folder)
 
 
-def report(
-    workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], command: str, environment: dict[str, Any]
-) -> None:
+def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> None:
     """Stage `report`: tables, figures and one HTML page; prints the table."""
-    run_dir, database = workspace.run_dir, workspace.database
+    settings, run_dir, database = workspace.settings, workspace.run_dir, workspace.database
     result, records = _result(run_dir), read_records(run_dir / "metrics.jsonl")
     rows = result.get("rows", [])
     genome = None
     pictures: list[Path] = []
     if records:
-        fitness = workspace.settings.fitness.name
-        baselines = {row["name"]: row["kl"] for row in rows if row["name"] not in ("dense", "evopress") and row.get("kl") is not None}
+        fitness = settings.fitness.name
+        baselines = {
+            row["name"]: row["kl"] for row in rows if row["name"] not in ("dense", "evopress") and row.get("kl") is not None
+        }
         pictures += figures.convergence(records, run_dir / "figures", baselines, fitness=fitness)
     if (run_dir / "genome.json").exists():
         genome = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
@@ -409,7 +418,7 @@ def report(
     checkpoint = run_dir / "checkpoint"
     write_report(
         run_dir / "report.html",
-        title=f"{workspace.pretrained.name}, {workspace.method.settings.name} {workspace.budget.target:g} {workspace.budget.measure}",
+        title=f"{workspace.pretrained.name}, {settings.method.name} {workspace.budget.target:g} {workspace.budget.measure}",
         config=config,
         result={**result, "checkpoint": str(checkpoint)} if checkpoint.is_dir() else result,
         records=records,

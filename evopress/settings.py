@@ -113,7 +113,8 @@ class QuantSettings(MethodSettings):
     def __post_init__(self) -> None:
         if self.propagate_bits is not None and self.propagate_bits not in self.levels:
             raise EvoPressError(
-                f"method.propagate_bits={self.propagate_bits} is not among method.levels {self.levels}: choose one of them, or null for dense"
+                f"method.propagate_bits={self.propagate_bits} is not among method.levels {self.levels}: choose one of them, "
+                "or null for dense"
             )
 
 

@@ -94,9 +94,7 @@ class Space:
             )
         for unit, level in zip(self.units, genome, strict=True):
             if not 0 <= level < len(unit.levels):
-                raise EvoPressError(
-                    f"level {level} of {unit.name} does not exist: it has levels 0 to {len(unit.levels) - 1}"
-                )
+                raise EvoPressError(f"level {level} of {unit.name} does not exist: it has levels 0 to {len(unit.levels) - 1}")
         return tuple(int(level) for level in genome)
 
 

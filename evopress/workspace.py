@@ -19,6 +19,7 @@ from evopress.data.text_files import TextFiles
 from evopress.data.tokens import token_sequences, tokens_digest
 from evopress.errors import EvoPressError
 from evopress.files import make_folder
+from evopress.fitness.minibatch import base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import Evaluator, PopulationEvaluator
 from evopress.levels.build import BuildSettings, ensure_database
@@ -54,7 +55,9 @@ def find_model(settings: ModelSettings, cache: Path) -> Path:
         return ensure_smollm2(cache)
     if settings.builtin == "tiny":
         return ensure_tiny(cache)
-    raise EvoPressError(f"no model was named: give model.path (a folder or a hub id); model.builtin={settings.builtin!r} is unknown")
+    raise EvoPressError(
+        f"no model was named: give model.path (a folder or a hub id); model.builtin={settings.builtin!r} is unknown"
+    )
 
 
 class Workspace:
@@ -200,6 +203,11 @@ class Workspace:
     @cached_property
     def search_tokens(self) -> Tensor:
         return self.tokens("search", self.settings.data.search_tokens)
+
+    @cached_property
+    def search_base(self) -> Tensor:
+        """The dense model's last hidden states on the search text, [N, L, d]."""
+        return base_states(self.evaluator, self.search_tokens, batch_tokens=self.settings.fitness.max_tokens_in_flight)
 
     @property
     def other_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from evopress.units import Level
 class Payload(Protocol):
     """The compact form of one compressed weight, as stored."""
 
-    codec: str
+    codec: ClassVar[str]
     """Names the codec in `evopress.levels.codec` that writes and reads it."""
 
     def decode(self) -> Tensor:

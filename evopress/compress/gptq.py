@@ -1,7 +1,7 @@
 """GPTQ at several bit widths in one column sweep.
 
-Rows are independent given the Hessian's factor, so the rows of every unit on one input, times every bit width, are stacked and swept
-together: a Llama block takes four sweeps, not thirty-five. W is held transposed, [C, R], so that a column is contiguous.
+Rows are independent given the Hessian's factor, so the rows of every unit on one input, times every bit width, are stacked and
+swept together: a Llama block takes four sweeps, not thirty-five. W is held transposed, [C, R], so that a column is contiguous.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Quantized:
 class GPTQ:
     """Quantize weights to several bit widths with error feedback.
 
-    Source: GPTQ, Algorithm 1 (arXiv:2210.17323), in the paper's setting (section 4.3): asymmetric grid, no activation order. Differs
-    from the authors' code: each group's grid is fitted to weights that carry all earlier updates (theirs misses those of the
-    unfinished 128 columns when group_size < block_size), and scales are rounded to their storage dtype before they are used.
+    Source: GPTQ, Algorithm 1 (arXiv:2210.17323), in the paper's setting (section 4.3): asymmetric grid, no activation order.
+    Differs from the authors' code: each group's grid is fitted to weights that carry all earlier updates (theirs misses those of
+    the unfinished 128 columns when group_size < block_size), and scales are rounded to their storage dtype before they are used.
     """
 
     bits: tuple[int, ...] = (6, 5, 4, 3, 2)
@@ -71,7 +71,9 @@ class GPTQ:
 
     def __post_init__(self) -> None:
         if not self.bits or sorted(set(self.bits), reverse=True) != list(self.bits):
-            raise EvoPressError(f"method.levels {list(self.bits)} must be distinct bit widths in descending order, such as [4, 3, 2]")
+            raise EvoPressError(
+                f"method.levels {list(self.bits)} must be distinct bit widths in descending order, such as [4, 3, 2]"
+            )
         if min(self.bits) < 1 or max(self.bits) > 8:
             raise EvoPressError(f"method.levels {list(self.bits)} must lie in 1 to 8 bits")
         if self.group_size is not None and self.group_size < 1:
@@ -182,8 +184,8 @@ def sweep(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round stacked rows column by column, spreading each column's error over the columns still open.
 
-    Source: GPTQ, Algorithm 1. Updates are lazy at two depths: `inner_size` columns are finished with rank-1 updates, then reach the rest of their block of
-    `block_size` in one product, and finished blocks reach all later columns in one product.
+    Source: GPTQ, Algorithm 1. Updates are lazy at two depths: `inner_size` columns are finished with rank-1
+    updates, then reach the rest of their block of `block_size` in one product, and finished blocks reach all later columns in one.
 
     Args:
         Wt: float32 [C, R], transposed stacked weights; overwritten.

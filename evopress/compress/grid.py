@@ -24,8 +24,8 @@ class Grid:
 def fit_grid(low: Tensor, high: Tensor, maxq: Tensor, *, scale_dtype: torch.dtype = torch.float16) -> Grid:
     """Span the grid from the least to the greatest weight of each row's group.
 
-    Source: GPTQ's asymmetric quantizer without its grid search, as the paper uses it (section 4.3). Differs from it: a group of equal
-    values is kept (as 1 · scale or 0), and scales are rounded to their storage dtype before use, not after.
+    Source: GPTQ's asymmetric quantizer without its grid search, as the paper uses it (section 4.3). Differs from it: a group of
+    equal values is kept (as 1 · scale or 0), and scales are rounded to their storage dtype before use, not after.
 
     Args:
         low, high: float32 [R], minimum and maximum of the group.
@@ -48,7 +48,10 @@ def fit_grid(low: Tensor, high: Tensor, maxq: Tensor, *, scale_dtype: torch.dtyp
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Round positive float32 scales to `dtype` without reaching 0 or infinity."""
     limits = torch.finfo(dtype)
-    return scale.clamp(min=limits.smallest_normal, max=limits.max).to(dtype).to(torch.float32)
+    # Below float16's normal numbers (6e-5: 6 bits over a range of 0.004) steps are even; rounded up, a grid still spans its group.
+    step = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
+    scale = torch.where(scale < limits.smallest_normal, torch.ceil(scale / step) * step, scale)
+    return scale.clamp(min=step, max=limits.max).to(dtype).to(torch.float32)
 
 
 def to_codes(w: Tensor, grid: Grid, maxq: Tensor) -> Tensor:

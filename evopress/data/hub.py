@@ -86,8 +86,7 @@ class HubText:
             info = HfApi().dataset_info(self.repository, revision=self.revision, timeout=self.timeout_seconds)
         except (RepositoryNotFoundError, RevisionNotFoundError):
             raise EvoPressError(
-                f"data={self.name}: the hub has no revision {self.revision!r} of {self.repository}: "
-                "give a commit or a branch"
+                f"data={self.name}: the hub has no revision {self.revision!r} of {self.repository}: give a commit or a branch"
             ) from None
         except Exception as error:  # the errors of the HTTP client vary between versions of huggingface_hub
             raise EvoPressError(

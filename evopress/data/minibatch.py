@@ -63,8 +63,7 @@ def draw(num_sequences: int, sequence_length: int, *, tokens: int, rng: np.rando
         )
     if tokens < 2 or sequence_length < 2:
         raise EvoPressError(
-            f"a minibatch of {tokens} tokens from sequences of {sequence_length} predicts nothing: "
-            "give at least 2 of each"
+            f"a minibatch of {tokens} tokens from sequences of {sequence_length} predicts nothing: give at least 2 of each"
         )
     num_whole, rest = divmod(tokens, sequence_length)
     lengths = [sequence_length] * num_whole

@@ -54,9 +54,7 @@ class TextFiles:
         """
         check_split(split)
         if not self._files[split]:
-            raise EvoPressError(
-                f"data=text has no files for the {split} split: list at least one .txt, .jsonl or .parquet"
-            )
+            raise EvoPressError(f"data=text has no files for the {split} split: list at least one .txt, .jsonl or .parquet")
         for file in self._files[split]:
             found = False
             for document in self._documents_of(file):
@@ -66,8 +64,7 @@ class TextFiles:
                 if file.num_shares == 1:
                     raise EvoPressError(f"{file.path} has no text: give a file with at least one document")
                 raise EvoPressError(
-                    f"{file.path} has too little text for the {file.num_shares} splits that share it: "
-                    "give each its own file"
+                    f"{file.path} has too little text for the {file.num_shares} splits that share it: give each its own file"
                 )
 
     def identity(self) -> dict[str, Any]:
@@ -77,10 +74,7 @@ class TextFiles:
             "field": self.field,
             "wikitext": self.wikitext,
             "files": {
-                split: [
-                    {"name": file.path.name, "sha256": file.sha256, "share": [file.place, file.num_shares]}
-                    for file in files
-                ]
+                split: [{"name": file.path.name, "sha256": file.sha256, "share": [file.place, file.num_shares]} for file in files]
                 for split, files in self._files.items()
             },
         }
@@ -102,8 +96,7 @@ class TextFiles:
                 sharers.setdefault(digest, []).append(split)
         return {
             split: tuple(
-                _File(path, digest, place=sharers[digest].index(split), num_shares=len(sharers[digest]))
-                for path, digest in files
+                _File(path, digest, place=sharers[digest].index(split), num_shares=len(sharers[digest])) for path, digest in files
             )
             for split, files in listed.items()
         }
@@ -181,9 +174,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                raise EvoPressError(
-                    f"line {number} of {path} is no JSON object: expected one such as {{{json.dumps(field)}: ...}}"
-                )
+                raise EvoPressError(f"line {number} of {path} is no JSON object: expected one such as {{{json.dumps(field)}: ...}}")
             if not isinstance(row.get(field), str):
                 raise EvoPressError(
                     f"line {number} of {path} has no text in the field {field!r} "

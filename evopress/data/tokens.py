@@ -53,9 +53,7 @@ def token_sequences(
     Raises: EvoPressError if the text is too short, the numbers do not fit or the separator is no single token.
     """
     if sequence_length < 2:
-        raise EvoPressError(
-            f"sequence_length is {sequence_length}: give at least 2, one token to read and one to predict"
-        )
+        raise EvoPressError(f"sequence_length is {sequence_length}: give at least 2, one token to read and one to predict")
     if num_tokens < sequence_length:
         raise EvoPressError(
             f"{num_tokens} {split} tokens do not fill one sequence of {sequence_length}: "

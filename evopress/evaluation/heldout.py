@@ -61,12 +61,24 @@ def measure_held_out(
 
 
 def scores_by_data_set(
-    evaluator: Evaluator, genomes: Mapping[str, Genome | None], data_sets: Mapping[str, Tensor], **settings: int
+    evaluator: Evaluator,
+    genomes: Mapping[str, Genome | None],
+    data_sets: Mapping[str, Tensor],
+    *,
+    batch_tokens: int,
+    chunk_tokens: int,
 ) -> dict[str, dict[str, Scores]]:
     """Measure named genomes on named data sets: name to data set to scores."""
     scores: dict[str, dict[str, Scores]] = {name: {} for name in genomes}
     for data_set, sequences in data_sets.items():
-        results = measure_held_out(evaluator, list(genomes.values()), sequences, what=f"evaluating on {data_set}", **settings)  # type: ignore[arg-type]
+        results = measure_held_out(
+            evaluator,
+            list(genomes.values()),
+            sequences,
+            batch_tokens=batch_tokens,
+            chunk_tokens=chunk_tokens,
+            what=f"evaluating on {data_set}",
+        )
         for name, result in zip(genomes, results, strict=True):
             scores[name][data_set] = result
     return scores

@@ -19,7 +19,9 @@ from evopress.models.blocks import Head
 class Measure(Protocol):
     """One or more numbers per token that compare a candidate with the base model or with the text."""
 
-    names: tuple[str, ...]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each row of the result is."""
 
     def reference(self, base: Tensor, labels: Tensor, head: Head) -> Any:
         """Prepare a chunk once for all candidates.
@@ -87,7 +89,7 @@ class NegativeLogLikelihood:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Everything that is reported: KL divergence, negative log-likelihood, and whether the most likely token is the base model's."""
+    """What is reported: KL divergence, negative log-likelihood, and whether the most likely token is the base model's."""
 
     names: tuple[str, ...] = ("kl", "nll", "top1_agreement")
 

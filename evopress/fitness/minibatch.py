@@ -11,12 +11,10 @@ from torch import Tensor
 
 from evopress.data.minibatch import draw
 from evopress.errors import EvoPressError
-from evopress.fitness.measures import KLDivergence, Measure, NegativeLogLikelihood, TopkKL
+from evopress.fitness.measures import Measure, NegativeLogLikelihood
 from evopress.fitness.population import Evaluator, measure_sums
 from evopress.progress import track
 from evopress.units import Genome
-
-FITNESS = {"kl": KLDivergence, "topk_kl": TopkKL, "perplexity": NegativeLogLikelihood}
 
 
 class MinibatchFitness:
@@ -31,14 +29,15 @@ class MinibatchFitness:
         sequences: Tensor,
         *,
         rng: np.random.Generator,
+        base: Tensor,
         measure: Measure,
         chunk_tokens: int = 128,
-        batch_tokens: int = 4096,
     ) -> None:
-        """Compute the base model's targets.
+        """Take the text and the base model's targets.
 
         Args:
             sequences: token ids int64 [N, L].
+            base: the base model's last hidden states [N, L, d], from `base_states`.
             rng: draws the minibatches and nothing else; its state is part of the search's state.
             measure: a measure with one number per token.
         """
@@ -47,8 +46,7 @@ class MinibatchFitness:
         self.rng = rng
         self.measure = measure
         self.chunk_tokens = chunk_tokens
-        needs_base = not isinstance(measure, NegativeLogLikelihood)
-        self._base = base_states(evaluator, sequences, batch_tokens=batch_tokens) if needs_base else None
+        self.base = base
 
     def __call__(self, genomes: Sequence[Genome], *, tokens: int) -> list[float]:
         """Return one fitness per genome, in nats per token (the perplexity fitness in perplexity), on `tokens` fresh tokens."""
@@ -58,8 +56,9 @@ class MinibatchFitness:
         for indices, length in minibatch.groups():
             rows = list(indices)
             ids = self.sequences[rows, :length]
-            base = None if self._base is None else self._base[rows]
-            sums, n = measure_sums(self.evaluator, genomes, ids, base, self.measure, chunk_tokens=self.chunk_tokens)
+            sums, n = measure_sums(
+                self.evaluator, genomes, ids, self.base[rows], self.measure, chunk_tokens=self.chunk_tokens
+            )
             total += sums[:, 0]
             count += n
         means = (total / count).tolist()

@@ -66,7 +66,7 @@ class PopulationEvaluator:
                         live.set_block(index, levels)
                         self._advance(index, levels, parents, states, following, children, uses)
                 finally:
-                    live.set_block(index, None)
+                    live.restore_block(index)
             states = following
         finished = [blocks.finish(state) for state in states if state is not None]
         return state_of, finished

@@ -111,6 +111,10 @@ def ensure_database(
     """
     folder = settings.folder
     space = plan_space(blocks, compressor, method=settings.method)
+    for unit in space.units:
+        keys = [level.key for level in unit.levels]
+        if settings.propagate is not None and settings.propagate not in keys:
+            raise EvoPressError(f"activations cannot leave through level {settings.propagate!r}: {unit.name} has {', '.join(keys)}")
     make_folder(folder)
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
@@ -118,12 +122,19 @@ def ensure_database(
             logger.info("waiting for another run that builds %s", folder)
             lock.acquire(timeout=settings.lock_timeout)
     except Timeout:
-        raise EvoPressError(f"another process has held {lock.lock_file} for {settings.lock_timeout:g} s: end it, or use another level_db.root") from None
+        raise EvoPressError(
+            f"another process has held {lock.lock_file} for {settings.lock_timeout:g} s: end it, or use another level_db.root"
+        ) from None
+    except OSError as error:
+        raise explained(error, Path(lock.lock_file)) from error
     try:
         entries = _finished_blocks(folder, len(blocks.blocks))
         if (folder / MANIFEST).is_file() and len(entries) == len(blocks.blocks):
             return LevelDatabase.open(folder), True
-        _preflight(folder, space, entries, blocks, tokens)
+        for pattern in (".*.tmp", ".tmp*"):  # left by a build that was killed
+            for path in folder.glob(pattern):
+                path.unlink(missing_ok=True)
+        _preflight(settings, space, entries, blocks, tokens)
         _build(settings, blocks, tokens, compressor, space, entries)
         return LevelDatabase.open(folder), False
     finally:
@@ -167,20 +178,25 @@ def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            assert {"block", "file", "bytes", "sha256", "units"} <= set(entry)
-        except (ValueError, TypeError, AssertionError):  # a line cut off by a crash
+        except ValueError:  # a line cut off by a crash
             continue
-        yield entry
+        if isinstance(entry, dict) and {"block", "file", "bytes", "sha256", "units"} <= set(entry):
+            yield entry
 
 
-def _preflight(folder: Path, space: Space, entries: Mapping[int, Any], blocks: BlockModel, tokens: Tensor) -> None:
+def _preflight(settings: BuildSettings, space: Space, entries: Mapping[int, Any], blocks: BlockModel, tokens: Tensor) -> None:
     """Compare what the build needs with what there is, before the first forward pass."""
+    folder = settings.folder
     missing = [unit for unit in space.units if unit.block not in entries]
     needed = database_bytes(Space(space.method, tuple(missing)))
     free = shutil.disk_usage(folder).free
     buffer = tokens.numel() * blocks.hidden_size * blocks.dtype.itemsize
     widest = max(module.in_features for module in blocks.linears(0).values())
-    memory = buffer + 6 * widest * widest * 4 + 2**28
+    memory = 6 * widest * widest * 4 + 2**28
+    if settings.activations == "disk":
+        needed += buffer
+    else:
+        memory += buffer
     available = psutil.virtual_memory().available
     logger.info(
         "level database: %d blocks to build, %d units, %d levels, %.2f GB on disk, about %.2f GB of memory, %d calibration tokens",
@@ -193,13 +209,13 @@ def _preflight(folder: Path, space: Space, entries: Mapping[int, Any], blocks: B
     )
     if needed * 1.02 > free:
         raise EvoPressError(
-            f"the level database needs {needed / 1e9:.2f} GB but {folder} has {free / 1e9:.2f} GB free: free some space, store fewer "
-            "levels (method.levels) or use another level_db.root"
+            f"building the level database needs {needed / 1e9:.2f} GB but {folder} has {free / 1e9:.2f} GB free: free some space, "
+            "store fewer levels (method.levels) or use another level_db.root"
         )
     if memory > available:
         raise EvoPressError(
-            f"building the level database needs about {memory / 1e9:.2f} GB of memory but {available / 1e9:.2f} GB are available: use "
-            "fewer calibration tokens (data.calibration_tokens) or level_db.activations=disk"
+            f"building the level database needs about {memory / 1e9:.2f} GB of memory but {available / 1e9:.2f} GB are available: "
+            "use fewer calibration tokens (data.calibration_tokens) or level_db.activations=disk"
         )
 
 
@@ -266,12 +282,6 @@ def _activations(settings: BuildSettings, blocks: BlockModel, tokens: Tensor, ba
     path = settings.folder / f".activations.{os.getpid()}.tmp"
     if settings.activations == "disk":
         count = tokens.numel() * blocks.hidden_size
-        free = shutil.disk_usage(settings.folder).free
-        if count * blocks.dtype.itemsize > free:
-            raise EvoPressError(
-                f"activations need {count * blocks.dtype.itemsize / 1e9:.2f} GB but {settings.folder} has {free / 1e9:.2f} GB free: use "
-                "fewer calibration tokens (data.calibration_tokens) or another level_db.root"
-            )
         buffer = torch.from_file(str(path), shared=True, size=count, dtype=blocks.dtype).reshape(shape)
     else:
         buffer = torch.empty(shape, dtype=blocks.dtype)
@@ -336,7 +346,9 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int)
             handle.remove()
     idle = [name for name in linears if name not in owners]
     if idle:
-        raise EvoPressError(f"{idle[0]} was never called in its block's forward: its family's adapter names a module that is not used")
+        raise EvoPressError(
+            f"{idle[0]} was never called in its block's forward: its family's adapter names a module that is not used"
+        )
     return owners, hessians
 
 
@@ -374,4 +386,3 @@ def _propagate(blocks: BlockModel, index: int, buffer: Tensor, batch: int, decod
     finally:
         for name, weight in dense.items():
             linears[name].weight.data = weight
-

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from evopress.errors import EvoPressError
@@ -31,8 +32,9 @@ class LiveModel:
         self.space = database.space
         self._linears = [blocks.linears(index) for index in range(len(blocks.blocks))]
         names = [name for linears in self._linears for name in linears]
-        if names != [unit.name for unit in self.space.units]:
-            raise EvoPressError(f"the level database in {database.folder} is of another model: its units have other names")
+        sizes = [linear.weight.numel() for linears in self._linears for linear in linears.values()]
+        if names != [unit.name for unit in self.space.units] or sizes != [unit.size for unit in self.space.units]:
+            raise EvoPressError(f"the level database in {database.folder} is of another model: its units have other names or sizes")
         self._dense = [[linear.weight.data for linear in linears.values()] for linears in self._linears]
         self._first = [0]
         for linears in self._linears:
@@ -48,10 +50,16 @@ class LiveModel:
         return None if genome is None else genome[self._first[index] : self._first[index + 1]]
 
     def set_block(self, index: int, levels: Sequence[int] | None) -> None:
-        """Give block `index` these levels, one per unit of the block, or its dense weights for None."""
+        """Give block `index` these levels, one per unit of the block, or its dense weights for None, on the device it is on."""
         first = self._first[index]
         for i, linear in enumerate(self._linears[index].values()):
-            weight = self._dense[index][i] if levels is None else self._weight(first + i, levels[i])
+            device = linear.weight.device
+            weight = self._dense[index][i] if levels is None else self._weight(first + i, levels[i], device)
+            linear.weight.data = weight.to(device)
+
+    def restore_block(self, index: int) -> None:
+        """Give block `index` back the very weights that it came with, where they lay."""
+        for linear, weight in zip(self._linears[index].values(), self._dense[index], strict=True):
             linear.weight.data = weight
 
     @contextmanager
@@ -65,14 +73,14 @@ class LiveModel:
             yield
         finally:
             for index in range(len(self.blocks.blocks)):
-                self.set_block(index, None)
+                self.restore_block(index)
 
-    def _weight(self, unit: int, level: int) -> Tensor:
+    def _weight(self, unit: int, level: int, device: torch.device) -> Tensor:
         key = (unit, level)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        weight = self.database.read(unit, level).decode().to(self.blocks.device)
+        weight = self.database.read(unit, level).decode().to(device)
         self.num_loads += 1
         size = weight.numel() * weight.element_size()
         if size <= self._cache_bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,8 +71,24 @@ def write_block(folder: Path, index: int, compressed: Mapping[str, list[Compress
         records.append({"name": name, "block": unit.block, "kind": unit.kind, "size": unit.size, "levels": levels})
     path = folder / block_file(index)
     # No metadata: safetensors does not keep its order, and equal content must be equal bytes.
-    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    write_atomically(path, lambda temporary: _save_tensors(tensors, temporary))
     return {"block": index, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path), "units": records}
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # safetensors puts a file in its place that only the owner can read
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise os_error(error) from error
+    path.chmod(mode)
+
+
+def os_error(error: SafetensorError) -> OSError:
+    """Turn safetensors' own error on writing, which is no OSError, into the one of the operating system behind it."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found[1]), str(error)) if found else OSError(str(error))
 
 
 def _key(unit: str, level: str, part: str) -> str:
@@ -91,7 +108,9 @@ def check_block(folder: Path, entry: Mapping[str, Any]) -> None:
         raise DamagedDatabaseError(f"{path} is damaged: its SHA-256 differs from the manifest's")
 
 
-def write_manifest(folder: Path, *, method: str, fingerprint: str, recipe: Mapping[str, Any], entries: list[dict[str, Any]]) -> None:
+def write_manifest(
+    folder: Path, *, method: str, fingerprint: str, recipe: Mapping[str, Any], entries: list[dict[str, Any]]
+) -> None:
     """Write the manifest; from here on the database is there."""
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
@@ -127,7 +146,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         schema = manifest["schema"]
         if isinstance(schema, int) and schema > SCHEMA:
-            raise EvoPressError(f"{path} has schema {schema}, this version reads up to {SCHEMA}: update evopress or rebuild elsewhere")
+            raise EvoPressError(
+                f"{path} has schema {schema}, this version reads up to {SCHEMA}: update evopress or rebuild elsewhere"
+            )
         if schema != SCHEMA:
             raise DamagedDatabaseError(f"{path} has schema {schema!r}, expected {SCHEMA}")
         if _digest(manifest) != manifest["digest"]:
@@ -154,9 +175,7 @@ def space_of(manifest: Mapping[str, Any]) -> Space:
             block=int(unit["block"]),
             kind=str(unit["kind"]),
             size=int(unit["size"]),
-            levels=tuple(
-                Level(str(v["label"]), int(v["cost"]), str(v["key"]), int(v["stored_bits"])) for v in unit["levels"]
-            ),
+            levels=tuple(Level(str(v["label"]), int(v["cost"]), str(v["key"]), int(v["stored_bits"])) for v in unit["levels"]),
         )
         for unit in manifest["units"]
     )

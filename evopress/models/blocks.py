@@ -47,7 +47,7 @@ class BlockModel:
         self.device = torch.device(device)
         self.offload = offload and self.device.type != "cpu"
         self.decoder: nn.Module = model.get_submodule(family.decoder)
-        self.blocks: list[nn.Module] = list(self.decoder.get_submodule(family.blocks))
+        self.blocks: list[nn.Module] = list(self.decoder.get_submodule(family.blocks).children())
         self._prefix = f"{family.decoder}.{family.blocks}"
         self._calls: dict[int, list[_Call]] = {}
         self._place()
@@ -59,16 +59,8 @@ class BlockModel:
         inside = {id(module) for block in self.blocks for module in block.modules()}
         for module in self.model.modules():
             if id(module) not in inside:
-                for tensors in (module._parameters, module._buffers):
-                    for name, tensor in tensors.items():
-                        if tensor is not None:
-                            tensors[name] = (
-                                nn.Parameter(tensor.to(self.device), requires_grad=False)
-                                if isinstance(tensor, nn.Parameter)
-                                else tensor.to(self.device)
-                            )
-        if hasattr(self.model, "tie_weights"):
-            self.model.tie_weights()
+                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    tensor.data = tensor.data.to(self.device)  # in place, so that tied weights stay tied
 
     @property
     def dtype(self) -> torch.dtype:
@@ -223,8 +215,8 @@ class BlockModel:
         tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}[self.dtype]
         if difference > tolerance * max(scale, 1.0):
             raise EvoPressError(
-                f"running {self.family.name} block by block changes its logits by {difference:.3g} (largest logit {scale:.3g}): this "
-                "version of transformers calls the blocks in a way the adapter does not know; use fitness.evaluator=plain"
+                f"running {self.family.name} block by block changes its logits by {difference:.3g} (largest logit {scale:.3g}): "
+                "this version of transformers calls the blocks in a way the adapter does not know; use fitness.evaluator=plain"
             )
         return difference
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from evopress.errors import EvoPressError
@@ -66,8 +67,8 @@ def find_weights(folder: Path) -> list[Path]:
         raise EvoPressError(f"model path {str(folder)!r} is not a folder: give the folder that holds config.json")
     config = read_config(folder)
     family_of(str(config.get("model_type", "")))
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if config.get("quantization_config"):
+        method = dict(config["quantization_config"]).get("quant_method", "unknown method")
         raise EvoPressError(
             f"the model in {folder} is already quantized ({method}): give the original weights, or dequantize them first"
         )
@@ -158,18 +159,26 @@ def load_pretrained(
     weights = find_weights(folder)
     family = family_of(read_config(folder)["model_type"])
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[dtype],
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise EvoPressError(f"the model in {folder} could not be loaded ({reason}): fetch the checkpoint again") from error
+        raise EvoPressError(
+            f"the model in {folder} could not be loaded ({reason}): fetch the checkpoint again, or check model.attn_implementation"
+        ) from error
+    absent = sorted(found["missing_keys"])
+    if absent:  # transformers would go on with random weights
+        raise EvoPressError(
+            f"the weights in {folder} lack {absent[0]} and {len(absent) - 1} others of the model in config.json: fetch them again"
+        )
     model.eval()
     model.requires_grad_(False)
     return Pretrained(

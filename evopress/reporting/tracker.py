@@ -27,9 +27,7 @@ _log = logging.getLogger(__name__)
 class Tracker(Protocol):
     """What follows a run. The calls come in this order: `start`, then any of the others, `finish` last."""
 
-    def start(
-        self, *, config: dict[str, Any], run_dir: Path, name: str | None, group: str | None, tags: Sequence[str]
-    ) -> None:
+    def start(self, *, config: dict[str, Any], run_dir: Path, name: str | None, group: str | None, tags: Sequence[str]) -> None:
         """Open the tracker's run, described by the composed config."""
 
     def log(self, metrics: Mapping[str, float], *, generation: int) -> None:
@@ -51,9 +49,7 @@ class Tracker(Protocol):
 class NullTracker:
     """Follow nothing: costs nothing and imports nothing."""
 
-    def start(
-        self, *, config: dict[str, Any], run_dir: Path, name: str | None, group: str | None, tags: Sequence[str]
-    ) -> None:
+    def start(self, *, config: dict[str, Any], run_dir: Path, name: str | None, group: str | None, tags: Sequence[str]) -> None:
         pass
 
     def log(self, metrics: Mapping[str, float], *, generation: int) -> None:
@@ -106,9 +102,7 @@ class WandbTracker:
         self._run: Any = None
         self._borrowed: list[str] = []
 
-    def start(
-        self, *, config: dict[str, Any], run_dir: Path, name: str | None, group: str | None, tags: Sequence[str]
-    ) -> None:
+    def start(self, *, config: dict[str, Any], run_dir: Path, name: str | None, group: str | None, tags: Sequence[str]) -> None:
         mode = self._resolve_mode()
         if mode != "disabled":
             self._try("start", lambda: self._start(mode, config, run_dir, name, group, tags))
@@ -206,9 +200,7 @@ class WandbTracker:
         except (Exception, SystemExit) as error:  # whatever goes wrong there, the run goes on
             self._run = None
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            _log.warning(
-                "Weights & Biases failed to %s (%s: %s): the run goes on without it", what, type(error).__name__, reason
-            )
+            _log.warning("Weights & Biases failed to %s (%s: %s): the run goes on without it", what, type(error).__name__, reason)
 
 
 def _has_key() -> bool:

