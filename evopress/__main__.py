@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from evopress import config as configuration
 from evopress.errors import EvoPressError
+from evopress.reporting.records import write_json
 
 logger = logging.getLogger(__name__)
 _PACKAGES = ("evopress", "torch", "transformers", "hydra-core", "omegaconf", "datasets", "numpy", "scipy", "pandas", "wandb")
@@ -31,22 +33,45 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     configuration.register()
+    _failures.clear()
+    entry = hydra.main(version_base="1.3", config_path=str(configuration.config_folder()), config_name="config")(_task)
     try:
-        sys.argv[1:] = _with_resumed(sys.argv[1:])
+        folder = _resumed_folder(sys.argv[1:])
+        if folder is None:
+            entry()
+        else:
+            sys.argv[1:] = _with_resumed(sys.argv[1:], folder)
+            with _kept_if_refused(folder):
+                entry()
     except EvoPressError as error:
         _say_error(error)
         sys.exit(1)
-    entry = hydra.main(version_base="1.3", config_path=str(configuration.config_folder()), config_name="config")(_task)
-    entry()
     sys.exit(1 if _failures else 0)
 
 
-def _with_resumed(arguments: list[str]) -> list[str]:
-    """Put an earlier run's own overrides before those of `resume=RUN_FOLDER`, and let the run go on in that folder."""
-    folder = next((argument.removeprefix("resume=") for argument in arguments if argument.startswith("resume=")), None)
-    if folder is None or folder in ("", "null"):
-        return arguments
-    overrides = Path(folder) / ".hydra" / "overrides.yaml"
+def _resumed_folder(arguments: list[str]) -> Path | None:
+    """Return the run folder that `resume=RUN_FOLDER` names."""
+    folder = next((argument.removeprefix("resume=") for argument in arguments if argument.startswith("resume=")), "")
+    return None if folder in ("", "null") else Path(folder)
+
+
+@contextmanager
+def _kept_if_refused(folder: Path) -> Iterator[None]:
+    """Give a run folder its own settings back if those that it was resumed with are refused."""
+    files = [*(folder / ".hydra").glob("*.yaml"), folder / "environment.json"]
+    before = {path: path.read_bytes() for path in files if path.is_file()}
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code == 1:
+            for path, content in before.items():
+                path.write_bytes(content)
+        raise
+
+
+def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
+    """Put an earlier run's own overrides before those on the command line, and let the run go on in its folder."""
+    overrides = folder / ".hydra" / "overrides.yaml"
     if not overrides.is_file():
         raise EvoPressError(f"resume={folder} is not a run folder: expected {overrides}")
     earlier = [str(override) for override in OmegaConf.load(overrides)]
@@ -85,10 +110,10 @@ def _run(config: DictConfig) -> float:
         torch.set_num_threads(settings.threads)
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     environment = _environment(torch.get_num_threads())
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    write_json(run_dir / "environment.json", environment)
     paper = pipeline.search_cost(configuration.at_paper_scale(config).search)
     logger.info(
-        "scale %s: the search evaluates %.2f M candidate tokens (scale=paper: %.0f M); run folder %s",
+        "scale %s: the search evaluates %.3g million candidate tokens (scale=paper: %.3g million); run folder %s",
         settings.scale.name,
         pipeline.search_cost(settings.search) / 1e6,
         paper / 1e6,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ def _scaled(value: int, factor: float, least: int = 1) -> int:
 def to_settings(config: DictConfig) -> RunSettings:
     """Convert a composed config; checks of the dataclasses run here.
 
-    Raises: EvoPressError without a method, or if a value is missing or out of range.
+    Raises: EvoPressError without a method, or if a value is missing or out of range, or a key is unknown.
     """
     if "method" not in config or OmegaConf.is_missing(config, "method"):
         raise EvoPressError(f"no method was chosen: add one of {', '.join(f'+method={name}' for name in METHODS)} to the command")
@@ -63,7 +65,19 @@ def to_settings(config: DictConfig) -> RunSettings:
     except OmegaConfBaseException as error:
         raise EvoPressError(f"the configuration is incomplete: {str(error).splitlines()[0]}") from None
     assert isinstance(settings, RunSettings)
+    _check_keys(settings)
     return settings
+
+
+def _check_keys(settings: Any, prefix: str = "") -> None:
+    """Raise EvoPressError for a key that no schema has; Hydra lets `+key=value` through."""
+    known = [field.name for field in fields(settings)]
+    for key, value in vars(settings).items():
+        if key not in known:
+            near = get_close_matches(key, known) or known
+            raise EvoPressError(f"{prefix}{key} is no setting: remove it, or did you mean {' or '.join(f'{prefix}{n}' for n in near)}?")
+        if is_dataclass(value):
+            _check_keys(value, f"{prefix}{key}.")
 
 
 def at_paper_scale(config: DictConfig) -> RunSettings:

@@ -36,13 +36,22 @@ class Quantization:
         """Key of the level through which activations leave a block."""
         return None if self.settings.propagate_bits is None else str(self.settings.propagate_bits)
 
-    def check(self) -> None:
-        """Raise EvoPressError if no genome can meet the target, from settings alone, before any model work."""
+    def check(self, *, searching: bool) -> None:
+        """Raise EvoPressError if no genome can meet the target, from settings alone, before any model work.
+
+        Args: searching: refuse also a target that a single genome meets.
+        """
         least, most = min(self.settings.levels), max(self.settings.levels)
         if not least <= self.bits <= most:
             where = f"below the lowest level ({least} bits)" if self.bits < least else f"above the highest level ({most} bits)"
             raise EvoPressError(
                 f"bits={self.bits:g} is {where} of method.levels {self.settings.levels}: change bits or add such a level"
+            )
+        if searching and self.bits in (least, most):
+            which = "lowest" if self.bits == least else "highest"
+            raise EvoPressError(
+                f"bits={self.bits:g} is the {which} of method.levels {self.settings.levels}, "
+                f"which leaves nothing to search: give bits between {least} and {most}, or leave search and export out of stages"
             )
         self.compressor()
 
@@ -68,6 +77,6 @@ def make_method(settings: RunSettings) -> Quantization:
         if settings.bits is None:
             raise EvoPressError("method quant needs a target: give bits=2.5, the average number of bits per weight")
         method = Quantization(settings.method, settings.bits)
-        method.check()
+        method.check(searching="search" in settings.stages)
         return method
     raise EvoPressError(f"method {settings.method!r} is unknown")

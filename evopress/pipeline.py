@@ -33,7 +33,9 @@ from evopress.reporting.records import (
 )
 from evopress.reporting.report import headline, write_report
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
+from evopress.search.constraint import EXCHANGES
 from evopress.search.evolution import Evolution, SearchSettings
+from evopress.search.mutation import DISTRIBUTIONS
 from evopress.search.record import GenerationRecord
 from evopress.search.selection import Stage
 from evopress.settings import FitnessSettings, RunSettings, SearchConfig, TrackerSettings
@@ -55,8 +57,10 @@ def run(settings: RunSettings, run_dir: Path, *, config: dict[str, Any], command
     """
     check_names(settings)
     searching = search_settings(settings.search)
+    check_tokens(settings)
     started = time.monotonic()
     workspace = Workspace(settings, run_dir)
+    workspace.read_text()
     tracker = make_tracker(settings.tracker)
     tracker.start(
         config=config,
@@ -92,12 +96,42 @@ def check_names(settings: RunSettings) -> None:
             raise EvoPressError(f"baselines.names has {name!r}: choose among {', '.join(BASELINES)}")
 
 
+def check_tokens(settings: RunSettings) -> None:
+    """Raise EvoPressError if a split is shorter than one sequence, or a minibatch larger than the search text."""
+    length, data, search = settings.model.sequence_length, settings.data, settings.search
+    for split in ("calibration", "search", "evaluation"):
+        count = getattr(data, f"{split}_tokens")
+        if count < length:
+            raise EvoPressError(
+                f"data.{split}_tokens={count} does not fill one sequence of model.sequence_length={length}: ask for more tokens or "
+                "shorten the sequences"
+            )
+    available = data.search_tokens // length * length
+    minibatches = [("search.initial_tokens", search.initial_tokens), *(("search.tokens", count) for count in search.tokens)]
+    if "best_of_random" in settings.baselines.names:
+        minibatches.append(("baselines.random_tokens", settings.baselines.random_tokens))
+    for key, count in minibatches:
+        if not 2 <= count <= available:
+            raise EvoPressError(
+                f"{key} asks for a minibatch of {count} tokens: expected 2 to {available}, the search text (data.search_tokens) in "
+                f"sequences of {length}; change one of them"
+            )
+
+
 def search_settings(config: SearchConfig) -> SearchSettings:
-    """Convert and check the search's numbers; raise EvoPressError if the survivors do not descend to 1 or a number is missing."""
+    """Convert and check the search's numbers.
+
+    Raises: EvoPressError if the survivors do not descend to 1, or a number or a rule is missing or unknown.
+    """
     if config.generations is None:
         raise EvoPressError(
             "search.generations is null, which only depth pruning derives: give a number, such as search.generations=50"
         )
+    for key, value, known in (("exchange", config.exchange, EXCHANGES), ("distribution", config.distribution, DISTRIBUTIONS)):
+        if value not in known:
+            raise EvoPressError(f"search.{key}={value} is unknown: choose one of {', '.join(known)}")
+    if config.max_switches < 1:
+        raise EvoPressError(f"search.max_switches={config.max_switches} is out of range: expected at least 1")
     return SearchSettings(
         generations=config.generations,
         num_offspring=config.num_offspring,
@@ -107,6 +141,8 @@ def search_settings(config: SearchConfig) -> SearchSettings:
         max_switches=config.max_switches,
         distribution=config.distribution,
         exchange=config.exchange,
+        max_level=config.max_level,
+        max_total_deviation=config.max_total_deviation,
     )
 
 
@@ -171,12 +207,7 @@ def find_baselines(workspace: Workspace) -> None:
     space, budget = workspace.database.space, workspace.budget
     found: dict[str, Genome] = {}
     if "uniform" in settings.names:
-        nearest = {level.cost / unit.size for unit in space.units for level in unit.levels}
-        target = budget.total / space.size
-        below = max((cost for cost in nearest if cost <= target), default=None)
-        above = min((cost for cost in nearest if cost > target), default=None)
-        uniform = uniform_genomes(space)
-        found |= {name: genome for name, genome in uniform.items() if space.cost(genome) / space.size in (above, below)}
+        found |= _nearest_uniform(workspace)
     if "best_of_random" in settings.names:
         logger.info("best of %d random: %d tokens each", settings.num_random, settings.random_tokens)
         genome, _ = best_of_random(
@@ -191,6 +222,17 @@ def find_baselines(workspace: Workspace) -> None:
     if "dp" in settings.names:
         found["dp"] = dynamic_programming(space, budget, workspace.database.errors)
     write_json(path, {"schema": 1, "database": workspace.database.fingerprint, "genomes": {n: list(g) for n, g in found.items()}})
+
+
+def _nearest_uniform(workspace: Workspace) -> dict[str, Genome]:
+    """Return the uniform genomes on either side of the budget, or the one that costs exactly as much."""
+    space, total = workspace.database.space, workspace.budget.total
+    uniform = uniform_genomes(space)
+    costs = {name: space.cost(genome) for name, genome in uniform.items()}
+    within = max((name for name in costs if costs[name] <= total), key=costs.__getitem__, default=None)
+    above = min((name for name in costs if costs[name] > total), key=costs.__getitem__, default=None)
+    exact = within is not None and costs[within] == total
+    return {name: uniform[name] for name in ((within,) if exact else (above, within)) if name is not None}
 
 
 def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> None:
@@ -221,7 +263,7 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
         metrics.unlink(missing_ok=True)
     if not evolution.finished:
         logger.info(
-            "search: %d generations, λ = %d, %.2f M candidate tokens in all",
+            "search: %d generations, λ = %d, %.3g million candidate tokens in all",
             settings.generations,
             settings.num_offspring,
             search_cost(workspace.settings.search) / 1e6,
@@ -308,7 +350,7 @@ def _say(entry: dict[str, Any], generations: int, seconds: float, *, first: int)
         parts.append(f"fitness {entry['fitness']:.4f}" + (" (new)" if entry["accepted"] else ""))
     if "held_out" in entry:
         parts.append(f"held-out KL {entry['held_out']['kl']:.4f}")
-    if generation < generations:
+    if done and generation < generations:
         parts.append(f"{duration(seconds / done * (generations - generation))} left")
     logger.info("%s", ", ".join(parts))
 

@@ -19,7 +19,8 @@ def _expect(condition: bool, key: str, value: object, expected: str) -> None:
 
 
 def _expect_one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
-    _expect(value in choices or value == MUST_BE_CHOSEN, key, value, f"one of {', '.join(choices)}")
+    if value not in choices and value != MUST_BE_CHOSEN:
+        raise EvoPressError(f"{key}={value} is unknown: choose one of {', '.join(choices)}")
 
 
 @dataclass
@@ -154,6 +155,8 @@ class FitnessSettings:
         _expect_one_of("fitness.name", self.name, ("kl", "topk_kl", "perplexity"))
         _expect_one_of("fitness.evaluator", self.evaluator, ("population", "plain"))
         _expect(self.k >= 2, "fitness.k", self.k, "at least 2 tokens")
+        _expect(self.max_tokens_in_flight >= 1, "fitness.max_tokens_in_flight", self.max_tokens_in_flight, "at least 1 token")
+        _expect(self.chunk_tokens >= 1, "fitness.chunk_tokens", self.chunk_tokens, "at least 1 token")
 
 
 @dataclass
@@ -178,6 +181,10 @@ class SearchConfig:
     """Of the number of switches: min_uniform or constant (paper B.1)."""
     exchange: str = "size"
     """Which units exchange levels: size, name, none or any."""
+    max_level: int | None = None
+    """Greatest deviation of a unit from the target's level, in levels; None: any."""
+    max_total_deviation: int | None = None
+    """Greatest sum of those deviations; None: any."""
 
     def __post_init__(self) -> None:
         if len(self.survivors) != len(self.tokens):
@@ -196,6 +203,9 @@ class BaselinesSettings:
     """Candidates of best_of_random."""
     random_tokens: int = 2048
     """Tokens that choose among them."""
+
+    def __post_init__(self) -> None:
+        _expect(self.num_random >= 1, "baselines.num_random", self.num_random, "at least 1 candidate")
 
 
 @dataclass
@@ -224,9 +234,15 @@ class EvaluationSettings:
     data: list[str] = field(default_factory=list)
     """Further data sets beside the run's own: python_docs, wikitext2, c4, fineweb_edu."""
     files: dict[str, str] = field(default_factory=dict)
-    """Further local data sets: name to file."""
+    """Further local data sets: name to file (`+evaluation.files.wiki=FILE`)."""
     wikitext: list[str] = field(default_factory=list)
     """Names in `files` whose .txt has WikiText's layout."""
+
+    def __post_init__(self) -> None:
+        _expect(self.every >= 0, "evaluation.every", self.every, "a number of generations, or 0 for none")
+        for name in self.wikitext:
+            if name not in self.files:
+                raise EvoPressError(f"evaluation.wikitext names {name!r}, which is not in evaluation.files: give its file there")
 
 
 @dataclass
@@ -289,3 +305,5 @@ class RunSettings:
     def __post_init__(self) -> None:
         for stage in self.stages:
             _expect_one_of("stages", stage, STAGES)
+        _expect(self.seed >= 0, "seed", self.seed, "0 or more")
+        _expect(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null for torch's choice")

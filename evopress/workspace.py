@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from evopress.data.hub import c4, fineweb_edu, wikitext2
 from evopress.data.python_docs import PythonDocs
@@ -27,7 +29,8 @@ from evopress.levels.live import LiveModel
 from evopress.levels.store import LevelDatabase
 from evopress.methods import make_method
 from evopress.models.blocks import BlockModel
-from evopress.models.loading import Pretrained, fetch_from_hub, find_weights, load_pretrained, pick_device
+from evopress.models.families import family_of
+from evopress.models.loading import Pretrained, fetch_from_hub, find_weights, load_pretrained, pick_device, read_config
 from evopress.models.smollm2 import ensure_smollm2
 from evopress.models.tiny import ensure_tiny
 from evopress.settings import ModelSettings, RunSettings
@@ -55,9 +58,9 @@ def find_model(settings: ModelSettings, cache: Path) -> Path:
         return ensure_smollm2(cache)
     if settings.builtin == "tiny":
         return ensure_tiny(cache)
-    raise EvoPressError(
-        f"no model was named: give model.path (a folder or a hub id); model.builtin={settings.builtin!r} is unknown"
-    )
+    if settings.builtin is not None:
+        raise EvoPressError(f"model.builtin={settings.builtin} is unknown: choose one of smollm2_135m, tiny, or give model.path")
+    raise EvoPressError("no model was named: give model.path=DIR, or model.path=ORG/NAME for one of the hub")
 
 
 class Workspace:
@@ -75,10 +78,68 @@ class Workspace:
         self.cache = make_folder(Path(settings.paths.cache).expanduser())
         self.database_root = make_folder(Path(settings.level_db.root).expanduser())
         self.database_reused = False
+        self._check_files()
         self.model_folder = find_model(settings.model, self.cache)
+        self._check_model()
         seeds = np.random.SeedSequence(settings.seed).spawn(len(_STREAMS))
         self.rng = {name: np.random.default_rng(seed) for name, seed in zip(_STREAMS, seeds, strict=True)}
         """One generator for each purpose, so that what one draws never changes another."""
+
+    def _check_files(self) -> None:
+        """Raise EvoPressError if a text file is missing or empty, or one that is held out is trained on."""
+        used: dict[str, str] = {}
+        for name, source in self._evaluation_sources.items():
+            if not isinstance(source, TextFiles):
+                continue
+            files = source.identity()["files"]
+            for split in ("calibration", "search"):
+                used |= {file["sha256"]: split for file in files[split]}
+            if source is not self._own_source and (same := used.get(files["evaluation"][0]["sha256"])):
+                raise EvoPressError(f"evaluation.files has {name!r}, which is also a {same} file: hold out another one")
+
+    def _check_model(self) -> None:
+        """Raise EvoPressError if the settings do not fit the model; reads its config and the heads of its weight files alone."""
+        config, length = read_config(self.model_folder), self.settings.model.sequence_length
+        positions = config.get("max_position_embeddings")
+        if isinstance(positions, int) and length > positions:
+            raise EvoPressError(f"model.sequence_length={length} is more than the {positions} positions of this model: lower it")
+        compressor = self.method.compressor()
+        linears = tuple(f".{name}.weight" for name in family_of(config["model_type"]).linears)
+        for path in find_weights(self.model_folder):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if key.endswith(linears)}  # noqa: SIM118
+            except (OSError, SafetensorError):
+                return  # told when the model is loaded
+            for key, shape in shapes.items():
+                try:
+                    compressor.levels(tuple(shape))
+                except EvoPressError as error:
+                    raise EvoPressError(f"{key.removesuffix('.weight')}: {error}") from None
+
+    def read_text(self) -> None:
+        """Read the text that the run's stages need, so that a lack of it shows before the model is loaded.
+
+        Raises: EvoPressError if there is too little, or it cannot be read.
+        """
+        stages = set(self.settings.stages)
+        _ = self.calibration_tokens  # what the level database's fingerprint stands on
+        if stages & {"baselines", "search"}:
+            _ = self.search_tokens
+        if "evaluate" in stages or ("search" in stages and self.settings.evaluation.every):
+            _ = self.evaluation_data
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.model_folder, local_files_only=True, trust_remote_code=self.settings.model.trust_remote_code
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise EvoPressError(
+                f"the tokenizer in {self.model_folder} could not be loaded ({reason}): fetch the checkpoint again"
+            ) from error
 
     @cached_property
     def pretrained(self) -> Pretrained:
@@ -126,7 +187,7 @@ class Workspace:
         return token_sequences(
             source or self._own_source,
             split,
-            self.pretrained.tokenizer,
+            self.tokenizer,
             sequence_length=self.settings.model.sequence_length,
             num_tokens=num_tokens,
             cache_dir=self.cache / "tokens",
@@ -138,26 +199,32 @@ class Workspace:
         return self.source(self.settings.data.source)
 
     @cached_property
+    def _evaluation_sources(self) -> dict[str, TextSource]:
+        evaluation = self.settings.evaluation
+        sources = {self._own_source.name: self._own_source}
+        sources |= {name: self.source(name) for name in evaluation.data if name not in sources}
+        for name, path in evaluation.files.items():
+            if name in sources:
+                raise EvoPressError(f"evaluation.files has {name!r}, which another data set is called: give the file another name")
+            sources[name] = TextFiles(evaluation=(path,), wikitext=name in evaluation.wikitext)
+        return sources
+
+    @cached_property
+    def calibration_tokens(self) -> Tensor:
+        return self.tokens("calibration", self.settings.data.calibration_tokens)
+
+    @cached_property
     def evaluation_data(self) -> dict[str, Tensor]:
         """Held-out text by data set, the run's own first."""
         count = self.settings.data.evaluation_tokens
-        evaluation = self.settings.evaluation
-        own = self._own_source
-        sets = {own.name: self.tokens("evaluation", count)}
-        for name in evaluation.data:
-            if name not in sets:
-                sets[name] = self.tokens("evaluation", count, self.source(name))
-        for name, path in evaluation.files.items():
-            files = TextFiles(evaluation=(path,), wikitext=name in evaluation.wikitext)
-            sets[name] = self.tokens("evaluation", count, files)
-        return sets
+        return {name: self.tokens("evaluation", count, source) for name, source in self._evaluation_sources.items()}
 
     @cached_property
     def database(self) -> LevelDatabase:
         """The run's level database, built first where it is missing."""
         settings, pretrained = self.settings, self.pretrained
         compressor = self.method.compressor()
-        tokens = self.tokens("calibration", settings.data.calibration_tokens)
+        tokens = self.calibration_tokens
         recipe = {
             "method": settings.method.name,
             "model": {"digest": pretrained.digest, "dtype": settings.model.dtype, "family": pretrained.family.name},

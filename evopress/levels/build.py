@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from evopress.compress.compressor import Compressed, Compressor
 from evopress.compress.hessian import HessianSum
 from evopress.errors import EvoPressError
 from evopress.files import explained, make_folder, sync_folder
+from evopress.levels.hessians import BlockHessians, HessianStore
 from evopress.levels.store import (
     MANIFEST,
     DamagedDatabaseError,
@@ -63,6 +64,8 @@ class BuildSettings:
     """Tokens per forward of one block."""
     activations: str = "memory"
     """Where calibration activations live between blocks: "memory" (of the host) or "disk"."""
+    hessians: HessianStore | None = None
+    """Where dense activations' Hessians are kept for further databases; used where activations leave blocks dense."""
     lock_timeout: float = 24 * 3600.0
     """Seconds to wait for another process that builds the same database."""
 
@@ -137,6 +140,8 @@ def ensure_database(
         _preflight(settings, space, entries, blocks, tokens)
         _build(settings, blocks, tokens, compressor, space, entries)
         return LevelDatabase.open(folder), False
+    except OSError as error:
+        raise explained(error, folder) from error
     finally:
         lock.release()
 
@@ -180,7 +185,7 @@ def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:  # a line cut off by a crash
             continue
-        if isinstance(entry, dict) and {"block", "file", "bytes", "sha256", "units"} <= set(entry):
+        if isinstance(entry, dict) and isinstance(entry.get("block"), int) and {"file", "bytes", "sha256", "units"} <= set(entry):
             yield entry
 
 
@@ -232,21 +237,29 @@ def _build(
     (folder / MANIFEST).unlink(missing_ok=True)
     _rewrite_journal(folder / _JOURNAL, entries)
     missing = [index for index in range(len(blocks.blocks)) if index not in entries]
-    if missing:
-        units = {unit.name: unit for unit in space.units}
-        batch = max(settings.batch_tokens // tokens.shape[1], 1)
-        with _activations(settings, blocks, tokens, batch) as buffer:
-            for index in track(range(missing[-1] + 1), "building the level database"):
-                with blocks.on_device(index):
-                    if index in missing:
-                        compressed = _compress_block(blocks, index, buffer, batch, compressor)
-                        entries[index] = write_block(folder, index, compressed, units)
-                        _append(folder / _JOURNAL, entries[index])
-                        decoded = _at_level(compressed, units, settings.propagate)
-                    else:
-                        decoded = _stored_level(folder, entries[index], settings.propagate)
-                    if index < missing[-1]:
-                        _propagate(blocks, index, buffer, batch, decoded)
+    store = settings.hessians if settings.propagate is None else None
+    unseen = [index for index in missing if store is None or index not in store]
+    walked = range(unseen[-1] + 1 if unseen else 0)  # blocks that activations must pass or enter
+    units = {unit.name: unit for unit in space.units}
+    batch = max(settings.batch_tokens // tokens.shape[1], 1)
+    with _activations(settings, blocks, tokens, batch) if unseen else nullcontext(torch.empty(0)) as buffer:
+        for index in track(sorted({*missing, *walked}), "building the level database"):
+            with blocks.on_device(index):
+                if index in missing:
+                    kept = store.read(index) if store is not None and index not in unseen else None
+                    advanced = kept is None and settings.propagate is None and index + 1 in walked
+                    hessians = kept or collect_hessians(blocks, index, buffer, batch, advance=advanced)
+                    if store is not None and kept is None:
+                        store.write(index, hessians)
+                    compressed = _compress_block(blocks, index, hessians, compressor)
+                    entries[index] = write_block(folder, index, compressed, units)
+                    _append(folder / _JOURNAL, entries[index])
+                    decoded = _at_level(compressed, units, settings.propagate)
+                else:
+                    advanced = False
+                    decoded = _stored_level(folder, entries[index], settings.propagate)
+                if index + 1 in walked and not advanced:
+                    _propagate(blocks, index, buffer, batch, decoded)
     write_manifest(
         folder,
         method=settings.method,
@@ -294,32 +307,34 @@ def _activations(settings: BuildSettings, blocks: BlockModel, tokens: Tensor, ba
 
 
 def _compress_block(
-    blocks: BlockModel, index: int, buffer: Tensor, batch: int, compressor: Compressor
+    blocks: BlockModel, index: int, hessians: BlockHessians, compressor: Compressor
 ) -> dict[str, list[Compressed]]:
-    """Run the dense block over all activations, accumulate one Hessian per distinct input, and compress all its units."""
+    """Compress all units of a block to all their levels, those that share an input together."""
     linears = blocks.linears(index)
-    owners, hessians = collect_hessians(blocks, index, buffer, batch)
     compressed: dict[str, list[Compressed]] = {}
-    for owner, hessian in hessians.items():
-        weights = {name: linears[name].weight.detach() for name in linears if owners[name] == owner}
+    for owner, H in hessians.hessians.items():
+        weights = {name: linears[name].weight.detach() for name in linears if hessians.owners[name] == owner}
         try:
-            results = compressor.compress(weights, hessian.result())
+            results = compressor.compress(weights, H.to(blocks.device))
         except EvoPressError as error:
             raise type(error)(f"{', '.join(weights)}: {error}") from None
         compressed |= {name: list(levels) for name, levels in results.items()}
     return {name: compressed[name] for name in linears}
 
 
-def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int) -> tuple[dict[str, str], dict[str, HessianSum]]:
+def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int, *, advance: bool = False) -> BlockHessians:
     """Run block `index` over activations [N, L, d] and sum one Hessian per distinct input, not per linear.
 
     Linears that are handed the same tensor (q, k and v; gate and up) share the first one's Hessian.
 
-    Returns: unit name to the name of the unit that owns its Hessian, and owner to Hessian.
+    Args: advance: replace the activations by what the dense block makes of them, in the same forward.
+
+    Raises: EvoPressError if an activation is not finite, with the units' names.
     """
+    blocks.prepare(buffer.shape[1])  # not under the hooks
     linears = blocks.linears(index)
     owners: dict[str, str] = {}
-    hessians: dict[str, HessianSum] = {}
+    sums: dict[str, HessianSum] = {}
     alive: list[tuple[str, Tensor]] = []  # inputs of this forward, held so that no address is used twice
 
     def caught(name: str) -> Any:
@@ -331,7 +346,7 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int)
                 alive.append((name, x))
                 # OPT hands its MLP [b·l, d]; n counts sequences, so give them back their axis.
                 X = x.reshape(len(current), -1, x.shape[-1])
-                hessians.setdefault(name, HessianSum(x.shape[-1], device=x.device)).add(X)
+                sums.setdefault(name, HessianSum(x.shape[-1], device=x.device)).add(X)
 
         return hook
 
@@ -339,7 +354,9 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int)
     try:
         for start in range(0, len(buffer), batch):
             current = buffer[start : start + batch].to(blocks.device)
-            blocks.run(index, current)
+            output = blocks.run(index, current)
+            if advance:
+                buffer[start : start + batch] = output.to(buffer.device)
             alive.clear()
     finally:
         for handle in handles:
@@ -349,7 +366,13 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int)
         raise EvoPressError(
             f"{idle[0]} was never called in its block's forward: its family's adapter names a module that is not used"
         )
-    return owners, hessians
+    hessians = {}
+    for owner, total in sums.items():
+        try:
+            hessians[owner] = total.result()
+        except EvoPressError as error:
+            raise type(error)(f"{', '.join(name for name in linears if owners[name] == owner)}: {error}") from None
+    return BlockHessians(owners, hessians)
 
 
 def _at_level(compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit], key: str | None) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from evopress.compress.compressor import Payload
 from evopress.compress.gptq import Quantized
+from evopress.compress.sparse import Sparse
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,4 +75,18 @@ def _decode_quantized(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) ->
     return Quantized(codes, tensors["scales"], tensors["zeros"], bits, _DTYPES[meta["dtype"]])
 
 
-CODECS = {Quantized.codec: Codec(_encode_quantized, _decode_quantized)}
+def _encode_sparse(payload: Sparse) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {"mask": pack_bits(payload.mask.to(torch.uint8), 1), "values": payload.values.cpu()}
+    return tensors, {"shape": list(payload.mask.shape)}
+
+
+def _decode_sparse(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Sparse:
+    rows, columns = meta["shape"]
+    mask = unpack_bits(tensors["mask"], 1, rows * columns).to(torch.bool).reshape(rows, columns)
+    return Sparse(mask=mask, values=tensors["values"])
+
+
+CODECS = {
+    Quantized.codec: Codec(_encode_quantized, _decode_quantized),
+    Sparse.codec: Codec(_encode_sparse, _decode_sparse),
+}

@@ -136,6 +136,10 @@ class BlockModel:
                 hidden = module(hidden)
         return hidden
 
+    def prepare(self, length: int) -> None:
+        """Capture what the blocks get for sequences of `length` tokens, which runs a block on zeros: do so before hooking modules."""
+        self._captured(length)
+
     def _captured(self, length: int) -> list[_Call]:
         """What each block gets beside its hidden states, for sequences of `length` tokens, captured once per length.
 

@@ -8,14 +8,14 @@ rules serve bit widths, sparsities and dropped modules.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from evopress.errors import EvoPressError
-from evopress.units import Budget, Space, Unit
+from evopress.units import Budget, Genome, Space, Unit
 
 
 class Exchange(Protocol):
@@ -167,6 +167,27 @@ EXCHANGES: dict[str, Callable[[Space, Budget], Exchange]] = {
     "none": RepairedExchange,
 }
 """The values of `exchange`: between units of equal size, of equal kind, any that balance exactly, any repaired to fit."""
+
+
+class Deviation:
+    """Bound how far genomes may go from the uniform one, in levels.
+
+    Source: `max_level` and `max_total_deviation` of the authors' sparsity search.
+
+    Args:
+        centre: the uniform genome at the target.
+        max_level: greatest deviation of one unit; None: any.
+        max_total: greatest sum of deviations; None: any.
+    """
+
+    def __init__(self, centre: Genome, *, max_level: int | None = None, max_total: int | None = None) -> None:
+        self._centre, self._max_level, self._max_total = centre, max_level, max_total
+
+    def __call__(self, genome: Sequence[int]) -> bool:
+        """Tell whether a genome is within the bounds."""
+        deviations = [abs(level - centre) for level, centre in zip(genome, self._centre, strict=True)]
+        far = self._max_level is not None and max(deviations) > self._max_level
+        return not far and (self._max_total is None or sum(deviations) <= self._max_total)
 
 
 def make_exchange(name: str, space: Space, budget: Budget) -> Exchange:

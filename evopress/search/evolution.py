@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from evopress.errors import EvoPressError
+from evopress.search.constraint import Deviation
 from evopress.search.initial import random_mixes, uniform_genome
 from evopress.search.mutation import LevelSwitch, Mutation, offspring
 from evopress.search.record import GenerationRecord, StageRecord
@@ -44,6 +45,10 @@ class SearchSettings:
     """A name in `mutation.DISTRIBUTIONS`."""
     exchange: str
     """A name in `constraint.EXCHANGES`."""
+    max_level: int | None = None
+    """Greatest deviation of a unit from the target's level; None: any."""
+    max_total_deviation: int | None = None
+    """Greatest sum of those deviations; None: any."""
 
     def __post_init__(self) -> None:
         for name, least in (("generations", 0), ("num_offspring", 1), ("initial_candidates", 1), ("initial_tokens", 1)):
@@ -95,6 +100,7 @@ class Evolution:
             exchange=settings.exchange,
             max_switches=settings.max_switches,
             distribution=settings.distribution,
+            allowed=self._bounds(),
         )
         self._generation = 0  # the one that is asked about next
         self._parent: Genome | None = None
@@ -190,8 +196,8 @@ class Evolution:
         if state.get("schema") != 1:
             raise EvoPressError(f"the saved search has schema {state.get('schema')}, this version reads schema 1: start a new run")
         saved, here = state["settings"], self._identity()
-        if saved != here:
-            changed = [f"{key} {saved.get(key)} there, {here[key]} here" for key in here if saved.get(key) != here[key]]
+        changed = [f"{key} {saved.get(key)} there, {here[key]} here" for key in here if saved.get(key) != here[key]]
+        if changed:
             raise EvoPressError(
                 f"the saved search had other settings ({'; '.join(changed)}): resume it with its own, or start a new run"
             )
@@ -200,6 +206,19 @@ class Evolution:
         self._rng_initial.bit_generator.state = state["rng_initial"]
         self._rng_mutation.bit_generator.state = state["rng_mutation"]
         self._question, self._stages, self.initial_record = None, [], None
+
+    def _bounds(self) -> Deviation | None:
+        """Return the bound on deviations from the uniform genome that the settings ask for."""
+        max_level, max_total = self._settings.max_level, self._settings.max_total_deviation
+        if max_level is None and max_total is None:
+            return None
+        centre = uniform_genome(self._space, self._budget)
+        if centre is None:
+            raise EvoPressError(
+                f"search.max_level={max_level} and search.max_total_deviation={max_total} count levels from the target's, but "
+                f"target {self._budget.target:g} {self._budget.measure} is no level of all units: leave them null or choose such a target"
+            )
+        return Deviation(centre, max_level=max_level, max_total=max_total)
 
     def _stage_question(self, stage: int, candidates: Sequence[Genome]) -> Question:
         # The authors' code adds the parent by survivor count; Algorithm 1 adds it in the last stage. In front, it wins ties.

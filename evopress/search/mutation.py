@@ -51,6 +51,7 @@ class LevelSwitch:
         max_switches: largest number of switches per offspring, at least 1.
         distribution: a name in `DISTRIBUTIONS`.
         max_attempts: draws for one offspring.
+        allowed: further bound on offspring; None: none.
 
     Raises: EvoPressError if a value is unknown or out of range; when called, if the parent has no legal switch.
     """
@@ -64,6 +65,7 @@ class LevelSwitch:
         max_switches: int = 3,
         distribution: str = "min_uniform",
         max_attempts: int = 100,
+        allowed: Callable[[Genome], bool] | None = None,
     ) -> None:
         if distribution not in DISTRIBUTIONS:
             raise EvoPressError(f'distribution "{distribution}" is unknown: choose one of {", ".join(DISTRIBUTIONS)}')
@@ -73,13 +75,14 @@ class LevelSwitch:
         self._exchange_name, self._exchange = exchange, make_exchange(exchange, space, budget)
         self._max_switches, self._draw_num_switches = max_switches, DISTRIBUTIONS[distribution]
         self._max_attempts = max_attempts
+        self._allowed = allowed or (lambda genome: True)
 
     def __call__(self, parent: Genome, rng: np.random.Generator) -> Genome:
         """Return an offspring of the parent, different from it and within the budget."""
         for _ in range(self._max_attempts):
             levels = list(parent)
             num_switches = self._draw_num_switches(self._max_switches, rng)
-            if self._exchange(levels, num_switches, rng) and (child := tuple(levels)) != parent:
+            if self._exchange(levels, num_switches, rng) and (child := tuple(levels)) != parent and self._allowed(child):
                 return child
         raise EvoPressError(
             f'exchange "{self._exchange_name}" with at most {self._max_switches} switches found no other genome from the '

@@ -1,0 +1,177 @@
+"""What every unstructured pruner shares: levels a fixed number of weights apart, exact counts, and the sparse payload.
+
+Counts are of weights kept or pruned; "kept" is a level's cost. Every level step is the same number of weights in every unit, so one
+unit's step up pays for any other's step down.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evopress.compress.compressor import Compressed
+from evopress.errors import EvoPressError
+from evopress.units import Level
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A weight as a mask and the values that it keeps. A kept value may be 0, so the mask says what is kept."""
+
+    codec: ClassVar[str] = "bit_mask"
+
+    mask: Tensor
+    """bool [R, C], true where the weight is kept."""
+    values: Tensor
+    """[kept], row by row, in the dtype of the weight."""
+
+    def decode(self) -> Tensor:
+        """Return the weight, [R, C]: kept values bit for bit, 0 elsewhere."""
+        weight = torch.zeros(self.mask.shape, dtype=self.values.dtype, device=self.values.device)
+        return weight.masked_scatter_(self.mask, self.values)
+
+    @classmethod
+    def of(cls, W: Tensor, mask: Tensor, dtype: torch.dtype) -> Sparse:
+        """Keep what a mask bool [R, C] names of W [R, C], rounded to `dtype`."""
+        return cls(mask=mask, values=W[mask].to(dtype))
+
+
+def kept_at(size: int, sparsity: float) -> int:
+    """Return how many of `size` weights a sparsity in [0, 1] keeps: size - round(sparsity · size)."""
+    return size - round(sparsity * size)
+
+
+def derive_step(sizes: Sequence[int], sparsity: float, num_levels: int) -> int:
+    """Choose a step for a model: step = max(1, floor(min(s, 1 - s) · m / (2 · num_levels))), m the (low) median unit size.
+
+    The middle unit then has all its 2 · num_levels + 1 levels, reaching from s - d to s + d with d = min(s, 1 - s) / 2. Larger
+    units have as many in a narrower range, smaller ones as many as fit. The authors' default is this with hidden_size² for m,
+    which in Llama-like models is the median unit.
+
+    Args:
+        sizes: weights of every unit.
+        sparsity: target s in (0, 1).
+        num_levels: levels on each side of the target.
+    """
+    return max(1, math.floor(min(sparsity, 1.0 - sparsity) * statistics.median_low(sizes) / (2 * num_levels)))
+
+
+def check_step(sizes: Iterable[int], *, sparsity: float, step: int) -> None:
+    """Raise EvoPressError unless some unit can be a step sparser than its target and some unit a step denser."""
+    kept = [(size, kept_at(size, sparsity)) for size in sizes]
+    most_kept, most_pruned = max(k for _, k in kept), max(size - k for size, k in kept)
+    if step > min(most_kept, most_pruned):
+        raise EvoPressError(
+            f"method.step={step} weights leaves nothing to exchange: at sparsity {sparsity:g} a unit keeps at most {most_kept} "
+            f"weights and prunes at most {most_pruned}; choose at most {min(most_kept, most_pruned)}, or null to derive it"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityLevels:
+    """Levels around a target sparsity, neighbours `step` weights apart (paper section 4.2, search space)."""
+
+    sparsity: float
+    """Target share of weights pruned, in (0, 1)."""
+    step: int
+    """Weights between neighbouring levels; the paper's 7B models: 1,000,000. See `derive_step` and `check_step`."""
+    num_levels: int = 8
+    """Most levels on each side of the target."""
+    dtype_bits: int = 16
+    """Bits of a stored weight: those of the model's dtype."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.sparsity < 1.0:
+            raise EvoPressError(f"sparsity={self.sparsity:g} must lie between 0 and 1: the share of weights to prune, such as 0.7")
+        if self.step < 1:
+            raise EvoPressError(f"method.step={self.step} must be at least 1 weight, or null to derive it from the model")
+        if self.num_levels < 1:
+            raise EvoPressError(f"method.num_levels={self.num_levels} must be at least 1 on each side of the target")
+
+    def signed_levels(self, size: int) -> range:
+        """Return a unit's levels as the authors number them: 0 is the target, above 0 is sparser; those that fit 0..size kept."""
+        target = kept_at(size, self.sparsity)
+        return range(-min(self.num_levels, (size - target) // self.step), min(self.num_levels, target // self.step) + 1)
+
+    def kept(self, size: int) -> tuple[int, ...]:
+        """Return the weights that a unit of `size` keeps at each level, least compressed first."""
+        return tuple(kept_at(size, self.sparsity) - level * self.step for level in self.signed_levels(size))
+
+    def levels(self, shape: tuple[int, int]) -> tuple[Level, ...]:
+        """Return the levels of a weight of this shape; one too small for a step has only the target."""
+        size = math.prod(shape)
+        return tuple(
+            Level(label=f"{(size - kept) / size:.1%}", cost=kept, key=str(level), stored_bits=size + kept * self.dtype_bits)
+            for level, kept in zip(self.signed_levels(size), self.kept(size), strict=True)
+        )
+
+    def kept_of(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Return what `kept` says for each weight."""
+        assert all(W.element_size() * 8 == self.dtype_bits for W in weights.values()), "stored_bits counts values of another dtype"
+        return {name: self.kept(W.numel()) for name, W in weights.items()}
+
+
+def distribute(total: int, sizes: Sequence[int]) -> list[int]:
+    """Divide `total` over parts in proportion to their sizes, so that the shares add up to it and none exceeds its part.
+
+    Cumulative rounding: what the first j parts get together is floor(total · (their sizes) / (all sizes)).
+    """
+    whole = sum(sizes)
+    shares, so_far, given = [], 0, 0
+    for size in sizes:
+        so_far += size
+        shares.append(total * so_far // whole - given)
+        given += shares[-1]
+    return shares
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Mark exactly the `count` lowest scores, the earlier index first among equal ones.
+
+    Args: scores float [n], finite. Returns: bool [n].
+    """
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if scores.is_cuda:
+        threshold = scores.sort().values[count - 1]
+    else:  # torch's selection on a CPU takes a hundred times as long
+        threshold = torch.from_numpy(np.partition(scores.numpy(), count - 1))[count - 1]
+    marked = scores <= threshold
+    surplus = int(marked.sum()) - count
+    if surplus:
+        ties = (scores == threshold).nonzero().squeeze(1)
+        marked[ties[len(ties) - surplus :]] = False
+    return marked
+
+
+def to_float32(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copy weights to float32 on a device; raise EvoPressError if one is not finite."""
+    copies = {name: W.to(device, torch.float32, copy=True) for name, W in weights.items()}
+    for name, W in copies.items():
+        if not bool(torch.isfinite(W).all()):
+            raise EvoPressError(f"the weight of {name} is not finite: fetch the checkpoint again")
+    return copies
+
+
+def with_errors(payloads: Sequence[Sparse], W: Tensor, H: Tensor, *, damping: float = 0.0) -> list[Compressed]:
+    """Add each level's relative output error (`output_error`), with ‖XW‖² computed once.
+
+    Args: W float32 [R, C], the uncompressed weight; H float32 [C, C].
+    """
+    reference = _energy(W, H)
+    return [
+        Compressed(payload, _energy(W - payload.decode().to(torch.float32), H) / reference if reference else 0.0, damping)
+        for payload in payloads
+    ]
+
+
+def _energy(E: Tensor, H: Tensor) -> float:
+    """Return tr(E H Eᵀ), at least 0; sums run in float64."""
+    return max(float(((E @ H) * E).sum(dtype=torch.float64)), 0.0)

@@ -1,0 +1,170 @@
+"""SparseGPT at many sparsities in one column sweep.
+
+Rows are independent given the Hessian's factor and their mask, so the rows of every unit on one input, times every level, are
+stacked and swept together, as in `gptq`; a mask is chosen per unit, level and block of columns. W is held transposed, [C, R], so
+that a column is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evopress.compress.compressor import Compressed
+from evopress.compress.hessian import inverse_factor
+from evopress.compress.sparse import Sparse, SparsityLevels, distribute, lowest, to_float32, with_errors
+from evopress.errors import EvoPressError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseGPT(SparsityLevels):
+    """Prune weights to several sparsities with error feedback: `sparsegpt` at levels around a target."""
+
+    damping: float = 0.01
+    """Share of H's mean diagonal added to its diagonal, in (0, 1)."""
+    block_size: int = 128
+    """Columns that are masked together, and per lazy update."""
+    slice_bytes: int = 256 * 2**20
+    """Working memory of one sweep; what does not fit is swept in slices, no less than one level of one unit at a time. Changes
+    the result only by rounding."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.damping < 1.0:
+            raise EvoPressError(f"method.damping {self.damping:g} must lie between 0 and 1; the paper uses 0.01")
+        if self.block_size < 1:
+            raise EvoPressError(f"method.block_size {self.block_size} must be positive")
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        settings = asdict(self)
+        del settings["slice_bytes"]
+        return settings | {"compressor": "sparsegpt", "numerics": 1}
+
+    def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
+        """Prune every weight to every level; see `Compressor.compress`."""
+        return sparsegpt(
+            weights,
+            H,
+            self.kept_of(weights),
+            damping=self.damping,
+            block_size=self.block_size,
+            slice_bytes=self.slice_bytes,
+        )
+
+
+def sparsegpt(
+    weights: Mapping[str, Tensor],
+    H: Tensor,
+    kept: Mapping[str, Sequence[int]],
+    *,
+    damping: float = 0.01,
+    block_size: int = 128,
+    slice_bytes: int = 256 * 2**20,
+) -> dict[str, Sequence[Compressed]]:
+    """Prune weights that share one input to any numbers of kept weights, those left making up for those pruned.
+
+    Source: SparseGPT (arXiv:2301.00774), Algorithm 1, unstructured. Differs from the authors' code: counts are exact, so ties are
+    broken by index (column, then row) and rounding is carried from block to block. Columns never activated are zeroed
+    and pruned first. A weight kept whole is W bit for bit, one pruned whole is 0.
+
+    Args:
+        weights: unit name to weight [R, C]; left as they are. C is the same for all.
+        H: Hessian of their input, float32 [C, C], undamped; left as it is.
+        kept: unit name to the weights to keep, each in 0..size, in any order.
+
+    Returns: unit name to one result per entry of `kept`.
+    Raises: SingularHessianError if no damping makes H positive definite; EvoPressError if a weight is not finite.
+    """
+    U, used_damping = inverse_factor(H, damping=damping)
+    originals = to_float32(weights, H.device)
+    dead = H.diagonal() == 0
+    payloads: dict[str, dict[int, Sparse]] = {name: {} for name in weights}
+    jobs: list[tuple[str, int]] = []
+    for name, W in originals.items():
+        for count in dict.fromkeys(kept[name]):
+            if not 0 <= count <= W.numel():
+                raise EvoPressError(f"{name} has {W.numel()} weights and cannot keep {count}: choose 0 to {W.numel()}")
+            if count in (0, W.numel()):
+                mask = torch.full(W.shape, count > 0, device=H.device)
+                payloads[name][count] = Sparse.of(weights[name].to(H.device), mask, weights[name].dtype)
+            else:
+                jobs.append((name, count))
+        W[:, dead] = 0.0
+    # Per stacked row: the weight (float32), the mask, and scores, factors and errors of one block of columns.
+    room = slice_bytes // (H.shape[0] * 5 + block_size * 12)
+    for part in _slices(jobs, {name: len(W) for name, W in originals.items()}, room):
+        Wt = torch.cat([originals[name].T for name, _ in part], dim=1)  # [C, stacked rows]
+        rows = [len(originals[name]) for name, _ in part]
+        mask = sweep(Wt, U, rows, [count for _, count in part], block_size=block_size)
+        for (name, count), w, m in zip(part, Wt.split(rows, dim=1), mask.split(rows, dim=1), strict=True):
+            payloads[name][count] = Sparse.of(w.T, m.T.contiguous(), weights[name].dtype)
+    return {
+        name: with_errors([payloads[name][count] for count in kept[name]], originals[name], H, damping=used_damping)
+        for name in weights
+    }
+
+
+def _slices(jobs: Sequence[tuple[str, int]], rows: Mapping[str, int], room: int) -> Iterator[list[tuple[str, int]]]:
+    """Split (unit, kept) pairs into sweeps of at most `room` rows or of one pair."""
+    part: list[tuple[str, int]] = []
+    for job in jobs:
+        if part and sum(rows[name] for name, _ in part) + rows[job[0]] > room:
+            yield part
+            part = []
+        part.append(job)
+    if part:
+        yield part
+
+
+def sweep(
+    Wt: Tensor, U: Tensor, rows: Sequence[int], kept: Sequence[int], *, block_size: int = 128, inner_size: int = 16
+) -> Tensor:
+    """Prune stacked rows column by column, spreading each column's error over the columns still open.
+
+    Source: SparseGPT, Algorithm 1. The masks of a block of `block_size` columns are chosen when the sweep reaches it, over all
+    rows of a unit and level together, by the least w² / U_cc². Updates are lazy at two depths, as in `gptq.sweep`.
+
+    Args:
+        Wt: float [C, R], transposed stacked weights; overwritten by the pruned ones.
+        U: float [C, C], upper Cholesky factor of the damped inverse Hessian.
+        rows: rows of each unit and level in Wt, in order; they add up to R.
+        kept: weights that each of them keeps.
+
+    Returns: mask bool [C, R], true where a weight is kept.
+    """
+    columns = len(Wt)
+    starts = range(0, columns, block_size)
+    widths = [min(block_size, columns - first) for first in starts]
+    shares = [distribute(count * columns - keep, widths) for count, keep in zip(rows, kept, strict=True)]
+    mask = torch.empty(Wt.shape, dtype=torch.bool, device=Wt.device)
+    diagonal = U.diagonal().unsqueeze(1)  # [C, 1]
+    errors = torch.empty(widths[0], Wt.shape[1], dtype=Wt.dtype, device=Wt.device)
+    for index, first in enumerate(starts):
+        end = first + widths[index]
+        scores = Wt[first:end].abs().div_(diagonal[first:end])  # square roots of the paper's, in the same order
+        pruned = torch.cat(
+            [
+                lowest(part.reshape(-1), share[index]).reshape(part.shape)
+                for part, share in zip(scores.split(list(rows), dim=1), shares, strict=True)
+            ],
+            dim=1,
+        )
+        factors = torch.div(pruned, diagonal[first:end], out=scores)  # 1 / U_cc where pruned, else 0
+        for inner in range(first, end, inner_size):
+            inner_end = min(inner + inner_size, end)
+            for c in range(inner, inner_end):
+                error = torch.mul(Wt[c], factors[c - first], out=errors[c - first])
+                if c + 1 < inner_end:
+                    Wt[c + 1 : inner_end].addr_(U[c, c + 1 : inner_end], error, alpha=-1.0)
+            if inner_end < end:
+                Wt[inner_end:end].addmm_(U[inner:inner_end, inner_end:end].T, errors[inner - first : inner_end - first], alpha=-1.0)
+        if end < columns:
+            Wt[end:].addmm_(U[first:end, end:].T, errors[: end - first], alpha=-1.0)
+        Wt[first:end].masked_fill_(pruned, 0.0)
+        torch.logical_not(pruned, out=mask[first:end])
+    return mask

@@ -1,0 +1,337 @@
+"""Bad input ends with one clear sentence and an exit code, before any model is loaded where it can be seen by then."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+PROSE = "The quick brown fox jumps over the lazy dog near the old river bank.\n\n" * 60
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test if a model is loaded."""
+    monkeypatch.setattr("evopress.workspace.load_pretrained", lambda *a, **k: pytest.fail("a model was loaded before the error"))
+
+
+def refused(outcome: Any, *parts: str) -> str:
+    """Check that the program ended with one sentence that has these parts in it; return the sentence."""
+    assert outcome.code == 1, outcome.text
+    assert "Traceback" not in outcome.text
+    assert len(outcome.errors) == 1, outcome.text
+    (sentence,) = outcome.errors
+    for part in parts:
+        assert part in sentence, sentence
+    assert re.search(r": |; | must ", sentence.removeprefix("error: ")), f"says what is wrong, not what to do: {sentence}"
+    return sentence
+
+
+SETTINGS = {
+    "bits below the lowest level": (["bits=1.5"], ["bits=1.5", "lowest level (2 bits)", "[6, 5, 4, 3, 2]"]),
+    "bits above the highest level": (["bits=7"], ["bits=7", "highest level (6 bits)"]),
+    "bits are nan": (["bits=nan"], ["bits=nan"]),
+    "nothing to search at the lowest level": (["bits=2"], ["bits=2", "nothing to search"]),
+    "nothing to search at the highest level": (["bits=6"], ["bits=6", "nothing to search"]),
+    "no bits": (["bits=null"], ["bits=2.5"]),
+    "group size divides no width": (["model.group_size=24"], ["model.layers.0.", "group size 24", "input columns", "method.group_size="]),
+    "group size of the method": (["method.group_size=48"], ["group size 48", "input columns"]),
+    "levels that do not descend": (["method.levels=[2,3,4]", "bits=3.5"], ["[2, 3, 4]", "descending"]),
+    "propagated level is missing": (["method.levels=[3,2]", "bits=2.5"], ["propagate_bits=4", "[3, 2]"]),
+    "damping": (["method.damping=2"], ["damping"]),
+    "CUDA asked for and absent": (["model.device=cuda"], ["'cuda'", "device=cpu"]),
+    "no such device": (["model.device=toaster"], ["'toaster'", "cpu"]),
+    "dtype": (["model.dtype=int8"], ["model.dtype=int8", "bfloat16"]),
+    "sequences longer than the model's positions": (
+        ["model.sequence_length=1024", "data.evaluation_tokens=4096"],
+        ["model.sequence_length=1024", "512 positions"],
+    ),
+    "λ smaller than survivors": (["search.num_offspring=3", "search.survivors=[4,1]"], ["4 survivors", "3 offspring"]),
+    "survivors ascend": (["search.survivors=[1,2]"], ["[1, 2]", "descend to 1"]),
+    "survivors do not end in 1": (["search.survivors=[3,2]"], ["[3, 2]", "descend to 1"]),
+    "survivors and tokens differ in length": (["search.survivors=[1]"], ["[1]", "[64, 128]", "length"]),
+    "no stages of selection": (["search.survivors=[]", "search.tokens=[]"], ["stage"]),
+    "stage tokens larger than the search text": (["search.tokens=[64,4096]"], ["search.tokens", "4096", "2 to 2048"]),
+    "a stage of one token": (["search.tokens=[1,128]"], ["search.tokens", "minibatch of 1"]),
+    "initial tokens larger than the search text": (["search.initial_tokens=9999"], ["search.initial_tokens", "9999"]),
+    "baseline's tokens larger than the search text": (["baselines.random_tokens=9999"], ["baselines.random_tokens", "9999"]),
+    "a split shorter than a sequence": (["data.evaluation_tokens=63"], ["data.evaluation_tokens=63", "sequence_length=64"]),
+    "generations without a number": (["search.generations=null"], ["search.generations is null", "search.generations=50"]),
+    "negative generations": (["search.generations=-1"], ["generations", "-1"]),
+    "no offspring": (["search.num_offspring=0"], ["num_offspring", "0"]),
+    "no initial candidates": (["search.initial_candidates=0"], ["initial_candidates", "0"]),
+    "no switches": (["search.max_switches=0"], ["search.max_switches=0"]),
+    "unknown exchange": (["search.exchange=colour"], ["search.exchange=colour", "size, name, any, none"]),
+    "unknown distribution": (["search.distribution=normal"], ["search.distribution=normal", "min_uniform"]),
+    "unknown stage": (["stages=[databse]"], ["databse", "database, baselines"]),
+    "unknown baseline": (["baselines.names=[spdy]"], ["'spdy'", "uniform", "dp"]),
+    "no random candidates": (["baselines.num_random=0"], ["baselines.num_random=0"]),
+    "unknown fitness": (["fitness.name=loss"], ["fitness.name=loss", "perplexity"]),
+    "unknown evaluator": (["fitness.evaluator=fast"], ["fitness.evaluator=fast", "plain"]),
+    "fitness.k too small": (["fitness=topk_kl", "fitness.k=1"], ["fitness.k=1", "at least 2"]),
+    "no tokens per chunk": (["fitness.chunk_tokens=0"], ["fitness.chunk_tokens=0"]),
+    "no tokens in flight": (["fitness.max_tokens_in_flight=0"], ["fitness.max_tokens_in_flight=0"]),
+    "negative evaluation.every": (["evaluation.every=-1"], ["evaluation.every=-1"]),
+    "unknown evaluation data": (["evaluation.data=[wikitext3]"], ["'wikitext3'", "wikitext2"]),
+    "held-out file is missing": (["+evaluation.files.wiki=none.txt"], ["none.txt", "does not exist"]),
+    "WikiText's layout of no file": (["evaluation.wikitext=[wiki]"], ["'wiki'", "evaluation.files"]),
+    "held-out file is named like another set": (["+evaluation.files.python_docs=a.txt"], ["'python_docs'", "another name"]),
+    "activations": (["level_db.activations=tape"], ["level_db.activations=tape", "disk"]),
+    "tracker's mode": (["tracker=wandb", "tracker.mode=remote"], ["tracker.mode=remote", "offline"]),
+    "negative seed": (["seed=-1"], ["seed=-1"]),
+    "no threads": (["threads=0"], ["threads=0"]),
+    "unknown data source": (["data.source=books"], ["data.source=books", "python_docs"]),
+    "no files of text": (["data=text"], ["calibration", ".jsonl"]),
+    "no model": (["model=local", "model.sequence_length=64"], ["model.path=DIR"]),
+    "unknown builtin model": (["model.builtin=gpt5"], ["model.builtin=gpt5", "smollm2_135m"]),
+    "a key that no schema has": (["+search.offspring=4"], ["search.offspring", "search.num_offspring"]),
+}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_are_refused_before_any_model_is_loaded(case: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    arguments, parts = SETTINGS[case]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("genome.json", "metrics.jsonl", "result.json"):
+        (folder / name).write_text("of an earlier run", encoding="utf-8")
+    refused(tiny(*arguments), *parts)
+    for name in ("genome.json", "metrics.jsonl", "result.json"):
+        assert (folder / name).read_text(encoding="utf-8") == "of an earlier run"
+
+
+@pytest.mark.usefixtures("no_model")
+def test_no_method(evopress: Callable[..., Any]) -> None:
+    refused(evopress("bits=2.5", "+debug=tiny", "hydra.run.dir=run"), "no method was chosen", "+method=quant")
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [(["+method=spqr"], "Could not find 'method/spqr'"), (["+method=quant", "bits=some"], "'some' of type 'str' could not be converted")],
+)
+def test_what_hydra_refuses_in_its_own_words(arguments: list[str], part: str, evopress: Callable[..., Any], tmp_path: Path) -> None:
+    outcome = evopress(*arguments, "+debug=tiny", "hydra.run.dir=run")
+    assert outcome.code == 1
+    assert part in outcome.text
+    assert "Traceback" not in outcome.text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def checkpoint(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Return a checkpoint that a test may spoil: its config changed, its weights left out."""
+
+    def copy(*, weights: bool = True, **config: object) -> Path:
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_folder(), folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | config), encoding="utf-8")
+        if not weights:
+            (folder / "model.safetensors").unlink()
+        return folder
+
+    return copy
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", ""])
+def test_an_architecture_without_an_adapter(model_type: str, tiny: Callable[..., Any], checkpoint: Callable[..., Path]) -> None:
+    refused(tiny(f"model.path={checkpoint(model_type=model_type)}"), f"{model_type!r} has no adapter", "llama")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_model_path_without_weights(tiny: Callable[..., Any], checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint(weights=False)
+    refused(tiny(f"model.path={folder}"), str(folder), "no weights", "model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    refused(tiny(f"model.path={folder}"), "pickled", "pytorch_model.bin", "safetensors")
+    (folder / "config.json").unlink()
+    refused(tiny(f"model.path={folder}"), "no config.json")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_model_path_that_does_not_exist(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    refused(tiny(f"model.path={tmp_path / 'nowhere'}"), "nowhere", "not a folder")
+    (tmp_path / "file").write_text("x")
+    refused(tiny(f"model.path={tmp_path / 'file'}"), "not a folder")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_model_that_is_already_quantized(tiny: Callable[..., Any], checkpoint: Callable[..., Path]) -> None:
+    refused(tiny(f"model.path={checkpoint(quantization_config={'quant_method': 'awq'})}"), "already quantized (awq)")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_model_without_a_tokenizer(tiny: Callable[..., Any], checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    refused(tiny(f"model.path={folder}"), "tokenizer", str(folder))
+
+
+def test_weights_that_are_cut_off(tiny: Callable[..., Any], checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(tiny(f"model.path={folder}"), str(folder), "could not be loaded")
+
+
+TEXTS: dict[str, tuple[str, bytes, list[str], list[str]]] = {
+    # file, content, further arguments, parts of the sentence
+    "too little text": ("a.txt", PROSE.encode(), ["data.calibration_tokens=100000"], ["calibration split of text has", "1562 sequences of 64"]),
+    "too little for the search": ("a.txt", PROSE.encode(), ["data.search_tokens=100000"], ["search split of text has"]),
+    "too little to evaluate": ("a.txt", PROSE.encode(), ["data.search_tokens=1024", "data.evaluation_tokens=100000"], ["evaluation split of text has"]),
+    "an empty file": ("a.txt", b"", [], ["a.txt", "empty"]),
+    "a file of white space": ("a.txt", b" \n\n ", [], ["a.txt", "no text"]),
+    "not UTF-8": ("a.txt", "Grüße ".encode("latin-1") * 500, [], ["a.txt", "UTF-8", "byte 2"]),
+    "a suffix we do not read": ("a.pdf", b"%PDF", [], ["a.pdf", ".jsonl"]),
+    "no such field": ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', [], ["line 2", "'text'", "body"]),
+    "the field named wrongly": ("a.jsonl", b'{"text": "x"}\n', ["data.field=content"], ["'content'", "text"]),
+    "no JSON": ("a.jsonl", b'{"text": "x"}\n{"text": \n', [], ["line 2", "JSON"]),
+    "no Parquet": ("a.parquet", b"PAR1 and so on", [], ["a.parquet", "Parquet"]),
+}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("case", TEXTS)
+def test_text_is_refused_before_any_model_is_loaded(case: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    name, content, arguments, parts = TEXTS[case]
+    (tmp_path / name).write_bytes(content)
+    files = [f"data.{split}=[{name}]" for split in ("calibration", "search", "evaluation")]
+    refused(tiny("data=text", *files, *arguments), *parts)
+    assert (tmp_path / name).read_bytes() == content
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_text_file_that_is_missing(tiny: Callable[..., Any]) -> None:
+    refused(tiny("data=text", "data.calibration=[none.jsonl]", "data.evaluation=[b.txt]"), "none.jsonl", "does not exist")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_what_is_held_out_is_not_trained_on(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(PROSE, encoding="utf-8")
+    (tmp_path / "b.txt").write_text(PROSE.upper(), encoding="utf-8")
+    (tmp_path / "copy.txt").write_text(PROSE, encoding="utf-8")
+    outcome = tiny("data=text", "data.calibration=[a.txt]", "data.evaluation=[b.txt]", "+evaluation.files.other=copy.txt")
+    refused(outcome, "'other'", "which is also a", "hold out another one")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_database_folder_that_is_read_only(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused(tiny(f"level_db.root={tmp_path / 'file' / 'levels'}"), "levels", "cannot be written")
+    assert (tmp_path / "file").read_text() == "mine"
+
+    def read_only(dir: Path, **options: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("evopress.files.tempfile.TemporaryFile", read_only)
+    refused(tiny(f"level_db.root={tmp_path / 'levels'}"), "cannot be written", "Read-only file system", "choose a folder")
+
+
+DiskUsage = namedtuple("DiskUsage", "total used free")
+
+
+def test_a_disk_without_room_for_the_database(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evopress.levels.build.shutil.disk_usage", lambda path: DiskUsage(10**9, 10**9 - 1000, 1000))
+    refused(tiny(f"level_db.root={tmp_path / 'levels'}"), "level_db.root", "GB free")
+    assert not list((tmp_path / "levels").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
+    ids=["OSError", "SafetensorError"],
+)
+def test_a_disk_that_fills_up_while_the_database_is_built(
+    error: Exception, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evopress.levels import store
+
+    calls = 0
+    save_file = store.save_file
+
+    def fill(tensors: Any, path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise error
+        save_file(tensors, path)
+
+    root = tmp_path / "levels"
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_file", fill)
+        sentence = refused(tiny(f"level_db.root={root}", "stages=[database]"), "disk is full", "block-001")
+    assert "start the same command again" in sentence
+    assert not list(root.rglob("manifest.json"))
+    assert len(list(root.rglob("block-*.safetensors"))) == 1
+    again = tiny(f"level_db.root={root}", "stages=[database]")
+    assert again.code == 0, again.text
+    assert "1 blocks to build" in again.text
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "missing", "manifest"])
+def test_a_damaged_database_is_named_and_rebuilt(damage: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    root = tmp_path / "levels"
+    arguments = (f"level_db.root={root}", "stages=[database]")
+    assert tiny(*arguments).code == 0
+    whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    (path,) = root.rglob("manifest.json" if damage == "manifest" else "block-001.safetensors")
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut off":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    outcome = tiny(*arguments)
+    assert outcome.code == 0, outcome.text
+    assert outcome.errors == []
+    warning = next(line for line in outcome.text.splitlines() if path.name in line)
+    assert "built again" in warning
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert result["database"]["reused"] is False
+    assert {path: path.read_bytes() for path in whole} == whole
+    assert " reused " in tiny(*arguments).text
+
+
+@pytest.mark.usefixtures("no_model")
+def test_resuming_a_folder_that_is_no_run(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        refused(evopress(f"resume={folder}"), f"resume={folder} is not a run folder", "overrides.yaml")
+    assert list((tmp_path / "empty").iterdir()) == []
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_that_is_resumed_with_bad_settings_keeps_its_own(
+    tiny: Callable[..., Any], evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert tiny("stages=[database,search]").code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file() and path.suffix != ".log"}
+    refused(evopress("resume=run", "bits=99"), "bits=99")
+    assert {path: path.read_bytes() for path in before} == before
+    assert evopress("resume=run", "stages=[search]").code == 0
+
+
+def test_a_run_goes_on_with_its_own_search_only(tiny: Callable[..., Any], evopress: Callable[..., Any], tmp_path: Path) -> None:
+    assert tiny("stages=[database,search]").code == 0
+    genome = (tmp_path / "run" / "genome.json").read_bytes()
+    refused(evopress("resume=run", "search.num_offspring=5"), "other settings", "num_offspring 4 there, 5 here")
+    refused(evopress("resume=run", "model.group_size=32", "stages=[search]"), "level database")
+    assert (tmp_path / "run" / "genome.json").read_bytes() == genome
+
+
+def test_exporting_what_was_never_found(tiny: Callable[..., Any]) -> None:
+    refused(tiny("stages=[database,export]"), "no genome.json", "search")

@@ -1,0 +1,298 @@
+"""The config tree: every file composes, Table 8 is the paper's, and what is misspelt dies before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from evopress import config as configuration
+from evopress import pipeline
+from evopress.errors import EvoPressError
+from evopress.settings import QuantSettings, RunSettings
+
+CONF = configuration.config_folder()
+OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+EXPERIMENTS = [name for group, name in OPTIONS if group == "experiment"]
+APPENDED = ("method", "debug", "experiment")
+"""Groups that are not in the defaults list."""
+
+TABLE_8 = {
+    # generations, offspring, survivors, tokens; None is k(n - k) / 1.5
+    "depth_pruning": (None, 32, [2, 1], [2048, 32768]),
+    "unstructured_sparsity": (400, 64, [8, 2, 1], [2048, 16384, 65536]),
+    "quantization": (150, 128, [16, 4, 1], [2048, 16384, 131072]),
+    "super_fast": (400, 16, [1, 1], [512, 8192]),
+}
+INITIAL = {"depth_pruning": (64, 2048), "quantization": (32, 16384)}
+"""Candidates that the search may start from, and the tokens that choose among them."""
+PAPER_MODELS = {
+    "llama2_7b": "meta-llama/Llama-2-7b-hf",
+    "llama3_8b": "meta-llama/Meta-Llama-3-8B",
+    "llama31_8b": "meta-llama/Llama-3.1-8B",
+    "mistral_7b_v03": "mistralai/Mistral-7B-v0.3",
+    "phi3_medium_128k_instruct": "microsoft/Phi-3-medium-128k-instruct",
+}
+
+
+@pytest.fixture
+def composed() -> Iterator[Callable[..., DictConfig]]:
+    """Compose the config with overrides, as the command line does."""
+    configuration.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        yield lambda *overrides: compose("config", overrides=list(overrides))
+
+
+_made: dict[tuple[str, ...], RunSettings] = {}
+
+
+@pytest.fixture
+def settings(composed: Callable[..., DictConfig]) -> Callable[..., RunSettings]:
+    """Compose a quantization run as plain settings; equal overrides are composed once."""
+
+    def make(*overrides: str) -> RunSettings:
+        if overrides not in _made:
+            _made[overrides] = configuration.to_settings(composed("+method=quant", *overrides))
+        return _made[overrides]
+
+    return make
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
+def test_every_option_composes(group: str, option: str, composed: Callable[..., DictConfig]) -> None:
+    override = f"{'+' if group in APPENDED else ''}{group}={option}"
+    config = composed(override) if group in ("method", "experiment") else composed("+method=quant", override)
+    result = configuration.to_settings(config)
+    assert isinstance(result, RunSettings)
+    name = getattr(getattr(result, group, None), "name", None)
+    if name is not None:
+        assert name == option
+
+
+def test_groups_are_those_that_are_documented() -> None:
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    expected = "model method level_db data fitness search scale evaluation tracker paths experiment debug"
+    assert groups <= set(expected.split())
+    assert set(expected.split()) - {"experiment"} <= groups
+
+
+@pytest.mark.parametrize("row", TABLE_8)
+def test_search_at_the_papers_scale_is_table_8(row: str, composed: Callable[..., DictConfig]) -> None:
+    search = configuration.to_settings(composed("+method=quant", f"search={row}", "scale=paper")).search
+    assert (search.generations, search.num_offspring, search.survivors, search.tokens) == TABLE_8[row]
+    assert (search.max_switches, search.distribution, search.exchange) == (3, "min_uniform", "size")
+    if row in INITIAL:
+        assert (search.initial_candidates, search.initial_tokens) == INITIAL[row]
+
+
+def test_table_8_is_complete() -> None:
+    assert {option for group, option in OPTIONS if group == "search"} == set(TABLE_8)
+
+
+def test_the_papers_text_is_8_million_tokens(settings: Callable[..., RunSettings]) -> None:
+    data = settings("scale=paper").data
+    assert data.calibration_tokens == 8 * 2**20
+    assert data.search_tokens >= max(tokens for row in TABLE_8.values() for tokens in row[3])
+
+
+@pytest.mark.parametrize("scale", ["mini", "small"])
+@pytest.mark.parametrize("row", TABLE_8)
+def test_smaller_scales_keep_the_shape(row: str, scale: str, settings: Callable[..., RunSettings]) -> None:
+    result, paper = settings(f"search={row}", f"scale={scale}"), settings(f"search={row}", "scale=paper")
+    search = result.search
+    assert len(search.survivors) == len(paper.search.survivors)
+    for small, large in [
+        (search.num_offspring, paper.search.num_offspring),
+        *zip(search.survivors, paper.search.survivors, strict=True),
+        *zip(search.tokens, paper.search.tokens, strict=True),
+        (search.initial_tokens, paper.search.initial_tokens),
+    ]:
+        assert 1 <= small <= large
+    assert search.survivors == sorted(search.survivors, reverse=True)
+    assert search.survivors[-1] == 1
+    assert search.tokens == sorted(search.tokens)
+    assert max(search.tokens) <= result.data.search_tokens
+    if paper.search.generations is None:
+        assert search.generations is None
+        search = dataclasses.replace(search, generations=10)
+    else:
+        assert search.generations is not None
+        assert 1 <= search.generations < paper.search.generations
+        assert pipeline.search_cost(search) < pipeline.search_cost(paper.search)
+    pipeline.search_settings(search)  # raises unless the survivors descend to 1 from at most λ
+    pipeline.check_tokens(result)
+
+
+def test_scales_are_ordered_by_cost(settings: Callable[..., RunSettings]) -> None:
+    mini, small, paper = (pipeline.search_cost(settings(f"scale={scale}").search) for scale in ("mini", "small", "paper"))
+    assert mini < small < paper
+    # DESIGN section 1: the quantization row is 177 million tokens.
+    generation = 128 * 2048 + 16 * 16384 + (4 + 1) * 131072
+    assert paper == 150 * generation + 32 * 16384
+    assert round(150 * generation / 1e6) == 177
+
+
+@pytest.mark.parametrize("scale", ["mini", "small", "paper"])
+def test_explicit_values_win_over_the_scale(scale: str, settings: Callable[..., RunSettings]) -> None:
+    result = settings(f"scale={scale}", "search.generations=7", "search.tokens=[64,96,128]", "data.calibration_tokens=4096")
+    assert (result.search.generations, result.search.tokens, result.data.calibration_tokens) == (7, [64, 96, 128], 4096)
+    assert result.search.num_offspring == settings(f"scale={scale}").search.num_offspring
+
+
+def test_a_runs_own_numbers_can_be_put_at_the_papers_scale(composed: Callable[..., DictConfig]) -> None:
+    config = composed("+method=quant", "search.generations=7")
+    before = OmegaConf.to_yaml(config)
+    paper = configuration.at_paper_scale(config)
+    assert paper.scale.name == "paper"
+    assert paper.search.generations == 7
+    assert (paper.search.num_offspring, paper.search.survivors, paper.search.tokens) == TABLE_8["quantization"][1:]
+    assert OmegaConf.to_yaml(config) == before
+
+
+def test_method_is_chosen_by_name_alone(composed: Callable[..., DictConfig]) -> None:
+    config = composed("+method=quant", "bits=2.5")
+    assert config.bits == 2.5
+    result = configuration.to_settings(config)
+    assert isinstance(result.method, QuantSettings)
+    assert result.bits == 2.5
+    assert result.search.initial_candidates == 32  # search: quantization
+    assert result.method.levels == [6, 5, 4, 3, 2]
+    assert result.baselines.names == ["uniform", "best_of_random", "dp"]
+
+
+def test_no_method_says_so(composed: Callable[..., DictConfig]) -> None:
+    with pytest.raises(EvoPressError, match=r"no method was chosen: add one of .*\+method=quant"):
+        configuration.to_settings(composed())
+
+
+def test_method_selects_its_search_and_the_command_line_wins(settings: Callable[..., RunSettings]) -> None:
+    assert settings("search=super_fast", "scale=paper").search.tokens == [512, 8192]
+
+
+def test_settings_that_fit_a_model_come_with_it(settings: Callable[..., RunSettings]) -> None:
+    default = settings()
+    assert (default.model.name, default.model.builtin, default.model.path) == ("smollm2_135m", "smollm2_135m", None)
+    assert 576 % default.method.group_size == 0
+    assert 1536 % default.method.group_size == 0
+    assert settings("model.group_size=32").method.group_size == 32
+    assert settings("method.group_size=null").method.group_size is None
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_the_papers_models(name: str, settings: Callable[..., RunSettings]) -> None:
+    result = settings(f"model={name}", "data=fineweb_edu", "scale=paper")
+    assert result.model.path == PAPER_MODELS[name]
+    assert result.model.name == name
+    assert result.model.builtin is None
+    assert result.method.group_size == 128
+    assert not result.model.trust_remote_code
+    assert result.data.source == "fineweb_edu"
+    pipeline.check_tokens(result)
+
+
+def test_any_path_of_ones_own(settings: Callable[..., RunSettings]) -> None:
+    for model in ("local", "hub", "smollm2_135m"):
+        assert settings(f"model={model}", "model.path=some/where").model.path == "some/where"
+
+
+def test_text_files_share_by_default(settings: Callable[..., RunSettings]) -> None:
+    data = settings("data=text", "data.calibration=[a.jsonl]", "data.evaluation=[b.txt]").data
+    assert (data.calibration, data.search, data.evaluation) == (["a.jsonl"], ["a.jsonl"], ["b.txt"])
+
+
+def test_named_evaluation_files(settings: Callable[..., RunSettings]) -> None:
+    evaluation = settings("+evaluation.files.wiki=/some/wiki.txt", "evaluation.wikitext=[wiki]").evaluation
+    assert evaluation.files == {"wiki": "/some/wiki.txt"}
+
+
+def test_settings_are_plain_dataclasses(settings: Callable[..., RunSettings]) -> None:
+    def check(value: Any, where: str) -> None:
+        assert not isinstance(value, DictConfig | ListConfig), where
+        if dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                check(getattr(value, field.name), f"{where}.{field.name}")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                check(item, f"{where}.{key}")
+        elif isinstance(value, list):
+            for item in value:
+                check(item, where)
+        else:
+            assert value is None or type(value) in (str, int, float, bool), f"{where} is a {type(value)}"
+            assert value != "???", where
+
+    result = settings("+debug=tiny", "+evaluation.files.a=b.txt")
+    check(result, "run")
+    assert configuration.to_settings(OmegaConf.merge(OmegaConf.structured(RunSettings), dataclasses.asdict(result))).seed == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("+method=quant", "bitz=3"),
+        ("+method=quant", "search.generation=3"),
+        ("+method=quant", "method.level=[3,2]"),
+        ("+method=quant", "bits=few"),
+        ("+method=quant", "search.generations=many"),
+        ("+method=quant", "search.survivors=3"),
+        ("+method=quant", "method.levels=[4,x]"),
+        ("+method=quant", "model=llama4"),
+        ("+method=quant", "search=quantisation"),
+        ("+method=prune",),
+        ("method=quant",),
+        ("+method=quant", "bits=[2"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_misspelt_dies_at_composition(
+    arguments: tuple[str, ...], evopress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evopress.__main__._run", lambda config: pytest.fail("a config that is wrong reached the task"))
+    outcome = evopress(*arguments, "hydra.run.dir=run")
+    assert outcome.code == 1, outcome.text
+    assert "Traceback" not in outcome.text
+    assert outcome.text.strip()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_under_debug_tiny(name: str, evopress: Callable[..., Any]) -> None:
+    outcome = evopress(f"+experiment={name}", "+debug=tiny", "data=python_docs", "evaluation=default", "hydra.run.dir=run")
+    assert outcome.code == 0, outcome.text
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("+search.offspring=3", "search.offspring is no setting: remove it, or did you mean search.num_offspring?"),
+        ("+bit=3", "bit is no setting: remove it, or did you mean bits?"),
+        ("++method.group_sise=8", "method.group_sise is no setting: remove it, or did you mean method.group_size?"),
+    ],
+)
+def test_a_plus_lets_no_misspelt_key_through(override: str, sentence: str, settings: Callable[..., RunSettings]) -> None:
+    with pytest.raises(EvoPressError) as caught:
+        settings(override)
+    assert str(caught.value) == sentence
+
+
+def test_experiments_of_ones_own_lie_in_any_folder(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    """A named delta over the config, found by `--config-dir`; what is on the command line still wins, and debug=tiny fits it."""
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "table3.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n  - override /method: quant\n  - override /model: llama3_8b\n  - override /search: super_fast\n"
+        "bits: 2.25\nseed: 5\nsearch:\n  exchange: name\n",
+        encoding="utf-8",
+    )
+    outcome = evopress(
+        *("--config-dir", "mine", "+method=quant", "+experiment=table3", "+debug=tiny", "seed=6"),
+        *("stages=[database]", "hydra.run.dir=run"),
+    )
+    assert outcome.code == 0, outcome.text
+    config = OmegaConf.load(tmp_path / "run" / ".hydra" / "config.yaml")
+    assert (config.bits, config.seed, config.search.exchange, config.model.name) == (2.25, 6, "name", "tiny")

@@ -1,0 +1,100 @@
+"""The arrows between rooms point one way, and each outside library stays in its room (STYLE.md)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import evopress.__main__
+
+PACKAGE = Path(evopress.__main__.__file__).parent
+VOCABULARY = {"units", "errors", "files", "progress"}
+MAY_IMPORT = {
+    "errors": set(),
+    "units": {"errors"},
+    "files": {"errors"},
+    "progress": set(),
+    "settings": {"errors"},
+    "config": {"settings", "errors"},
+    "search": VOCABULARY,
+    "reporting": VOCABULARY,
+    "compress": {"units", "errors"},
+    "models": VOCABULARY,
+    "data": VOCABULARY,
+    "levels": VOCABULARY | {"compress", "models", "data"},
+    "fitness": VOCABULARY | {"compress", "models", "data", "levels"},
+    "evaluation": VOCABULARY | {"compress", "models", "data", "levels", "fitness"},
+    "export": VOCABULARY | {"compress", "models", "data", "levels", "fitness"},
+    "baselines": VOCABULARY | {"compress", "models", "data", "levels", "fitness", "search"},
+}
+"""A room to the rooms beside itself that it may import; what is not named here (pipeline and above) may import any."""
+ONLY_IN = {
+    "hydra": {"__main__", "config"},
+    "omegaconf": {"__main__", "config"},
+    "wandb": {"reporting"},
+    "pandas": {"reporting"},
+    "matplotlib": {"reporting"},
+    "lm_eval": {"evaluation"},
+    "datasets": {"data"},
+    "pickle": set(),
+}
+"""An outside library to the rooms that may import it."""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the full name of everything that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    room = room_of(path)
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "evopress":
+            other = rest.split(".")[0]
+            assert other == room or room not in MAY_IMPORT or other in MAY_IMPORT[room], f"{room} imports {name}"
+            assert other != "__main__", f"{room} imports the entry point"
+        assert room in ONLY_IN.get(top, {room}), f"{room} imports {name}"
+        assert top not in ("experiments", "tests"), f"{room} imports {name}"
+
+
+def test_the_rules_name_rooms_that_exist() -> None:
+    rooms = {room_of(path) for path in FILES}
+    assert set(MAY_IMPORT) <= rooms
+    assert set().union(*ONLY_IN.values()) <= rooms
+
+
+def test_search_has_no_torch() -> None:
+    assert [path for path in FILES if room_of(path) == "search" and any(n.split(".")[0] == "torch" for n in imports(path))] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("evopress.search", ("torch", "hydra", "transformers")),
+        ("evopress.__main__", ("torch", "transformers", "wandb", "pandas", "matplotlib", "evopress.pipeline")),
+    ],
+)
+def test_importing_stays_light(module: str, absent: tuple[str, ...]) -> None:
+    """`--help` and shell completion wait for no torch, and the search runs without it."""
+    code = f"import importlib, sys; importlib.import_module({module!r}); print([m for m in {absent!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"

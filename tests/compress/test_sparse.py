@@ -1,0 +1,122 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evopress.compress.sparse import Sparse, SparsityLevels, check_step, derive_step, distribute, kept_at, lowest
+from evopress.errors import EvoPressError
+from evopress.search import LevelSwitch
+from evopress.units import Budget, Space, Unit
+
+
+def space_of(levels: SparsityLevels, shapes) -> Space:
+    return Space("sparsity", tuple(Unit(f"u{i}", 0, "w", r * c, levels.levels((r, c))) for i, (r, c) in enumerate(shapes)))
+
+
+def test_levels_are_a_step_apart_around_the_target_least_compressed_first():
+    levels = SparsityLevels(sparsity=0.7, step=100, num_levels=3, dtype_bits=16).levels((40, 50))
+    assert [level.key for level in levels] == ["-3", "-2", "-1", "0", "1", "2", "3"]
+    assert [level.cost for level in levels] == [900, 800, 700, 600, 500, 400, 300]
+    assert [level.label for level in levels][2:5] == ["65.0%", "70.0%", "75.0%"]
+    assert levels[3].stored_bits == 2000 + 600 * 16
+
+
+def test_levels_end_where_a_unit_is_whole_or_empty():
+    assert SparsityLevels(sparsity=0.5, step=50).kept(200) == (200, 150, 100, 50, 0)  # the authors' floats lose such ends
+    assert SparsityLevels(sparsity=0.7, step=50).kept(200) == (160, 110, 60, 10)
+    assert SparsityLevels(sparsity=0.7, step=1000).kept(200) == (60,)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=12),
+    sparsity=st.floats(0.01, 0.99),
+    step=st.integers(1, 700),
+    num_levels=st.integers(1, 9),
+)
+def test_every_unit_has_its_target_and_equal_steps_within_its_size(sizes, sparsity, step, num_levels):
+    ladder = SparsityLevels(sparsity=sparsity, step=step, num_levels=num_levels)
+    for size in sizes:
+        kept = ladder.kept(size)
+        assert kept[list(ladder.signed_levels(size)).index(0)] == size - round(sparsity * size)
+        assert all(a - b == step for a, b in itertools.pairwise(kept))
+        assert 0 <= kept[-1] <= kept[0] <= size
+        # No level is left out that would fit.
+        assert ladder.signed_levels(size)[0] == -num_levels or kept[0] + step > size
+        assert ladder.signed_levels(size)[-1] == num_levels or kept[-1] - step < 0
+
+
+@pytest.mark.parametrize("exchange", ["any", "size"])
+def test_any_switch_keeps_the_sum_of_kept_weights(exchange):
+    shapes = [(24, 24), (8, 24), (8, 24), (64, 24), (24, 64), (64, 24)]
+    sizes = [r * c for r, c in shapes]
+    step = derive_step(sizes, 0.6, 4)
+    space = space_of(SparsityLevels(sparsity=0.6, step=step, num_levels=4), shapes)
+    genome = tuple([level.key for level in unit.levels].index("0") for unit in space.units)
+    total = sum(kept_at(size, 0.6) for size in sizes)
+    assert space.cost(genome) == total
+    mutation = LevelSwitch(space, Budget(total, 0.6, "sparsity"), exchange=exchange)
+    rng = np.random.default_rng(0)
+    seen = {genome}
+    for _ in range(200):
+        genome = mutation(genome, rng)
+        assert space.cost(genome) == total
+        seen.add(genome)
+    assert len(seen) > 100
+
+
+def test_the_middle_unit_has_all_levels_over_half_the_room():
+    sizes = [110_592, 110_592, 331_776, 331_776, 884_736, 884_736, 884_736]
+    step = derive_step(sizes, 0.5, 8)
+    assert step == 10_368  # the authors' default for this model
+    ladder = SparsityLevels(sparsity=0.5, step=step, num_levels=8)
+    assert [len(ladder.kept(size)) for size in (110_592, 331_776, 884_736)] == [11, 17, 17]
+    assert derive_step([3, 5], 0.5, 8) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sparsity": 0.0}, "sparsity=0 "),
+        ({"sparsity": 1.0}, "between 0 and 1"),
+        ({"step": 0}, "step=0"),
+        ({"num_levels": 0}, "num_levels"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changed, message):
+    with pytest.raises(EvoPressError, match=message):
+        SparsityLevels(**({"sparsity": 0.5, "step": 10} | changed))
+
+
+def test_a_step_that_no_unit_can_take_is_refused():
+    check_step([100, 1000], sparsity=0.7, step=300)
+    with pytest.raises(EvoPressError, match="at most 300"):
+        check_step([100, 1000], sparsity=0.7, step=301)
+
+
+@given(st.integers(0, 10_000), st.lists(st.integers(1, 500), min_size=1, max_size=30))
+def test_shares_add_up_and_stay_within_their_parts(total, sizes):
+    total = min(total, sum(sizes))
+    shares = distribute(total, sizes)
+    assert sum(shares) == total
+    for share, size in zip(shares, sizes, strict=True):
+        assert 0 <= share <= size
+        assert abs(share - total * size / sum(sizes)) < 1
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.data())
+def test_lowest_marks_exactly_as_many_earlier_ones_first(values, data):
+    count = data.draw(st.integers(0, len(values)))
+    marked = lowest(torch.tensor(values, dtype=torch.float32), count)
+    expected = sorted(range(len(values)), key=lambda i: (values[i], i))[:count]
+    assert marked.nonzero().squeeze(1).tolist() == sorted(expected)
+
+
+def test_a_kept_zero_stays_kept():
+    payload = Sparse.of(torch.tensor([[0.0, 1.0], [2.0, -0.0]]), torch.tensor([[True, False], [True, True]]), torch.float32)
+    assert payload.values.numel() == 3
+    assert torch.signbit(payload.decode()).tolist() == [[False, False], [False, True]]

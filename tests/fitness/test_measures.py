@@ -1,0 +1,114 @@
+import pytest
+import torch
+from evopress.fitness.measures import HeldOut, KLDivergence, NegativeLogLikelihood, TopkKL, log_sum_exp
+from evopress.models.blocks import Head
+from measures_literal import kl_divergence, negative_log_likelihood, top1_agreement, topk_kl_divergence
+
+T, D, V = 37, 16, 101
+
+
+def draw(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+HEADS = {
+    "plain": Head(draw(V, D, seed=0)),
+    "bias": Head(draw(V, D, seed=0), bias=draw(V, seed=1)),
+    "softcap": Head(draw(V, D, seed=0), softcap=5.0),
+    "peaked": Head(draw(V, D, seed=0, scale=20.0)),
+}
+
+
+def logits_of(head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    logits = hidden.double() @ head.weight.double().T + (0 if head.bias is None else head.bias.double())
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+
+@pytest.fixture(params=HEADS)
+def case(request):
+    """A head, last hidden states of a base model and of a candidate, next tokens, and both models' logits in float64."""
+    head = HEADS[request.param]
+    base = draw(T, D, seed=2)
+    hidden = base + draw(T, D, seed=3, scale=0.3)
+    labels = torch.randint(V, (T,), generator=torch.Generator().manual_seed(4))
+    return head, base, hidden, labels, logits_of(head, base), logits_of(head, hidden)
+
+
+def measured(measure, base, hidden, labels, head):
+    result = measure(hidden, measure.reference(base, labels, head), head)
+    assert result.shape == (len(measure.names), len(hidden))
+    assert result.dtype == torch.float32
+    return result.double()
+
+
+def close(mine, expected):
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=2e-5 * max(float(expected.abs().max()), 1.0))
+
+
+def test_kl_divergence(case):
+    head, base, hidden, labels, p, q = case
+    expected = kl_divergence(p, q)
+    assert expected.mean() > 0.01
+    close(measured(KLDivergence(), base, hidden, labels, head)[0], expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 10, V])
+def test_topk_kl_divergence(case, k):
+    head, base, hidden, labels, p, q = case
+    expected = topk_kl_divergence(p, q, k)
+    close(measured(TopkKL(k), base, hidden, labels, head)[0], expected)
+    if k == V:
+        close(expected, kl_divergence(p, q))
+    if k == 1:
+        assert (expected == 0).all()
+
+
+def test_negative_log_likelihood(case):
+    head, base, hidden, labels, _, q = case
+    close(measured(NegativeLogLikelihood(), base, hidden, labels, head)[0], negative_log_likelihood(q, labels))
+
+
+def test_held_out_measures_them_all(case):
+    head, base, hidden, labels, p, q = case
+    kl, nll, top1 = measured(HeldOut(), base, hidden, labels, head)
+    close(kl, kl_divergence(p, q))
+    close(nll, negative_log_likelihood(q, labels))
+    assert torch.equal(top1, top1_agreement(p, q))
+    assert 0 < top1.mean() < 1
+
+
+@pytest.mark.parametrize("measure", [KLDivergence(), TopkKL(5), HeldOut()])
+def test_a_model_has_no_divergence_from_itself(case, measure):
+    head, base, _, labels, _, _ = case
+    scale = max(float(head.logits(base).abs().max()), 1.0)
+    assert measured(measure, base, base, labels, head)[0].abs().max() < 1e-6 * max(scale, 10)
+
+
+@pytest.mark.parametrize("measure", [KLDivergence(), TopkKL(5)])
+def test_divergence_is_never_negative_but_for_rounding(case, measure):
+    head, base, _, labels, _, _ = case
+    scale = max(float(head.logits(base).abs().max()), 10.0)
+    for seed in range(20):
+        hidden = base + draw(T, D, seed=seed, scale=10.0 ** -(seed % 6))
+        assert measured(measure, base, hidden, labels, head)[0].min() > -1e-6 * scale
+
+
+def test_half_precision_states_are_measured_in_float32():
+    head = Head(draw(V, D, seed=0).bfloat16())
+    base, hidden = draw(T, D, seed=2).bfloat16(), draw(T, D, seed=3).bfloat16()
+    labels = torch.zeros(T, dtype=torch.int64)
+    p, q = head.logits(base), head.logits(hidden)
+    assert p.dtype == torch.float32
+    close(measured(KLDivergence(), base, hidden, labels, head)[0], kl_divergence(p, q))
+
+
+def test_log_sum_exp_of_large_logits():
+    logits = torch.tensor([[1e4, 1e4], [-1e4, -2e4], [0.0, -torch.inf]])
+    torch.testing.assert_close(log_sum_exp(logits), logits.logsumexp(-1))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_of_some_tokens_are_those_of_all(name):
+    head, hidden = HEADS[name], draw(T, D, seed=2)
+    tokens = torch.randint(V, (T, 7), generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(head.logits_of(hidden, tokens), head.logits(hidden).gather(-1, tokens), rtol=1e-5, atol=1e-4)
