@@ -27,7 +27,7 @@ _SCHEMAS: dict[str, tuple[str, type]] = {
     "tracker": ("base_tracker", schema.TrackerSettings),
     "paths": ("base_paths", schema.PathsSettings),
 }
-METHODS: dict[str, type] = {"quant": schema.QuantSettings}
+METHODS: dict[str, type] = {"quant": schema.QuantSettings, "sparsity": schema.SparsitySettings}
 """A method's name to the schema of its settings."""
 
 
@@ -75,7 +75,8 @@ def _check_keys(settings: Any, prefix: str = "") -> None:
     for key, value in vars(settings).items():
         if key not in known:
             near = get_close_matches(key, known) or known
-            raise EvoPressError(f"{prefix}{key} is no setting: remove it, or did you mean {' or '.join(f'{prefix}{n}' for n in near)}?")
+            meant = " or ".join(f"{prefix}{name}" for name in near)
+            raise EvoPressError(f"{prefix}{key} is no setting: remove it, or did you mean {meant}?")
         if is_dataclass(value):
             _check_keys(value, f"{prefix}{key}.")
 

@@ -14,12 +14,15 @@ import numpy as np
 
 from evopress.baselines.best_of_random import best_of_random
 from evopress.baselines.dynamic_programming import dynamic_programming
+from evopress.baselines.owl import GRID, MULTIPLES, outlier_ratios, owl_kept
 from evopress.baselines.uniform import uniform_genomes
+from evopress.compress.sparsegpt import SparseGPTAt
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import measure_held_out, scores_by_data_set
 from evopress.export import export_checkpoint
 from evopress.fitness.measures import KLDivergence, Measure, NegativeLogLikelihood, TopkKL
 from evopress.fitness.minibatch import MinibatchFitness
+from evopress.levels.store import LevelDatabase
 from evopress.progress import duration
 from evopress.reporting import figures, tables
 from evopress.reporting.records import (
@@ -39,12 +42,12 @@ from evopress.search.mutation import DISTRIBUTIONS
 from evopress.search.record import GenerationRecord
 from evopress.search.selection import Stage
 from evopress.settings import FitnessSettings, RunSettings, SearchConfig, TrackerSettings
-from evopress.units import Genome
+from evopress.units import Genome, Space
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
-BASELINES = ("uniform", "best_of_random", "dp")
+BASELINES = ("uniform", "best_of_random", "dp", "owl")
 
 
 def run(settings: RunSettings, run_dir: Path, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> float:
@@ -94,6 +97,13 @@ def check_names(settings: RunSettings) -> None:
     for name in settings.baselines.names:
         if name not in BASELINES:
             raise EvoPressError(f"baselines.names has {name!r}: choose among {', '.join(BASELINES)}")
+    if "owl" in settings.baselines.names:
+        if settings.method.name != "sparsity":
+            raise EvoPressError(f"baseline owl is of method sparsity, not {settings.method.name}: leave it out of baselines.names")
+        if not settings.level_db.keep_hessians:
+            raise EvoPressError(
+                "baseline owl needs the Hessians kept: set level_db.keep_hessians=true, or leave it out of baselines.names"
+            )
 
 
 def check_tokens(settings: RunSettings) -> None:
@@ -221,13 +231,69 @@ def find_baselines(workspace: Workspace) -> None:
         found[f"best_of_{settings.num_random}"] = genome
     if "dp" in settings.names:
         found["dp"] = dynamic_programming(space, budget, workspace.database.errors)
-    write_json(path, {"schema": 1, "database": workspace.database.fingerprint, "genomes": {n: list(g) for n, g in found.items()}})
+    further: list[str] = []
+    if "owl" in settings.names:
+        found["owl"], database = find_owl(workspace)
+        further.append(database.folder.name)
+    genomes = {name: list(genome) for name, genome in found.items()}
+    write_json(path, {"schema": 1, "database": workspace.database.fingerprint, "further": further, "genomes": genomes})
+
+
+def find_owl(workspace: Workspace) -> tuple[Genome, LevelDatabase]:
+    """Return OWL's best genome over the paper's grid, in levels of the run's database followed by those of a second one.
+
+    Source: OWL (arXiv:2310.05175) as in paper section 4.2. The outlier ratios and the second database come from the Hessians
+    that the first left behind; the grid's best is that with the least perplexity on calibration text.
+    """
+    settings, method, blocks = workspace.settings, workspace.settings.method, workspace.blocks
+    assert settings.sparsity is not None
+    num_blocks = len(blocks.blocks)
+    logger.info("OWL: a grid of %d", len(GRID))
+    linears = [blocks.linears(index) for index in range(num_blocks)]
+    ratios = []
+    for index in range(num_blocks):
+        stored = workspace.hessians.read(index)
+        H = [stored.hessians[stored.owners[name]] for name in linears[index]]
+        ratios.append(outlier_ratios([linear.weight.detach() for linear in linears[index].values()], H))
+    sizes = [[linear.weight.numel() for linear in block.values()] for block in linears]
+    names = [name for block in linears for name in block]
+    kept_by_pair = []
+    for lambda_, multiple in GRID:
+        column = MULTIPLES.index(multiple)
+        kept = owl_kept([ratio[column] for ratio in ratios], sizes, sparsity=settings.sparsity, lambda_=lambda_)
+        kept_by_pair.append([count for block in kept for count in block])
+    choices = {name: sorted({kept[i] for kept in kept_by_pair}, reverse=True) for i, name in enumerate(names)}
+    compressor = SparseGPTAt(
+        kept=choices, dtype_bits=8 * blocks.dtype.itemsize, damping=method.damping, block_size=method.block_size
+    )
+    database, _ = workspace.database_of("owl", compressor)
+    workspace.add_levels([database.folder.name])
+    union = workspace.levels
+    genomes = [
+        union.genome_of_last(tuple(choices[name].index(count) for name, count in zip(names, kept, strict=True)))
+        for kept in kept_by_pair
+    ]
+    length = workspace.calibration_tokens.shape[1]
+    sequences = workspace.calibration_tokens[: max(settings.baselines.owl_tokens // length, 1)]
+    fitness = settings.fitness
+    scores = measure_held_out(
+        workspace.evaluator,
+        genomes,
+        sequences,
+        batch_tokens=fitness.max_tokens_in_flight,
+        chunk_tokens=fitness.chunk_tokens,
+        what="OWL's grid",
+    )
+    best = min(range(len(GRID)), key=lambda i: scores[i].perplexity)
+    lambda_, multiple = GRID[best]
+    logger.info("OWL: λ = %g, M = %g is best on calibration text (perplexity %.2f)", lambda_, multiple, scores[best].perplexity)
+    return genomes[best], database
 
 
 def _nearest_uniform(workspace: Workspace) -> dict[str, Genome]:
     """Return the uniform genomes on either side of the budget, or the one that costs exactly as much."""
     space, total = workspace.database.space, workspace.budget.total
-    uniform = uniform_genomes(space)
+    uniform = uniform_genomes(space, workspace.method.uniform_name)
     costs = {name: space.cost(genome) for name, genome in uniform.items()}
     within = max((name for name in costs if costs[name] <= total), key=costs.__getitem__, default=None)
     above = min((name for name in costs if costs[name] > total), key=costs.__getitem__, default=None)
@@ -358,17 +424,10 @@ def _say(entry: dict[str, Any], generations: int, seconds: float, *, first: int)
 def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     """Stage `evaluate`: measure the dense model, the baselines and the found genome, read back from its file, on held-out text."""
     run_dir, database = workspace.run_dir, workspace.database
-    space = database.space
-    genomes: dict[str, Genome | None] = {"dense": None}
-    if (run_dir / "baselines.json").exists():
-        stored = read_json(run_dir / "baselines.json")
-        if stored.get("database") != database.fingerprint:
-            raise EvoPressError(
-                f"the baselines in {run_dir} were found with another level database: remove baselines.json and start again"
-            )
-        genomes |= {name: space.check(genome) for name, genome in stored["genomes"].items()}
+    baselines, space = _stored_baselines(workspace)
+    genomes: dict[str, Genome | None] = {"dense": None, **baselines}
     if (run_dir / "genome.json").exists():
-        genomes["evopress"] = read_genome(run_dir / "genome.json", space, database=database.fingerprint)
+        genomes["evopress"] = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
     data_sets = workspace.evaluation_data
     count = sum(sequences.numel() for sequences in data_sets.values())
     logger.info("evaluation: %d models on %d tokens of %s", len(genomes), count, ", ".join(data_sets))
@@ -407,6 +466,21 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     write_json(run_dir / "result.json", result)
     frame = tables.results_frame(rows)
     tracker.table("results", list(frame.columns), frame.to_numpy().tolist())
+
+
+def _stored_baselines(workspace: Workspace) -> tuple[dict[str, Genome], Space]:
+    """Return the genomes that the stage `baselines` left behind, and the space of their levels.
+
+    Raises: EvoPressError if they were found with another level database.
+    """
+    path, database = workspace.run_dir / "baselines.json", workspace.database
+    if not path.exists():
+        return {}, database.space
+    stored = read_json(path)
+    if stored.get("database") != database.fingerprint:
+        raise EvoPressError(f"{path} is of another level database: remove it and start again")
+    space = workspace.add_levels(stored.get("further", []))
+    return {name: space.check(genome) for name, genome in stored["genomes"].items()}, space
 
 
 def export(workspace: Workspace, *, command: str) -> None:
@@ -451,10 +525,10 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
         pictures += figures.convergence(records, run_dir / "figures", baselines, fitness=fitness)
     if (run_dir / "genome.json").exists():
         genome = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
-        stored = read_json(run_dir / "baselines.json")["genomes"] if (run_dir / "baselines.json").exists() else {}
-        others = {name: tuple(g) for name, g in stored.items() if not name.startswith("uniform")}
         pictures += figures.level_heatmap(database.space, genome, run_dir / "figures")
-        pictures += figures.level_profile(database.space, {**others, "evopress": genome}, run_dir / "figures")
+        others, space = _stored_baselines(workspace)
+        others = {name: other for name, other in others.items() if not name.startswith("uniform_")}
+        pictures += figures.level_profile(space, {**others, "evopress": genome}, run_dir / "figures")
     if rows:
         tables.write_tables(rows, run_dir)
     checkpoint = run_dir / "checkpoint"

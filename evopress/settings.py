@@ -120,6 +120,26 @@ class QuantSettings(MethodSettings):
 
 
 @dataclass
+class SparsitySettings(MethodSettings):
+    """Unstructured sparsity (paper section 4.2)."""
+
+    name: str = "sparsity"
+    compressor: str = "sparsegpt"
+    """sparsegpt, wanda or magnitude."""
+    step: int | None = None
+    """Weights between neighbouring levels (the paper's 7B models: 1000000); None: derived from the model's median unit."""
+    num_levels: int = 8
+    """Most levels on each side of the target."""
+    damping: float = 0.01
+    """sparsegpt: share of the Hessian's mean diagonal added to its diagonal, in (0, 1)."""
+    block_size: int = 128
+    """sparsegpt: columns that are masked together."""
+
+    def __post_init__(self) -> None:
+        _expect_one_of("method.compressor", self.compressor, ("sparsegpt", "wanda", "magnitude"))
+
+
+@dataclass
 class LevelDatabaseSettings:
     """Where the level database lies and how it is built and read."""
 
@@ -129,6 +149,8 @@ class LevelDatabaseSettings:
     """Calibration activations between blocks: memory (of the host) or disk."""
     batch_tokens: int = 4096
     """Tokens per forward of one block."""
+    keep_hessians: bool = True
+    """Keep the Hessians of dense activations beside the databases: further sparsities then need no forward pass."""
     cache_bytes: int = 268435456
     """Decoded levels kept at hand by search and evaluation."""
 
@@ -198,11 +220,13 @@ class BaselinesSettings:
     """What the search is compared with."""
 
     names: list[str] = field(default_factory=list)
-    """uniform, best_of_random, dp."""
+    """uniform, best_of_random, dp, owl."""
     num_random: int = 32
     """Candidates of best_of_random."""
     random_tokens: int = 2048
     """Tokens that choose among them."""
+    owl_tokens: int = 16384
+    """Calibration tokens whose perplexity chooses among OWL's grid."""
 
     def __post_init__(self) -> None:
         _expect(self.num_random >= 1, "baselines.num_random", self.num_random, "at least 1 candidate")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from evopress.compress.compressor import Compressor
 from evopress.data.hub import c4, fineweb_edu, wikitext2
 from evopress.data.python_docs import PythonDocs
 from evopress.data.sources import TextSource
@@ -25,8 +28,10 @@ from evopress.fitness.minibatch import base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import Evaluator, PopulationEvaluator
 from evopress.levels.build import BuildSettings, ensure_database
+from evopress.levels.hessians import HessianStore
 from evopress.levels.live import LiveModel
-from evopress.levels.store import LevelDatabase
+from evopress.levels.store import LevelDatabase, fingerprint
+from evopress.levels.union import LevelUnion
 from evopress.methods import make_method
 from evopress.models.blocks import BlockModel
 from evopress.models.families import family_of
@@ -34,7 +39,7 @@ from evopress.models.loading import Pretrained, fetch_from_hub, find_weights, lo
 from evopress.models.smollm2 import ensure_smollm2
 from evopress.models.tiny import ensure_tiny
 from evopress.settings import ModelSettings, RunSettings
-from evopress.units import Budget
+from evopress.units import Budget, Space
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +83,7 @@ class Workspace:
         self.cache = make_folder(Path(settings.paths.cache).expanduser())
         self.database_root = make_folder(Path(settings.level_db.root).expanduser())
         self.database_reused = False
+        self._further: list[str] = []
         self._check_files()
         self.model_folder = find_model(settings.model, self.cache)
         self._check_model()
@@ -103,19 +109,20 @@ class Workspace:
         positions = config.get("max_position_embeddings")
         if isinstance(positions, int) and length > positions:
             raise EvoPressError(f"model.sequence_length={length} is more than the {positions} positions of this model: lower it")
-        compressor = self.method.compressor()
+        shapes: dict[str, tuple[int, ...]] = {}
         linears = tuple(f".{name}.weight" for name in family_of(config["model_type"]).linears)
         for path in find_weights(self.model_folder):
             try:
                 with safe_open(path, framework="pt") as file:
-                    shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if key.endswith(linears)}  # noqa: SIM118
+                    shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if key.endswith(linears)}  # noqa: SIM118
             except (OSError, SafetensorError):
                 return  # told when the model is loaded
-            for key, shape in shapes.items():
-                try:
-                    compressor.levels(tuple(shape))
-                except EvoPressError as error:
-                    raise EvoPressError(f"{key.removesuffix('.weight')}: {error}") from None
+        compressor = self.method.compressor([math.prod(shape) for shape in shapes.values()], dtype_bits=16)
+        for key, (rows, columns) in shapes.items():
+            try:
+                compressor.levels((rows, columns))
+            except EvoPressError as error:
+                raise EvoPressError(f"{key.removesuffix('.weight')}: {error}") from None
 
     def read_text(self) -> None:
         """Read the text that the run's stages need, so that a lack of it shows before the model is loaded.
@@ -219,36 +226,59 @@ class Workspace:
         count = self.settings.data.evaluation_tokens
         return {name: self.tokens("evaluation", count, source) for name, source in self._evaluation_sources.items()}
 
-    @cached_property
-    def database(self) -> LevelDatabase:
-        """The run's level database, built first where it is missing."""
-        settings, pretrained = self.settings, self.pretrained
-        compressor = self.method.compressor()
-        tokens = self.calibration_tokens
+    def database_of(self, name: str, compressor: Compressor) -> tuple[LevelDatabase, bool]:
+        """Return the level database that a compressor makes from the run's model and text, and whether it was there.
+
+        Args: name: what the database is of; begins its folder's name.
+        """
+        settings, pretrained, tokens = self.settings, self.pretrained, self.calibration_tokens
         recipe = {
-            "method": settings.method.name,
-            "model": {"digest": pretrained.digest, "dtype": settings.model.dtype, "family": pretrained.family.name},
+            **self._source_recipe,
+            "method": name,
+            "compressor": compressor.settings(),
+            "propagate": self.method.propagate,
+        }
+        build = BuildSettings(
+            root=self.database_root,
+            method=name,
+            model_name=pretrained.name,
+            recipe=recipe,
+            propagate=self.method.propagate,
+            batch_tokens=settings.level_db.batch_tokens,
+            activations=settings.level_db.activations,
+            hessians=self.hessians if settings.level_db.keep_hessians else None,
+        )
+        database, reused = ensure_database(build, self.blocks, tokens, compressor)
+        logger.info("level database: %s %s (%.1f MB)", "reused" if reused else "built", database.folder, database.num_bytes / 1e6)
+        return database, reused
+
+    @cached_property
+    def _source_recipe(self) -> dict[str, Any]:
+        """What decides the Hessians of dense activations."""
+        pretrained, tokens = self.pretrained, self.calibration_tokens
+        return {
+            "model": {"digest": pretrained.digest, "dtype": self.settings.model.dtype, "family": pretrained.family.name},
             "data": {
                 "tokens_sha256": tokens_digest(tokens),
                 "num_sequences": tokens.shape[0],
                 "sequence_length": tokens.shape[1],
                 "source": self._own_source.name,
             },
-            "compressor": compressor.settings(),
-            "propagate": self.method.propagate,
         }
-        build = BuildSettings(
-            root=self.database_root,
-            method=settings.method.name,
-            model_name=pretrained.name,
-            recipe=recipe,
-            propagate=self.method.propagate,
-            batch_tokens=settings.level_db.batch_tokens,
-            activations=settings.level_db.activations,
-        )
-        database, self.database_reused = ensure_database(build, self.blocks, tokens, compressor)
-        verb = "reused" if self.database_reused else "built"
-        logger.info("level database: %s %s (%.1f MB)", verb, database.folder, database.num_bytes / 1e6)
+
+    @cached_property
+    def hessians(self) -> HessianStore:
+        """Where Hessians of dense activations are kept."""
+        return HessianStore(self.database_root / self.pretrained.name / f"hessians-{fingerprint(self._source_recipe)}")
+
+    @cached_property
+    def database(self) -> LevelDatabase:
+        """The run's level database, built first where it is missing."""
+        sizes = [
+            linear.weight.numel() for index in range(len(self.blocks.blocks)) for linear in self.blocks.linears(index).values()
+        ]
+        compressor = self.method.compressor(sizes, dtype_bits=8 * self.blocks.dtype.itemsize)
+        database, self.database_reused = self.database_of(self.settings.method.name, compressor)
         return database
 
     @cached_property
@@ -258,8 +288,26 @@ class Workspace:
         return budget
 
     @cached_property
+    def levels(self) -> LevelUnion:
+        """The run's levels, followed by those of the databases that `add_levels` named."""
+        further = [LevelDatabase.open(self.database.folder.with_name(name)) for name in self._further]
+        return LevelUnion([self.database, *further])
+
+    def add_levels(self, names: Sequence[str]) -> Space:
+        """Put further databases' levels after the run's own, for baselines that need them, and return the space of all.
+
+        Args: names: folders beside the run's database.
+        """
+        new = [name for name in names if name not in self._further]
+        if new:
+            self._further += new
+            for made in ("levels", "live", "evaluator"):
+                self.__dict__.pop(made, None)
+        return self.levels.space
+
+    @cached_property
     def live(self) -> LiveModel:
-        return LiveModel(self.blocks, self.database, cache_bytes=self.settings.level_db.cache_bytes)
+        return LiveModel(self.blocks, self.levels, cache_bytes=self.settings.level_db.cache_bytes)
 
     @cached_property
     def evaluator(self) -> Evaluator:

@@ -36,8 +36,10 @@ class Compressed:
 class Compressor(Protocol):
     """Compress independently to several levels (paper section 3, level database)."""
 
-    def levels(self, shape: tuple[int, int]) -> tuple[Level, ...]:
+    def levels(self, shape: tuple[int, int], *, unit: str = "") -> tuple[Level, ...]:
         """Return the levels of a weight of this shape, least compressed first, without touching it.
+
+        Args: unit: its name, for compressors that treat units differently.
 
         Raises: EvoPressError if the settings do not fit the shape.
         """

@@ -91,7 +91,7 @@ class GPTQ:
         del settings["slice_bytes"]
         return settings | {"bits": list(self.bits), "compressor": "gptq", "numerics": 1}
 
-    def levels(self, shape: tuple[int, int]) -> tuple[Level, ...]:
+    def levels(self, shape: tuple[int, int], *, unit: str = "") -> tuple[Level, ...]:
         """Return one level per bit width; raise EvoPressError if the group size does not divide the columns."""
         rows, columns = shape
         group_size = self.group_size or columns

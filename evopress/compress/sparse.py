@@ -104,7 +104,7 @@ class SparsityLevels:
         """Return the weights that a unit of `size` keeps at each level, least compressed first."""
         return tuple(kept_at(size, self.sparsity) - level * self.step for level in self.signed_levels(size))
 
-    def levels(self, shape: tuple[int, int]) -> tuple[Level, ...]:
+    def levels(self, shape: tuple[int, int], *, unit: str = "") -> tuple[Level, ...]:
         """Return the levels of a weight of this shape; one too small for a step has only the target."""
         size = math.prod(shape)
         return tuple(

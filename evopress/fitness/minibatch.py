@@ -56,9 +56,7 @@ class MinibatchFitness:
         for indices, length in minibatch.groups():
             rows = list(indices)
             ids = self.sequences[rows, :length]
-            sums, n = measure_sums(
-                self.evaluator, genomes, ids, self.base[rows], self.measure, chunk_tokens=self.chunk_tokens
-            )
+            sums, n = measure_sums(self.evaluator, genomes, ids, self.base[rows], self.measure, chunk_tokens=self.chunk_tokens)
             total += sums[:, 0]
             count += n
         means = (total / count).tolist()

@@ -88,7 +88,7 @@ def plan_space(blocks: BlockModel, compressor: Compressor, *, method: str) -> Sp
         for name, linear in blocks.linears(index).items():
             rows, columns = linear.weight.shape
             try:
-                levels = compressor.levels((rows, columns))
+                levels = compressor.levels((rows, columns), unit=name)
             except EvoPressError as error:
                 raise EvoPressError(f"{name}: {error}") from None
             units.append(Unit(name=name, block=index, kind=name.rsplit(".", 1)[-1], size=rows * columns, levels=levels))
@@ -306,9 +306,7 @@ def _activations(settings: BuildSettings, blocks: BlockModel, tokens: Tensor, ba
         path.unlink(missing_ok=True)
 
 
-def _compress_block(
-    blocks: BlockModel, index: int, hessians: BlockHessians, compressor: Compressor
-) -> dict[str, list[Compressed]]:
+def _compress_block(blocks: BlockModel, index: int, hessians: BlockHessians, compressor: Compressor) -> dict[str, list[Compressed]]:
     """Compress all units of a block to all their levels, those that share an input together."""
     linears = blocks.linears(index)
     compressed: dict[str, list[Compressed]] = {}

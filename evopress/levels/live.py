@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evopress.errors import EvoPressError
-from evopress.levels.store import LevelDatabase
+from evopress.levels.union import LevelSource
 from evopress.models.blocks import BlockModel
 from evopress.units import Genome
 
@@ -22,7 +22,7 @@ class LiveModel:
     kept up to `cache_bytes`, the least recently used given up first.
     """
 
-    def __init__(self, blocks: BlockModel, database: LevelDatabase, *, cache_bytes: int = 2**28) -> None:
+    def __init__(self, blocks: BlockModel, database: LevelSource, *, cache_bytes: int = 2**28) -> None:
         """Check that the database fits the model.
 
         Raises: EvoPressError if their units differ.

@@ -137,7 +137,7 @@ class BlockModel:
         return hidden
 
     def prepare(self, length: int) -> None:
-        """Capture what the blocks get for sequences of `length` tokens, which runs a block on zeros: do so before hooking modules."""
+        """Capture what the blocks get for sequences of `length` tokens; runs a block on zeros, so do it before hooking modules."""
         self._captured(length)
 
     def _captured(self, length: int) -> list[_Call]:

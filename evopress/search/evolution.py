@@ -216,7 +216,8 @@ class Evolution:
         if centre is None:
             raise EvoPressError(
                 f"search.max_level={max_level} and search.max_total_deviation={max_total} count levels from the target's, but "
-                f"target {self._budget.target:g} {self._budget.measure} is no level of all units: leave them null or choose such a target"
+                f"target {self._budget.target:g} {self._budget.measure} is no level of all units: "
+                "leave them null or choose such a target"
             )
         return Deviation(centre, max_level=max_level, max_total=max_total)
 

@@ -42,7 +42,10 @@ SETTINGS = {
     "nothing to search at the lowest level": (["bits=2"], ["bits=2", "nothing to search"]),
     "nothing to search at the highest level": (["bits=6"], ["bits=6", "nothing to search"]),
     "no bits": (["bits=null"], ["bits=2.5"]),
-    "group size divides no width": (["model.group_size=24"], ["model.layers.0.", "group size 24", "input columns", "method.group_size="]),
+    "group size divides no width": (
+        ["model.group_size=24"],
+        ["model.layers.0.", "group size 24", "input columns", "method.group_size="],
+    ),
     "group size of the method": (["method.group_size=48"], ["group size 48", "input columns"]),
     "levels that do not descend": (["method.levels=[2,3,4]", "bits=3.5"], ["[2, 3, 4]", "descending"]),
     "propagated level is missing": (["method.levels=[3,2]", "bits=2.5"], ["propagate_bits=4", "[3, 2]"]),
@@ -117,7 +120,10 @@ def test_no_method(evopress: Callable[..., Any]) -> None:
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("arguments", "part"),
-    [(["+method=spqr"], "Could not find 'method/spqr'"), (["+method=quant", "bits=some"], "'some' of type 'str' could not be converted")],
+    [
+        (["+method=spqr"], "Could not find 'method/spqr'"),
+        (["+method=quant", "bits=some"], "'some' of type 'str' could not be converted"),
+    ],
 )
 def test_what_hydra_refuses_in_its_own_words(arguments: list[str], part: str, evopress: Callable[..., Any], tmp_path: Path) -> None:
     outcome = evopress(*arguments, "+debug=tiny", "hydra.run.dir=run")
@@ -188,9 +194,19 @@ def test_weights_that_are_cut_off(tiny: Callable[..., Any], checkpoint: Callable
 
 TEXTS: dict[str, tuple[str, bytes, list[str], list[str]]] = {
     # file, content, further arguments, parts of the sentence
-    "too little text": ("a.txt", PROSE.encode(), ["data.calibration_tokens=100000"], ["calibration split of text has", "1562 sequences of 64"]),
+    "too little text": (
+        "a.txt",
+        PROSE.encode(),
+        ["data.calibration_tokens=100000"],
+        ["calibration split of text has", "1562 sequences of 64"],
+    ),
     "too little for the search": ("a.txt", PROSE.encode(), ["data.search_tokens=100000"], ["search split of text has"]),
-    "too little to evaluate": ("a.txt", PROSE.encode(), ["data.search_tokens=1024", "data.evaluation_tokens=100000"], ["evaluation split of text has"]),
+    "too little to evaluate": (
+        "a.txt",
+        PROSE.encode(),
+        ["data.search_tokens=1024", "data.evaluation_tokens=100000"],
+        ["evaluation split of text has"],
+    ),
     "an empty file": ("a.txt", b"", [], ["a.txt", "empty"]),
     "a file of white space": ("a.txt", b" \n\n ", [], ["a.txt", "no text"]),
     "not UTF-8": ("a.txt", "Grüße ".encode("latin-1") * 500, [], ["a.txt", "UTF-8", "byte 2"]),

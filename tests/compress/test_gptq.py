@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from gptq_literal import gptq_literal, relative_error, round_to_nearest
+from torch import Tensor
+
 from evopress.compress.gptq import GPTQ, sweep
 from evopress.compress.hessian import SingularHessianError, inverse_factor
 from evopress.errors import EvoPressError
-from gptq_literal import gptq_literal, relative_error, round_to_nearest
-from torch import Tensor
 
 BITS = (6, 5, 4, 3, 2)
 

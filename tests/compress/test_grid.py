@@ -1,9 +1,10 @@
 import pytest
 import torch
-from evopress.compress.grid import ZERO_LIMIT, fit_grid, from_codes, to_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from evopress.compress.grid import ZERO_LIMIT, fit_grid, from_codes, to_codes
 
 
 def round_trip(w: Tensor, bits: int, dtype: torch.dtype = torch.float16) -> Tensor:

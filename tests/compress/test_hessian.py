@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import Tensor
+
 from evopress.compress.hessian import HessianSum, SingularHessianError, inverse_factor
 from evopress.errors import EvoPressError
-from torch import Tensor
 
 
 def indefinite(columns: int, least: float) -> Tensor:

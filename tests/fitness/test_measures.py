@@ -1,8 +1,9 @@
 import pytest
 import torch
+from measures_literal import kl_divergence, negative_log_likelihood, top1_agreement, topk_kl_divergence
+
 from evopress.fitness.measures import HeldOut, KLDivergence, NegativeLogLikelihood, TopkKL, log_sum_exp
 from evopress.models.blocks import Head
-from measures_literal import kl_divergence, negative_log_likelihood, top1_agreement, topk_kl_divergence
 
 T, D, V = 37, 16, 101
 

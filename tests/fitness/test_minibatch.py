@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from measures_literal import kl_divergence, negative_log_likelihood
+
 from evopress.data.minibatch import draw
 from evopress.errors import EvoPressError
 from evopress.fitness.measures import KLDivergence, NegativeLogLikelihood, TopkKL
 from evopress.fitness.minibatch import MinibatchFitness, base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator
-from measures_literal import kl_divergence, negative_log_likelihood
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +104,7 @@ def test_the_perplexity_fitness_is_the_perplexity(live, sequences, base, genomes
     scored = make(live, sequences, base, seed=1, measure=NegativeLogLikelihood())(genomes, tokens=40)
     parts = draw(10, 16, tokens=40, rng=np.random.default_rng(1)).tensors(sequences)
     for genome, mine in zip(genomes, scored, strict=True):
-        values = [
-            negative_log_likelihood(logits(live, genome, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) for ids in parts
-        ]
+        values = [negative_log_likelihood(logits(live, genome, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) for ids in parts]
         assert mine == pytest.approx(float(torch.cat(values).mean().exp()), rel=1e-4)
 
 

@@ -2,11 +2,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from evopress.fitness.measures import HeldOut, KLDivergence, NegativeLogLikelihood, TopkKL
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator, measure_sums
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 FAMILIES = ["llama", "gemma2", "gemma3_text", "opt"]  # gemma2 caps its logits softly; both Gemmas slide their windows
 

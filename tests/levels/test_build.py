@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from database_literal import captured_inputs, output_errors
+
 from evopress.compress import gptq
 from evopress.compress.gptq import GPTQ
 from evopress.compress.hessian import SingularHessianError
@@ -184,9 +185,7 @@ def test_decoded_weights_have_the_dtype_of_the_model(dtype, tiny_blocks, tmp_pat
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_given_back(
-    fails, tiny_blocks, tmp_path, build_settings, ids, compressor, weights_digest, monkeypatch
-):
+def test_the_model_is_given_back(fails, tiny_blocks, tmp_path, build_settings, ids, compressor, weights_digest, monkeypatch):
     blocks = tiny_blocks("llama", num_blocks=3)
     before = weights_digest(blocks.model)
     if fails:
@@ -339,9 +338,7 @@ def test_a_killed_build_goes_on(tmp_path, whole, build_settings, llama, ids, com
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 @pytest.mark.parametrize("index", [0, 2])
-def test_a_damaged_block_is_named_and_built_again(
-    damage, index, copied, whole, llama, ids, compressor, compressed_blocks, caplog
-):
+def test_a_damaged_block_is_named_and_built_again(damage, index, copied, whole, llama, ids, compressor, compressed_blocks, caplog):
     path = copied.folder / block_file(index)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
@@ -456,9 +453,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.mark.parametrize("activations", ["memory", "disk"])
-def test_too_little_disk_is_refused_before_any_forward(
-    activations, tmp_path, build_settings, llama, ids, compressor, monkeypatch
-):
+def test_too_little_disk_is_refused_before_any_forward(activations, tmp_path, build_settings, llama, ids, compressor, monkeypatch):
     needed = database_bytes(plan_space(llama, compressor, method="quant"))
     settings = build_settings(tmp_path, activations=activations)
     monkeypatch.setattr(llama, "run", None)

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from evopress.compress.gptq import GPTQ, Quantized
-from evopress.levels.codec import CODECS, pack_bits, unpack_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from evopress.compress.gptq import GPTQ, Quantized
+from evopress.levels.codec import CODECS, pack_bits, unpack_bits
 
 
 def packed_literally(codes: list[int], bits: int) -> list[int]:

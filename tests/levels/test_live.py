@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from evopress.errors import EvoPressError
 from evopress.levels.build import ensure_database
 from evopress.levels.live import LiveModel

@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
+from safetensors import SafetensorError
+
 from evopress.compress.gptq import GPTQ
 from evopress.errors import EvoPressError
 from evopress.levels import store
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase, fingerprint, write_block, write_manifest
 from evopress.units import Unit
-from safetensors import SafetensorError
 
 GPTQ_8_TO_1 = GPTQ(bits=(8, 5, 3, 2, 1), group_size=8)
 
@@ -131,7 +132,7 @@ def test_a_changed_number_in_the_manifest_is_damage(written, change):
 def test_a_newer_schema_is_refused_not_rebuilt(written):
     folder, _ = written
     rewrite_manifest(folder, lambda m: m.update(schema=2))
-    with pytest.raises(EvoPressError, match="schema 2.*update evopress") as caught:
+    with pytest.raises(EvoPressError, match=r"schema 2.*update evopress") as caught:
         LevelDatabase.open(folder)
     assert not isinstance(caught.value, DamagedDatabaseError)
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, OPTConfig, Qwen2MoeConfig
+
 from evopress.errors import EvoPressError
 from evopress.models.blocks import BlockModel
 from evopress.models.families import FAMILIES, family_of
-from transformers import AutoModelForCausalLM, OPTConfig, Qwen2MoeConfig
 
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "opt")
 
@@ -77,9 +78,7 @@ def test_the_units_are_all_linear_weights_of_the_blocks(model_type, tiny_blocks)
     assert len(blocks.blocks) == 2
     modules = dict(blocks.model.named_modules())
     prefix = f"{blocks.family.decoder}.layers."
-    linears = {
-        name for name, module in modules.items() if isinstance(module, torch.nn.Linear) and name.startswith(prefix)
-    }
+    linears = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear) and name.startswith(prefix)}
     found = {**blocks.linears(0), **blocks.linears(1)}
     assert set(found) == linears
     assert all(modules[name] is linear for name, linear in found.items())

@@ -1,8 +1,9 @@
-"""What a method is to the pipeline: its compressor, its budget, its fingerprint. A new method is one entry here."""
+"""Mixed-bit quantization with GPTQ levels (paper section 4.3)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +11,25 @@ from evopress.compress.compressor import Compressor
 from evopress.compress.gptq import GPTQ
 from evopress.errors import EvoPressError
 from evopress.settings import QuantSettings, RunSettings
-from evopress.units import Budget, Genome, Space
+from evopress.units import Budget, Genome, Level, Space
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Mixed-bit GPTQ (paper section 4.3)."""
+    """See `Method`."""
 
     settings: QuantSettings
     bits: float
 
-    def compressor(self) -> Compressor:
-        """Return the compressor that makes the levels; raise EvoPressError if a setting is out of range."""
+    @classmethod
+    def of(cls, run: RunSettings) -> Quantization:
+        """Take the method out of a run's settings; raise EvoPressError without a target."""
+        if run.bits is None:
+            raise EvoPressError("method quant needs a target: give bits=2.5, the average number of bits per weight")
+        return cls(run.method, run.bits)
+
+    def compressor(self, sizes: Sequence[int], *, dtype_bits: int) -> Compressor:
+        """Return GPTQ as the settings say; sizes and dtype do not matter to it."""
         s = self.settings
         return GPTQ(
             bits=tuple(s.levels),
@@ -37,10 +45,7 @@ class Quantization:
         return None if self.settings.propagate_bits is None else str(self.settings.propagate_bits)
 
     def check(self, *, searching: bool) -> None:
-        """Raise EvoPressError if no genome can meet the target, from settings alone, before any model work.
-
-        Args: searching: refuse also a target that a single genome meets.
-        """
+        """Refuse bits outside the levels, and at their ends too if there is to be a search."""
         least, most = min(self.settings.levels), max(self.settings.levels)
         if not least <= self.bits <= most:
             where = f"below the lowest level ({least} bits)" if self.bits < least else f"above the highest level ({most} bits)"
@@ -53,11 +58,15 @@ class Quantization:
                 f"bits={self.bits:g} is the {which} of method.levels {self.settings.levels}, "
                 f"which leaves nothing to search: give bits between {least} and {most}, or leave search and export out of stages"
             )
-        self.compressor()
+        self.compressor((), dtype_bits=16)
 
     def budget(self, space: Space) -> Budget:
         """Return floor(bits · Σ weights)."""
         return Budget(total=math.floor(self.bits * space.size), target=self.bits, measure="bits per weight")
+
+    def uniform_name(self, level: Level) -> str:
+        """Return "uniform_3" for 3 bits."""
+        return f"uniform_{level.key}"
 
     def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
         """Return the columns of the result table that say what a genome spends."""
@@ -69,14 +78,3 @@ class Quantization:
     def dense_costs(self, bits: int) -> dict[str, Any]:
         """Return the same columns for the dense model."""
         return {"bits_per_weight": float(bits), "bits_per_weight_with_metadata": float(bits)}
-
-
-def make_method(settings: RunSettings) -> Quantization:
-    """Return the run's method, checked against its target."""
-    if isinstance(settings.method, QuantSettings):
-        if settings.bits is None:
-            raise EvoPressError("method quant needs a target: give bits=2.5, the average number of bits per weight")
-        method = Quantization(settings.method, settings.bits)
-        method.check(searching="search" in settings.stages)
-        return method
-    raise EvoPressError(f"method {settings.method!r} is unknown")

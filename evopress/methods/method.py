@@ -1,0 +1,45 @@
+"""What a compression method is to the pipeline. A new one costs a module here, a schema in `settings.py`, a YAML and a test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from evopress.compress.compressor import Compressor
+from evopress.units import Budget, Genome, Level, Space
+
+
+class Method(Protocol):
+    """A method with its target."""
+
+    def check(self, *, searching: bool) -> None:
+        """Raise EvoPressError if no genome can meet the target, from settings alone, before any model work.
+
+        Args: searching: refuse also a target that leaves nothing to search.
+        """
+
+    @property
+    def propagate(self) -> str | None:
+        """Key of the level through which activations leave a block while the database is built; None: dense."""
+
+    def compressor(self, sizes: Sequence[int], *, dtype_bits: int) -> Compressor:
+        """Return the compressor that makes the levels.
+
+        Args:
+            sizes: weights of every unit of the model; empty where they are not known yet.
+            dtype_bits: bits of a weight of the model.
+
+        Raises: EvoPressError if a setting is out of range or does not fit the model.
+        """
+
+    def budget(self, space: Space) -> Budget:
+        """Return the total cost that the target allows."""
+
+    def uniform_name(self, level: Level) -> str:
+        """Name the row of the genome with this level everywhere."""
+
+    def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
+        """Return the columns of the result table that say what a genome spends."""
+
+    def dense_costs(self, bits: int) -> dict[str, Any]:
+        """Return the same columns for the dense model, whose weights have so many bits."""

@@ -1,0 +1,77 @@
+"""Unstructured sparsity: levels a fixed number of weights apart (paper section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evopress.compress.compressor import Compressor
+from evopress.compress.magnitude import Magnitude
+from evopress.compress.sparse import check_step, derive_step, kept_at
+from evopress.compress.sparsegpt import SparseGPT
+from evopress.compress.wanda import Wanda
+from evopress.errors import EvoPressError
+from evopress.settings import RunSettings, SparsitySettings
+from evopress.units import Budget, Genome, Level, Space
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """See `Method`."""
+
+    settings: SparsitySettings
+    sparsity: float
+
+    @classmethod
+    def of(cls, run: RunSettings) -> Sparsity:
+        """Take the method out of a run's settings; raise EvoPressError without a target."""
+        if run.sparsity is None:
+            raise EvoPressError("method sparsity needs a target: give sparsity=0.7, the share of weights to prune")
+        return cls(run.method, run.sparsity)
+
+    def check(self, *, searching: bool) -> None:
+        """Refuse a sparsity outside (0, 1) and settings out of range."""
+        self.compressor((), dtype_bits=16)
+
+    @property
+    def propagate(self) -> None:
+        """Activations leave a block dense, as in the authors' code: one set of Hessians serves all sparsities."""
+        return None
+
+    def compressor(self, sizes: Sequence[int], *, dtype_bits: int) -> Compressor:
+        """Return the pruner that the settings name, its step derived from the units' sizes where none is given."""
+        s = self.settings
+        step = s.step if s.step is not None else derive_step(sizes, self.sparsity, s.num_levels) if sizes else 1
+        if sizes:
+            check_step(sizes, sparsity=self.sparsity, step=step)
+        if s.compressor == "magnitude":
+            return Magnitude(sparsity=self.sparsity, step=step, num_levels=s.num_levels, dtype_bits=dtype_bits)
+        if s.compressor == "wanda":
+            return Wanda(sparsity=self.sparsity, step=step, num_levels=s.num_levels, dtype_bits=dtype_bits)
+        return SparseGPT(
+            sparsity=self.sparsity,
+            step=step,
+            num_levels=s.num_levels,
+            dtype_bits=dtype_bits,
+            damping=s.damping,
+            block_size=s.block_size,
+        )
+
+    def budget(self, space: Space) -> Budget:
+        """Return the weights that uniform sparsity keeps."""
+        total = sum(kept_at(unit.size, self.sparsity) for unit in space.units)
+        return Budget(total=total, target=self.sparsity, measure="sparsity")
+
+    def uniform_name(self, level: Level) -> str:
+        """Return "uniform" for the target's level."""
+        return "uniform" if level.key == "0" else f"uniform_{level.label}"
+
+    def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
+        """Return the share of weights pruned, and how many are kept."""
+        kept = space.cost(genome)
+        return {"sparsity": 1.0 - kept / space.size, "weights_kept": kept}
+
+    def dense_costs(self, bits: int) -> dict[str, Any]:
+        """Return sparsity 0."""
+        return {"sparsity": 0.0}

@@ -1,0 +1,138 @@
+import errno
+import json
+import math
+import os
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evopress.errors import EvoPressError
+from evopress.evaluation.heldout import measure_held_out
+from evopress.export import export_checkpoint
+from evopress.fitness.population import PopulationEvaluator
+from evopress.models.tiny import byte_tokenizer
+
+PROVENANCE = {"model": "tiny", "database": "0123456789abcdef"}
+
+
+@pytest.fixture
+def genome_files(tmp_path):
+    files = tmp_path / "run" / "genome.json", tmp_path / "run" / "genome.txt"
+    files[0].parent.mkdir()
+    for file in files:
+        file.write_text(f"this is {file.name}")
+    return files
+
+
+def mixed(live):
+    return tuple(i * 7 % 3 for i in range(len(live.space)))
+
+
+def export(live, folder, genome_files, genome=None):
+    return export_checkpoint(
+        folder,
+        live=live,
+        model=live.blocks.model,
+        tokenizer=byte_tokenizer(),
+        genome=genome or mixed(live),
+        genome_files=genome_files,
+        provenance=PROVENANCE,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "opt"])
+def test_the_folder_loads_as_an_ordinary_checkpoint(family, dtype, live_model, genome_files, tmp_path, tokens, weights_digest):
+    live = live_model(family, num_blocks=4 if dtype == "float32" else 2, dtype=dtype)
+    before = weights_digest(live.blocks.model)
+    folder = export(live, tmp_path / "exported", genome_files)
+    assert weights_digest(live.blocks.model) == before
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    state = model.state_dict()
+    for unit, level in enumerate(mixed(live)):
+        decoded = live.database.read(unit, level).decode()
+        assert torch.equal(state[f"{live.space.units[unit].name}.weight"], decoded)
+    units = {f"{unit.name}.weight" for unit in live.space.units}
+    for name, tensor in live.blocks.model.state_dict().items():
+        assert name in units or torch.equal(state[name], tensor)
+
+    sequences = tokens(4, 16, seed=5)
+    expected = measure_held_out(PopulationEvaluator(live), [mixed(live)], sequences)[0]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=sequences).logits[:, :-1].float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten())
+    assert math.exp(loss) == pytest.approx(expected.perplexity, rel=1e-4 if dtype == "float32" else 2e-2)
+
+
+def test_genome_and_provenance_lie_beside_the_weights(live_model, genome_files, tmp_path):
+    folder = export(live_model(), tmp_path / "deep" / "down" / "exported", genome_files)
+    assert json.loads((folder / "evopress.json").read_text()) == PROVENANCE
+    assert all((folder / file.name).read_text() == file.read_text() for file in genome_files)
+    assert AutoTokenizer.from_pretrained(folder)("ab", add_special_tokens=False)["input_ids"]
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {(folder / "config.json").stat().st_mode & 0o777}
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_an_older_export_is_replaced_whole(live_model, genome_files, tmp_path):
+    live = live_model()
+    folder = export(live, tmp_path / "exported", genome_files, genome=(0,) * len(live.space))
+    (folder / "of-the-old-one").write_text("x")
+    export(live, folder, genome_files, genome=(2,) * len(live.space))
+    assert not (folder / "of-the-old-one").exists()
+    name = live.space.units[0].name
+    weights = load_file(folder / "model.safetensors")
+    assert torch.equal(weights[f"{name}.weight"], live.database.read(0, 2).decode())
+
+
+class BrokenError(Exception):
+    pass
+
+
+def safetensors_error(code):
+    return SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize(
+    ("error", "expected", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), EvoPressError, "disk is full"),
+        (safetensors_error(errno.ENOSPC), EvoPressError, "disk is full"),
+        (OSError(errno.EACCES, "Permission denied"), EvoPressError, "cannot be written"),
+        (safetensors_error(errno.EROFS), EvoPressError, "cannot be written"),
+        (BrokenError("broken"), BrokenError, "broken"),
+    ],
+)
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_an_interrupted_export_leaves_no_half_folder(
+    part, error, expected, sentence, older, live_model, genome_files, tmp_path, monkeypatch, weights_digest
+):
+    live = live_model()
+    folder = tmp_path / "out" / "exported"
+    if older:
+        export(live, folder, genome_files)
+    before = sorted(path.name for path in folder.iterdir()) if older else None
+    digest = weights_digest(live.blocks.model)
+
+    def fail(self, scratch, *args, **kwargs):
+        (scratch / "model-00001-of-00002.safetensors").write_bytes(b"half")
+        raise error
+
+    target = type(live.blocks.model) if part == "model" else type(byte_tokenizer())
+    monkeypatch.setattr(target, "save_pretrained", fail)
+    with pytest.raises(expected, match=sentence):
+        export(live, folder, genome_files)
+    assert list(folder.parent.iterdir()) == ([folder] if older else [])
+    if older:
+        assert sorted(path.name for path in folder.iterdir()) == before
+    assert weights_digest(live.blocks.model) == digest
+
+
+def test_a_wrong_genome_writes_nothing(live_model, genome_files, tmp_path):
+    with pytest.raises(EvoPressError, match="1 levels but"):
+        export(live_model(), tmp_path / "out" / "exported", genome_files, genome=(0,))
+    assert list((tmp_path / "out").iterdir()) == []
