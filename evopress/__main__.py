@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import platform
@@ -106,6 +107,7 @@ def _run(config: DictConfig) -> float:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    _keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     run_dir = Path(HydraConfig.get().runtime.output_dir)
@@ -126,6 +128,19 @@ def _run(config: DictConfig) -> float:
         command=f"python -m evopress {shlex.join(HydraConfig.get().overrides.task)}".strip(),
         environment=environment,
     )
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc's malloc keep large freed blocks instead of handing them back to the system.
+
+    A chunk of logits is tens of megabytes; mapping it anew for every candidate takes a third of the KL divergence's time.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):  # another C library
+        pass
 
 
 def _environment(threads: int) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class FitnessSettings:
     """population (block by block, shared prefixes) or plain (whole model, one candidate at a time)."""
     max_tokens_in_flight: int = 4096
     """Tokens per forward of one block; bounds memory."""
-    chunk_tokens: int = 128
+    chunk_tokens: int = 256
     """Tokens whose logits exist at a time."""
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ def measure_held_out(
     sequences: Tensor,
     *,
     batch_tokens: int = 4096,
-    chunk_tokens: int = 128,
+    chunk_tokens: int = 256,
     what: str = "evaluating",
 ) -> list[Scores]:
     """Measure genomes (None: the dense model) on sequences, all of them on the same tokens.

@@ -31,7 +31,7 @@ class MinibatchFitness:
         rng: np.random.Generator,
         base: Tensor,
         measure: Measure,
-        chunk_tokens: int = 128,
+        chunk_tokens: int = 256,
     ) -> None:
         """Take the text and the base model's targets.
 

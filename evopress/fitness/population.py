@@ -109,7 +109,7 @@ def measure_sums(
     base: Tensor | None,
     measure: Measure,
     *,
-    chunk_tokens: int = 128,
+    chunk_tokens: int = 256,
 ) -> tuple[Tensor, int]:
     """Sum a measure over the predicted tokens of sequences, for every genome.
 

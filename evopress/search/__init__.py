@@ -2,7 +2,7 @@
 
 from evopress.search.constraint import EXCHANGES, Exchange, make_exchange
 from evopress.search.evolution import Evolution, Fitness, Question, SearchSettings, run_search
-from evopress.search.initial import initial_candidates, random_mix, random_mixes, uniform_genome
+from evopress.search.initial import initial_candidates, one_level, random_mix, random_mixes, uniform_genome
 from evopress.search.mutation import DISTRIBUTIONS, LevelSwitch, Mutation, offspring
 from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.selection import Stage, check_stages, select_fittest
@@ -24,6 +24,7 @@ __all__ = [
     "initial_candidates",
     "make_exchange",
     "offspring",
+    "one_level",
     "random_mix",
     "random_mixes",
     "run_search",

@@ -20,6 +20,9 @@ from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.selection import Stage, check_stages, select_fittest
 from evopress.units import Budget, Genome, Space
 
+_MAX_BOUNDED_ATTEMPTS = 20_000
+"""Draws for one offspring where deviations are bounded: at a tight bound few of the switches are allowed."""
+
 
 class Fitness(Protocol):
     """Score genomes; lower is better."""
@@ -94,13 +97,15 @@ class Evolution:
         budget.check(space)
         self._space, self._budget, self._settings = space, budget, settings
         self._rng_initial, self._rng_mutation = rng_initial, rng_mutation
+        bounds = self._bounds()
         self._mutation = mutation or LevelSwitch(
             space,
             budget,
             exchange=settings.exchange,
             max_switches=settings.max_switches,
             distribution=settings.distribution,
-            allowed=self._bounds(),
+            max_attempts=100 if bounds is None else _MAX_BOUNDED_ATTEMPTS,
+            allowed=bounds,
         )
         self._generation = 0  # the one that is asked about next
         self._parent: Genome | None = None

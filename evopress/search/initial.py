@@ -15,10 +15,19 @@ from evopress.units import Budget, Genome, Space
 def uniform_genome(space: Space, budget: Budget) -> Genome | None:
     """Return the genome with one level everywhere that costs exactly the budget; None if there is none."""
     for level in space.units[0].levels:
-        genome = space.uniform(level.label)
+        genome = one_level(space, level.key)
         if genome is not None and space.cost(genome) == budget.total:
             return genome
     return None
+
+
+def one_level(space: Space, key: str) -> Genome | None:
+    """Return the genome with every unit at the level of this key; None if a unit lacks it.
+
+    Keys tell levels apart; labels are rounded, so that one sparsity may read 70.0% in one unit and 69.9% in a smaller one.
+    """
+    indices = [next((i for i, level in enumerate(unit.levels) if level.key == key), None) for unit in space.units]
+    return None if None in indices else tuple(index for index in indices if index is not None)
 
 
 def random_mix(space: Space, budget: Budget, rng: np.random.Generator) -> Genome:

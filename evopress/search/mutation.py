@@ -75,19 +75,21 @@ class LevelSwitch:
         self._exchange_name, self._exchange = exchange, make_exchange(exchange, space, budget)
         self._max_switches, self._draw_num_switches = max_switches, DISTRIBUTIONS[distribution]
         self._max_attempts = max_attempts
-        self._allowed = allowed or (lambda genome: True)
+        self._allowed = allowed
 
     def __call__(self, parent: Genome, rng: np.random.Generator) -> Genome:
         """Return an offspring of the parent, different from it and within the budget."""
         for _ in range(self._max_attempts):
             levels = list(parent)
             num_switches = self._draw_num_switches(self._max_switches, rng)
-            if self._exchange(levels, num_switches, rng) and (child := tuple(levels)) != parent and self._allowed(child):
-                return child
+            if self._exchange(levels, num_switches, rng) and (child := tuple(levels)) != parent:
+                if self._allowed is None or self._allowed(child):
+                    return child
         raise EvoPressError(
             f'exchange "{self._exchange_name}" with at most {self._max_switches} switches found no other genome from the '
             f"current one in {self._max_attempts} attempts ({len(parent)} units, cost {self._space.cost(parent)}, "
-            f"budget {self._budget.total}): choose a target between the lowest and the highest level, or another exchange"
+            f"budget {self._budget.total}): choose a target between the lowest and the highest level, "
+            + ("another exchange or wider bounds" if self._allowed else "or another exchange")
         )
 
 

@@ -323,13 +323,34 @@ def test_a_killed_build_goes_on(tmp_path, whole, build_settings, llama, ids, com
     """
     arguments = [Path(__file__).parents[1], tiny_folder("llama", num_blocks=3), tmp_path]
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = contents(settings.folder)
     assert {block_file(0), block_file(1), "journal.jsonl"} < set(left)
     assert len([name for name in left if name.endswith(".tmp")]) == 2  # activations and the half-written file
     ensure_database(settings, llama, ids, compressor)
     assert compressed_blocks == [1, 2]
+    assert contents(settings.folder) == contents(whole)
+
+
+def test_a_build_killed_twice_keeps_what_both_finished(tmp_path, whole, build_settings, llama, ids, compressor, compressed_blocks):
+    settings = build_settings(tmp_path)
+    for calls in (1, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            crash_after(patch, "_propagate", calls)
+            with pytest.raises(CrashError):
+                ensure_database(settings, llama, ids, compressor)
+        with (settings.folder / "journal.jsonl").open("a") as file:
+            file.write('{"block": 2, "file": "bl')  # cut off, with no end of line
+        crashed = list(compressed_blocks)
+    assert crashed == [0, 1]
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(patch, "write_manifest", 0)
+        with pytest.raises(CrashError):
+            ensure_database(settings, llama, ids, compressor)
+    ensure_database(settings, llama, ids, compressor)
+    assert compressed_blocks == [0, 1, 2]
     assert contents(settings.folder) == contents(whole)
 
 

@@ -112,6 +112,18 @@ def test_the_cache_stays_within_its_bound_and_gives_up_the_least_recently_used(l
     assert small.num_loads == loads + 7
 
 
+def test_a_weight_used_again_outlives_one_used_before_it(live):
+    size = live.blocks.linears(0)["model.layers.0.self_attn.q_proj"].weight.numel() * 4
+    two = LiveModel(live.blocks, live.database, cache_bytes=2 * size)
+
+    def loads(level):
+        before = two.num_loads
+        two._weight(0, level, torch.device("cpu"))
+        return two.num_loads - before
+
+    assert [loads(level) for level in (0, 1, 0, 2, 0, 1)] == [1, 1, 0, 1, 0, 1]
+
+
 def test_no_cache_reads_every_time(live):
     none = LiveModel(live.blocks, live.database, cache_bytes=0)
     for _ in range(2):
