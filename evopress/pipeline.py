@@ -16,7 +16,7 @@ from evopress.baselines.best_of_random import best_of_random
 from evopress.baselines.dynamic_programming import dynamic_programming
 from evopress.baselines.owl import GRID, MULTIPLES, outlier_ratios, owl_kept
 from evopress.baselines.uniform import uniform_genomes
-from evopress.compress.sparsegpt import SparseGPTAt
+from evopress.compress.sparse import PruneTo, SparsityLevels
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import measure_held_out, scores_by_data_set
 from evopress.export import export_checkpoint
@@ -120,6 +120,11 @@ def check_tokens(settings: RunSettings) -> None:
     minibatches = [("search.initial_tokens", search.initial_tokens), *(("search.tokens", count) for count in search.tokens)]
     if "best_of_random" in settings.baselines.names:
         minibatches.append(("baselines.random_tokens", settings.baselines.random_tokens))
+    if "owl" in settings.baselines.names and not 2 <= settings.baselines.owl_tokens <= data.calibration_tokens:
+        raise EvoPressError(
+            f"baselines.owl_tokens={settings.baselines.owl_tokens} is out of range: expected 2 to data.calibration_tokens="
+            f"{data.calibration_tokens}; change one of them"
+        )
     for key, count in minibatches:
         if not 2 <= count <= available:
             raise EvoPressError(
@@ -142,6 +147,11 @@ def search_settings(config: SearchConfig) -> SearchSettings:
             raise EvoPressError(f"search.{key}={value} is unknown: choose one of {', '.join(known)}")
     if config.max_switches < 1:
         raise EvoPressError(f"search.max_switches={config.max_switches} is out of range: expected at least 1")
+    for key, bound, least in (("max_level", config.max_level, 1), ("max_total_deviation", config.max_total_deviation, 2)):
+        if bound is not None and bound < least:
+            raise EvoPressError(
+                f"search.{key}={bound} allows no switch, which moves two units a level: expected at least {least}, or null for any"
+            )
     return SearchSettings(
         generations=config.generations,
         num_offspring=config.num_offspring,
@@ -242,17 +252,19 @@ def find_baselines(workspace: Workspace) -> None:
 def find_owl(workspace: Workspace) -> tuple[Genome, LevelDatabase]:
     """Return OWL's best genome over the paper's grid, in levels of the run's database followed by those of a second one.
 
-    Source: OWL (arXiv:2310.05175) as in paper section 4.2. The outlier ratios and the second database come from the Hessians
-    that the first left behind; the grid's best is that with the least perplexity on calibration text.
+    Source: OWL (arXiv:2310.05175) as in paper section 4.2. The outlier ratios and the second database, pruned as the first is, come
+    from the Hessians that the first left behind; the grid's best is that with the least perplexity on calibration text.
     """
-    settings, method, blocks = workspace.settings, workspace.settings.method, workspace.blocks
-    assert settings.sparsity is not None
+    settings, blocks = workspace.settings, workspace.blocks
+    pruner = workspace.method.compressor((), dtype_bits=8 * blocks.dtype.itemsize)
+    assert settings.sparsity is not None and isinstance(pruner, SparsityLevels)
+    hessians = workspace.complete_hessians()
     num_blocks = len(blocks.blocks)
     logger.info("OWL: a grid of %d", len(GRID))
     linears = [blocks.linears(index) for index in range(num_blocks)]
     ratios = []
     for index in range(num_blocks):
-        stored = workspace.hessians.read(index)
+        stored = hessians.read(index)
         H = [stored.hessians[stored.owners[name]] for name in linears[index]]
         ratios.append(outlier_ratios([linear.weight.detach() for linear in linears[index].values()], H))
     sizes = [[linear.weight.numel() for linear in block.values()] for block in linears]
@@ -263,10 +275,7 @@ def find_owl(workspace: Workspace) -> tuple[Genome, LevelDatabase]:
         kept = owl_kept([ratio[column] for ratio in ratios], sizes, sparsity=settings.sparsity, lambda_=lambda_)
         kept_by_pair.append([count for block in kept for count in block])
     choices = {name: sorted({kept[i] for kept in kept_by_pair}, reverse=True) for i, name in enumerate(names)}
-    compressor = SparseGPTAt(
-        kept=choices, dtype_bits=8 * blocks.dtype.itemsize, damping=method.damping, block_size=method.block_size
-    )
-    database, _ = workspace.database_of("owl", compressor)
+    database, _ = workspace.database_of("owl", PruneTo(pruner=pruner, kept=choices))
     workspace.add_levels([database.folder.name])
     union = workspace.levels
     genomes = [

@@ -27,10 +27,10 @@ from evopress.files import make_folder
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import Evaluator, PopulationEvaluator
-from evopress.levels.build import BuildSettings, ensure_database
+from evopress.levels.build import BuildSettings, complete_hessians, ensure_database
 from evopress.levels.hessians import HessianStore
 from evopress.levels.live import LiveModel
-from evopress.levels.store import LevelDatabase, fingerprint
+from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerprint
 from evopress.levels.union import LevelUnion
 from evopress.methods import make_method
 from evopress.models.blocks import BlockModel
@@ -157,6 +157,7 @@ class Workspace:
             name=name or (settings.path if settings.path and not Path(settings.path).exists() else None),
             dtype=settings.dtype,
             attn_implementation=settings.attn_implementation,
+            device=self.device,
             trust_remote_code=settings.trust_remote_code,
         )
         count = sum(parameter.numel() for parameter in pretrained.model.parameters())
@@ -266,6 +267,18 @@ class Workspace:
             },
         }
 
+    def complete_hessians(self) -> HessianStore:
+        """Return the Hessians of dense activations, computed first where they are missing: a reused database may have left none."""
+        settings = self.settings.level_db
+        complete_hessians(
+            self.hessians,
+            self.blocks,
+            self.calibration_tokens,
+            batch_tokens=settings.batch_tokens,
+            activations=settings.activations,
+        )
+        return self.hessians
+
     @cached_property
     def hessians(self) -> HessianStore:
         """Where Hessians of dense activations are kept."""
@@ -290,7 +303,11 @@ class Workspace:
     @cached_property
     def levels(self) -> LevelUnion:
         """The run's levels, followed by those of the databases that `add_levels` named."""
-        further = [LevelDatabase.open(self.database.folder.with_name(name)) for name in self._further]
+        try:
+            further = [LevelDatabase.open(self.database.folder.with_name(name)) for name in self._further]
+        except DamagedDatabaseError as error:
+            path = self.run_dir / "baselines.json"
+            raise EvoPressError(f"{error}: remove {path} and run the stage baselines again, which builds it") from error
         return LevelUnion([self.database, *further])
 
     def add_levels(self, names: Sequence[str]) -> Space:

@@ -20,9 +20,9 @@ class Magnitude(SparsityLevels):
         """Return what decides the result."""
         return asdict(self) | {"compressor": "magnitude", "numerics": 1}
 
-    def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
-        """Prune every weight to every level; see `Compressor.compress`."""
-        return magnitude(weights, H, self.kept_of(weights))
+    def prune(self, weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[Compressed]]:
+        """Prune weights that share one input to any numbers of kept weights; see `magnitude`."""
+        return magnitude(weights, H, kept)
 
 
 def magnitude(weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[Compressed]]:

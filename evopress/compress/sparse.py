@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -63,10 +63,15 @@ def derive_step(sizes: Sequence[int], sparsity: float, num_levels: int) -> int:
     return max(1, math.floor(min(sparsity, 1.0 - sparsity) * statistics.median_low(sizes) / (2 * num_levels)))
 
 
-def check_step(sizes: Iterable[int], *, sparsity: float, step: int) -> None:
+def check_step(sizes: Collection[int], *, sparsity: float, step: int) -> None:
     """Raise EvoPressError unless some unit can be a step sparser than its target and some unit a step denser."""
     kept = [(size, kept_at(size, sparsity)) for size in sizes]
     most_kept, most_pruned = max(k for _, k in kept), max(size - k for size, k in kept)
+    if not min(most_kept, most_pruned):
+        raise EvoPressError(
+            f"sparsity={sparsity:g} must leave the largest unit ({max(sizes)} weights) a weight to keep and one to prune: "
+            "choose one further from 0 and 1"
+        )
     if step > min(most_kept, most_pruned):
         raise EvoPressError(
             f"method.step={step} weights leaves nothing to exchange: at sparsity {sparsity:g} a unit keeps at most {most_kept} "
@@ -108,14 +113,51 @@ class SparsityLevels:
         """Return the levels of a weight of this shape; one too small for a step has only the target."""
         size = math.prod(shape)
         return tuple(
-            Level(label=f"{(size - kept) / size:.1%}", cost=kept, key=str(level), stored_bits=size + kept * self.dtype_bits)
+            _level(size, kept, str(level), self.dtype_bits)
             for level, kept in zip(self.signed_levels(size), self.kept(size), strict=True)
         )
 
-    def kept_of(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """Return what `kept` says for each weight."""
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        raise NotImplementedError
+
+    def prune(self, weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[Compressed]]:
+        """Prune weights that share one input to any numbers of kept weights; see `sparsegpt`."""
+        raise NotImplementedError
+
+    def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
+        """Prune every weight to every level; see `Compressor.compress`."""
         assert all(W.element_size() * 8 == self.dtype_bits for W in weights.values()), "stored_bits counts values of another dtype"
-        return {name: self.kept(W.numel()) for name, W in weights.items()}
+        return self.prune(weights, H, {name: self.kept(W.numel()) for name, W in weights.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneTo:
+    """Prune every unit to given numbers of kept weights, such as OWL's: a level per number, densest first."""
+
+    pruner: SparsityLevels
+    """How; its own levels do not matter."""
+    kept: Mapping[str, Sequence[int]]
+    """Unit name to the weights to keep, descending, without repeats."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        ladder = ("sparsity", "step", "num_levels")
+        own = {key: value for key, value in self.pruner.settings().items() if key not in ladder}
+        return own | {"kept": {name: list(counts) for name, counts in self.kept.items()}}
+
+    def levels(self, shape: tuple[int, int], *, unit: str = "") -> tuple[Level, ...]:
+        """Return a unit's levels; their keys are the weights kept."""
+        size = math.prod(shape)
+        return tuple(_level(size, kept, str(kept), self.pruner.dtype_bits) for kept in self.kept[unit])
+
+    def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
+        """Prune every weight to every level; see `Compressor.compress`."""
+        return self.pruner.prune(weights, H, {name: self.kept[name] for name in weights})
+
+
+def _level(size: int, kept: int, key: str, dtype_bits: int) -> Level:
+    return Level(label=f"{(size - kept) / size:.1%}", cost=kept, key=key, stored_bits=size + kept * dtype_bits)
 
 
 def distribute(total: int, sizes: Sequence[int]) -> list[int]:

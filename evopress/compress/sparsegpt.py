@@ -7,7 +7,6 @@ that a column is contiguous.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +18,6 @@ from evopress.compress.compressor import Compressed
 from evopress.compress.hessian import inverse_factor
 from evopress.compress.sparse import Sparse, SparsityLevels, distribute, lowest, to_float32, with_errors
 from evopress.errors import EvoPressError
-from evopress.units import Level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,46 +45,9 @@ class SparseGPT(SparsityLevels):
         del settings["slice_bytes"]
         return settings | {"compressor": "sparsegpt", "numerics": 1}
 
-    def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
-        """Prune every weight to every level; see `Compressor.compress`."""
-        return sparsegpt(
-            weights,
-            H,
-            self.kept_of(weights),
-            damping=self.damping,
-            block_size=self.block_size,
-            slice_bytes=self.slice_bytes,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseGPTAt:
-    """Prune every unit to given numbers of kept weights, such as OWL's: a level per number, densest first."""
-
-    kept: Mapping[str, Sequence[int]]
-    """Unit name to the weights to keep, descending, without repeats."""
-    dtype_bits: int = 16
-    damping: float = 0.01
-    block_size: int = 128
-
-    def settings(self) -> dict[str, Any]:
-        """Return what decides the result."""
-        kept = {name: list(counts) for name, counts in self.kept.items()}
-        own = {"kept": kept, "dtype_bits": self.dtype_bits, "damping": self.damping, "block_size": self.block_size}
-        return own | {"compressor": "sparsegpt", "numerics": 1}
-
-    def levels(self, shape: tuple[int, int], *, unit: str = "") -> tuple[Level, ...]:
-        """Return a unit's levels; their keys are the weights kept."""
-        size = math.prod(shape)
-        return tuple(
-            Level(label=f"{(size - kept) / size:.1%}", cost=kept, key=str(kept), stored_bits=size + kept * self.dtype_bits)
-            for kept in self.kept[unit]
-        )
-
-    def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
-        """Prune every weight to every level; see `Compressor.compress`."""
-        kept = {name: self.kept[name] for name in weights}
-        return sparsegpt(weights, H, kept, damping=self.damping, block_size=self.block_size)
+    def prune(self, weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[Compressed]]:
+        """Prune weights that share one input to any numbers of kept weights; see `sparsegpt`."""
+        return sparsegpt(weights, H, kept, damping=self.damping, block_size=self.block_size, slice_bytes=self.slice_bytes)
 
 
 def sparsegpt(

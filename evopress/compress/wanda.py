@@ -21,9 +21,9 @@ class Wanda(SparsityLevels):
         """Return what decides the result."""
         return asdict(self) | {"compressor": "wanda", "numerics": 1}
 
-    def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
-        """Prune every weight to every level; see `Compressor.compress`."""
-        return wanda(weights, H, self.kept_of(weights))
+    def prune(self, weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[Compressed]]:
+        """Prune weights that share one input to any numbers of kept weights; see `wanda`."""
+        return wanda(weights, H, kept)
 
 
 def wanda_scores(W: Tensor, H: Tensor) -> Tensor:

@@ -194,6 +194,9 @@ def _preflight(settings: BuildSettings, space: Space, entries: Mapping[int, Any]
     folder = settings.folder
     missing = [unit for unit in space.units if unit.block not in entries]
     needed = database_bytes(Space(space.method, tuple(missing)))
+    store = settings.hessians if settings.propagate is None else None
+    if store is not None:
+        needed += sum(_hessian_bytes(blocks, index) for index in range(len(blocks.blocks)) if not store.has_record(index))
     free = shutil.disk_usage(folder).free
     buffer = tokens.numel() * blocks.hidden_size * blocks.dtype.itemsize
     widest = max(module.in_features for module in blocks.linears(0).values())
@@ -242,7 +245,7 @@ def _build(
     walked = range(unseen[-1] + 1 if unseen else 0)  # blocks that activations must pass or enter
     units = {unit.name: unit for unit in space.units}
     batch = max(settings.batch_tokens // tokens.shape[1], 1)
-    with _activations(settings, blocks, tokens, batch) if unseen else nullcontext(torch.empty(0)) as buffer:
+    with _activations(folder, settings.activations, blocks, tokens, batch) if unseen else nullcontext(torch.empty(0)) as buffer:
         for index in track(sorted({*missing, *walked}), "building the level database"):
             with blocks.on_device(index):
                 if index in missing:
@@ -270,6 +273,35 @@ def _build(
     (folder / _JOURNAL).unlink(missing_ok=True)
 
 
+def _hessian_bytes(blocks: BlockModel, index: int) -> int:
+    """Bytes of a block's Hessians, at most: which linears share an input shows only in a forward."""
+    return sum(4 * linear.in_features**2 for linear in blocks.linears(index).values())
+
+
+def complete_hessians(
+    store: HessianStore, blocks: BlockModel, tokens: Tensor, *, batch_tokens: int = 4096, activations: str = "memory"
+) -> None:
+    """Compute what is missing or damaged of a store, in one walk over the blocks up to the last such one.
+
+    Args:
+        blocks: the dense model; given back as it was.
+        tokens: calibration token ids int64 [N, L], those that the store is of.
+        activations: where they live between blocks: "memory" (of the host) or "disk".
+    """
+    missing = [index for index in range(len(blocks.blocks)) if index not in store]
+    if not missing:
+        return
+    make_folder(store.folder)
+    batch = max(batch_tokens // tokens.shape[1], 1)
+    with _activations(store.folder, activations, blocks, tokens, batch) as buffer:
+        for index in track(range(missing[-1] + 1), "computing Hessians"):
+            with blocks.on_device(index):
+                if index in missing:
+                    store.write(index, collect_hessians(blocks, index, buffer, batch, advance=index < missing[-1]))
+                else:
+                    _propagate(blocks, index, buffer, batch, {})
+
+
 def _append(path: Path, entry: dict[str, Any]) -> None:
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -289,11 +321,11 @@ def _rewrite_journal(path: Path, entries: Mapping[int, dict[str, Any]]) -> None:
 
 
 @contextmanager
-def _activations(settings: BuildSettings, blocks: BlockModel, tokens: Tensor, batch: int) -> Iterator[Tensor]:
+def _activations(folder: Path, where: str, blocks: BlockModel, tokens: Tensor, batch: int) -> Iterator[Tensor]:
     """Hold the hidden states that enter the current block, [N, L, d], in host memory or in a file that is removed at the end."""
     shape = (*tokens.shape, blocks.hidden_size)
-    path = settings.folder / f".activations.{os.getpid()}.tmp"
-    if settings.activations == "disk":
+    path = folder / f".activations.{os.getpid()}.tmp"
+    if where == "disk":
         count = tokens.numel() * blocks.hidden_size
         buffer = torch.from_file(str(path), shared=True, size=count, dtype=blocks.dtype).reshape(shape)
     else:

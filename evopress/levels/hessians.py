@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from evopress.files import make_folder, sha256_file, write_atomically
+from evopress.levels.store import save_tensors
 
 logger = logging.getLogger(__name__)
 _SCHEMA = 1
@@ -47,6 +48,10 @@ class HessianStore:
             logger.warning("%s is damaged; its Hessians are computed again", path)
         return whole
 
+    def has_record(self, index: int) -> bool:
+        """Tell whether block `index`'s Hessians seem to be there; does not look into the file."""
+        return self._record(index) is not None
+
     def read(self, index: int) -> BlockHessians:
         """Return block `index`'s Hessians on the host; the block must be in the store."""
         record = self._record(index)
@@ -58,7 +63,7 @@ class HessianStore:
         make_folder(self.folder)
         path = self._file(index)
         tensors = {owner: H.cpu().contiguous() for owner, H in block.hessians.items()}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        write_atomically(path, lambda temporary: save_tensors(tensors, temporary))
         record = json.dumps({"schema": _SCHEMA, "owners": block.owners, "sha256": sha256_file(path)})
         write_atomically(path.with_suffix(".json"), lambda temporary: _write_text(temporary, record))
 

@@ -71,11 +71,12 @@ def write_block(folder: Path, index: int, compressed: Mapping[str, list[Compress
         records.append({"name": name, "block": unit.block, "kind": unit.kind, "size": unit.size, "levels": levels})
     path = folder / block_file(index)
     # No metadata: safetensors does not keep its order, and equal content must be equal bytes.
-    write_atomically(path, lambda temporary: _save_tensors(tensors, temporary))
+    write_atomically(path, lambda temporary: save_tensors(tensors, temporary))
     return {"block": index, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path), "units": records}
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read as they may any new file; errors of the disk are OSErrors."""
     path.touch()
     mode = path.stat().st_mode  # safetensors puts a file in its place that only the owner can read
     try:

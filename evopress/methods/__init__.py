@@ -16,12 +16,20 @@ _METHODS: dict[type, Any] = {QuantSettings: Quantization, SparsitySettings: Spar
 def make_method(settings: RunSettings) -> Method:
     """Return the run's method, checked against its target.
 
-    Raises: EvoPressError if the target is missing or cannot be met.
+    Raises: EvoPressError if the target is missing or cannot be met, or the search's bounds do not fit it.
     """
     for schema, method in _METHODS.items():
         if isinstance(settings.method, schema):
             made: Method = method.of(settings)
-            made.check(searching="search" in settings.stages)
+            searching = "search" in settings.stages
+            made.check(searching=searching)
+            bounds = {key: getattr(settings.search, key) for key in ("max_level", "max_total_deviation")}
+            bounded = [f"search.{key}={bound}" for key, bound in bounds.items() if bound is not None]
+            if searching and bounded and not made.target_is_level:
+                raise EvoPressError(
+                    f"{' and '.join(bounded)} counts from the target's level, but the target is between two levels: choose one "
+                    "of the levels as target, or null for no bound"
+                )
             return made
     raise EvoPressError(f"method {settings.method!r} is unknown")
 

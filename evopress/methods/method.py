@@ -19,6 +19,10 @@ class Method(Protocol):
         """
 
     @property
+    def target_is_level(self) -> bool:
+        """Tell whether one level everywhere costs just what the target allows."""
+
+    @property
     def propagate(self) -> str | None:
         """Key of the level through which activations leave a block while the database is built; None: dense."""
 

@@ -40,6 +40,11 @@ class Quantization:
         )
 
     @property
+    def target_is_level(self) -> bool:
+        """Tell whether the target is one of the levels."""
+        return self.bits in self.settings.levels
+
+    @property
     def propagate(self) -> str | None:
         """Key of the level through which activations leave a block."""
         return None if self.settings.propagate_bits is None else str(self.settings.propagate_bits)

@@ -35,6 +35,11 @@ class Sparsity:
         self.compressor((), dtype_bits=16)
 
     @property
+    def target_is_level(self) -> bool:
+        """Every unit has a level at the target."""
+        return True
+
+    @property
     def propagate(self) -> None:
         """Activations leave a block dense, as in the authors' code: one set of Hessians serves all sparsities."""
         return None

@@ -23,6 +23,8 @@ class Family:
     """Values of `config.model_type` that this adapter fits."""
     linears: tuple[str, ...] = _LLAMA_ATTENTION + _LLAMA_MLP
     """Linear weights of a block, in the order of the computation."""
+    plain_attention: bool = False
+    """Its attention is softmax(scale · Q Kᵀ) V, no more: it may use `causal_chunks` on a CPU."""
     attention: str = "self_attn"
     mlp: str = "mlp"
     """The MLP module; for OPT, whose MLP is no module of its own, its last linear."""
@@ -35,12 +37,13 @@ class Family:
 
 
 FAMILIES = (
-    Family("llama", ("llama",)),
-    Family("mistral", ("mistral", "ministral")),
-    Family("qwen", ("qwen2", "qwen3")),
+    Family("llama", ("llama",), plain_attention=True),
+    Family("mistral", ("mistral", "ministral"), plain_attention=True),
+    Family("qwen", ("qwen2", "qwen3"), plain_attention=True),
     Family(
         "phi3",
         ("phi3",),
+        plain_attention=True,
         linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
     ),
     Family("gemma", ("gemma", "gemma2", "gemma3_text")),

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from evopress.errors import EvoPressError
+from evopress.models import attention
 from evopress.models.families import Family, family_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -141,6 +142,7 @@ def load_pretrained(
     name: str | None = None,
     dtype: str = "bfloat16",
     attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> Pretrained:
     """Load a checkpoint folder into host memory, ready for inference.
@@ -148,7 +150,9 @@ def load_pretrained(
     Args:
         folder: a Hugging Face checkpoint with safetensors weights.
         dtype: float32, bfloat16 or float16, of all weights.
-        attn_implementation: as transformers takes it; None leaves the choice to transformers.
+        attn_implementation: as transformers takes it; None: `causal_chunks` for plain attention on a CPU, else
+            transformers' choice.
+        device: where the model will run; it is loaded into host memory all the same.
         trust_remote_code: run code that comes with the checkpoint; off unless asked for by name.
 
     Raises: EvoPressError as `find_weights`, and for an unknown dtype.
@@ -158,6 +162,8 @@ def load_pretrained(
     folder = folder.expanduser()
     weights = find_weights(folder)
     family = family_of(read_config(folder)["model_type"])
+    if attn_implementation is None and family.plain_attention and torch.device(device).type == "cpu":
+        attn_implementation = attention.register()
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -21,24 +21,30 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _STYLES = ("-", "--", "-.", ":", "--", "-.", ":")
 _MARKERS = "osD^vPX"
 _FIXED = {"evopress": 0, "dp": 1, "best_of": 2}
-_MOST_LABELS = 12
+_MOST_LABELS = 8
+"""Above so many level labels the heat map's colours are a continuous scale."""
 
 
-def cost_name(space: Space) -> str:
-    """Say what a cost per weight is called with this method."""
-    return {"quant": "bits per weight", "sparsity": "share of weights kept", "drop": "share of weights kept"}.get(
+def measure_name(space: Space) -> str:
+    """Say what `measure` measures with this method."""
+    return {"quant": "bits per weight", "sparsity": "sparsity", "drop": "share of weights kept"}.get(
         space.method, "cost per weight"
     )
 
 
-def average_costs(space: Space, genome: Genome, *, by: str) -> dict[Any, float]:
-    """Return the cost per weight of each kind (`by="kind"`) or block (`by="block"`), in order of first appearance."""
+def measure(space: Space, cost: float, size: int) -> float:
+    """Return what a cost means to people: per weight, and with sparsity the share that it does not keep."""
+    return 1.0 - cost / size if space.method == "sparsity" else cost / size
+
+
+def averages(space: Space, genome: Genome, *, by: str) -> dict[Any, float]:
+    """Return the `measure` of each kind (`by="kind"`) or block (`by="block"`), in order of first appearance."""
     totals: dict[Any, list[int]] = {}
     for unit, level in zip(space.units, genome, strict=True):
         total = totals.setdefault(getattr(unit, by), [0, 0])
         total[0] += unit.levels[level].cost
         total[1] += unit.size
-    return {key: cost / size for key, (cost, size) in totals.items()}
+    return {key: measure(space, cost, size) for key, (cost, size) in totals.items()}
 
 
 def convergence(
@@ -124,43 +130,51 @@ def convergence(
 def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
     """Draw the level of each unit: a row per kind, a column per block, a colour per level label.
 
-    Several units of one kind in a block (experts) get a row each; what a block lacks stays white.
+    Where there are many labels (sparsities) the colours are a scale of the units' `measure`. Several units of one kind in a block
+    (experts) get a row each; what a block lacks stays white.
 
     Returns: the paths of `level_heatmap.png` and `level_heatmap.svg`.
     """
     import numpy as np
     from matplotlib import colormaps
-    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
 
     genome = space.check(genome)
     cells = _cells(space)
     rows = list(dict.fromkeys(cells))
     blocks = sorted({unit.block for unit in space.units})
     labels = _ordered_labels(space)
+    by_label = len(labels) <= _MOST_LABELS
     image = np.full((len(rows), len(blocks)), np.nan)
     keys: dict[tuple[int, int], str] = {}
     for cell, unit, level in zip(cells, space.units, genome, strict=True):
         place = rows.index(cell), blocks.index(unit.block)
-        image[place] = labels.index(unit.levels[level].label)
-        keys[place] = unit.levels[level].key
+        value = measure(space, unit.levels[level].cost, unit.size)
+        image[place] = labels.index(unit.levels[level].label) if by_label else value
+        keys[place] = unit.levels[level].key if by_label else f"{100 * value:.0f}" if space.method == "sparsity" else f"{value:.2g}"
 
     width = min(0.34 * len(blocks), 16)
     figure = _figure(max(6, width + 2.8), min(max(2.4, 0.34 * len(rows) + 1.5), 40))
     axis = figure.subplots()
-    # Pale is little, dark is much; the palest end of the map is left out so that a level never looks like no unit.
-    colours = colormaps["viridis_r"](np.linspace(0.06, 1, len(labels))[::-1])
+    # Pale is little kept, dark is much; the palest end of the map is left out so that a level never looks like no unit.
+    pale_to_dark = colormaps["viridis_r"](np.linspace(0.06, 1, len(labels) if by_label else 256))
+    dark_first = by_label or space.method == "sparsity"  # labels, and sparsities, begin with much kept
+    colours = ListedColormap(pale_to_dark[::-1] if dark_first else pale_to_dark)
+    least, most = np.nanmin(image), np.nanmax(image)
+    room = max(0.05 - (most - least) / 2, 0.0)  # a uniform genome is no range of colours
+    norm = BoundaryNorm(np.arange(len(labels) + 1) - 0.5, len(labels)) if by_label else Normalize(least - room, most + room)
     mesh = axis.pcolormesh(
         np.arange(len(blocks) + 1) - 0.5,
         np.arange(len(rows) + 1) - 0.5,
         np.ma.masked_invalid(image),
-        cmap=ListedColormap(colours),
-        norm=BoundaryNorm(np.arange(len(labels) + 1) - 0.5, len(labels)),
+        cmap=colours,
+        norm=norm,
         edgecolors="white",
         linewidth=0.8,
     )
     if len(blocks) <= 48 and len(rows) <= 48 and max(len(key) for key in keys.values()) <= 2:
         for (row, column), key in keys.items():
-            red, green, blue = colours[int(image[row, column])][:3]
+            red, green, blue = colours(norm(image[row, column]))[:3]
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
             axis.text(column, row, key, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     several = {kind for kind, index in rows if index > 0}
@@ -172,18 +186,24 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
     for spine in axis.spines.values():
         spine.set_visible(False)
     axis.set_xlabel("transformer block")
-    axis.set_title(f"Level of each unit ({cost_name(space)}: {space.cost(genome) / space.size:.4g} on average)")
-    ticks = range(0, len(labels), -(-len(labels) // _MOST_LABELS))
-    bar = figure.colorbar(mesh, ax=axis, ticks=list(ticks), fraction=0.05, pad=0.015, aspect=12)
-    bar.ax.set_yticklabels([labels[tick] for tick in ticks])
+    average = measure(space, space.cost(genome), space.size)
+    percent = ", in percent" if not by_label and space.method == "sparsity" else ""
+    axis.set_title(f"Level of each unit{percent} ({measure_name(space)}: {average:.4g} on average)")
+    bar = figure.colorbar(mesh, ax=axis, ticks=list(range(len(labels))) if by_label else None, fraction=0.05, pad=0.015, aspect=12)
+    if by_label:
+        bar.ax.set_yticklabels(labels)
+        bar.ax.invert_yaxis()
+    elif percent:
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     bar.ax.tick_params(length=0)
-    bar.ax.invert_yaxis()
     bar.outline.set_visible(False)
     return _save(figure, folder, "level_heatmap")
 
 
 def level_profile(space: Space, genomes: Mapping[str, Genome], folder: Path) -> list[Path]:
-    """Draw the average cost per weight of each kind as bars and of each block as lines, for several genomes.
+    """Draw the average `measure` of each kind as bars and of each block as lines, for several genomes.
+
+    With sparsity these are the paper's Figures 9 and 8.
 
     Returns: the paths of `level_profile.png` and `level_profile.svg`.
     """
@@ -198,11 +218,11 @@ def level_profile(space: Space, genomes: Mapping[str, Genome], folder: Path) -> 
         space.check(genome)
         style = styles[name]
         colour = _COLOURS[style]
-        by_kind = average_costs(space, genome, by="kind")
+        by_kind = averages(space, genome, by="kind")
         places = [place + (index - (len(genomes) - 1) / 2) * bar for place in range(len(kinds))]
         label = display_name(name)
         left.bar(places, [by_kind[kind] for kind in kinds], bar * 0.92, color=colour, label=label)
-        by_block = dict(sorted(average_costs(space, genome, by="block").items()))
+        by_block = dict(sorted(averages(space, genome, by="block").items()))
         right.plot(
             list(by_block),
             list(by_block.values()),
@@ -214,11 +234,11 @@ def level_profile(space: Space, genomes: Mapping[str, Genome], folder: Path) -> 
         )
     turned = len(kinds) > 8 or sum(map(len, kinds)) > 56
     left.set_xticks(range(len(kinds)), kinds, rotation=45 if turned else 25, ha="right", rotation_mode="anchor")
-    left.set_ylabel(cost_name(space))
+    left.set_ylabel(measure_name(space))
     left.set_title("by kind of unit", fontsize=10)
     right.set_xlabel("transformer block")
     right.xaxis.get_major_locator().set_params(integer=True)
-    right.set_ylabel(cost_name(space))
+    right.set_ylabel(measure_name(space))
     right.set_title("by transformer block", fontsize=10)
     figure.suptitle("Where the budget went", fontsize=13)
     handles, labels = left.get_legend_handles_labels()

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from evopress.reporting.figures import average_costs, cost_name
+from evopress.reporting.figures import averages, measure, measure_name
 from evopress.reporting.records import plain, write_bytes
 from evopress.reporting.tables import display_name, number, results_columns, significant
 from evopress.units import Genome, Space
@@ -209,7 +209,7 @@ def _progress(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _kinds(space: Space, genome: Genome) -> str:
-    """Lay out, per kind of unit, how many units have each level and what a weight costs on average."""
+    """Lay out, per kind of unit, how many units have each level and their average measure."""
     genome = space.check(genome)
     counts: dict[str, dict[str, int]] = {}
     weights: dict[str, int] = {}
@@ -223,7 +223,7 @@ def _kinds(space: Space, genome: Genome) -> str:
     used = [label for label in labels if any(label in count for count in counts.values())]
     if len(used) > 12:  # too many for a column each
         used = []
-    average = average_costs(space, genome, by="kind")
+    average = averages(space, genome, by="kind")
     body = [
         (
             [
@@ -240,11 +240,11 @@ def _kinds(space: Space, genome: Genome) -> str:
     total = [f"{sum(level == label for level in _labels(space, genome))}" for label in used]
     body.append(
         (
-            ["all", str(len(space)), f"{space.size:,}", *total, f"{space.cost(genome) / space.size:.3f}"],
+            ["all", str(len(space)), f"{space.size:,}", *total, f"{measure(space, space.cost(genome), space.size):.3f}"],
             ' class="total"',
         )
     )
-    return _table(["kind", "units", "weights", *map(escape, used), escape(cost_name(space))], body)
+    return _table(["kind", "units", "weights", *map(escape, used), escape(measure_name(space))], body)
 
 
 def _labels(space: Space, genome: Genome) -> list[str]:

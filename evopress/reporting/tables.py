@@ -73,6 +73,7 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
         column("bits per weight", lambda row: row.get("bits_per_weight"), "{:.3f}".format),
         column("bits per weight with metadata", lambda row: row.get("bits_per_weight_with_metadata"), "{:.3f}".format),
         column("sparsity", lambda row: row.get("sparsity"), "{:.3f}".format),
+        column("weights kept", lambda row: row.get("weights_kept"), "{:,.0f}".format),
         column("modules dropped", lambda row: row.get("modules_dropped"), "{:.0f}".format),
         column("size MB", lambda row: _megabytes(row.get("bytes")), "{:.1f}".format),
         column("held-out KL", lambda row: row.get("kl"), significant, min),

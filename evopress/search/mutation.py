@@ -82,9 +82,9 @@ class LevelSwitch:
         for _ in range(self._max_attempts):
             levels = list(parent)
             num_switches = self._draw_num_switches(self._max_switches, rng)
-            if self._exchange(levels, num_switches, rng) and (child := tuple(levels)) != parent:
-                if self._allowed is None or self._allowed(child):
-                    return child
+            found = self._exchange(levels, num_switches, rng) and (child := tuple(levels)) != parent
+            if found and (self._allowed is None or self._allowed(child)):
+                return child
         raise EvoPressError(
             f'exchange "{self._exchange_name}" with at most {self._max_switches} switches found no other genome from the '
             f"current one in {self._max_attempts} attempts ({len(parent)} units, cost {self._space.cost(parent)}, "

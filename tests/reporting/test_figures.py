@@ -91,10 +91,10 @@ def test_profile(run: Any, tmp_path: Path) -> None:
     assert len(colours(image)) >= len(run.genomes) + 1
 
 
-def test_average_costs(run: Any) -> None:
+def test_averages(run: Any) -> None:
     uniform = run.genomes["uniform_3"]
-    assert set(figures.average_costs(run.space, uniform, by="kind").values()) == {3.0}
-    by_block = figures.average_costs(run.space, run.genome, by="block")
+    assert set(figures.averages(run.space, uniform, by="kind").values()) == {3.0}
+    by_block = figures.averages(run.space, run.genome, by="block")
     assert list(by_block) == list(range(30))
     assert sum(by_block.values()) / 30 == pytest.approx(run.space.cost(run.genome) / run.space.size)
 
