@@ -53,6 +53,8 @@ class ModelSettings:
     """Run code that comes with the checkpoint."""
 
     def __post_init__(self) -> None:
+        if self.path and self.builtin:  # `model.path=DIR` on the default model: another model, so only what fits any stays
+            self.builtin, self.name, self.separator = None, None, "eos"
         _expect_one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         _expect(self.sequence_length >= 2, "model.sequence_length", self.sequence_length, "at least 2 tokens")
 

@@ -151,10 +151,9 @@ class Workspace:
     @cached_property
     def pretrained(self) -> Pretrained:
         settings = self.settings.model
-        name = settings.name if settings.path is None or settings.builtin is None else None
         pretrained = load_pretrained(
             self.model_folder,
-            name=name or (settings.path if settings.path and not Path(settings.path).exists() else None),
+            name=settings.name or (settings.path if settings.path and not Path(settings.path).exists() else None),
             dtype=settings.dtype,
             attn_implementation=settings.attn_implementation,
             device=self.device,

@@ -54,7 +54,7 @@ def pick_device(device: str) -> torch.device:
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
         raise EvoPressError(
             f"device {device!r} was asked for but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices: "
-            "use device=cpu or device=auto, or install a CUDA build of torch"
+            "use model.device=cpu or model.device=auto, or install a CUDA build of torch"
         )
     return chosen
 
