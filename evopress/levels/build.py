@@ -118,6 +118,9 @@ def ensure_database(
         keys = [level.key for level in unit.levels]
         if settings.propagate is not None and settings.propagate not in keys:
             raise EvoPressError(f"activations cannot leave through level {settings.propagate!r}: {unit.name} has {', '.join(keys)}")
+    database = _opened(folder)  # a manifest is written last, so a whole database needs no lock, and no right to write
+    if database is not None:
+        return database, True
     make_folder(folder)
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
@@ -131,9 +134,10 @@ def ensure_database(
     except OSError as error:
         raise explained(error, Path(lock.lock_file)) from error
     try:
+        database = _opened(folder, warn=True)  # another run may have built it meanwhile
+        if database is not None:
+            return database, True
         entries = _finished_blocks(folder, len(blocks.blocks))
-        if (folder / MANIFEST).is_file() and len(entries) == len(blocks.blocks):
-            return LevelDatabase.open(folder), True
         for pattern in (".*.tmp", ".tmp*"):  # left by a build that was killed
             for path in folder.glob(pattern):
                 path.unlink(missing_ok=True)
@@ -154,13 +158,20 @@ def _try(lock: FileLock) -> bool:
     return True
 
 
+def _opened(folder: Path, *, warn: bool = False) -> LevelDatabase | None:
+    """Open a database if it is there and whole."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        return LevelDatabase.open(folder)
+    except DamagedDatabaseError as error:
+        if warn:
+            logger.warning("%s; what is damaged is built again", error)
+        return None
+
+
 def _finished_blocks(folder: Path, num_blocks: int) -> dict[int, dict[str, Any]]:
     """Return the entries of the blocks whose files are there and whole, from the manifest or else the journal."""
-    try:
-        return entries_of(LevelDatabase.open(folder).manifest)
-    except DamagedDatabaseError as error:
-        if (folder / MANIFEST).exists():
-            logger.warning("%s; what is damaged is built again", error)
     try:
         candidates = list(entries_of(read_manifest(folder)).values())
     except DamagedDatabaseError:
