@@ -78,7 +78,7 @@ def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
     earlier = [str(override) for override in OmegaConf.load(overrides)]
     later = {argument.split("=", 1)[0] for argument in arguments}
     kept = [override for override in earlier if override.split("=", 1)[0] not in later | {"resume", "stages"}]
-    return [*kept, *arguments, f"hydra.run.dir={folder}"]
+    return [*kept, *arguments, f"hydra.run.dir={folder}", "hydra.mode=RUN"]  # also where the experiment is a sweep
 
 
 def _task(config: DictConfig) -> float:

@@ -187,8 +187,11 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
         spine.set_visible(False)
     axis.set_xlabel("transformer block")
     average = measure(space, space.cost(genome), space.size)
-    percent = ", in percent" if not by_label and space.method == "sparsity" else ""
-    axis.set_title(f"Level of each unit{percent} ({measure_name(space)}: {average:.4g} on average)")
+    percent = not by_label and space.method == "sparsity"
+    if percent:
+        axis.set_title(f"Sparsity of each unit in percent ({100 * average:.4g}% on average)")
+    else:
+        axis.set_title(f"Level of each unit ({measure_name(space)}: {average:.4g} on average)")
     bar = figure.colorbar(mesh, ax=axis, ticks=list(range(len(labels))) if by_label else None, fraction=0.05, pad=0.015, aspect=12)
     if by_label:
         bar.ax.set_yticklabels(labels)

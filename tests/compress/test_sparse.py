@@ -6,7 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evopress.compress.sparse import Sparse, SparsityLevels, check_step, derive_step, distribute, kept_at, lowest
+from evopress.compress.magnitude import Magnitude
+from evopress.compress.sparse import PruneTo, Sparse, SparsityLevels, check_step, derive_step, distribute, kept_at, lowest
+from evopress.compress.sparsegpt import SparseGPT
+from evopress.compress.wanda import Wanda
 from evopress.errors import EvoPressError
 from evopress.search import LevelSwitch
 from evopress.units import Budget, Space, Unit
@@ -95,6 +98,36 @@ def test_a_step_that_no_unit_can_take_is_refused():
     check_step([100, 1000], sparsity=0.7, step=300)
     with pytest.raises(EvoPressError, match="at most 300"):
         check_step([100, 1000], sparsity=0.7, step=301)
+
+
+@pytest.mark.parametrize("sparsity", [0.0001, 0.9999])
+def test_a_sparsity_that_prunes_or_keeps_nothing_is_refused(sparsity):
+    with pytest.raises(EvoPressError, match=r"largest unit \(1000 weights\) a weight to keep and one to prune"):
+        check_step([100, 1000], sparsity=sparsity, step=1)
+
+
+@pytest.mark.parametrize("pruner", [SparseGPT, Wanda, Magnitude])
+def test_chosen_counts_are_pruned_as_the_ladder_would(pruner):
+    """A level at a count of one's own is the ladder's level of that count, whatever the ladder's target."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {"a": torch.randn(8, 24, generator=generator), "b": torch.randn(5, 24, generator=generator)}
+    X = torch.randn(200, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    H = X.T @ X / 100
+    ladder = pruner(sparsity=0.5, step=16, num_levels=2, dtype_bits=32)
+    kept = {"a": [112, 96, 80], "b": [60, 44]}
+    chosen = PruneTo(pruner=pruner(sparsity=0.9, step=3, dtype_bits=32), kept=kept)
+    other = PruneTo(pruner=ladder, kept=kept)
+    assert chosen.settings() == other.settings() != ladder.settings()
+    assert not {"sparsity", "step", "num_levels"} & set(chosen.settings())
+    assert chosen.settings()["compressor"] == pruner.__name__.lower()
+    assert [(level.cost, level.key) for level in chosen.levels((5, 24), unit="b")] == [(60, "60"), (44, "44")]
+    assert chosen.levels((8, 24), unit="a")[0].stored_bits == 192 + 112 * 32
+    results, expected = chosen.compress(weights, H), ladder.compress(weights, H)
+    for name, size in (("a", 192), ("b", 120)):
+        by_count = dict(zip(ladder.kept(size), expected[name], strict=True))
+        for count, result in zip(kept[name], results[name], strict=True):
+            assert torch.equal(result.payload.mask, by_count[count].payload.mask)
+            torch.testing.assert_close(result.payload.values, by_count[count].payload.values, rtol=1e-5, atol=1e-6)
 
 
 @given(st.integers(0, 10_000), st.lists(st.integers(1, 500), min_size=1, max_size=30))

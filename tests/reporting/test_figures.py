@@ -86,6 +86,51 @@ def test_heatmap_and_profile_of_an_odd_space(tmp_path: Path) -> None:
     check(figures.level_profile(space, {"evopress": genome}, tmp_path), "level_profile")
 
 
+def sparsity_space(blocks: int = 12, *, levels: int = 9) -> Space:
+    """Units of two sizes whose levels are 400 weights apart around 70%."""
+
+    def ladder(size: int) -> tuple[Level, ...]:
+        kept = [round(0.3 * size) - i * 400 for i in range(-(levels // 2), levels - levels // 2)]
+        return tuple(Level(f"{1 - count / size:.1%}", count, str(i), count) for i, count in enumerate(kept))
+
+    return Space(
+        "sparsity",
+        tuple(
+            Unit(f"layers.{block}.{kind}", block, kind, size, ladder(size))
+            for block in range(blocks)
+            for kind, size in (("q_proj", 20_000), ("v_proj", 10_000))
+        ),
+    )
+
+
+def test_sparsity_is_what_is_not_kept(tmp_path: Path) -> None:
+    space = sparsity_space()
+    genome = tuple(0 if unit.kind == "v_proj" else 6 for unit in space.units)
+    assert figures.measure_name(space) == "sparsity"
+    by_kind = figures.averages(space, genome, by="kind")
+    assert by_kind == {"q_proj": pytest.approx(0.74), "v_proj": pytest.approx(0.54)}
+    uniform = (4,) * len(space)
+    assert figures.averages(space, uniform, by="block") == {block: pytest.approx(0.7) for block in range(12)}
+    _, svg = check(
+        figures.level_profile(space, {"uniform": uniform, "owl": uniform, "evopress": genome}, tmp_path), "level_profile"
+    )
+    assert "<!-- sparsity -->" in svg
+    assert "kept" not in svg
+
+
+def test_many_labels_are_a_scale_of_colours(tmp_path: Path) -> None:
+    space = sparsity_space()
+    genome = tuple(0 if unit.kind == "v_proj" else 6 for unit in space.units)
+    image, svg = check(figures.level_heatmap(space, genome, tmp_path), "level_heatmap")
+    assert "<!-- 54 -->" in svg and "<!-- 74 -->" in svg  # annotated in percent, without decimals
+    assert "in percent (67.33% on average)" in svg
+    assert len([colour for colour in colours(image) if colour != (255, 255, 255)]) >= 2
+    check(figures.level_heatmap(space, (4,) * len(space), tmp_path / "uniform"), "level_heatmap")  # no range of values
+    few = sparsity_space(levels=3)
+    _, svg = check(figures.level_heatmap(few, (1,) * len(few), tmp_path / "few"), "level_heatmap")
+    assert "<!-- 70.0% -->" in svg  # a colour per label
+
+
 def test_profile(run: Any, tmp_path: Path) -> None:
     image, _ = check(figures.level_profile(run.space, run.genomes, tmp_path), "level_profile")
     assert len(colours(image)) >= len(run.genomes) + 1

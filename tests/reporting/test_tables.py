@@ -87,3 +87,12 @@ def test_files_and_text_need_no_pandas(run: Any, tmp_path: Path, monkeypatch: py
 def test_no_rows() -> None:
     assert tables.format_table([]).startswith("name")
     assert tables.results_frame([]).empty
+
+
+def test_sparsity_rows_say_how_many_weights_they_keep() -> None:
+    rows = [{"name": "dense", "sparsity": 0.0}, {"name": "owl", "sparsity": 0.7, "weights_kept": 31_850_496}]
+    assert [line.split() for line in tables.format_table(rows).splitlines()[-2:]] == [
+        ["dense", "0.000"],
+        ["OWL", "0.700", "31,850,496"],
+    ]
+    assert tables.results_frame(rows)["weights kept"].iloc[1] == 31_850_496

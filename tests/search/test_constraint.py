@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evopress.errors import EvoPressError
-from evopress.search import EXCHANGES, make_exchange
+from evopress.search import EXCHANGES, Evolution, SearchSettings, Stage, make_exchange, run_search
+from evopress.search.constraint import Deviation
 from evopress.units import Budget, Level, Space, Unit
 
 SIZES = (8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1)
@@ -162,3 +163,108 @@ def test_no_exchange_from_a_cornered_genome(quant_space, exchange):
     space = quant_space((4, 4, 2))
     rule = make_exchange(exchange, space, Budget(space.greatest_cost, 6, "bits per weight"))
     assert not rule([0, 0, 0], 1, np.random.default_rng(9))
+
+
+# Bounds on deviations
+
+
+def sparsity_space(sizes, *, step=10, num_levels=4):
+    """Levels a step apart around half of each unit, fewer where the unit is small; the key counts from the target."""
+
+    def levels(size):
+        reach = min(num_levels, size // 2 // step)
+        return tuple(
+            Level(f"{-kept / size:.1%}", kept, str(i), kept)
+            for i, kept in ((i, size // 2 - i * step) for i in range(-reach, reach + 1))
+        )
+
+    return Space("sparsity", tuple(Unit(f"u{i}", i, "w", size, levels(size)) for i, size in enumerate(sizes)))
+
+
+def deviations(space, genome):
+    return [abs(int(unit.levels[level].key)) for unit, level in zip(space.units, genome, strict=True)]
+
+
+def bounded(space, *, max_level=None, max_total=None, generations=60, num_offspring=6, seed=0):
+    """Run a search whose fitness pulls units apart and return every genome that it asked about."""
+    settings = SearchSettings(
+        generations=generations,
+        num_offspring=num_offspring,
+        stages=(Stage(1, 1),),
+        initial_candidates=1,
+        initial_tokens=1,
+        max_switches=3,
+        distribution="min_uniform",
+        exchange="any",
+        max_level=max_level,
+        max_total_deviation=max_total,
+    )
+    total = sum(unit.size // 2 for unit in space.units)
+    rng_initial, rng_mutation = np.random.default_rng(seed).spawn(2)
+    evolution = Evolution(space, Budget(total, 0.5, "sparsity"), settings, rng_initial=rng_initial, rng_mutation=rng_mutation)
+    weights = np.random.default_rng(seed).normal(size=len(space))
+    asked = []
+
+    def fitness(genomes, *, tokens):
+        asked.extend(genomes)
+        return [float(weights @ np.array(genome)) for genome in genomes]
+
+    return run_search(evolution, fitness), asked
+
+
+def test_deviation_counts_levels_from_the_centre():
+    centre = (2, 0, 1)
+    assert all(Deviation(centre)(genome) for genome in (centre, (9, 9, 9)))
+    one = Deviation(centre, max_level=1)
+    assert [one(genome) for genome in (centre, (1, 1, 2), (3, 0, 0), (4, 0, 1), (0, 0, 1))] == [True, True, True, False, False]
+    few = Deviation(centre, max_total=2)
+    assert [few(genome) for genome in (centre, (0, 0, 1), (3, 1, 1), (3, 1, 0))] == [True, True, True, False]
+    both = Deviation(centre, max_level=1, max_total=2)
+    assert [both(genome) for genome in ((3, 1, 1), (0, 0, 1), (3, 1, 0))] == [True, False, False]
+
+
+@pytest.mark.parametrize("bounds", [{}, {"max_level": 1}, {"max_level": 2}, {"max_total": 6}, {"max_level": 2, "max_total": 9}])
+def test_bounds_hold_over_many_generations(bounds):
+    space = sparsity_space((40, 80, 80, 100, 200, 200, 30, 60))
+    for seed in range(3):
+        best, asked = bounded(space, seed=seed, **bounds)
+        total = sum(unit.size // 2 for unit in space.units)
+        assert {space.cost(space.check(genome)) for genome in asked} == {total}
+        far = [deviations(space, genome) for genome in asked]
+        assert max(map(max, far)) <= bounds.get("max_level", 4)
+        assert max(map(sum, far)) <= bounds.get("max_total", 99)
+        reached = (
+            max(deviations(space, best)) == bounds.get("max_level")
+            or sum(deviations(space, best)) >= bounds.get("max_total", 0) - 1
+        )
+        assert reached, "the search never came to its bound"
+        if not bounds:
+            assert max(map(max, far)) > 2
+
+
+def test_a_tight_bound_leaves_a_large_model_searchable():
+    """Two deviations among 200 units: a hundredth of the switches is allowed once both are spent."""
+    space = sparsity_space((80,) * 200)
+    best, asked = bounded(space, max_total=2, generations=12, num_offspring=4)
+    assert sum(deviations(space, best)) == 2
+    assert len(set(asked)) > 30
+
+
+@pytest.mark.parametrize("bounds", [{"max_level": 1}, {"max_total": 4}])
+def test_bounds_need_a_target_that_is_a_level(quant_space, bounds):
+    settings = SearchSettings(
+        generations=1,
+        num_offspring=1,
+        stages=(Stage(1, 1),),
+        initial_candidates=1,
+        initial_tokens=1,
+        max_switches=1,
+        distribution="constant",
+        exchange="size",
+        max_level=bounds.get("max_level"),
+        max_total_deviation=bounds.get("max_total"),
+    )
+    space, rng = quant_space((4, 4, 4)), np.random.default_rng(0)
+    with pytest.raises(EvoPressError, match=r"search\.max_level=.* target 2\.5 bits per weight is no level"):
+        Evolution(space, Budget(30, 2.5, "bits per weight"), settings, rng_initial=rng, rng_mutation=rng)
+    Evolution(space, Budget(36, 3.0, "bits per weight"), settings, rng_initial=rng, rng_mutation=rng)

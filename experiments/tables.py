@@ -1,0 +1,365 @@
+"""Make the table of a sweep: mean and spread over seeds, paired differences, and the paper's own numbers beside.
+
+    python -m evopress +experiment=table2_sparsity
+    python -m experiments.tables table2_sparsity [--root multirun]
+
+reads <root>/table2_sparsity and writes experiments/table2_sparsity/: results.csv, runs.csv, table.md, and the table into README.md.
+A sweep that is still going on gives the table of what there is. A further table is a YAML in conf/experiment, a folder here with a
+README.md and the paper's numbers in paper.csv, and a line in `SPECS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evopress.errors import EvoPressError
+from evopress.reporting.records import write_bytes
+from evopress.reporting.tables import Column, display_name, results_columns, significant
+from experiments.sweeps import Job, Sweep, describe, expected_jobs, read_sweep
+
+SEED = "seed"
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+
+Group = tuple[str, ...]
+Values = dict[Group, dict[str, dict[str, dict[str, float]]]]
+"""Group, variant and measure to the value at each seed."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a table compares."""
+
+    title: str
+    group: tuple[str, ...] = ()
+    """Swept keys that each make a table of their own."""
+    variant: Callable[[Mapping[str, str], str], str | None] = lambda axes, row: row
+    """What is compared, from a job's axes and the name of a row of its `result.json`; None leaves the row out."""
+    reference: str = "evopress"
+    """The variant that the others are compared with, on the same text and seed."""
+    apart: tuple[str, ...] = ("dense",)
+    """Variants that are shown and not compared."""
+
+
+SPECS = {
+    "table2_sparsity": Spec("Table 2: 70% unstructured sparsity", group=("sparsity",)),
+    "table14_15_sparsity": Spec("Tables 14 and 15: 50% and 60% unstructured sparsity", group=("sparsity",)),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A variant against another, seed by seed."""
+
+    mean: float
+    standard_error: float
+    """NaN for one seed."""
+    num_pairs: int
+
+    @classmethod
+    def of(cls, ours: Mapping[str, float], theirs: Mapping[str, float]) -> Difference:
+        """Pair the seeds that both have."""
+        pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
+        return cls(statistics.fmean(pairs) if pairs else math.nan, error, len(pairs))
+
+    def verdict(self, best: Callable[[Iterable[float]], float] | None) -> str:
+        """Say "better", "worse" or, within 2 standard errors, "tie"; with fewer than two seeds nothing can be said.
+
+        Args: best: `min` or `max`, which way the measure is good.
+        """
+        if self.num_pairs < 2:
+            return "one seed" if self.num_pairs else ""
+        if abs(self.mean) <= 2.0 * self.standard_error:
+            return "tie"
+        return "better" if best is not None and best((self.mean, 0.0)) == self.mean else "worse"
+
+
+class Table:
+    """The numbers of a sweep, by group, variant, measure and seed."""
+
+    def __init__(self, jobs: Sequence[Job], spec: Spec) -> None:
+        """Sort the rows of all jobs."""
+        self.spec = spec
+        self.values: Values = {}
+        self.columns: dict[str, Column] = {}
+        for job in jobs:
+            rows = job.result["rows"]
+            group = tuple(job.axes[key] for key in spec.group)
+            for column in results_columns(rows):
+                self.columns.setdefault(column.header, column)
+                for row, value in zip(rows, column.values, strict=True):
+                    variant = spec.variant(job.axes, str(row["name"]))
+                    if variant is not None and value is not None:
+                        seeds = self.values.setdefault(group, {}).setdefault(variant, {}).setdefault(column.header, {})
+                        seeds.setdefault(job.axes.get(SEED, "0"), value)
+
+    @property
+    def groups(self) -> list[Group]:
+        return sorted(self.values, key=lambda group: [_number(part) for part in group])
+
+    @property
+    def qualities(self) -> list[str]:
+        """Names of the measures that are good or bad; the others say what was spent."""
+        return [header for header, column in self.columns.items() if column.best is not None]
+
+    def variants(self, group: Group) -> list[str]:
+        """Return a group's variants, those apart first and the reference last."""
+        names = list(self.values[group])
+        apart = [name for name in names if name in self.spec.apart]
+        last = [name for name in names if name == self.spec.reference]
+        return [*apart, *(name for name in names if name not in (*apart, *last)), *last]
+
+    def difference(self, group: Group, variant: str, other: str, measure: str) -> Difference:
+        """Compare two variants seed by seed."""
+        of = self.values[group]
+        return Difference.of(of.get(variant, {}).get(measure, {}), of.get(other, {}).get(measure, {}))
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return one row per group, variant and measure, for `results.csv`."""
+        rows = []
+        for group in self.groups:
+            for variant in self.variants(group):
+                for measure, seeds in self.values[group][variant].items():
+                    column, numbers = self.columns[measure], list(seeds.values())
+                    row: dict[str, Any] = dict(zip(self.spec.group, group, strict=True))
+                    row |= {"method": variant, "measure": measure, "seeds": len(numbers), "mean": statistics.fmean(numbers)}
+                    row |= {"std": statistics.stdev(numbers) if len(numbers) > 1 else math.nan}
+                    row |= {"min": min(numbers), "max": max(numbers)}
+                    if measure in self.qualities and self._compared(variant):
+                        difference = self.difference(group, variant, self.spec.reference, measure)
+                        row |= {"difference": difference.mean, "standard_error": difference.standard_error}
+                        row |= {"verdict": difference.verdict(column.best)}
+                    rows.append(row)
+        return rows
+
+    def order(self, group: Group, measure: str) -> str:
+        """Write the compared variants from best to worst: "EvoPress < OWL ≈ uniform", ≈ for a tie, ? where nothing can be said."""
+        best = self.columns[measure].best
+        means = {
+            variant: statistics.fmean(self.values[group][variant][measure].values())
+            for variant in self.variants(group)
+            if variant not in self.spec.apart and self.values[group][variant].get(measure)
+        }
+        names = sorted(means, key=means.__getitem__, reverse=best is max)
+        text = display_name(names[0]) if names else ""
+        for one, next_one in itertools.pairwise(names):
+            verdict = self.difference(group, next_one, one, measure).verdict(best)
+            sign = {"tie": "≈", "worse": ">" if best is max else "<"}.get(verdict, "?")
+            text += f" {sign} {display_name(next_one)}"
+        return text
+
+    def _compared(self, variant: str) -> bool:
+        return variant not in (self.spec.reference, *self.spec.apart)
+
+    def markdown(self, group: Group) -> str:
+        """Lay out one group: means, spread, and the difference to the reference in the first quality."""
+        first = self.qualities[0]
+        reference = display_name(self.spec.reference)
+        headers = ["method", *self.columns, f"{first}: difference to {reference}", "seeds"]
+        body = []
+        for variant in self.variants(group):
+            of = self.values[group][variant]
+            cells = [display_name(variant), *(self._cell(of.get(measure, {}), measure) for measure in self.columns)]
+            difference = self.difference(group, variant, self.spec.reference, first)
+            shown = ""
+            if self._compared(variant) and difference.num_pairs:
+                error = "" if math.isnan(difference.standard_error) else f" ± {significant(difference.standard_error, 2)}"
+                shown = f"{significant(difference.mean, 3)}{error} ({difference.verdict(self.columns[first].best)})"
+            body.append([*cells, shown, str(max(map(len, of.values())))])
+        return _markdown(headers, body)
+
+    def _cell(self, seeds: Mapping[str, float], measure: str) -> str:
+        """Show a mean, and its range over seeds where there is one."""
+        if not seeds:
+            return ""
+        show, numbers = self.columns[measure].show, list(seeds.values())
+        mean, least, most = show(statistics.fmean(numbers)), show(min(numbers)), show(max(numbers))
+        return mean if least == most else f"{mean} ({least}..{most})"
+
+
+def beside_paper(table: Table, group: Group, paper: Sequence[Mapping[str, str]]) -> str:
+    """Set our perplexities beside the paper's, each also as a ratio to the reference's; then the orders."""
+    spec = table.spec
+    mine = [row for row in paper if all(_number(row[key]) == _number(value) for key, value in zip(spec.group, group, strict=True))]
+    if not mine:
+        return ""
+    known = [key for key in mine[0] if key not in (*spec.group, "model", "method")]
+    theirs = {
+        (model, data): {row["method"]: float(row[data]) for row in mine if row["model"] == model and row[data]}
+        for model in dict.fromkeys(row["model"] for row in mine)
+        for data in known
+    }
+    ours = {
+        measure: {variant: statistics.fmean(of[measure].values()) for variant, of in table.values[group].items() if of.get(measure)}
+        for measure in table.qualities
+        if measure.startswith("ppl ")
+    }
+    headers = ["method", *(f"ours: {measure}" for measure in ours), *(f"{model} {data}" for model, data in theirs)]
+    body = [
+        [display_name(variant), *(_with_ratio(numbers, variant, spec.reference) for numbers in (*ours.values(), *theirs.values()))]
+        for variant in table.variants(group)
+    ]
+    compared = [variant for variant in table.variants(group) if variant not in spec.apart]
+    orders = Counter(_order({name: numbers[name] for name in compared if name in numbers}) for numbers in theirs.values())
+    sentences = [
+        *(f"Ours, by {measure}: {table.order(group, measure)}." for measure in table.qualities),
+        "The paper: " + "; ".join(f"{order} in {count} of {len(theirs)} columns" for order, count in orders.most_common()) + ".",
+    ]
+    return _markdown(headers, body) + "\n" + "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
+
+
+def render(sweep: Sweep, spec: Spec, paper: Sequence[Mapping[str, str]]) -> str:
+    """Return the whole of `table.md`."""
+    table = Table(sweep.jobs, spec)
+    parts = [f"{_settings(sweep.jobs)}\n"]
+    if sweep.missing:
+        parts.append(f"**Half-finished.** Missing: {'; '.join(map(describe, sweep.missing))}.\n")
+    parts.append(
+        f"Mean over seeds (least..greatest). Differences are paired: same seed, same text; ± is their standard error, and a "
+        f"difference within two of them is a tie. In brackets beside the paper: perplexity over {display_name(spec.reference)}'s. "
+        "The models and the text are not the paper's, so compare orders and ratios, not numbers.\n"
+    )
+    for group in table.groups:
+        heading = describe(dict(zip(spec.group, group, strict=True)))
+        parts.append(f"**{heading}**\n" if heading else "")
+        parts.append(table.markdown(group))
+        parts.append(beside_paper(table, group, paper))
+    return "\n".join(part for part in parts if part)
+
+
+def make_table(experiment: str, *, root: Path, out: Path) -> Sweep:
+    """Read a sweep and write its table.
+
+    Args:
+        root: folder that holds the sweep's folder.
+        out: folder of the experiment, with its `paper.csv` and README.
+
+    Raises: EvoPressError if no job has finished, or the jobs do not belong together.
+    """
+    spec, folder = SPECS[experiment], root / experiment
+    sweep = read_sweep(folder, expected_jobs(experiment))
+    if not sweep.jobs:
+        raise EvoPressError(f"no finished job lies in {folder}: run python -m evopress +experiment={experiment} first")
+    table = Table(sweep.jobs, spec)
+    _write_csv(out / "results.csv", table.summary())
+    _write_csv(out / "runs.csv", _runs(table))
+    path = out / "paper.csv"
+    paper = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+    text = render(sweep, spec, paper)
+    write_bytes(out / "table.md", f"# {spec.title}\n\n{text}".encode())
+    _fill(out / "README.md", text)
+    return sweep
+
+
+def _runs(table: Table) -> list[dict[str, Any]]:
+    return [
+        {**dict(zip(table.spec.group, group, strict=True)), "method": variant, SEED: seed, "measure": measure, "value": value}
+        for group in table.groups
+        for variant in table.variants(group)
+        for measure, seeds in table.values[group][variant].items()
+        for seed, value in seeds.items()
+    ]
+
+
+def _fill(readme: Path, text: str) -> None:
+    """Put the table between the marks of a README; without marks it stays as it is."""
+    if not readme.is_file():
+        return
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        write_bytes(readme, f"{before}{BEGIN}\n{text}{END}{after}".encode())
+
+
+def _settings(jobs: Sequence[Job]) -> str:
+    """Say in a line what was run, and where."""
+    config, seeds = jobs[0].config, sorted({job.axes.get(SEED, "0") for job in jobs}, key=_number)
+    revisions = sorted({str(job.environment.get("git_revision", "unknown")) for job in jobs})
+    machines = sorted({str(job.environment.get("machine", "unknown")) for job in jobs})
+    seconds = [float(job.result["search"]["seconds"]) for job in jobs if job.result.get("search")]
+    took = f"; a search took {statistics.fmean(seconds):.0f} s on average" if seconds else ""
+    model, scale, text = config["model"], config["scale"]["name"], config["data"]["source"]
+    parts = [
+        f"Model {model['name'] or model['path']}, scale {scale}, text {text}, seeds {', '.join(seeds)}{took}.",
+        f"Revision {', '.join(revisions)} on {'; '.join(machines)}.",
+    ]
+    return " ".join(parts)
+
+
+def _with_ratio(numbers: Mapping[str, float], variant: str, reference: str) -> str:
+    if variant not in numbers:
+        return ""
+    ratio = f" (×{numbers[variant] / numbers[reference]:.2f})" if numbers.get(reference) and variant != reference else ""
+    return f"{numbers[variant]:.2f}{ratio}"
+
+
+def _order(numbers: Mapping[str, float]) -> str:
+    names = sorted(numbers, key=numbers.__getitem__)
+    text = display_name(names[0]) if names else ""
+    for one, next_one in itertools.pairwise(names):
+        text += f" {'=' if numbers[one] == numbers[next_one] else '<'} {display_name(next_one)}"
+    return text
+
+
+def _number(value: str) -> tuple[int, float, str]:
+    """Sort numbers as numbers and before words; equal numbers are equal however they are written."""
+    try:
+        return 0, float(value), ""
+    except ValueError:
+        return 1, 0.0, value
+
+
+def _markdown(headers: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [headers, ["---", *("---:" for _ in headers[1:])], *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: _plain(value) for key, value in row.items()})
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.8g}"
+
+
+def main() -> None:
+    """Make the table that is named on the command line and say what is missing of it."""
+    parser = argparse.ArgumentParser(description="Make the table of a sweep, also of a half-finished one.")
+    parser.add_argument("experiment", choices=sorted(SPECS))
+    parser.add_argument("--root", type=Path, default=Path("multirun"), help="where the sweeps lie (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: the experiment's own)")
+    arguments = parser.parse_args()
+    out = arguments.out or Path(__file__).parent / arguments.experiment
+    try:
+        sweep = make_table(arguments.experiment, root=arguments.root, out=out)
+    except EvoPressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    for folder, reason in sweep.unfinished:
+        print(f"left out: {folder}: {reason}")
+    for axes in sweep.missing:
+        print(f"missing: {describe(axes)}")
+    print((out / "table.md").read_text(encoding="utf-8"))
+    print(f"{len(sweep.jobs)} jobs: {out}")
+
+
+if __name__ == "__main__":
+    main()
