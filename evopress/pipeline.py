@@ -319,6 +319,7 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
         settings,
         rng_initial=workspace.rng["initial"],
         rng_mutation=workspace.rng["mutation"],
+        starts=_starts(workspace),
     )
     metrics, state_path = run_dir / "metrics.jsonl", run_dir / "state.json"
     seconds_before = 0.0
@@ -382,6 +383,21 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
         database=database.fingerprint,
         budget=workspace.budget,
     )
+
+
+def _starts(workspace: Workspace) -> list[Genome]:
+    """Return the baselines' genomes that `search.starts` names."""
+    names = workspace.settings.search.starts
+    if not names:
+        return []
+    baselines, _ = _stored_baselines(workspace)
+    missing = [name for name in names if name not in baselines]
+    if missing:
+        raise EvoPressError(
+            f"search.starts has {missing[0]!r}, which is not among this run's baselines ({', '.join(baselines) or 'none'}): name "
+            "it as its row is called, and let baselines.names and the stage baselines make it"
+        )
+    return [workspace.database.space.check(baselines[name]) for name in names]
 
 
 def _held_out(workspace: Workspace, genome: Genome) -> dict[str, Any]:

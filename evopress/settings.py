@@ -199,6 +199,8 @@ class SearchConfig:
     """Random mixes to start from where the target is between two levels."""
     initial_tokens: int = 2048
     """Tokens that choose among them."""
+    starts: list[str] = field(default_factory=list)
+    """Baselines that join the initial candidates, such as [dp]; not in the paper."""
     max_switches: int = 3
     """Greatest number of level switches per offspring."""
     distribution: str = "min_uniform"

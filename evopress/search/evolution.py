@@ -14,7 +14,7 @@ import numpy as np
 
 from evopress.errors import EvoPressError
 from evopress.search.constraint import Deviation
-from evopress.search.initial import random_mixes, uniform_genome
+from evopress.search.initial import initial_candidates, uniform_genome
 from evopress.search.mutation import LevelSwitch, Mutation, offspring
 from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.selection import Stage, check_stages, select_fittest
@@ -80,6 +80,7 @@ class Evolution:
         rng_initial: draws the initial candidates and nothing else.
         rng_mutation: draws the offspring and nothing else.
         mutation: makes an offspring; by default the `LevelSwitch` that the settings describe.
+        starts: genomes within the budget that join the initial candidates, such as a baseline's (not in the paper).
 
     Raises: EvoPressError if the budget cannot be met or a setting is out of range.
     """
@@ -93,6 +94,7 @@ class Evolution:
         rng_initial: np.random.Generator,
         rng_mutation: np.random.Generator,
         mutation: Mutation | None = None,
+        starts: Sequence[Genome] = (),
     ) -> None:
         budget.check(space)
         self._space, self._budget, self._settings = space, budget, settings
@@ -114,7 +116,13 @@ class Evolution:
         self._stages: list[StageRecord] = []
         self.initial_record: GenerationRecord | None = None
         """The record of generation 0 where it needs no evaluation because the target is a level."""
-        if (uniform := uniform_genome(space, budget)) is not None:
+        self._starts = tuple(space.check(genome) for genome in starts)
+        for genome in self._starts:
+            if space.cost(genome) > budget.total:
+                raise EvoPressError(
+                    f"a genome to start from costs {space.cost(genome)}, more than the budget {budget.total}: leave it out"
+                )
+        if (uniform := uniform_genome(space, budget)) is not None and not self._starts:
             self.initial_record = self._finish(uniform, fitness=None, accepted=False, parent_fitness=None)
 
     @property
@@ -139,8 +147,10 @@ class Evolution:
         if self._question is None:
             settings = self._settings
             if self._parent is None:
-                mixes = random_mixes(self._space, self._budget, num_candidates=settings.initial_candidates, rng=self._rng_initial)
-                self._question = Question(tuple(mixes), settings.initial_tokens, stage=-1)
+                mixes = initial_candidates(
+                    self._space, self._budget, num_candidates=settings.initial_candidates, rng=self._rng_initial
+                )
+                self._question = Question((*mixes, *self._starts), settings.initial_tokens, stage=-1)
             else:
                 children = offspring(self._mutation, self._parent, settings.num_offspring, self._rng_mutation)
                 self._question = self._stage_question(0, children)

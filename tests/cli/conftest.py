@@ -17,6 +17,7 @@ import torch
 import evopress.__main__ as program
 
 TINY = ("+method=quant", "bits=3.5", "+debug=tiny")
+SPARSE = ("+method=sparsity", "sparsity=0.5", "+debug=tiny")
 
 
 @dataclass(frozen=True)
@@ -98,5 +99,20 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The tiny run with all its stages, seed 0."""
     cwd = tmp_path_factory.mktemp("finished")
     outcome = invoke(*TINY, "hydra.run.dir=run", cache=cache, cwd=cwd)
+    assert outcome.code == 0, outcome.text
+    return Finished(cwd / "run", outcome)
+
+
+@pytest.fixture
+def sparse(evopress: Callable[..., Outcome], tmp_path: Path) -> Callable[..., Outcome]:
+    """Prune the tiny model by half in `tmp_path/run`, with further arguments."""
+    return lambda *arguments: evopress(*SPARSE, f"hydra.run.dir={tmp_path / 'run'}", *arguments)
+
+
+@pytest.fixture(scope="session")
+def finished_sparse(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The tiny sparsity run with all its stages, seed 0."""
+    cwd = tmp_path_factory.mktemp("finished_sparse")
+    outcome = invoke(*SPARSE, "hydra.run.dir=run", cache=cache, cwd=cwd)
     assert outcome.code == 0, outcome.text
     return Finished(cwd / "run", outcome)

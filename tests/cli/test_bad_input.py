@@ -75,6 +75,9 @@ SETTINGS = {
     "unknown exchange": (["search.exchange=colour"], ["search.exchange=colour", "size, name, any, none"]),
     "unknown distribution": (["search.distribution=normal"], ["search.distribution=normal", "min_uniform"]),
     "unknown stage": (["stages=[databse]"], ["databse", "database, baselines"]),
+    "OWL is of another method": (["baselines.names=[owl]"], ["owl", "method sparsity, not quant"]),
+    "a bound where the target is no level": (["search.max_level=1"], ["search.max_level=1", "between two levels"]),
+    "a total where the target is no level": (["search.max_total_deviation=4"], ["search.max_total_deviation=4", "between two"]),
     "unknown baseline": (["baselines.names=[spdy]"], ["'spdy'", "uniform", "dp"]),
     "no random candidates": (["baselines.num_random=0"], ["baselines.num_random=0"]),
     "unknown fitness": (["fitness.name=loss"], ["fitness.name=loss", "perplexity"]),
@@ -110,6 +113,34 @@ def test_settings_are_refused_before_any_model_is_loaded(case: str, tiny: Callab
     refused(tiny(*arguments), *parts)
     for name in ("genome.json", "metrics.jsonl", "result.json"):
         assert (folder / name).read_text(encoding="utf-8") == "of an earlier run"
+
+
+SPARSITY = {
+    "sparsity of 0": (["sparsity=0"], ["sparsity=0 ", "between 0 and 1"]),
+    "sparsity of 1": (["sparsity=1"], ["sparsity=1 ", "between 0 and 1"]),
+    "sparsity above 1": (["sparsity=1.5"], ["sparsity=1.5"]),
+    "negative sparsity": (["sparsity=-0.1"], ["sparsity=-0.1"]),
+    "sparsity is nan": (["sparsity=nan"], ["sparsity=nan"]),
+    "no sparsity": (["sparsity=null"], ["give sparsity=0.7"]),
+    "a sparsity that keeps nothing": (["sparsity=0.9999"], ["sparsity=0.9999", "2048 weights"]),
+    "a step larger than any unit": (["method.step=5000"], ["method.step=5000", "at most 1024", "null"]),
+    "no step": (["method.step=0"], ["method.step=0", "at least 1"]),
+    "no levels": (["method.num_levels=0"], ["method.num_levels=0", "at least 1"]),
+    "damping": (["method.damping=1"], ["damping", "0.01"]),
+    "no columns per block": (["method.block_size=0"], ["block_size"]),
+    "unknown compressor": (["method.compressor=random"], ["method.compressor=random", "sparsegpt, wanda, magnitude"]),
+    "OWL without Hessians": (["level_db.keep_hessians=false"], ["owl", "level_db.keep_hessians=true"]),
+    "OWL's tokens": (["baselines.owl_tokens=4096"], ["baselines.owl_tokens=4096", "calibration_tokens=1024"]),
+    "a bound that allows no switch": (["search.max_level=0"], ["search.max_level=0", "at least 1"]),
+    "a total that allows no switch": (["search.max_total_deviation=1"], ["search.max_total_deviation=1", "at least 2"]),
+}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("case", SPARSITY)
+def test_sparsity_is_refused_before_any_model_is_loaded(case: str, sparse: Callable[..., Any]) -> None:
+    arguments, parts = SPARSITY[case]
+    refused(sparse(*arguments), *parts)
 
 
 @pytest.mark.usefixtures("no_model")

@@ -15,6 +15,7 @@ from evopress import config as configuration
 from evopress import pipeline
 from evopress.errors import EvoPressError
 from evopress.settings import QuantSettings, RunSettings
+from experiments.sweeps import expected_jobs
 
 CONF = configuration.config_folder()
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
@@ -264,8 +265,58 @@ def test_what_is_misspelt_dies_at_composition(
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_under_debug_tiny(name: str, evopress: Callable[..., Any]) -> None:
-    outcome = evopress(f"+experiment={name}", "+debug=tiny", "data=python_docs", "evaluation=default", "hydra.run.dir=run")
+    first = [f"{key}={value}" for key, value in expected_jobs(name)[0].items()]
+    outcome = evopress(
+        *(f"+experiment={name}", "+debug=tiny", "data=python_docs", "evaluation=default"),
+        *("search.generations=1", "hydra.mode=RUN", "hydra.run.dir=run", *first),
+    )
     assert outcome.code == 0, outcome.text
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_job_of_every_experiment_composes(name: str, composed: Callable[..., DictConfig]) -> None:
+    jobs = expected_jobs(name)
+    assert len({tuple(job.items()) for job in jobs}) == len(jobs)
+    for job in jobs:
+        result = configuration.to_settings(composed(f"+experiment={name}", *(f"{key}={value}" for key, value in job.items())))
+        pipeline.check_names(result)
+        pipeline.check_tokens(result)
+        if result.search.generations is not None:
+            pipeline.search_settings(result.search)
+        assert all(str(getattr(result, key, value)) == value for key, value in job.items())
+    text = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert text[0] == "# @package _global_"
+    assert f"python -m evopress +experiment={name}" in text[1]
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if len(expected_jobs(name)) > 1])
+def test_sweeps_lie_in_a_folder_of_their_own(name: str) -> None:
+    """Jobs of one sweep in folders that say what they are; under debug=tiny they lie apart from results."""
+    configuration.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        for debug in ([], ["+debug=tiny"]):
+            folders = set()
+            for job in expected_jobs(name):
+                overrides = [f"+experiment={name}", *debug, *(f"{key}={value}" for key, value in job.items())]
+                config = compose("config", overrides=overrides, return_hydra_config=True)
+                folders.add(config.hydra.sweep.subdir)
+            assert config.hydra.mode.name == "MULTIRUN"
+            assert config.hydra.sweep.dir.startswith("multirun/debug/" if debug else f"multirun/{name}")
+            assert len(folders) == len(expected_jobs(name))
+
+
+def test_an_experiment_is_a_sweep_and_its_jobs_can_be_resumed(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    tiny = ("+debug=tiny", "stages=[database]")
+    outcome = evopress("+experiment=table14_15_sparsity", *tiny, "hydra.sweeper.params.seed=7")
+    assert outcome.code == 0, outcome.text
+    (sweep,) = (tmp_path / "multirun" / "debug").iterdir()
+    jobs = {"sparsity-0.5_seed-7", "sparsity-0.6_seed-7"}
+    assert {path.name for path in sweep.iterdir() if path.is_dir()} == jobs
+    outcome = evopress(f"resume={sweep / 'sparsity-0.6_seed-7'}", "stages=[database,search]")
+    assert outcome.code == 0, outcome.text
+    assert (sweep / "sparsity-0.6_seed-7" / "genome.json").exists()
+    assert not (sweep / "sparsity-0.5_seed-7" / "genome.json").exists()  # one job, not the sweep again
+    assert {path.name for path in sweep.iterdir() if path.is_dir()} == jobs
 
 
 @pytest.mark.parametrize(

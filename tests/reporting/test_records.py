@@ -74,7 +74,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path: Path,
 def test_what_cannot_be_written_is_a_bug_and_says_so(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="object"):
         records.write_json(tmp_path / "x.json", {"a": object()})
-    with pytest.raises(EvoPressError, match="cannot write"):
+    with pytest.raises(EvoPressError, match="cannot be written"):
         records.write_json(tmp_path / "missing" / "x.json", {})
     assert not os.listdir(tmp_path)
 

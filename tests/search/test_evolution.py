@@ -8,7 +8,7 @@ import pytest
 
 from evopress.errors import EvoPressError
 from evopress.search import EXCHANGES, Evolution, SearchSettings, Stage, run_search
-from evopress.units import Budget, Genome, Space
+from evopress.units import Budget, Genome, Level, Space, Unit
 
 SIZES = (8, 3, 3, 1, 1, 8, 3, 3, 1, 1, 8, 8)
 SETTINGS = SearchSettings(
@@ -270,3 +270,24 @@ def test_a_budget_that_cannot_be_met_is_refused(quant_space, budget_of):
     space = quant_space(SIZES)
     with pytest.raises(EvoPressError, match="below what"):
         evolution_of(space, budget_of(space, 1.5))
+
+
+def test_a_start_joins_the_initial_candidates_and_wins_if_it_is_the_fittest():
+    space = Space("toy", tuple(Unit(f"u{i}", i, "u", 1, (Level("1", 1, "1", 1), Level("0", 0, "0", 0))) for i in range(12)))
+    budget = Budget(6, 0.5, "kept")
+    best = (0, 1) * 6
+    settings = SearchSettings(0, 1, (Stage(1, 1),), 4, 1, 1, "constant", "size")
+
+    def evolution(starts):
+        return Evolution(
+            space, budget, settings, rng_initial=np.random.default_rng(0), rng_mutation=np.random.default_rng(1), starts=starts
+        )
+
+    def distance(genomes, *, tokens):
+        return [float(sum(a != b for a, b in zip(genome, best, strict=True))) for genome in genomes]
+
+    assert len(evolution(()).ask().genomes) == 4
+    assert evolution([best]).ask().genomes[-1] == best
+    assert run_search(evolution([best]), distance) == best
+    with pytest.raises(EvoPressError, match="more than the budget"):
+        evolution([(0,) * 12])

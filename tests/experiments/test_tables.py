@@ -1,0 +1,317 @@
+"""Tables of sweeps: what is collected, what is missing, and what may be said about differences."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from evopress.config import config_folder
+from evopress.errors import EvoPressError
+from experiments import tables
+from experiments.sweeps import describe, expected_jobs, read_sweep
+from experiments.tables import SPECS, Difference, Spec, Table, make_table
+
+EXPERIMENTS = Path(tables.__file__).parent
+CONFIG = {
+    "model": {"name": "toy", "path": None},
+    "scale": {"name": "mini"},
+    "data": {"source": "python_docs"},
+    "method": {"name": "sparsity"},
+    "search": {"num_offspring": 16},
+    "tracker": {"name": "none"},
+}
+
+
+def write_job(root: Path, folder: str, overrides: list[str], rows: list[dict[str, Any]] | None, **config: Any) -> Path:
+    """Write a job folder with made-up results; None: it has not been evaluated."""
+    job = root / folder
+    (job / ".hydra").mkdir(parents=True)
+    (job / ".hydra" / "overrides.yaml").write_text(OmegaConf.to_yaml(overrides), encoding="utf-8")
+    (job / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(CONFIG | config), encoding="utf-8")
+    (job / "environment.json").write_text(json.dumps({"git_revision": "abc", "machine": "a machine"}), encoding="utf-8")
+    result: dict[str, Any] = {"schema": 1, "database": {"path": "x"}}
+    if rows is not None:
+        result |= {"rows": rows, "search": {"seconds": 12.0, "tokens": 100}}
+    (job / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    return job
+
+
+def row(name: str, kl: float, ppl: float, *, kept: int = 300) -> dict[str, Any]:
+    return {"name": name, "sparsity": 0.7, "weights_kept": kept, "kl": kl, "perplexity": {"python_docs": ppl}}
+
+
+DENSE = {"name": "dense", "sparsity": 0.0, "kl": 0.0, "perplexity": {"python_docs": 10.0}}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three seeds of table 2: OWL about as good as EvoPress by KL, uniform clearly worse."""
+    root = tmp_path / "multirun"
+    for seed, (owl, ours) in enumerate([(0.50, 0.49), (0.50, 0.52), (0.50, 0.50)]):
+        rows = [DENSE, row("uniform", 1.0, 30.0), row("owl", owl, 20.0 + seed), row("evopress", ours, 15.0)]
+        overrides = ["sparsity=0.7", f"seed={seed}", "+experiment=table2_sparsity"]
+        write_job(root / "table2_sparsity", f"sparsity-0.7_seed-{seed}", overrides, rows, sparsity=0.7, seed=seed)
+    return root
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("README.md", "paper.csv"):
+        (folder / name).write_bytes((EXPERIMENTS / "table2_sparsity" / name).read_bytes())
+    return folder
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def line_of(text: str, start: str, nth: int = 0) -> list[str]:
+    """Return the cells of the nth table line that begins with a cell."""
+    lines = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in lines[nth].strip("|").split("|")]
+
+
+# What may be said
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "best", "verdict"),
+    [
+        ([1.0, 1.1, 1.2], [2.0, 2.1, 2.2], min, "better"),
+        ([2.0, 2.1, 2.2], [1.0, 1.1, 1.2], min, "worse"),
+        ([2.0, 2.1, 2.2], [1.0, 1.1, 1.2], max, "better"),
+        ([1.0, 2.0, 3.0], [1.1, 1.8, 3.1], min, "tie"),
+        ([1.0, 1.0], [1.0, 1.0], min, "tie"),
+        ([1.5, 1.5], [1.0, 1.0], min, "worse"),
+        ([1.0], [2.0], min, "one seed"),
+        ([], [2.0], min, ""),
+    ],
+)
+def test_verdicts(ours: list[float], theirs: list[float], best: Any, verdict: str) -> None:
+    difference = Difference.of({str(i): x for i, x in enumerate(ours)}, {str(i): x for i, x in enumerate(theirs)})
+    assert difference.verdict(best) == verdict
+
+
+def test_differences_are_paired_by_seed() -> None:
+    """Seeds differ much and the methods little: only pairs show which is better."""
+    ours = {"0": 1.0, "1": 5.0, "2": 9.0, "7": 100.0}
+    difference = Difference.of(ours, {"2": 9.3, "0": 1.2, "1": 5.1})
+    assert difference.num_pairs == 3
+    assert difference.mean == pytest.approx(-0.2)
+    assert difference.standard_error == pytest.approx(0.1 / math.sqrt(3))
+    assert difference.verdict(min) == "better"
+
+
+# What is collected
+
+
+def test_a_whole_sweep(sweep: Path, out: Path) -> None:
+    found = make_table("table2_sparsity", root=sweep, out=out)
+    assert (len(found.jobs), found.missing, found.unfinished) == (3, (), ())
+    text = (out / "table.md").read_text(encoding="utf-8")
+    assert text.startswith("# Table 2: 70% unstructured sparsity\n")
+    assert "Missing" not in text
+    assert "Model toy, scale mini, text python_docs, seeds 0, 1, 2; a search took 12 s on average" in text
+    headers = line_of(text, "method")
+    assert headers == [
+        *("method", "sparsity", "weights kept", "held-out KL", "ppl python_docs"),
+        *("held-out KL: difference to EvoPress", "seeds"),
+    ]
+    assert line_of(text, "dense")[4:] == ["10.00", "", "3"]
+    assert line_of(text, "uniform")[2:] == ["300", "1.000", "30.00", "0.497 ± 0.0088 (worse)", "3"]
+    assert line_of(text, "OWL")[3:] == ["0.5000", "21.00 (20.00..22.00)", "-0.00333 ± 0.0088 (tie)", "3"]
+    assert line_of(text, "EvoPress")[3:] == ["0.5033 (0.4900..0.5200)", "15.00", "", "3"]
+    assert "- Ours, by held-out KL: OWL ≈ EvoPress < uniform.\n" in text
+    assert "- Ours, by ppl python_docs: EvoPress < OWL < uniform.\n" in text
+    assert "- The paper: EvoPress < OWL < uniform in 8 of 8 columns.\n" in text
+
+    results = {(r["method"], r["measure"]): r for r in read_csv(out / "results.csv")}
+    owl = results["owl", "ppl python_docs"]
+    assert (owl["sparsity"], owl["seeds"], owl["mean"], owl["std"], owl["min"], owl["max"]) == ("0.7", "3", "21", "1", "20", "22")
+    assert (owl["difference"], owl["verdict"]) == ("6", "worse")
+    assert results["dense", "held-out KL"]["verdict"] == results["evopress", "held-out KL"]["verdict"] == ""
+    runs = [r["value"] for r in read_csv(out / "runs.csv") if (r["method"], r["measure"]) == ("evopress", "held-out KL")]
+    assert runs == ["0.49", "0.52", "0.5"]
+
+
+def test_the_papers_numbers_stand_beside_ours(sweep: Path, out: Path) -> None:
+    make_table("table2_sparsity", root=sweep, out=out)
+    text = (out / "table.md").read_text(encoding="utf-8")
+    headers, owl, ours = line_of(text, "method", 1), line_of(text, "OWL", 1), line_of(text, "EvoPress", 1)
+    assert headers[1:4] == ["ours: ppl python_docs", "Mistral-7B-v0.3 wikitext2", "Mistral-7B-v0.3 c4"]
+    assert owl[1:4] == ["21.00 (×1.40)", "17.22 (×1.19)", "21.66 (×1.32)"]
+    assert ours[1:4] == ["15.00", "14.42", "16.46"]
+
+
+def test_the_readme_is_filled_between_its_marks_again_and_again(sweep: Path, out: Path) -> None:
+    before = (out / "README.md").read_text(encoding="utf-8")
+    make_table("table2_sparsity", root=sweep, out=out)
+    once = (out / "README.md").read_text(encoding="utf-8")
+    make_table("table2_sparsity", root=sweep, out=out)
+    assert (out / "README.md").read_text(encoding="utf-8") == once
+    assert once.count("| EvoPress |") == 2
+    for text in (before, once):
+        assert text.partition("<!-- results -->")[0] == before.partition("<!-- results -->")[0]
+        assert text.partition("<!-- end of results -->")[2] == before.partition("<!-- end of results -->")[2]
+    (out / "README.md").write_text("no marks here", encoding="utf-8")
+    make_table("table2_sparsity", root=sweep, out=out)
+    assert (out / "README.md").read_text(encoding="utf-8") == "no marks here"
+
+
+def test_a_half_finished_sweep_says_what_is_missing(sweep: Path, out: Path) -> None:
+    folder = sweep / "table2_sparsity"
+    (folder / "sparsity-0.7_seed-1" / "result.json").unlink()
+    (folder / "sparsity-0.7_seed-2" / "result.json").write_text("{", encoding="utf-8")
+    write_job(folder, "sparsity-0.7_seed-3", ["sparsity=0.7", "seed=3"], None)
+    found = make_table("table2_sparsity", root=sweep, out=out)
+    assert [describe(axes) for axes in found.missing] == ["sparsity=0.7 seed=1", "sparsity=0.7 seed=2"]
+    reasons = {path.name[-1]: reason for path, reason in found.unfinished}
+    assert reasons["1"] == reasons["3"] == "not evaluated yet"
+    assert "not valid JSON" in reasons["2"]
+    text = (out / "table.md").read_text(encoding="utf-8")
+    assert "Missing: sparsity=0.7 seed=1; sparsity=0.7 seed=2." in text
+    assert line_of(text, "OWL")[-2:] == ["0.0100 (one seed)", "1"]
+    assert "- Ours, by held-out KL: EvoPress ? OWL ? uniform.\n" in text  # one seed decides nothing
+
+
+def test_more_seeds_than_the_experiment_asks_for_are_used(sweep: Path, out: Path) -> None:
+    rows = [DENSE, row("uniform", 1.0, 30.0), row("owl", 0.5, 20.0), row("evopress", 0.5, 15.0)]
+    write_job(sweep / "table2_sparsity", "later/0", ["sparsity=0.70", "seed=9"], rows)
+    found = make_table("table2_sparsity", root=sweep, out=out)
+    assert len(found.jobs) == 4
+    assert "seeds 0, 1, 2, 9" in (out / "table.md").read_text(encoding="utf-8")
+    assert len(Table(found.jobs, SPECS["table2_sparsity"]).groups) == 1  # 0.70 is 0.7
+
+
+def test_nothing_finished_is_one_sentence(tmp_path: Path, out: Path) -> None:
+    with pytest.raises(EvoPressError, match=r"no finished job .*\+experiment=table2_sparsity first"):
+        make_table("table2_sparsity", root=tmp_path / "nowhere", out=out)
+    assert not (out / "table.md").exists()
+
+
+def test_two_folders_of_one_job_are_refused(sweep: Path, out: Path) -> None:
+    write_job(sweep / "table2_sparsity", "again", ["sparsity=0.7", "seed=1"], [DENSE])
+    with pytest.raises(EvoPressError, match=r"again and .*seed-1 are the same job \(sparsity=0.7 seed=1\)"):
+        make_table("table2_sparsity", root=sweep, out=out)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model": {"name": "other", "path": None}}, r"model\.name is toy in .* and other in"),
+        ({"search": {"num_offspring": 8}}, r"search\.num_offspring is 16"),
+        ({"tracker": {"name": "wandb"}}, None),
+        ({"stages": ["evaluate"]}, None),
+    ],
+)
+def test_jobs_of_different_settings_are_not_mixed(change: dict[str, Any], sentence: str | None, sweep: Path, out: Path) -> None:
+    rows = [DENSE, row("evopress", 0.5, 15.0)]
+    write_job(sweep / "table2_sparsity", "z", ["sparsity=0.7", "seed=5"], rows, **change)
+    if sentence is None:
+        assert len(make_table("table2_sparsity", root=sweep, out=out).jobs) == 4
+    else:
+        with pytest.raises(EvoPressError, match=f"not of one sweep: {sentence}"):
+            make_table("table2_sparsity", root=sweep, out=out)
+
+
+# Other tables
+
+
+def test_groups_are_tables_of_their_own(tmp_path: Path) -> None:
+    for sparsity in ("0.6", "0.5"):
+        for seed in range(2):
+            rows = [DENSE, row("uniform", 1.0, 30.0), row("evopress", 0.5, 8.0)]
+            write_job(tmp_path / "table14_15_sparsity", f"{sparsity}-{seed}", [f"sparsity={sparsity}", f"seed={seed}"], rows)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "paper.csv").write_bytes((EXPERIMENTS / "table14_15_sparsity" / "paper.csv").read_bytes())
+    found = make_table("table14_15_sparsity", root=tmp_path, out=out)
+    assert [describe(axes) for axes in found.missing] == ["sparsity=0.5 seed=2", "sparsity=0.6 seed=2"]
+    text = (out / "table.md").read_text(encoding="utf-8")
+    assert text.index("**sparsity=0.5**") < text.index("**sparsity=0.6**")
+    assert [line_of(text, "EvoPress", nth)[2] for nth in (1, 3)] == ["5.49", "7.08"]  # the paper's, of that sparsity
+    assert not (out / "README.md").exists()
+
+
+def test_variants_may_be_what_was_swept(tmp_path: Path) -> None:
+    """As in the paper's Table 6: EvoPress's row of jobs with different numbers of offspring."""
+    for count, kl in (("16", 0.5), ("4", 0.7)):
+        for seed in range(3):
+            rows = [row("uniform", 1.0, 30.0), row("evopress", kl + seed / 10, 8.0)]
+            write_job(
+                tmp_path,
+                f"{count}-{seed}",
+                [f"search.num_offspring={count}", f"seed={seed}"],
+                rows,
+                search={"num_offspring": count},
+            )
+    expected = [{"search.num_offspring": count, "seed": "0"} for count in ("16", "4")]
+    spec = Spec(
+        "Table 6",
+        variant=lambda axes, name: axes["search.num_offspring"] if name == "evopress" else None,
+        reference="16",
+    )
+    table = Table(read_sweep(tmp_path, expected).jobs, spec)
+    assert table.groups == [()]
+    assert table.variants(()) == ["4", "16"]
+    assert table.difference((), "4", "16", "held-out KL").mean == pytest.approx(0.2)
+    assert table.order((), "held-out KL") == "16 < 4"
+
+
+def test_an_axis_that_was_not_typed_is_read_from_the_config(tmp_path: Path) -> None:
+    """A job that was run alone, at the experiment's own sparsity."""
+    write_job(tmp_path, "alone", ["+experiment=table2_sparsity", "seed=4"], [DENSE], sparsity=0.7)
+    (job,) = read_sweep(tmp_path, expected_jobs("table2_sparsity")).jobs
+    assert job.axes == {"sparsity": "0.7", "seed": "4"}
+
+
+# What there is
+
+
+def test_expected_jobs_are_those_of_the_sweep() -> None:
+    assert [describe(job) for job in expected_jobs("table2_sparsity")] == [f"sparsity=0.7 seed={seed}" for seed in range(3)]
+    assert len(expected_jobs("table14_15_sparsity")) == 6
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_every_table_has_its_experiment_its_claim_and_the_papers_numbers(name: str) -> None:
+    assert (config_folder() / "experiment" / f"{name}.yaml").is_file()
+    readme = (EXPERIMENTS / name / "README.md").read_text(encoding="utf-8")
+    assert readme.count("<!-- results -->") == readme.count("<!-- end of results -->") == 1
+    for part in ("**Claim.**", "**Command.**", f"python -m evopress +experiment={name}", f"python -m experiments.tables {name}"):
+        assert part in readme
+    spec, jobs = SPECS[name], expected_jobs(name)
+    assert set(spec.group) <= set(jobs[0])
+    path = EXPERIMENTS / name / "paper.csv"
+    if path.is_file():
+        rows = read_csv(path)
+        assert {*spec.group, "model", "method"} <= set(rows[0])
+        for key in spec.group:
+            assert {float(r[key]) for r in rows} == {float(job[key]) for job in jobs}
+        for r in rows:
+            assert all(float(value) > 0 for key, value in r.items() if key not in ("model", "method"))
+        of_model: dict[tuple[str, ...], set[str]] = {}
+        for r in rows:
+            of_model.setdefault((r["model"], *(r[key] for key in spec.group)), set()).add(r["method"])
+        assert all(spec.reference in methods for methods in of_model.values())
+
+
+def test_the_command_line(sweep: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.tables", "table2_sparsity", "--root", str(sweep), "--out", str(tmp_path / "mine")]
+    (sweep / "table2_sparsity" / "sparsity-0.7_seed-2" / "result.json").unlink()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=EXPERIMENTS.parent, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "missing: sparsity=0.7 seed=2" in done.stdout
+    assert "| EvoPress |" in done.stdout
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"results.csv", "runs.csv", "table.md"}
