@@ -51,7 +51,6 @@ class Spec:
 
 
 SPECS = {
-    "demo": Spec("The demo: SmolLM2-135M at 2.5 bits a weight"),
     "demo": Spec("The demo: 2.5 bits per weight"),
     "table2_sparsity": Spec("Table 2: 70% unstructured sparsity", group=("sparsity",)),
     "table14_15_sparsity": Spec("Tables 14 and 15: 50% and 60% unstructured sparsity", group=("sparsity",)),
