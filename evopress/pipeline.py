@@ -37,7 +37,7 @@ from evopress.reporting.records import (
 from evopress.reporting.report import headline, write_report
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
 from evopress.search.constraint import EXCHANGES
-from evopress.search.evolution import Evolution, SearchSettings
+from evopress.search.evolution import Evolution, SearchSettings, run_search
 from evopress.search.mutation import DISTRIBUTIONS
 from evopress.search.record import GenerationRecord
 from evopress.search.selection import Stage
@@ -368,13 +368,7 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
             _say(entry, settings.generations, seconds - seconds_before, first=first)
 
         first = evolution.generation
-        if evolution.initial_record is not None:
-            finish_generation(evolution.initial_record)
-        while not evolution.finished:
-            question = evolution.ask()
-            record = evolution.tell(fitness(question.genomes, tokens=question.tokens))
-            if record is not None:
-                finish_generation(record)
+        run_search(evolution, fitness, on_generation=finish_generation)
     write_genome(
         run_dir / "genome.json",
         run_dir / "genome.txt",
