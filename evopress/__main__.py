@@ -104,6 +104,7 @@ def _run(config: DictConfig) -> float:
     import transformers
 
     from evopress import pipeline
+    from evopress.stages.checks import search_cost
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -113,11 +114,11 @@ def _run(config: DictConfig) -> float:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     environment = _environment(torch.get_num_threads())
     write_json(run_dir / "environment.json", environment)
-    paper = pipeline.search_cost(configuration.at_paper_scale(config).search)
+    paper = search_cost(configuration.at_paper_scale(config).search)
     logger.info(
         "scale %s: the search evaluates %.3g million candidate tokens (scale=paper: %.3g million); run folder %s",
         settings.scale.name,
-        pipeline.search_cost(settings.search) / 1e6,
+        search_cost(settings.search) / 1e6,
         paper / 1e6,
         _shown(run_dir),
     )

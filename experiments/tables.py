@@ -52,6 +52,7 @@ class Spec:
 
 SPECS = {
     "demo": Spec("The demo: 2.5 bits per weight", apart=("dense", "uniform_3")),  # uniform_3 spends more
+    "demo_dp_start": Spec("The demo, started from dynamic programming"),
     "table2_sparsity": Spec("Table 2: 70% unstructured sparsity", group=("sparsity",)),
     "table14_15_sparsity": Spec("Tables 14 and 15: 50% and 60% unstructured sparsity", group=("sparsity",)),
 }

@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from evopress import config as configuration
-from evopress import pipeline
 from evopress.errors import EvoPressError
 from evopress.settings import QuantSettings, RunSettings
+from evopress.stages import checks
 from experiments.sweeps import expected_jobs
 
 CONF = configuration.config_folder()
@@ -126,13 +126,13 @@ def test_smaller_scales_keep_the_shape(row: str, scale: str, settings: Callable[
     else:
         assert search.generations is not None
         assert 1 <= search.generations < paper.search.generations
-        assert pipeline.search_cost(search) < pipeline.search_cost(paper.search)
-    pipeline.search_settings(search)  # raises unless the survivors descend to 1 from at most λ
-    pipeline.check_tokens(result)
+        assert checks.search_cost(search) < checks.search_cost(paper.search)
+    checks.search_settings(search)  # raises unless the survivors descend to 1 from at most λ
+    checks.check_tokens(result)
 
 
 def test_scales_are_ordered_by_cost(settings: Callable[..., RunSettings]) -> None:
-    mini, small, paper = (pipeline.search_cost(settings(f"scale={scale}").search) for scale in ("mini", "small", "paper"))
+    mini, small, paper = (checks.search_cost(settings(f"scale={scale}").search) for scale in ("mini", "small", "paper"))
     assert mini < small < paper
     # DESIGN section 1: the quantization row is 177 million tokens.
     generation = 128 * 2048 + 16 * 16384 + (4 + 1) * 131072
@@ -195,7 +195,7 @@ def test_the_papers_models(name: str, settings: Callable[..., RunSettings]) -> N
     assert result.method.group_size == 128
     assert not result.model.trust_remote_code
     assert result.data.source == "fineweb_edu"
-    pipeline.check_tokens(result)
+    checks.check_tokens(result)
 
 
 def test_any_path_of_ones_own(settings: Callable[..., RunSettings]) -> None:
@@ -279,10 +279,10 @@ def test_every_job_of_every_experiment_composes(name: str, composed: Callable[..
     assert len({tuple(job.items()) for job in jobs}) == len(jobs)
     for job in jobs:
         result = configuration.to_settings(composed(f"+experiment={name}", *(f"{key}={value}" for key, value in job.items())))
-        pipeline.check_names(result)
-        pipeline.check_tokens(result)
+        checks.check_names(result)
+        checks.check_tokens(result)
         if result.search.generations is not None:
-            pipeline.search_settings(result.search)
+            checks.search_settings(result.search)
         assert all(str(getattr(result, key, value)) == value for key, value in job.items())
     text = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     assert text[0] == "# @package _global_"

@@ -19,6 +19,7 @@ from evopress import pipeline
 from evopress.data.python_docs import PythonDocs
 from evopress.data.tokens import token_sequences
 from evopress.fitness.minibatch import MinibatchFitness
+from evopress.stages import search
 
 SEARCH = "stages=[database,search]"
 
@@ -223,7 +224,7 @@ def test_other_seeds_give_other_searches(finished: Any, tiny: Callable[..., Any]
 
 def interrupt_at(call: int, patch: pytest.MonkeyPatch, *, before_state: bool) -> None:
     """Press Ctrl-C at the n-th minibatch, or once the n-th record is written but the search's state is not."""
-    target, name = (pipeline, "append_record") if before_state else (MinibatchFitness, "__call__")
+    target, name = (search, "append_record") if before_state else (MinibatchFitness, "__call__")
     original, calls = getattr(target, name), 0
 
     def interrupted(*args: Any, **options: Any) -> Any:

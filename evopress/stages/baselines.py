@@ -1,0 +1,168 @@
+"""Stages `database` and `baselines`: make the levels, and find the genomes that the search is compared with."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+
+from evopress.baselines.best_of_random import best_of_random
+from evopress.baselines.dynamic_programming import dynamic_programming
+from evopress.baselines.owl import GRID, MULTIPLES, outlier_ratios, owl_kept
+from evopress.baselines.uniform import uniform_genomes
+from evopress.compress.sparse import PruneTo, SparsityLevels
+from evopress.errors import EvoPressError
+from evopress.evaluation.heldout import measure_held_out
+from evopress.fitness.measures import KLDivergence, Measure, NegativeLogLikelihood, TopkKL
+from evopress.fitness.minibatch import MinibatchFitness
+from evopress.levels.store import LevelDatabase
+from evopress.reporting.records import read_json, write_json
+from evopress.settings import FitnessSettings
+from evopress.stages.results import read_result
+from evopress.units import Genome, Space
+from evopress.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+
+def build_database(workspace: Workspace) -> None:
+    """Stage `database`: build what is missing of the level database, or reuse it."""
+    started = time.monotonic()
+    database, _ = workspace.database, workspace.budget
+    result = read_result(workspace.run_dir)
+    result["database"] = {
+        "path": str(database.folder),
+        "bytes": database.num_bytes,
+        "seconds": time.monotonic() - started,
+        "reused": workspace.database_reused,
+    }
+    write_json(workspace.run_dir / "result.json", result)
+
+
+def make_measure(settings: FitnessSettings) -> Measure:
+    """Return what the search minimises."""
+    if settings.name == "topk_kl":
+        return TopkKL(settings.k)
+    return NegativeLogLikelihood() if settings.name == "perplexity" else KLDivergence()
+
+
+def make_fitness(workspace: Workspace, rng: np.random.Generator) -> MinibatchFitness:
+    """Return the fitness on the search text, minibatches drawn by `rng`."""
+    settings = workspace.settings.fitness
+    return MinibatchFitness(
+        workspace.evaluator,
+        workspace.search_tokens,
+        rng=rng,
+        base=workspace.search_base,
+        measure=make_measure(settings),
+        chunk_tokens=settings.chunk_tokens,
+    )
+
+
+def find_baselines(workspace: Workspace) -> None:
+    """Stage `baselines`: find the genomes that the search is compared with."""
+    path = workspace.run_dir / "baselines.json"
+    if path.exists():
+        logger.info("baselines: already found in %s", path)
+        return
+    settings = workspace.settings.baselines
+    space, budget = workspace.database.space, workspace.budget
+    found: dict[str, Genome] = {}
+    if "uniform" in settings.names:
+        found |= _nearest_uniform(workspace)
+    if "best_of_random" in settings.names:
+        logger.info("best of %d random: %d tokens each", settings.num_random, settings.random_tokens)
+        genome, _ = best_of_random(
+            space,
+            budget,
+            make_fitness(workspace, workspace.rng["random_minibatch"]),
+            num_candidates=settings.num_random,
+            tokens=settings.random_tokens,
+            rng=workspace.rng["random"],
+        )
+        found[f"best_of_{settings.num_random}"] = genome
+    if "dp" in settings.names:
+        found["dp"] = dynamic_programming(space, budget, workspace.database.errors)
+    further: list[str] = []
+    if "owl" in settings.names:
+        found["owl"], database = find_owl(workspace)
+        further.append(database.folder.name)
+    genomes = {name: list(genome) for name, genome in found.items()}
+    write_json(path, {"schema": 1, "database": workspace.database.fingerprint, "further": further, "genomes": genomes})
+
+
+def find_owl(workspace: Workspace) -> tuple[Genome, LevelDatabase]:
+    """Return OWL's best genome over the paper's grid, in levels of the run's database followed by those of a second one.
+
+    Source: OWL (arXiv:2310.05175) as in paper section 4.2. The outlier ratios and the second database, pruned as the first is, come
+    from the Hessians that the first left behind; the grid's best is that with the least perplexity on calibration text.
+    """
+    settings, blocks = workspace.settings, workspace.blocks
+    pruner = workspace.method.compressor((), dtype_bits=8 * blocks.dtype.itemsize)
+    assert settings.sparsity is not None and isinstance(pruner, SparsityLevels)
+    hessians = workspace.complete_hessians()
+    num_blocks = len(blocks.blocks)
+    logger.info("OWL: a grid of %d", len(GRID))
+    linears = [blocks.linears(index) for index in range(num_blocks)]
+    ratios = []
+    for index in range(num_blocks):
+        stored = hessians.read(index)
+        H = [stored.hessians[stored.owners[name]] for name in linears[index]]
+        ratios.append(outlier_ratios([linear.weight.detach() for linear in linears[index].values()], H))
+    sizes = [[linear.weight.numel() for linear in block.values()] for block in linears]
+    names = [name for block in linears for name in block]
+    kept_by_pair = []
+    for lambda_, multiple in GRID:
+        column = MULTIPLES.index(multiple)
+        kept = owl_kept([ratio[column] for ratio in ratios], sizes, sparsity=settings.sparsity, lambda_=lambda_)
+        kept_by_pair.append([count for block in kept for count in block])
+    choices = {name: sorted({kept[i] for kept in kept_by_pair}, reverse=True) for i, name in enumerate(names)}
+    database, _ = workspace.database_of("owl", PruneTo(pruner=pruner, kept=choices))
+    workspace.add_levels([database.folder.name])
+    union = workspace.levels
+    genomes = [
+        union.genome_of_last(tuple(choices[name].index(count) for name, count in zip(names, kept, strict=True)))
+        for kept in kept_by_pair
+    ]
+    length = workspace.calibration_tokens.shape[1]
+    sequences = workspace.calibration_tokens[: max(settings.baselines.owl_tokens // length, 1)]
+    fitness = settings.fitness
+    scores = measure_held_out(
+        workspace.evaluator,
+        genomes,
+        sequences,
+        batch_tokens=fitness.max_tokens_in_flight,
+        chunk_tokens=fitness.chunk_tokens,
+        what="OWL's grid",
+    )
+    best = min(range(len(GRID)), key=lambda i: scores[i].perplexity)
+    lambda_, multiple = GRID[best]
+    logger.info("OWL: λ = %g, M = %g is best on calibration text (perplexity %.2f)", lambda_, multiple, scores[best].perplexity)
+    return genomes[best], database
+
+
+def _nearest_uniform(workspace: Workspace) -> dict[str, Genome]:
+    """Return the uniform genomes on either side of the budget, or the one that costs exactly as much."""
+    space, total = workspace.database.space, workspace.budget.total
+    uniform = uniform_genomes(space, workspace.method.uniform_name)
+    costs = {name: space.cost(genome) for name, genome in uniform.items()}
+    within = max((name for name in costs if costs[name] <= total), key=costs.__getitem__, default=None)
+    above = min((name for name in costs if costs[name] > total), key=costs.__getitem__, default=None)
+    exact = within is not None and costs[within] == total
+    return {name: uniform[name] for name in ((within,) if exact else (above, within)) if name is not None}
+
+
+def stored_baselines(workspace: Workspace) -> tuple[dict[str, Genome], Space]:
+    """Return the genomes that the stage `baselines` left behind, and the space of their levels.
+
+    Raises: EvoPressError if they were found with another level database.
+    """
+    path, database = workspace.run_dir / "baselines.json", workspace.database
+    if not path.exists():
+        return {}, database.space
+    stored = read_json(path)
+    if stored.get("database") != database.fingerprint:
+        raise EvoPressError(f"{path} is of another level database: remove it and start again")
+    space = workspace.add_levels(stored.get("further", []))
+    return {name: space.check(genome) for name, genome in stored["genomes"].items()}, space

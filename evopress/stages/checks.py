@@ -1,0 +1,96 @@
+"""What can be refused from settings alone, before any model work; what a search will cost."""
+
+from __future__ import annotations
+
+from evopress.errors import EvoPressError
+from evopress.search.constraint import EXCHANGES
+from evopress.search.evolution import SearchSettings
+from evopress.search.mutation import DISTRIBUTIONS
+from evopress.search.selection import Stage
+from evopress.settings import RunSettings, SearchConfig
+
+BASELINES = ("uniform", "best_of_random", "dp", "owl")
+
+
+def check_names(settings: RunSettings) -> None:
+    """Raise EvoPressError for baselines that do not exist."""
+    for name in settings.baselines.names:
+        if name not in BASELINES:
+            raise EvoPressError(f"baselines.names has {name!r}: choose among {', '.join(BASELINES)}")
+    if "owl" in settings.baselines.names:
+        if settings.method.name != "sparsity":
+            raise EvoPressError(f"baseline owl is of method sparsity, not {settings.method.name}: leave it out of baselines.names")
+        if not settings.level_db.keep_hessians:
+            raise EvoPressError(
+                "baseline owl needs the Hessians kept: set level_db.keep_hessians=true, or leave it out of baselines.names"
+            )
+
+
+def check_tokens(settings: RunSettings) -> None:
+    """Raise EvoPressError if a split is shorter than one sequence, or a minibatch larger than the search text."""
+    length, data, search = settings.model.sequence_length, settings.data, settings.search
+    for split in ("calibration", "search", "evaluation"):
+        count = getattr(data, f"{split}_tokens")
+        if count < length:
+            raise EvoPressError(
+                f"data.{split}_tokens={count} does not fill one sequence of model.sequence_length={length}: ask for more tokens or "
+                "shorten the sequences"
+            )
+    available = data.search_tokens // length * length
+    minibatches = [("search.initial_tokens", search.initial_tokens), *(("search.tokens", count) for count in search.tokens)]
+    if "best_of_random" in settings.baselines.names:
+        minibatches.append(("baselines.random_tokens", settings.baselines.random_tokens))
+    if "owl" in settings.baselines.names and not 2 <= settings.baselines.owl_tokens <= data.calibration_tokens:
+        raise EvoPressError(
+            f"baselines.owl_tokens={settings.baselines.owl_tokens} is out of range: expected 2 to data.calibration_tokens="
+            f"{data.calibration_tokens}; change one of them"
+        )
+    for key, count in minibatches:
+        if not 2 <= count <= available:
+            raise EvoPressError(
+                f"{key} asks for a minibatch of {count} tokens: expected 2 to {available}, the search text (data.search_tokens) in "
+                f"sequences of {length}; change one of them"
+            )
+
+
+def search_settings(config: SearchConfig) -> SearchSettings:
+    """Convert and check the search's numbers.
+
+    Raises: EvoPressError if the survivors do not descend to 1, or a number or a rule is missing or unknown.
+    """
+    if config.generations is None:
+        raise EvoPressError(
+            "search.generations is null, which only depth pruning derives: give a number, such as search.generations=50"
+        )
+    for key, value, known in (("exchange", config.exchange, EXCHANGES), ("distribution", config.distribution, DISTRIBUTIONS)):
+        if value not in known:
+            raise EvoPressError(f"search.{key}={value} is unknown: choose one of {', '.join(known)}")
+    if config.max_switches < 1:
+        raise EvoPressError(f"search.max_switches={config.max_switches} is out of range: expected at least 1")
+    for key, bound, least in (("max_level", config.max_level, 1), ("max_total_deviation", config.max_total_deviation, 2)):
+        if bound is not None and bound < least:
+            raise EvoPressError(
+                f"search.{key}={bound} allows no switch, which moves two units a level: expected at least {least}, or null for any"
+            )
+    return SearchSettings(
+        generations=config.generations,
+        num_offspring=config.num_offspring,
+        stages=tuple(Stage(tokens, survivors) for tokens, survivors in zip(config.tokens, config.survivors, strict=True)),
+        initial_candidates=config.initial_candidates,
+        initial_tokens=config.initial_tokens,
+        max_switches=config.max_switches,
+        distribution=config.distribution,
+        exchange=config.exchange,
+        max_level=config.max_level,
+        max_total_deviation=config.max_total_deviation,
+    )
+
+
+def search_cost(config: SearchConfig) -> int:
+    """Return the candidate tokens that a search evaluates: the one honest currency."""
+    per_generation = 0
+    candidates = config.num_offspring
+    for stage, (tokens, survivors) in enumerate(zip(config.tokens, config.survivors, strict=True)):
+        per_generation += tokens * (candidates + (stage == len(config.tokens) - 1))
+        candidates = survivors
+    return (config.generations or 0) * per_generation + config.initial_candidates * config.initial_tokens

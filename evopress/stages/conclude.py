@@ -1,0 +1,139 @@
+"""Stages `evaluate`, `export` and `report`: measure on held-out text, write the checkpoint, tables, figures and the page."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from evopress.errors import EvoPressError
+from evopress.evaluation.heldout import scores_by_data_set
+from evopress.export import export_checkpoint
+from evopress.reporting import figures, tables
+from evopress.reporting.records import read_genome, read_records, write_json
+from evopress.reporting.report import headline, write_report
+from evopress.reporting.tracker import Tracker
+from evopress.stages.baselines import stored_baselines
+from evopress.stages.results import read_result
+from evopress.units import Genome
+from evopress.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(workspace: Workspace, tracker: Tracker) -> None:
+    """Stage `evaluate`: measure the dense model, the baselines and the found genome, read back from its file, on held-out text."""
+    run_dir, database = workspace.run_dir, workspace.database
+    baselines, space = stored_baselines(workspace)
+    genomes: dict[str, Genome | None] = {"dense": None, **baselines}
+    if (run_dir / "genome.json").exists():
+        genomes["evopress"] = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
+    data_sets = workspace.evaluation_data
+    count = sum(sequences.numel() for sequences in data_sets.values())
+    logger.info("evaluation: %d models on %d tokens of %s", len(genomes), count, ", ".join(data_sets))
+    fitness = workspace.settings.fitness
+    scores = scores_by_data_set(
+        workspace.evaluator, genomes, data_sets, batch_tokens=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens
+    )
+    itemsize = workspace.blocks.dtype.itemsize
+    rows = []
+    for name, genome in genomes.items():
+        measured = scores[name]
+        tokens = {data_set: score.num_tokens for data_set, score in measured.items()}
+        weights = {data_set: count / sum(tokens.values()) for data_set, count in tokens.items()}
+        if genome is None:
+            costs, stored_bits = workspace.method.dense_costs(8 * itemsize), 8 * itemsize * space.size
+        else:
+            costs, stored_bits = workspace.method.costs(space, genome), space.stored_bits(genome)
+        rows.append(
+            {
+                "name": name,
+                **costs,
+                "bytes": workspace.other_bytes + (stored_bits + 7) // 8,
+                "kl": sum(weights[data_set] * score.kl for data_set, score in measured.items()),
+                "top1_agreement": sum(weights[data_set] * score.top1_agreement for data_set, score in measured.items()),
+                "perplexity": {data_set: score.perplexity for data_set, score in measured.items()},
+                "kl_by_data_set": {data_set: score.kl for data_set, score in measured.items()},
+            }
+        )
+    result: dict[str, Any] = {"schema": 1, "rows": rows}
+    records = read_records(run_dir / "metrics.jsonl")
+    if records:
+        result["search"] = {key: records[-1][key] for key in ("tokens", "seconds", "evaluations")}
+        result["search"]["generations"] = records[-1]["generation"]
+    result |= {key: value for key, value in read_result(run_dir).items() if key not in result}
+    result["memory"] = workspace.memory()
+    write_json(run_dir / "result.json", result)
+    frame = tables.results_frame(rows)
+    tracker.table("results", list(frame.columns), frame.to_numpy().tolist())
+
+
+def export(workspace: Workspace, *, command: str) -> None:
+    """Stage `export`: write the found genome as a checkpoint that transformers loads."""
+    run_dir, database = workspace.run_dir, workspace.database
+    if not (run_dir / "genome.json").exists():
+        raise EvoPressError(f"there is no genome.json in {run_dir} to export: run the stage search first")
+    genome = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
+    folder = export_checkpoint(
+        run_dir / "checkpoint",
+        live=workspace.live,
+        model=workspace.pretrained.model,
+        tokenizer=workspace.pretrained.tokenizer,
+        genome=genome,
+        genome_files=(run_dir / "genome.json", run_dir / "genome.txt"),
+        provenance={
+            "schema": 1,
+            "made_by": "evopress",
+            "command": command,
+            "base_model": workspace.pretrained.name,
+            "base_model_digest": workspace.pretrained.digest,
+            "level_database": database.fingerprint,
+            "recipe": database.manifest["recipe"],
+            **workspace.method.costs(database.space, genome),
+        },
+    )
+    logger.info("checkpoint: %s", folder)
+
+
+def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> None:
+    """Stage `report`: tables, figures and one HTML page; prints the table."""
+    settings, run_dir, database = workspace.settings, workspace.run_dir, workspace.database
+    result, records = read_result(run_dir), read_records(run_dir / "metrics.jsonl")
+    rows = result.get("rows", [])
+    genome = None
+    pictures: list[Path] = []
+    if records:
+        fitness = settings.fitness.name
+        baselines = {
+            row["name"]: row["kl"] for row in rows if row["name"] not in ("dense", "evopress") and row.get("kl") is not None
+        }
+        pictures += figures.convergence(records, run_dir / "figures", baselines, fitness=fitness)
+    if (run_dir / "genome.json").exists():
+        genome = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
+        pictures += figures.level_heatmap(database.space, genome, run_dir / "figures")
+        others, space = stored_baselines(workspace)
+        others = {name: other for name, other in others.items() if not name.startswith("uniform_")}
+        pictures += figures.level_profile(space, {**others, "evopress": genome}, run_dir / "figures")
+    if rows:
+        tables.write_tables(rows, run_dir)
+    checkpoint = run_dir / "checkpoint"
+    write_report(
+        run_dir / "report.html",
+        title=f"{workspace.pretrained.name}, {settings.method.name} {workspace.budget.target:g} {workspace.budget.measure}",
+        config=config,
+        result={**result, "checkpoint": str(checkpoint)} if checkpoint.is_dir() else result,
+        records=records,
+        space=database.space,
+        genome=genome,
+        figures=pictures,
+        command=command,
+        environment=environment,
+    )
+    for path in pictures:
+        if path.suffix == ".png":
+            tracker.figure(path.stem, path)
+    files = [run_dir / name for name in ("genome.json", "genome.txt", "result.json") if (run_dir / name).exists()]
+    tracker.artifact(f"genome-{database.fingerprint}", "genome", files)
+    if rows:
+        print(f"\n{tables.format_table(rows)}\n\n{headline(rows)}", flush=True)
+    print(f"report: {run_dir / 'report.html'}", flush=True)
