@@ -59,12 +59,18 @@ class Compressor(Protocol):
         """Return everything that decides the result, for the database's fingerprint; JSON values only."""
 
 
-def output_error(E: Tensor, W: Tensor, H: Tensor) -> float:
-    """Relative output error ‖XE‖² / ‖XW‖² = tr(E H Eᵀ) / tr(W H Wᵀ).
+def with_errors(payloads: Sequence[Payload], W: Tensor, H: Tensor, *, damping: float = 0.0) -> list[Compressed]:
+    """Add each level's relative output error ‖XE‖² / ‖XW‖² = tr(E H Eᵀ) / tr(W H Wᵀ), E = W - decoded; ‖XW‖² is computed once.
 
-    Args: E and W float32 [R, C], H float32 [C, C]. Sums run in float64.
+    Args: W float32 [R, C], the uncompressed weight; H float32 [C, C].
     """
-    reference = float(((W @ H) * W).sum(dtype=torch.float64))
-    if reference <= 0.0:
-        return 0.0
-    return max(float(((E @ H) * E).sum(dtype=torch.float64)), 0.0) / reference
+    reference = _energy(W, H)
+    return [
+        Compressed(payload, _energy(W - payload.decode().to(torch.float32), H) / reference if reference else 0.0, damping)
+        for payload in payloads
+    ]
+
+
+def _energy(E: Tensor, H: Tensor) -> float:
+    """Return tr(E H Eᵀ), at least 0; sums run in float64."""
+    return max(float(((E @ H) * E).sum(dtype=torch.float64)), 0.0)

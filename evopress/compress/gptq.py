@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from evopress.compress.compressor import Compressed, output_error
+from evopress.compress.compressor import Compressed, with_errors
 from evopress.compress.grid import fit_grid, from_codes, to_codes
 from evopress.compress.hessian import inverse_factor
 from evopress.errors import EvoPressError
@@ -137,10 +137,7 @@ class GPTQ:
                 if start:  # a further slice of the same unit and level
                     part = _joined(payloads[name].pop(), part)
                 payloads[name].append(part)
-        return {
-            name: [Compressed(p, output_error(W - p.decode().to(torch.float32), W, H), damping) for p in payloads[name]]
-            for name, W in originals.items()
-        }
+        return {name: with_errors(payloads[name], W, H, damping=damping) for name, W in originals.items()}
 
     def _slices(self, weights: Mapping[str, Tensor], columns: int) -> list[list[tuple[str, int, int, int]]]:
         """Split (unit, rows, bits) into sweeps that fit `slice_bytes`; each entry is (name, first row, end row, bits)."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from evopress.compress.compressor import Compressed
-from evopress.compress.sparse import Sparse, SparsityLevels, lowest, to_float32, with_errors
+from evopress.compress.compressor import Compressed, with_errors
+from evopress.compress.sparse import Sparse, SparsityLevels, lowest, to_float32
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,20 +200,3 @@ def to_float32(weights: Mapping[str, Tensor], device: torch.device) -> dict[str,
         if not bool(torch.isfinite(W).all()):
             raise EvoPressError(f"the weight of {name} is not finite: fetch the checkpoint again")
     return copies
-
-
-def with_errors(payloads: Sequence[Sparse], W: Tensor, H: Tensor, *, damping: float = 0.0) -> list[Compressed]:
-    """Add each level's relative output error (`output_error`), with ‖XW‖² computed once.
-
-    Args: W float32 [R, C], the uncompressed weight; H float32 [C, C].
-    """
-    reference = _energy(W, H)
-    return [
-        Compressed(payload, _energy(W - payload.decode().to(torch.float32), H) / reference if reference else 0.0, damping)
-        for payload in payloads
-    ]
-
-
-def _energy(E: Tensor, H: Tensor) -> float:
-    """Return tr(E H Eᵀ), at least 0; sums run in float64."""
-    return max(float(((E @ H) * E).sum(dtype=torch.float64)), 0.0)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evopress.compress.compressor import Compressed
+from evopress.compress.compressor import Compressed, with_errors
 from evopress.compress.hessian import inverse_factor
-from evopress.compress.sparse import Sparse, SparsityLevels, distribute, lowest, to_float32, with_errors
+from evopress.compress.sparse import Sparse, SparsityLevels, distribute, lowest, to_float32
 from evopress.errors import EvoPressError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evopress.compress.compressor import Compressed
-from evopress.compress.sparse import Sparse, SparsityLevels, distribute, to_float32, with_errors
+from evopress.compress.compressor import Compressed, with_errors
+from evopress.compress.sparse import Sparse, SparsityLevels, distribute, to_float32
 
 
 @dataclass(frozen=True, kw_only=True)
