@@ -83,6 +83,7 @@ def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
 
 def _task(config: DictConfig) -> float:
     """Run one job; a user's error is one sentence, in a multirun too, where the other jobs go on."""
+    configuration.register()  # in the process that a launcher starts for the job, nobody has
     try:
         return _run(config)
     except EvoPressError as error:
@@ -104,7 +105,6 @@ def _run(config: DictConfig) -> float:
     import transformers
 
     from evopress import pipeline
-    from evopress.stages.checks import search_cost
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -112,22 +112,19 @@ def _run(config: DictConfig) -> float:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    if HydraConfig.get().mode == RunMode.MULTIRUN and set(settings.stages) <= set(pipeline.stages_done(settings, run_dir)):
+        logger.info("finished before, so not run again: %s (to run it again, remove the folder)", _shown(run_dir))
+        return pipeline.held_out_kl(run_dir)
     environment = _environment(torch.get_num_threads())
     write_json(run_dir / "environment.json", environment)
-    paper = search_cost(configuration.at_paper_scale(config).search)
-    logger.info(
-        "scale %s: the search evaluates %.3g million candidate tokens (scale=paper: %.3g million); run folder %s",
-        settings.scale.name,
-        search_cost(settings.search) / 1e6,
-        paper / 1e6,
-        _shown(run_dir),
-    )
+    logger.info("run folder %s", _shown(run_dir))
     return pipeline.run(
         settings,
         run_dir,
         config=configuration.plain_dict(config),
         command=f"python -m evopress {shlex.join(HydraConfig.get().overrides.task)}".strip(),
         environment=environment,
+        paper=configuration.at_paper_scale(config),
     )
 
 

@@ -27,7 +27,7 @@ _SCHEMAS: dict[str, tuple[str, type]] = {
     "tracker": ("base_tracker", schema.TrackerSettings),
     "paths": ("base_paths", schema.PathsSettings),
 }
-METHODS: dict[str, type] = {"quant": schema.QuantSettings, "sparsity": schema.SparsitySettings}
+METHODS: dict[str, type] = {"quant": schema.QuantSettings, "sparsity": schema.SparsitySettings, "drop": schema.DropSettings}
 """A method's name to the schema of its settings."""
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evopress.files import explained
-from evopress.levels.live import LiveModel
+from evopress.levels.live import Live
 from evopress.levels.store import os_error
 from evopress.units import Genome
 
@@ -19,7 +19,7 @@ from evopress.units import Genome
 def export_checkpoint(
     folder: Path,
     *,
-    live: LiveModel,
+    live: Live,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     genome: Genome,
@@ -27,6 +27,8 @@ def export_checkpoint(
     provenance: dict[str, Any],
 ) -> Path:
     """Write the model at a genome as a Hugging Face folder of ordinary, dequantized weights in their dtype.
+
+    Blocks that are dropped whole are left out, so that the checkpoint is an ordinary, shorter one of the same architecture.
 
     Written beside its place and renamed, so that a folder is there whole or not at all; an older one is replaced.
 
@@ -40,7 +42,7 @@ def export_checkpoint(
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)
-        with live.applied(genome):
+        with live.written(genome):
             model.save_pretrained(scratch)
         for path in scratch.glob("*.safetensors"):  # safetensors writes for the owner alone
             path.chmod((scratch / "config.json").stat().st_mode)

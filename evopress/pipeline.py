@@ -5,38 +5,65 @@ A stage reads what earlier ones left in the run folder, so any can be run alone 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from evopress.errors import EvoPressError
 from evopress.progress import duration
+from evopress.reporting.records import read_json, write_json
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
-from evopress.settings import RunSettings, TrackerSettings
+from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.baselines import build_database, find_baselines
-from evopress.stages.checks import check_names, check_tokens, search_settings
+from evopress.stages.checks import check_names, check_tasks, check_tokens, search_cost, search_settings
 from evopress.stages.conclude import evaluate, export, report
 from evopress.stages.results import read_result
 from evopress.stages.search import search
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
+FINISHED = "finished.json"
+"""The last file that a run writes into its folder: the stages that are done, and with which settings."""
 
 
-def run(settings: RunSettings, run_dir: Path, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> float:
+def run(
+    settings: RunSettings,
+    run_dir: Path,
+    *,
+    config: dict[str, Any],
+    command: str,
+    environment: dict[str, Any],
+    paper: RunSettings | None = None,
+) -> float:
     """Run the stages that the settings name and return the found genome's held-out KL (NaN if it was not measured).
 
     Args:
         config: the composed config, for the report and the tracker.
         command: what was typed, for the report.
         environment: versions and machine, for the report.
+        paper: the same run at the paper's size, to say what that would cost.
     """
     check_names(settings)
-    searching = search_settings(settings.search)
+    search_settings(settings.search, derived=1 if isinstance(settings.method, DropSettings) else None)
     check_tokens(settings)
+    check_tasks(settings)
     started = time.monotonic()
     workspace = Workspace(settings, run_dir)
+    searching = search_settings(settings.search, derived=workspace.generations(settings))
+    if "search" in settings.stages:
+        logger.info(
+            "scale %s: the search evaluates %.3g million candidate tokens%s",
+            settings.scale.name,
+            search_cost(searching) / 1e6,
+            f" (scale=paper: {_paper_cost(workspace, paper) / 1e6:.3g} million)" if paper else "",
+        )
     workspace.read_text()
+    done = stages_done(settings, run_dir)
+    (run_dir / FINISHED).unlink(missing_ok=True)
     tracker = make_tracker(settings.tracker)
     tracker.start(
         config=config,
@@ -60,9 +87,36 @@ def run(settings: RunSettings, run_dir: Path, *, config: dict[str, Any], command
             report(workspace, tracker, config=config, command=command, environment=environment)
     finally:
         tracker.finish()
+    stages = [stage for stage in STAGES if stage in {*done, *settings.stages}]
+    write_json(run_dir / FINISHED, {"schema": 1, "settings": _settings_digest(settings), "stages": stages})
     logger.info("done in %s: %s", duration(time.monotonic() - started), run_dir)
-    result = read_result(run_dir)
-    return next((row["kl"] for row in result.get("rows", []) if row["name"] == "evopress"), float("nan"))
+    return held_out_kl(run_dir)
+
+
+def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
+    """Return the stages that finished runs of the same settings have done in a folder; `stages` and `resume` may differ."""
+    try:
+        finished, result = read_json(run_dir / FINISHED), read_result(run_dir)
+    except EvoPressError:  # there is none, or it is damaged
+        return []
+    if finished.get("schema") != 1 or finished.get("settings") != _settings_digest(settings):
+        return []
+    return [stage for stage in finished["stages"] if stage != "evaluate" or result.get("rows")]
+
+
+def held_out_kl(run_dir: Path) -> float:
+    """Return the found genome's held-out KL, NaN if it was not measured."""
+    rows = read_result(run_dir).get("rows", [])
+    return next((row["kl"] for row in rows if row["name"] == "evopress"), float("nan"))
+
+
+def _settings_digest(settings: RunSettings) -> str:
+    values = {key: value for key, value in asdict(settings).items() if key not in ("stages", "resume")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _paper_cost(workspace: Workspace, paper: RunSettings) -> int:
+    return search_cost(search_settings(paper.search, derived=workspace.generations(paper)))
 
 
 def make_tracker(settings: TrackerSettings) -> Tracker:

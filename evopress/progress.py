@@ -1,12 +1,16 @@
-"""Progress of long work: a bar with an ETA in a terminal, plain lines elsewhere."""
+"""Progress of long work: a line that is rewritten in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -14,11 +18,15 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_BETWEEN_REDRAWS = 0.1
 
 
 def track(items: Sequence[T], what: str) -> Iterator[T]:
     """Iterate over `items` and show how far it is and how long it will take."""
-    if sys.stderr.isatty():
+    if StatusLine.current is not None:
+        yield from _beside(StatusLine.current, items, what)
+        return
+    if on_terminal(sys.stderr):
         yield from tqdm(items, desc=what, unit="", dynamic_ncols=True, leave=False)
         return
     started = last = time.monotonic()
@@ -29,6 +37,94 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
             left = (now - started) / done * (len(items) - done)
             logger.info("%s: %d of %d, about %s left", what, done, len(items), duration(left))
         yield item
+
+
+def _beside(line: StatusLine, items: Sequence[T], what: str) -> Iterator[T]:
+    """Show how far it is at the end of the line that is there already."""
+    try:
+        for done, item in enumerate(items):
+            line.show(detail=f"{what} {done + 1}/{len(items)}")
+            yield item
+    finally:
+        line.show(detail="")
+
+
+def on_terminal(stream: TextIO) -> bool:
+    """Tell if a line may be rewritten on a stream: it is a terminal, and no other job of a sweep writes there at the same time."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and multiprocessing.parent_process() is None
+
+
+class StatusLine:
+    """One line at the bottom of a terminal that is rewritten; what is logged meanwhile appears above it.
+
+    Log records with the attribute `live` (`extra={"live": True}`) repeat what the line shows: they go to log files, not to the
+    terminal.
+    """
+
+    current: StatusLine | None = None
+    """The line that is open in this process."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._text = self._detail = ""
+        self._width = 0
+        self._drawn = -_SECONDS_BETWEEN_REDRAWS
+        self._handlers: list[logging.Handler] = []
+
+    def __enter__(self) -> StatusLine:
+        StatusLine.current = self
+        for handler in logging.getLogger().handlers:
+            stream = getattr(handler, "stream", None)
+            if stream is not None and not isinstance(handler, logging.FileHandler) and _isatty(stream):
+                handler.addFilter(self._make_room)
+                self._handlers.append(handler)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        StatusLine.current = None
+        for handler in self._handlers:
+            handler.removeFilter(self._make_room)
+        self._handlers.clear()
+        self.clear()
+
+    def show(self, text: str | None = None, *, detail: str | None = None) -> None:
+        """Change the line, or the detail at its end; a detail that changes many times a second is not drawn each time."""
+        self._text = self._text if text is None else text
+        self._detail = self._detail if detail is None else detail
+        now = time.monotonic()
+        if text is not None or now - self._drawn >= _SECONDS_BETWEEN_REDRAWS:
+            self._drawn = now
+            self._draw()
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._width:
+            self._write(f"\r{' ' * self._width}\r")
+            self._width = 0
+
+    def _draw(self) -> None:
+        line = f"{self._text}, {self._detail}" if self._text and self._detail else self._text or self._detail
+        line = line[: shutil.get_terminal_size().columns - 1]  # a full last column would wrap
+        self._write(f"\r{line}{' ' * (self._width - len(line))}\r{line}" if self._width > len(line) else f"\r{line}")
+        self._width = len(line)
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # the terminal went away: the work goes on
+            self._stream.write(text)
+            self._stream.flush()
+
+    def _make_room(self, record: logging.LogRecord) -> bool:
+        if getattr(record, "live", False):
+            return False
+        self.clear()
+        return True
+
+
+def _isatty(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):
+        return False
 
 
 def duration(seconds: float) -> str:

@@ -142,6 +142,22 @@ class SparsitySettings(MethodSettings):
 
 
 @dataclass
+class DropSettings(MethodSettings):
+    """Depth pruning (paper section 4.1)."""
+
+    name: str = "drop"
+    granularity: str = "module"
+    """What is dropped: module (attention and MLP on their own), block, or pair (of consecutive blocks, as in Figure 1)."""
+    balanced: bool = True
+    """granularity=module: drop as many attention as MLP modules, as in the paper; false needs search.exchange=any."""
+    exclude: list[Any] = field(default_factory=list)
+    """What must stay: numbers of blocks, or names of units with wildcards ("model.layers.0.*", "*.mlp")."""
+
+    def __post_init__(self) -> None:
+        _expect_one_of("method.granularity", self.granularity, ("module", "block", "pair"))
+
+
+@dataclass
 class LevelDatabaseSettings:
     """Where the level database lies and how it is built and read."""
 
@@ -224,13 +240,20 @@ class BaselinesSettings:
     """What the search is compared with."""
 
     names: list[str] = field(default_factory=list)
-    """uniform, best_of_random, dp, owl."""
+    """uniform, best_of_random, dp, owl; of method drop: best_of_random, shortgpt, sliding_window, weight_subcloning,
+    shortened_llama, shortened_llama_kl, l2, l2_normalized, exhaustive."""
     num_random: int = 32
     """Candidates of best_of_random."""
     random_tokens: int = 2048
     """Tokens that choose among them."""
     owl_tokens: int = 16384
     """Calibration tokens whose perplexity chooses among OWL's grid."""
+    importance_tokens: int = 131072
+    """Calibration tokens that blocks are scored on (method drop)."""
+    exhaustive_tokens: int | None = None
+    """Search tokens that every genome of an exhaustive search is measured on; None: all of data.search_tokens."""
+    exhaustive_limit: int = 10000
+    """Most genomes that an exhaustive search evaluates."""
 
     def __post_init__(self) -> None:
         _expect(self.num_random >= 1, "baselines.num_random", self.num_random, "at least 1 candidate")
@@ -242,6 +265,8 @@ class ScaleSettings:
 
     name: str = MUST_BE_CHOSEN
     generations: float = 1.0
+    depth_generations: float = 1.0
+    """Factor on k(n - k) / 1.5, the generations of depth pruning."""
     offspring: float = 1.0
     """Factor on λ and on survivors."""
     tokens: float = 1.0
@@ -265,9 +290,24 @@ class EvaluationSettings:
     """Further local data sets: name to file (`+evaluation.files.wiki=FILE`)."""
     wikitext: list[str] = field(default_factory=list)
     """Names in `files` whose .txt has WikiText's layout."""
+    tasks: list[str] = field(default_factory=list)
+    """Zero-shot tasks, by lm-eval's names: arc_challenge, arc_easy, hellaswag, piqa, winogrande in the paper."""
+    tasks_path: str | None = None
+    """Folder with lm-eval task files and their data; None: lm-eval's own tasks, with questions from the hub."""
+    task_limit: int | None = None
+    """First questions of each task; None: all."""
+    task_batch_size: int = 8
+    """Sequences per forward of the zero-shot tasks."""
 
     def __post_init__(self) -> None:
         _expect(self.every >= 0, "evaluation.every", self.every, "a number of generations, or 0 for none")
+        _expect(self.task_limit is None or self.task_limit >= 1, "evaluation.task_limit", self.task_limit, "at least 1, or null for all")
+        _expect(self.task_batch_size >= 1, "evaluation.task_batch_size", self.task_batch_size, "at least 1 sequence")
+        if self.tasks_path is not None and not self.tasks:
+            raise EvoPressError(
+                f"evaluation.tasks_path={self.tasks_path} is given but evaluation.tasks is empty: name tasks, or add "
+                "evaluation=zero_shot for the paper's five"
+            )
         for name in self.wikitext:
             if name not in self.files:
                 raise EvoPressError(f"evaluation.wikitext names {name!r}, which is not in evaluation.files: give its file there")

@@ -35,7 +35,7 @@ class Unit:
     block: int
     """Index of the transformer block that holds it."""
     kind: str
-    """Last part of the name: "q_proj"."""
+    """Last part of the name: "q_proj"; when dropping "attention", "mlp", "block" or "pair"."""
     size: int
     """Number of weights."""
     levels: tuple[Level, ...]
@@ -60,6 +60,10 @@ class Space:
     def cost(self, genome: Sequence[int]) -> int:
         """Add up what a genome spends of the budget."""
         return sum(unit.levels[level].cost for unit, level in zip(self.units, genome, strict=True))
+
+    def cost_of(self, kind: str, genome: Sequence[int]) -> int:
+        """Add up what a genome spends on the units of one kind."""
+        return sum(unit.levels[level].cost for unit, level in zip(self.units, genome, strict=True) if unit.kind == kind)
 
     def stored_bits(self, genome: Sequence[int]) -> int:
         """Add up the bits that storing a genome's levels takes, metadata included."""
@@ -107,6 +111,13 @@ class Budget:
     """What was asked for, in `measure`: 2.5."""
     measure: str
     """What the target counts: "bits per weight"."""
+    split: tuple[tuple[str, int], ...] = ()
+    """The part of the total that each kind of unit spends, where that is fixed too (as many attention as MLP modules)."""
+
+    def met_by(self, space: Space, genome: Sequence[int]) -> bool:
+        """Tell whether a genome is within the total and spends on each kind what the split says."""
+        within = space.cost(genome) <= self.total
+        return within and all(space.cost_of(kind, genome) == part for kind, part in self.split)
 
     def check(self, space: Space) -> None:
         """Raise EvoPressError unless some genome of the space meets the budget and not all of them do trivially."""

@@ -29,11 +29,12 @@ from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import Evaluator, PopulationEvaluator
 from evopress.levels.build import BuildSettings, complete_hessians, ensure_database
 from evopress.levels.hessians import HessianStore
-from evopress.levels.live import LiveModel
+from evopress.levels.live import Live, LiveModel
+from evopress.levels.modules import LiveModules, ensure_modules
 from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerprint
 from evopress.levels.union import LevelUnion
-from evopress.methods import make_method
-from evopress.models.blocks import BlockModel
+from evopress.methods import ModuleMethod, WeightMethod, make_method
+from evopress.models.blocks import BlockModel, BlockShape
 from evopress.models.families import family_of
 from evopress.models.loading import Pretrained, fetch_from_hub, find_weights, load_pretrained, pick_device, read_config
 from evopress.models.smollm2 import ensure_smollm2
@@ -109,8 +110,13 @@ class Workspace:
         positions = config.get("max_position_embeddings")
         if isinstance(positions, int) and length > positions:
             raise EvoPressError(f"model.sequence_length={length} is more than the {positions} positions of this model: lower it")
+        family = family_of(config["model_type"])
+        if isinstance(self.method, ModuleMethod):
+            self._plan(self.method)
+            return
+        assert isinstance(self.method, WeightMethod)
         shapes: dict[str, tuple[int, ...]] = {}
-        linears = tuple(f".{name}.weight" for name in family_of(config["model_type"]).linears)
+        linears = tuple(f".{name}.weight" for name in family.linears)
         for path in find_weights(self.model_folder):
             try:
                 with safe_open(path, framework="pt") as file:
@@ -123,6 +129,18 @@ class Workspace:
                 compressor.levels((rows, columns))
             except EvoPressError as error:
                 raise EvoPressError(f"{key.removesuffix('.weight')}: {error}") from None
+
+    def _plan(self, method: ModuleMethod) -> Space:
+        """Return the units of a method that drops modules, their sizes missing, from the model's config alone."""
+        config = read_config(self.model_folder)
+        family = family_of(config["model_type"])
+        prefix = f"{family.decoder}.{family.blocks}"
+        return method.space([BlockShape(f"{prefix}.{i}") for i in range(int(config["num_hidden_layers"]))], dtype_bits=16)
+
+    def generations(self, settings: RunSettings) -> int | None:
+        """Return the generations that theory gives for a target on this model; None where the settings must say."""
+        method = make_method(settings)
+        return method.generations(self._plan(method)) if isinstance(method, ModuleMethod) else None
 
     def read_text(self) -> None:
         """Read the text that the run's stages need, so that a lack of it shows before the model is loaded.
@@ -232,6 +250,7 @@ class Workspace:
         Args: name: what the database is of; begins its folder's name.
         """
         settings, pretrained, tokens = self.settings, self.pretrained, self.calibration_tokens
+        assert isinstance(self.method, WeightMethod)
         recipe = {
             **self._source_recipe,
             "method": name,
@@ -255,9 +274,9 @@ class Workspace:
     @cached_property
     def _source_recipe(self) -> dict[str, Any]:
         """What decides the Hessians of dense activations."""
-        pretrained, tokens = self.pretrained, self.calibration_tokens
+        tokens = self.calibration_tokens
         return {
-            "model": {"digest": pretrained.digest, "dtype": self.settings.model.dtype, "family": pretrained.family.name},
+            **self._model_recipe,
             "data": {
                 "tokens_sha256": tokens_digest(tokens),
                 "num_sequences": tokens.shape[0],
@@ -265,6 +284,11 @@ class Workspace:
                 "source": self._own_source.name,
             },
         }
+
+    @property
+    def _model_recipe(self) -> dict[str, Any]:
+        pretrained = self.pretrained
+        return {"model": {"digest": pretrained.digest, "dtype": self.settings.model.dtype, "family": pretrained.family.name}}
 
     def complete_hessians(self) -> HessianStore:
         """Return the Hessians of dense activations, computed first where they are missing: a reused database may have left none."""
@@ -286,11 +310,23 @@ class Workspace:
     @cached_property
     def database(self) -> LevelDatabase:
         """The run's level database, built first where it is missing."""
+        dtype_bits = 8 * self.blocks.dtype.itemsize
+        if isinstance(self.method, ModuleMethod):
+            database, self.database_reused = ensure_modules(
+                self.database_root,
+                model_name=self.pretrained.name,
+                method=self.settings.method.name,
+                recipe={**self._model_recipe, "method": self.settings.method.name, **self.method.recipe()},
+                space=self.method.space(self.blocks.shapes(), dtype_bits=dtype_bits),
+            )
+            return database
+        assert isinstance(self.method, WeightMethod)
         sizes = [
             linear.weight.numel() for index in range(len(self.blocks.blocks)) for linear in self.blocks.linears(index).values()
         ]
-        compressor = self.method.compressor(sizes, dtype_bits=8 * self.blocks.dtype.itemsize)
-        database, self.database_reused = self.database_of(self.settings.method.name, compressor)
+        database, self.database_reused = self.database_of(
+            self.settings.method.name, self.method.compressor(sizes, dtype_bits=dtype_bits)
+        )
         return database
 
     @cached_property
@@ -322,7 +358,9 @@ class Workspace:
         return self.levels.space
 
     @cached_property
-    def live(self) -> LiveModel:
+    def live(self) -> Live:
+        if isinstance(self.method, ModuleMethod):
+            return LiveModules(self.blocks, self.database.space)
         return LiveModel(self.blocks, self.levels, cache_bytes=self.settings.level_db.cache_bytes)
 
     @cached_property

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evopress.levels.live import LiveModel
+from evopress.levels.live import Live
 from evopress.units import Genome
 
 
 class PlainEvaluator:
     """Runs the model's own forward for every candidate."""
 
-    def __init__(self, live: LiveModel, *, max_tokens_in_flight: int = 4096) -> None:
+    def __init__(self, live: Live, *, max_tokens_in_flight: int = 4096) -> None:
         self.live = live
         self.max_tokens_in_flight = max_tokens_in_flight
 

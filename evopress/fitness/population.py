@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from evopress.fitness.measures import Measure
-from evopress.levels.live import LiveModel
+from evopress.levels.live import Live
 from evopress.units import Genome
 
 
 class Evaluator(Protocol):
     """Measures genomes on token ids; None stands for the dense model."""
 
-    live: LiveModel
+    live: Live
 
     def final_states(self, genomes: Sequence[Genome | None], ids: Tensor) -> tuple[list[int], list[Tensor]]:
         """Return the distinct last hidden states [b, l, d], and for each genome the index of its own.
@@ -35,7 +35,7 @@ class Evaluator(Protocol):
 class PopulationEvaluator:
     """The fast way: block by block over the whole population."""
 
-    def __init__(self, live: LiveModel, *, max_tokens_in_flight: int = 4096) -> None:
+    def __init__(self, live: Live, *, max_tokens_in_flight: int = 4096) -> None:
         """Args: max_tokens_in_flight: tokens per forward of one block; bounds memory, changes results only by rounding."""
         self.live = live
         self.max_tokens_in_flight = max_tokens_in_flight
@@ -60,13 +60,18 @@ class PopulationEvaluator:
             for parent, _ in children:
                 uses[parent] += 1
             following: list[Tensor | None] = [None] * len(children)
-            with blocks.on_device(index):
-                try:
-                    for levels, parents in parents_of.items():
-                        live.set_block(index, levels)
-                        self._advance(index, levels, parents, states, following, children, uses)
-                finally:
-                    live.restore_block(index)
+            for levels in [levels for levels in parents_of if live.skips(levels)]:
+                for parent in parents_of.pop(levels):
+                    following[children[parent, levels]] = states[parent]
+                    uses[parent] -= 1
+            if parents_of:
+                with blocks.on_device(index):
+                    try:
+                        for levels, parents in parents_of.items():
+                            live.set_block(index, levels)
+                            self._advance(index, levels, parents, states, following, children, uses)
+                    finally:
+                        live.restore_block(index)
             states = following
         finished = [blocks.finish(state) for state in states if state is not None]
         return state_of, finished

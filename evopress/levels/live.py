@@ -1,10 +1,11 @@
-"""Put levels into a live model and take them out again."""
+"""Put levels into a live model and take them out again: weights here, dropped modules in `modules.py`."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,32 @@ from torch import Tensor
 from evopress.errors import EvoPressError
 from evopress.levels.union import LevelSource
 from evopress.models.blocks import BlockModel
-from evopress.units import Genome
+from evopress.units import Genome, Space
+
+
+class Live(Protocol):
+    """A model that can be held at any genome of a space, and is the dense one again afterwards."""
+
+    blocks: BlockModel
+    space: Space
+
+    def levels_in(self, genome: Genome | None, index: int) -> Genome | None:
+        """Return what of a genome concerns block `index`: equal values, equal blocks. None stands for the dense model."""
+
+    def set_block(self, index: int, levels: Sequence[int] | None) -> None:
+        """Give block `index`, on the device it is on, what `levels_in` returned."""
+
+    def restore_block(self, index: int) -> None:
+        """Give block `index` back what it came with."""
+
+    def skips(self, levels: Sequence[int] | None) -> bool:
+        """Tell whether a block with these levels returns what enters it, and so need not be run."""
+
+    def applied(self, genome: Genome | None) -> AbstractContextManager[None]:
+        """Hold the whole model at a genome."""
+
+    def written(self, genome: Genome) -> AbstractContextManager[None]:
+        """Hold the model in the form in which a checkpoint of the genome is written."""
 
 
 class LiveModel:
@@ -61,6 +87,14 @@ class LiveModel:
         """Give block `index` back the very weights that it came with, where they lay."""
         for linear, weight in zip(self._linears[index].values(), self._dense[index], strict=True):
             linear.weight.data = weight
+
+    def skips(self, levels: Sequence[int] | None) -> bool:
+        """See `Live`; weights at any level have to be multiplied."""
+        return False
+
+    def written(self, genome: Genome) -> AbstractContextManager[None]:
+        """See `Live`."""
+        return self.applied(genome)
 
     @contextmanager
     def applied(self, genome: Genome | None) -> Iterator[None]:

@@ -112,13 +112,13 @@ def check_block(folder: Path, entry: Mapping[str, Any]) -> None:
 def write_manifest(
     folder: Path, *, method: str, fingerprint: str, recipe: Mapping[str, Any], entries: list[dict[str, Any]]
 ) -> None:
-    """Write the manifest; from here on the database is there."""
+    """Write the manifest; from here on the database is there. Entries without a file are of levels that store no weights."""
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "method": method,
         "fingerprint": fingerprint,
         "recipe": recipe,
-        "files": [{key: entry[key] for key in ("block", "file", "bytes", "sha256")} for entry in entries],
+        "files": [{key: entry[key] for key in ("block", "file", "bytes", "sha256")} for entry in entries if "file" in entry],
         "units": [unit for entry in entries for unit in entry["units"]],
     }
     manifest["digest"] = _digest(manifest)

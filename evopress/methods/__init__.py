@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from evopress.errors import EvoPressError
-from evopress.methods.method import Method
+from evopress.methods.drop import Drop
+from evopress.methods.method import Method, ModuleMethod, WeightMethod
 from evopress.methods.quant import Quantization
 from evopress.methods.sparsity import Sparsity
-from evopress.settings import QuantSettings, RunSettings, SparsitySettings
+from evopress.settings import DropSettings, QuantSettings, RunSettings, SparsitySettings
 
-_METHODS: dict[type, Any] = {QuantSettings: Quantization, SparsitySettings: Sparsity}
+_METHODS: dict[type, Any] = {QuantSettings: Quantization, SparsitySettings: Sparsity, DropSettings: Drop}
 
 
 def make_method(settings: RunSettings) -> Method:
@@ -34,4 +35,4 @@ def make_method(settings: RunSettings) -> Method:
     raise EvoPressError(f"method {settings.method!r} is unknown")
 
 
-__all__ = ["Method", "make_method"]
+__all__ = ["Method", "ModuleMethod", "WeightMethod", "make_method"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from evopress.compress.compressor import Compressor
+from evopress.models.blocks import BlockShape
 from evopress.units import Budget, Genome, Level, Space
 
 
@@ -22,6 +23,23 @@ class Method(Protocol):
     def target_is_level(self) -> bool:
         """Tell whether one level everywhere costs just what the target allows."""
 
+    def budget(self, space: Space) -> Budget:
+        """Return the total cost that the target allows."""
+
+    def uniform_name(self, level: Level) -> str:
+        """Name the row of the genome with this level everywhere."""
+
+    def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
+        """Return the columns of the result table that say what a genome spends."""
+
+    def dense_costs(self, bits: int) -> dict[str, Any]:
+        """Return the same columns for the dense model, whose weights have so many bits."""
+
+
+@runtime_checkable
+class WeightMethod(Method, Protocol):
+    """A method whose levels are compressed weights."""
+
     @property
     def propagate(self) -> str | None:
         """Key of the level through which activations leave a block while the database is built; None: dense."""
@@ -36,14 +54,21 @@ class Method(Protocol):
         Raises: EvoPressError if a setting is out of range or does not fit the model.
         """
 
-    def budget(self, space: Space) -> Budget:
-        """Return the total cost that the target allows."""
 
-    def uniform_name(self, level: Level) -> str:
-        """Name the row of the genome with this level everywhere."""
+@runtime_checkable
+class ModuleMethod(Method, Protocol):
+    """A method whose levels keep or drop modules; its level database stores no weights."""
 
-    def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
-        """Return the columns of the result table that say what a genome spends."""
+    def space(self, blocks: Sequence[BlockShape], *, dtype_bits: int) -> Space:
+        """Return all units with their levels.
 
-    def dense_costs(self, bits: int) -> dict[str, Any]:
-        """Return the same columns for the dense model, whose weights have so many bits."""
+        Args: blocks: all blocks of the model, in order; sizes may be missing where only names are known yet.
+
+        Raises: EvoPressError if the target or a setting does not fit the model.
+        """
+
+    def generations(self, space: Space) -> int:
+        """Return how many generations theory gives for this target where the settings give none."""
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what decides the space beside the model."""

@@ -28,6 +28,18 @@ class _Call:
     kwargs: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class BlockShape:
+    """What a block is called and how many weights its parts have, biases included."""
+
+    name: str
+    """Full module name: "model.layers.0"."""
+    attention: int = 0
+    mlp: int = 0
+    size: int = 0
+    """Of the whole block, norms included."""
+
+
 class _Stop(Exception):
     """Leaves the model's forward once the wanted input is captured."""
 
@@ -69,6 +81,18 @@ class BlockModel:
     @property
     def hidden_size(self) -> int:
         return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+    def shapes(self) -> list[BlockShape]:
+        """Return the names and sizes of all blocks."""
+        return [
+            BlockShape(
+                f"{self._prefix}.{index}",
+                attention=_num_parameters(block, self.family.attention),
+                mlp=sum(_num_parameters(block, name) for name in (self.family.mlp, *_linears(self.family.around_mlp, block))),
+                size=_num_parameters(block, ""),
+            )
+            for index, block in enumerate(self.blocks)
+        ]
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Return block `index`'s units: full module name to module, in the order of the computation.
@@ -178,13 +202,17 @@ class BlockModel:
     def _replaced_forwards(self, forwards: list[Callable[..., Any]]) -> Iterator[None]:
         """Let the first blocks' forwards be these functions for a moment."""
         blocks = self.blocks[: len(forwards)]
+        before = [block.__dict__.get("forward") for block in blocks]
         for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
         try:
             yield
         finally:
-            for block in blocks:
-                del block.forward
+            for block, own in zip(blocks, before, strict=True):
+                if own is None:
+                    del block.forward
+                else:  # of a dropped block
+                    block.forward = own
 
     def head(self) -> Head:
         """Return the projection from last hidden states to logits."""
@@ -223,6 +251,14 @@ class BlockModel:
                 "this version of transformers calls the blocks in a way the adapter does not know; use fitness.evaluator=plain"
             )
         return difference
+
+
+def _num_parameters(block: nn.Module, name: str) -> int:
+    return sum(parameter.numel() for parameter in block.get_submodule(name).parameters())
+
+
+def _linears(names: tuple[str, ...], block: nn.Module) -> list[str]:
+    return [name for name in names if isinstance(block.get_submodule(name), nn.Linear)]
 
 
 @dataclass(frozen=True)

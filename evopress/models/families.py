@@ -28,12 +28,26 @@ class Family:
     attention: str = "self_attn"
     mlp: str = "mlp"
     """The MLP module; for OPT, whose MLP is no module of its own, its last linear."""
+    around_attention: tuple[str, ...] = ("input_layernorm",)
+    """What else runs in a block for the attention alone: not needed where that is dropped."""
+    around_mlp: tuple[str, ...] = ("post_attention_layernorm",)
+    """What else runs in a block for the MLP alone."""
     decoder: str = "model"
     """The module that owns embeddings, blocks and final norm."""
     blocks: str = "layers"
     """The list of blocks, inside the decoder."""
     after_blocks: tuple[str, ...] = ("norm",)
     """What the decoder applies after the last block, in order; missing ones are skipped."""
+
+    @property
+    def attention_output(self) -> str:
+        """The linear whose output is the attention's."""
+        return [name for name in self.linears if name.startswith(f"{self.attention}.")][-1]
+
+    @property
+    def mlp_output(self) -> str:
+        """The linear whose output is the MLP's."""
+        return self.linears[-1]
 
 
 FAMILIES = (
@@ -46,12 +60,20 @@ FAMILIES = (
         plain_attention=True,
         linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
     ),
-    Family("gemma", ("gemma", "gemma2", "gemma3_text")),
+    Family("gemma", ("gemma",)),
+    Family(
+        "gemma2",
+        ("gemma2", "gemma3_text"),
+        around_attention=("input_layernorm", "post_attention_layernorm"),
+        around_mlp=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
     Family(
         "opt",
         ("opt",),
         linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
         mlp="fc2",
+        around_attention=("self_attn_layer_norm",),
+        around_mlp=("final_layer_norm", "fc1"),
         decoder="model.decoder",
         after_blocks=("final_layer_norm", "project_out"),
     ),

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from evopress.reporting.drawing import (
+    COLOURS,
+    MARKERS,
+    STYLES,
+    Curves,
+    log_scale,
+    new_figure,
+    open_frame,
+    save,
+    show_tokens,
+    styles,
+    time_unit,
+)
 from evopress.reporting.tables import display_name, number
-from evopress.units import Genome, Space
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from evopress.units import Genome, Space, Unit
 
 Cell = tuple[str, int]
 """A row of the heat map: a kind, and which of several units of that kind in one block."""
 
-# Okabe and Ito: eight colours that people with any colour vision tell apart (without yellow, too pale for lines).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_STYLES = ("-", "--", "-.", ":", "--", "-.", ":")
-_MARKERS = "osD^vPX"
-_FIXED = {"evopress": 0, "dp": 1, "best_of": 2}
 _MOST_LABELS = 8
 """Above so many level labels the heat map's colours are a continuous scale."""
 
 
 def measure_name(space: Space) -> str:
     """Say what `measure` measures with this method."""
-    return {"quant": "bits per weight", "sparsity": "sparsity", "drop": "share of weights kept"}.get(
+    return {"quant": "bits per weight", "sparsity": "sparsity", "drop": "share of modules dropped"}.get(
         space.method, "cost per weight"
     )
 
 
 def measure(space: Space, cost: float, size: int) -> float:
-    """Return what a cost means to people: per weight, and with sparsity the share that it does not keep."""
-    return 1.0 - cost / size if space.method == "sparsity" else cost / size
+    """Return what a cost means to people: per weight, or the share that is not kept of the weights or modules."""
+    return 1.0 - cost / size if space.method in ("sparsity", "drop") else cost / size
+
+
+def measured_size(space: Space, unit: Unit) -> int:
+    """Return what a unit counts in `measure`: its weights, or what it costs where it is kept."""
+    return unit.levels[0].cost if space.method == "drop" else unit.size
 
 
 def averages(space: Space, genome: Genome, *, by: str) -> dict[Any, float]:
@@ -43,7 +52,7 @@ def averages(space: Space, genome: Genome, *, by: str) -> dict[Any, float]:
     for unit, level in zip(space.units, genome, strict=True):
         total = totals.setdefault(getattr(unit, by), [0, 0])
         total[0] += unit.levels[level].cost
-        total[1] += unit.size
+        total[1] += measured_size(space, unit)
     return {key: measure(space, cost, size) for key, (cost, size) in totals.items()}
 
 
@@ -54,7 +63,7 @@ def convergence(
     *,
     fitness: str = "kl",
 ) -> list[Path]:
-    """Draw the winner's fitness and the held-out measures against generations and against tokens evaluated.
+    """Draw the winner's fitness and the held-out measures against generations, tokens evaluated and time.
 
     A row of panels for KL, and one for perplexity if any was recorded or the search minimised it.
 
@@ -66,65 +75,65 @@ def convergence(
     Returns: the paths of `convergence.png` and `convergence.svg`.
     """
     generations = [record["generation"] for record in records]
-    tokens = [number(record.get("tokens")) for record in records]
+    tokens, seconds = ([number(record.get(key)) for record in records] for key in ("tokens", "seconds"))
     data_sets = dict.fromkeys(key for record in records for key in _held_out(record, "perplexity") or {})
     curves: list[tuple[str, str, list[float | None]]] = [
         ("kl", "held-out KL", [number(_held_out(record, "kl")) for record in records]),
         *(
-            ("perplexity", f"held-out, {key}", [number((_held_out(r, "perplexity") or {}).get(key)) for r in records])
+            ("perplexity", f"held-out perplexity, {key}", [number((_held_out(r, "perplexity") or {}).get(key)) for r in records])
             for key in data_sets
         ),
     ]
     fitness_row = "perplexity" if fitness == "perplexity" else "kl"
     minibatch = [number(record.get("fitness")) for record in records]
     lines = {name: value for name, value in (baselines or {}).items() if number(value) is not None}
-    styles = _styles(lines)
+    looks = styles(lines)
     y_names = {"kl": "KL divergence (nats per token)", "perplexity": "perplexity"}
     filled = {name for name, _, values in [*curves, (fitness_row, "", minibatch)] if any(v is not None for v in values)}
     rows = [name for name in y_names if name in filled or (name == "kl" and (lines or not filled))]
 
-    figure = _figure(11, 1.2 + 3.4 * len(rows))
-    axes = figure.subplots(len(rows), 2, sharey="row", squeeze=False)
+    unit, unit_name = time_unit(max((value for value in seconds if value is not None), default=0.0))
+    times = [None if value is None else value / unit for value in seconds]
+    panels = (("generation", generations, None), ("tokens evaluated", tokens, show_tokens), (unit_name, times, None))
+    figure = new_figure(12, 1.3 + 3.2 * len(rows))
+    axes = figure.subplots(len(rows), 3, sharey="row", squeeze=False)
+    legend: dict[str, Any] = {}
     for name, row_axes in zip(rows, axes, strict=True):
         seen: list[float] = []
-        for panel, (axis, xs, x_name) in enumerate(
-            zip(row_axes, (generations, tokens), ("generation", "tokens evaluated"), strict=True)
-        ):
-            drawn = _Curves(axis, xs)
+        for axis, (x_name, xs, shown) in zip(row_axes, panels, strict=True):
+            drawn = Curves(axis, xs)
             if name == fitness_row:
                 drawn.add(minibatch, "winner's fitness (search minibatch)", color="#888888", linewidth=1, zorder=2)
             for index, (_, label, values) in enumerate(curve for curve in curves if curve[0] == name):
                 drawn.add(
                     values,
                     label,
-                    color=_COLOURS[index % len(_COLOURS)],
-                    marker=_MARKERS[index % len(_MARKERS)],
+                    color=COLOURS[index % len(COLOURS)],
+                    marker=MARKERS[index % len(MARKERS)],
                     markersize=4.5,
                     linewidth=2,
                     zorder=3,
                 )
             if name == "kl":
                 for key, value in lines.items():
-                    index = styles[key]
+                    index = looks[key]
                     label = f"{display_name(key)}, held-out"
-                    axis.axhline(value, color=_COLOURS[index], linestyle=_STYLES[index], linewidth=1.4, label=label)
+                    axis.axhline(value, color=COLOURS[index], linestyle=STYLES[index], linewidth=1.4, label=label)
                     drawn.seen.append(value)
-            _open_frame(axis)
+            open_frame(axis)
             axis.set_xlabel(x_name)
-            if name == rows[0]:
-                axis.set_title(f"against {x_name.replace('generation', 'generations')}", fontsize=10)
-            if panel == 0:
-                axis.set_ylabel(y_names[name])
-            else:
-                axis.xaxis.set_major_formatter(_tokens)
+            if shown is not None:
+                axis.xaxis.set_major_formatter(shown)
             seen += drawn.seen
+        row_axes[0].set_ylabel(y_names[name])
         if seen and min(seen) > 0 and max(seen) > 4 * min(seen):
-            _log_scale(row_axes[0])
+            log_scale(row_axes[0])
         handles, labels = row_axes[0].get_legend_handles_labels()
-        if handles:
-            row_axes[1].legend(handles, labels, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+        legend.update(zip(labels, handles, strict=True))
+    if legend:
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle("Convergence of the search", fontsize=13)
-    return _save(figure, folder, "convergence")
+    return save(figure, folder, "convergence")
 
 
 def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
@@ -149,12 +158,12 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
     keys: dict[tuple[int, int], str] = {}
     for cell, unit, level in zip(cells, space.units, genome, strict=True):
         place = rows.index(cell), blocks.index(unit.block)
-        value = measure(space, unit.levels[level].cost, unit.size)
+        value = measure(space, unit.levels[level].cost, measured_size(space, unit))
         image[place] = labels.index(unit.levels[level].label) if by_label else value
         keys[place] = unit.levels[level].key if by_label else f"{100 * value:.0f}" if space.method == "sparsity" else f"{value:.2g}"
 
     width = min(0.34 * len(blocks), 16)
-    figure = _figure(max(6, width + 2.8), min(max(2.4, 0.34 * len(rows) + 1.5), 40))
+    figure = new_figure(max(6, width + 2.8), min(max(2.4, 0.34 * len(rows) + 1.5), 40))
     axis = figure.subplots()
     # Pale is little kept, dark is much; the palest end of the map is left out so that a level never looks like no unit.
     pale_to_dark = colormaps["viridis_r"](np.linspace(0.06, 1, len(labels) if by_label else 256))
@@ -186,7 +195,7 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
     for spine in axis.spines.values():
         spine.set_visible(False)
     axis.set_xlabel("transformer block")
-    average = measure(space, space.cost(genome), space.size)
+    average = measure(space, space.cost(genome), sum(measured_size(space, unit) for unit in space.units))
     percent = not by_label and space.method == "sparsity"
     if percent:
         axis.set_title(f"Sparsity of each unit in percent ({100 * average:.4g}% on average)")
@@ -200,7 +209,7 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     bar.ax.tick_params(length=0)
     bar.outline.set_visible(False)
-    return _save(figure, folder, "level_heatmap")
+    return save(figure, folder, "level_heatmap")
 
 
 def level_profile(space: Space, genomes: Mapping[str, Genome], folder: Path) -> list[Path]:
@@ -210,17 +219,17 @@ def level_profile(space: Space, genomes: Mapping[str, Genome], folder: Path) -> 
 
     Returns: the paths of `level_profile.png` and `level_profile.svg`.
     """
-    figure = _figure(12, 4.4)
+    figure = new_figure(12, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
-    _open_frame(left)
-    _open_frame(right)
+    open_frame(left)
+    open_frame(right)
     kinds = list(dict.fromkeys(unit.kind for unit in space.units))
     bar = 0.8 / max(len(genomes), 1)
-    styles = _styles(genomes)
+    looks = styles(genomes)
     for index, (name, genome) in enumerate(genomes.items()):
         space.check(genome)
-        style = styles[name]
-        colour = _COLOURS[style]
+        style = looks[name]
+        colour = COLOURS[style]
         by_kind = averages(space, genome, by="kind")
         places = [place + (index - (len(genomes) - 1) / 2) * bar for place in range(len(kinds))]
         label = display_name(name)
@@ -230,8 +239,8 @@ def level_profile(space: Space, genomes: Mapping[str, Genome], folder: Path) -> 
             list(by_block),
             list(by_block.values()),
             color=colour,
-            linestyle=_STYLES[style],
-            marker=_MARKERS[style],
+            linestyle=STYLES[style],
+            marker=MARKERS[style],
             markersize=3.5,
             linewidth=1.6,
         )
@@ -247,36 +256,7 @@ def level_profile(space: Space, genomes: Mapping[str, Genome], folder: Path) -> 
     handles, labels = left.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
-    return _save(figure, folder, "level_profile")
-
-
-def _styles(names: Iterable[str]) -> dict[str, int]:
-    """Give each genome a colour, line and marker by index; a name has the same ones in every figure."""
-    others = [index for index in range(len(_COLOURS)) if index not in _FIXED.values()]
-    styles: dict[str, int] = {}
-    count = 0
-    for name in names:
-        fixed = next((index for start, index in _FIXED.items() if name.startswith(start)), None)
-        styles[name] = others[count % len(others)] if fixed is None else fixed
-        count += fixed is None
-    return styles
-
-
-class _Curves:
-    """Draw curves over one x axis, skipping what was not recorded."""
-
-    def __init__(self, axis: Axes, xs: Sequence[float | None]) -> None:
-        self.axis = axis
-        self.xs = xs
-        self.seen: list[float] = []
-
-    def add(self, values: Sequence[float | None], label: str, **style: Any) -> None:
-        points = [(x, y) for x, y in zip(self.xs, values, strict=True) if x is not None and y is not None]
-        if points:
-            if len(points) == 1:
-                style.setdefault("marker", "o")
-            self.axis.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
-            self.seen += [y for _, y in points]
+    return save(figure, folder, "level_profile")
 
 
 def _held_out(record: Mapping[str, Any], key: str) -> Any:
@@ -301,48 +281,3 @@ def _ordered_labels(space: Space) -> list[str]:
         for level in unit.levels:
             costs.setdefault(level.label, []).append(level.cost / unit.size)
     return sorted(costs, key=lambda label: -sum(costs[label]) / len(costs[label]))
-
-
-def _tokens(value: float, _: int | None = None) -> str:
-    """Show a count of tokens in thousands, millions or billions."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{letter}"
-    return f"{value:.4g}"
-
-
-def _log_scale(axis: Axes) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _open_frame(axis: Axes) -> None:
-    axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """Return a figure of its own canvas (inches); pyplot and its global state stay out of it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    from matplotlib import rc_context
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    with rc_context({"svg.hashsalt": name}):  # the same data give the same file
-        figure.savefig(paths[0], dpi=150, metadata={"Software": None})
-        figure.savefig(paths[1], metadata={"Date": None})
-    return paths

@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-_NAMES = {"dp": "DP", "evopress": "EvoPress", "owl": "OWL", "shortgpt": "ShortGPT"}
+_NAMES = {
+    "dp": "DP",
+    "evopress": "EvoPress",
+    "owl": "OWL",
+    "shortgpt": "ShortGPT",
+    "sliding_window": "Cosine Similarity (Window)",
+    "weight_subcloning": "Weight Subcloning",
+    "shortened_llama": "Shortened Llama",
+    "shortened_llama_kl": "Shortened Llama (KL)",
+    "l2_normalized": "l2 normalized",
+}
 
 
 @dataclass(frozen=True)
@@ -32,11 +42,16 @@ class Column:
     show: Callable[[float], str]
     best: Callable[[Iterable[float]], float] | None = None
     """`min` or `max` where the column is a quality; None where it is a size."""
+    stderrs: tuple[float | None, ...] = ()
+    """Standard errors of the values, where they are known."""
 
-    def cell(self, row: int) -> str:
+    def cell(self, row: int, *, with_stderr: bool = False) -> str:
         """Show one value with sensible digits; a missing one is blank."""
         value = self.values[row]
-        return "" if value is None else self.show(value)
+        if value is None:
+            return ""
+        stderr = self.stderrs[row] if with_stderr and self.stderrs else None
+        return self.show(value) if stderr is None else f"{self.show(value)} ± {self.show(stderr)}"
 
 
 def display_name(name: str) -> str:
@@ -66,8 +81,10 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
         value: Callable[[Row], Any],
         show: Callable[[float], str],
         best: Callable[[Iterable[float]], float] | None = None,
+        stderr: Callable[[Row], Any] | None = None,
     ) -> Column:
-        return Column(header, tuple(number(value(row)) for row in rows), show, best)
+        stderrs = () if stderr is None else tuple(number(stderr(row)) for row in rows)
+        return Column(header, tuple(number(value(row)) for row in rows), show, best, stderrs)
 
     columns = [
         column("bits per weight", lambda row: row.get("bits_per_weight"), "{:.3f}".format),
@@ -82,7 +99,18 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
     for data_set in _inner_keys(rows, "perplexity"):
         columns.append(column(f"ppl {data_set}", partial(_inner, outer="perplexity", key=data_set), "{:.2f}".format, min))
     for task in _inner_keys(rows, "zero_shot"):
-        columns.append(column(f"zero-shot {task}", partial(_inner, outer="zero_shot", key=task), "{:.4f}".format, max))
+        accuracy, stderr = (partial(_inner, outer=outer, key=task) for outer in ("zero_shot", "zero_shot_stderr"))
+        columns.append(column(f"zero-shot {task}", accuracy, "{:.4f}".format, max, stderr))
+    columns += [
+        column(
+            "zero-shot mean",
+            lambda row: row.get("zero_shot_mean"),
+            "{:.4f}".format,
+            max,
+            lambda row: row.get("zero_shot_mean_stderr"),
+        ),
+        column("flip rate", lambda row: row.get("flip_rate"), "{:.4f}".format, min),
+    ]
     return [column for column in columns if any(value is not None for value in column.values)]
 
 
@@ -139,7 +167,7 @@ def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     lines = [
         ["name", *(column.header for column in columns)],
         ["---", *("---:" for _ in columns)],
-        *([display_name(str(row.get("name", ""))), *(c.cell(i) for c in columns)] for i, row in enumerate(rows)),
+        *([display_name(str(row.get("name", ""))), *(c.cell(i, with_stderr=True) for c in columns)] for i, row in enumerate(rows)),
     ]
     return "".join("| " + " | ".join(_no_pipes(cell) for cell in line) + " |\n" for line in lines)
 

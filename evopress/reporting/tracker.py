@@ -9,17 +9,23 @@ import logging
 import netrc
 import os
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 from urllib.parse import urlsplit
 
 from evopress.errors import EvoPressError
+from evopress.reporting.metrics import AXES
 from evopress.reporting.records import plain
+from evopress.reporting.sweep import experiment_name, job_name, sweep_name
 
 Mode = Literal["online", "offline", "disabled"]
 
 _MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+
+_MOST_TAG = 64
+"""W&B refuses longer tags."""
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +77,10 @@ class NullTracker:
 class WandbTracker:
     """Follow a run in Weights & Biases; its files go to `wandb/` in the run folder.
 
-    The first failure is logged as a warning and turns the tracker off.
+    Jobs of a sweep are grouped under the sweep's name and named by their folders, unless a group or a name is given; a run is
+    tagged with the experiment it is of. A run that is resumed online goes on in the same W&B run. Metrics are drawn against the
+    generation, and `tokens` and `seconds` are there as further axes. The first failure is logged as a warning and turns the
+    tracker off.
 
     Args:
         mode: None takes WANDB_MODE from the environment, else online. Online without an API key becomes offline.
@@ -167,22 +176,27 @@ class WandbTracker:
             disable_code=True,
             disable_git=True,
         )
+        experiment = experiment_name(run_dir)
         run = wandb.init(
             project=self.project,
             entity=self.entity,
-            name=name,
-            group=group,
-            tags=list(tags) or None,
+            # An offline part of a run keeps an id of its own: `wandb sync` of a second part would overwrite the first.
+            id=_run_id(run_dir) if mode == "online" else None,
+            resume="allow" if mode == "online" else None,
+            name=name or job_name(run_dir),
+            group=group or sweep_name(run_dir),
+            tags=list(dict.fromkeys([*tags, *([experiment[:_MOST_TAG]] if experiment else [])])) or None,
             config=plain(config),
+            allow_val_change=True,  # a run that goes on may have more generations or other stages
             dir=str(run_dir),
             mode=mode,
             reinit="finish_previous",  # the runs of a sweep share one process
             settings=settings,
         )
         self._wandb, self._run = wandb, run
-        for axis in ("generation", "tokens", "seconds"):
+        for axis in AXES:
             run.define_metric(axis)
-        run.define_metric("*", step_metric="generation")
+        run.define_metric("*", step_metric=AXES[0])
 
     def _table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
         data = [plain(row) for row in rows]
@@ -201,6 +215,15 @@ class WandbTracker:
             self._run = None
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             _log.warning("Weights & Biases failed to %s (%s: %s): the run goes on without it", what, type(error).__name__, reason)
+
+
+def _run_id(run_dir: Path) -> str:
+    """Return the W&B id of a run folder: drawn once, kept beside what W&B writes there."""
+    path = run_dir / "wandb" / "run_id.txt"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4), encoding="ascii")
+    return path.read_text(encoding="ascii").strip()
 
 
 def _has_key() -> bool:

@@ -16,7 +16,7 @@ def uniform_genome(space: Space, budget: Budget) -> Genome | None:
     """Return the genome with one level everywhere that costs exactly the budget; None if there is none."""
     for level in space.units[0].levels:
         genome = one_level(space, level.key)
-        if genome is not None and space.cost(genome) == budget.total:
+        if genome is not None and space.cost(genome) == budget.total and budget.met_by(space, genome):
             return genome
     return None
 
@@ -31,7 +31,22 @@ def one_level(space: Space, key: str) -> Genome | None:
 
 
 def random_mix(space: Space, budget: Budget, rng: np.random.Generator) -> Genome:
-    """Draw a genome whose units sit at the two levels next to the target, within the budget.
+    """Draw a genome whose units sit at the two levels next to the target, within the budget; each kind within its part of a split.
+
+    Raises: EvoPressError if no genome meets the budget.
+    """
+    genome = [0] * len(space)
+    for kind, total in budget.split or ((None, budget.total),):
+        members = [index for index, unit in enumerate(space.units) if kind in (None, unit.kind)]
+        part = Space(space.method, tuple(space.units[index] for index in members))
+        mix = _mix(part, Budget(total, budget.target, budget.measure), rng)
+        for index, level in zip(members, mix, strict=True):
+            genome[index] = level
+    return tuple(genome)
+
+
+def _mix(space: Space, budget: Budget, rng: np.random.Generator) -> list[int]:
+    """Draw a random mix within one total.
 
     Every unit starts at its most compressed level that is not below the budget's average cost per weight. Random units go one
     level down, each once, until the budget is met (again and again where one level is not enough); random ones among those go
@@ -57,7 +72,7 @@ def random_mix(space: Space, budget: Budget, rng: np.random.Generator) -> Genome
         if 0 < (step := steps.less[unit][levels[unit]]) <= slack:
             levels[unit] -= 1
             slack -= step
-    return tuple(levels)
+    return levels
 
 
 def random_mixes(space: Space, budget: Budget, *, num_candidates: int, rng: np.random.Generator) -> list[Genome]:

@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from evopress.baselines.best_of_random import best_of_random
+from evopress.baselines.block_importance import RANKINGS
 from evopress.baselines.dynamic_programming import dynamic_programming
 from evopress.baselines.owl import GRID, MULTIPLES, outlier_ratios, owl_kept
 from evopress.baselines.uniform import uniform_genomes
@@ -17,8 +18,10 @@ from evopress.evaluation.heldout import measure_held_out
 from evopress.fitness.measures import KLDivergence, Measure, NegativeLogLikelihood, TopkKL
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.levels.store import LevelDatabase
+from evopress.methods import WeightMethod
 from evopress.reporting.records import read_json, write_json
 from evopress.settings import FitnessSettings
+from evopress.stages.depth import rank_blocks, search_all
 from evopress.stages.results import read_result
 from evopress.units import Genome, Space
 from evopress.workspace import Workspace
@@ -85,11 +88,17 @@ def find_baselines(workspace: Workspace) -> None:
     if "dp" in settings.names:
         found["dp"] = dynamic_programming(space, budget, workspace.database.errors)
     further: list[str] = []
+    orders: dict[str, list[int]] = {}
+    if ranked := [name for name in settings.names if name in RANKINGS]:
+        genomes, orders = rank_blocks(workspace, ranked)
+        found |= genomes
+    if "exhaustive" in settings.names:
+        found["exhaustive"] = search_all(workspace, make_fitness)
     if "owl" in settings.names:
         found["owl"], database = find_owl(workspace)
         further.append(database.folder.name)
-    genomes = {name: list(genome) for name, genome in found.items()}
-    write_json(path, {"schema": 1, "database": workspace.database.fingerprint, "further": further, "genomes": genomes})
+    stored = {"schema": 1, "database": workspace.database.fingerprint, "further": further}
+    write_json(path, {**stored, "genomes": {name: list(genome) for name, genome in found.items()}, "orders": orders})
 
 
 def find_owl(workspace: Workspace) -> tuple[Genome, LevelDatabase]:
@@ -99,6 +108,7 @@ def find_owl(workspace: Workspace) -> tuple[Genome, LevelDatabase]:
     from the Hessians that the first left behind; the grid's best is that with the least perplexity on calibration text.
     """
     settings, blocks = workspace.settings, workspace.blocks
+    assert isinstance(workspace.method, WeightMethod)
     pruner = workspace.method.compressor((), dtype_bits=8 * blocks.dtype.itemsize)
     assert settings.sparsity is not None and isinstance(pruner, SparsityLevels)
     hessians = workspace.complete_hessians()
@@ -164,5 +174,5 @@ def stored_baselines(workspace: Workspace) -> tuple[dict[str, Genome], Space]:
     stored = read_json(path)
     if stored.get("database") != database.fingerprint:
         raise EvoPressError(f"{path} is of another level database: remove it and start again")
-    space = workspace.add_levels(stored.get("further", []))
+    space = workspace.add_levels(stored["further"]) if stored.get("further") else database.space
     return {name: space.check(genome) for name, genome in stored["genomes"].items()}, space

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from evopress.baselines.block_importance import RANKINGS
 from evopress.errors import EvoPressError
+from evopress.evaluation import zero_shot
 from evopress.search.constraint import EXCHANGES
 from evopress.search.evolution import SearchSettings
 from evopress.search.mutation import DISTRIBUTIONS
 from evopress.search.selection import Stage
-from evopress.settings import RunSettings, SearchConfig
+from evopress.settings import DropSettings, RunSettings, SearchConfig
 
-BASELINES = ("uniform", "best_of_random", "dp", "owl")
+WEIGHT_BASELINES = ("uniform", "best_of_random", "dp", "owl")
+MODULE_BASELINES = ("best_of_random", *RANKINGS, "exhaustive")
+"""Of method drop."""
 
 
 def check_names(settings: RunSettings) -> None:
     """Raise EvoPressError for baselines that do not exist."""
+    known = MODULE_BASELINES if isinstance(settings.method, DropSettings) else WEIGHT_BASELINES
     for name in settings.baselines.names:
-        if name not in BASELINES:
-            raise EvoPressError(f"baselines.names has {name!r}: choose among {', '.join(BASELINES)}")
+        if name not in known:
+            raise EvoPressError(f"baselines.names has {name!r}: method {settings.method.name} has {', '.join(known)}")
     if "owl" in settings.baselines.names:
         if settings.method.name != "sparsity":
             raise EvoPressError(f"baseline owl is of method sparsity, not {settings.method.name}: leave it out of baselines.names")
@@ -24,6 +29,12 @@ def check_names(settings: RunSettings) -> None:
             raise EvoPressError(
                 "baseline owl needs the Hessians kept: set level_db.keep_hessians=true, or leave it out of baselines.names"
             )
+
+
+def check_tasks(settings: RunSettings) -> None:
+    """Raise EvoPressError if the zero-shot tasks of a run that will be evaluated, or their questions, are not to be had."""
+    if settings.evaluation.tasks and "evaluate" in settings.stages:
+        zero_shot.check_tasks(settings.evaluation.tasks, tasks_path=settings.evaluation.tasks_path)
 
 
 def check_tokens(settings: RunSettings) -> None:
@@ -45,6 +56,14 @@ def check_tokens(settings: RunSettings) -> None:
             f"baselines.owl_tokens={settings.baselines.owl_tokens} is out of range: expected 2 to data.calibration_tokens="
             f"{data.calibration_tokens}; change one of them"
         )
+    ranked, count = set(settings.baselines.names) & set(RANKINGS), settings.baselines.importance_tokens
+    if ranked and not length <= count <= data.calibration_tokens:
+        raise EvoPressError(
+            f"baselines.importance_tokens={count} is out of range: expected one sequence ({length}) to "
+            f"data.calibration_tokens={data.calibration_tokens}; change one of them"
+        )
+    if "exhaustive" in settings.baselines.names and settings.baselines.exhaustive_tokens is not None:
+        minibatches.append(("baselines.exhaustive_tokens", settings.baselines.exhaustive_tokens))
     for key, count in minibatches:
         if not 2 <= count <= available:
             raise EvoPressError(
@@ -53,12 +72,15 @@ def check_tokens(settings: RunSettings) -> None:
             )
 
 
-def search_settings(config: SearchConfig) -> SearchSettings:
+def search_settings(config: SearchConfig, *, derived: int | None = None) -> SearchSettings:
     """Convert and check the search's numbers.
+
+    Args: derived: generations where the settings give none.
 
     Raises: EvoPressError if the survivors do not descend to 1, or a number or a rule is missing or unknown.
     """
-    if config.generations is None:
+    generations = derived if config.generations is None else config.generations
+    if generations is None:
         raise EvoPressError(
             "search.generations is null, which only depth pruning derives: give a number, such as search.generations=50"
         )
@@ -73,7 +95,7 @@ def search_settings(config: SearchConfig) -> SearchSettings:
                 f"search.{key}={bound} allows no switch, which moves two units a level: expected at least {least}, or null for any"
             )
     return SearchSettings(
-        generations=config.generations,
+        generations=generations,
         num_offspring=config.num_offspring,
         stages=tuple(Stage(tokens, survivors) for tokens, survivors in zip(config.tokens, config.survivors, strict=True)),
         initial_candidates=config.initial_candidates,
@@ -86,11 +108,11 @@ def search_settings(config: SearchConfig) -> SearchSettings:
     )
 
 
-def search_cost(config: SearchConfig) -> int:
+def search_cost(settings: SearchSettings) -> int:
     """Return the candidate tokens that a search evaluates: the one honest currency."""
     per_generation = 0
-    candidates = config.num_offspring
-    for stage, (tokens, survivors) in enumerate(zip(config.tokens, config.survivors, strict=True)):
-        per_generation += tokens * (candidates + (stage == len(config.tokens) - 1))
-        candidates = survivors
-    return (config.generations or 0) * per_generation + config.initial_candidates * config.initial_tokens
+    candidates = settings.num_offspring
+    for stage in settings.stages:
+        per_generation += stage.tokens * (candidates + (stage is settings.stages[-1]))
+        candidates = stage.survivors
+    return settings.generations * per_generation + settings.initial_candidates * settings.initial_tokens

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import scores_by_data_set
+from evopress.evaluation.zero_shot import ZeroShot, load_tasks, measure_zero_shot
 from evopress.export import export_checkpoint
 from evopress.reporting import figures, tables
+from evopress.reporting.lineage import lineage_figures
+from evopress.reporting.metrics import final_metrics, levels_table, switches_table
 from evopress.reporting.records import read_genome, read_records, write_json
 from evopress.reporting.report import headline, write_report
 from evopress.reporting.tracker import Tracker
@@ -35,6 +39,7 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     scores = scores_by_data_set(
         workspace.evaluator, genomes, data_sets, batch_tokens=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens
     )
+    answers = _zero_shot(workspace, genomes)
     itemsize = workspace.blocks.dtype.itemsize
     rows = []
     for name, genome in genomes.items():
@@ -54,6 +59,7 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
                 "top1_agreement": sum(weights[data_set] * score.top1_agreement for data_set, score in measured.items()),
                 "perplexity": {data_set: score.perplexity for data_set, score in measured.items()},
                 "kl_by_data_set": {data_set: score.kl for data_set, score in measured.items()},
+                **(answers[name].as_row(answers["dense"]) if answers else {}),
             }
         )
     result: dict[str, Any] = {"schema": 1, "rows": rows}
@@ -66,6 +72,22 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     write_json(run_dir / "result.json", result)
     frame = tables.results_frame(rows)
     tracker.table("results", list(frame.columns), frame.to_numpy().tolist())
+    tracker.log(final_metrics(rows), generation=records[-1]["generation"] if records else 0)
+
+
+def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None]) -> dict[str, ZeroShot]:
+    """Let the model at named genomes answer the tasks that the settings name; none: nothing."""
+    evaluation = workspace.settings.evaluation
+    if not evaluation.tasks:
+        return {}
+    return measure_zero_shot(
+        workspace.live,
+        workspace.pretrained.tokenizer,
+        genomes,
+        load_tasks(evaluation.tasks, tasks_path=evaluation.tasks_path),
+        limit=evaluation.task_limit,
+        batch_size=evaluation.task_batch_size,
+    )
 
 
 def export(workspace: Workspace, *, command: str) -> None:
@@ -114,6 +136,7 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
         others, space = stored_baselines(workspace)
         others = {name: other for name, other in others.items() if not name.startswith("uniform_")}
         pictures += figures.level_profile(space, {**others, "evopress": genome}, run_dir / "figures")
+        pictures += lineage_figures(records, database.space, run_dir / "figures", fitness=settings.fitness.name)
     if rows:
         tables.write_tables(rows, run_dir)
     checkpoint = run_dir / "checkpoint"
@@ -132,6 +155,9 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
     for path in pictures:
         if path.suffix == ".png":
             tracker.figure(path.stem, path)
+    if genome is not None:
+        tracker.table("levels", *levels_table(database.space, genome))
+        tracker.table("switches", *switches_table(records, database.space))
     files = [run_dir / name for name in ("genome.json", "genome.txt", "result.json") if (run_dir / name).exists()]
     tracker.artifact(f"genome-{database.fingerprint}", "genome", files)
     if rows:

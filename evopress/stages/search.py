@@ -8,8 +8,9 @@ from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import measure_held_out
-from evopress.progress import duration
-from evopress.reporting.records import append_record, read_json, truncate_records, write_genome, write_json
+from evopress.reporting.live import LiveSearch
+from evopress.reporting.metrics import SearchMetrics
+from evopress.reporting.records import append_record, read_json, read_records, truncate_records, write_genome, write_json
 from evopress.reporting.tracker import Tracker
 from evopress.search.evolution import Evolution, SearchSettings, run_search
 from evopress.search.record import GenerationRecord
@@ -53,9 +54,10 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
             "search: %d generations, λ = %d, %.3g million candidate tokens in all",
             settings.generations,
             settings.num_offspring,
-            search_cost(workspace.settings.search) / 1e6,
+            search_cost(settings) / 1e6,
         )
         fitness = make_fitness(workspace, workspace.rng["minibatch"])
+        numbers = SearchMetrics(database.space, read_records(metrics))
         started = time.monotonic()
 
         def finish_generation(record: GenerationRecord) -> None:
@@ -75,11 +77,12 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
                     "seconds": seconds,
                 },
             )
-            tracker.log(_metrics(entry), generation=record.generation)
-            _say(entry, settings.generations, seconds - seconds_before, first=first)
+            shown = numbers.add(entry)
+            tracker.log(shown, generation=record.generation)
+            live.show(entry, shown)
 
-        first = evolution.generation
-        run_search(evolution, fitness, on_generation=finish_generation)
+        with LiveSearch(settings.generations, len(settings.stages), run_dir=run_dir) as live:
+            run_search(evolution, live.watching(fitness), on_generation=finish_generation)
     write_genome(
         run_dir / "genome.json",
         run_dir / "genome.txt",
@@ -118,34 +121,3 @@ def _held_out(workspace: Workspace, genome: Genome) -> dict[str, Any]:
         chunk_tokens=fitness.chunk_tokens,
     )[0]
     return {"kl": score.kl, "perplexity": {name: score.perplexity}, "top1_agreement": score.top1_agreement}
-
-
-def _metrics(entry: dict[str, Any]) -> dict[str, float]:
-    """Pick what a tracker draws out of a record."""
-    numbers = {
-        "fitness": entry["fitness"],
-        "parent_fitness": entry["parent_fitness"],
-        "accepted": float(entry["accepted"]),
-        "tokens": entry["tokens"],
-        "evaluations": entry["evaluations"],
-        "seconds": entry["seconds"],
-        "cost": entry["cost"],
-    }
-    held_out = entry.get("held_out", {})
-    numbers |= {f"held_out/{key}": held_out.get(key) for key in ("kl", "top1_agreement")}
-    numbers |= {f"held_out/ppl_{name}": value for name, value in held_out.get("perplexity", {}).items()}
-    return {key: value for key, value in numbers.items() if value is not None}
-
-
-def _say(entry: dict[str, Any], generations: int, seconds: float, *, first: int) -> None:
-    """Log one line about a generation, with the time that is left."""
-    generation = entry["generation"]
-    done = generation - first + 1
-    parts = [f"generation {generation:>3} of {generations}"]
-    if entry["fitness"] is not None:
-        parts.append(f"fitness {entry['fitness']:.4f}" + (" (new)" if entry["accepted"] else ""))
-    if "held_out" in entry:
-        parts.append(f"held-out KL {entry['held_out']['kl']:.4f}")
-    if done and generation < generations:
-        parts.append(f"{duration(seconds / done * (generations - generation))} left")
-    logger.info("%s", ", ".join(parts))

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from evopress import config as configuration
 from evopress.errors import EvoPressError
-from evopress.settings import QuantSettings, RunSettings
+from evopress.settings import QuantSettings, RunSettings, SearchConfig
 from evopress.stages import checks
 from experiments.sweeps import expected_jobs
 
@@ -126,13 +126,17 @@ def test_smaller_scales_keep_the_shape(row: str, scale: str, settings: Callable[
     else:
         assert search.generations is not None
         assert 1 <= search.generations < paper.search.generations
-        assert checks.search_cost(search) < checks.search_cost(paper.search)
+        assert cost(search) < cost(paper.search)
     checks.search_settings(search)  # raises unless the survivors descend to 1 from at most λ
     checks.check_tokens(result)
 
 
+def cost(config: SearchConfig) -> int:
+    return checks.search_cost(checks.search_settings(config))
+
+
 def test_scales_are_ordered_by_cost(settings: Callable[..., RunSettings]) -> None:
-    mini, small, paper = (checks.search_cost(settings(f"scale={scale}").search) for scale in ("mini", "small", "paper"))
+    mini, small, paper = (cost(settings(f"scale={scale}").search) for scale in ("mini", "small", "paper"))
     assert mini < small < paper
     # DESIGN section 1: the quantization row is 177 million tokens.
     generation = 128 * 2048 + 16 * 16384 + (4 + 1) * 131072

@@ -1,0 +1,117 @@
+"""Exhaustive search: the optimum itself, for spaces that are small enough to measure every genome (paper, Figure 1).
+
+Genomes that cost exactly the budget are all that is looked at: where every unit of a kind costs the same, as in depth pruning, no
+other genome meets the budget without wasting part of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from evopress.errors import EvoPressError
+from evopress.progress import track
+from evopress.units import Budget, Genome, Space
+
+logger = logging.getLogger(__name__)
+
+_Ways = dict[str, dict[int, int]]
+"""Part of the budget to total cost to the number of ways in which the units of that part can cost it."""
+
+
+def count_genomes(space: Space, budget: Budget) -> int:
+    """Count the genomes that cost exactly the budget, and on each kind exactly what its split says, without listing them."""
+    parts, targets = _parts(space, budget)
+    ways = _ways(space, parts, targets)[0]
+    return math.prod(ways[part].get(target, 0) for part, target in targets.items())
+
+
+def all_genomes(space: Space, budget: Budget) -> Iterator[Genome]:
+    """List what `count_genomes` counts, in lexicographic order: neighbours share long prefixes, which are evaluated once."""
+    parts, targets = _parts(space, budget)
+    ways = _ways(space, parts, targets)
+
+    def complete(genome: Genome, left: dict[str, int]) -> Iterator[Genome]:
+        """List the completions of a genome's first levels that spend what is left; it has at least one."""
+        if len(genome) == len(space):
+            yield genome
+            return
+        part = parts[len(genome)]
+        possible = ways[len(genome) + 1][part]
+        for level, option in enumerate(space.units[len(genome)].levels):
+            if (rest := left[part] - option.cost) in possible:
+                yield from complete((*genome, level), left | {part: rest})
+
+    if all(target in ways[0][part] for part, target in targets.items()):
+        yield from complete((), targets)
+
+
+def exhaustive(
+    space: Space,
+    budget: Budget,
+    fitness_of: Callable[[Sequence[Genome]], Sequence[float]],
+    *,
+    limit: int,
+    batch: int,
+    known: Mapping[Genome, float] | None = None,
+    on_batch: Callable[[dict[Genome, float]], None] | None = None,
+) -> tuple[Genome, list[tuple[Genome, float]]]:
+    """Measure every genome that costs exactly the budget and return the fittest, with all of them in lexicographic order.
+
+    Args:
+        fitness_of: scores genomes, on the same tokens at every call; lower is better, NaN counts as infinite.
+        limit: most genomes to accept (`baselines.exhaustive_limit`).
+        batch: genomes per call of `fitness_of`.
+        known: fitnesses measured earlier, which are not measured again.
+        on_batch: gets the genomes of each call with their fitnesses, to store them.
+
+    Raises: EvoPressError, before anything is measured, if the genomes are more than the limit, or none; and if none is finite.
+    """
+    count = count_genomes(space, budget)
+    if count > limit:
+        raise EvoPressError(
+            f"an exhaustive search would measure {count:,} genomes, more than baselines.exhaustive_limit={limit}: "
+            "raise the limit, use larger units (granularity), or leave exhaustive out of the baselines"
+        )
+    if not count:
+        raise EvoPressError(
+            f"none of the {len(space)} units' genomes costs exactly the budget {budget.total} "
+            f"({budget.target:g} {budget.measure}): choose another target, or leave exhaustive out of the baselines"
+        )
+    genomes = list(all_genomes(space, budget))
+    known = known or {}
+    fitnesses = {genome: known[genome] for genome in genomes if genome in known}
+    open_genomes = [genome for genome in genomes if genome not in fitnesses]
+    logger.info("exhaustive search: %d genomes, %d of them measured already", count, len(fitnesses))
+    for start in track(range(0, len(open_genomes), batch), f"exhaustive search, batches of {batch}"):
+        part = open_genomes[start : start + batch]
+        measured = dict(zip(part, map(float, fitness_of(part)), strict=True))
+        fitnesses |= measured
+        if on_batch is not None:
+            on_batch(measured)
+    best = min(genomes, key=lambda genome: math.inf if math.isnan(fitnesses[genome]) else fitnesses[genome])
+    if not math.isfinite(fitnesses[best]):
+        raise EvoPressError(
+            f"none of the {count:,} genomes has a finite fitness: look at the model's outputs or choose another target"
+        )
+    return best, [(genome, fitnesses[genome]) for genome in genomes]
+
+
+def _parts(space: Space, budget: Budget) -> tuple[list[str], dict[str, int]]:
+    """Return the part of the budget that each unit spends from, and each part's total; "" is what the split leaves over."""
+    split = dict(budget.split)
+    return [unit.kind if unit.kind in split else "" for unit in space.units], split | {"": budget.total - sum(split.values())}
+
+
+def _ways(space: Space, parts: Sequence[str], targets: Mapping[str, int]) -> list[_Ways]:
+    """Return, for every i, in how many ways the units from i on can spend what they may of each part."""
+    ways: list[_Ways] = [{part: {0: 1} for part in targets}]
+    for unit, part in zip(reversed(space.units), reversed(parts), strict=True):
+        sums: dict[int, int] = {}
+        for cost, number in ways[-1][part].items():
+            for level in unit.levels:
+                if (total := cost + level.cost) <= targets[part]:
+                    sums[total] = sums.get(total, 0) + number
+        ways.append(ways[-1] | {part: sums})
+    return ways[::-1]

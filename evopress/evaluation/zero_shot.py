@@ -1,0 +1,326 @@
+"""Zero-shot accuracy through lm-eval, on the live model at several genomes (paper section 4, Tables 2, 3, 14 to 16).
+
+The paper does not say which accuracy it reports; its numbers are lm-eval's plain `acc` for all five tasks, not the length-normalised
+`acc_norm` (dense Mistral-7B-v0.3 has 60.9 on HellaSwag in Table 2, where `acc_norm` is above 80). So `acc` it is, here too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import math
+import random
+import re
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from evopress.errors import EvoPressError
+from evopress.levels.live import Live
+from evopress.models import attention
+from evopress.models.blocks import BlockModel
+from evopress.progress import track
+from evopress.units import Genome
+
+logger = logging.getLogger(__name__)
+
+PAPER_TASKS = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande")
+_LOCAL = "_local"
+_NOISY = ("lm_eval", "datasets", "evaluate", "huggingface_hub", "httpx", "httpx2", "urllib3", "fsspec")
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A genome's answers to one task."""
+
+    correct: tuple[bool, ...]
+    """Of each question, in the task's order: whether the likeliest answer is the right one."""
+
+    @property
+    def num_questions(self) -> int:
+        return len(self.correct)
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the accuracy, as lm-eval computes it; NaN for a single question."""
+        n, p = len(self.correct), self.accuracy
+        return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """A genome's answers to all tasks."""
+
+    tasks: Mapping[str, TaskScore]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the tasks' accuracies, each task counting the same (the paper's "Avg")."""
+        return sum(score.accuracy for score in self.tasks.values()) / len(self.tasks)
+
+    @property
+    def mean_stderr(self) -> float:
+        """Standard error of the mean, from those of the tasks."""
+        return math.sqrt(sum(score.stderr**2 for score in self.tasks.values())) / len(self.tasks)
+
+    def flip_rates(self, dense: ZeroShot) -> dict[str, float]:
+        """Return, by task, the share of questions whose answer was right and is now wrong, or was wrong and is now right.
+
+        Source: "Accuracy is Not All You Need" (arXiv:2407.09141): answers change both ways, which the accuracy does not show.
+        """
+        return {
+            task: sum(a != b for a, b in zip(score.correct, dense.tasks[task].correct, strict=True)) / score.num_questions
+            for task, score in self.tasks.items()
+        }
+
+    def as_row(self, dense: ZeroShot | None) -> dict[str, Any]:
+        """Return what a row of `result.json` says, flips against the dense model only where that is another."""
+        row: dict[str, Any] = {
+            "zero_shot": {task: score.accuracy for task, score in self.tasks.items()},
+            "zero_shot_stderr": {task: score.stderr for task, score in self.tasks.items()},
+            "zero_shot_questions": {task: score.num_questions for task, score in self.tasks.items()},
+            "zero_shot_mean": self.mean,
+            "zero_shot_mean_stderr": self.mean_stderr,
+        }
+        if dense is not None and dense is not self:
+            flips = self.flip_rates(dense)
+            row |= {"flip_rate": sum(flips.values()) / len(flips), "flip_rate_by_task": flips}
+        return row
+
+
+def check_tasks(tasks: Sequence[str], *, tasks_path: str | None = None) -> None:
+    """Load tasks and their questions once, so that what is missing shows before any model work; see `load_tasks`."""
+    load_tasks(tasks, tasks_path=tasks_path)
+
+
+def load_tasks(tasks: Sequence[str], *, tasks_path: str | None = None) -> dict[str, Any]:
+    """Return lm-eval's tasks by the names asked for, their questions loaded.
+
+    Args:
+        tasks: lm-eval's names of multiple-choice tasks. Local ones may be named without their ending "_local".
+        tasks_path: folder that the tasks are read from: lm-eval's task files, in it or below, whose data files are given relative
+            to the folder, as `lm_eval --include_path` run in there wants them; None: lm-eval's own tasks, whose questions come
+            from the hub.
+
+    Raises: EvoPressError if lm-eval is not installed, the folder or a task does not exist, a task is not one of choices scored by
+        accuracy, or its questions cannot be read.
+    """
+    root = None if tasks_path is None else Path(tasks_path).expanduser().resolve()
+    if root is not None and not root.is_dir():
+        raise EvoPressError(f"evaluation.tasks_path={tasks_path} is no folder: give one with lm-eval task files (.yaml)")
+    with _undisturbed(), contextlib.chdir(root or Path.cwd()):
+        try:
+            import lm_eval
+            import lm_eval.models.huggingface
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise EvoPressError(f"evaluation.tasks needs lm-eval ({error}): run `pip install 'lm-eval[hf]'`") from error
+        own = Path(lm_eval.__file__).parent / "tasks"
+        folders = [root] if root is not None else sorted({path.parent for path in _task_files(own, tasks).values()})
+        manager = TaskManager(include_path=folders, include_defaults=False)
+        names = {task: f"{task}{_LOCAL}" if root and task not in manager.all_subtasks else task for task in tasks}
+        loaded = {}
+        for task, name in names.items():
+            if name not in manager.all_subtasks:  # local ones, or gone since `_task_files` looked
+                known = ", ".join(manager.all_subtasks) or "none"
+                raise EvoPressError(f"evaluation.tasks has {task!r}, which is not among the task files in {root or own}: it has {known}")
+            try:
+                loaded[task] = manager.load([name])["tasks"][name]
+            except Exception as error:  # of datasets, the hub's client, the template, the YAML
+                source = f"the folder {root}" if root else "the hub"
+                way_out = "check its task and data files" if root else "check the network, or give evaluation.tasks_path=FOLDER"
+                raise EvoPressError(
+                    f"the questions of task {task!r} cannot be loaded from {source} ({_reason(error)}): {way_out}"
+                ) from error
+            if not _counts_right_answers(loaded[task]):
+                raise EvoPressError(
+                    f"evaluation.tasks has {task!r}, which is not a multiple-choice task with the metric acc: leave it out"
+                )
+    return loaded
+
+
+def measure_zero_shot(
+    live: Live,
+    tokenizer: PreTrainedTokenizerBase,
+    genomes: Mapping[str, Genome | None],
+    tasks: Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, ZeroShot]:
+    """Let the model answer tasks at named genomes (None: the dense model), all of them the same questions.
+
+    The numbers are those of `lm_eval --model hf` on the exported checkpoint with the same tasks, limit and batch size: prompts,
+    tokenization, batches and attention are the same.
+
+    Args:
+        live: a model that can be held at a genome; it is the dense one again afterwards.
+        tasks: as `load_tasks` returns them.
+        limit: the first questions of each task only; None: all.
+        batch_size: sequences per forward.
+
+    Raises: EvoPressError if a batch does not fit the device.
+    """
+    counts = [min(len(task.eval_docs), limit or len(task.eval_docs)) for task in tasks.values()]
+    questions = sum(counts)
+    logger.info("zero-shot: %d models on %d questions of %s", len(genomes), questions, ", ".join(tasks))
+    scores = {}
+    # Made before lm-eval is silenced: a progress line keeps the stream that it starts with.
+    progress = _Progress(len(genomes) * questions, "zero-shot")
+    with contextlib.closing(progress), _undisturbed(), _transformers_attention(live.blocks.model):
+        lm = _harness(live.blocks, tokenizer, batch_size)
+        for done, (name, genome) in enumerate(genomes.items()):
+            lm.on_share = lambda share, done=done: progress.move_to(int((done + share) * questions))
+            try:
+                with live.applied(genome):
+                    scores[name] = _answers(lm, tasks, limit)
+            except torch.OutOfMemoryError as error:
+                raise EvoPressError(
+                    f"evaluation.task_batch_size={batch_size} sequences do not fit the memory of {live.blocks.device}: lower it"
+                ) from error
+    return scores
+
+
+def _answers(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> ZeroShot:
+    """Ask a model that is held at a genome."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.evaluator import evaluate
+
+    for task in tasks.values():
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # anew each time: the same examples for all genomes, where a task has any
+    # No bootstrap: the standard error of an accuracy is known.
+    results = evaluate(lm, {"tasks": {task.task_name: task for task in tasks.values()}}, limit=limit, bootstrap_iters=0)
+    assert results is not None
+    scores = {}
+    for name, task in tasks.items():
+        samples = sorted(results["samples"][task.task_name], key=lambda sample: sample["doc_id"])
+        scores[name] = TaskScore(tuple(bool(sample["acc"]) for sample in samples))
+    return ZeroShot(scores)
+
+
+def _harness(blocks: BlockModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    """Return lm-eval's adapter of transformers models around a live model."""
+    from lm_eval.models.huggingface import HFLM
+
+    class LiveLM(HFLM):  # type: ignore[misc, unused-ignore]
+        """Computes the logits of a model that may be larger than its device, and tells how far it is."""
+
+        on_share: Callable[[float], None]
+        """Called with the share of the requests that are answered, in [0, 1]."""
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            self._done, self._num_requests = 0, len(requests)
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        @torch.no_grad()
+        def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+            self._done += len(inps)
+            self.on_share(min(self._done / self._num_requests, 1.0))
+            if not blocks.offload:
+                logits: Tensor = self.model(inps, use_cache=False).logits
+                return logits
+            hidden = blocks.embed(inps)
+            for index in range(len(blocks.blocks)):
+                with blocks.on_device(index):
+                    hidden = blocks.run(index, hidden)
+            return blocks.head().logits(blocks.finish(hidden))
+
+    # lm-eval gives the tokenizer a padding token, which must not get into the exported one.
+    return LiveLM(pretrained=blocks.model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+
+
+@contextlib.contextmanager
+def _transformers_attention(model: Any) -> Iterator[None]:
+    """Let a model that attends by our own `causal_chunks` do it as transformers does by default, as lm-eval alone would.
+
+    The two differ by rounding, which in bfloat16 is enough to turn an answer.
+    """
+    ours = model.config._attn_implementation == attention.NAME
+    if ours:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if ours:
+            model.set_attn_implementation(attention.NAME)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep lm-eval's output away from the terminal, and its seeds away from the global generators."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [noisy.level for noisy in loggers]
+    state, legacy_state = random.getstate(), np.random.get_state()
+    try:
+        for noisy in loggers:
+            noisy.setLevel(logging.ERROR)
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(legacy_state)
+        for noisy, level in zip(loggers, levels, strict=True):
+            noisy.setLevel(level)
+
+
+class _Progress:
+    """How many of all questions are answered."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self._items = cast(Generator[int], track(range(total), what))
+        self._at = -1
+        self.move_to(0)
+
+    def move_to(self, position: int) -> None:
+        while self._at < position and next(self._items, None) is not None:
+            self._at += 1
+
+    def close(self) -> None:
+        self._items.close()
+
+
+def _task_files(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
+    """Find tasks among lm-eval's own by the line that names them: its index of 15,000 files takes half a minute to build.
+
+    Raises: EvoPressError for a task that does not exist.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        if name := re.search(rb"^task:[ \t]*[\"']?([^\s\"'#]+)", path.read_bytes(), re.MULTILINE):
+            found.setdefault(name[1].decode(), path)
+    for task in tasks:
+        if task not in found:
+            near = get_close_matches(task, found) or list(PAPER_TASKS)
+            raise EvoPressError(f"evaluation.tasks has {task!r}, which is no task of lm-eval: did you mean {' or '.join(near)}?")
+    return {task: found[task] for task in tasks}
+
+
+def _counts_right_answers(task: Any) -> bool:
+    config = task.config
+    metrics = [entry["metric"] for entry in config.metric_list or [{"metric": "acc"}]]
+    return config.output_type == "multiple_choice" and config.process_results is None and "acc" in metrics
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200].rstrip('. ')}" if lines else type(error).__name__

@@ -1,0 +1,177 @@
+"""Depth pruning: attention and MLP modules, whole blocks or pairs of blocks are dropped (paper section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from evopress.errors import EvoPressError
+from evopress.levels.modules import ATTENTION, BLOCK, DROP, KEEP, MLP, PAIR, dropped_modules
+from evopress.models.blocks import BlockShape
+from evopress.settings import DropSettings, RunSettings
+from evopress.units import Budget, Genome, Level, Space, Unit
+
+_Place = tuple[str, int, str, int]
+"""Name, first block, kind and number of weights of a unit."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """See `Method`. Every unit costs 1 where it is kept, so the budget counts units."""
+
+    settings: DropSettings
+    sparsity: float
+    exchange: str
+    """The search's: it must not trade attention for MLP modules where as many of each are to go."""
+    scale: float = 1.0
+    """Factor on the generations that theory gives."""
+
+    @classmethod
+    def of(cls, run: RunSettings) -> Drop:
+        """Take the method out of a run's settings; raise EvoPressError without a target."""
+        if run.sparsity is None:
+            raise EvoPressError("method drop needs a target: give sparsity=0.25, the share of blocks to drop")
+        return cls(run.method, run.sparsity, run.search.exchange, run.scale.depth_generations)
+
+    def check(self, *, searching: bool) -> None:
+        """Refuse a sparsity outside (0, 1), and exchanges that cannot keep what the method promises."""
+        if not 0.0 < self.sparsity < 1.0:
+            raise EvoPressError(f"sparsity={self.sparsity:g} is out of range: expected a share of blocks in (0, 1), such as 0.25")
+        if not searching or self.settings.granularity != "module":
+            return
+        if self.settings.balanced and self.exchange != "name":
+            raise EvoPressError(
+                f"search.exchange={self.exchange} would trade attention for MLP modules: use search.exchange=name, or allow it "
+                "with method.balanced=false"
+            )
+        if not self.settings.balanced and self.exchange in ("name", "size"):
+            raise EvoPressError(
+                f"method.balanced=false lets attention and MLP modules be traded, which search.exchange={self.exchange} does not: "
+                "use search.exchange=any"
+            )
+
+    @property
+    def target_is_level(self) -> bool:
+        """Some units are kept and some are dropped."""
+        return False
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what decides the space beside the model."""
+        return {"granularity": self.settings.granularity, "exclude": [str(name) for name in self.settings.exclude]}
+
+    def space(self, blocks: Sequence[BlockShape], *, dtype_bits: int) -> Space:
+        """Return all units; those that are excluded have one level.
+
+        Raises: EvoPressError if the target drops no block or all, pairs come out odd, an excluded name does not exist, or too few
+            units are left.
+        """
+        count = len(blocks)
+        num_dropped = self.num_dropped(count)
+        if not 0 < num_dropped < count:
+            raise EvoPressError(
+                f"sparsity={self.sparsity:g} drops {num_dropped} of {count} blocks, expected 1 to {count - 1}: give "
+                f"a share of at least {math.ceil(1e4 / count) / 1e4:g} and below 1"
+            )
+        if self.settings.granularity == "pair" and (count % 2 or num_dropped % 2):
+            what = f"the model has {count}" if count % 2 else f"sparsity={self.sparsity:g} drops {num_dropped} of {count}"
+            raise EvoPressError(
+                f"{what} blocks, an odd number, and method.granularity=pair drops two at a time: use method.granularity=block or "
+                "another sparsity"
+            )
+        places = self._places(blocks)
+        excluded = self._excluded(places, count)
+        units = []
+        for name, block, kind, size in places:
+            bits = size * dtype_bits
+            keep = Level(label=KEEP, cost=1, key=KEEP, stored_bits=bits)
+            levels = (keep,) if name in excluded else (keep, Level(label=DROP, cost=0, key=DROP, stored_bits=0))
+            units.append(Unit(name=name, block=block, kind=kind, size=size, levels=levels))
+        space = Space(method="drop", units=tuple(units))
+        budget = self.budget(space)
+        for kind, kept in budget.split or (("", budget.total),):
+            members = [unit for unit in units if kind in ("", unit.kind)]
+            free = sum(len(unit.levels) > 1 for unit in members)
+            if free < len(members) - kept:
+                raise EvoPressError(
+                    f"method.exclude leaves {free} {kind or self.settings.granularity} units to drop, but sparsity="
+                    f"{self.sparsity:g} drops {len(members) - kept}: exclude fewer or lower the sparsity"
+                )
+        return space
+
+    @property
+    def _width(self) -> int:
+        """Blocks in a unit that is a block or more."""
+        return 2 if self.settings.granularity == "pair" else 1
+
+    def num_dropped(self, num_blocks: int) -> int:
+        """Return how many of so many blocks' attention modules, and MLPs, are dropped: the target, rounded down."""
+        return math.floor(self.sparsity * num_blocks + 1e-9)
+
+    def budget(self, space: Space) -> Budget:
+        """Return the units that are kept, of each kind the same number where attention and MLP are dropped equally."""
+        kinds = Counter(unit.kind for unit in space.units)
+        dropped = self.num_dropped(_num_modules(space) // 2) // self._width
+        split = tuple((kind, count - dropped) for kind, count in kinds.items())
+        total = sum(part for _, part in split)
+        fixed = split if len(split) > 1 and self.settings.balanced else ()
+        return Budget(total=total, target=self.sparsity, measure="depth sparsity", split=fixed)
+
+    def generations(self, space: Space) -> int:
+        """Return k(n - k) / 1.5 times the scale, for k of n units of a kind that are dropped (paper appendix C, Table 8)."""
+        kinds = Counter(unit.kind for unit in space.units)
+        n = max(kinds.values())
+        k = n - self.budget(space).total // len(kinds)
+        return max(math.ceil(k * (n - k) / 1.5 * self.scale - 1e-9), 1)
+
+    def uniform_name(self, level: Level) -> str:
+        """No such row is shown."""
+        return f"uniform_{level.key}"
+
+    def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
+        """Return the share of attention and MLP modules that are dropped, and their number."""
+        dropped = len(dropped_modules(space, genome))
+        return {"sparsity": dropped / _num_modules(space), "modules_dropped": dropped}
+
+    def dense_costs(self, bits: int) -> dict[str, Any]:
+        """Return sparsity 0."""
+        return {"sparsity": 0.0, "modules_dropped": 0}
+
+    def _places(self, blocks: Sequence[BlockShape]) -> list[_Place]:
+        """Return name, block, kind and number of weights of every unit."""
+        if self.settings.granularity == "block":
+            return [(shape.name, index, BLOCK, shape.size) for index, shape in enumerate(blocks)]
+        if self.settings.granularity == "pair":
+            return [(f"{blocks[i].name}-{i + 1}", i, PAIR, blocks[i].size + blocks[i + 1].size) for i in range(0, len(blocks), 2)]
+        return [
+            place
+            for index, shape in enumerate(blocks)
+            for place in (
+                (f"{shape.name}.attention", index, ATTENTION, shape.attention),
+                (f"{shape.name}.mlp", index, MLP, shape.mlp),
+            )
+        ]
+
+    def _excluded(self, places: Sequence[_Place], num_blocks: int) -> set[str]:
+        """Return the names of the units that `method.exclude` means."""
+        names = [name for name, *_ in places]
+        excluded: set[str] = set()
+        for entry in self.settings.exclude:
+            if str(entry).isdigit():
+                found = {name for name, block, *_ in places if block <= int(entry) < block + self._width}
+            else:
+                found = {name for name in names if fnmatchcase(name, str(entry))}
+            if not found:
+                raise EvoPressError(
+                    f"method.exclude has {entry!r}, which is no unit of this model: give numbers of blocks from 0 to "
+                    f"{num_blocks - 1}, or names such as {names[0]}, wildcards included"
+                )
+            excluded |= found
+        return excluded
+
+
+def _num_modules(space: Space) -> int:
+    return sum({ATTENTION: 1, MLP: 1, BLOCK: 2, PAIR: 4}[unit.kind] for unit in space.units)

@@ -1,0 +1,99 @@
+"""What the figures share: colours for any eyes, line styles by name, open frames, files that are the same for the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito: eight colours that people with any colour vision tell apart (without yellow, too pale for lines).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+STYLES = ("-", "--", "-.", ":", "--", "-.", ":")
+MARKERS = "osD^vPX"
+_FIXED = {"evopress": 0, "dp": 1, "best_of": 2}
+
+
+def styles(names: Iterable[str]) -> dict[str, int]:
+    """Give each genome a colour, line and marker by index; a name has the same ones in every figure."""
+    others = [index for index in range(len(COLOURS)) if index not in _FIXED.values()]
+    looks: dict[str, int] = {}
+    count = 0
+    for name in names:
+        fixed = next((index for start, index in _FIXED.items() if name.startswith(start)), None)
+        looks[name] = others[count % len(others)] if fixed is None else fixed
+        count += fixed is None
+    return looks
+
+
+class Curves:
+    """Draw curves over one x axis, skipping what was not recorded."""
+
+    def __init__(self, axis: Axes, xs: Sequence[float | None]) -> None:
+        self.axis = axis
+        self.xs = xs
+        self.seen: list[float] = []
+
+    def add(self, values: Sequence[float | None], label: str, **style: Any) -> None:
+        points = [(x, y) for x, y in zip(self.xs, values, strict=True) if x is not None and y is not None]
+        if points:
+            if len(points) == 1:
+                style.setdefault("marker", "o")
+            self.axis.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
+            self.seen += [y for _, y in points]
+
+
+def show_tokens(value: float, _: int | None = None) -> str:
+    """Show a count of tokens in thousands, millions or billions."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def time_unit(most: float) -> tuple[float, str]:
+    """Return the unit, in seconds, and its name in which times up to so many seconds are read most easily."""
+    return next(((size, name) for size, name in ((3600.0, "hours"), (60.0, "minutes")) if most >= 3 * size), (1.0, "seconds"))
+
+
+def log_scale(axis: Axes) -> None:
+    """Make the y axis logarithmic, its ticks ordinary numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def open_frame(axis: Axes) -> None:
+    """Take the box away and draw faint lines to read values by."""
+    axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure of its own canvas (inches); pyplot and its global state stay out of it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and SVG and return their paths; the same data give the same bytes."""
+    from matplotlib import rc_context
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    with rc_context({"svg.hashsalt": name}):
+        figure.savefig(paths[0], dpi=150, metadata={"Software": None})
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths

@@ -1,0 +1,118 @@
+"""Show a search as it goes: one line that is rewritten in a terminal, a plain line per generation elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO, TypeVar, cast
+
+from evopress.progress import StatusLine, duration, on_terminal
+from evopress.reporting.sweep import job_name
+from evopress.reporting.tables import number, significant
+from evopress.units import Genome
+
+logger = logging.getLogger(__name__)
+
+_WINDOW = 10
+"""Generations that the time left is judged by."""
+_BAR = 10
+
+
+Fitness = TypeVar("Fitness", bound=Callable[..., Any])
+"""What a search asks: `fitness(genomes, tokens=n)` returns a number for each."""
+
+
+class LiveSearch:
+    """Follow a search; a context manager, so that the terminal is left clean however it ends.
+
+    Args:
+        generations: how many there will be.
+        num_stages: stages of selection in each.
+        run_dir: in a sweep the job's name is put in front of every line.
+        stream: where the line is drawn if it is a terminal; None: standard output.
+    """
+
+    def __init__(self, generations: int, num_stages: int, *, run_dir: Path, stream: TextIO | None = None) -> None:
+        stream = stream or sys.stdout
+        name = job_name(run_dir)
+        self._prefix = f"[{name}] " if name else ""
+        self._generations, self._num_stages = generations, num_stages
+        self._line = StatusLine(stream) if on_terminal(stream) else None
+        self._seconds: deque[float] = deque(maxlen=_WINDOW)
+        self._held_out: Mapping[str, Any] = {}
+        self._stage = 0
+
+    def __enter__(self) -> LiveSearch:
+        if self._line is not None:
+            self._line.__enter__()
+            self._line.show(f"{self._prefix}search: {self._generations} generations")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._line is not None:
+            self._line.__exit__(kind, error, traceback)
+
+    def watching(self, fitness: Fitness) -> Fitness:
+        """Return the same fitness; the line says which stage it is asked for."""
+
+        def watched(genomes: Sequence[Genome], *, tokens: int) -> Any:
+            if self._line is not None:
+                self._stage += 1
+                self._line.show(detail=f"stage {self._stage}/{self._num_stages}: {len(genomes)} x {tokens:,} tokens")
+            return fitness(genomes, tokens=tokens)
+
+        return cast(Fitness, watched)
+
+    def show(self, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Show a finished generation.
+
+        Args:
+            record: its record in `metrics.jsonl`.
+            metrics: what `SearchMetrics` makes of it.
+        """
+        self._stage = 0
+        if metrics.get("generation_seconds", 0.0) > 0 and (record["generation"] > 0 or not self._seconds):
+            if record["generation"] == 1:
+                self._seconds.clear()  # generation 0 only chose where to start
+            self._seconds.append(metrics["generation_seconds"])
+        held_out = record.get("held_out") or {}
+        self._held_out = held_out or self._held_out
+        logger.info("%s%s", self._prefix, self._plain(record, metrics, held_out), extra={"live": self._line is not None})
+        if self._line is not None:
+            self._line.show(f"{self._prefix}{self._short(record, metrics)}", detail="")
+
+    def _plain(self, record: Mapping[str, Any], metrics: Mapping[str, float], held_out: Mapping[str, Any]) -> str:
+        width = len(str(self._generations))
+        parts = [f"generation {record['generation']:>{width}} of {self._generations}"]
+        return ", ".join([*parts, *self._numbers(record, metrics, held_out), *self._left(record)])
+
+    def _short(self, record: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
+        """Say the same with the time left in front, where a narrow terminal still shows it, and the last held-out measures."""
+        done = round(_BAR * record["generation"] / max(self._generations, 1))
+        parts = [f"|{'#' * done}{'-' * (_BAR - done)}| {record['generation']}/{self._generations}"]
+        return ", ".join([*parts, *self._left(record), *self._numbers(record, metrics, self._held_out)])
+
+    def _numbers(self, record: Mapping[str, Any], metrics: Mapping[str, float], held_out: Mapping[str, Any]) -> list[str]:
+        parts = []
+        if "fitness" in metrics:
+            parts.append(f"fitness {significant(metrics['fitness'])}{' (new)' if record.get('accepted') else ''}")
+        if (kl := number(held_out.get("kl"))) is not None:
+            parts.append(f"held-out KL {significant(kl)}")
+        perplexities = (number(value) for value in (held_out.get("perplexity") or {}).values())
+        parts += [f"perplexity {significant(value)}" for value in perplexities if value is not None]
+        if "acceptance_rate" in metrics:
+            parts.append(f"accepted {metrics['acceptance_rate']:.0%}")
+        if "tokens_per_second" in metrics:
+            parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        return parts
+
+    def _left(self, record: Mapping[str, Any]) -> list[str]:
+        """Say how long it will still take, if anything is left."""
+        remaining = self._generations - record["generation"]
+        if not self._seconds or remaining <= 0:
+            return []
+        return [f"{duration(sum(self._seconds) / len(self._seconds) * remaining)} left"]

@@ -1,0 +1,126 @@
+"""What a tracker is told of a run: every metric's name, and how its value comes from the records. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from evopress.reporting.figures import averages, measure, measure_name, measured_size
+from evopress.reporting.tables import number
+from evopress.units import Genome, Space
+
+AXES = ("generation", "tokens", "seconds")
+"""What the metrics are drawn against."""
+
+Record = Mapping[str, Any]
+
+
+class SearchMetrics:
+    """Turn the records of a search into numbers, generation by generation.
+
+    `fitness`, `parent_fitness` and `gain` (the difference of the two) are on the generation's own minibatch, `held_out/*` on
+    held-out text, `stage/1/best` is the best of the first stage; `switches` counts the units that changed, `distance` those that
+    differ from the initial genome; `budget/q_proj` is the kind's average bits or sparsity; `acceptance_rate` is over all
+    generations so far.
+
+    Args:
+        space: units and levels; None leaves out what needs them.
+        earlier: records that a resumed run has already.
+    """
+
+    def __init__(self, space: Space | None = None, earlier: Iterable[Record] = ()) -> None:
+        self._space = space
+        self._initial: Sequence[int] | None = None
+        self._before: Record | None = None
+        self._tried = self._accepted = 0
+        for record in earlier:
+            self.add(record)
+
+    def add(self, record: Record) -> dict[str, float]:
+        """Return the numbers of the next record; what was not measured is left out."""
+        genome = record.get("genome") or ()
+        if self._initial is None:
+            self._initial = genome
+        if record.get("generation"):
+            self._tried += 1
+            self._accepted += bool(record.get("accepted"))
+        numbers: dict[str, Any] = {key: record.get(key) for key in ("fitness", "parent_fitness", *AXES[1:], "evaluations", "cost")}
+        numbers |= {
+            "accepted": float(bool(record.get("accepted"))),
+            "acceptance_rate": self._accepted / self._tried if self._tried else None,
+            "gain": gain(record),
+            "switches": len(record.get("switches") or ()),
+            "distance": sum(a != b for a, b in zip(self._initial, genome, strict=False)),
+            **self._speed(record),
+        }
+        for index, stage in enumerate(record.get("stages") or (), start=1):
+            numbers[f"stage/{index}/best"] = best_fitness(stage)
+        held_out = record.get("held_out") or {}
+        numbers |= {f"held_out/{key}": held_out.get(key) for key in ("kl", "top1_agreement")}
+        numbers |= {f"held_out/ppl_{name}": value for name, value in (held_out.get("perplexity") or {}).items()}
+        if self._space is not None and len(genome) == len(self._space):
+            numbers |= {f"budget/{kind}": value for kind, value in averages(self._space, tuple(genome), by="kind").items()}
+        self._before = record
+        return {key: shown for key, value in numbers.items() if (shown := number(value)) is not None}
+
+    def _speed(self, record: Record) -> dict[str, float]:
+        """Return the time since the record before, and the tokens evaluated per second in it."""
+        before: Record = self._before or {}
+        tokens, seconds = ((number(record.get(key)) or 0) - (number(before.get(key)) or 0) for key in AXES[1:])
+        return {"generation_seconds": seconds, "tokens_per_second": tokens / seconds} if seconds > 0 else {}
+
+
+def gain(record: Record) -> float | None:
+    """Return by how much a generation's winner beats its parent on the same minibatch; 0 where the parent won."""
+    fitness, parent = number(record.get("fitness")), number(record.get("parent_fitness"))
+    return None if fitness is None or parent is None else parent - fitness
+
+
+def best_fitness(stage: Mapping[str, Any]) -> float | None:
+    """Return the best fitness of one stage of a record."""
+    values = [value for each in stage.get("fitnesses") or () if (value := number(each)) is not None]
+    return min(values, default=None)
+
+
+def final_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the numbers of `result.json`: `final/evopress/kl`, `final/dp/ppl_wikitext2`.
+
+    `final/<row>/perplexity` is on the first data set, the run's own.
+    """
+    numbers: dict[str, Any] = {}
+    for row in rows:
+        name = f"final/{row.get('name')}"
+        numbers |= {f"{name}/{key}": value for key, value in row.items()}
+        perplexity = row.get("perplexity")
+        if isinstance(perplexity, Mapping) and perplexity:
+            numbers[f"{name}/perplexity"] = next(iter(perplexity.values()))
+            numbers |= {f"{name}/ppl_{data_set}": value for data_set, value in perplexity.items()}
+        zero_shot = row.get("zero_shot")
+        if isinstance(zero_shot, Mapping):
+            numbers |= {f"{name}/zero_shot_{task}": value for task, value in zero_shot.items()}
+    return {key: shown for key, value in numbers.items() if (shown := number(value)) is not None}
+
+
+def levels_table(space: Space, genome: Genome) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and rows of the table `levels`: one row per unit."""
+    rows = [
+        [
+            *(unit.name, unit.block, unit.kind, unit.levels[level].label),
+            measure(space, unit.levels[level].cost, measured_size(space, unit)),
+        ]
+        for unit, level in zip(space.units, space.check(genome), strict=True)
+    ]
+    return ["unit", "block", "kind", "level", measure_name(space)], rows
+
+
+def switches_table(records: Iterable[Record], space: Space) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and rows of the table `switches`: one row per unit of each accepted generation."""
+    rows = []
+    for record in records:
+        if not record.get("accepted"):
+            continue
+        for index, before, after in record.get("switches") or ():
+            unit = space.units[index]
+            labels = unit.levels[before].label, unit.levels[after].label
+            rows.append([record["generation"], unit.name, unit.block, unit.kind, *labels, gain(record)])
+    return ["generation", "unit", "block", "kind", "from", "to", "gain of the generation"], rows
