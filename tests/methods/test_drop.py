@@ -1,0 +1,160 @@
+"""Depth pruning as a method: what a unit is, how many go, what may be excluded, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from evopress.errors import EvoPressError
+from evopress.levels.modules import ATTENTION, MLP, dropped_modules
+from evopress.methods import make_method
+from evopress.models.blocks import BlockShape
+from evopress.search import LevelSwitch, offspring, random_mix
+from evopress.settings import DropSettings, RunSettings, ScaleSettings, SearchConfig
+
+
+def method_of(sparsity: float | None = 0.25, *, exchange: str = "name", generations: float = 1.0, **method: Any) -> Any:
+    return make_method(
+        RunSettings(
+            method=DropSettings(**method),
+            sparsity=sparsity,
+            search=SearchConfig(exchange=exchange),
+            scale=ScaleSettings(name="paper", depth_generations=generations),
+        )
+    )
+
+
+def blocks_of(count: int) -> list[BlockShape]:
+    return [BlockShape(f"model.layers.{i}", attention=100 + i, mlp=300, size=410 + i) for i in range(count)]
+
+
+def space_of(method: Any, count: int = 30) -> Any:
+    return method.space(blocks_of(count), dtype_bits=16)
+
+
+@hypothesis_settings(max_examples=80, deadline=None)
+@given(
+    count=st.integers(2, 40),
+    share=st.floats(0.0, 1.0),
+    granularity=st.sampled_from(["module", "block", "pair"]),
+    seed=st.integers(0, 99),
+)
+def test_every_genome_drops_what_the_target_says(count: int, share: float, granularity: str, seed: int) -> None:
+    """Whatever is drawn or mutated: int(sparsity x blocks) attention modules and as many MLPs."""
+    wanted = min(max(int(share * count), 1), count - 1)
+    if granularity == "pair":
+        count, wanted = 2 * count, 2 * wanted
+    method = method_of(wanted / count, granularity=granularity)
+    space = space_of(method, count)
+    budget = method.budget(space)
+    rng = np.random.default_rng(seed)
+    genome = random_mix(space, budget, rng)
+    for child in (genome, *offspring(LevelSwitch(space, budget, exchange="name"), genome, 4, rng)):
+        kinds = Counter(kind for _, kind in dropped_modules(space, child))
+        assert kinds == {ATTENTION: wanted, MLP: wanted}
+        assert budget.met_by(space, child) and space.cost(child) == budget.total
+        assert method.costs(space, child) == {"sparsity": wanted / count, "modules_dropped": 2 * wanted}
+
+
+def test_the_target_is_rounded_down_but_not_below_a_whole_number() -> None:
+    assert [method_of(s).num_dropped(30) for s in (0.125, 0.25, 0.375, 0.5)] == [3, 7, 11, 15]
+    assert method_of(0.7).num_dropped(10) == 7 and method_of(0.29).num_dropped(100) == 29  # 0.29 x 100 is 28.999999999999996
+
+
+def test_units_carry_names_sizes_and_the_bits_that_keeping_them_takes() -> None:
+    module = space_of(method_of(), 4)
+    assert [unit.name for unit in module.units[:3]] == [
+        "model.layers.0.attention",
+        "model.layers.0.mlp",
+        "model.layers.1.attention",
+    ]
+    assert [unit.size for unit in module.units[:3]] == [100, 300, 101]
+    assert [level.label for level in module.units[0].levels] == ["keep", "drop"]
+    assert module.stored_bits((1, 0) * 4) == 16 * 4 * 300
+    pair = space_of(method_of(0.5, granularity="pair"), 4)
+    assert [(unit.name, unit.block, unit.size) for unit in pair.units] == [
+        ("model.layers.0-1", 0, 821),
+        ("model.layers.2-3", 2, 825),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "granularity", "expected"),
+    [(0.25, "module", 7 * 23 / 1.5), (0.5, "block", 15 * 15 / 1.5), (0.4, "pair", 6 * 9 / 1.5)],
+)
+def test_generations_follow_theorem_1(sparsity: float, granularity: str, expected: float) -> None:
+    method = method_of(sparsity, granularity=granularity)
+    assert method.generations(space_of(method)) == math.ceil(expected)
+    half = method_of(sparsity, granularity=granularity, generations=0.5)
+    assert half.generations(space_of(half)) == math.ceil(expected / 2)
+
+
+def test_excluded_units_have_nothing_but_the_level_that_keeps_them() -> None:
+    method = method_of(exclude=[0, "29", "model.layers.1.attention", "*.2?.mlp"])
+    space = space_of(method)
+    stuck = {unit.name.removeprefix("model.layers.") for unit in space.units if len(unit.levels) == 1}
+    expected = {"0.attention", "0.mlp", "29.attention", "1.attention"} | {f"{i}.mlp" for i in range(20, 30)}
+    assert stuck == expected
+    rng, budget = np.random.default_rng(0), method.budget(space)
+    for _ in range(20):
+        genome = random_mix(space, budget, rng)
+        assert all(level == 0 for unit, level in zip(space.units, genome, strict=True) if len(unit.levels) == 1)
+        assert len(dropped_modules(space, genome)) == 14
+    assert method_of(exclude=[3]).recipe() != method_of().recipe()
+    pair = space_of(method_of(0.4, granularity="pair", exclude=[3]))
+    assert [unit.name for unit in pair.units if len(unit.levels) == 1] == ["model.layers.2-3"]
+
+
+def test_an_unbalanced_search_trades_attention_for_mlp_modules() -> None:
+    method = method_of(balanced=False, exchange="any")
+    space = space_of(method)
+    budget = method.budget(space)
+    assert budget.split == () and budget.total == 60 - 14
+    rng = np.random.default_rng(0)
+    genome = random_mix(space, budget, rng)
+    counts = set()
+    for _ in range(50):
+        (genome,) = offspring(LevelSwitch(space, budget, exchange="any"), genome, 1, rng)
+        kinds = Counter(kind for _, kind in dropped_modules(space, genome))
+        assert kinds.total() == 14
+        counts.add(kinds[ATTENTION])
+    assert len(counts) > 2
+
+
+REFUSED = {
+    "no target": ({"sparsity": None}, ["sparsity=0.25"]),
+    "nothing": ({"sparsity": 0.0}, ["sparsity=0 ", "(0, 1)"]),
+    "everything": ({"sparsity": 1.0}, ["sparsity=1 ", "(0, 1)"]),
+    "not a number": ({"sparsity": math.nan}, ["sparsity=nan"]),
+    "less than a block": ({"sparsity": 0.03}, ["drops 0 of 30 blocks", "0.0334"]),
+    "an odd number in pairs": ({"sparsity": 0.25, "granularity": "pair"}, ["7 of 30 blocks", "two at a time", "block"]),
+    "unknown granularity": ({"granularity": "head"}, ["method.granularity=head", "module, block, pair"]),
+    "an exchange of kinds": ({"exchange": "any"}, ["search.exchange=any", "search.exchange=name", "method.balanced=false"]),
+    "no exchange of kinds": ({"balanced": False}, ["method.balanced=false", "search.exchange=any"]),
+    "too few are left": ({"exclude": list(range(25))}, ["leaves 5 attention units", "drops 7", "exclude fewer"]),
+    "too few of one kind": ({"exclude": ["*.mlp"]}, ["leaves 0 mlp units"]),
+    "too few blocks": ({"exclude": list(range(25)), "granularity": "block"}, ["leaves 5 block units", "drops 7"]),
+    "a name that does not exist": ({"exclude": ["model.layers.3.moe"]}, ["'model.layers.3.moe'", "model.layers.0.attention"]),
+    "a block that does not exist": ({"exclude": [30]}, ["30", "from 0 to 29"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused(case: str) -> None:
+    arguments, parts = REFUSED[case]
+    with pytest.raises(EvoPressError) as caught:
+        space_of(method_of(**arguments))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_pairs_need_an_even_number_of_blocks() -> None:
+    with pytest.raises(EvoPressError, match="the model has 7 blocks, an odd number"):
+        space_of(method_of(0.5, granularity="pair"), 7)
