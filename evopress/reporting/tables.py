@@ -23,6 +23,7 @@ Row = Mapping[str, Any]
 _NAMES = {
     "dp": "DP",
     "evopress": "EvoPress",
+    "evopress_blocks": "EvoPress (Attn.+MLP)",
     "owl": "OWL",
     "shortgpt": "ShortGPT",
     "sliding_window": "Cosine Similarity (Window)",

@@ -291,3 +291,15 @@ def test_a_start_joins_the_initial_candidates_and_wins_if_it_is_the_fittest():
     assert run_search(evolution([best]), distance) == best
     with pytest.raises(EvoPressError, match="more than the budget"):
         evolution([(0,) * 12])
+
+
+def test_a_start_that_breaks_the_budgets_split_is_refused():
+    keep, drop = Level("keep", 1, "keep", 16), Level("drop", 0, "drop", 0)
+    units = [Unit(f"{i}.{kind}", i, kind, 4, (keep, drop)) for i in range(3) for kind in ("attention", "mlp")]
+    space = Space("drop", tuple(units))
+    budget = Budget(4, 1 / 3, "depth sparsity", split=(("attention", 2), ("mlp", 2)))
+    settings = SearchSettings(3, 2, (Stage(8, 1),), 2, 8, 1, "constant", "name")
+    rngs = {"rng_initial": np.random.default_rng(0), "rng_mutation": np.random.default_rng(1)}
+    Evolution(space, budget, settings, **rngs, starts=[(1, 0, 0, 1, 0, 0)])
+    with pytest.raises(EvoPressError, match=r"split \(2 of attention, 2 of mlp\)"):
+        Evolution(space, budget, settings, **rngs, starts=[(1, 0, 1, 0, 0, 0)])

@@ -95,3 +95,33 @@ def test_impossible_requests_are_refused(quant_space, budget_of):
         random_mix(space, budget_of(space, 1.9), np.random.default_rng(0))
     with pytest.raises(EvoPressError, match="0 random candidates"):
         random_mixes(space, budget_of(space, 2.5), num_candidates=0, rng=np.random.default_rng(0))
+
+
+def drop_space(num_blocks=8, stuck=()):
+    keep, drop = Level("keep", 1, "keep", 16), Level("drop", 0, "drop", 0)
+    units = []
+    for block in range(num_blocks):
+        for kind, size in (("attention", 3), ("mlp", 50)):
+            levels = (keep,) if (block, kind) in stuck else (keep, drop)
+            units.append(Unit(f"{block}.{kind}", block, kind, size, levels))
+    return Space("drop", tuple(units))
+
+
+def test_a_mix_keeps_the_part_of_each_kind():
+    space = drop_space(stuck={(0, "attention"), (5, "mlp")})
+    budget = Budget(11, 0.3, "depth sparsity", split=(("attention", 6), ("mlp", 5)))
+    seen = set()
+    for seed in range(200):
+        genome = random_mix(space, budget, np.random.default_rng(seed))
+        assert budget.met_by(space, genome)
+        assert (space.cost_of("attention", genome), space.cost_of("mlp", genome)) == (6, 5)
+        seen.update(i for i, level in enumerate(genome) if level)
+    assert seen == set(range(16)) - {0, 11}  # whatever may be dropped is dropped sometimes
+
+
+def test_another_split_of_the_same_total_does_not_meet_the_budget():
+    space = drop_space(2)
+    budget = Budget(2, 0.5, "depth sparsity", split=(("attention", 1), ("mlp", 1)))
+    assert budget.met_by(space, (1, 0, 0, 1))
+    assert not budget.met_by(space, (1, 0, 1, 0))
+    assert Budget(2, 0.5, "depth sparsity").met_by(space, (1, 0, 1, 0))
