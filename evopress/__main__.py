@@ -17,6 +17,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -27,6 +28,8 @@ from evopress.reporting.records import write_json
 logger = logging.getLogger(__name__)
 _PACKAGES = ("evopress", "torch", "transformers", "hydra-core", "omegaconf", "datasets", "numpy", "scipy", "pandas", "wandb")
 _failures: list[str] = []
+_started_in = 0
+"""Process of the command itself; a launcher's jobs run in others."""
 
 
 def main() -> None:
@@ -34,6 +37,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     configuration.register()
+    global _started_in
+    _started_in = os.getpid()
     _failures.clear()
     entry = hydra.main(version_base="1.3", config_path=str(configuration.config_folder()), config_name="config")(_task)
     try:
@@ -90,6 +95,8 @@ def _task(config: DictConfig) -> float:
         _say_error(error)
         _failures.append(str(error))
         if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if os.getpid() != _started_in:  # the command learns of it by this alone, when the launcher's jobs have all ended
+                raise CompactHydraException(str(error)) from None
             return float("nan")
         sys.exit(1)
     except KeyboardInterrupt:

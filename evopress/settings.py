@@ -301,7 +301,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         _expect(self.every >= 0, "evaluation.every", self.every, "a number of generations, or 0 for none")
-        _expect(self.task_limit is None or self.task_limit >= 1, "evaluation.task_limit", self.task_limit, "at least 1, or null for all")
+        _expect(self.task_limit is None or self.task_limit >= 1, "evaluation.task_limit", self.task_limit, "at least 1, or null")
         _expect(self.task_batch_size >= 1, "evaluation.task_batch_size", self.task_batch_size, "at least 1 sequence")
         if self.tasks_path is not None and not self.tasks:
             raise EvoPressError(

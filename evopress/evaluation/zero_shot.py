@@ -1,7 +1,7 @@
 """Zero-shot accuracy through lm-eval, on the live model at several genomes (paper section 4, Tables 2, 3, 14 to 16).
 
-The paper does not say which accuracy it reports; its numbers are lm-eval's plain `acc` for all five tasks, not the length-normalised
-`acc_norm` (dense Mistral-7B-v0.3 has 60.9 on HellaSwag in Table 2, where `acc_norm` is above 80). So `acc` it is, here too.
+The paper does not say which accuracy it reports. Its numbers are lm-eval's plain `acc` for all five tasks, not normalised by length
+(`acc_norm`): dense Mistral-7B-v0.3 has 60.9 on HellaSwag in Table 2, where its `acc_norm` is about 80. So `acc` it is, here too.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def load_tasks(tasks: Sequence[str], *, tasks_path: str | None = None) -> dict[s
         for task, name in names.items():
             if name not in manager.all_subtasks:  # local ones, or gone since `_task_files` looked
                 known = ", ".join(manager.all_subtasks) or "none"
-                raise EvoPressError(f"evaluation.tasks has {task!r}, which is not among the task files in {root or own}: it has {known}")
+                raise EvoPressError(
+                    f"evaluation.tasks has {task!r}, which is not among the task files in {root or own}: it has {known}"
+                )
             try:
                 loaded[task] = manager.load([name])["tasks"][name]
             except Exception as error:  # of datasets, the hub's client, the template, the YAML
@@ -175,8 +177,9 @@ def measure_zero_shot(
 
     Raises: EvoPressError if a batch does not fit the device.
     """
-    counts = [min(len(task.eval_docs), limit or len(task.eval_docs)) for task in tasks.values()]
-    questions = sum(counts)
+    with _undisturbed():
+        counts = [len(task.eval_docs) for task in tasks.values()]
+    questions = sum(count if limit is None else min(count, limit) for count in counts)
     logger.info("zero-shot: %d models on %d questions of %s", len(genomes), questions, ", ".join(tasks))
     scores = {}
     # Made before lm-eval is silenced: a progress line keeps the stream that it starts with.

@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito: eight colours that people with any colour vision tell apart (without yellow, too pale for lines).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-STYLES = ("-", "--", "-.", ":", "--", "-.", ":")
-MARKERS = "osD^vPX"
+_SEVEN = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS = _SEVEN * 2
+# The second seven differ from the first by their dashes and markers.
+_DOTTED = ((0, (6, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (2, 3)), (0, (9, 2, 1, 2)))
+STYLES = ("-", "--", "-.", ":", "--", "-.", ":", *_DOTTED)
+MARKERS = "osD^vPX<>ph*d8"
 _FIXED = {"evopress": 0, "dp": 1, "best_of": 2}
 
 

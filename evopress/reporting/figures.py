@@ -19,7 +19,7 @@ from evopress.reporting.drawing import (
     styles,
     time_unit,
 )
-from evopress.reporting.tables import display_name, number
+from evopress.reporting.tables import display_name, number, significant
 from evopress.units import Genome, Space, Unit
 
 Cell = tuple[str, int]
@@ -115,11 +115,14 @@ def convergence(
                     zorder=3,
                 )
             if name == "kl":
+                near = [value for value in lines.values() if not drawn.seen or _near(value, drawn.seen)]
                 for key, value in lines.items():
-                    index = looks[key]
-                    label = f"{display_name(key)}, held-out"
-                    axis.axhline(value, color=COLOURS[index], linestyle=STYLES[index], linewidth=1.4, label=label)
-                    drawn.seen.append(value)
+                    look = {"color": COLOURS[looks[key]], "linestyle": STYLES[looks[key]], "linewidth": 1.4}
+                    if value in near:
+                        axis.axhline(value, label=f"{display_name(key)}, held-out", **look)
+                    else:
+                        axis.plot([], [], label=f"{display_name(key)}: {significant(value)}, off the scale", **look)
+                drawn.seen += near
             open_frame(axis)
             axis.set_xlabel(x_name)
             if shown is not None:
@@ -257,6 +260,11 @@ def level_profile(space: Space, genomes: Mapping[str, Genome], folder: Path) -> 
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
     return save(figure, folder, "level_profile")
+
+
+def _near(value: float, others: Sequence[float]) -> bool:
+    """Tell if a line can be drawn among curves without flattening them."""
+    return 0.5 * min(others) <= value <= 2.0 * max(others)
 
 
 def _held_out(record: Mapping[str, Any], key: str) -> Any:

@@ -140,6 +140,7 @@ def lineage(records: Sequence[Record], space: Space, folder: Path) -> list[Path]
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(max(2.0, 0.12 * len(blocks)), 1))
     less_compressed = colormaps["RdBu" if space.method not in ("sparsity", "drop") else "RdBu_r"]  # blue has gained
     mesh = top.pcolormesh(edges, np.arange(len(blocks) + 1) - 0.5, change, cmap=less_compressed, vmin=-most, vmax=most)
+    mesh.set(edgecolor="face", linewidth=0.4)  # no hairlines between cells of an SVG
     top.invert_yaxis()
     step = max(1, -(-len(blocks) // 16))
     top.set_yticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])

@@ -20,6 +20,7 @@ CAPTIONS = {
     "convergence": "Lower is better. The winner's fitness is measured on a few search tokens, other ones in every generation, "
     "so it jumps; the held-out measures are always on the same text, which no search has seen.",
     "level_heatmap": "Each cell is a unit: a row per kind, a column per transformer block. Darker keeps more.",
+    "dropped_modules": "What each way of choosing drops: left half of a cell attention, right half MLP.",
     "level_profile": "Average per kind of unit and per transformer block, for every way of dividing the budget that was compared.",
     "switches": "Every mark is a unit that an accepted generation changed. What goes up somewhere goes down elsewhere: the "
     "budget is kept.",
@@ -131,7 +132,7 @@ def pictures(figures: Sequence[Path]) -> dict[str, str]:
 
 
 def markdown(text: str) -> str:
-    """Return as HTML what our tables are written in: paragraphs, headings, lists, tables, bold, code; the rest is plain text."""
+    """Return as HTML what our tables are written in: paragraphs, headings, lists, tables, bold, code, links; the rest is text."""
     parts: list[str] = []
     for chunk in re.split(r"\n\s*\n", text.strip()):
         lines = chunk.splitlines()
@@ -150,8 +151,9 @@ def _kind(line: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Return text with its bold, code and nothing else."""
-    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escape(text, quote=False))
+    """Return text with its bold, code, links to files beside the page and to the web, and nothing else."""
+    text = re.sub(r"\[([^\]]+)\]\((https?://[^\s)]+|[\w./-]+)\)", r'<a href="\2">\1</a>', escape(text))
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
     return re.sub(r"`(.+?)`", r"<code>\1</code>", text)
 
 

@@ -61,7 +61,7 @@ def write_report(
     def take(*names: str) -> str:
         return "".join(shown.pop(name, "") for name in names)
 
-    where = take("level_heatmap", "level_profile")
+    where = take("level_heatmap", "dropped_modules", "level_profile")
     if space is not None and genome is not None:
         where = _extremes(space, genome, config) + where + _kinds(space, genome, records)
     parts = [
@@ -161,7 +161,7 @@ def _kinds(space: Space, genome: Genome, records: Sequence[Mapping[str, Any]]) -
     for unit in space.units:
         labels.update(dict.fromkeys(level.label for level in unit.levels))
     used = [label for label in labels if any(label in count for count in counts.values())]
-    if len(used) > 12:  # too many for a column each
+    if len(used) > 8:  # too many for a column each
         used = []
     average, balance = averages(space, genome, by="kind"), account.switch_balance(records, space)
     switched = any(record.get("accepted") for record in records)

@@ -143,7 +143,7 @@ class WandbTracker:
     def _resolve_mode(self) -> Mode:
         wanted = self.mode or os.environ.get("WANDB_MODE", "").strip().lower()
         mode: Mode = _MODES.get(wanted, "online")
-        if mode == "online" and not _has_key():
+        if mode == "online" and not has_key():
             _log.info("no Weights & Biases API key was found: the run is tracked offline; send it with `wandb sync`")
             return "offline"
         return mode
@@ -226,7 +226,7 @@ def _run_id(run_dir: Path) -> str:
     return path.read_text(encoding="ascii").strip()
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Tell if wandb can log in by itself, so that it never has to ask."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True

@@ -11,7 +11,10 @@ from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import scores_by_data_set
 from evopress.evaluation.zero_shot import ZeroShot, load_tasks, measure_zero_shot
 from evopress.export import export_checkpoint
+from evopress.levels.modules import dropped_modules
+from evopress.methods import ModuleMethod
 from evopress.reporting import figures, tables
+from evopress.reporting.dropped import dropped_modules_figure
 from evopress.reporting.lineage import lineage_figures
 from evopress.reporting.metrics import final_metrics, levels_table, switches_table
 from evopress.reporting.records import read_genome, read_records, write_json
@@ -135,7 +138,11 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
         pictures += figures.level_heatmap(database.space, genome, run_dir / "figures")
         others, space = stored_baselines(workspace)
         others = {name: other for name, other in others.items() if not name.startswith("uniform_")}
-        pictures += figures.level_profile(space, {**others, "evopress": genome}, run_dir / "figures")
+        if isinstance(workspace.method, ModuleMethod):
+            dropped = {name: dropped_modules(space, each) for name, each in {**others, "evopress": genome}.items()}
+            pictures += dropped_modules_figure(dropped, len(workspace.blocks.blocks), run_dir / "figures")
+        else:
+            pictures += figures.level_profile(space, {**others, "evopress": genome}, run_dir / "figures")
         pictures += lineage_figures(records, database.space, run_dir / "figures", fitness=settings.fitness.name)
     if rows:
         tables.write_tables(rows, run_dir)
