@@ -26,7 +26,7 @@ from evopress.errors import EvoPressError
 from evopress.reporting.records import write_json
 
 logger = logging.getLogger(__name__)
-_PACKAGES = ("evopress", "torch", "transformers", "hydra-core", "omegaconf", "datasets", "numpy", "scipy", "pandas", "wandb")
+_PACKAGES = ("evopress", "torch", "transformers", "hydra-core", "omegaconf", "datasets", "numpy", "scipy", "pandas", "wandb", "lm_eval")
 _failures: list[str] = []
 _started_in = 0
 """Process of the command itself; a launcher's jobs run in others."""

@@ -43,7 +43,7 @@ def _beside(line: StatusLine, items: Sequence[T], what: str) -> Iterator[T]:
     """Show how far it is at the end of the line that is there already."""
     try:
         for done, item in enumerate(items):
-            line.show(detail=f"{what} {done + 1}/{len(items)}")
+            line.show(detail=f"{what} {done + 1}/{len(items)}", often=True)
             yield item
     finally:
         line.show(detail="")
@@ -87,12 +87,12 @@ class StatusLine:
         self._handlers.clear()
         self.clear()
 
-    def show(self, text: str | None = None, *, detail: str | None = None) -> None:
-        """Change the line, or the detail at its end; a detail that changes many times a second is not drawn each time."""
+    def show(self, text: str | None = None, *, detail: str | None = None, often: bool = False) -> None:
+        """Change the line, or the detail at its end; what changes `often`, perhaps many times a second, is not drawn each time."""
         self._text = self._text if text is None else text
         self._detail = self._detail if detail is None else detail
         now = time.monotonic()
-        if text is not None or now - self._drawn >= _SECONDS_BETWEEN_REDRAWS:
+        if not often or now - self._drawn >= _SECONDS_BETWEEN_REDRAWS:
             self._drawn = now
             self._draw()
 

@@ -130,11 +130,17 @@ def _task(asked: Mapping[str, Any], records: Sequence[Mapping[str, Any]], space:
 
 
 def _extremes(space: Space, genome: Genome, config: Mapping[str, Any]) -> str:
-    """Name the blocks and kinds that kept most and least."""
+    """Name the blocks and kinds that kept most and least, or what was dropped."""
+    if space.method == "drop":
+        dropped: dict[str, list[str]] = {}
+        for unit, level in zip(space.units, space.check(genome), strict=True):
+            if unit.levels[level].cost == 0:
+                dropped.setdefault(unit.kind, []).append(str(unit.block))
+        return paragraph(" ".join(f"Dropped, {kind}: {', '.join(blocks)}." for kind, blocks in dropped.items()))
     said = []
     for by, name in (("block", "block"), ("kind", "")):
         values = averages(space, genome, by=by)
-        most_first = sorted(values, key=lambda key: values[key], reverse=space.method not in ("sparsity", "drop"))
+        most_first = sorted(values, key=lambda key: values[key], reverse=space.method != "sparsity")
         if len(most_first) >= 4:
             few = min(3, len(most_first) // 2)
             named = [f"{name} {key} ({values[key]:.3g})".strip() for key in most_first]

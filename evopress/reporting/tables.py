@@ -150,7 +150,7 @@ def format_table(rows: Sequence[Row]) -> str:
     """Return the rows as aligned plain text, long headers wrapped, without a newline at the end."""
     columns = results_columns(rows)
     cells = [[display_name(str(row.get("name", ""))), *(c.cell(i) for c in columns)] for i, row in enumerate(rows)]
-    headers = [textwrap.wrap(header, 12) for header in ("name", *(column.header for column in columns))]
+    headers = [textwrap.wrap(header, 12, break_long_words=False) for header in ("name", *(column.header for column in columns))]
     height = max(len(header) for header in headers)
     padded = [[""] * (height - len(header)) + header for header in headers]
     lines = [list(line) for line in zip(*padded, strict=True)]

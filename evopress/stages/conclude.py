@@ -147,11 +147,12 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
     if rows:
         tables.write_tables(rows, run_dir)
     checkpoint = run_dir / "checkpoint"
+    shown = checkpoint.relative_to(Path.cwd()) if checkpoint.is_relative_to(Path.cwd()) else checkpoint
     write_report(
         run_dir / "report.html",
         title=f"{workspace.pretrained.name}, {settings.method.name} {workspace.budget.target:g} {workspace.budget.measure}",
         config=config,
-        result={**result, "checkpoint": str(checkpoint)} if checkpoint.is_dir() else result,
+        result={**result, "checkpoint": str(shown)} if checkpoint.is_dir() else result,
         records=records,
         space=database.space,
         genome=genome,

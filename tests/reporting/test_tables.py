@@ -96,3 +96,28 @@ def test_sparsity_rows_say_how_many_weights_they_keep() -> None:
         ["OWL", "0.700", "31,850,496"],
     ]
     assert tables.results_frame(rows)["weights kept"].iloc[1] == 31_850_496
+
+
+def test_accuracies_have_their_standard_errors_in_markdown_alone(tmp_path: Path) -> None:
+    rows = [
+        {
+            "name": "dense",
+            "zero_shot": {"piqa": 0.7, "arc_easy": 0.5},
+            "zero_shot_stderr": {"piqa": 0.02, "arc_easy": None},
+            "zero_shot_mean": 0.6,
+            "zero_shot_mean_stderr": 0.0123,
+        },
+        {"name": "dp", "zero_shot_mean": 0.55, "flip_rate": 0.125},
+    ]
+    paths = tables.write_tables(rows, tmp_path)
+    assert paths[1].read_text().splitlines()[2:] == [
+        "| dense | 0.7000 ± 0.0200 | 0.5000 | 0.6000 ± 0.0123 |  |",
+        "| DP |  |  | 0.5500 | 0.1250 |",
+    ]
+    assert paths[0].read_text().splitlines() == [
+        "name,zero-shot piqa,zero-shot arc_easy,zero-shot mean,flip rate",
+        "dense,0.7,0.5,0.6,",
+        "dp,,,0.55,0.125",
+    ]
+    assert "±" not in tables.format_table(rows)
+    assert [column.best for column in tables.results_columns(rows)] == [max, max, max, min]
