@@ -1,0 +1,1 @@
+"""How fast genomes with dropped modules are evaluated."""

@@ -1,0 +1,1 @@
+"""Figure 1: searches over pairs of blocks against the optimum."""

@@ -1,0 +1,1 @@
+"""Figure 5: how the searches of depth pruning converge."""

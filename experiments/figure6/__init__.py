@@ -1,0 +1,1 @@
+"""Figure 6: which modules the searches drop."""

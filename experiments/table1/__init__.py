@@ -1,0 +1,1 @@
+"""Table 1: removing strictly more modules can improve perplexity."""

@@ -1,0 +1,1 @@
+"""Table 13: in which order the scores remove blocks."""
