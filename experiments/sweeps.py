@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from evopress.config import config_folder
+from evopress.config import config_folder, register
 from evopress.errors import EvoPressError
 from evopress.reporting.records import read_json
 
@@ -25,7 +25,7 @@ class Job:
 
     folder: Path
     axes: dict[str, str]
-    """What was swept, as typed: "sparsity" to "0.7"."""
+    """What was swept, as typed: "sparsity" to "0.7", "search/mutation" (a config group) to "constant_3"."""
     config: dict[str, Any]
     result: dict[str, Any]
     environment: dict[str, Any]
@@ -60,6 +60,7 @@ def read_sweep(folder: Path, expected: Sequence[Mapping[str, str]]) -> Sweep:
 
     Args: expected: axes of the jobs that the experiment asks for; the first one's keys say what is swept.
 
+    Returns: the jobs in the order in which the experiment runs them, others after them.
     Raises: EvoPressError if two jobs have the same axes, or differ in settings that were not swept.
     """
     keys = list(expected[0])
@@ -77,7 +78,9 @@ def read_sweep(folder: Path, expected: Sequence[Mapping[str, str]]) -> Sweep:
                 f"{jobs[place].folder} and {job.folder} are the same job ({describe(job.axes)}): move one of them out of {folder}"
             )
         jobs[place] = job
-    found = tuple(jobs.values())
+    order = [tuple(axes[key] for key in keys) for axes in expected]
+    places = sorted(jobs, key=lambda place: order.index(place) if place in order else len(order))
+    found = tuple(jobs[place] for place in places)
     _check_alike(found, keys)
     missing = tuple(dict(axes) for axes in expected if tuple(axes[key] for key in keys) not in jobs)
     return Sweep(found, tuple(unfinished), missing)
@@ -86,6 +89,13 @@ def read_sweep(folder: Path, expected: Sequence[Mapping[str, str]]) -> Sweep:
 def describe(axes: Mapping[str, str]) -> str:
     """Write axes as they are typed: "sparsity=0.7 seed=1"."""
     return " ".join(f"{key}={value}" for key, value in axes.items())
+
+
+def setting(job: Job, key: str) -> Any:
+    """Return a setting of a job with its interpolations resolved: "search.tokens" as the numbers that were used."""
+    register()  # of `scaled`
+    value = OmegaConf.select(OmegaConf.create(job.config), key)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _read_job(folder: Path, keys: Sequence[str]) -> Job:
@@ -100,7 +110,7 @@ def _read_job(folder: Path, keys: Sequence[str]) -> Job:
     parser = OverridesParser.create()
     overrides = [parser.parse_override(str(line)) for line in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
     typed = {override.key_or_group: override.get_value_element_as_str() for override in overrides}
-    axes = {key: typed[key] if key in typed else str(OmegaConf.select(config, key)) for key in keys}
+    axes = {key: typed[key] if key in typed else _chosen(folder, config, key) for key in keys}
     environment = folder / "environment.json"
     plain = OmegaConf.to_container(config)
     assert isinstance(plain, dict)
@@ -113,9 +123,29 @@ def _read_job(folder: Path, keys: Sequence[str]) -> Job:
     )
 
 
+def _chosen(folder: Path, config: DictConfig, key: str) -> str:
+    """Return what a job that was not told has for an axis: its setting, or the option of a config group."""
+    if "/" not in key:
+        return str(OmegaConf.select(config, key))
+    path = folder / ".hydra" / "hydra.yaml"
+    choices = OmegaConf.select(OmegaConf.load(path), "hydra.runtime.choices") if path.is_file() else None
+    if not choices or key not in choices:
+        raise EvoPressError(f"{folder / '.hydra'} does not say which {key} it is")
+    return str(choices[key])
+
+
+def _decided(key: str) -> set[str]:
+    """Return the settings that an axis decides: itself, or what the options of a config group set."""
+    if "/" not in key:
+        return {key}
+    package = key.rpartition("/")[0].replace("/", ".")  # where such options go: search/mutation to search
+    options = [OmegaConf.load(path) for path in (config_folder() / key).glob("*.yaml")]
+    return {f"{package}.{name!s}" for option in options if isinstance(option, DictConfig) for name in option}
+
+
 def _check_alike(jobs: Sequence[Job], keys: Sequence[str]) -> None:
     """Raise EvoPressError if jobs differ in more than what was swept."""
-    free = {*_FREE, *keys}
+    free = {*_FREE, *(name for key in keys for name in _decided(key))}
     settings = [{key: value for key, value in _flat(job.config) if not _within(key, free)} for job in jobs]
     for job, mine in zip(jobs, settings, strict=True):
         for key in settings[0].keys() | mine.keys():

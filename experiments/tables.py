@@ -1,11 +1,11 @@
 """Make the table of a sweep: mean and spread over seeds, paired differences, and the paper's own numbers beside.
 
-    python -m evopress +experiment=table2_sparsity
-    python -m experiments.tables table2_sparsity [--root multirun]
+    python -m evopress +experiment=table4
+    python -m experiments.tables table4 [--root multirun]
 
-reads <root>/table2_sparsity and writes experiments/table2_sparsity/: results.csv, runs.csv, table.md, and the table into README.md.
+reads <root>/table4 and writes experiments/table4/: results.csv, runs.csv, table.md, and the table into README.md.
 A sweep that is still going on gives the table of what there is. A further table is a YAML in conf/experiment, a folder here with a
-README.md and the paper's numbers in paper.csv, and a line in `SPECS`.
+README.md and the paper's numbers in paper.csv, and a line in `specs.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from typing import Any
 from evopress.errors import EvoPressError
 from evopress.reporting.records import write_bytes
 from evopress.reporting.tables import Column, display_name, results_columns, significant
-from experiments.sweeps import Job, Sweep, describe, expected_jobs, read_sweep
+from experiments.specs import SPECS, Spec
+from experiments.sweeps import Job, Sweep, describe, expected_jobs, read_sweep, setting
 
 SEED = "seed"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -33,29 +34,6 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 Group = tuple[str, ...]
 Values = dict[Group, dict[str, dict[str, dict[str, float]]]]
 """Group, variant and measure to the value at each seed."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a table compares."""
-
-    title: str
-    group: tuple[str, ...] = ()
-    """Swept keys that each make a table of their own."""
-    variant: Callable[[Mapping[str, str], str], str | None] = lambda axes, row: row
-    """What is compared, from a job's axes and the name of a row of its `result.json`; None leaves the row out."""
-    reference: str = "evopress"
-    """The variant that the others are compared with, on the same text and seed."""
-    apart: tuple[str, ...] = ("dense",)
-    """Variants that are shown and not compared."""
-
-
-SPECS = {
-    "demo": Spec("The demo: 2.5 bits per weight", apart=("dense", "uniform_3")),  # uniform_3 spends more
-    "demo_dp_start": Spec("The demo, started from dynamic programming"),
-    "table2_sparsity": Spec("Table 2: 70% unstructured sparsity", group=("sparsity",)),
-    "table14_15_sparsity": Spec("Tables 14 and 15: 50% and 60% unstructured sparsity", group=("sparsity",)),
-}
 
 
 @dataclass(frozen=True)
@@ -94,9 +72,14 @@ class Table:
         self.spec = spec
         self.values: Values = {}
         self.columns: dict[str, Column] = {}
+        self.settings: dict[tuple[Group, str], list[str]] = {}
+        """What `spec.settings` are for the search of a group's variant."""
         for job in jobs:
             rows = job.result["rows"]
             group = tuple(job.axes[key] for key in spec.group)
+            found = spec.variant(job.axes, "evopress")
+            if found is not None:
+                self.settings.setdefault((group, found), [str(setting(job, key)) for key in spec.settings])
             for column in results_columns(rows):
                 self.columns.setdefault(column.header, column)
                 for row, value in zip(rows, column.values, strict=True):
@@ -115,11 +98,8 @@ class Table:
         return [header for header, column in self.columns.items() if column.best is not None]
 
     def variants(self, group: Group) -> list[str]:
-        """Return a group's variants, those apart first and the reference last."""
-        names = list(self.values[group])
-        apart = [name for name in names if name in self.spec.apart]
-        last = [name for name in names if name == self.spec.reference]
-        return [*apart, *(name for name in names if name not in (*apart, *last)), *last]
+        """Return a group's variants, those apart first, the others in the order of the jobs and of their rows."""
+        return sorted(self.values[group], key=lambda name: name not in self.spec.apart)
 
     def difference(self, group: Group, variant: str, other: str, measure: str) -> Difference:
         """Compare two variants seed by seed."""
@@ -167,11 +147,12 @@ class Table:
         """Lay out one group: means, spread, and the difference to the reference in the first quality."""
         first = self.qualities[0]
         reference = display_name(self.spec.reference)
-        headers = ["method", *self.columns, f"{first}: difference to {reference}", "seeds"]
+        headers = ["method", *self.spec.settings, *self.columns, f"{first}: difference to {reference}", "seeds"]
         body = []
         for variant in self.variants(group):
             of = self.values[group][variant]
-            cells = [display_name(variant), *(self._cell(of.get(measure, {}), measure) for measure in self.columns)]
+            settings = self.settings.get((group, variant), [""] * len(self.spec.settings))
+            cells = [display_name(variant), *settings, *(self._cell(of.get(measure, {}), measure) for measure in self.columns)]
             difference = self.difference(group, variant, self.spec.reference, first)
             shown = ""
             if self._compared(variant) and difference.num_pairs:
@@ -257,8 +238,8 @@ def make_table(experiment: str, *, root: Path, out: Path) -> Sweep:
     if not sweep.jobs:
         raise EvoPressError(f"no finished job lies in {folder}: run python -m evopress +experiment={experiment} first")
     table = Table(sweep.jobs, spec)
-    _write_csv(out / "results.csv", table.summary())
-    _write_csv(out / "runs.csv", _runs(table))
+    write_csv(out / "results.csv", table.summary())
+    write_csv(out / "runs.csv", _runs(table))
     path = out / "paper.csv"
     paper = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
     text = render(sweep, spec, paper)
@@ -330,7 +311,8 @@ def _markdown(headers: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with eight digits; a column for every key of any row, blank where a row lacks it or has NaN."""
     names = list(dict.fromkeys(key for row in rows for key in row))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:

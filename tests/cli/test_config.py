@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from evopress import config as configuration
@@ -298,7 +299,7 @@ def test_every_job_of_every_experiment_composes(name: str, composed: Callable[..
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if len(expected_jobs(name)) > 1])
-def test_sweeps_lie_in_a_folder_of_their_own(name: str) -> None:
+def test_sweeps_lie_in_a_folder_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of one sweep in folders that say what they are; under debug=tiny they lie apart from results."""
     configuration.register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
@@ -307,6 +308,7 @@ def test_sweeps_lie_in_a_folder_of_their_own(name: str) -> None:
             for job in expected_jobs(name):
                 overrides = [f"+experiment={name}", *debug, *(f"{key}={value}" for key, value in job.items())]
                 config = compose("config", overrides=overrides, return_hydra_config=True)
+                monkeypatch.setattr(HydraConfig.instance(), "cfg", config)  # for names of chosen options in the folder's
                 folders.add(config.hydra.sweep.subdir)
             assert config.hydra.mode.name == "MULTIRUN"
             assert config.hydra.sweep.dir.startswith("multirun/debug/" if debug else f"multirun/{name}")

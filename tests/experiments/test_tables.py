@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from evopress.config import config_folder
 from evopress.errors import EvoPressError
 from experiments import tables
+from experiments.specs import SPECS, Spec, by_axis
 from experiments.sweeps import describe, expected_jobs, read_sweep
-from experiments.tables import SPECS, Difference, Spec, Table, make_table
+from experiments.tables import Difference, Table, make_table
 
 EXPERIMENTS = Path(tables.__file__).parent
 CONFIG = {
@@ -256,17 +257,66 @@ def test_variants_may_be_what_was_swept(tmp_path: Path) -> None:
                 rows,
                 search={"num_offspring": count},
             )
-    expected = [{"search.num_offspring": count, "seed": "0"} for count in ("16", "4")]
-    spec = Spec(
-        "Table 6",
-        variant=lambda axes, name: axes["search.num_offspring"] if name == "evopress" else None,
-        reference="16",
-    )
-    table = Table(read_sweep(tmp_path, expected).jobs, spec)
+    expected = [{"search.num_offspring": count, "seed": str(seed)} for count in ("4", "16") for seed in range(3)]
+    table = Table(read_sweep(tmp_path, expected).jobs, Spec("Table 6", variant=by_axis("search.num_offspring"), reference="16"))
     assert table.groups == [()]
-    assert table.variants(()) == ["4", "16"]
+    assert table.variants(()) == ["4", "16"]  # as they are asked for, not as the folders are named
     assert table.difference((), "4", "16", "held-out KL").mean == pytest.approx(0.2)
     assert table.order((), "held-out KL") == "16 < 4"
+
+
+def write_table_5(root: Path, stages: dict[str, int], *, typed: bool = True, **search: Any) -> None:
+    """Write three seeds of first stages with so many tokens each, the numbers as unresolved as Hydra writes them."""
+    for index, (stage, tokens) in enumerate(stages.items()):
+        for seed in range(3):
+            overrides = [f"search/first_stage={stage}"] * typed + [f"seed={seed}", "+experiment=table5"]
+            config = {"num_offspring": 16, "tokens": [f"${{scaled:{tokens},${{scale.tokens}},8}}", 1024], **search}
+            job = write_job(
+                root / "table5",
+                f"{stage}-{seed}",
+                overrides,
+                [DENSE, row("evopress", 0.5 + index / 10 + seed / 100, 8.0 + index)],
+                scale={"name": "mini", "tokens": 0.125},
+                search=config,
+            )
+            choices = {"hydra": {"runtime": {"choices": {"search/first_stage": stage}}}}
+            (job / ".hydra" / "hydra.yaml").write_text(OmegaConf.to_yaml(choices), encoding="utf-8")
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_an_axis_may_be_a_config_group(typed: bool, tmp_path: Path) -> None:
+    """Table 5: rows by the option's name, with the numbers that it came to; what it decides may differ between jobs."""
+    write_table_5(tmp_path, {"64_tokens": 64, "512_tokens": 512, "1024_tokens": 1024}, typed=typed)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "paper.csv").write_bytes((EXPERIMENTS / "table5" / "paper.csv").read_bytes())
+    found = make_table("table5", root=tmp_path, out=out)
+    assert {axes["search/first_stage"] for axes in found.missing} == {"256_tokens", "128_tokens"}
+    text = (out / "table.md").read_text(encoding="utf-8")
+    assert line_of(text, "method")[:3] == ["method", "search.num_offspring", "search.tokens"]
+    names = ["dense", "1024 tokens", "512 tokens", "64 tokens"]  # in the experiment's order
+    assert [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")][2:6] == names
+    assert line_of(text, "512 tokens")[1:3] == ["16", "[64, 1024]"]
+    assert line_of(text, "dense")[1:3] == ["", ""]
+    assert "better" in line_of(text, "64 tokens")[-2] and line_of(text, "512 tokens")[-2] == ""
+    assert line_of(text, "1024 tokens", 1)[2:] == ["16.22 (×1.02)", "17.93 (×0.98)", "12.26 (×0.99)"]
+    assert "- Ours, by held-out KL: 64 tokens < 512 tokens < 1024 tokens.\n" in text
+
+
+def test_what_a_config_group_does_not_decide_must_be_alike(tmp_path: Path) -> None:
+    write_table_5(tmp_path, {"512_tokens": 512})
+    write_table_5(tmp_path, {"64_tokens": 64}, num_offspring=8)
+    with pytest.raises(EvoPressError, match=r"search\.num_offspring is 16 in .*512_tokens-0 and 8 in .*64_tokens-0"):
+        make_table("table5", root=tmp_path, out=tmp_path / "out")
+
+
+def test_a_job_that_does_not_say_its_option_is_left_out(tmp_path: Path) -> None:
+    write_table_5(tmp_path, {"512_tokens": 512}, typed=False)
+    (tmp_path / "table5" / "512_tokens-1" / ".hydra" / "hydra.yaml").unlink()
+    found = read_sweep(tmp_path / "table5", expected_jobs("table5"))
+    assert len(found.jobs) == 2
+    ((folder, reason),) = found.unfinished
+    assert folder.name == "512_tokens-1" and "does not say which search/first_stage it is" in reason
 
 
 def test_an_axis_that_was_not_typed_is_read_from_the_config(tmp_path: Path) -> None:
@@ -300,7 +350,8 @@ def test_every_table_has_its_experiment_its_claim_and_the_papers_numbers(name: s
         for key in spec.group:
             assert {float(r[key]) for r in rows} == {float(job[key]) for job in jobs}
         for r in rows:
-            assert all(float(value) > 0 for key, value in r.items() if key not in ("model", "method"))
+            numbers = [value for key, value in r.items() if key not in ("model", "method", *spec.group)]
+            assert all(float(value) > 0 for value in numbers if value) and any(numbers)  # the paper's table may have a gap
         of_model: dict[tuple[str, ...], set[str]] = {}
         for r in rows:
             of_model.setdefault((r["model"], *(r[key] for key in spec.group)), set()).add(r["method"])

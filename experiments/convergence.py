@@ -1,0 +1,242 @@
+"""Draw how the searches of a sweep converged: held-out KL and perplexity against generations, candidate tokens and time.
+
+    python -m evopress +experiment=table7
+    python -m experiments.convergence table7 [--root multirun]
+
+reads the run folders in <root>/table7 and writes experiments/table7/: convergence.csv with every measurement, and a figure for each
+group (convergence_bits-3.0.png and .svg) with a curve per variant of the table: mean over seeds, and their range. So come the
+paper's Figures 3 to 5 and 10; `COMPANIONS` says what of other sweeps is drawn beside. Curves are measured on the first
+`evaluation.every_tokens` of the held-out text. A sweep that is still going on gives what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evopress.errors import EvoPressError
+from evopress.reporting.drawing import (
+    COLOURS,
+    MARKERS,
+    STYLES,
+    log_scale,
+    new_figure,
+    open_frame,
+    save,
+    show_tokens,
+    time_unit,
+)
+from evopress.reporting.records import read_records
+from evopress.reporting.tables import display_name, number
+from experiments.specs import SPECS, Spec
+from experiments.sweeps import Sweep, describe, expected_jobs, read_sweep
+from experiments.tables import SEED, Group, Table, write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COMPANIONS = {"figure3": ("full search", "table2_sparsity", "evopress")}
+"""Experiment to a curve of another sweep that is drawn beside its own: its name there, the sweep, and the variant."""
+
+X_AXES = ("generation", "tokens", "seconds")
+KL = "held-out KL"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One held-out measurement during a search."""
+
+    x: Mapping[str, float]
+    """Of each name in `X_AXES`."""
+    values: Mapping[str, float]
+    """Measure, named as in the tables ("held-out KL", "ppl wikitext2"), to value."""
+
+
+Curve = dict[str, list[Point]]
+"""Seed to the measurements of its search."""
+
+
+def curves(sweep: Sweep, spec: Spec) -> dict[Group, dict[str, Curve]]:
+    """Return the curves of all variants of a sweep; jobs whose search measured nothing are left out."""
+    found: dict[Group, dict[str, Curve]] = {}
+    for job in sweep.jobs:
+        variant = spec.variant(job.axes, "evopress")
+        points = list(_points(read_records(job.folder / "metrics.jsonl")))
+        if variant is not None and points:
+            group = tuple(job.axes[key] for key in spec.group)
+            found.setdefault(group, {}).setdefault(variant, {})[job.axes.get(SEED, "0")] = points
+    return found
+
+
+def _points(records: Sequence[Mapping[str, Any]]) -> Iterator[Point]:
+    for record in records:
+        held_out = record.get("held_out") or {}
+        numbers = {KL: number(held_out.get("kl"))}
+        numbers |= {f"ppl {name}": number(value) for name, value in (held_out.get("perplexity") or {}).items()}
+        values = {measure: value for measure, value in numbers.items() if value is not None}
+        if values:
+            yield Point({name: float(record[name]) for name in X_AXES}, values)
+
+
+def band(curve: Curve, x: str, measure: str) -> list[tuple[float, float, float, float]]:
+    """Return (x, mean, least, greatest) over seeds at every measured x that all seeds have reached; linear between measurements."""
+    lines = [[(point.x[x], point.values[measure]) for point in points if measure in point.values] for points in curve.values()]
+    lines = [line for line in lines if line]
+    if not lines:
+        return []
+    first, last = max(line[0][0] for line in lines), min(line[-1][0] for line in lines)
+    places = sorted({place for line in lines for place, _ in line if first <= place <= last})
+    result = []
+    for place in places:
+        values = [_at(line, place) for line in lines]
+        result.append((place, statistics.fmean(values), min(values), max(values)))
+    return result
+
+
+def _at(line: Sequence[tuple[float, float]], x: float) -> float:
+    """Interpolate a line at an x between its first and its last."""
+    before = max(i for i, (place, _) in enumerate(line) if place <= x)
+    (x0, y0), (x1, y1) = line[before], line[min(before + 1, len(line) - 1)]
+    return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def draw(
+    group: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], folder: Path, name: str, *, title: str
+) -> list[Path]:
+    """Draw a row of panels per measure: against generations, candidate tokens and time.
+
+    Args:
+        group: variant to its curve.
+        baselines: measure to the value of each baseline at the end of the runs; drawn as horizontal lines.
+
+    Returns: the paths of the PNG and the SVG.
+    """
+    measures = list(dict.fromkeys(m for curve in group.values() for points in curve.values() for p in points for m in p.values))
+    most = max(point.x["seconds"] for curve in group.values() for points in curve.values() for point in points)
+    unit, unit_name = time_unit(most)
+    figure = new_figure(12, 1.4 + 3.2 * len(measures))
+    axes = figure.subplots(len(measures), len(X_AXES), sharey="row", squeeze=False)
+    for measure, row in zip(measures, axes, strict=True):
+        seen: list[float] = []
+        for axis, x in zip(row, X_AXES, strict=True):
+            seen += _panel(axis, group, x, measure, scale=unit if x == "seconds" else 1.0)
+            for index, (baseline, value) in enumerate(baselines.get(measure, {}).items()):
+                style = STYLES[1 + index % (len(STYLES) - 1)]
+                axis.axhline(
+                    value, color="#666666", linestyle=style, linewidth=1.3, label=f"{display_name(baseline)} (all held-out text)"
+                )
+                seen.append(value)
+            open_frame(axis)
+            axis.set_xlabel({"tokens": "candidate tokens", "seconds": unit_name}.get(x, x))
+            if x == "tokens":
+                axis.xaxis.set_major_formatter(show_tokens)
+        row[0].set_ylabel("KL divergence (nats per token)" if measure == KL else f"perplexity, {measure.removeprefix('ppl ')}")
+        if seen and min(seen) > 0 and max(seen) > 4 * min(seen):
+            log_scale(row[0])
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title, fontsize=12)
+    return save(figure, folder, name)
+
+
+def _panel(axis: Axes, group: Mapping[str, Curve], x: str, measure: str, *, scale: float) -> list[float]:
+    """Draw all variants' means and ranges in one panel and return the values drawn."""
+    seen: list[float] = []
+    for index, (variant, curve) in enumerate(group.items()):
+        if not (points := band(curve, x, measure)):
+            continue
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        xs = [point[0] / scale for point in points]
+        means, least, greatest = ([point[i] for point in points] for i in (1, 2, 3))
+        axis.plot(xs, means, label=display_name(variant), color=colour, marker=marker, markersize=3.5, linewidth=1.8, zorder=3)
+        axis.fill_between(xs, least, greatest, color=colour, alpha=0.15, linewidth=0, zorder=2)
+        seen += [*least, *greatest]
+    return seen
+
+
+def make_figures(experiment: str, *, root: Path, out: Path) -> tuple[Sweep, list[Path]]:
+    """Read a sweep, write its measurements and draw its figures; return the sweep and the files.
+
+    Args:
+        root: folder that holds the sweeps' folders.
+        out: folder to write to.
+
+    Raises: EvoPressError if no search of it has measured anything, or the jobs do not belong together.
+    """
+    spec, sweep = SPECS[experiment], _sweep(root, experiment)
+    found = curves(sweep, spec)
+    if not found:
+        raise EvoPressError(
+            f"no finished search in {root / experiment} has held-out measurements: run python -m evopress +experiment={experiment} "
+            "first, with evaluation.every above 0"
+        )
+    beside = _companion(experiment, root)
+    table = Table(sweep.jobs, spec)
+    paths = [out / "convergence.csv"]
+    write_csv(paths[0], list(_rows(found, beside, spec)))
+    for group, variants in found.items():
+        where = dict(zip(spec.group, group, strict=True))
+        rows = {variant: of for variant, of in table.values[group].items() if variant not in variants and variant not in spec.apart}
+        baselines = {
+            measure: {variant: statistics.fmean(of[measure].values()) for variant, of in rows.items() if measure in of}
+            for measure in table.qualities
+        }
+        name = "_".join(["convergence", *(f"{key.replace('/', '-')}-{value}" for key, value in where.items())])
+        seeds = max(len(curve) for curve in variants.values())
+        title = f"{spec.title}{', ' if where else ''}{describe(where)} (mean and range, {seeds} seed{'s' if seeds > 1 else ''})"
+        paths += draw(variants | beside, baselines, out, name, title=title)
+    return sweep, paths
+
+
+def _sweep(root: Path, experiment: str) -> Sweep:
+    return read_sweep(root / experiment, expected_jobs(experiment))
+
+
+def _companion(experiment: str, root: Path) -> dict[str, Curve]:
+    """Return the curve that another sweep lends, by its name; nothing where there is none, or that sweep has not been run."""
+    if experiment not in COMPANIONS:
+        return {}
+    name, other, variant = COMPANIONS[experiment]
+    lent = [variants[variant] for variants in curves(_sweep(root, other), SPECS[other]).values() if variant in variants]
+    return {name: lent[0]} if lent else {}
+
+
+def _rows(found: Mapping[Group, Mapping[str, Curve]], beside: Mapping[str, Curve], spec: Spec) -> Iterator[dict[str, Any]]:
+    for group, variants in found.items():
+        for variant, curve in {**variants, **beside}.items():
+            for seed, points in curve.items():
+                for point in points:
+                    yield {**dict(zip(spec.group, group, strict=True)), "method": variant, SEED: seed, **point.x, **point.values}
+
+
+def main() -> None:
+    """Draw the figures of the sweep that is named on the command line and say what is missing of it."""
+    parser = argparse.ArgumentParser(description="Draw how the searches of a sweep converged, also of a half-finished one.")
+    parser.add_argument("experiment", choices=sorted(SPECS))
+    parser.add_argument("--root", type=Path, default=Path("multirun"), help="where the sweeps lie (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: the experiment's own)")
+    arguments = parser.parse_args()
+    try:
+        sweep, paths = make_figures(
+            arguments.experiment, root=arguments.root, out=arguments.out or Path(__file__).parent / arguments.experiment
+        )
+    except EvoPressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    for folder, reason in sweep.unfinished:
+        print(f"left out: {folder}: {reason}")
+    for axes in sweep.missing:
+        print(f"missing: {describe(axes)}")
+    if arguments.experiment in COMPANIONS and not _companion(arguments.experiment, arguments.root):
+        print(f"not drawn: {COMPANIONS[arguments.experiment][0]}, which is of {COMPANIONS[arguments.experiment][1]}")
+    for path in paths:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
