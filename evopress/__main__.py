@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,11 +17,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from evopress import config as configuration
+from evopress import machine
 from evopress.errors import EvoPressError
 from evopress.reporting.records import write_json
 
 logger = logging.getLogger(__name__)
-_PACKAGES = ("evopress", "torch", "transformers", "hydra-core", "omegaconf", "datasets", "numpy", "scipy", "pandas", "wandb", "lm_eval")
 _failures: list[str] = []
 _started_in = 0
 """Process of the command itself; a launcher's jobs run in others."""
@@ -115,14 +110,14 @@ def _run(config: DictConfig) -> float:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    _keep_freed_memory()
+    machine.keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     if HydraConfig.get().mode == RunMode.MULTIRUN and set(settings.stages) <= set(pipeline.stages_done(settings, run_dir)):
         logger.info("finished before, so not run again: %s (to run it again, remove the folder)", _shown(run_dir))
         return pipeline.held_out_kl(run_dir)
-    environment = _environment(torch.get_num_threads())
+    environment = machine.describe(torch.get_num_threads())
     write_json(run_dir / "environment.json", environment)
     logger.info("run folder %s", _shown(run_dir))
     return pipeline.run(
@@ -133,53 +128,6 @@ def _run(config: DictConfig) -> float:
         environment=environment,
         paper=configuration.at_paper_scale(config),
     )
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc's malloc keep large freed blocks instead of handing them back to the system.
-
-    A chunk of logits is tens of megabytes; mapping it anew for every candidate takes a third of the KL divergence's time.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):  # another C library
-        pass
-
-
-def _environment(threads: int) -> dict[str, Any]:
-    """Describe where a run happens: versions, machine, git revision."""
-    packages = {}
-    for name in _PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
-    return {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {threads} torch threads",
-        "git_revision": _git_revision(),
-        **packages,
-    }
-
-
-def _git_revision() -> str:
-    """Return the revision of the clone that the code runs from, marked if it has changes; "unknown" outside a clone."""
-    folder = Path(__file__).resolve().parent.parent
-    if not (folder / ".git").exists():
-        return "unknown"
-    try:
-        described = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return described.stdout.strip()
 
 
 def _shown(path: str | Path) -> str:

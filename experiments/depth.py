@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from evopress.errors import EvoPressError
 from evopress.reporting.records import write_bytes
-from experiments.tables import _fill, _markdown, _settings, write_csv
+from experiments.tables import fill_readme, write_csv
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
     from evopress.models.blocks import BlockModel
     from evopress.models.loading import Pretrained
     from evopress.units import Budget, Genome, Space
-
-markdown = _markdown
-"""Lay out headers and rows of cells as a Markdown table."""
-about_sweep = _settings
-"""Say in a line what the jobs of a sweep ran, and where."""
 
 BATCH_TOKENS = 4096
 """Tokens of each candidate that are evaluated at a time."""
@@ -126,7 +121,7 @@ def load(arguments: argparse.Namespace) -> DepthModel:
     import torch
     import transformers
 
-    from evopress.__main__ import _environment, _keep_freed_memory
+    from evopress import machine
     from evopress.models.blocks import BlockModel
     from evopress.models.loading import load_pretrained, pick_device
     from evopress.settings import ModelSettings
@@ -135,7 +130,7 @@ def load(arguments: argparse.Namespace) -> DepthModel:
     if arguments.sequence_length < 2:
         raise EvoPressError(f"--sequence-length {arguments.sequence_length} is out of range: expected at least 2 tokens")
     transformers.utils.logging.disable_progress_bar()
-    _keep_freed_memory()
+    machine.keep_freed_memory()
     cache = Path(os.environ.get("EVOPRESS_CACHE") or "~/.cache/evopress").expanduser()
     own = arguments.model_path is None
     folder = find_model(ModelSettings(path=arguments.model_path, builtin="smollm2_135m" if own else None), cache)
@@ -143,7 +138,7 @@ def load(arguments: argparse.Namespace) -> DepthModel:
     pretrained = load_pretrained(folder, dtype=arguments.dtype, device=device)
     blocks = BlockModel(pretrained.model, pretrained.family, device=device)
     blocks.self_check()
-    environment = _environment(torch.get_num_threads())
+    environment = machine.describe(torch.get_num_threads())
     return DepthModel(
         pretrained,
         blocks,
@@ -182,7 +177,7 @@ def publish(out: Path, title: str, text: str, rows: Sequence[Mapping[str, Any]])
     """Write results.csv, table.md and the part of README.md between its marks, and print the text."""
     write_csv(out / "results.csv", rows)
     write_bytes(out / "table.md", f"# {title}\n\n{text}".encode())
-    _fill(out / "README.md", text)
+    fill_readme(out / "README.md", text)
     print(text)
 
 

@@ -159,7 +159,7 @@ class Table:
                 error = "" if math.isnan(difference.standard_error) else f" ± {significant(difference.standard_error, 2)}"
                 shown = f"{significant(difference.mean, 3)}{error} ({difference.verdict(self.columns[first].best)})"
             body.append([*cells, shown, str(max(map(len, of.values())))])
-        return _markdown(headers, body)
+        return markdown(headers, body)
 
     def _cell(self, seeds: Mapping[str, float], measure: str) -> str:
         """Show a mean, and its range over seeds where there is one."""
@@ -198,13 +198,13 @@ def beside_paper(table: Table, group: Group, paper: Sequence[Mapping[str, str]])
         *(f"Ours, by {measure}: {table.order(group, measure)}." for measure in table.qualities),
         "The paper: " + "; ".join(f"{order} in {count} of {len(theirs)} columns" for order, count in orders.most_common()) + ".",
     ]
-    return _markdown(headers, body) + "\n" + "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
+    return markdown(headers, body) + "\n" + "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
 
 
 def render(sweep: Sweep, spec: Spec, paper: Sequence[Mapping[str, str]]) -> str:
     """Return the whole of `table.md`."""
     table = Table(sweep.jobs, spec)
-    parts = [f"{_settings(sweep.jobs)}\n"]
+    parts = [f"{about_sweep(sweep.jobs)}\n"]
     if sweep.missing:
         parts.append(f"**Half-finished.** Missing: {'; '.join(map(describe, sweep.missing))}.\n")
     parts.append(
@@ -244,7 +244,7 @@ def make_table(experiment: str, *, root: Path, out: Path) -> Sweep:
     paper = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
     text = render(sweep, spec, paper)
     write_bytes(out / "table.md", f"# {spec.title}\n\n{text}".encode())
-    _fill(out / "README.md", text)
+    fill_readme(out / "README.md", text)
     return sweep
 
 
@@ -258,7 +258,7 @@ def _runs(table: Table) -> list[dict[str, Any]]:
     ]
 
 
-def _fill(readme: Path, text: str) -> None:
+def fill_readme(readme: Path, text: str) -> None:
     """Put the table between the marks of a README; without marks it stays as it is."""
     if not readme.is_file():
         return
@@ -268,7 +268,7 @@ def _fill(readme: Path, text: str) -> None:
         write_bytes(readme, f"{before}{BEGIN}\n{text}{END}{after}".encode())
 
 
-def _settings(jobs: Sequence[Job]) -> str:
+def about_sweep(jobs: Sequence[Job]) -> str:
     """Say in a line what was run, and where."""
     config, seeds = jobs[0].config, sorted({job.axes.get(SEED, "0") for job in jobs}, key=_number)
     revisions = sorted({str(job.environment.get("git_revision", "unknown")) for job in jobs})
@@ -306,7 +306,7 @@ def _number(value: str) -> tuple[int, float, str]:
         return 1, 0.0, value
 
 
-def _markdown(headers: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown(headers: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     lines = [headers, ["---", *("---:" for _ in headers[1:])], *body]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 

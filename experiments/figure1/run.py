@@ -23,8 +23,9 @@ from evopress.reporting.drawing import COLOURS, new_figure, open_frame, save
 from evopress.reporting.records import read_json, read_records
 from evopress.reporting.tables import number, significant
 from evopress.units import Genome
-from experiments.depth import about_sweep, markdown, publish, run, sweep_options
+from experiments.depth import publish, run, sweep_options
 from experiments.sweeps import Job, describe, expected_jobs, read_sweep
+from experiments.tables import about_sweep, markdown
 
 EXPERIMENT = "figure1"
 TITLE = "Figure 1: pairs of blocks, the search against the optimum"

@@ -21,10 +21,10 @@ from evopress.errors import EvoPressError
 from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, open_frame, save, styles, time_unit
 from evopress.reporting.tables import display_name, significant
 from experiments.convergence import KL, X_AXES, Curve, band, curves
-from experiments.depth import about_sweep, markdown, publish, run, sweep_options
+from experiments.depth import publish, run, sweep_options
 from experiments.specs import SPECS
 from experiments.sweeps import describe, expected_jobs, read_sweep
-from experiments.tables import Table
+from experiments.tables import Table, about_sweep, markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,8 +23,9 @@ from typing import Any
 from evopress.errors import EvoPressError
 from evopress.reporting.drawing import new_figure, save
 from evopress.reporting.records import read_json
-from experiments.depth import about_sweep, markdown, publish, run, sweep_options
+from experiments.depth import publish, run, sweep_options
 from experiments.sweeps import Job, describe, expected_jobs, read_sweep
+from experiments.tables import about_sweep, markdown
 
 SWEEP = "table9_12"
 TITLE = "Figure 6: which modules are dropped"

@@ -20,7 +20,8 @@ from pathlib import Path
 from evopress.errors import EvoPressError
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name
-from experiments.depth import markdown, publish, run
+from experiments.depth import publish, run
+from experiments.tables import markdown
 
 TITLE = "Table 13: removal orders"
 REFERENCE = "shortgpt"

@@ -79,7 +79,7 @@ def test_every_option_composes(group: str, option: str, composed: Callable[..., 
 
 def test_groups_are_those_that_are_documented() -> None:
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    expected = "model method level_db data fitness search scale evaluation tracker paths experiment debug"
+    expected = "model method level_db data fitness search scale evaluation tracker paths experiment debug hydra"
     assert groups <= set(expected.split())
     assert set(expected.split()) - {"experiment"} <= groups
 

@@ -51,7 +51,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a script that loads a model is told here; it writes to tmp_path."""
     monkeypatch.setenv("EVOPRESS_CACHE", str(home / "cache"))
-    monkeypatch.setattr("evopress.__main__._keep_freed_memory", lambda: None)  # a setting of the whole process
+    monkeypatch.setattr("evopress.machine.keep_freed_memory", lambda: None)  # a setting of the whole process
     length = ("--sequence-length", "32")
     return ["--model-path", str(home / "tiny"), "--dtype", "float32", *length, "--out", str(tmp_path)]
 

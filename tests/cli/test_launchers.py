@@ -1,0 +1,89 @@
+"""Sweeps on launchers that run jobs in other processes, which share one level database: built once, the others wait."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from evopress import config as configuration
+
+EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}
+"""Of Hydra's launcher plugins, the extra that installs each."""
+
+
+def needs(plugin: str) -> pytest.MarkDecorator:
+    here = importlib.util.find_spec("hydra_plugins") is not None
+    found = here and importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is not None
+    reason = f"hydra-{plugin}-launcher is not installed: pip install 'evopress[{EXTRAS[plugin]}]'"
+    return pytest.mark.skipif(not found, reason=reason)
+
+
+def sweep(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Sweep two targets of the tiny model, with a cache of their own, in a process of its own."""
+    few = ("baselines.names=[]", "stages=[database,search,evaluate]")
+    command = [sys.executable, "-m", "evopress", "-m", "+method=quant", "+debug=tiny", *few, "hydra.sweep.dir=sweep", *arguments]
+    environment = os.environ | {"EVOPRESS_CACHE": str(cwd / "cache"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=600)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(("local",), marks=needs("joblib")),
+        pytest.param(("submitit_local", "hydra.launcher.timeout_min=5"), marks=needs("submitit")),
+        pytest.param(
+            ("cluster", "hydra.launcher.ray.init.address=null", "hydra.launcher.ray.remote={num_cpus:1,num_gpus:0}"),
+            marks=needs("ray"),
+        ),
+    ],
+    ids=lambda launcher: launcher[0],
+)
+def test_jobs_side_by_side_share_one_database(launcher: tuple[str, ...], tmp_path: Path) -> None:
+    name, *options = launcher
+    done = sweep(f"hydra/launcher={name}", *options, "bits=9,3.5,3", cwd=tmp_path)
+    assert done.returncode == 1  # of the job that cannot be; the others are done
+    assert "bits=9 is above the highest level" in done.stderr
+    assert not (tmp_path / "sweep" / "0" / "result.json").exists()
+    results = [json.loads((tmp_path / "sweep" / job / "result.json").read_text(encoding="utf-8")) for job in ("1", "2")]
+    assert [[row["name"] for row in result["rows"]] for result in results] == [["dense", "evopress"]] * 2
+    assert len({result["database"]["path"] for result in results}) == 1
+    assert sorted(result["database"]["reused"] for result in results) == [False, True]
+    costs = [json.loads((tmp_path / "sweep" / job / "genome.json").read_text(encoding="utf-8"))["cost"] for job in ("1", "2")]
+    assert costs[0] > costs[1]
+
+
+@pytest.mark.parametrize(
+    ("preset", "target", "values"),
+    [
+        pytest.param("local", "JoblibLauncher", {"n_jobs": 2}, marks=needs("joblib")),
+        pytest.param("slurm", "SlurmLauncher", {"gpus_per_node": 1, "max_num_timeout": 10}, marks=needs("submitit")),
+        pytest.param("cluster", "RayLauncher", {"ray.remote.num_gpus": 1}, marks=needs("ray")),
+    ],
+)
+def test_presets_are_those_of_the_plugins(preset: str, target: str, values: dict[str, Any]) -> None:
+    configuration.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(configuration.config_folder())):
+        overrides = ["+experiment=table5", f"hydra/launcher={preset}"]
+        launcher = compose("config", overrides=overrides, return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith(f".{target}")
+    for key, value in values.items():
+        node = launcher
+        for part in key.split("."):
+            node = node[part]
+        assert node == value
+
+
+def test_a_plugin_that_is_not_there_is_told_by_name(evopress: Callable[..., Any]) -> None:
+    outcome = evopress("-m", "+method=quant", "+debug=tiny", "hydra/launcher=elsewhere")
+    assert outcome.code == 1
+    assert "Could not find 'hydra/launcher/elsewhere'" in outcome.text
+    assert "local" in outcome.text and "slurm" in outcome.text
