@@ -57,6 +57,8 @@ def on_terminal(stream: TextIO) -> bool:
 class StatusLine:
     """One line at the bottom of a terminal that is rewritten; what is logged meanwhile appears above it.
 
+    Its text is a list with commas, the most important first; what does not fit is left out.
+
     Log records with the attribute `live` (`extra={"live": True}`) repeat what the line shows: they go to log files, not to the
     terminal.
     """
@@ -103,8 +105,12 @@ class StatusLine:
             self._width = 0
 
     def _draw(self) -> None:
-        line = f"{self._text}, {self._detail}" if self._text and self._detail else self._text or self._detail
-        line = line[: shutil.get_terminal_size().columns - 1]  # a full last column would wrap
+        most = shutil.get_terminal_size().columns - 1  # a full last column would wrap
+        parts = self._text.split(", ") if self._text else []
+        detail = [self._detail] if self._detail else []
+        while len(parts) > 1 and len(", ".join([*parts, *detail])) > most:
+            parts.pop()  # whole parts: half a number would be another number
+        line = ", ".join([*parts, *detail])[:most]
         self._write(f"\r{line}{' ' * (self._width - len(line))}\r{line}" if self._width > len(line) else f"\r{line}")
         self._width = len(line)
 

@@ -189,4 +189,4 @@ def _switch(switch: Sequence[int], space: Space | None) -> str:
 def balance_headers(space: Space) -> list[str]:
     """Return the headers of `switch_balance`'s two columns."""
     up, down = words(space)
-    return [f"switched to {up}", f"to {down}"]
+    return [f"switched: {up}", f"switched: {down}"]

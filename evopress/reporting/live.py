@@ -44,6 +44,7 @@ class LiveSearch:
         self._line = StatusLine(stream) if on_terminal(stream) else None
         self._seconds: deque[float] = deque(maxlen=_WINDOW)
         self._held_out: Mapping[str, Any] = {}
+        self._last: Mapping[str, float] = {}
         self._stage = 0
 
     def __enter__(self) -> LiveSearch:
@@ -55,6 +56,10 @@ class LiveSearch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._line is not None:
             self._line.__exit__(kind, error, traceback)
+        if kind is None and self._last:
+            accepted = f", accepted {self._last['acceptance_rate']:.0%}" if "acceptance_rate" in self._last else ""
+            tokens, seconds = (self._last.get(key, 0.0) for key in ("tokens", "seconds"))
+            logger.info("%ssearch: done, %s tokens in %s%s", self._prefix, f"{tokens:,.0f}", duration(seconds), accepted)
 
     def watching(self, fitness: Fitness) -> Fitness:
         """Return the same fitness; the line says which stage it is asked for."""
@@ -74,7 +79,7 @@ class LiveSearch:
             record: its record in `metrics.jsonl`.
             metrics: what `SearchMetrics` makes of it.
         """
-        self._stage = 0
+        self._stage, self._last = 0, metrics
         if metrics.get("generation_seconds", 0.0) > 0 and (record["generation"] > 0 or not self._seconds):
             if record["generation"] == 1:
                 self._seconds.clear()  # generation 0 only chose where to start

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
-from evopress.units import Genome, Level, Space, Unit
+from evopress.search.evolution import Evolution, SearchSettings, Stage
+from evopress.units import Budget, Genome, Level, Space, Unit
 
 SIZES = {
     "self_attn.q_proj": 331776,
@@ -155,3 +157,25 @@ def run() -> Run:
 def space() -> Space:
     """A small space: 2 blocks of 7 units."""
     return quant_space(2)
+
+
+@pytest.fixture
+def evolution(space: Space) -> Callable[..., Evolution]:
+    """Return a maker of searches at 3.5 bits per weight: `evolution(generations, offspring, (tokens, survivors), …, seed=0)`."""
+
+    def make(generations: int, num_offspring: int, *stages: tuple[int, int], seed: int = 0) -> Evolution:
+        settings = SearchSettings(
+            generations=generations,
+            num_offspring=num_offspring,
+            stages=tuple(Stage(*stage) for stage in stages),
+            initial_candidates=4,
+            initial_tokens=32,
+            max_switches=3,
+            distribution="min_uniform",
+            exchange="size",
+        )
+        budget = Budget(total=int(3.5 * space.size), target=3.5, measure="bits per weight")
+        rngs = [np.random.default_rng(seed) for seed in (2 * seed, 2 * seed + 1)]
+        return Evolution(space, budget, settings, rng_initial=rngs[0], rng_mutation=rngs[1])
+
+    return make

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from evopress.reporting import figures
+from evopress.reporting import drawing, figures
 from evopress.units import Level, Space, Unit
 
 
@@ -145,8 +145,8 @@ def test_averages(run: Any) -> None:
 
 
 def test_a_genome_keeps_its_colour_in_every_figure() -> None:
-    some = figures._styles(["uniform_3", "dp", "evopress"])
-    more = figures._styles(["uniform_3", "uniform_2", "best_of_32", "dp", "owl", "evopress"])
+    some = drawing.styles(["uniform_3", "dp", "evopress"])
+    more = drawing.styles(["uniform_3", "uniform_2", "best_of_32", "dp", "owl", "evopress"])
     assert {name: more[name] for name in some} == some
     assert len(set(more.values())) == len(more)
 

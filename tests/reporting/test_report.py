@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from evopress.reporting import figures
+from evopress.reporting.lineage import lineage_figures
 from evopress.reporting.report import headline, write_report
+from evopress.units import Level, Space, Unit
 
 VOID = {"meta", "img", "br"}
 
@@ -65,6 +67,7 @@ def test_a_whole_run(run: Any, tmp_path: Path) -> None:
         *figures.convergence(run.records, tmp_path / "figures", run.baselines),
         *figures.level_heatmap(run.space, run.genome, tmp_path / "figures"),
         *figures.level_profile(run.space, run.genomes, tmp_path / "figures"),
+        *lineage_figures(run.records, run.space, tmp_path / "figures"),
     ]
     page = write(tmp_path / "report.html", run, figures=drawn)
     headings = re.findall("<h2>(.*?)</h2>", page.source)
@@ -74,6 +77,8 @@ def test_a_whole_run(run: Any, tmp_path: Path) -> None:
         "Convergence",
         "Where the budget went",
         "Accepted switches",
+        "Selection",
+        "Lineage",
         "What it cost",
         "Load the checkpoint",
         "Run it again",
@@ -81,7 +86,7 @@ def test_a_whole_run(run: Any, tmp_path: Path) -> None:
         "Configuration",
     ]
     images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 3
+    assert len(images) == 6
     assert all(source.startswith("data:image/svg+xml;base64,") for source in images)
     accepted = sum(record["accepted"] for record in run.records)
     assert f"{accepted} of 40 generations replaced their parent" in page.text
@@ -90,6 +95,13 @@ def test_a_whole_run(run: Any, tmp_path: Path) -> None:
     assert "2.90 GB" in page.text
     assert "271.0 MB" in page.text
     assert "git revision 0123abc" in page.text
+    assert (
+        "Choose a level for each of the 210 units in the 30 transformer blocks of smollm2_135m so that together they meet 2.5"
+        in page.text
+    )
+    assert "EvoPress searched for 40 generations of 16 offspring." in page.text
+    assert re.search(r"Most was kept in block \d+ \(\S+\), block", page.text)
+    assert "Below, the number of units in which it differs" in page.text
     assert "model.layers." in page.text
     assert "3 bits → 2 bits" in page.text
     assert not {"link", "script", "iframe", "a"} & {tag for tag, _ in page.tags}  # nothing from outside
@@ -151,6 +163,44 @@ def test_missing_parts_are_left_out(run: Any, tmp_path: Path, changes: dict[str,
     assert page.count("img") == 0
     assert "None" not in page.text
     assert "nan" not in page.text
+
+
+def test_what_kinds_gave_and_got(run: Any, tmp_path: Path) -> None:
+    page = write(tmp_path / "report.html", run)
+    rows = {cells[0]: cells for row in re.findall("<tr.*?</tr>", page.source) if (cells := re.findall("<td>([^<]*)</td>", row))}
+    up = dict.fromkeys(("q_proj", "o_proj"), 0)
+    for record in run.records:
+        for index, before, after in record["switches"]:
+            kind = run.space.units[index].kind
+            if kind in up:
+                up[kind] += max(before - after, 0)
+    assert {kind: int(rows[kind][-2]) for kind in up} == up
+    assert sum(up.values()) > 0
+    assert int(rows["all"][-2]) == int(rows["all"][-1])  # the budget is kept
+
+
+def test_only_equal_sizes_were_exchanged(run: Any, tmp_path: Path) -> None:
+    sentence = "what each size has in all was settled by the initial genome"
+    assert sentence not in write(tmp_path / "report.html", run).text
+    config = {**run.config, "search": {"exchange": "size"}}
+    assert sentence in write(tmp_path / "report.html", run, config=config).text
+
+
+def test_dropped_modules_are_named(tmp_path: Path, run: Any) -> None:
+    levels = (Level("keep", 1, "keep", 80), Level("drop", 0, "drop", 0))
+    units = tuple(Unit(f"layers.{block}.{kind}", block, kind, 5, levels) for block in range(6) for kind in ("attention", "mlp"))
+    space = Space("drop", units)
+    genome = tuple(int((unit.block in (2, 4) and unit.kind == "mlp") or unit.name == "layers.1.attention") for unit in units)
+    records = [
+        {"generation": 0, "genome": [0] * 12, "accepted": False, "switches": []},
+        {"generation": 1, "genome": list(genome), "accepted": True, "switches": [[2, 0, 1], [5, 0, 1], [9, 0, 1]]},
+    ]
+    drawn = [*figures.level_heatmap(space, genome, tmp_path), *lineage_figures(records, space, tmp_path)]
+    result = {"rows": [{"name": "evopress", "sparsity": 0.25, "modules_dropped": 3, "kl": 1.0}]}
+    page = write(tmp_path / "report.html", run, space=space, genome=genome, records=records, result=result, figures=drawn)
+    assert "Dropped, attention: 1. Dropped, mlp: 2, 4." in page.text
+    assert "layers.2.mlp: keep → drop" in page.text
+    assert "switched: kept again switched: dropped" in page.text
 
 
 def test_one_record(run: Any, tmp_path: Path) -> None:

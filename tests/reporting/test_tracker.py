@@ -190,6 +190,38 @@ def test_everything_is_sent_with_its_axes(tmp_path: Path, figure: Path, monkeypa
     assert fake.names()[-2:] == ["log_artifact", "finish"]
 
 
+def started(run_dir: Path, monkeypatch: pytest.MonkeyPatch, mode: Any = "offline", **options: Any) -> dict[str, Any]:
+    """Start a tracker in a run folder and return what wandb was asked for."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    tracker = WandbTracker(mode)
+    tracker.start(**{"config": {}, "run_dir": run_dir, "name": None, "group": None, "tags": ["quant"], **options})
+    tracker.finish()
+    asked: dict[str, Any] = dict(fake.calls)["init"]
+    return asked
+
+
+def test_jobs_of_a_sweep_are_a_group_tagged_by_their_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tmp_path / "multirun" / "table4" / "constant_3_seed-1"
+    (job / ".hydra").mkdir(parents=True)
+    (job.parent / "multirun.yaml").touch()
+    (job / ".hydra" / "overrides.yaml").write_text("- search/mutation=constant_3\n- seed=1\n- +experiment=table4\n")
+    asked = started(job, monkeypatch)
+    assert (asked["group"], asked["name"], asked["tags"]) == ("table4", "constant_3_seed-1", ["quant", "table4"])
+    asked = started(job, monkeypatch, name="mine", group="ours", tags=["a", "table4"])
+    assert (asked["group"], asked["name"], asked["tags"]) == ("ours", "mine", ["a", "table4"])
+    asked = started(tmp_path / "alone", monkeypatch)
+    assert (asked["group"], asked["name"], asked["tags"]) == (None, None, ["quant"])
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    first, again, other = (started(tmp_path / name, monkeypatch, "online") for name in ("a", "a", "b"))
+    assert first["id"] == again["id"] != other["id"]
+    assert (first["resume"], first["allow_val_change"]) == ("allow", True)
+    assert (started(tmp_path / "a", monkeypatch)["id"], started(tmp_path / "a", monkeypatch)["resume"]) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("mode", "environment", "expected"),
     [
