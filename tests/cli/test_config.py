@@ -346,14 +346,14 @@ def test_a_plus_lets_no_misspelt_key_through(override: str, sentence: str, setti
 def test_experiments_of_ones_own_lie_in_any_folder(evopress: Callable[..., Any], tmp_path: Path) -> None:
     """A named delta over the config, found by `--config-dir`; what is on the command line still wins, and debug=tiny fits it."""
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
-    (tmp_path / "mine" / "experiment" / "table3.yaml").write_text(
+    (tmp_path / "mine" / "experiment" / "my_table.yaml").write_text(
         "# @package _global_\n"
         "defaults:\n  - override /method: quant\n  - override /model: llama3_8b\n  - override /search: super_fast\n"
         "bits: 2.25\nseed: 5\nsearch:\n  exchange: name\n",
         encoding="utf-8",
     )
     outcome = evopress(
-        *("--config-dir", "mine", "+method=quant", "+experiment=table3", "+debug=tiny", "seed=6"),
+        *("--config-dir", "mine", "+method=quant", "+experiment=my_table", "+debug=tiny", "seed=6"),
         *("stages=[database]", "hydra.run.dir=run"),
     )
     assert outcome.code == 0, outcome.text

@@ -304,7 +304,10 @@ def test_stages_alone_on_an_earlier_run(finished: Any, evopress: Callable[..., A
     assert rows(folder) == expected
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert (folder / "report.html").exists()
-    assert len(list((folder / "figures").iterdir())) == 6
+    names = {path.name for path in (finished.folder / "figures").iterdir()}
+    assert {path.name for path in (folder / "figures").iterdir()} == names
+    stems = {"convergence", "level_heatmap", "level_profile", "switches", "selection", "lineage"}
+    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
     assert set(read(folder / "result.json")) == {"schema", "rows", "search", "database", "memory"}
 
 
