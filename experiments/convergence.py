@@ -11,9 +11,7 @@ paper's Figures 3 to 5 and 10; `COMPANIONS` says what of other sweeps is drawn b
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ from evopress.reporting.drawing import (
 )
 from evopress.reporting.records import read_records
 from evopress.reporting.tables import display_name, number
+from experiments.commands import of_sweep
 from experiments.specs import SPECS, Spec
 from experiments.sweeps import Sweep, describe, expected_jobs, read_sweep
 from experiments.tables import SEED, Group, Table, write_csv
@@ -215,27 +214,16 @@ def _rows(found: Mapping[Group, Mapping[str, Curve]], beside: Mapping[str, Curve
 
 
 def main() -> None:
-    """Draw the figures of the sweep that is named on the command line and say what is missing of it."""
-    parser = argparse.ArgumentParser(description="Draw how the searches of a sweep converged, also of a half-finished one.")
-    parser.add_argument("experiment", choices=sorted(SPECS))
-    parser.add_argument("--root", type=Path, default=Path("multirun"), help="where the sweeps lie (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: the experiment's own)")
-    arguments = parser.parse_args()
-    try:
-        sweep, paths = make_figures(
-            arguments.experiment, root=arguments.root, out=arguments.out or Path(__file__).parent / arguments.experiment
-        )
-    except EvoPressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    for folder, reason in sweep.unfinished:
-        print(f"left out: {folder}: {reason}")
-    for axes in sweep.missing:
-        print(f"missing: {describe(axes)}")
-    if arguments.experiment in COMPANIONS and not _companion(arguments.experiment, arguments.root):
-        print(f"not drawn: {COMPANIONS[arguments.experiment][0]}, which is of {COMPANIONS[arguments.experiment][1]}")
-    for path in paths:
-        print(path)
+    """Draw the figures of the sweep that is named on the command line."""
+
+    def make(experiment: str, root: Path, out: Path) -> tuple[Sweep, str]:
+        sweep, paths = make_figures(experiment, root=root, out=out)
+        said = [str(path) for path in paths]
+        if experiment in COMPANIONS and not _companion(experiment, root):
+            said.insert(0, f"not drawn: {COMPANIONS[experiment][0]}, which is of {COMPANIONS[experiment][1]}")
+        return sweep, "\n".join(said)
+
+    of_sweep("Draw how the searches of a sweep converged, also of a half-finished one.", make)
 
 
 if __name__ == "__main__":

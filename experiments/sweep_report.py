@@ -9,11 +9,9 @@ beside them. The page holds all that it shows; its links to the jobs' own report
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -34,6 +32,7 @@ from evopress.reporting.page import (
     write_page,
 )
 from evopress.reporting.tables import display_name, number, significant
+from experiments.commands import of_sweep
 from experiments.convergence import make_figures
 from experiments.specs import SPECS, Spec
 from experiments.sweeps import Job, Sweep, describe
@@ -174,21 +173,13 @@ def _environment(jobs: Sequence[Job]) -> str:
 
 
 def main() -> None:
-    """Write the page of the sweep that is named on the command line and say what is missing of it."""
-    parser = argparse.ArgumentParser(description="Write one HTML page about a sweep, also about a half-finished one.")
-    parser.add_argument("experiment", choices=sorted(SPECS))
-    parser.add_argument("--root", type=Path, default=Path("multirun"), help="where the sweeps lie (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: the experiment's own)")
-    arguments = parser.parse_args()
-    out = arguments.out or Path(__file__).parent / arguments.experiment
-    try:
-        sweep, path = make_report(arguments.experiment, root=arguments.root, out=out)
-    except EvoPressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    for axes in sweep.missing:
-        print(f"missing: {describe(axes)}")
-    print(path)
+    """Write the page of the sweep that is named on the command line."""
+
+    def make(experiment: str, root: Path, out: Path) -> tuple[Sweep, str]:
+        sweep, path = make_report(experiment, root=root, out=out)
+        return sweep, str(path)
+
+    of_sweep("Write one HTML page about a sweep, also about a half-finished one.", make)
 
 
 if __name__ == "__main__":

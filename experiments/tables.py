@@ -10,12 +10,10 @@ README.md and the paper's numbers in paper.csv, and a line in `specs.py`.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
 import math
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from typing import Any
 from evopress.errors import EvoPressError
 from evopress.reporting.records import write_bytes
 from evopress.reporting.tables import Column, display_name, results_columns, significant
+from experiments.commands import of_sweep
 from experiments.specs import SPECS, Spec
 from experiments.sweeps import Job, Sweep, describe, expected_jobs, read_sweep, setting
 
@@ -329,24 +328,13 @@ def _plain(value: Any) -> Any:
 
 
 def main() -> None:
-    """Make the table that is named on the command line and say what is missing of it."""
-    parser = argparse.ArgumentParser(description="Make the table of a sweep, also of a half-finished one.")
-    parser.add_argument("experiment", choices=sorted(SPECS))
-    parser.add_argument("--root", type=Path, default=Path("multirun"), help="where the sweeps lie (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: the experiment's own)")
-    arguments = parser.parse_args()
-    out = arguments.out or Path(__file__).parent / arguments.experiment
-    try:
-        sweep = make_table(arguments.experiment, root=arguments.root, out=out)
-    except EvoPressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    for folder, reason in sweep.unfinished:
-        print(f"left out: {folder}: {reason}")
-    for axes in sweep.missing:
-        print(f"missing: {describe(axes)}")
-    print((out / "table.md").read_text(encoding="utf-8"))
-    print(f"{len(sweep.jobs)} jobs: {out}")
+    """Make the table that is named on the command line."""
+
+    def make(experiment: str, root: Path, out: Path) -> tuple[Sweep, str]:
+        sweep = make_table(experiment, root=root, out=out)
+        return sweep, f"{(out / 'table.md').read_text(encoding='utf-8')}\n{len(sweep.jobs)} jobs: {out}"
+
+    of_sweep("Make the table of a sweep, also of a half-finished one.", make)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,21 @@ class Live(Protocol):
         """Hold the model in the form in which a checkpoint of the genome is written."""
 
 
+@contextmanager
+def held(live: Live, genome: Genome | None) -> Iterator[None]:
+    """Hold all blocks of a live model at a genome, and give each back what it came with, whatever happens in between."""
+    blocks = range(len(live.blocks.blocks))
+    try:
+        if genome is not None:
+            live.space.check(genome)
+        for index in blocks:
+            live.set_block(index, live.levels_in(genome, index))
+        yield
+    finally:
+        for index in blocks:
+            live.restore_block(index)
+
+
 class LiveModel:
     """A model whose units can be switched to levels of a database, block by block.
 
@@ -96,18 +111,9 @@ class LiveModel:
         """See `Live`."""
         return self.applied(genome)
 
-    @contextmanager
-    def applied(self, genome: Genome | None) -> Iterator[None]:
+    def applied(self, genome: Genome | None) -> AbstractContextManager[None]:
         """Hold the whole model at a genome; on leaving, every weight is the dense one again."""
-        try:
-            if genome is not None:
-                self.space.check(genome)
-            for index in range(len(self.blocks.blocks)):
-                self.set_block(index, self.levels_in(genome, index))
-            yield
-        finally:
-            for index in range(len(self.blocks.blocks)):
-                self.restore_block(index)
+        return held(self, genome)
 
     def _weight(self, unit: int, level: int, device: torch.device) -> Tensor:
         key = (unit, level)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from evopress.errors import EvoPressError
 from evopress.files import explained, make_folder
+from evopress.levels.live import held
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase, fingerprint, write_manifest
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import drop, restore
@@ -121,18 +122,9 @@ class LiveModules:
         """Tell whether a block with these levels returns what enters it, and so need not be run."""
         return levels is not None and all(levels)
 
-    @contextmanager
-    def applied(self, genome: Genome | None) -> Iterator[None]:
+    def applied(self, genome: Genome | None) -> AbstractContextManager[None]:
         """Hold the whole model at a genome; on leaving, every module is back."""
-        try:
-            if genome is not None:
-                self.space.check(genome)
-            for index in range(len(self.blocks.blocks)):
-                self.set_block(index, self.levels_in(genome, index))
-            yield
-        finally:
-            for index in range(len(self.blocks.blocks)):
-                self.restore_block(index)
+        return held(self, genome)
 
     @contextmanager
     def written(self, genome: Genome) -> Iterator[None]:
