@@ -110,13 +110,12 @@ class Workspace:
         positions = config.get("max_position_embeddings")
         if isinstance(positions, int) and length > positions:
             raise EvoPressError(f"model.sequence_length={length} is more than the {positions} positions of this model: lower it")
-        family = family_of(config["model_type"])
         if isinstance(self.method, ModuleMethod):
             self._plan(self.method)
             return
         assert isinstance(self.method, WeightMethod)
         shapes: dict[str, tuple[int, ...]] = {}
-        linears = tuple(f".{name}.weight" for name in family.linears)
+        linears = tuple(f".{name}.weight" for name in family_of(config["model_type"]).linears)
         for path in find_weights(self.model_folder):
             try:
                 with safe_open(path, framework="pt") as file:

@@ -50,14 +50,14 @@ def make_measure(settings: FitnessSettings) -> Measure:
     return NegativeLogLikelihood() if settings.name == "perplexity" else KLDivergence()
 
 
-def make_fitness(workspace: Workspace, rng: np.random.Generator) -> MinibatchFitness:
-    """Return the fitness on the search text, minibatches drawn by `rng`."""
+def make_fitness(workspace: Workspace, rng: np.random.Generator, num_sequences: int | None = None) -> MinibatchFitness:
+    """Return the fitness on the search text, or its first sequences, minibatches drawn by `rng`."""
     settings = workspace.settings.fitness
     return MinibatchFitness(
         workspace.evaluator,
-        workspace.search_tokens,
+        workspace.search_tokens[:num_sequences],
         rng=rng,
-        base=workspace.search_base,
+        base=workspace.search_base[:num_sequences],
         measure=make_measure(settings),
         chunk_tokens=settings.chunk_tokens,
     )

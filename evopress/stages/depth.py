@@ -133,7 +133,7 @@ class _Scores:
         return {"perplexity": [score.perplexity for score in scores], "kl": [score.kl for score in scores]}
 
 
-def search_all(workspace: Workspace, make_fitness: Callable[[Workspace, np.random.Generator], MinibatchFitness]) -> Genome:
+def search_all(workspace: Workspace, make_fitness: Callable[[Workspace, np.random.Generator, int], MinibatchFitness]) -> Genome:
     """Return the fittest of all genomes on the first search tokens; goes on where an earlier exhaustive search stopped.
 
     Raises: EvoPressError if there are more genomes than `baselines.exhaustive_limit`.
@@ -165,8 +165,7 @@ def search_all(workspace: Workspace, make_fitness: Callable[[Workspace, np.rando
 
     def fitness_of(genomes: Sequence[Genome]) -> list[float]:
         nonlocal fitness
-        fitness = fitness or make_fitness(workspace, np.random.default_rng(0))
-        fitness.sequences, fitness.base = fitness.sequences[:rows], fitness.base[:rows]
+        fitness = fitness or make_fitness(workspace, np.random.default_rng(0), rows)
         return fitness(genomes, tokens=rows * length)
 
     best, _ = exhaustive(
