@@ -6,25 +6,32 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from yaml import YAMLError
 
 from evopress import config as configuration
-from evopress import machine
+from evopress import machine, run_folder
+from evopress.endings import exit_code, is_out_of_memory, of_the_disk, stopping_at_signals
 from evopress.errors import EvoPressError
+from evopress.files import given_path
 from evopress.reporting.records import write_json
 
 logger = logging.getLogger(__name__)
 _failures: list[str] = []
 _started_in = 0
 """Process of the command itself; a launcher's jobs run in others."""
+_MEMORY_SETTINGS = (
+    *("fitness.max_tokens_in_flight", "fitness.chunk_tokens", "level_db.batch_tokens", "level_db.cache_bytes"),
+    *("data.calibration_tokens", "data.search_tokens"),
+)
+"""What memory grows with."""
 
 
 def main() -> None:
@@ -36,71 +43,124 @@ def main() -> None:
     _started_in = os.getpid()
     _failures.clear()
     entry = hydra.main(version_base="1.3", config_path=str(configuration.config_folder()), config_name="config")(_task)
+    logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no reason for tracebacks
     try:
-        folder = _resumed_folder(sys.argv[1:])
-        if folder is None:
-            entry()
-        else:
-            sys.argv[1:] = _with_resumed(sys.argv[1:], folder)
-            with _kept_if_refused(folder):
+        with stopping_at_signals():
+            folder = _resumed_folder(sys.argv[1:])
+            if folder is not None:
+                sys.argv[1:] = _with_resumed(sys.argv[1:], folder)
+            folder = _named_folder(sys.argv[1:])
+            dry_run = "dry_run=true" in {argument.lower().lstrip("+") for argument in sys.argv[1:]}
+            with nullcontext() if folder is None else run_folder.kept_if_refused(folder, dry_run=dry_run):
                 entry()
     except EvoPressError as error:
         _say_error(error)
         sys.exit(1)
+    except KeyboardInterrupt as stop:  # between jobs, or before the first
+        _say_error("interrupted; go on with the same command, in the same folder")
+        sys.exit(exit_code(stop))
     sys.exit(1 if _failures else 0)
 
 
 def _resumed_folder(arguments: list[str]) -> Path | None:
     """Return the run folder that `resume=RUN_FOLDER` names."""
     folder = next((argument.removeprefix("resume=") for argument in arguments if argument.startswith("resume=")), "")
-    return None if folder in ("", "null") else Path(folder)
+    return None if folder in ("", "null") else given_path(folder, "resume")
 
 
-@contextmanager
-def _kept_if_refused(folder: Path) -> Iterator[None]:
-    """Give a run folder its own settings back if those that it was resumed with are refused."""
-    files = [*(folder / ".hydra").glob("*.yaml"), folder / "environment.json"]
-    before = {path: path.read_bytes() for path in files if path.is_file()}
-    try:
-        yield
-    except SystemExit as stop:
-        if stop.code == 1:
-            for path, content in before.items():
-                path.write_bytes(content)
-        raise
+def _named_folder(arguments: list[str]) -> Path | None:
+    """Return the run folder that `hydra.run.dir` names, if it is there already; the last one counts.
+
+    Raises: EvoPressError if there cannot be such a folder.
+    """
+    named = [argument.partition("=")[2].strip("'\"") for argument in arguments if argument.startswith("hydra.run.dir=")]
+    if not named or not named[-1]:
+        return None
+    folder = given_path(named[-1], "hydra.run.dir")
+    nearest = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "may not be written to" if nearest.is_dir() else "is no folder"
+        raise EvoPressError(f"hydra.run.dir={folder} cannot be made, {nearest} {what}: choose another folder")
+    return folder if folder.is_dir() else None
 
 
 def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
     """Put an earlier run's own overrides before those on the command line, and let the run go on in its folder."""
-    overrides = folder / ".hydra" / "overrides.yaml"
-    if not overrides.is_file():
-        raise EvoPressError(f"resume={folder} is not a run folder: expected {overrides}")
-    earlier = [str(override) for override in OmegaConf.load(overrides)]
+    earlier = run_folder.kept_overrides(folder)
+    if earlier is None:
+        overrides = folder / ".hydra" / "overrides.yaml"
+        if not overrides.is_file():
+            raise EvoPressError(f"resume={folder} is not a run folder: expected {overrides}")
+        earlier = _hydras_own(overrides)
+        if not earlier:  # killed while Hydra wrote it
+            raise EvoPressError(
+                f"the run in {folder} was stopped before it began: give its whole command with hydra.run.dir={folder}"
+            )
     later = {argument.split("=", 1)[0] for argument in arguments}
-    kept = [override for override in earlier if override.split("=", 1)[0] not in later | {"resume", "stages"}]
+    kept = [override for override in earlier if override.split("=", 1)[0] not in later | {"resume", "stages", "dry_run"}]
     return [*kept, *arguments, f"hydra.run.dir={folder}", "hydra.mode=RUN"]  # also where the experiment is a sweep
 
 
-def _task(config: DictConfig) -> float:
-    """Run one job; a user's error is one sentence, in a multirun too, where the other jobs go on."""
-    configuration.register()  # in the process that a launcher starts for the job, nobody has
+def _hydras_own(overrides: Path) -> list[str]:
+    """Read the list of overrides that Hydra keeps of a run."""
     try:
-        return _run(config)
-    except EvoPressError as error:
-        _say_error(error)
-        _failures.append(str(error))
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            if os.getpid() != _started_in:  # the command learns of it by this alone, when the launcher's jobs have all ended
-                raise CompactHydraException(str(error)) from None
-            return float("nan")
+        listed = OmegaConf.load(overrides)
+    except (OSError, ValueError, YAMLError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EvoPressError(f"{overrides} cannot be read ({reason}): give the whole command with hydra.run.dir instead") from error
+    if not isinstance(listed, ListConfig):
+        raise EvoPressError(f"{overrides} holds no list of overrides: give the whole command with hydra.run.dir instead")
+    return [str(override) for override in listed]
+
+
+def _task(config: DictConfig) -> float:
+    """Run one job; a user's error is one sentence, in a multirun too, where the other jobs go on. A signal stops them all."""
+    configuration.register()  # in the process that a launcher starts for the job, nobody has
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    try:
+        return _run(config, folder)
+    except KeyboardInterrupt as stop:
+        _say_error(f"interrupted; go on with: {_to_go_on(folder, multirun=multirun)}")
+        sys.exit(exit_code(stop))
+    except Exception as error:
+        told = error if isinstance(error, EvoPressError) else _told(error, config, folder)
+        if told is None:
+            raise
+        notes = getattr(error, "__notes__", [])
+    _say_error(told)
+    for note in notes:
+        print(note, file=sys.stderr, flush=True)
+    _failures.append(str(told))
+    if not multirun:
         sys.exit(1)
-    except KeyboardInterrupt:
-        folder = HydraConfig.get().runtime.output_dir
-        _say_error(f"interrupted; go on with: python -m evopress resume={shlex.quote(_shown(folder))}")
-        sys.exit(130)
+    if os.getpid() != _started_in:  # the command learns of it by this alone, when the launcher's jobs have all ended
+        raise CompactHydraException(str(told))
+    return float("nan")
 
 
-def _run(config: DictConfig) -> float:
+def _told(error: Exception, config: DictConfig, folder: Path) -> EvoPressError | None:
+    """Turn an error of the machine into one sentence; None: it is a bug."""
+    if not is_out_of_memory(error):
+        return of_the_disk(error, folder)
+    now = {key: OmegaConf.select(config, key) for key in _MEMORY_SETTINGS}
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return EvoPressError(
+        f"out of memory ({reason}): lower one of {', '.join(f'{key}={value}' for key, value in now.items())}, or set "
+        "level_db.activations=disk, or model.offload=true on a GPU"
+    )
+
+
+def _to_go_on(folder: Path, *, multirun: bool = False) -> str:
+    """Return the command that goes on with a run, or with the sweep that it is a job of."""
+    if not multirun or os.getpid() != _started_in:
+        return f"python -m evopress resume={shlex.quote(_shown(folder))}"
+    sweep = f"hydra.sweep.dir={_shown(HydraConfig.get().sweep.dir)}"
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("hydra.sweep.dir=")]
+    return f"python -m evopress {shlex.join([*arguments, sweep])} (jobs that are done are not run again)"
+
+
+def _run(config: DictConfig, run_dir: Path) -> float:
     settings = configuration.to_settings(config)
     # Imported here: `--help`, shell completion and configuration errors need no torch.
     import torch
@@ -113,21 +173,29 @@ def _run(config: DictConfig) -> float:
     machine.keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
     if HydraConfig.get().mode == RunMode.MULTIRUN and set(settings.stages) <= set(pipeline.stages_done(settings, run_dir)):
         logger.info("finished before, so not run again: %s (to run it again, remove the folder)", _shown(run_dir))
         return pipeline.held_out_kl(run_dir)
-    environment = machine.describe(torch.get_num_threads())
-    write_json(run_dir / "environment.json", environment)
-    logger.info("run folder %s", _shown(run_dir))
-    return pipeline.run(
-        settings,
-        run_dir,
-        config=configuration.plain_dict(config),
-        command=f"python -m evopress {shlex.join(HydraConfig.get().overrides.task)}".strip(),
-        environment=environment,
-        paper=configuration.at_paper_scale(config),
-    )
+    with run_folder.held(run_dir):
+        overrides = HydraConfig.get().overrides.task
+        if not settings.dry_run:
+            run_folder.keep_overrides(run_dir, overrides)
+        environment = machine.describe(torch.get_num_threads())
+        write_json(run_dir / "environment.json", environment)
+        logger.info("run folder %s", _shown(run_dir))
+        try:
+            return pipeline.run(
+                settings,
+                run_dir,
+                config=configuration.plain_dict(config),
+                command=f"python -m evopress {shlex.join(overrides)}".strip(),
+                environment=environment,
+                paper=configuration.at_paper_scale(config),
+            )
+        except Exception as error:
+            if (run_dir / "state.json").exists():
+                error.add_note(f"what the search has done is kept; go on with: {_to_go_on(run_dir)}")
+            raise
 
 
 def _shown(path: str | Path) -> str:

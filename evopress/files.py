@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises: EvoPressError if the disk is full, or the folder cannot be written; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         write(temporary)
         with temporary.open("rb+") as file:
@@ -35,14 +36,23 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         raise explained(error, path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that already failed; the error on its way says more
+            temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Name a temporary file beside `path` that no other process or thread names, on this machine or another: `.NAME.….tmp`."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system can."""
+    """Make renames in a folder durable, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what file systems say that cannot
+            raise
     finally:
         os.close(descriptor)
 
@@ -54,6 +64,32 @@ def explained(error: OSError, path: Path) -> EvoPressError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return EvoPressError(f"{path} cannot be written ({error.strerror}): choose a folder that you may write to")
     return EvoPressError(f"{path} cannot be written ({error.strerror or error}): check the folder and the disk")
+
+
+def unreadable(error: OSError, path: Path) -> EvoPressError:
+    """Turn an operating system's error on reading `path`, which made it before and can make it again, into one sentence."""
+    return EvoPressError(
+        f"{path} cannot be read ({error.strerror or error}): check the disk and the permissions, and start again; "
+        "if the file is lost, remove it, and it is made again"
+    )
+
+
+def given_path(given: str | Path, what: str) -> Path:
+    """Return a path that a person gave, its `~` expanded; there need be nothing at it.
+
+    Args: what: the setting: "model.path".
+
+    Raises: EvoPressError if no file can have it: too long, or of a user who is not there.
+    """
+    try:
+        path = Path(given).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            return path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise EvoPressError(f"{what}={given!s:.100} is no path that can be opened ({reason}): give another one") from error
+    return path
 
 
 def make_folder(folder: Path) -> Path:
@@ -73,3 +109,18 @@ def make_folder(folder: Path) -> Path:
 def canonical_json(data: Any) -> str:
     """Serialise JSON with sorted keys and no spaces, for digests."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with its own digest, so that any change of its content shows."""
+    return {**record, "digest": _digest(record)}
+
+
+def is_sealed(record: Mapping[str, Any]) -> bool:
+    """Tell whether a JSON object has its own digest, the one of its content."""
+    return record.get("digest") == _digest(record)
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 over an object's content without the digest itself."""
+    return hashlib.sha256(canonical_json({key: record[key] for key in record if key != "digest"}).encode()).hexdigest()

@@ -38,6 +38,7 @@ def describe(threads: int) -> dict[str, Any]:
         except PackageNotFoundError:
             packages[name] = "not installed"
     return {
+        "schema": 1,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {threads} torch threads",
         "git_revision": _git_revision(),

@@ -15,14 +15,15 @@ from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.progress import duration
-from evopress.reporting.records import read_json, write_json
+from evopress.reporting.records import read_document, write_json
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
 from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.checks import check_names, check_tasks, check_tokens, search_cost, search_settings
 from evopress.stages.conclude import evaluate, export, report
+from evopress.stages.preflight import preflight
 from evopress.stages.results import read_result
-from evopress.stages.search import search
+from evopress.stages.search import refuse_other_settings, search
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ def run(
     paper: RunSettings | None = None,
 ) -> float:
     """Run the stages that the settings name and return the found genome's held-out KL (NaN if it was not measured).
+
+    With `dry_run` it stops before the first of them, having said what they will take.
 
     Args:
         config: the composed config, for the report and the tracker.
@@ -62,6 +65,12 @@ def run(
             f" (scale=paper: {_paper_cost(workspace, paper) / 1e6:.3g} million)" if paper else "",
         )
     workspace.read_text()
+    if "search" in settings.stages:
+        refuse_other_settings(workspace)
+    plan = preflight(workspace, searching)
+    if settings.dry_run:
+        logger.info("dry run: nothing was built or searched; leave dry_run out to run it")
+        return float("nan")
     done = stages_done(settings, run_dir)
     (run_dir / FINISHED).unlink(missing_ok=True)
     tracker = make_tracker(settings.tracker)
@@ -74,17 +83,23 @@ def run(
     )
     try:
         if "database" in settings.stages:
-            build_database(workspace)
+            with plan.timed("database"):
+                build_database(workspace)
         if "baselines" in settings.stages:
-            find_baselines(workspace)
+            with plan.timed("baselines"):
+                find_baselines(workspace)
         if "search" in settings.stages:
-            search(workspace, searching, tracker)
+            with plan.timed("search"):
+                search(workspace, searching, tracker)
         if "evaluate" in settings.stages:
-            evaluate(workspace, tracker)
+            with plan.timed("evaluate"):
+                evaluate(workspace, tracker)
         if "export" in settings.stages:
-            export(workspace, command=command)
+            with plan.timed("export"):
+                export(workspace, command=command)
         if "report" in settings.stages:
-            report(workspace, tracker, config=config, command=command, environment=environment)
+            with plan.timed("report"):
+                report(workspace, tracker, config=config, command=command, environment=environment)
     finally:
         tracker.finish()
     stages = [stage for stage in STAGES if stage in {*done, *settings.stages}]
@@ -96,12 +111,13 @@ def run(
 def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
     """Return the stages that finished runs of the same settings have done in a folder; `stages` and `resume` may differ."""
     try:
-        finished, result = read_json(run_dir / FINISHED), read_result(run_dir)
-    except EvoPressError:  # there is none, or it is damaged
+        finished, result = read_document(run_dir / FINISHED, what="list of finished stages"), read_result(run_dir)
+    except EvoPressError:  # there is none, or it is damaged or of another version: nothing counts as done
         return []
-    if finished.get("schema") != 1 or finished.get("settings") != _settings_digest(settings):
+    stages = finished.get("stages")
+    if finished.get("settings") != _settings_digest(settings) or not isinstance(stages, list):
         return []
-    return [stage for stage in finished["stages"] if stage != "evaluate" or result.get("rows")]
+    return [stage for stage in STAGES if stage in stages and (stage != "evaluate" or result.get("rows"))]
 
 
 def held_out_kl(run_dir: Path) -> float:
@@ -111,7 +127,7 @@ def held_out_kl(run_dir: Path) -> float:
 
 
 def _settings_digest(settings: RunSettings) -> str:
-    values = {key: value for key, value in asdict(settings).items() if key not in ("stages", "resume")}
+    values = {key: value for key, value in asdict(settings).items() if key not in ("stages", "resume", "dry_run")}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

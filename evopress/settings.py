@@ -114,6 +114,8 @@ class QuantSettings(MethodSettings):
     """Activations leave a block through this level while the database is built; None: through the dense block."""
 
     def __post_init__(self) -> None:
+        if not self.levels:
+            raise EvoPressError("method.levels is empty: give bit widths in descending order, such as [4, 3, 2]")
         if self.propagate_bits is not None and self.propagate_bits not in self.levels:
             raise EvoPressError(
                 f"method.propagate_bits={self.propagate_bits} is not among method.levels {self.levels}: choose one of them, "
@@ -174,6 +176,8 @@ class LevelDatabaseSettings:
 
     def __post_init__(self) -> None:
         _expect_one_of("level_db.activations", self.activations, ("memory", "disk"))
+        _expect(self.batch_tokens >= 1, "level_db.batch_tokens", self.batch_tokens, "at least 1 token")
+        _expect(self.cache_bytes >= 0, "level_db.cache_bytes", self.cache_bytes, "0 bytes or more")
 
 
 @dataclass
@@ -190,6 +194,8 @@ class FitnessSettings:
     """Tokens per forward of one block; bounds memory."""
     chunk_tokens: int = 256
     """Tokens whose logits exist at a time."""
+    compile: bool = False
+    """Fuse elementwise work of blocks and KL divergence by torch.compile: for long runs; not where modules are dropped."""
 
     def __post_init__(self) -> None:
         _expect_one_of("fitness.name", self.name, ("kl", "topk_kl", "perplexity"))
@@ -229,6 +235,7 @@ class SearchConfig:
     """Greatest sum of those deviations; None: any."""
 
     def __post_init__(self) -> None:
+        _expect(self.num_offspring <= 100_000, "search.num_offspring", self.num_offspring, "at most 100000")
         if len(self.survivors) != len(self.tokens):
             raise EvoPressError(
                 f"search.survivors {self.survivors} and search.tokens {self.tokens} differ in length: give one of each per stage"
@@ -257,6 +264,7 @@ class BaselinesSettings:
 
     def __post_init__(self) -> None:
         _expect(self.num_random >= 1, "baselines.num_random", self.num_random, "at least 1 candidate")
+        _expect(self.exhaustive_limit >= 1, "baselines.exhaustive_limit", self.exhaustive_limit, "at least 1 genome")
 
 
 @dataclass
@@ -300,6 +308,7 @@ class EvaluationSettings:
     """Sequences per forward of the zero-shot tasks."""
 
     def __post_init__(self) -> None:
+        _expect(self.every_tokens >= 2, "evaluation.every_tokens", self.every_tokens, "at least 2 tokens")
         _expect(self.every >= 0, "evaluation.every", self.every, "a number of generations, or 0 for none")
         _expect(self.task_limit is None or self.task_limit >= 1, "evaluation.task_limit", self.task_limit, "at least 1, or null")
         _expect(self.task_batch_size >= 1, "evaluation.task_batch_size", self.task_batch_size, "at least 1 sequence")
@@ -367,10 +376,20 @@ class RunSettings:
     threads: int | None = None
     """CPU threads of torch; None: its choice."""
     stages: list[str] = field(default_factory=lambda: list(STAGES))
+    dry_run: bool = False
+    """Say what the stages will take and stop there."""
     resume: str | None = None
     """Run folder to go on with; its own settings are used, later ones on the command line win."""
 
     def __post_init__(self) -> None:
+        if not self.stages:
+            raise EvoPressError(f"stages is empty: name at least one of {', '.join(STAGES)}")
+        if isinstance(self.method, MethodSettings):
+            key, value = ("sparsity", self.sparsity) if isinstance(self.method, QuantSettings) else ("bits", self.bits)
+            if value is not None:
+                raise EvoPressError(
+                    f"{key}={value:g} means nothing to method {self.method.name}: leave it out, or choose another method"
+                )
         for stage in self.stages:
             _expect_one_of("stages", stage, STAGES)
         _expect(self.seed >= 0, "seed", self.seed, "0 or more")

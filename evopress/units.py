@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 from evopress.errors import EvoPressError
 
@@ -97,8 +98,9 @@ class Space:
                 "use the database that the genome was found with"
             )
         for unit, level in zip(self.units, genome, strict=True):
-            if not 0 <= level < len(unit.levels):
-                raise EvoPressError(f"level {level} of {unit.name} does not exist: it has levels 0 to {len(unit.levels) - 1}")
+            if not isinstance(level, Integral) or isinstance(level, bool) or not 0 <= level < len(unit.levels):
+                most = len(unit.levels) - 1
+                raise EvoPressError(f"level {level!s:.60} of {unit.name} does not exist: it has levels 0 to {most}")
         return tuple(int(level) for level in genome)
 
 

@@ -23,11 +23,12 @@ from evopress.data.sources import TextSource
 from evopress.data.text_files import TextFiles
 from evopress.data.tokens import token_sequences, tokens_digest
 from evopress.errors import EvoPressError
-from evopress.files import make_folder
+from evopress.files import given_path, make_folder
+from evopress.fitness.fusion import can_compile
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import Evaluator, PopulationEvaluator
-from evopress.levels.build import BuildSettings, complete_hessians, ensure_database
+from evopress.levels.build import BuildNeeds, BuildSettings, complete_hessians, ensure_database, planned
 from evopress.levels.hessians import HessianStore
 from evopress.levels.live import Live, LiveModel
 from evopress.levels.modules import LiveModules, ensure_modules
@@ -55,7 +56,7 @@ def find_model(settings: ModelSettings, cache: Path) -> Path:
     Raises: EvoPressError if there is no such model or it cannot be fetched.
     """
     if settings.path is not None:
-        path = Path(settings.path).expanduser()
+        path = given_path(settings.path, "model.path")
         if path.exists() or not _HUB_ID.fullmatch(settings.path):
             find_weights(path)
             return path
@@ -81,8 +82,8 @@ class Workspace:
         self.run_dir = run_dir
         self.method = make_method(settings)
         self.device = pick_device(settings.model.device)
-        self.cache = make_folder(Path(settings.paths.cache).expanduser())
-        self.database_root = make_folder(Path(settings.level_db.root).expanduser())
+        self.cache = make_folder(given_path(settings.paths.cache, "paths.cache"))
+        self.database_root = make_folder(given_path(settings.level_db.root, "level_db.root"))
         self.database_reused = False
         self._further: list[str] = []
         self._check_files()
@@ -110,6 +111,9 @@ class Workspace:
         positions = config.get("max_position_embeddings")
         if isinstance(positions, int) and length > positions:
             raise EvoPressError(f"model.sequence_length={length} is more than the {positions} positions of this model: lower it")
+        fitness, vocabulary = self.settings.fitness, config.get("vocab_size")
+        if fitness.name == "topk_kl" and isinstance(vocabulary, int) and fitness.k > vocabulary:
+            raise EvoPressError(f"fitness.k={fitness.k} is more than the {vocabulary} tokens of this model's vocabulary: lower it")
         if isinstance(self.method, ModuleMethod):
             self._plan(self.method)
             return
@@ -248,7 +252,14 @@ class Workspace:
 
         Args: name: what the database is of; begins its folder's name.
         """
-        settings, pretrained, tokens = self.settings, self.pretrained, self.calibration_tokens
+        build = self.build_settings(name, compressor)
+        database, reused = ensure_database(build, self.blocks, self.calibration_tokens, compressor)
+        logger.info("level database: %s %s (%.1f MB)", "reused" if reused else "built", database.folder, database.num_bytes / 1e6)
+        return database, reused
+
+    def build_settings(self, name: str, compressor: Compressor) -> BuildSettings:
+        """Return how `database_of` builds, without building."""
+        settings = self.settings
         assert isinstance(self.method, WeightMethod)
         recipe = {
             **self._source_recipe,
@@ -256,19 +267,16 @@ class Workspace:
             "compressor": compressor.settings(),
             "propagate": self.method.propagate,
         }
-        build = BuildSettings(
+        return BuildSettings(
             root=self.database_root,
             method=name,
-            model_name=pretrained.name,
+            model_name=self.pretrained.name,
             recipe=recipe,
             propagate=self.method.propagate,
             batch_tokens=settings.level_db.batch_tokens,
             activations=settings.level_db.activations,
             hessians=self.hessians if settings.level_db.keep_hessians else None,
         )
-        database, reused = ensure_database(build, self.blocks, tokens, compressor)
-        logger.info("level database: %s %s (%.1f MB)", "reused" if reused else "built", database.folder, database.num_bytes / 1e6)
-        return database, reused
 
     @cached_property
     def _source_recipe(self) -> dict[str, Any]:
@@ -309,24 +317,36 @@ class Workspace:
     @cached_property
     def database(self) -> LevelDatabase:
         """The run's level database, built first where it is missing."""
-        dtype_bits = 8 * self.blocks.dtype.itemsize
         if isinstance(self.method, ModuleMethod):
             database, self.database_reused = ensure_modules(
                 self.database_root,
                 model_name=self.pretrained.name,
                 method=self.settings.method.name,
                 recipe={**self._model_recipe, "method": self.settings.method.name, **self.method.recipe()},
-                space=self.method.space(self.blocks.shapes(), dtype_bits=dtype_bits),
+                space=self.method.space(self.blocks.shapes(), dtype_bits=8 * self.blocks.dtype.itemsize),
             )
             return database
+        database, self.database_reused = self.database_of(self.settings.method.name, self.compressor)
+        return database
+
+    @cached_property
+    def compressor(self) -> Compressor:
+        """What makes the levels of a method that compresses weights."""
         assert isinstance(self.method, WeightMethod)
         sizes = [
             linear.weight.numel() for index in range(len(self.blocks.blocks)) for linear in self.blocks.linears(index).values()
         ]
-        database, self.database_reused = self.database_of(
-            self.settings.method.name, self.method.compressor(sizes, dtype_bits=dtype_bits)
-        )
-        return database
+        return self.method.compressor(sizes, dtype_bits=8 * self.blocks.dtype.itemsize)
+
+    def plan_database(self) -> tuple[Space, BuildNeeds | None]:
+        """Return the space of the run's level database and what is needed to build what is missing of it, without building.
+
+        A method that drops modules needs nothing.
+        """
+        if isinstance(self.method, ModuleMethod):
+            return self.method.space(self.blocks.shapes(), dtype_bits=8 * self.blocks.dtype.itemsize), None
+        settings = self.build_settings(self.settings.method.name, self.compressor)
+        return planned(settings, self.blocks, self.calibration_tokens, self.compressor)
 
     @cached_property
     def budget(self) -> Budget:
@@ -365,8 +385,19 @@ class Workspace:
     @cached_property
     def evaluator(self) -> Evaluator:
         fitness = self.settings.fitness
-        kind = PopulationEvaluator if fitness.evaluator == "population" else PlainEvaluator
-        return kind(self.live, max_tokens_in_flight=fitness.max_tokens_in_flight)
+        if fitness.evaluator == "plain":
+            return PlainEvaluator(self.live, max_tokens_in_flight=fitness.max_tokens_in_flight)
+        return PopulationEvaluator(self.live, max_tokens_in_flight=fitness.max_tokens_in_flight, fused=self.fused)
+
+    @cached_property
+    def fused(self) -> bool:
+        """Whether elementwise work is fused: asked for, and possible here."""
+        if not self.settings.fitness.compile:
+            return False
+        if isinstance(self.method, ModuleMethod):
+            logger.warning("fitness.compile=true is left off: where modules are dropped, every block would be compiled many times")
+            return False
+        return can_compile(self.device)
 
     @cached_property
     def search_tokens(self) -> Tensor:

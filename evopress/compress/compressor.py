@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -9,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from evopress.errors import EvoPressError
 from evopress.units import Level
 
 
@@ -59,16 +61,25 @@ class Compressor(Protocol):
         """Return everything that decides the result, for the database's fingerprint; JSON values only."""
 
 
-def with_errors(payloads: Sequence[Payload], W: Tensor, H: Tensor, *, damping: float = 0.0) -> list[Compressed]:
+def with_errors(payloads: Sequence[Payload], W: Tensor, H: Tensor, *, damping: float = 0.0, name: str = "") -> list[Compressed]:
     """Add each level's relative output error ‖XE‖² / ‖XW‖² = tr(E H Eᵀ) / tr(W H Wᵀ), E = W - decoded; ‖XW‖² is computed once.
 
-    Args: W float32 [R, C], the uncompressed weight; H float32 [C, C].
+    Args: W float32 [R, C], the uncompressed weight; H float32 [C, C]; name of the unit, for errors.
+
+    Raises: EvoPressError if an error is not finite, as it is wherever a decoded weight is not.
     """
     reference = _energy(W, H)
-    return [
+    levels = [
         Compressed(payload, _energy(W - payload.decode().to(torch.float32), H) / reference if reference else 0.0, damping)
         for payload in payloads
     ]
+    for index, level in enumerate(levels):
+        if not (math.isfinite(level.error) and math.isfinite(reference)):
+            raise EvoPressError(
+                f"level {index} of {name or 'a weight'} has no finite error: its weights or activations are too large; use "
+                "method.scale_dtype=float32 or model.dtype=bfloat16, or check the model's weights"
+            )
+    return levels
 
 
 def _energy(E: Tensor, H: Tensor) -> float:

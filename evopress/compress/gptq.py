@@ -75,15 +75,15 @@ class GPTQ:
                 f"method.levels {list(self.bits)} must be distinct bit widths in descending order, such as [4, 3, 2]"
             )
         if min(self.bits) < 1 or max(self.bits) > 8:
-            raise EvoPressError(f"method.levels {list(self.bits)} must lie in 1 to 8 bits")
+            raise EvoPressError(f"method.levels {list(self.bits)} must lie in 1 to 8 bits: leave the others out")
         if self.group_size is not None and self.group_size < 1:
             raise EvoPressError(f"method.group_size {self.group_size} must be positive, or null for one group per row")
         if not 0.0 < self.damping < 1.0:
             raise EvoPressError(f"method.damping {self.damping:g} must lie between 0 and 1; the paper uses 0.01")
         if self.block_size < 1:
-            raise EvoPressError(f"method.block_size {self.block_size} must be positive")
+            raise EvoPressError(f"method.block_size {self.block_size} must be positive: the paper uses 128")
         if self.scale_dtype not in _SCALE_DTYPES:
-            raise EvoPressError(f"method.scale_dtype {self.scale_dtype!r} is not one of {', '.join(_SCALE_DTYPES)}")
+            raise EvoPressError(f"method.scale_dtype {self.scale_dtype!r} is unknown: choose {' or '.join(_SCALE_DTYPES)}")
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the result."""
@@ -137,7 +137,7 @@ class GPTQ:
                 if start:  # a further slice of the same unit and level
                     part = _joined(payloads[name].pop(), part)
                 payloads[name].append(part)
-        return {name: with_errors(payloads[name], W, H, damping=damping) for name, W in originals.items()}
+        return {name: with_errors(payloads[name], W, H, damping=damping, name=name) for name, W in originals.items()}
 
     def _slices(self, weights: Mapping[str, Tensor], columns: int) -> list[list[tuple[str, int, int, int]]]:
         """Split (unit, rows, bits) into sweeps that fit `slice_bytes`; each entry is (name, first row, end row, bits)."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -25,19 +28,36 @@ class HessianSum:
     def add(self, X: Tensor) -> None:
         """Add a batch of layer inputs [b, ..., C], b sequences, any floating dtype."""
         rows = X.reshape(-1, X.shape[-1]).to(torch.float32)
-        self._sum.addmm_(rows.T, rows)
+        for start, end in self._panels():  # H is symmetric: what lies left of a panel's diagonal is in an earlier one
+            self._sum[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
         self.num_sequences += X.shape[0]
+
+    def _panels(self) -> Iterator[tuple[int, int]]:
+        """Split the rows of H into panels that products run well on: eight where it is wide."""
+        columns = len(self._sum)
+        width = max(columns // 8, 192)
+        for start in range(0, columns, width):
+            yield start, min(start + width, columns)
+
+    @property
+    def finite(self) -> bool:
+        """Tell whether all sums so far are finite; no product exceeds the diagonal's."""
+        return bool(torch.isfinite(self._sum.diagonal()).all())
 
     def result(self) -> Tensor:
         """Return H, float32 [C, C].
 
-        Raises: EvoPressError if an activation was not finite.
+        Raises: EvoPressError if an activation was not finite, or too large to be squared.
         """
-        if not bool(torch.isfinite(self._sum.diagonal()).all()):
+        if not self.finite:
             raise EvoPressError(
-                "its input activations are not finite: load the model in bfloat16 or float32 (model.dtype), or check its weights"
+                "its input activations are not finite, or too large to be squared: load the model in bfloat16 or float32 "
+                "(model.dtype), or check its weights"
             )
-        return self._sum * (2.0 / max(self.num_sequences, 1))
+        H = self._sum * (2.0 / max(self.num_sequences, 1))
+        for start, end in self._panels():
+            H[end:, start:end] = H[start:end, end:].T
+        return H
 
 
 def inverse_factor(H: Tensor, *, damping: float, attempts: int = 4) -> tuple[Tensor, float]:
@@ -50,11 +70,13 @@ def inverse_factor(H: Tensor, *, damping: float, attempts: int = 4) -> tuple[Ten
         damping: share of H's mean diagonal added to the diagonal, in (0, 1); ten times more at each further attempt.
 
     Returns: U float32 [C, C], upper triangular, and the share used.
-    Raises: SingularHessianError after `attempts` tries.
+    Raises: SingularHessianError after `attempts` tries; EvoPressError if H is not finite.
     """
     diagonal = H.diagonal()
     dead = diagonal == 0
     mean = float(torch.where(dead, torch.ones_like(diagonal), diagonal).mean())
+    if not math.isfinite(mean):
+        raise EvoPressError("its Hessian is not finite: check the model's activations on the calibration text")
     share = damping
     for _ in range(attempts):
         damped = H.clone()

@@ -37,7 +37,7 @@ class SparseGPT(SparsityLevels):
         if not 0.0 < self.damping < 1.0:
             raise EvoPressError(f"method.damping {self.damping:g} must lie between 0 and 1; the paper uses 0.01")
         if self.block_size < 1:
-            raise EvoPressError(f"method.block_size {self.block_size} must be positive")
+            raise EvoPressError(f"method.block_size {self.block_size} must be positive: the paper uses 128")
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the result."""
@@ -97,7 +97,7 @@ def sparsegpt(
         for (name, count), w, m in zip(part, Wt.split(rows, dim=1), mask.split(rows, dim=1), strict=True):
             payloads[name][count] = Sparse.of(w.T, m.T.contiguous(), weights[name].dtype)
     return {
-        name: with_errors([payloads[name][count] for count in kept[name]], originals[name], H, damping=used_damping)
+        name: with_errors([payloads[name][count] for count in kept[name]], originals[name], H, damping=used_damping, name=name)
         for name in weights
     }
 

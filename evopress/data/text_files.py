@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -13,7 +13,11 @@ from typing import Any
 
 from evopress.data.sources import SPLITS, Split, check_split
 from evopress.errors import EvoPressError
-from evopress.files import sha256_file
+from evopress.files import given_path, sha256_file
+from evopress.json_files import check_extent, clip
+
+_LONGEST_LINE = 256 * 2**20
+"""Bytes of one line of .jsonl."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class TextFiles:
         for split in SPLITS:
             listed[split] = []
             for given in getattr(self, split):
-                path = Path(given).expanduser()
+                path = given_path(given, f"data.{split}")
                 digest = _checked_digest(path)
                 if any(digest == other for _, other in listed[split]):
                     raise EvoPressError(f"{path} is listed twice for the {split} split: list each file once")
@@ -112,14 +116,26 @@ class TextFiles:
 
 
 def _checked_digest(path: Path) -> str:
-    """Return the SHA-256 of a file that exists, is not empty and has a suffix we read."""
-    if not path.is_file():
-        raise EvoPressError(f"text file {path} does not exist: give the path of a .txt, .jsonl or .parquet file")
-    if path.suffix.lower() not in (".txt", *_READERS):
-        raise EvoPressError(f"text file {path} has the suffix {path.suffix!r}: expected .txt, .jsonl or .parquet")
-    if path.stat().st_size == 0:
-        raise EvoPressError(f"text file {path} is empty: give a file with at least one document")
-    return sha256_file(path)
+    """Return the SHA-256 of a file that exists, can be read, is not empty and has a suffix we read."""
+    try:
+        if not path.is_file():
+            raise EvoPressError(f"text file {path} does not exist: give the path of a .txt, .jsonl or .parquet file")
+        if path.suffix.lower() not in (".txt", *_READERS):
+            raise EvoPressError(f"text file {path} has the suffix {path.suffix!r}: expected .txt, .jsonl or .parquet")
+        if path.stat().st_size == 0:
+            raise EvoPressError(f"text file {path} is empty: give a file with at least one document")
+        return sha256_file(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> EvoPressError:
+    return EvoPressError(f"text file {path} cannot be read ({error.strerror or error}): check its name, permissions and disk")
+
+
+def _named(names: Iterable[str]) -> str:
+    """Show the names of fields or columns, however many there are and whatever is in them."""
+    return clip(", ".join(islice(names, 32))) or "none"
 
 
 def _decode(raw: bytes, path: Path, offset: int = 0) -> str:
@@ -131,7 +147,11 @@ def _decode(raw: bytes, path: Path, offset: int = 0) -> str:
 
 
 def _read_txt(path: Path, *, wikitext: bool) -> str:
-    text = _decode(path.read_bytes(), path).replace("\r\n", "\n")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    text = _decode(raw, path).replace("\r\n", "\n")
     if not text.strip():
         raise EvoPressError(f"{path} has no text: give a file with at least one document")
     return wikitext_text(text) if wikitext else text
@@ -163,25 +183,48 @@ def _parts(text: str, num_parts: int) -> list[str]:
 
 def _read_jsonl(path: Path, field: str) -> Iterator[str]:
     offset = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            line = _decode(raw, path, offset)
-            offset += len(raw)
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise EvoPressError(f"line {number} of {path} is no JSON object: expected one such as {{{json.dumps(field)}: ...}}")
-            if not isinstance(row.get(field), str):
-                raise EvoPressError(
-                    f"line {number} of {path} has no text in the field {field!r} "
-                    f"(its fields: {', '.join(row) or 'none'}): "
-                    "name the field that holds the text"
-                )
-            yield row[field]
+    for number, raw in enumerate(_raw_lines(path), start=1):
+        line = _decode(raw, path, offset)
+        offset += len(raw)
+        if not line.strip():
+            continue
+        try:
+            check_extent(raw)
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise EvoPressError(f"line {number} of {path} is no JSON object: expected one such as {{{json.dumps(field)}: ...}}")
+        if not isinstance(row.get(field), str):
+            raise EvoPressError(
+                f"line {number} of {path} has no text in the field {field!r} "
+                f"(its fields: {_named(row)}): "
+                "name the field that holds the text with data.field"
+            )
+        if not _is_text(row[field]):
+            raise EvoPressError(f"line {number} of {path} has half of a surrogate pair in its text: mend the line or leave it out")
+        yield row[field]
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, none of them longer than memory should hold."""
+    try:
+        with path.open("rb") as file:
+            while raw := file.readline(_LONGEST_LINE + 1):
+                if len(raw) > _LONGEST_LINE:
+                    raise EvoPressError(f"{path} has a line of more than {_LONGEST_LINE // 2**20} MB: give one document a line")
+                yield raw
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _is_text(text: str) -> bool:
+    """Tell whether a string is Unicode text, which any tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:
@@ -195,15 +238,15 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
             column = next((c for c in file.schema_arrow if c.name == field), None)
             if column is None:
                 raise EvoPressError(
-                    f"{path} has no column {field!r} (its columns: {', '.join(file.schema_arrow.names) or 'none'}): "
-                    "name the column that holds the text"
+                    f"{path} has no column {field!r} (its columns: {_named(file.schema_arrow.names)}): "
+                    "name the column that holds the text with data.field"
                 )
             if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-                raise EvoPressError(f"column {field!r} of {path} holds {column.type}: name a column of strings")
+                raise EvoPressError(f"column {field!r} of {path} holds {clip(str(column.type))}: name a column of strings")
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
                 yield from (row or "" for row in batch.column(0).to_pylist())
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(". ")
+    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+        reason = clip(str(error) or type(error).__name__).rstrip(". ")
         raise EvoPressError(f"{path} is no readable Parquet file ({reason}): write it again") from None
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from evopress.data.sources import Split, TextSource
 from evopress.errors import EvoPressError
 from evopress.files import canonical_json, write_atomically
+from evopress.json_files import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,9 +151,9 @@ def _load(path: Path, *, key: str, shape: tuple[int, int]) -> Tensor | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("evopress", "{}"))
+            about = parse_json((file.metadata() or {}).get("evopress", "{}").encode(), f"the header of {path}")
             sequences = file.get_tensor("sequences")
-        if about.get("key") != key:
+        if not isinstance(about, dict) or about.get("key") != key:
             fault = "it was made for other settings"
         elif tuple(sequences.shape) != shape or sequences.dtype != torch.int64:
             fault = f"it holds {sequences.dtype} {list(sequences.shape)}, not {torch.int64} {list(shape)}"
@@ -160,7 +161,7 @@ def _load(path: Path, *, key: str, shape: tuple[int, int]) -> Tensor | None:
             fault = "its digest does not fit its tokens"
         else:
             return sequences
-    except (SafetensorError, OSError, ValueError) as error:
+    except (EvoPressError, SafetensorError, OSError, ValueError) as error:
         fault = str(error)
     log.warning("the token cache %s is damaged (%s): it is made again", path, fault)
     return None

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from evopress.fitness.fusion import compiled
 from evopress.models.blocks import Head
 
 
@@ -40,6 +41,8 @@ class KLDivergence:
     """KL(base ‖ compressed) in nats, exact over the vocabulary (paper section 3, fitness environment)."""
 
     names: tuple[str, ...] = ("kl",)
+    fused: bool = False
+    """Through torch.compile: one pass over a candidate's logits."""
 
     def reference(self, base: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         logp = torch.log_softmax(head.logits(base), dim=-1)
@@ -48,6 +51,8 @@ class KLDivergence:
 
     def __call__(self, hidden: Tensor, reference: tuple[Tensor, Tensor], head: Head) -> Tensor:
         p, negative_entropy = reference
+        if self.fused:
+            return compiled(_divergence)(head.scores(hidden), p, negative_entropy).unsqueeze(0)
         return (negative_entropy - _expected(p, torch.log_softmax(head.logits(hidden), dim=-1))).unsqueeze(0)
 
 
@@ -103,6 +108,11 @@ class HeldOut:
         kl = negative_entropy - _expected(p, logq)
         nll = -logq.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         return torch.stack([kl, nll, (logq.argmax(-1) == top1).to(torch.float32)])
+
+
+def _divergence(scores: Tensor, p: Tensor, negative_entropy: Tensor) -> Tensor:
+    """Return Σ p log p - Σ p log q, [T], for logits of q in any floating dtype [T, V]."""
+    return negative_entropy - (p * torch.log_softmax(scores.float(), dim=-1)).sum(-1)
 
 
 def _expected(p: Tensor, values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ from evopress.fitness.measures import Measure, NegativeLogLikelihood
 from evopress.fitness.population import Evaluator, measure_sums
 from evopress.progress import track
 from evopress.units import Genome
+
+logger = logging.getLogger(__name__)
 
 
 class MinibatchFitness:
@@ -47,6 +50,7 @@ class MinibatchFitness:
         self.measure = measure
         self.chunk_tokens = chunk_tokens
         self.base = base
+        self._explained = False
 
     def __call__(self, genomes: Sequence[Genome], *, tokens: int) -> list[float]:
         """Return one fitness per genome, in nats per token (the perplexity fitness in perplexity), on `tokens` fresh tokens."""
@@ -57,12 +61,37 @@ class MinibatchFitness:
             rows = list(indices)
             ids = self.sequences[rows, :length]
             sums, n = measure_sums(self.evaluator, genomes, ids, self.base[rows], self.measure, chunk_tokens=self.chunk_tokens)
+            if not bool(torch.isfinite(sums).all()):
+                self._explain(genomes[int(torch.isfinite(sums).all(1).int().argmin())], rows, ids)
             total += sums[:, 0]
             count += n
         means = (total / count).tolist()
         if isinstance(self.measure, NegativeLogLikelihood):
             return [math.exp(mean) if mean < 700 else math.inf for mean in means]
         return means
+
+    def _explain(self, genome: Genome, rows: list[int], ids: Tensor) -> None:
+        """Say, the first time, where a genome's numbers stop being finite.
+
+        Raises: EvoPressError if it is the dense model's logits, so that nothing can be measured on these sequences.
+        """
+        if self._explained:
+            return
+        self._explained = True
+        live = self.evaluator.live
+        dense = live.blocks.where_non_finite(ids)
+        if dense is not None:
+            what, row = dense
+            raise EvoPressError(
+                f"the dense model's logits are not finite on search sequence {rows[row]}, first {what}: {live.blocks.advice}"
+            )
+        with live.applied(genome):
+            what, row = live.blocks.where_non_finite(ids) or ("the measure itself", 0)
+        logger.warning(
+            "a candidate's fitness is not finite on search sequence %d, first %s; such candidates lose and are counted",
+            rows[row],
+            what,
+        )
 
 
 def base_states(evaluator: Evaluator, sequences: Tensor, *, batch_tokens: int) -> Tensor:
@@ -75,9 +104,11 @@ def base_states(evaluator: Evaluator, sequences: Tensor, *, batch_tokens: int) -
     for start in track(range(0, len(sequences), batch), "last hidden states of the dense model"):
         _, states = evaluator.final_states([None], sequences[start : start + batch])
         if not bool(torch.isfinite(states[0]).all()):
+            blocks = evaluator.live.blocks
+            what, row = blocks.where_non_finite(sequences[start : start + batch]) or ("the last hidden states", 0)
             raise EvoPressError(
-                f"the dense model's hidden states are not finite on sequences {start} to {start + batch - 1}: "
-                "use model.dtype=bfloat16 or float32"
+                f"the dense model's hidden states are not finite on sequences {start} to {start + len(states[0]) - 1}, "
+                f"first {what} on sequence {start + row}: {blocks.advice}"
             )
         parts.append(states[0].cpu())
     return torch.cat(parts)

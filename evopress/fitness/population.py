@@ -35,10 +35,16 @@ class Evaluator(Protocol):
 class PopulationEvaluator:
     """The fast way: block by block over the whole population."""
 
-    def __init__(self, live: Live, *, max_tokens_in_flight: int = 4096) -> None:
-        """Args: max_tokens_in_flight: tokens per forward of one block; bounds memory, changes results only by rounding."""
+    def __init__(self, live: Live, *, max_tokens_in_flight: int = 4096, fused: bool = False) -> None:
+        """Take the model.
+
+        Args:
+            max_tokens_in_flight: tokens per forward of one block; bounds memory, changes results only by rounding.
+            fused: run the blocks through torch.compile.
+        """
         self.live = live
         self.max_tokens_in_flight = max_tokens_in_flight
+        self.fused = fused
         self.num_block_tokens = 0
         """Tokens times blocks computed so far."""
 
@@ -97,7 +103,7 @@ class PopulationEvaluator:
             inputs = [states[parent] for parent in group]
             hidden = torch.cat([state for state in inputs if state is not None])
             del inputs
-            outputs = [self.live.blocks.run(index, part) for part in hidden.split(per_forward)]
+            outputs = [self.live.blocks.run(index, part, fused=self.fused) for part in hidden.split(per_forward)]
             self.num_block_tokens += hidden.shape[0] * length
             joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
             for parent, output in zip(group, joined.split(b), strict=True):

@@ -9,12 +9,13 @@ Shapes: N sequences of L tokens, d hidden size, C input columns of a linear.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,16 @@ from torch import Tensor, nn
 from evopress.compress.compressor import Compressed, Compressor
 from evopress.compress.hessian import HessianSum
 from evopress.errors import EvoPressError
-from evopress.files import explained, make_folder, sync_folder
+from evopress.files import explained, is_sealed, make_folder, seal, sync_folder, temporary_beside, write_atomically
+from evopress.json_files import load_bytes, parse_json, shown
+from evopress.levels.entries import check_file, check_units
 from evopress.levels.hessians import BlockHessians, HessianStore
 from evopress.levels.store import (
     MANIFEST,
+    SCHEMA,
     DamagedDatabaseError,
     LevelDatabase,
+    block_file,
     check_block,
     entries_of,
     fingerprint,
@@ -118,11 +123,12 @@ def ensure_database(
         keys = [level.key for level in unit.levels]
         if settings.propagate is not None and settings.propagate not in keys:
             raise EvoPressError(f"activations cannot leave through level {settings.propagate!r}: {unit.name} has {', '.join(keys)}")
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     database = _opened(folder)  # a manifest is written last, so a whole database needs no lock, and no right to write
     if database is not None:
+        _remove_journal(folder, lock)
         return database, True
     make_folder(folder)
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
         if lock.is_locked or not _try(lock):
             logger.info("waiting for another run that builds %s", folder)
@@ -137,6 +143,7 @@ def ensure_database(
         database = _opened(folder, warn=True)  # another run may have built it meanwhile
         if database is not None:
             return database, True
+        _check_names_are_free(folder, len(blocks.blocks))
         entries = _finished_blocks(folder, len(blocks.blocks))
         for pattern in (".*.tmp", ".tmp*"):  # left by a build that was killed
             for path in folder.glob(pattern):
@@ -147,7 +154,8 @@ def ensure_database(
     except OSError as error:
         raise explained(error, folder) from error
     finally:
-        lock.release()
+        with suppress(OSError):  # the system frees it with the process
+            lock.release()
 
 
 def _try(lock: FileLock) -> bool:
@@ -160,14 +168,26 @@ def _try(lock: FileLock) -> bool:
 
 def _opened(folder: Path, *, warn: bool = False) -> LevelDatabase | None:
     """Open a database if it is there and whole."""
-    if not (folder / MANIFEST).is_file():
-        return None
     try:
         return LevelDatabase.open(folder)
     except DamagedDatabaseError as error:
-        if warn:
+        if warn and os.path.lexists(folder / MANIFEST):
             logger.warning("%s; what is damaged is built again", error)
         return None
+
+
+def _remove_journal(folder: Path, lock: FileLock) -> None:
+    """Remove what a build leaves behind that is killed right after it has written the manifest."""
+    if (folder / _JOURNAL).exists():
+        with suppress(OSError, Timeout), lock.acquire(timeout=0):  # whoever holds the lock may be building
+            (folder / _JOURNAL).unlink(missing_ok=True)
+
+
+def _check_names_are_free(folder: Path, num_blocks: int) -> None:
+    """Raise EvoPressError if a folder lies where a file of the database belongs: it is not ours to remove."""
+    for name in (MANIFEST, _JOURNAL, *(block_file(index) for index in range(num_blocks))):
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise EvoPressError(f"{folder / name} is a folder, expected a file of the level database: move it away and start again")
 
 
 def _finished_blocks(folder: Path, num_blocks: int) -> dict[int, dict[str, Any]]:
@@ -191,51 +211,114 @@ def _finished_blocks(folder: Path, num_blocks: int) -> dict[int, dict[str, Any]]
 def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for number, line in enumerate(load_bytes(path, what="journal").splitlines(), start=1):
         try:
-            entry = json.loads(line)
-        except ValueError:  # a line cut off by a crash
+            entry = parse_json(line, f"line {number} of {path}")
+            check_file(entry)
+            check_units(entry.get("units"), of_blocks=[entry["block"]])
+            if type(entry.get("schema")) is not int or entry["schema"] != SCHEMA:
+                raise ValueError(f"it has schema {shown(entry.get('schema'))}, expected {SCHEMA}")
+            if not is_sealed(entry) or entry.get("database") != path.parent.name:
+                raise ValueError("its content does not match its digest, or it is of another database")
+        except (EvoPressError, ValueError) as error:
+            logger.info(
+                "line %d of %s is cut off, damaged or of another version; its block is built again: %s", number, path, error
+            )
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("block"), int) and {"file", "bytes", "sha256", "units"} <= set(entry):
-            yield entry
+        yield entry
+
+
+@dataclass(frozen=True)
+class BuildNeeds:
+    """What building a level database, or the rest of one, takes."""
+
+    units: tuple[Unit, ...]
+    """Those that are missing."""
+    walked: int
+    """Blocks that activations enter."""
+    forwards: int
+    """Passes of the whole text through one block."""
+    disk_bytes: int
+    memory_bytes: int
+    """Of the host, beside the model."""
+    device_bytes: int
+    """Of the compute device, beside the model; 0 where that is the host."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks to build."""
+        return len({unit.block for unit in self.units})
+
+
+def planned(settings: BuildSettings, blocks: BlockModel, tokens: Tensor, compressor: Compressor) -> tuple[Space, BuildNeeds]:
+    """Return the space of a database and what `ensure_database` would need for what is missing of it now; changes nothing.
+
+    Files are looked for, not read: one that is damaged shows later.
+
+    Raises: EvoPressError if the compressor's settings fit no unit, with the unit's name.
+    """
+    space = plan_space(blocks, compressor, method=settings.method)
+    try:
+        found = set(entries_of(read_manifest(settings.folder)))
+    except DamagedDatabaseError:
+        found = {entry["block"] for entry in _read_journal(settings.folder / _JOURNAL)}
+    return space, _needs(settings, space, {i for i in found if (settings.folder / block_file(i)).is_file()}, blocks, tokens)
+
+
+def _needs(settings: BuildSettings, space: Space, entries: Collection[int], blocks: BlockModel, tokens: Tensor) -> BuildNeeds:
+    """Add up what the blocks without an entry need."""
+    missing = tuple(unit for unit in space.units if unit.block not in entries)
+    disk = database_bytes(Space(space.method, missing))
+    store = settings.hessians if settings.propagate is None else None
+    unseen = {unit.block for unit in missing if store is None or not store.has_record(unit.block)}
+    if store is not None:
+        disk += sum(_hessian_bytes(blocks, index) for index in unseen)
+    if not missing:
+        return BuildNeeds(units=(), walked=0, forwards=0, disk_bytes=0, memory_bytes=0, device_bytes=0)
+    buffer = tokens.numel() * blocks.hidden_size * blocks.dtype.itemsize if unseen else 0
+    widest = max(module.in_features for module in blocks.linears(0).values())
+    sweeps, on_host = 6 * widest * widest * 4 + 2**28, blocks.device.type == "cpu"
+    in_memory = settings.activations == "memory"
+    walked = max(unseen, default=-1) + 1
+    return BuildNeeds(
+        units=missing,
+        walked=walked,
+        forwards=walked if settings.propagate is None else 2 * walked - bool(walked),
+        disk_bytes=disk + (0 if in_memory else buffer),
+        memory_bytes=(buffer if in_memory else 0) + (sweeps if on_host else 2**28),
+        device_bytes=0 if on_host else sweeps,
+    )
+
+
+def check_room(settings: BuildSettings, needs: BuildNeeds) -> None:
+    """Raise EvoPressError unless the disk and the host's memory have room for a build."""
+    folder = next(path for path in (settings.folder, *settings.folder.parents) if path.exists())
+    free, available = shutil.disk_usage(folder).free, psutil.virtual_memory().available
+    if needs.disk_bytes * 1.02 > free:
+        raise EvoPressError(
+            f"building the level database needs {needs.disk_bytes / 1e9:.2f} GB but {settings.folder} has {free / 1e9:.2f} GB "
+            "free: free some space, store fewer levels (method.levels) or use another level_db.root"
+        )
+    if needs.memory_bytes > available:
+        raise EvoPressError(
+            f"building the level database needs about {needs.memory_bytes / 1e9:.2f} GB of memory but {available / 1e9:.2f} GB are "
+            "available: use fewer calibration tokens (data.calibration_tokens) or level_db.activations=disk"
+        )
 
 
 def _preflight(settings: BuildSettings, space: Space, entries: Mapping[int, Any], blocks: BlockModel, tokens: Tensor) -> None:
     """Compare what the build needs with what there is, before the first forward pass."""
-    folder = settings.folder
-    missing = [unit for unit in space.units if unit.block not in entries]
-    needed = database_bytes(Space(space.method, tuple(missing)))
-    store = settings.hessians if settings.propagate is None else None
-    if store is not None:
-        needed += sum(_hessian_bytes(blocks, index) for index in range(len(blocks.blocks)) if not store.has_record(index))
-    free = shutil.disk_usage(folder).free
-    buffer = tokens.numel() * blocks.hidden_size * blocks.dtype.itemsize
-    widest = max(module.in_features for module in blocks.linears(0).values())
-    memory = 6 * widest * widest * 4 + 2**28
-    if settings.activations == "disk":
-        needed += buffer
-    else:
-        memory += buffer
-    available = psutil.virtual_memory().available
+    needs = _needs(settings, space, entries, blocks, tokens)
     logger.info(
         "level database: %d blocks to build, %d units, %d levels, %.2f GB on disk, about %.2f GB of memory, %d calibration tokens",
-        len({unit.block for unit in missing}),
-        len(missing),
-        sum(len(unit.levels) for unit in missing),
-        needed / 1e9,
-        memory / 1e9,
+        needs.num_blocks,
+        len(needs.units),
+        sum(len(unit.levels) for unit in needs.units),
+        needs.disk_bytes / 1e9,
+        needs.memory_bytes / 1e9,
         tokens.numel(),
     )
-    if needed * 1.02 > free:
-        raise EvoPressError(
-            f"building the level database needs {needed / 1e9:.2f} GB but {folder} has {free / 1e9:.2f} GB free: free some space, "
-            "store fewer levels (method.levels) or use another level_db.root"
-        )
-    if memory > available:
-        raise EvoPressError(
-            f"building the level database needs about {memory / 1e9:.2f} GB of memory but {available / 1e9:.2f} GB are available: "
-            "use fewer calibration tokens (data.calibration_tokens) or level_db.activations=disk"
-        )
+    check_room(settings, needs)
 
 
 def _build(
@@ -248,8 +331,9 @@ def _build(
 ) -> None:
     """Walk over the blocks up to the last missing one; then write the manifest."""
     folder = settings.folder
+    _rewrite_journal(folder / _JOURNAL, entries)  # before the manifest goes: one of them always names what is finished
     (folder / MANIFEST).unlink(missing_ok=True)
-    _rewrite_journal(folder / _JOURNAL, entries)
+    sync_folder(folder)
     missing = [index for index in range(len(blocks.blocks)) if index not in entries]
     store = settings.hessians if settings.propagate is None else None
     unseen = [index for index in missing if store is None or index not in store]
@@ -316,7 +400,7 @@ def complete_hessians(
 def _append(path: Path, entry: dict[str, Any]) -> None:
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(_journal_line(path, entry))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -325,28 +409,66 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
 
 def _rewrite_journal(path: Path, entries: Mapping[int, dict[str, Any]]) -> None:
     """Let the journal name just the blocks that are whole."""
-    path.unlink(missing_ok=True)
-    for index in sorted(entries):
-        _append(path, entries[index])
-    sync_folder(path.parent)
+    text = "".join(_journal_line(path, entries[index]) for index in sorted(entries))
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def _journal_line(path: Path, entry: Mapping[str, Any]) -> str:
+    """Return a line that holds for one database alone, and shows any change of it."""
+    return json.dumps(seal({"schema": SCHEMA, "database": path.parent.name, **entry})) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def _activations(folder: Path, where: str, blocks: BlockModel, tokens: Tensor, batch: int) -> Iterator[Tensor]:
-    """Hold the hidden states that enter the current block, [N, L, d], in host memory or in a file that is removed at the end."""
+    """Hold the hidden states that enter the current block, [N, L, d], in host memory or in a file."""
     shape = (*tokens.shape, blocks.hidden_size)
-    path = folder / f".activations.{os.getpid()}.tmp"
     if where == "disk":
         count = tokens.numel() * blocks.hidden_size
-        buffer = torch.from_file(str(path), shared=True, size=count, dtype=blocks.dtype).reshape(shape)
+        buffer = _mapped(temporary_beside(folder / "activations"), count, blocks.dtype).reshape(shape)
     else:
         buffer = torch.empty(shape, dtype=blocks.dtype)
+    finite = []
+    for start in range(0, len(tokens), batch):
+        embedded = blocks.embed(tokens[start : start + batch])
+        finite.append(torch.isfinite(embedded).all())
+        buffer[start : start + batch] = embedded.to(buffer.device)
+    if (broken := _first_not_finite(finite, batch, len(tokens))) is not None:
+        raise EvoPressError(f"the embedding is not finite, first on {broken}: {blocks.advice}")
+    yield buffer
+
+
+def _mapped(path: Path, count: int, dtype: torch.dtype) -> Tensor:
+    """Return a flat tensor in a file that is gone when the tensor is, or the process, however that ends.
+
+    Raises: EvoPressError if the disk has no room. It is taken here: a mapped file that finds none later ends the process.
+    """
     try:
-        for start in range(0, len(tokens), batch):
-            buffer[start : start + batch] = blocks.embed(tokens[start : start + batch]).to(buffer.device)
-        yield buffer
+        with path.open("xb") as file:
+            _take_room(file.fileno(), count * dtype.itemsize)
+        return torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+    except OSError as error:
+        raise explained(error, path) from error
+    except RuntimeError as error:  # torch's own, on opening or mapping
+        raise EvoPressError(f"{path} cannot be mapped ({str(error).splitlines()[0]}): use level_db.activations=memory") from error
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _take_room(descriptor: int, size: int) -> None:
+    """Fill a new file with zeros that have their place on the disk."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:  # not every system has it, nor every file system
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        zeros = bytes(2**20)
+        for start in range(0, size, len(zeros)):
+            os.write(descriptor, zeros[: size - start])
 
 
 def _compress_block(blocks: BlockModel, index: int, hessians: BlockHessians, compressor: Compressor) -> dict[str, list[Compressed]]:
@@ -370,7 +492,7 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int,
 
     Args: advance: replace the activations by what the dense block makes of them, in the same forward.
 
-    Raises: EvoPressError if an activation is not finite, with the units' names.
+    Raises: EvoPressError if an activation is not finite, with the unit's name and the first sequences.
     """
     blocks.prepare(buffer.shape[1])  # not under the hooks
     linears = blocks.linears(index)
@@ -392,10 +514,12 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int,
         return hook
 
     handles = [module.register_forward_pre_hook(caught(name)) for name, module in linears.items()]
+    finite: list[Tensor] = []  # what is not finite inside a block is not so where it ends; read once, so that no batch waits for it
     try:
         for start in range(0, len(buffer), batch):
             current = buffer[start : start + batch].to(blocks.device)
             output = blocks.run(index, current)
+            finite.append(torch.isfinite(output).all())
             if advance:
                 buffer[start : start + batch] = output.to(buffer.device)
             alive.clear()
@@ -407,6 +531,12 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int,
         raise EvoPressError(
             f"{idle[0]} was never called in its block's forward: its family's adapter names a module that is not used"
         )
+    if (where := _first_not_finite(finite, batch, len(buffer))) is not None:
+        broken = next((name for name, linear in linears.items() if not bool(torch.isfinite(linear.weight).all())), None)
+        unit = next((owner for owner, total in sums.items() if not total.finite), None)
+        what = f"the input activations of {unit} are" if unit else f"the output of {blocks.block_name(index)} is"
+        what = what if broken is None else f"the weight of {broken} is"
+        raise EvoPressError(f"{what} not finite, first on {where}: {blocks.advice}")
     hessians = {}
     for owner, total in sums.items():
         try:
@@ -414,6 +544,15 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int,
         except EvoPressError as error:
             raise type(error)(f"{', '.join(name for name in linears if owners[name] == owner)}: {error}") from None
     return BlockHessians(owners, hessians)
+
+
+def _first_not_finite(finite: list[Tensor], batch: int, count: int) -> str | None:
+    """Name the first batch of sequences that is not finite, given a flag, bool [], for each of them; None if all are."""
+    flags = torch.stack(finite).tolist() if finite else []
+    if all(flags):
+        return None
+    first = flags.index(False) * batch
+    return f"calibration sequences {first} to {min(first + batch, count) - 1}"
 
 
 def _at_level(compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit], key: str | None) -> dict[str, Tensor]:
@@ -444,9 +583,16 @@ def _propagate(blocks: BlockModel, index: int, buffer: Tensor, batch: int, decod
     try:
         for name, weight in decoded.items():
             linears[name].weight.data = weight.to(blocks.device)
+        finite = []
         for start in range(0, len(buffer), batch):
-            current = buffer[start : start + batch].to(blocks.device)
-            buffer[start : start + batch] = blocks.run(index, current).to(buffer.device)
+            output = blocks.run(index, buffer[start : start + batch].to(blocks.device))
+            finite.append(torch.isfinite(output).all())
+            buffer[start : start + batch] = output.to(buffer.device)
     finally:
         for name, weight in dense.items():
             linears[name].weight.data = weight
+    if (where := _first_not_finite(finite, batch, len(buffer))) is not None:
+        compressed = ", at the level that activations leave through," if decoded else ""
+        raise EvoPressError(
+            f"the output of {blocks.block_name(index)}{compressed} is not finite, first on {where}: {blocks.advice}"
+        )

@@ -1,6 +1,7 @@
 """Compact storage of compressed weights: codes packed to their bit width, exact to the last bit.
 
-A codec turns a payload into named tensors and a few JSON values, and back. New payload types register one here.
+A codec turns a payload into named tensors and a few JSON values, and back. New payload types register one here. What is read is
+compared with what it should be before anything of its size is made.
 """
 
 from __future__ import annotations
@@ -71,6 +72,13 @@ def _encode_quantized(payload: Quantized) -> tuple[dict[str, Tensor], dict[str, 
 def _decode_quantized(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Quantized:
     rows, columns = meta["shape"]
     bits = meta["bits"]
+    _check_names(tensors, {"codes", "scales", "zeros"})
+    _check_tensor("codes", tensors["codes"], (-(-rows * columns * bits // 8),), (torch.uint8,))
+    groups = tensors["scales"].shape[-1] if tensors["scales"].dim() == 2 else 0
+    if groups < 1 or columns % groups:
+        raise ValueError(f"scales are {list(tensors['scales'].shape)}, which divide no [{rows}, {columns}]")
+    _check_tensor("scales", tensors["scales"], (rows, groups), (torch.float16, torch.float32))
+    _check_tensor("zeros", tensors["zeros"], (rows, groups), (torch.int16,))
     codes = unpack_bits(tensors["codes"], bits, rows * columns).reshape(rows, columns)
     return Quantized(codes, tensors["scales"], tensors["zeros"], bits, _DTYPES[meta["dtype"]])
 
@@ -82,8 +90,37 @@ def _encode_sparse(payload: Sparse) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _decode_sparse(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Sparse:
     rows, columns = meta["shape"]
+    _check_names(tensors, {"mask", "values"})
+    _check_tensor("mask", tensors["mask"], (-(-rows * columns // 8),), (torch.uint8,))
     mask = unpack_bits(tensors["mask"], 1, rows * columns).to(torch.bool).reshape(rows, columns)
+    _check_tensor("values", tensors["values"], (int(mask.sum()),), tuple(_DTYPES.values()))
     return Sparse(mask=mask, values=tensors["values"])
+
+
+def check_meta(codec: str, meta: Any, *, size: int) -> None:
+    """Raise ValueError unless a level's JSON values fit its codec and its unit's number of weights."""
+    if not isinstance(meta, dict):
+        raise ValueError(f"meta is {meta!r:.100}, expected an object")
+    shape = meta.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int or n < 1 for n in shape):
+        raise ValueError(f"shape is {shape!r:.100}, expected two numbers above 0")
+    if shape[0] * shape[1] != size:
+        raise ValueError(f"shape is {shape}, which is not {size} weights")
+    if codec == Quantized.codec:
+        if type(meta.get("bits")) is not int or not 1 <= meta["bits"] <= 8:
+            raise ValueError(f"bits are {meta.get('bits')!r:.100}, expected 1 to 8")
+        if not isinstance(meta.get("dtype"), str) or meta["dtype"] not in _DTYPES:
+            raise ValueError(f"dtype is {meta.get('dtype')!r:.100}, expected one of {', '.join(_DTYPES)}")
+
+
+def _check_names(tensors: Mapping[str, Tensor], expected: set[str]) -> None:
+    if set(tensors) != expected:
+        raise ValueError(f"it has the tensors {', '.join(sorted(tensors)) or 'none'}, expected {', '.join(sorted(expected))}")
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        raise ValueError(f"{name} are {tensor.dtype} {list(tensor.shape)}, expected {dtypes[0]} {list(shape)}")
 
 
 CODECS = {

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evopress.files import make_folder, sha256_file, write_atomically
-from evopress.levels.store import save_tensors
+from evopress.errors import EvoPressError
+from evopress.files import explained, is_sealed, make_folder, seal, sha256_file, write_atomically
+from evopress.json_files import load_document
+from evopress.levels.entries import leaves_folder
+from evopress.levels.store import fingerprint_in, save_tensors
 
 logger = logging.getLogger(__name__)
 _SCHEMA = 1
+_LOCK_TIMEOUT = 600.0
+"""Seconds; a block's Hessians are written in far less."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,11 @@ class HessianStore:
         record, path = self._record(index), self._file(index)
         if record is None:
             return False
-        whole = sha256_file(path) == record["sha256"]
+        try:
+            whole = sha256_file(path) == record["sha256"]
+        except OSError as error:
+            logger.warning("%s cannot be read (%s); its Hessians are computed again", path, error.strerror or error)
+            return False
         if not whole:
             logger.warning("%s is damaged; its Hessians are computed again", path)
         return whole
@@ -53,31 +66,78 @@ class HessianStore:
         return self._record(index) is not None
 
     def read(self, index: int) -> BlockHessians:
-        """Return block `index`'s Hessians on the host; the block must be in the store."""
-        record = self._record(index)
+        """Return block `index`'s Hessians on the host; the block must be in the store.
+
+        Raises: EvoPressError if its file is whole but holds something else.
+        """
+        record, path = self._record(index), self._file(index)
         assert record is not None, f"block {index} is not in {self.folder}"
-        return BlockHessians(dict(record["owners"]), load_file(self._file(index)))
+        owners: dict[str, str] = record["owners"]
+        try:
+            with safe_open(path, framework="pt") as file:
+                for owner in set(owners.values()):
+                    part = file.get_slice(owner)
+                    shape = part.get_shape()
+                    if part.get_dtype() != "F32" or len(shape) != 2 or shape[0] != shape[1]:
+                        raise SafetensorError(f"{owner} is {part.get_dtype()} {shape}, expected a square of float32")
+            return BlockHessians(dict(owners), load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise EvoPressError(
+                f"{path} holds no Hessians ({error}): remove {self.folder}, they are then computed again"
+            ) from error
 
     def write(self, index: int, block: BlockHessians) -> None:
-        """Keep block `index`'s Hessians; the record that makes them count is written last."""
+        """Keep block `index`'s Hessians; the record that makes them count is written last.
+
+        Raises: EvoPressError if they cannot be written, or another process never stops writing to the store.
+        """
         make_folder(self.folder)
         path = self._file(index)
         tensors = {owner: H.cpu().contiguous() for owner, H in block.hessians.items()}
-        write_atomically(path, lambda temporary: save_tensors(tensors, temporary))
-        record = json.dumps({"schema": _SCHEMA, "owners": block.owners, "sha256": sha256_file(path)})
-        write_atomically(path.with_suffix(".json"), lambda temporary: _write_text(temporary, record))
+        with self._alone():
+            write_atomically(path, lambda temporary: save_tensors(tensors, temporary))
+            record = {"schema": _SCHEMA, "store": fingerprint_in(self.folder), "block": index, "owners": block.owners}
+            text = json.dumps(seal({**record, "sha256": sha256_file(path)}))
+            write_atomically(path.with_suffix(".json"), lambda temporary: _write_text(temporary, text))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other process write to the store, and remove what one that was killed has left half-written."""
+        lock = self.folder.with_name(f"{self.folder.name}.lock")
+        try:
+            with FileLock(lock, timeout=_LOCK_TIMEOUT):
+                for pattern in (".block-*.tmp", ".tmp*"):  # safetensors has names of its own
+                    for path in self.folder.glob(pattern):
+                        path.unlink(missing_ok=True)
+                yield
+        except Timeout:
+            raise EvoPressError(f"another process has held {lock} for {_LOCK_TIMEOUT:g} s: end it and start again") from None
+        except OSError as error:
+            raise explained(error, self.folder) from error
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:03d}.safetensors"
 
     def _record(self, index: int) -> dict[str, Any] | None:
         path = self._file(index)
-        try:
-            record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            whole = record["schema"] == _SCHEMA and isinstance(record["owners"], dict) and path.is_file()
-        except (OSError, ValueError, KeyError, TypeError):
+        about = path.with_suffix(".json")
+        if not about.exists() or not path.is_file() or leaves_folder(path, self.folder):
             return None
-        return record if whole else None
+        try:
+            record = load_document(about, what="record of Hessians", newest=_SCHEMA)
+        except EvoPressError as error:
+            logger.warning("%s (here they are computed again)", error)
+            return None
+        if "digest" in record and not is_sealed(record):  # records of our first versions have none
+            logger.warning("%s is damaged; its Hessians are computed again", about)
+            return None
+        named = fingerprint_in(self.folder)
+        if record.get("block", index) != index or record.get("store", named) != named:
+            logger.warning("%s is of another block or store; its Hessians are computed again", about)
+            return None
+        owners = record.get("owners")
+        whole = isinstance(owners, dict) and all(isinstance(owner, str) for owner in owners.values())
+        return record if whole and isinstance(record.get("sha256"), str) else None
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -95,7 +95,13 @@ class LiveModel:
         first = self._first[index]
         for i, linear in enumerate(self._linears[index].values()):
             device = linear.weight.device
-            weight = self._dense[index][i] if levels is None else self._weight(first + i, levels[i], device)
+            dense = self._dense[index][i]
+            weight = dense if levels is None else self._weight(first + i, levels[i], device)
+            if weight.shape != dense.shape or weight.dtype != dense.dtype:
+                raise EvoPressError(
+                    f"{self.space.units[first + i].name} is {weight.dtype} {list(weight.shape)} in the level database but "
+                    f"{dense.dtype} {list(dense.shape)} in the model: remove {self.database.folder}, it is then built again"
+                )
             linear.weight.data = weight.to(device)
 
     def restore_block(self, index: int) -> None:

@@ -3,6 +3,8 @@
     <root>/<model>/<method>-<fingerprint>/block-000.safetensors … manifest.json
 
 While a database is built, `journal.jsonl` has one line per finished block; the manifest replaces it. No manifest, no database.
+A block's file is known by its SHA-256, the manifest and each line of the journal by a digest of their own, a whole database by the
+fingerprint in its folder's name: what a disk, a crash or a hand has changed or exchanged is never taken for what was written.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from torch import Tensor
 
 from evopress.compress.compressor import Compressed, Payload
 from evopress.errors import EvoPressError
-from evopress.files import canonical_json, sha256_file, write_atomically
+from evopress.files import canonical_json, is_sealed, seal, sha256_file, unreadable, write_atomically
+from evopress.json_files import parse_json, shown
 from evopress.levels.codec import CODECS
+from evopress.levels.entries import block_file, check_file, check_units, leaves_folder
 from evopress.units import Level, Space, Unit
 
 SCHEMA = 1
@@ -35,14 +39,19 @@ class DamagedDatabaseError(EvoPressError):
     """A database whose files do not match its manifest."""
 
 
-def block_file(index: int) -> str:
-    """Name the file of block `index`."""
-    return f"block-{index:03d}.safetensors"
+class NewerDatabaseError(EvoPressError):
+    """A database of a later version, not to be touched."""
 
 
 def fingerprint(recipe: Mapping[str, Any]) -> str:
     """Return 16 hexadecimal digits that stand for everything that decides a database's content."""
     return hashlib.sha256(canonical_json({"schema": SCHEMA, **recipe}).encode()).hexdigest()[:16]
+
+
+def fingerprint_in(folder: Path) -> str | None:
+    """Return the fingerprint that a folder's name ends with, if it does."""
+    named = re.search(r"-([0-9a-f]{16})$", folder.name)
+    return named[1] if named else None
 
 
 def write_block(folder: Path, index: int, compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit]) -> dict[str, Any]:
@@ -97,16 +106,21 @@ def _key(unit: str, level: str, part: str) -> str:
 
 
 def check_block(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Raise DamagedDatabaseError unless a block's file has the size and SHA-256 of its entry."""
+    """Raise DamagedDatabaseError unless a block's file has its entry's size and SHA-256; EvoPressError if it cannot be read."""
     path = folder / block_file(int(entry["block"]))
     if path.name != entry["file"]:
         raise DamagedDatabaseError(f"{folder} names {entry['file']!r} for block {entry['block']}, expected {path.name}")
-    if not path.is_file():
-        raise DamagedDatabaseError(f"{path} is missing")
-    if path.stat().st_size != entry["bytes"]:
-        raise DamagedDatabaseError(f"{path} has {path.stat().st_size} bytes, expected {entry['bytes']}")
-    if sha256_file(path) != entry["sha256"]:
-        raise DamagedDatabaseError(f"{path} is damaged: its SHA-256 differs from the manifest's")
+    try:
+        if not path.is_file():
+            raise DamagedDatabaseError(f"{path} is missing")
+        if leaves_folder(path, folder):
+            raise DamagedDatabaseError(f"{path} is a link out of its folder")
+        if path.stat().st_size != entry["bytes"]:
+            raise DamagedDatabaseError(f"{path} has {path.stat().st_size} bytes, expected {entry['bytes']}")
+        if sha256_file(path) != entry["sha256"]:
+            raise DamagedDatabaseError(f"{path} is damaged: its SHA-256 differs from the manifest's")
+    except OSError as error:  # not damage: the next read may succeed
+        raise unreadable(error, path) from error
 
 
 def write_manifest(
@@ -121,14 +135,8 @@ def write_manifest(
         "files": [{key: entry[key] for key in ("block", "file", "bytes", "sha256")} for entry in entries if "file" in entry],
         "units": [unit for entry in entries for unit in entry["units"]],
     }
-    manifest["digest"] = _digest(manifest)
-    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    text = json.dumps(seal(manifest), indent=1, sort_keys=True) + "\n"
     write_atomically(folder / MANIFEST, lambda temporary: _write_text(temporary, text))
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over a manifest's content without the digest itself."""
-    return hashlib.sha256(canonical_json({key: manifest[key] for key in manifest if key != "digest"}).encode()).hexdigest()
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -136,28 +144,55 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check a manifest's form.
+    """Read and check a manifest: its form, its digest, and that it is the one that the folder's name means.
 
-    Raises: EvoPressError for a newer schema; DamagedDatabaseError for one that is missing or no manifest of ours.
+    Raises: EvoPressError for a newer schema, or one that cannot be read; DamagedDatabaseError for one that is missing, damaged, of
+        another database, or no manifest of ours.
     """
     path = folder / MANIFEST
     try:
-        if path.stat().st_size > _MANIFEST_BYTES:
-            raise DamagedDatabaseError(f"{path} is larger than {_MANIFEST_BYTES} bytes")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        schema = manifest["schema"]
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise EvoPressError(
+        with path.open("rb") as file:
+            data = file.read(_MANIFEST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedDatabaseError(f"{path} is missing") from None
+    except OSError as error:
+        raise unreadable(error, path) from error
+    if len(data) > _MANIFEST_BYTES:
+        raise DamagedDatabaseError(f"{path} is larger than {_MANIFEST_BYTES} bytes")
+    try:
+        manifest = parse_json(data, "its content")
+        schema = manifest["schema"] if isinstance(manifest, dict) and "schema" in manifest else None
+        # A newer version's digest is over its own schema number; a digest that fits ours says that the number is what was damaged.
+        if isinstance(schema, int) and schema > SCHEMA and not is_sealed({**manifest, "schema": SCHEMA}):
+            raise NewerDatabaseError(
                 f"{path} has schema {schema}, this version reads up to {SCHEMA}: update evopress or rebuild elsewhere"
             )
-        if schema != SCHEMA:
-            raise DamagedDatabaseError(f"{path} has schema {schema!r}, expected {SCHEMA}")
-        if _digest(manifest) != manifest["digest"]:
+        if type(schema) is not int or schema != SCHEMA:
+            raise DamagedDatabaseError(f"{path} has schema {shown(schema)}, expected {SCHEMA}")
+        if not is_sealed(manifest):
             raise DamagedDatabaseError(f"{path} is damaged: its content does not match its digest")
-        space_of(manifest)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise DamagedDatabaseError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        _check_form(manifest)
+    except (NewerDatabaseError, DamagedDatabaseError):
+        raise
+    except (EvoPressError, ValueError) as error:
+        raise DamagedDatabaseError(f"{path} is damaged: {error}") from error
+    if fingerprint_in(folder) not in (None, manifest["fingerprint"]):
+        raise DamagedDatabaseError(f"{path} is of another database, {manifest['fingerprint']!r}")
     return manifest
+
+
+def _check_form(manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a manifest says what `write_manifest` does."""
+    texts = all(isinstance(manifest.get(key), str) for key in ("method", "fingerprint"))
+    if not texts or not isinstance(manifest.get("recipe"), dict):
+        raise ValueError("it has no method, no fingerprint or no recipe")
+    files = manifest.get("files")
+    if not isinstance(files, list):
+        raise ValueError(f"its files are {shown(files)}, expected a list")
+    for entry in files:
+        check_file(entry)
+    check_units(manifest.get("units"), of_blocks=[entry["block"] for entry in files] or None)
+    space_of(manifest)
 
 
 def entries_of(manifest: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -237,7 +272,7 @@ class LevelDatabase:
             names = [name for name in self._keys(block) if name.startswith(prefix)]
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
             return CODECS[stored["codec"]].decode(tensors, stored["meta"])
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise DamagedDatabaseError(f"{path} cannot be read ({error}): start again, the file is then rebuilt") from error
 
     @cached_property

@@ -53,6 +53,8 @@ class Quantization:
         """Refuse bits outside the levels, and at their ends too if there is to be a search."""
         least, most = min(self.settings.levels), max(self.settings.levels)
         if not least <= self.bits <= most:
+            if math.isnan(self.bits):
+                raise EvoPressError(f"bits=nan is no number: give one from {least} to {most}, such as bits=2.5")
             where = f"below the lowest level ({least} bits)" if self.bits < least else f"above the highest level ({most} bits)"
             raise EvoPressError(
                 f"bits={self.bits:g} is {where} of method.levels {self.settings.levels}: change bits or add such a level"

@@ -62,6 +62,7 @@ class BlockModel:
         self.blocks: list[nn.Module] = list(self.decoder.get_submodule(family.blocks).children())
         self._prefix = f"{family.decoder}.{family.blocks}"
         self._calls: dict[int, list[_Call]] = {}
+        self._fused: list[Callable[..., Any]] | None = None
         self._place()
 
     def _place(self) -> None:
@@ -145,10 +146,16 @@ class BlockModel:
         raise AssertionError("the decoder never called its first block")
 
     @torch.no_grad()
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """Run block `index` on hidden states [b, l, d] and return [b, l, d]; the block must be on the device."""
+    def run(self, index: int, hidden: Tensor, *, fused: bool = False) -> Tensor:
+        """Run block `index` on hidden states [b, l, d] and return [b, l, d]; the block must be on the device.
+
+        Args: fused: through torch.compile, compiled once for all blocks; hooks on the block's modules are then not called.
+        """
         call = self._captured(hidden.shape[1])[index]
-        output = self.blocks[index](hidden, *call.args, **call.kwargs)
+        if fused and self._fused is None:
+            self._fused = [torch.compile(block, dynamic=True) for block in self.blocks]
+        block = self._fused[index] if fused and self._fused is not None else self.blocks[index]
+        output = block(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
@@ -236,9 +243,8 @@ class BlockModel:
                 hidden = self.run(index, hidden)
         mine = self.head().logits(self.finish(hidden))
         if not bool(torch.isfinite(mine).all()):
-            raise EvoPressError(
-                f"the model's logits are not finite in {self.dtype}: use model.dtype=bfloat16 or model.dtype=float32"
-            )
+            what, _ = self.where_non_finite(ids) or ("the logits", 0)
+            raise EvoPressError(f"the model's logits are not finite in {self.dtype}, first {what}: {self.advice}")
         if self.offload:  # the whole model does not fit the device, so there is nothing to compare with
             return 0.0
         whole = self.model(input_ids=ids, use_cache=False).logits.float()
@@ -251,6 +257,41 @@ class BlockModel:
                 "this version of transformers calls the blocks in a way the adapter does not know; use fitness.evaluator=plain"
             )
         return difference
+
+    @torch.no_grad()
+    def where_non_finite(self, ids: Tensor) -> tuple[str, int] | None:
+        """Name what first is not finite, a weight or else a block's output, and the first of the sequences, token ids int64 [b, l].
+
+        None if all is finite. One sequence at a time and slow: for error messages only.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                return f"the weight {name}", 0
+        for row, sequence in enumerate(ids.split(1)):
+            if (what := self._where_non_finite(sequence)) is not None:
+                return what, row
+        return None
+
+    def _where_non_finite(self, ids: Tensor) -> str | None:
+        hidden = self.embed(ids)
+        if not bool(torch.isfinite(hidden).all()):
+            return "the embedding"
+        for index in range(len(self.blocks)):
+            with self.on_device(index):
+                hidden = self.run(index, hidden)
+            if not bool(torch.isfinite(hidden).all()):
+                return f"the output of {self.block_name(index)}"
+        return None if bool(torch.isfinite(self.head().logits(self.finish(hidden))).all()) else "the logits"
+
+    def block_name(self, index: int) -> str:
+        """Return a block's full module name: "model.layers.0"."""
+        return f"{self._prefix}.{index}"
+
+    @property
+    def advice(self) -> str:
+        """Say what to do about numbers that are not finite."""
+        wider = "use model.dtype=bfloat16 or model.dtype=float32, or " if self.dtype == torch.float16 else ""
+        return f"{wider}check the model's weights"
 
 
 def _num_parameters(block: nn.Module, name: str) -> int:
@@ -272,7 +313,11 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [..., V] of last hidden states [..., d]; the product runs in the model's dtype."""
-        return self._capped(nn.functional.linear(hidden, self.weight, self.bias)).float()
+        return self.scores(hidden).float()
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., V] of last hidden states [..., d] in the model's dtype."""
+        return self._capped(nn.functional.linear(hidden, self.weight, self.bias))
 
     def logits_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Return float32 logits [T, k] of k tokens int64 [T, k] only, from last hidden states [T, d]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,27 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from evopress.errors import EvoPressError
+from evopress.json_files import load_json, shown
 from evopress.models import attention
+from evopress.models.devices import claim_gpu
 from evopress.models.families import Family, family_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MOST_CONFIG_BYTES = 16 * 2**20
+_LONGEST_NAME = 96
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""Names that Windows keeps for devices."""
+_INDEX = "model.safetensors.index.json"
+_MOST = {
+    "num_hidden_layers": 1024,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "vocab_size": 2**24,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+}
+"""Sizes that a config may ask for: far above any model's, far below what hangs or fills a machine."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -36,21 +53,30 @@ class Pretrained:
 
 
 def safe_name(name: str) -> str:
-    """Turn a model id or path into a name that any file system takes."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.strip("/").replace("/", "--")).strip(".-") or "model"
+    """Turn a model id or path into a name that any file system takes: at most 96 plain characters, never dots or a device."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name.strip("/").replace("/", "--")).strip(".-") or "model"
+    if _RESERVED.fullmatch(safe):
+        safe = f"model-{safe}"
+    if len(safe) > _LONGEST_NAME:
+        safe = f"{safe[: _LONGEST_NAME - 17]}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:16]}"
+    return safe
 
 
 def pick_device(device: str) -> torch.device:
-    """Resolve "auto" to the first GPU or the CPU, and check that an explicit device is there.
+    """Resolve "auto" to a GPU or the CPU, and check that an explicit device is there; of several GPUs, one that no other run uses.
 
     Raises: EvoPressError if CUDA is asked for and absent, or the name is no device.
     """
     if device == "auto":
+        if torch.cuda.is_available() and torch.cuda.device_count() > 1:
+            return claim_gpu()
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise EvoPressError(f"device {device!r} is not a device name: use auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise EvoPressError(f"device {device!r} is not supported: use auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
         raise EvoPressError(
             f"device {device!r} was asked for but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices: "
@@ -68,13 +94,19 @@ def find_weights(folder: Path) -> list[Path]:
         raise EvoPressError(f"model path {str(folder)!r} is not a folder: give the folder that holds config.json")
     config = read_config(folder)
     family_of(str(config.get("model_type", "")))
-    if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "unknown method")
+    for key, most in _MOST.items():
+        if (value := config.get(key)) is not None and (type(value) is not int or not 1 <= value <= most):
+            raise EvoPressError(
+                f"{folder / 'config.json'} has {key}={shown(value)}, expected a whole number from 1 to {most}: fetch it again"
+            )
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else shown(quantization)
         raise EvoPressError(
             f"the model in {folder} is already quantized ({method}): give the original weights, or dequantize them first"
         )
     weights = sorted(folder.glob("*.safetensors"))
     if weights:
+        _check_shards(folder, {path.name for path in weights})
         return weights
     pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickled:
@@ -83,6 +115,23 @@ def find_weights(folder: Path) -> list[Path]:
             "to safetensors first (load them where you trust them, then save_pretrained(..., safe_serialization=True))"
         )
     raise EvoPressError(f"model path {folder} holds config.json but no weights: expected model.safetensors or its shards")
+
+
+def _check_shards(folder: Path, files: set[str]) -> None:
+    """Raise EvoPressError if an index names other files than those that lie in the checkpoint's own folder."""
+    path = folder / _INDEX
+    if not path.exists() or "model.safetensors" in files:
+        return
+    index = load_json(path, what="index of weights")
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict):
+        raise EvoPressError(f"{path} has no weight_map: fetch the checkpoint again")
+    for name, shard in shards.items():
+        if not isinstance(shard, str) or shard not in files:
+            raise EvoPressError(
+                f"{path} says that {shown(name)} is in {shown(shard)}, which is no safetensors file of {folder}: fetch "
+                "the checkpoint again"
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -94,9 +143,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise EvoPressError(f"model path {folder} has no config.json: give the folder of a Hugging Face checkpoint")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise EvoPressError(f"{path} cannot be read as JSON ({error}): fetch the checkpoint again") from None
+        config = load_json(path, limit=_MOST_CONFIG_BYTES, what="config.json")
+    except EvoPressError as error:
+        raise EvoPressError(f"the model's config cannot be read as JSON: {error}; fetch the checkpoint again") from None
     if not isinstance(config, dict):
         raise EvoPressError(f"{path} is not a JSON object: fetch the checkpoint again")
     return config
@@ -191,7 +240,7 @@ def load_pretrained(
         model=model,
         tokenizer=tokenizer,
         family=family,
-        name=safe_name(name or folder.name),
+        name=safe_name(name or os.path.basename(os.path.abspath(folder))),
         folder=folder,
         digest=digest_files([*weights, folder / "config.json"]),
     )

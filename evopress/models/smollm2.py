@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from evopress.errors import EvoPressError
 from evopress.files import explained, sha256_file, sync_folder
+from evopress.json_files import load_document
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,9 +102,9 @@ def _is_complete(folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        files = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))["files"]
-        damaged = [name for name, size in files.items() if (folder / name).stat().st_size != size]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        files = load_document(folder / _PROVENANCE, what="provenance of a converted model", newest=1)["files"]
+        damaged = [name for name, size in files.items() if (folder / Path(name).name).stat().st_size != size]
+    except (EvoPressError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         damaged = [str(error)]
     if damaged:
         raise EvoPressError(

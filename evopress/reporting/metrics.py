@@ -44,7 +44,8 @@ class SearchMetrics:
         if record.get("generation"):
             self._tried += 1
             self._accepted += bool(record.get("accepted"))
-        numbers: dict[str, Any] = {key: record.get(key) for key in ("fitness", "parent_fitness", *AXES[1:], "evaluations", "cost")}
+        recorded = ("fitness", "parent_fitness", *AXES[1:], "evaluations", "cost", "non_finite")
+        numbers: dict[str, Any] = {key: record.get(key) for key in recorded}
         numbers |= {
             "accepted": float(bool(record.get("accepted"))),
             "acceptance_rate": self._accepted / self._tried if self._tried else None,

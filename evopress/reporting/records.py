@@ -16,11 +16,13 @@ from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.files import explained, sync_folder, write_atomically
+from evopress.json_files import check_schema, decode, load_bytes, load_document, load_json, parse_json, shown
 from evopress.units import Budget, Genome, Space
 
 SCHEMA = 1
 """Version of the files written here; a reader refuses a newer one."""
 MAX_GENOME_BYTES = 64 * 2**20
+MAX_RECORDS_BYTES = 2**30
 
 
 def plain(value: Any) -> Any:
@@ -65,9 +67,19 @@ def write_json(path: str | Path, data: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
-    Raises: EvoPressError if it is missing or is not JSON.
+    Raises: EvoPressError if it is missing, too large, or is not strict JSON.
     """
-    return _parse(_read(Path(path)), path)
+    return load_json(path)
+
+
+def read_document(path: str | Path, *, what: str) -> dict[str, Any]:
+    """Read a JSON file of a run folder that has a schema number.
+
+    Args: what: what the file should be: "search state".
+
+    Raises: EvoPressError as `read_json`, and if it is no object or of another schema.
+    """
+    return load_document(path, what=what, newest=SCHEMA)
 
 
 def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -166,7 +178,7 @@ def read_genome(path: str | Path, space: Space, *, database: str | None = None) 
     Raises: EvoPressError if the file is missing, damaged, too new or too large, or is of other units or levels.
     """
     path = Path(path)
-    data = _read(path, limit=MAX_GENOME_BYTES)
+    data = load_bytes(path, limit=MAX_GENOME_BYTES, what="genome file")
     pairs = (
         _genome_from_json(path, data, space, database) if path.suffix.lower() == ".json" else _genome_from_lines(path, data, space)
     )
@@ -174,9 +186,9 @@ def read_genome(path: str | Path, space: Space, *, database: str | None = None) 
     levels: dict[str, int] = {}
     for name, level in pairs:
         if name not in known:
-            raise EvoPressError(f"{path} names {_show(name)}, which is no unit here: use a genome of this model")
+            raise EvoPressError(f"{path} names {shown(name)}, which is no unit here: use a genome of this model")
         if name in levels:
-            raise EvoPressError(f"{path} names {_show(name)} twice: each unit must have one level; remove one")
+            raise EvoPressError(f"{path} names {shown(name)} twice: each unit must have one level; remove one")
         levels[name] = level
     missing = [unit.name for unit in space.units if unit.name not in levels]
     if missing:
@@ -188,20 +200,15 @@ def read_genome(path: str | Path, space: Space, *, database: str | None = None) 
 
 
 def _genome_from_json(path: Path, data: bytes, space: Space, database: str | None) -> Iterator[tuple[str, int]]:
-    document = _parse(data, path)
-    schema = document.get("schema") if isinstance(document, dict) else None
-    if type(schema) is not int or schema < 1:
-        raise EvoPressError(f"{path} is not a genome file: it has no schema number; give the genome.json of a run")
-    if schema > SCHEMA:
-        raise EvoPressError(f"{path} has schema {_show(schema)} but this version of evopress reads up to {SCHEMA}: update evopress")
+    document = check_schema(parse_json(data, path), path, what="genome file", newest=SCHEMA)
     if document.get("method") != space.method:
         raise EvoPressError(
-            f"{path} is a genome of method {_show(document.get('method'))} but this run's method is {space.method!r}: "
+            f"{path} is a genome of method {shown(document.get('method'))} but this run's method is {space.method!r}: "
             "use the method that it was found with"
         )
     if database is not None and document.get("database") != database:
         raise EvoPressError(
-            f"{path} was found with level database {_show(document.get('database'))} but this run uses {database!r}: "
+            f"{path} was found with level database {shown(document.get('database'))} but this run uses {database!r}: "
             "build that database (same model, data and method settings) or search again with this one"
         )
     units = document.get("units")
@@ -218,41 +225,41 @@ def _genome_from_json(path: Path, data: bytes, space: Space, database: str | Non
         else:
             if type(index) is not int or not 0 <= index < len(unit.levels):
                 raise EvoPressError(
-                    f"{path} gives {name} level {_show(index)}: expected 0 to {len(unit.levels) - 1}, "
+                    f"{path} gives {name} level {shown(index)}: expected 0 to {len(unit.levels) - 1}, "
                     "so it is of another database; use the one it was found with"
                 )
             level = unit.levels[index]
             if entry.get("label") != level.label or entry.get("cost") != level.cost:
                 raise EvoPressError(
-                    f"{path} says level {index} of {name} is {_show(entry.get('label'))} at cost "
-                    f"{_show(entry.get('cost'))} but here it is {level.label!r} at cost {level.cost}: "
+                    f"{path} says level {index} of {name} is {shown(entry.get('label'))} at cost "
+                    f"{shown(entry.get('cost'))} but here it is {level.label!r} at cost {level.cost}: "
                     "use the database that it was found with"
                 )
             total += level.cost
         yield name, index
     if document.get("cost") != total:
         raise EvoPressError(
-            f"{path} is damaged: it says cost {_show(document.get('cost'))} but its units cost {total}; write it again from the run"
+            f"{path} is damaged: it says cost {shown(document.get('cost'))} but its units cost {total}; write it again from the run"
         )
     budget = document.get("budget")
     if type(budget) is not int:
-        raise EvoPressError(f"{path} is damaged: its budget is {_show(budget)}, not an integer; write it again")
+        raise EvoPressError(f"{path} is damaged: its budget is {shown(budget)}, not an integer; write it again")
 
 
 def _genome_from_lines(path: Path, data: bytes, space: Space) -> Iterator[tuple[str, int]]:
     of = {unit.name: unit for unit in space.units}
-    for number, line in enumerate(_decode(data, path).split("\n"), start=1):
+    for number, line in enumerate(decode(data, path).split("\n"), start=1):
         if not line.strip():
             continue
         name, colon, key = (part.strip() for part in line.rpartition(":"))
         if not colon:
-            raise EvoPressError(f"line {number} of {path} is {_show(line)}: expected 'unit name: level'")
+            raise EvoPressError(f"line {number} of {path} is {shown(line)}: expected 'unit name: level'")
         unit = of.get(name)
         level = 0
         if unit is not None:
             keys = [level.key for level in unit.levels]
             if key not in keys:
-                raise EvoPressError(f"line {number} of {path} gives {name} level {_show(key)}: this database has {', '.join(keys)}")
+                raise EvoPressError(f"line {number} of {path} gives {name} level {shown(key)}: this database has {', '.join(keys)}")
             level = keys.index(key)
         yield name, level
 
@@ -261,7 +268,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield the whole records of a file of JSON lines, each with its line."""
     if not path.exists():
         return
-    *lines, last = _read(path).split(b"\n")
+    *lines, last = load_bytes(path, limit=MAX_RECORDS_BYTES, what="file of records").split(b"\n")
     if last:
         try:
             _parse_record(last, path, len(lines) + 1)
@@ -271,7 +278,10 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             lines.append(last)
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield line, _parse_record(line, path, number)
+            record = _parse_record(line, path, number)
+            if "schema" in record:  # lines of our first runs have none
+                check_schema(record, f"line {number} of {path}", what="record", newest=SCHEMA)
+            yield line, record
 
 
 def _mend(path: Path, file: Any) -> bytes:
@@ -288,47 +298,7 @@ def _mend(path: Path, file: Any) -> bytes:
 
 
 def _parse_record(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    record = _parse(line, f"line {number} of {path}")
+    record = parse_json(line, f"line {number} of {path}")
     if not isinstance(record, dict):
         raise EvoPressError(f"line {number} of {path} is not a record: move the file away to start a new one")
     return record
-
-
-def _parse(data: bytes, source: str | Path) -> Any:
-    try:
-        return json.loads(_decode(data, source))
-    except (ValueError, RecursionError) as error:
-        raise EvoPressError(f"{source} is not valid JSON ({_clip(str(error))}): restore or remove it") from error
-
-
-def _decode(data: bytes, source: str | Path) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise EvoPressError(f"{source} is not UTF-8 text (byte {error.start}): restore or remove it") from error
-
-
-def _read(path: Path, *, limit: int | None = None) -> bytes:
-    try:
-        if path.exists() and not path.is_file():
-            raise EvoPressError(f"{path} is not an ordinary file: give the path of a file")
-        with open(path, "rb") as file:
-            data = file.read(-1 if limit is None else limit + 1)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = getattr(error, "strerror", None) or error
-        raise EvoPressError(f"cannot read {path} ({reason}): check the path") from error
-    if limit is not None and len(data) > limit:
-        raise EvoPressError(f"{path} is larger than {limit // 2**20} MB, which no genome file is: check the path")
-    return data
-
-
-def _show(value: Any) -> str:
-    """Show a value from a file in an error: escaped and short."""
-    try:
-        return _clip(repr(value))
-    except (ValueError, RecursionError):  # an integer of thousands of digits
-        return f"<{type(value).__name__}>"
-
-
-def _clip(text: str, most: int = 100) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

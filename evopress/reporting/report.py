@@ -76,7 +76,7 @@ def write_report(
         section("What it cost", account.costs(result, records)),
         section("Load the checkpoint", _loading(result)),
         section("Run it again", _again(command, config, environment)),
-        section("Environment", pairs(environment)),
+        section("Environment", pairs({key: value for key, value in environment.items() if key != "schema"})),
         section("Configuration", details("the whole composed config", code(json_text(config))) if config else ""),
     ]
     write_page(path, title=title, parts=parts)

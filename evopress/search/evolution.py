@@ -5,6 +5,7 @@ Source: paper, Algorithm 1. The search asks for fitnesses and is told them; who 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +21,12 @@ from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.selection import Stage, check_stages, select_fittest
 from evopress.units import Budget, Genome, Space
 
+logger = logging.getLogger(__name__)
+
 _MAX_BOUNDED_ATTEMPTS = 20_000
 """Draws for one offspring where deviations are bounded: at a tight bound few of the switches are allowed."""
+_MAX_FRUITLESS = 10
+"""Generations in a row without one offspring of finite fitness, after which the search stops."""
 
 
 class Fitness(Protocol):
@@ -56,7 +61,7 @@ class SearchSettings:
     def __post_init__(self) -> None:
         for name, least in (("generations", 0), ("num_offspring", 1), ("initial_candidates", 1), ("initial_tokens", 1)):
             if getattr(self, name) < least:
-                raise EvoPressError(f"{name} is {getattr(self, name)}: the search needs at least {least}")
+                raise EvoPressError(f"search.{name}={getattr(self, name)} is out of range: expected at least {least}")
         check_stages(self.stages, self.num_offspring)
 
 
@@ -112,6 +117,9 @@ class Evolution:
         self._generation = 0  # the one that is asked about next
         self._parent: Genome | None = None
         self._tokens = self._evaluations = 0
+        self._non_finite = 0  # candidates so far
+        self._lost = 0  # those of this generation
+        self._fruitless = 0  # generations in a row that lost all their offspring
         self._question: Question | None = None
         self._stages: list[StageRecord] = []
         self.initial_record: GenerationRecord | None = None
@@ -144,6 +152,11 @@ class Evolution:
         assert self._parent is not None, "generation 0 is not finished"
         return self._parent
 
+    @property
+    def non_finite(self) -> int:
+        """Candidates so far that lost because their fitness was not a finite number."""
+        return self._non_finite
+
     def ask(self) -> Question:
         """Return the genomes to evaluate next; the same question until it is answered by `tell`."""
         assert not self.finished, "the search is finished"
@@ -162,7 +175,11 @@ class Evolution:
     def tell(self, fitnesses: Sequence[float]) -> GenerationRecord | None:
         """Take the fitnesses of the genomes asked for, in their order; return the record when they finish a generation.
 
-        Raises: EvoPressError if their number is wrong or the best of them is not a finite number.
+        A candidate whose fitness is not finite loses: it does not go on, whatever the number of survivors. Where no offspring is
+        left, the parent goes through the remaining stages alone and stays.
+
+        Raises: EvoPressError if their number is wrong, no candidate's fitness is finite, the parent's included, or too many
+            generations in a row have lost all their offspring.
         """
         assert self._question is not None, "tell answers ask"
         genomes, tokens, stage = self._question.genomes, self._question.tokens, self._question.stage
@@ -171,7 +188,9 @@ class Evolution:
         values = tuple(float(fitness) for fitness in fitnesses)
         survivors = select_fittest(genomes, values, 1 if stage < 0 else self._settings.stages[stage].survivors)
         best = survivors[0]
-        if not math.isfinite(values[best]):
+        survivors = [index for index in survivors if math.isfinite(values[index])]
+        with_parent = self._parent in genomes  # in the last stage, and where it is alone
+        if not survivors and (with_parent or stage < 0):
             raise EvoPressError(
                 f"the best fitness of the {len(genomes)} candidates in generation {self._generation} on {tokens} tokens is "
                 f"{values[best]}, not a finite number: look at the model's outputs at these levels (overflow in half "
@@ -180,10 +199,13 @@ class Evolution:
         self._tokens += tokens * len(genomes)
         self._evaluations += len(genomes)
         self._stages.append(StageRecord(tokens, len(genomes), values, tuple(survivors)))
+        lost = len(values) - sum(map(math.isfinite, values))
+        self._lost, self._non_finite = self._lost + lost, self._non_finite + lost
         if 0 <= stage < len(self._settings.stages) - 1:
             self._question = self._stage_question(stage + 1, [genomes[i] for i in survivors])
             return None
         first = stage < 0
+        self._count_fruitless(any(g != self._parent and math.isfinite(v) for g, v in zip(genomes, values, strict=True)))
         return self._finish(
             genomes[best],
             fitness=values[best],
@@ -201,6 +223,8 @@ class Evolution:
             "parent": None if self._parent is None else list(self._parent),
             "tokens": self._tokens,
             "evaluations": self._evaluations,
+            "non_finite": self._non_finite,
+            "fruitless": self._fruitless,
             "rng_initial": self._rng_initial.bit_generator.state,
             "rng_mutation": self._rng_mutation.bit_generator.state,
         }
@@ -209,7 +233,7 @@ class Evolution:
         """Go on from a state of the same search; the number of generations alone may differ.
 
         Both generators are set to where they were; a question that is open is dropped.
-        Raises: EvoPressError if the state is of another search.
+        Raises: EvoPressError if the state is of another search; ValueError or another error of Python's if it is damaged.
         """
         if state.get("schema") != 1:
             raise EvoPressError(f"the saved search has schema {state.get('schema')}, this version reads schema 1: start a new run")
@@ -219,11 +243,19 @@ class Evolution:
             raise EvoPressError(
                 f"the saved search had other settings ({'; '.join(changed)}): resume it with its own, or start a new run"
             )
+        for key in ("generation", "tokens", "evaluations", "non_finite", "fruitless"):
+            if type(state.get(key, 0)) is not int or state.get(key, 0) < 0:
+                raise ValueError(f"its {key} is {state[key]!r:.100}, expected a whole number")
         self._parent = None if state["parent"] is None else self._space.check(state["parent"])
+        if (self._parent is None) != (state["generation"] == 0):
+            raise ValueError("it has a parent before generation 0, or none after it")
+        if self._parent is not None and not self._budget.met_by(self._space, self._parent):
+            raise ValueError("its parent is not within the budget")
         self._generation, self._tokens, self._evaluations = state["generation"], state["tokens"], state["evaluations"]
+        self._non_finite, self._fruitless = state.get("non_finite", 0), state.get("fruitless", 0)  # older states have none
         self._rng_initial.bit_generator.state = state["rng_initial"]
         self._rng_mutation.bit_generator.state = state["rng_mutation"]
-        self._question, self._stages, self.initial_record = None, [], None
+        self._question, self._stages, self._lost, self.initial_record = None, [], 0, None
 
     def _bounds(self) -> Deviation | None:
         """Return the bound on deviations from the uniform genome that the settings ask for."""
@@ -242,7 +274,8 @@ class Evolution:
     def _stage_question(self, stage: int, candidates: Sequence[Genome]) -> Question:
         # The authors' code adds the parent by survivor count; Algorithm 1 adds it in the last stage. In front, it wins ties.
         last = stage == len(self._settings.stages) - 1
-        genomes = (self.parent, *candidates) if last else tuple(candidates)
+        others = tuple(candidate for candidate in candidates if candidate != self.parent)
+        genomes = (self.parent, *others) if last or not others else others
         return Question(genomes, self._settings.stages[stage].tokens, stage)
 
     def _finish(self, winner: Genome, *, fitness: float | None, accepted: bool, parent_fitness: float | None) -> GenerationRecord:
@@ -259,10 +292,21 @@ class Evolution:
             tokens=self._tokens,
             evaluations=self._evaluations,
             cost=self._space.cost(winner),
+            non_finite=self._lost,
         )
-        self._parent, self._question, self._stages = winner, None, []
+        self._parent, self._question, self._stages, self._lost = winner, None, [], 0
         self._generation += 1
         return record
+
+    def _count_fruitless(self, fruitful: bool) -> None:
+        """Count the generations in a row that lost all their offspring; raise EvoPressError if they are too many."""
+        self._fruitless = 0 if fruitful else self._fruitless + 1
+        if self._fruitless >= _MAX_FRUITLESS:
+            raise EvoPressError(
+                f"no offspring kept a finite fitness to the last stage in {self._fruitless} generations (to {self._generation}, "
+                f"{self._settings.num_offspring} offspring each): look at the model's outputs at these levels (overflow in half "
+                "precision, a damaged level), use model.dtype=bfloat16, or raise the target"
+            )
 
     def _identity(self) -> dict[str, Any]:
         """Return what makes two searches the same one, as it reads back from JSON."""
@@ -283,4 +327,10 @@ def run_search(
         record = evolution.tell(fitness(question.genomes, tokens=question.tokens))
         if record is not None:
             on_generation(record)
+    if evolution.non_finite:
+        logger.warning(
+            "%d candidates of this search lost because their fitness was not a finite number; `non_finite` in the records says in "
+            "which generations",
+            evolution.non_finite,
+        )
     return evolution.parent

@@ -59,12 +59,19 @@ def _mix(space: Space, budget: Budget, rng: np.random.Generator) -> list[int]:
     levels = [_neighbour_above(space, budget, index) for index in range(len(space))]
     slack = budget.total - space.cost(levels)
     moved: list[int] = []
-    while slack < 0:  # ends: a turn compresses every unit that can be, and the least cost is within the budget
+    for _ in range(max(len(unit.levels) for unit in space.units)):  # a turn compresses every unit that can be
+        if slack >= 0:
+            break
         for unit in rng.permutation(len(space)).tolist():
             if slack < 0 and (step := steps.more[unit][levels[unit]]):
                 levels[unit] += 1
                 slack += step
                 moved.append(unit)
+    if slack < 0:
+        raise EvoPressError(
+            f"no mix of the {len(space)} units reaches the budget {budget.total} level by level: every level must cost "
+            "less than the one before it; build the level database again"
+        )
     if not moved:  # some units have no level as dear as the average: the others may rise above theirs
         moved = [unit for unit, level in enumerate(levels) for _ in range(level)]
     for index in rng.permutation(len(moved)).tolist():

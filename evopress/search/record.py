@@ -42,10 +42,13 @@ class GenerationRecord:
     """Candidates evaluated so far, summed over stages."""
     cost: int
     """Cost of the winner."""
+    non_finite: int = 0
+    """Candidates of this generation that lost because their fitness was not a finite number."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON-able values; a number that is not finite becomes None."""
-        return {key: _jsonable(value) for key, value in asdict(self).items()}
+        """Return the record as JSON-able values; a number that is not finite becomes None; `non_finite` is left out at 0."""
+        values = {key: _jsonable(value) for key, value in asdict(self).items()}
+        return values if self.non_finite else {key: value for key, value in values.items() if key != "non_finite"}
 
 
 def _jsonable(value: Any) -> Any:

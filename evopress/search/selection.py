@@ -40,6 +40,6 @@ def check_stages(stages: Sequence[Stage], num_offspring: int) -> None:
 
 
 def select_fittest(genomes: Sequence[Genome], fitnesses: Sequence[float], k: int) -> list[int]:
-    """Return the indices of the k fittest, best first; lower is better, NaN counts as +inf, of equals the first wins."""
-    keys = [math.inf if math.isnan(fitness) else fitness for _, fitness in zip(genomes, fitnesses, strict=True)]
+    """Return the indices of the k fittest, best first; lower is better, not finite counts as +inf, of equals the first wins."""
+    keys = [fitness if math.isfinite(fitness) else math.inf for _, fitness in zip(genomes, fitnesses, strict=True)]
     return sorted(range(len(keys)), key=keys.__getitem__)[:k]

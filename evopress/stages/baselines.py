@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +17,15 @@ from evopress.baselines.dynamic_programming import dynamic_programming
 from evopress.baselines.owl import GRID, MULTIPLES, outlier_ratios, owl_kept
 from evopress.baselines.uniform import uniform_genomes
 from evopress.compress.sparse import PruneTo, SparsityLevels
+from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import measure_held_out
 from evopress.fitness.measures import KLDivergence, Measure, NegativeLogLikelihood, TopkKL
 from evopress.fitness.minibatch import MinibatchFitness
+from evopress.json_files import shown
 from evopress.levels.store import LevelDatabase
 from evopress.methods import WeightMethod
-from evopress.reporting.records import read_json, write_json
+from evopress.reporting.records import read_document, write_json
 from evopress.settings import FitnessSettings
 from evopress.stages.depth import rank_blocks, search_all
 from evopress.stages.results import read_result
@@ -27,6 +33,8 @@ from evopress.units import Genome, Space
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
+_DATABASE = re.compile("[a-z]+-[0-9a-f]{16}")
+"""A level database's folder, beside the run's own."""
 
 
 def build_database(workspace: Workspace) -> None:
@@ -43,11 +51,11 @@ def build_database(workspace: Workspace) -> None:
     write_json(workspace.run_dir / "result.json", result)
 
 
-def make_measure(settings: FitnessSettings) -> Measure:
+def make_measure(settings: FitnessSettings, *, fused: bool = False) -> Measure:
     """Return what the search minimises."""
     if settings.name == "topk_kl":
         return TopkKL(settings.k)
-    return NegativeLogLikelihood() if settings.name == "perplexity" else KLDivergence()
+    return NegativeLogLikelihood() if settings.name == "perplexity" else KLDivergence(fused=fused)
 
 
 def make_fitness(workspace: Workspace, rng: np.random.Generator, num_sequences: int | None = None) -> MinibatchFitness:
@@ -58,18 +66,33 @@ def make_fitness(workspace: Workspace, rng: np.random.Generator, num_sequences: 
         workspace.search_tokens[:num_sequences],
         rng=rng,
         base=workspace.search_base[:num_sequences],
-        measure=make_measure(settings),
+        measure=make_measure(settings, fused=workspace.fused),
         chunk_tokens=settings.chunk_tokens,
     )
 
 
+def what_decides_fitness(workspace: Workspace) -> dict[str, Any]:
+    """Return the settings that a fitness and its minibatches come from: what was done with others is not gone on with."""
+    settings = workspace.settings
+    return {
+        "seed": settings.seed,
+        "fitness": settings.fitness.name,
+        "fitness.k": settings.fitness.k if settings.fitness.name == "topk_kl" else None,
+        "search text": tokens_digest(workspace.search_tokens)[:16],
+    }
+
+
 def find_baselines(workspace: Workspace) -> None:
-    """Stage `baselines`: find the genomes that the search is compared with."""
+    """Stage `baselines`: find the genomes that the search is compared with, unless an earlier run of the same settings did."""
     path = workspace.run_dir / "baselines.json"
-    if path.exists():
-        logger.info("baselines: already found in %s", path)
-        return
     settings = workspace.settings.baselines
+    asked = {**what_decides_fitness(workspace), **asdict(settings)}
+    if path.exists():
+        before = read_baselines(path)
+        if before.get("asked", asked) == asked and before.get("database") == workspace.database.fingerprint:
+            logger.info("baselines: already found in %s", path)
+            return
+        logger.info("baselines: those in %s were found with other settings; they are found again", path)
     space, budget = workspace.database.space, workspace.budget
     found: dict[str, Genome] = {}
     if "uniform" in settings.names:
@@ -97,7 +120,7 @@ def find_baselines(workspace: Workspace) -> None:
     if "owl" in settings.names:
         found["owl"], database = find_owl(workspace)
         further.append(database.folder.name)
-    stored = {"schema": 1, "database": workspace.database.fingerprint, "further": further}
+    stored = {"schema": 1, "database": workspace.database.fingerprint, "asked": asked, "further": further}
     write_json(path, {**stored, "genomes": {name: list(genome) for name, genome in found.items()}, "orders": orders})
 
 
@@ -166,13 +189,33 @@ def _nearest_uniform(workspace: Workspace) -> dict[str, Genome]:
 def stored_baselines(workspace: Workspace) -> tuple[dict[str, Genome], Space]:
     """Return the genomes that the stage `baselines` left behind, and the space of their levels.
 
-    Raises: EvoPressError if they were found with another level database.
+    Raises: EvoPressError if they were found with another level database, or their file is damaged or of a newer version.
     """
     path, database = workspace.run_dir / "baselines.json", workspace.database
     if not path.exists():
         return {}, database.space
-    stored = read_json(path)
+    stored = read_baselines(path)
     if stored.get("database") != database.fingerprint:
         raise EvoPressError(f"{path} is of another level database: remove it and start again")
-    space = workspace.add_levels(stored["further"]) if stored.get("further") else database.space
+    space = workspace.add_levels(stored["further"]) if stored["further"] else database.space
     return {name: space.check(genome) for name, genome in stored["genomes"].items()}, space
+
+
+def read_baselines(path: Path) -> dict[str, Any]:
+    """Read `baselines.json`: `genomes` has levels by name, `further` the folders of level databases beside the run's own.
+
+    Raises: EvoPressError if it is damaged or of a newer version.
+    """
+    stored = read_document(path, what="file of baselines")
+    again = "remove it and run the stage baselines again"
+    genomes, further = stored.get("genomes"), stored.get("further", [])
+    if not isinstance(genomes, dict):
+        raise EvoPressError(f"{path} is damaged: its genomes are {shown(genomes)}; {again}")
+    for name, genome in genomes.items():
+        if not isinstance(genome, list) or not all(type(level) is int for level in genome):
+            raise EvoPressError(f"{path} is damaged: the genome of {shown(name)} is {shown(genome)}; {again}")
+    if not isinstance(further, list) or not all(isinstance(name, str) and _DATABASE.fullmatch(name) for name in further):
+        raise EvoPressError(
+            f"{path} is damaged: it names the level databases {shown(further)}, expected such as owl-0123456789abcdef; {again}"
+        )
+    return {**stored, "genomes": genomes, "further": further}

@@ -21,7 +21,9 @@ def check_names(settings: RunSettings) -> None:
     known = MODULE_BASELINES if isinstance(settings.method, DropSettings) else WEIGHT_BASELINES
     for name in settings.baselines.names:
         if name not in known:
-            raise EvoPressError(f"baselines.names has {name!r}: method {settings.method.name} has {', '.join(known)}")
+            raise EvoPressError(
+                f"baselines.names has {name!r}, which method {settings.method.name} has not: choose among {', '.join(known)}"
+            )
     if "owl" in settings.baselines.names:
         if settings.method.name != "sparsity":
             raise EvoPressError(f"baseline owl is of method sparsity, not {settings.method.name}: leave it out of baselines.names")

@@ -15,9 +15,10 @@ from evopress.levels.modules import dropped_modules
 from evopress.methods import ModuleMethod
 from evopress.reporting import figures, tables
 from evopress.reporting.dropped import dropped_modules_figure
+from evopress.reporting.generations import read_generations
 from evopress.reporting.lineage import lineage_figures
 from evopress.reporting.metrics import final_metrics, levels_table, switches_table
-from evopress.reporting.records import read_genome, read_records, write_json
+from evopress.reporting.records import read_genome, write_json
 from evopress.reporting.report import headline, write_report
 from evopress.reporting.tracker import Tracker
 from evopress.stages.baselines import stored_baselines
@@ -66,7 +67,7 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
             }
         )
     result: dict[str, Any] = {"schema": 1, "rows": rows}
-    records = read_records(run_dir / "metrics.jsonl")
+    records = read_generations(run_dir / "metrics.jsonl", database.space)
     if records:
         result["search"] = {key: records[-1][key] for key in ("tokens", "seconds", "evaluations")}
         result["search"]["generations"] = records[-1]["generation"]
@@ -123,7 +124,7 @@ def export(workspace: Workspace, *, command: str) -> None:
 def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> None:
     """Stage `report`: tables, figures and one HTML page; prints the table."""
     settings, run_dir, database = workspace.settings, workspace.run_dir, workspace.database
-    result, records = read_result(run_dir), read_records(run_dir / "metrics.jsonl")
+    result, records = read_result(run_dir), read_generations(run_dir / "metrics.jsonl", database.space)
     rows = result.get("rows", [])
     genome = None
     pictures: list[Path] = []

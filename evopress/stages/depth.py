@@ -21,7 +21,7 @@ from evopress.evaluation.heldout import measure_held_out
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.levels.modules import PAIR, modules_of
 from evopress.levels.store import fingerprint
-from evopress.reporting.records import append_record, read_json, read_records, write_json
+from evopress.reporting.records import append_record, read_document, read_records, write_json
 from evopress.units import Genome, Space
 from evopress.workspace import Workspace
 
@@ -90,11 +90,11 @@ class _Scores:
 
     def _read(self) -> dict[str, Any]:
         try:
-            known = read_json(self._path) if self._path.exists() else {}
+            if self._path.exists():
+                return read_document(self._path, what="file of scores")
         except EvoPressError as error:
-            logger.warning("%s; the scores are measured again", error)
-            known = {}
-        return known if isinstance(known, dict) and known.get("schema") == 1 else {"schema": 1}
+            logger.warning("%s (here the scores are measured again)", error)
+        return {"schema": 1}
 
     def _get(self, key: str, measure: Callable[[], dict[str, list[float]]]) -> dict[str, list[float]]:
         if key not in self._known:

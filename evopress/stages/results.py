@@ -5,10 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from evopress.reporting.records import read_json
+from evopress.errors import EvoPressError
+from evopress.reporting.records import read_document
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
-    """Return the results that earlier stages wrote, or none but the schema."""
+    """Return the results that earlier stages wrote, or none but the schema.
+
+    Raises: EvoPressError if the file is damaged or of a newer version.
+    """
     path = run_dir / "result.json"
-    return read_json(path) if path.exists() else {"schema": 1}
+    if not path.exists():
+        return {"schema": 1}
+    result = read_document(path, what="result file")
+    rows = result.get("rows", [])
+    whole = isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows)
+    if not whole or not all(isinstance(result.get(key, {}), dict) for key in ("search", "database", "memory")):
+        raise EvoPressError(f"{path} is damaged: it is not laid out as a result file; remove it, and run the stage evaluate again")
+    return result

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from evopress.endings import stop_if_asked
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import measure_held_out
+from evopress.json_files import check_schema, clip, shown
+from evopress.reporting.generations import read_generations
 from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics
-from evopress.reporting.records import append_record, read_json, read_records, truncate_records, write_genome, write_json
+from evopress.reporting.records import append_record, read_document, truncate_records, write_genome, write_json
 from evopress.reporting.tracker import Tracker
 from evopress.search.evolution import Evolution, SearchSettings, run_search
 from evopress.search.record import GenerationRecord
-from evopress.stages.baselines import make_fitness, stored_baselines
+from evopress.stages.baselines import make_fitness, stored_baselines, what_decides_fitness
 from evopress.stages.checks import search_cost
 from evopress.units import Genome
 from evopress.workspace import Workspace
@@ -36,16 +42,13 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
     metrics, state_path = run_dir / "metrics.jsonl", run_dir / "state.json"
     seconds_before = 0.0
     if state_path.exists():
-        state = read_json(state_path)
-        if state.get("database") != database.fingerprint:
-            raise EvoPressError(
-                f"the search in {run_dir} was made with level database {state.get('database')}, this one is "
-                f"{database.fingerprint}: start a new run, or give the settings that it had"
-            )
-        evolution.restore(state["evolution"])
-        workspace.rng["minibatch"].bit_generator.state = state["rng_minibatch"]
-        seconds_before = float(state["seconds"])
+        seconds_before = go_on(state_path, evolution, workspace.rng["minibatch"], database=database.fingerprint)
         truncate_records(metrics, evolution.generation - 1)
+        if (count := len(read_generations(metrics, database.space))) != evolution.generation:
+            raise EvoPressError(
+                f"{metrics} has {count} records of the {evolution.generation} generations that {state_path} says are done: "
+                f"restore it, or remove {state_path} to search again"
+            )
         logger.info("search: going on at generation %d of %d", evolution.generation, settings.generations)
     else:
         metrics.unlink(missing_ok=True)
@@ -57,8 +60,8 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
             search_cost(settings) / 1e6,
         )
         fitness = make_fitness(workspace, workspace.rng["minibatch"])
-        numbers = SearchMetrics(database.space, read_records(metrics))
-        started = time.monotonic()
+        numbers = SearchMetrics(database.space, read_generations(metrics, database.space))
+        asked, started = what_decides_fitness(workspace), time.monotonic()
 
         def finish_generation(record: GenerationRecord) -> None:
             seconds = seconds_before + time.monotonic() - started
@@ -72,6 +75,7 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
                 {
                     "schema": 1,
                     "database": database.fingerprint,
+                    "asked": asked,
                     "evolution": evolution.state(),
                     "rng_minibatch": workspace.rng["minibatch"].bit_generator.state,
                     "seconds": seconds,
@@ -80,6 +84,7 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
             shown = numbers.add(entry)
             tracker.log(shown, generation=record.generation)
             live.show(entry, shown)
+            stop_if_asked()
 
         with LiveSearch(settings.generations, len(settings.stages), run_dir=run_dir) as live:
             run_search(evolution, live.watching(fitness), on_generation=finish_generation)
@@ -91,6 +96,44 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
         database=database.fingerprint,
         budget=workspace.budget,
     )
+
+
+def refuse_other_settings(workspace: Workspace) -> None:
+    """Raise EvoPressError if the run folder has a search whose seed, fitness or text was another: before any model work."""
+    path = workspace.run_dir / "state.json"
+    if not path.exists():
+        return
+    here = what_decides_fitness(workspace)
+    there = read_document(path, what="saved search").get("asked", here)  # our first versions did not say
+    if not isinstance(there, dict):
+        raise EvoPressError(f"{path} is damaged: its settings are {shown(there)}; restore it, or remove it to search again")
+    if changed := [f"{key} {shown(there.get(key))} there, {shown(here[key])} here" for key in here if there.get(key) != here[key]]:
+        raise EvoPressError(
+            f"the search in {path.parent} had other settings ({'; '.join(changed)}): resume it with its own, or start a new run"
+        )
+
+
+def go_on(path: Path, evolution: Evolution, rng: np.random.Generator, *, database: str) -> float:
+    """Give a search and the generator of its minibatches the state that an earlier run saved; return the seconds that it took.
+
+    Args: database: fingerprint of the level database.
+
+    Raises: EvoPressError if the state is damaged, of a newer version, or of another search.
+    """
+    state = read_document(path, what="saved search")
+    if state.get("database") != database:
+        raise EvoPressError(
+            f"the search in {path.parent} was made with level database {shown(state.get('database'))}, this one is {database}: "
+            "start a new run, or give the settings that it had"
+        )
+    try:
+        evolution.restore(check_schema(state.get("evolution"), path, what="saved search", newest=1))
+        rng.bit_generator.state = state["rng_minibatch"]
+        return float(state["seconds"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise EvoPressError(
+            f"{path} is damaged ({type(error).__name__}: {clip(str(error))}): restore it, or remove it to search again"
+        ) from error
 
 
 def _starts(workspace: Workspace) -> list[Genome]:

@@ -1,9 +1,13 @@
-"""Bad input ends with one clear sentence and an exit code, before any model is loaded where it can be seen by then."""
+"""Bad input ends with one clear sentence and an exit code, before any model is loaded where it can be seen by then.
+
+What is in a table here is listed with its sentence in `tests/reliability/bad_inputs.md`.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from collections import namedtuple
@@ -35,6 +39,23 @@ def refused(outcome: Any, *parts: str) -> str:
     return sentence
 
 
+@pytest.fixture
+def listed(cache: Path, tmp_path: Path) -> Callable[..., None]:
+    """Keep a case's input and sentence for the list, if the list is being written; folders of this machine become words."""
+
+    def keep(name: str, given: str, sentence: str) -> None:
+        if (path := os.environ.get("EVOPRESS_BAD_INPUTS")) is None:
+            return
+        for folder, word in ((str(tmp_path), "FOLDER"), (str(cache), "CACHE")):
+            given, sentence = given.replace(folder, word), sentence.replace(folder, word)
+        sentence = re.sub(r"torch \d\S*", "torch VERSION", sentence.removeprefix("error: "))
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"name": name, "given": given, "sentence": sentence}) + "\n")
+
+    return keep
+
+
+LONG = "x" * 300
 SETTINGS = {
     "bits below the lowest level": (["bits=1.5"], ["bits=1.5", "lowest level (2 bits)", "[6, 5, 4, 3, 2]"]),
     "bits above the highest level": (["bits=7"], ["bits=7", "highest level (6 bits)"]),
@@ -78,7 +99,7 @@ SETTINGS = {
     "OWL is of another method": (["baselines.names=[owl]"], ["owl", "method sparsity, not quant"]),
     "a bound where the target is no level": (["search.max_level=1"], ["search.max_level=1", "between two levels"]),
     "a total where the target is no level": (["search.max_total_deviation=4"], ["search.max_total_deviation=4", "between two"]),
-    "unknown baseline": (["baselines.names=[spdy]"], ["'spdy'", "uniform", "dp"]),
+    "unknown baseline": (["baselines.names=[spdy]"], ["'spdy'", "choose among uniform", "dp"]),
     "no random candidates": (["baselines.num_random=0"], ["baselines.num_random=0"]),
     "unknown fitness": (["fitness.name=loss"], ["fitness.name=loss", "perplexity"]),
     "unknown evaluator": (["fitness.evaluator=fast"], ["fitness.evaluator=fast", "plain"]),
@@ -98,19 +119,53 @@ SETTINGS = {
     "no files of text": (["data=text"], ["calibration", ".jsonl"]),
     "no model": (["model=local", "model.sequence_length=64"], ["model.path=DIR"]),
     "unknown builtin model": (["model.builtin=gpt5"], ["model.builtin=gpt5", "smollm2_135m"]),
+    "a hub id with too many parts": (["model.path=a/b/c"], ["'a/b/c'", "not a folder"]),
+    "a path that is too long": ([f"model.path={LONG}"], ["model.path=xxx", "File name too long", "give another"]),
+    "a text file's name that is too long": (["data=text", f"data.calibration=[{LONG}.txt]"], ["data.calibration=xxx", "too long"]),
+    "a database folder's name that is too long": ([f"level_db.root={LONG}"], ["level_db.root=xxx", "too long"]),
+    "a user who is not there": (["model.path='~nosuchuser/model'"], ["~nosuchuser", "home directory"]),
+    "a device that nothing runs on": (["model.device=meta"], ["'meta'", "auto, cpu, cuda"]),
+    "sequences of one token": (["model.sequence_length=1"], ["model.sequence_length=1", "at least 2"]),
+    "a separator that is no token": (["model.separator=nope"], ["'nope'", "no token", "eos"]),
+    "groups of no columns": (["method.group_size=0"], ["group_size 0", "null"]),
+    "no bit widths": (["method.levels=[]", "method.propagate_bits=null"], ["method.levels is empty", "[4, 3, 2]"]),
+    "more bits than a byte": (["method.levels=[9,4,3]"], ["[9, 4, 3]", "1 to 8"]),
+    "a bit width twice": (["method.levels=[4,4,3]"], ["[4, 4, 3]", "distinct"]),
+    "no columns per block": (["method.block_size=0"], ["block_size 0", "positive"]),
+    "scales of integers": (["method.scale_dtype=int8"], ["'int8'", "float16 or float32"]),
+    "damping that is no number": (["method.damping=nan"], ["damping nan", "0.01"]),
+    "infinite bits": (["bits=inf"], ["bits=inf", "6 bits"]),
+    "another method's target": (["sparsity=0.5"], ["sparsity=0.5", "method quant", "leave it out"]),
+    "no tokens per batch": (["level_db.batch_tokens=0"], ["level_db.batch_tokens=0", "at least 1"]),
+    "a negative cache": (["level_db.cache_bytes=-1"], ["level_db.cache_bytes=-1", "0 bytes or more"]),
+    "held out on no tokens": (["evaluation.every_tokens=0"], ["evaluation.every_tokens=0", "at least 2"]),
+    "no search text": (["data.search_tokens=0"], ["data.search_tokens=0", "more tokens"]),
+    "negative calibration text": (["data.calibration_tokens=-5"], ["data.calibration_tokens=-5"]),
+    "no survivors": (["search.survivors=[0]", "search.tokens=[64]"], ["[0]", "descend to 1"]),
+    "a billion offspring": (["search.num_offspring=1000000000"], ["search.num_offspring=1000000000", "at most 100000"]),
+    "random baseline of one token": (["baselines.random_tokens=1"], ["baselines.random_tokens", "2 to 2048"]),
+    "more tokens than the vocabulary": (["fitness=topk_kl", "fitness.k=1000"], ["fitness.k=1000", "257"]),
+    "no questions of a task": (["evaluation.task_limit=0"], ["evaluation.task_limit=0", "null"]),
+    "no sequences per batch of a task": (["evaluation.task_batch_size=0"], ["evaluation.task_batch_size=0", "at least 1"]),
+    "a folder of tasks without tasks": (["evaluation.tasks_path=x"], ["evaluation.tasks_path=x", "name tasks"]),
+    "no stages": (["stages=[]"], ["stages is empty", "database, baselines"]),
+    "no threads at all": (["threads=-1"], ["threads=-1", "null"]),
+    "a run folder that is a file": (["hydra.run.dir=/dev/null/run"], ["hydra.run.dir=/dev/null/run", "/dev/null is no folder"]),
     "a key that no schema has": (["+search.offspring=4"], ["search.offspring", "search.num_offspring"]),
 }
 
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("case", SETTINGS)
-def test_settings_are_refused_before_any_model_is_loaded(case: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_settings_are_refused_before_any_model_is_loaded(
+    case: str, tiny: Callable[..., Any], listed: Callable[..., None], tmp_path: Path
+) -> None:
     arguments, parts = SETTINGS[case]
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("genome.json", "metrics.jsonl", "result.json"):
         (folder / name).write_text("of an earlier run", encoding="utf-8")
-    refused(tiny(*arguments), *parts)
+    listed(f"quant: {case}", " ".join(arguments), refused(tiny(*arguments), *parts))
     for name in ("genome.json", "metrics.jsonl", "result.json"):
         assert (folder / name).read_text(encoding="utf-8") == "of an earlier run"
 
@@ -138,9 +193,37 @@ SPARSITY = {
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("case", SPARSITY)
-def test_sparsity_is_refused_before_any_model_is_loaded(case: str, sparse: Callable[..., Any]) -> None:
+def test_sparsity_is_refused_before_any_model_is_loaded(case: str, sparse: Callable[..., Any], listed: Callable[..., None]) -> None:
     arguments, parts = SPARSITY[case]
-    refused(sparse(*arguments), *parts)
+    listed(f"sparsity: {case}", " ".join(arguments), refused(sparse(*arguments), *parts))
+
+
+DROP = {
+    "a granularity that is none": (["method.granularity=head"], ["method.granularity=head", "module, block, pair"]),
+    "a block that is not there": (["method.exclude=[99]"], ["method.exclude has 99", "0 to 1"]),
+    "a name that is no unit": (["method.exclude=[nothing.*]"], ["'nothing.*'", "model.layers.0.attention"]),
+    "half a block": (["method.exclude=[1.5]"], ["1.5", "no unit"]),
+    "trades that the exchange forbids": (["method.balanced=false"], ["method.balanced=false", "search.exchange=any"]),
+    "nothing dropped": (["sparsity=0.01"], ["drops 0 of 2 blocks", "at least 0.5"]),
+    "everything dropped": (["sparsity=1"], ["sparsity=1 ", "0.25"]),
+    "a baseline of weights": (["baselines.names=[owl]"], ["'owl'", "method drop", "shortgpt"]),
+    "no exhaustive search": (["baselines.exhaustive_limit=0"], ["baselines.exhaustive_limit=0", "at least 1"]),
+    "scores on one token": (
+        ["baselines.importance_tokens=1", "baselines.names=[shortgpt]"],
+        ["baselines.importance_tokens=1", "one sequence (64)"],
+    ),
+    "another method's target": (["bits=3"], ["bits=3", "method drop", "leave it out"]),
+}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("case", DROP)
+def test_depth_pruning_is_refused_before_any_model_is_loaded(
+    case: str, evopress: Callable[..., Any], listed: Callable[..., None]
+) -> None:
+    arguments, parts = DROP[case]
+    outcome = evopress("+method=drop", "sparsity=0.5", "+debug=tiny", "hydra.run.dir=run", *arguments)
+    listed(f"drop: {case}", " ".join(arguments), refused(outcome, *parts))
 
 
 @pytest.mark.usefixtures("no_model")
@@ -178,6 +261,60 @@ def checkpoint(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[...
         return folder
 
     return copy
+
+
+def config_of(**values: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+    return change
+
+
+def content_of(name: str, content: bytes) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+def without_weights(name: str, content: bytes) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+def index_of_elsewhere(folder: Path) -> None:
+    without_weights("a.safetensors", b"")(folder)
+    (folder / "model.safetensors.index.json").write_bytes(b'{"weight_map": {"lm_head.weight": "../other.safetensors"}}')
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "pickled weights": (without_weights("pytorch_model.bin", b"\x80\x04."), ["pytorch_model.bin", "run code", "safetensors"]),
+    "an index that leads elsewhere": (index_of_elsewhere, ["'../other.safetensors'", "fetch"]),
+    "a config that is no JSON": (content_of("config.json", b"{"), ["config.json", "not valid JSON"]),
+    "a config that is deep": (content_of("config.json", b"[" * 9999), ["config.json", "levels deep"]),
+    "a config that is a list": (content_of("config.json", b"[]"), ["config.json", "not a JSON object"]),
+    "a config with a key twice": (content_of("config.json", b'{"a": 1, "a": 2}'), ["'a' is there twice"]),
+    "a trillion layers": (config_of(num_hidden_layers=10**12), ["num_hidden_layers=1000000000000", "1 to 1024"]),
+    "a width that is no number": (config_of(hidden_size="32"), ["hidden_size='32'", "whole number"]),
+    "an architecture without an adapter": (config_of(model_type="gpt2"), ["'gpt2' has no adapter", "llama"]),
+    "weights that are quantized": (config_of(quantization_config="gguf"), ["already quantized ('gguf')"]),
+    "a tokenizer that is no JSON": (content_of("tokenizer.json", b"{"), ["tokenizer", "fetch the checkpoint again"]),
+}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_checkpoints_are_refused_before_they_are_loaded(
+    case: str, tiny: Callable[..., Any], checkpoint: Callable[..., Path], listed: Callable[..., None]
+) -> None:
+    spoil, parts = CHECKPOINTS[case]
+    folder = checkpoint()
+    spoil(folder)
+    listed(f"checkpoint: {case}", f"model.path={folder}", refused(tiny(f"model.path={folder}"), *parts))
 
 
 @pytest.mark.usefixtures("no_model")
@@ -245,17 +382,23 @@ TEXTS: dict[str, tuple[str, bytes, list[str], list[str]]] = {
     "no such field": ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', [], ["line 2", "'text'", "body"]),
     "the field named wrongly": ("a.jsonl", b'{"text": "x"}\n', ["data.field=content"], ["'content'", "text"]),
     "no JSON": ("a.jsonl", b'{"text": "x"}\n{"text": \n', [], ["line 2", "JSON"]),
+    "a JSON list": ("a.jsonl", b'["text"]\n', [], ["line 1", "no JSON object"]),
+    "half a surrogate pair": ("a.jsonl", b'{"text": "\\ud800"}\n', [], ["line 1", "surrogate", "leave it out"]),
+    "brackets without end": ("a.jsonl", b'{"text": ' + b"[" * 9999, [], ["line 1", "no JSON object"]),
     "no Parquet": ("a.parquet", b"PAR1 and so on", [], ["a.parquet", "Parquet"]),
 }
 
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("case", TEXTS)
-def test_text_is_refused_before_any_model_is_loaded(case: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_text_is_refused_before_any_model_is_loaded(
+    case: str, tiny: Callable[..., Any], listed: Callable[..., None], tmp_path: Path
+) -> None:
     name, content, arguments, parts = TEXTS[case]
     (tmp_path / name).write_bytes(content)
     files = [f"data.{split}=[{name}]" for split in ("calibration", "search", "evaluation")]
-    refused(tiny("data=text", *files, *arguments), *parts)
+    sentence = refused(tiny("data=text", *files, *arguments), *parts)
+    listed(f"text: {case}", " ".join(["data=text", *files, *arguments]), sentence)
     assert (tmp_path / name).read_bytes() == content
 
 
@@ -382,3 +525,70 @@ def test_a_run_goes_on_with_its_own_search_only(tiny: Callable[..., Any], evopre
 
 def test_exporting_what_was_never_found(tiny: Callable[..., Any]) -> None:
     refused(tiny("stages=[database,export]"), "no genome.json", "search")
+
+
+def edited(name: str, **values: object) -> Callable[[Path], None]:
+    """Change values of a JSON file of a run folder."""
+
+    def change(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+    return change
+
+
+RUN_FILES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
+    # what is done to the folder of a whole run, the stage that is run again, parts of the sentence
+    "a newer search": (edited("state.json", schema=2), "search", ["state.json has schema 2", "update evopress"]),
+    "an older search": (edited("state.json", schema=0), "search", ["state.json has schema 0", "older", "remove it"]),
+    "a search cut off": (content_of("state.json", b'{"schema": 1'), "search", ["state.json", "not valid JSON", "remove it"]),
+    "a search without its numbers": (edited("state.json", evolution={}), "search", ["state.json", "no schema number", "remove it"]),
+    "records that are damaged": (
+        content_of("metrics.jsonl", b'{"a": 1}\n'),
+        "report",
+        ["record 1", "metrics.jsonl", "search again"],
+    ),
+    "records that are no JSON": (content_of("metrics.jsonl", b"x\ny\n"), "report", ["line 1", "metrics.jsonl", "remove it"]),
+    "a newer genome": (edited("genome.json", schema=7), "export", ["genome.json has schema 7", "update evopress"]),
+    "another database's genome": (edited("genome.json", database="x"), "export", ["genome.json", "'x'", "build that database"]),
+    "a genome of no units": (edited("genome.json", units=3), "export", ["genome.json is damaged", "write it again"]),
+    "a genome that is a list": (content_of("genome.json", b"[]"), "export", ["genome.json", "no schema number"]),
+    "baselines from elsewhere": (edited("baselines.json", further=["../../x"]), "evaluate", ["'../../x'", "remove it"]),
+    "newer baselines": (edited("baselines.json", schema=2), "evaluate", ["baselines.json has schema 2", "update evopress"]),
+    "baselines that are text": (edited("baselines.json", genomes={"dp": "low"}), "evaluate", ["'dp' is 'low'", "remove it"]),
+    "a newer result": (edited("result.json", schema=2), "evaluate", ["result.json has schema 2", "update evopress"]),
+    "a result of no rows": (edited("result.json", rows=[3]), "report", ["result.json is damaged", "remove it"]),
+}
+
+
+@pytest.mark.parametrize("case", RUN_FILES)
+def test_files_of_a_run_folder_are_refused(
+    case: str, finished: Any, evopress: Callable[..., Any], listed: Callable[..., None], tmp_path: Path
+) -> None:
+    change, stage, parts = RUN_FILES[case]
+    shutil.copytree(finished.folder, tmp_path / "run")
+    change(tmp_path / "run")
+    arguments = ["resume=run", f"stages=[{stage}]"]
+    listed(f"run folder: {case}", " ".join(arguments), refused(evopress(*arguments), *parts))
+
+
+def names_of_cases() -> list[str]:
+    tables: dict[str, Any] = {
+        "quant": SETTINGS,
+        "sparsity": SPARSITY,
+        "drop": DROP,
+        "checkpoint": CHECKPOINTS,
+        "text": TEXTS,
+        "run folder": RUN_FILES,
+    }
+    return [f"{kind}: {case}" for kind, table in tables.items() for case in table]
+
+
+def test_the_list_has_every_case() -> None:
+    """`python tests/reliability/list_bad_inputs.py` writes it."""
+    text = (Path(__file__).parent.parent / "reliability" / "bad_inputs.md").read_text(encoding="utf-8")
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [row[0].strip() for row in rows] == names_of_cases()
+    assert len(rows) >= 60
+    assert len({row[1] for row in rows}) > 60
+    assert all(len(row) == 3 and row[2].strip() for row in rows)

@@ -13,11 +13,12 @@ import pytest
 import evopress.__main__
 
 PACKAGE = Path(evopress.__main__.__file__).parent
-VOCABULARY = {"units", "errors", "files", "progress"}
+VOCABULARY = {"units", "errors", "files", "json_files", "progress"}
 MAY_IMPORT = {
     "errors": set(),
     "units": {"errors"},
     "files": {"errors"},
+    "json_files": {"errors"},
     "progress": set(),
     "settings": {"errors"},
     "config": {"settings", "errors"},

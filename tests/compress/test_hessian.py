@@ -14,15 +14,18 @@ def indefinite(columns: int, least: float) -> Tensor:
     return (Q @ torch.diag(eigenvalues) @ Q.T).float()
 
 
-def test_the_sum_is_two_x_xt_over_sequences_whatever_the_batches():
-    X = torch.randn(6, 10, 8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("columns", [8, 192, 500, 1700])  # one panel, one full panel, two and a rest, nine
+def test_the_sum_is_two_x_xt_over_sequences_whatever_the_batches(columns):
+    X = torch.randn(6, 10, columns, generator=torch.Generator().manual_seed(0))
     expected = 2.0 / 6 * sum(x.double().T @ x.double() for x in X)
     for sizes in ([6], [1, 2, 3], [4, 2]):
-        total = HessianSum(8)
+        total = HessianSum(columns)
         for part in X.split(sizes):
             total.add(part)
         assert total.num_sequences == 6
-        torch.testing.assert_close(total.result().double(), expected, rtol=1e-5, atol=1e-5)
+        H = total.result()
+        torch.testing.assert_close(H.double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(H, H.T)
 
 
 def test_half_precision_inputs_are_summed_in_float32():

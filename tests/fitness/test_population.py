@@ -89,7 +89,7 @@ def test_every_distinct_prefix_is_computed_once(case, monkeypatch):
     genomes += [genomes[3], genomes[5], None]
     runs = []
     run = case.live.blocks.run
-    monkeypatch.setattr(case.live.blocks, "run", lambda index, hidden: runs.append(hidden.numel()) or run(index, hidden))
+    monkeypatch.setattr(case.live.blocks, "run", lambda index, x, **way: runs.append(x.numel()) or run(index, x, **way))
     evaluator = PopulationEvaluator(case.live)
     state_of, states = evaluator.final_states(genomes, case.ids)
     assert len(states) == len(set(genomes)) == len(set(state_of))
@@ -111,7 +111,7 @@ def test_one_switch_in_the_last_block_costs_one_more_block(case):
 def test_forwards_hold_no_more_tokens_than_allowed(case, monkeypatch):
     sizes = []
     run = case.live.blocks.run
-    monkeypatch.setattr(case.live.blocks, "run", lambda index, x: sizes.append(x.shape[0] * x.shape[1]) or run(index, x))
+    monkeypatch.setattr(case.live.blocks, "run", lambda i, x, **way: sizes.append(x.shape[0] * x.shape[1]) or run(i, x, **way))
     for limit in (24, 48, 150):
         sizes.clear()
         PopulationEvaluator(case.live, max_tokens_in_flight=limit).final_states(random_genomes(case.live, 6), case.ids)
@@ -124,12 +124,12 @@ def test_the_model_is_left_dense(case, weights_digest, monkeypatch):
     assert weights_digest(case.live.blocks.model) == before
     count, run = 0, case.live.blocks.run
 
-    def failing(index, hidden):
+    def failing(index, hidden, **way):
         nonlocal count
         count += 1
         if count == 6:
             raise RuntimeError
-        return run(index, hidden)
+        return run(index, hidden, **way)
 
     monkeypatch.setattr(case.live.blocks, "run", failing)
     with pytest.raises(RuntimeError):

@@ -131,7 +131,7 @@ def test_a_changed_number_in_the_manifest_is_damage(written, change):
 
 def test_a_newer_schema_is_refused_not_rebuilt(written):
     folder, _ = written
-    rewrite_manifest(folder, lambda m: m.update(schema=2))
+    rewrite_manifest(folder, lambda m: m.update(schema=2, new=1))
     with pytest.raises(EvoPressError, match=r"schema 2.*update evopress") as caught:
         LevelDatabase.open(folder)
     assert not isinstance(caught.value, DamagedDatabaseError)

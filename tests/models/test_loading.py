@@ -171,8 +171,9 @@ def test_devices(monkeypatch):
     with pytest.raises(EvoPressError, match="'gpu' is not a device name"):
         pick_device("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert pick_device("auto") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(EvoPressError, match=r"'cuda:2'.* sees 2"):
         pick_device("cuda:2")

@@ -250,11 +250,11 @@ def test_a_space_with_fewer_offspring_than_asked_is_searched(quant_space, budget
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"generations": -1}, "generations is -1"),
-        ({"num_offspring": 0}, "num_offspring is 0"),
+        ({"generations": -1}, "generations=-1 is out of range"),
+        ({"num_offspring": 0}, "num_offspring=0 is out of range"),
         ({"num_offspring": 3}, "4 survivors of 3 offspring"),
-        ({"initial_candidates": 0}, "initial_candidates is 0"),
-        ({"initial_tokens": 0}, "initial_tokens is 0"),
+        ({"initial_candidates": 0}, "initial_candidates=0 is out of range"),
+        ({"initial_tokens": 0}, "initial_tokens=0 is out of range"),
         ({"exchange": "sizes"}, 'exchange "sizes"'),
         ({"distribution": "poisson"}, 'distribution "poisson"'),
         ({"max_switches": 0}, "max_switches is 0"),

@@ -1,0 +1,229 @@
+"""Count what the stages of a run take: tokens, forwards, bytes on disk, memory, and seconds where the machine was probed.
+
+Tokens and disk are exact but for what only the run itself can tell (OWL's levels, zero-shot questions). Memory is what the largest
+buffers take, beside the model. What is there already counts as done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from evopress.baselines.block_importance import RANKINGS
+from evopress.baselines.exhaustive import count_genomes
+from evopress.baselines.owl import GRID
+from evopress.errors import EvoPressError
+from evopress.levels.build import BuildNeeds
+from evopress.methods import ModuleMethod
+from evopress.reporting.records import read_json
+from evopress.search.evolution import SearchSettings
+from evopress.search.initial import uniform_genome
+from evopress.settings import STAGES
+from evopress.stages.depth import spans_of
+from evopress.stages.probe import Speed
+from evopress.units import Budget, Space
+from evopress.workspace import Workspace
+
+_SHARED = 0.8
+"""Share of the block work that is left where candidates share their prefixes, at 5 to 16 of them (DESIGN, section 4)."""
+_REPORT_BYTES = 4 * 2**20
+_RECORD_BYTES = 400
+
+
+@dataclass
+class Needs:
+    """What one stage takes."""
+
+    stage: str
+    what: str
+    tokens: int = 0
+    """Tokens that enter a model, those of every candidate counted."""
+    block_tokens: float = 0.0
+    """Tokens times the blocks that compute them, prefixes that candidates share counted once."""
+    disk: dict[Path, int] = field(default_factory=dict)
+    """Bytes by folder."""
+    memory: int = 0
+    """Of the host, beside the model."""
+    device: int = 0
+    """Of the compute device, beside the model; 0 where that is the host."""
+    seconds: float | None = None
+    """None: it was not measured what such a stage takes."""
+
+
+class Planner:
+    """Counts what each stage takes."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        space: Space,
+        budget: Budget,
+        build: BuildNeeds | None,
+        searching: SearchSettings,
+        first: int | None,
+        speed: Speed | None,
+    ) -> None:
+        self.workspace, self.space, self.budget, self.build = workspace, space, budget, build
+        self.searching, self.first, self.speed = searching, first, speed
+        self.settings = workspace.settings
+        self.num_blocks = len(workspace.blocks.blocks)
+        self.modules = isinstance(workspace.method, ModuleMethod)
+        self.based = False  # whether an earlier stage computed the dense model's states of the search text
+
+    def stages(self) -> Iterator[Needs]:
+        """Yield what every stage that will run takes, in their order; a level database that is missing is built for any of them."""
+        asked = [stage for stage in STAGES if stage in self.settings.stages]
+        if self.built_first:
+            needs = self._database()
+            needs.what += ", first"
+            yield needs
+        for stage in asked:
+            yield getattr(self, f"_{stage}")()
+
+    @property
+    def built_first(self) -> bool:
+        """Tell whether a level database must be built though the run was not asked to."""
+        return bool("database" not in self.settings.stages and self.build is not None and self.build.units)
+
+    def _database(self) -> Needs:
+        build, speed = self.build, self.speed
+        if build is None:
+            return Needs("database", "no weights to store", seconds=0.0 if speed else None)
+        if not build.units:
+            return Needs("database", f"there: {self.num_blocks} blocks", seconds=0.0 if speed else None)
+        tokens, seconds = self.workspace.calibration_tokens.numel(), None
+        if speed is not None:
+            seconds = tokens * (build.walked * speed.hessians + (build.forwards - build.walked) * speed.block)
+            seconds += build.num_blocks * speed.compress
+        return Needs(
+            "database",
+            f"{build.num_blocks} of {self.num_blocks} blocks to build",
+            tokens=tokens,
+            block_tokens=tokens * build.forwards,
+            disk={self.workspace.database_root: build.disk_bytes},
+            memory=build.memory_bytes,
+            device=build.device_bytes,
+            seconds=seconds,
+        )
+
+    def _baselines(self) -> Needs:
+        settings = self.settings.baselines
+        if (self.workspace.run_dir / "baselines.json").exists():
+            return Needs("baselines", "found before", seconds=0.0 if self.speed else None)
+        needs = Needs("baselines", ", ".join(settings.names) or "none", seconds=0.0 if self.speed else None)
+        if "best_of_random" in settings.names:
+            self._base(needs)
+            self._score(needs, settings.num_random, settings.random_tokens)
+        if "owl" in settings.names:
+            self._score(needs, len(GRID) + 1, settings.owl_tokens)
+            needs.what += " (its own levels not counted)"
+        if ranked := set(settings.names) & set(RANKINGS):
+            by_removal = any(RANKINGS[name].score in ("perplexity", "kl") for name in ranked)
+            self._score(needs, len(spans_of(self.space)) + 1 if by_removal else 1, settings.importance_tokens)
+        if "exhaustive" in settings.names:
+            self._base(needs)
+            count = min(count_genomes(self.space, self.budget), settings.exhaustive_limit)
+            self._score(needs, count, settings.exhaustive_tokens or self.workspace.search_tokens.numel(), together=64)
+        self._hold(needs, settings.num_random, settings.random_tokens)
+        return needs
+
+    def _search(self) -> Needs:
+        searching, first = self.searching, self.first or 0
+        generations = searching.generations - max(first, 1) + 1
+        if first > searching.generations:
+            return Needs("search", f"done: {searching.generations} generations", seconds=0.0 if self.speed else None)
+        needs = Needs("search", f"{generations} of {searching.generations} generations", seconds=0.0 if self.speed else None)
+        self._base(needs)
+        if not first and uniform_genome(self.space, self.budget) is None:
+            self._score(needs, searching.initial_candidates, searching.initial_tokens)
+        candidates = searching.num_offspring
+        for stage in searching.stages:
+            here = candidates + (stage is searching.stages[-1])
+            self._score(needs, here, stage.tokens, times=generations)
+            self._hold(needs, here, stage.tokens)
+            candidates = stage.survivors
+        every = self.settings.evaluation.every
+        if every:
+            self._score(needs, 2, self.settings.evaluation.every_tokens, times=generations // every + 1)
+        per_record = _RECORD_BYTES + 4 * len(self.space) + 24 * sum(stage.survivors for stage in searching.stages)
+        needs.disk = {self.workspace.run_dir: generations * (per_record + 24 * searching.num_offspring)}
+        return needs
+
+    def _evaluate(self) -> Needs:
+        models = 1 + self._num_genomes()
+        data = self.workspace.evaluation_data
+        tokens = sum(sequences.numel() for sequences in data.values())
+        needs = Needs("evaluate", f"{models} models on {', '.join(data)}", seconds=0.0 if self.speed else None)
+        if self.settings.evaluation.tasks:
+            needs.what += " (zero-shot tasks not counted)"
+        self._score(needs, models, tokens)
+        self._hold(needs, models, min(self.settings.fitness.max_tokens_in_flight, tokens))
+        return needs
+
+    def _export(self) -> Needs:
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self.workspace.pretrained.model.parameters())
+        held = self.space.size * self.workspace.blocks.dtype.itemsize
+        needs = Needs("export", "checkpoint", disk={self.workspace.run_dir: size})
+        self._put(needs, held)
+        return needs
+
+    def _report(self) -> Needs:
+        return Needs("report", "tables, figures, page", disk={self.workspace.run_dir: _REPORT_BYTES})
+
+    def _num_genomes(self) -> int:
+        """Return how many genomes will be there to evaluate."""
+        folder, names = self.workspace.run_dir, self.settings.baselines.names
+        count = 0
+        if "baselines" in self.settings.stages:
+            count = len(names) + ("uniform" in names and self.budget.total != self.space.greatest_cost)
+        elif (folder / "baselines.json").exists():
+            try:
+                count = len(read_json(folder / "baselines.json")["genomes"])
+            except (EvoPressError, KeyError, TypeError):
+                pass  # the stage says what is wrong with it
+        return count + ("search" in self.settings.stages or (folder / "genome.json").exists())
+
+    def _base(self, needs: Needs) -> None:
+        """Add the dense model's last hidden states of the search text, once for all stages."""
+        if not self.based:
+            tokens = self.workspace.search_tokens.numel()
+            needs.tokens += tokens
+            needs.block_tokens += tokens * self.num_blocks
+            if needs.seconds is not None and self.speed is not None:
+                needs.seconds += tokens * self.num_blocks * self.speed.block
+        self.based = True
+
+    def _score(self, needs: Needs, candidates: int, tokens: int, *, times: int = 1, together: int | None = None) -> None:
+        """Add the evaluation of candidates on so many tokens each, so many times."""
+        plain = self.settings.fitness.evaluator == "plain"
+        share = 1.0 if plain or candidates == 1 else _SHARED
+        if self.modules:  # what is dropped is not run
+            share *= 1.0 - (self.settings.sparsity or 0.0)
+        forwards = share * candidates * tokens * self.num_blocks * times
+        needs.tokens += candidates * tokens * times
+        needs.block_tokens += forwards
+        if needs.seconds is not None and self.speed is not None:
+            references = math.ceil(candidates / (together or candidates)) * tokens * times
+            needs.seconds += forwards * self.speed.block + references * self.speed.reference
+            needs.seconds += candidates * tokens * times * self.speed.head
+
+    def _hold(self, needs: Needs, candidates: int, tokens: int) -> None:
+        """Let the stage's peak be at least that of evaluating candidates on so many tokens each."""
+        blocks, fitness = self.workspace.blocks, self.settings.fitness
+        config, itemsize = blocks.model.config, blocks.dtype.itemsize
+        width = int(getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * blocks.hidden_size)
+        plain = fitness.evaluator == "plain"
+        states = (1 if plain else 2) * candidates * tokens * blocks.hidden_size * itemsize
+        forward = min(fitness.max_tokens_in_flight, candidates * tokens) * (6 * blocks.hidden_size + 3 * width) * itemsize
+        logits = 4 * min(fitness.chunk_tokens, tokens) * blocks.head().weight.shape[0] * 4
+        decoded = 0 if self.modules else max(len(unit.levels) for unit in self.space.units) * self.space.size * itemsize
+        base = self.workspace.search_tokens.numel() * blocks.hidden_size * itemsize if self.based else 0
+        self._put(needs, states + forward + logits + min(self.settings.level_db.cache_bytes, decoded), host=base)
+
+    def _put(self, needs: Needs, size: int, *, host: int = 0) -> None:
+        """Let a stage's peak be at least so much on the compute device, and in host memory beside it."""
+        on_host = self.workspace.device.type == "cpu"
+        needs.memory = max(needs.memory, host + (size if on_host else 0))
+        needs.device = max(needs.device, 0 if on_host else size)

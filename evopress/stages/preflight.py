@@ -1,0 +1,224 @@
+"""Say what a run will take before it takes it, and refuse it where the machine has less: tokens, forwards, disk, memory, time.
+
+What the stages take is counted in `needs.py`; times rest on the second or two of measuring in `probe.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from evopress.errors import EvoPressError
+from evopress.levels.build import BuildNeeds, check_room
+from evopress.progress import duration
+from evopress.reporting.records import read_json
+from evopress.search.evolution import Evolution, SearchSettings
+from evopress.stages.baselines import make_measure
+from evopress.stages.needs import Needs, Planner
+from evopress.stages.probe import Speed, measure_speed
+from evopress.units import Budget, Space
+from evopress.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+_MOST_TRIES = 32
+_ADVICE = {
+    "database": "use fewer calibration tokens (data.calibration_tokens) or level_db.activations=disk",
+    "export": "leave export out of stages, or use a machine with more memory",
+}
+_LESS = "lower fitness.max_tokens_in_flight, fitness.chunk_tokens, level_db.cache_bytes, data.search_tokens or search.tokens"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the stages of a run will take."""
+
+    stages: tuple[Needs, ...]
+    speed: Speed | None
+    built_first: bool = False
+    """The first stage that was asked for builds the level database, which is a row of its own."""
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Say after a stage how long it took, and what had been expected."""
+        started = time.monotonic()
+        yield
+        rows = {needs.stage: needs.seconds for needs in self.stages}
+        expected = rows.get(stage)
+        if self.built_first and stage == self.stages[1].stage and expected is not None:
+            expected += rows["database"] or 0.0
+        said = "" if expected is None else f", {duration(expected)} had been expected"
+        logger.info("%s took %s%s", stage, duration(time.monotonic() - started), said)
+
+
+def preflight(workspace: Workspace, searching: SearchSettings) -> Plan:
+    """Print what the run's stages will take, and check it against what there is; changes nothing but the model's place.
+
+    Args: searching: the search's numbers.
+
+    Raises: EvoPressError if the disk, the memory or the device has too little, the budget leaves nothing to search, or the model's
+        numbers are not finite.
+    """
+    space, build = workspace.plan_database()
+    budget = workspace.method.budget(space)
+    budget.check(space)
+    _check_finite(workspace)
+    first = None if "search" not in workspace.settings.stages else _first_generation(workspace)
+    if first is not None and first <= searching.generations and searching.generations:
+        check_switches(space, budget, searching)
+    speed = _probe(workspace, build)
+    planner = Planner(workspace, space, budget, build, searching, first, speed)
+    plan = Plan(tuple(planner.stages()), speed, planner.built_first)
+    logger.info("what this run will take, beside the model:\n%s", plan_table(plan, workspace))
+    _check(plan, workspace, build)
+    return plan
+
+
+def check_switches(space: Space, budget: Budget, searching: SearchSettings) -> None:
+    """Raise EvoPressError if no genome that the search may start from has a legal switch."""
+    for index in range(_MOST_TRIES):
+        evolution = Evolution(space, budget, searching, rng_initial=np.random.default_rng(0), rng_mutation=np.random.default_rng(0))
+        tries = 1
+        if evolution.initial_record is None:
+            tries = len(evolution.ask().genomes)
+            evolution.tell([float(i != index) for i in range(tries)])
+        try:
+            evolution.ask()
+            return
+        except EvoPressError:
+            if index + 1 >= min(tries, _MOST_TRIES):
+                raise
+
+
+def _check_finite(workspace: Workspace) -> None:
+    """Raise EvoPressError if the model's logits are not finite; where blocks are called alone, `self_check` has seen to it."""
+    blocks = workspace.blocks
+    if workspace.settings.fitness.evaluator == "population" or blocks.offload:
+        return
+    with torch.no_grad():
+        logits = blocks.model(input_ids=workspace.calibration_tokens[:1, :24].to(blocks.device), use_cache=False).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise EvoPressError(f"the model's logits are not finite in {blocks.dtype}: {blocks.advice}")
+
+
+def _first_generation(workspace: Workspace) -> int:
+    """Return the generation that the search begins or goes on with."""
+    path = workspace.run_dir / "state.json"
+    try:
+        return int(read_json(path)["evolution"]["generation"]) if path.exists() else 0
+    except (EvoPressError, KeyError, TypeError, ValueError):
+        return 0  # the search says what is wrong with it
+
+
+def _probe(workspace: Workspace, build: BuildNeeds | None) -> Speed | None:
+    settings = workspace.settings.fitness
+    return measure_speed(
+        workspace.blocks,
+        workspace.calibration_tokens,
+        make_measure(settings),
+        workspace.compressor if build is not None and build.units else None,
+        chunk_tokens=settings.chunk_tokens,
+    )
+
+
+def plan_table(plan: Plan, workspace: Workspace) -> str:
+    """Lay a plan out, with what there is and what the times rest on."""
+    device = workspace.device.type != "cpu"
+    head = ["stage", "to do", "tokens", "blocks x tokens", "disk", "memory", *(["device"] if device else []), "time"]
+    rows = [head]
+    for needs in plan.stages:
+        time_ = "-" if needs.seconds is None else duration(needs.seconds)
+        cells = [needs.stage, needs.what, _amount(needs.tokens), _amount(needs.block_tokens), _bytes(sum(needs.disk.values()))]
+        rows.append([*cells, _bytes(needs.memory), *([_bytes(needs.device)] if device else []), time_])
+    seconds = [needs.seconds for needs in plan.stages if needs.seconds is not None]
+    if len(plan.stages) > 1:
+        disk = sum(sum(needs.disk.values()) for needs in plan.stages)
+        total = duration(sum(seconds)) if seconds else "-"
+        most = [_bytes(max(needs.memory for needs in plan.stages))]
+        most += [_bytes(max(needs.device for needs in plan.stages))] if device else []
+        tokens, forwards = sum(needs.tokens for needs in plan.stages), sum(needs.block_tokens for needs in plan.stages)
+        rows.append(["all", "", _amount(tokens), _amount(forwards), _bytes(disk), *most, total])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    there = [f"{_bytes(psutil.virtual_memory().available)} of memory"]
+    if device and workspace.device.type == "cuda":
+        there.append(f"{_bytes(_device_free(workspace.device))} on {workspace.device}")
+    there += [f"{_bytes(free)} of disk for {' and '.join(map(str, folders))}" for folders, free in _disks(_folders(workspace))]
+    lines.append(f"available: {', '.join(there)}")
+    if plan.speed is None:
+        lines.append("times: not estimated, the model is too small for a probe to tell")
+    else:
+        lines.append(
+            f"times: estimates from a probe of {plan.speed.seconds:.1f} s ({plan.speed.block * 1e6:.3g} us per token and block, "
+            f"{plan.speed.head * 1e6:.3g} us per token for logits and measure); loading levels, export and report are not in them"
+        )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _folders(workspace: Workspace) -> list[Path]:
+    return [workspace.run_dir, workspace.database_root, workspace.cache]
+
+
+def _disks(folders: Sequence[Path]) -> list[tuple[list[Path], int]]:
+    """Group folders by the file system that they are on, with the bytes that are free there."""
+    groups: dict[int, list[Path]] = {}
+    for folder in folders:
+        groups.setdefault(_existing(folder).stat().st_dev, []).append(folder)
+    return [(group, shutil.disk_usage(_existing(group[0])).free) for group in groups.values()]
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _device_free(device: torch.device) -> int:
+    """Return the bytes that the device can still give us, what torch holds unused included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def _check(plan: Plan, workspace: Workspace, build: BuildNeeds | None) -> None:
+    """Raise EvoPressError if a stage needs more than there is."""
+    if build is not None and build.units:
+        check_room(workspace.build_settings(workspace.settings.method.name, workspace.compressor), build)
+    for folders, free in _disks(_folders(workspace)):
+        sizes = {needs.stage: size for needs in plan.stages if (size := sum(needs.disk.get(folder, 0) for folder in folders))}
+        if sum(sizes.values()) * 1.02 > free:
+            parts = ", ".join(f"{stage} {_bytes(size)}" for stage, size in sizes.items())
+            raise EvoPressError(
+                f"this run needs {_bytes(sum(sizes.values()))} of disk ({parts}) but {' and '.join(map(str, folders))} has "
+                f"{_bytes(free)} free: free some space, leave stages out (stages), or use another hydra.run.dir or level_db.root"
+            )
+    available = {"of memory": psutil.virtual_memory().available}
+    if workspace.device.type == "cuda":
+        available[f"on {workspace.device}"] = _device_free(workspace.device)
+    for needs in plan.stages:
+        for (where, room), needed in zip(available.items(), (needs.memory, needs.device), strict=False):
+            if needed > room:
+                raise EvoPressError(
+                    f"the stage {needs.stage} needs about {_bytes(needed)} {where} but {_bytes(room)} are free: "
+                    f"{_ADVICE.get(needs.stage, _LESS)}{', or set model.offload=true' if where != 'of memory' else ''}"
+                )
+
+
+def _amount(count: float) -> str:
+    """Say a number with three digits: "7.34 M"; nothing is "-"."""
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}" if count else "-"
+
+
+def _bytes(count: float) -> str:
+    return f"{_amount(count)}B" if count >= 1e3 else (f"{count:.0f} B" if count else "-")

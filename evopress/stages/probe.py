@@ -1,0 +1,135 @@
+"""Measure for a second or two how fast this machine is: one block, one chunk of logits, a few rows of one block's levels.
+
+Nothing of the run is computed here, and none of its generators is touched. Models too small for that to tell anything are left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from evopress.compress.compressor import Compressor
+from evopress.compress.sparse import SparsityLevels
+from evopress.fitness.measures import Measure
+from evopress.levels.build import collect_hessians
+from evopress.models.blocks import BlockModel
+
+LEAST_PARAMETERS = 5_000_000
+"""Of a model that is worth a probe."""
+_TOKENS = 512
+_ROWS = (32, 256)
+"""Of the slices that are compressed: the difference tells what a row takes, the rest what a sweep takes whatever its rows."""
+_COLUMNS = 2048
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured, in seconds."""
+
+    block: float
+    """Per token and block."""
+    head: float
+    """Per token of a candidate: logits and measure."""
+    reference: float
+    """Per token of a minibatch: the dense model's logits."""
+    hessians: float
+    """Per token and block, the forward included."""
+    compress: float
+    """Per block: all levels of all its units."""
+    seconds: float
+    """That the probe took."""
+
+
+def measure_speed(
+    blocks: BlockModel, ids: Tensor, measure: Measure, compressor: Compressor | None, *, chunk_tokens: int
+) -> Speed | None:
+    """Measure the first block and the head; None for a model too small to tell.
+
+    Args:
+        ids: token ids int64 [N, L]; the first sequence's first 512 are used.
+        compressor: what makes the levels that are missing; None: none are.
+    """
+    if sum(parameter.numel() for parameter in blocks.model.parameters()) < LEAST_PARAMETERS:
+        return None
+    started = time.perf_counter()
+    ids = ids[:1, :_TOKENS]
+    count = ids.numel()
+    hidden = blocks.embed(ids)
+    with torch.no_grad(), blocks.on_device(0):
+        blocks.prepare(ids.shape[1])
+        block = _timed(lambda: blocks.run(0, hidden), blocks.device, times=5) / count
+        hessians, compress = block, 0.0
+        if compressor is not None:
+            before = time.perf_counter()
+            owners = collect_hessians(blocks, 0, hidden.cpu(), 1).owners
+            _wait(blocks.device)
+            hessians = max((time.perf_counter() - before) / count, block)
+            compress = _compress_seconds(blocks, compressor, owners)
+    head = blocks.head()
+    chunk = blocks.finish(hidden)[0, :-1][:chunk_tokens]
+    labels = ids[0, 1:][:chunk_tokens].to(blocks.device)
+    with torch.no_grad():
+        reference = measure.reference(chunk, labels, head)
+        per_reference = _timed(lambda: measure.reference(chunk, labels, head), blocks.device, times=2) / len(chunk)
+        per_candidate = _timed(lambda: measure(chunk, reference, head), blocks.device, times=3) / len(chunk)
+    return Speed(block, per_candidate, per_reference, hessians, compress, time.perf_counter() - started)
+
+
+def _compress_seconds(blocks: BlockModel, compressor: Compressor, owners: Mapping[str, str]) -> float:
+    """Return what all levels of the first block's units take, from slices of them; units with one owner are swept together."""
+    linears = blocks.linears(0)
+    rows: Counter[str] = Counter()
+    for name, linear in linears.items():
+        rows[owners[name]] += linear.out_features
+    fits: dict[int, tuple[float, float]] = {}
+    total = 0.0
+    for name, count in rows.items():
+        columns = linears[name].in_features
+        if columns not in fits:
+            fits[columns] = _fit(name, linears[name].weight.detach(), compressor)
+        fixed, per_row = fits[columns]
+        total += fixed + per_row * count
+    return total
+
+
+def _fit(name: str, W: Tensor, compressor: Compressor) -> tuple[float, float]:
+    """Return the seconds that a sweep of weights as wide as W [R, C] takes, and each of its rows; wide ones are cut and scaled."""
+    group = getattr(compressor, "group_size", None) or 1
+    columns = min(W.shape[1], max(_COLUMNS // group * group, group))
+    H = torch.eye(columns, device=W.device)
+    few, many = (min(count, W.shape[0]) for count in _ROWS)
+    seconds = []
+    for count in (few, few, many):  # the first one warms up
+        part = W[:count, :columns].contiguous()
+        sliced = compressor
+        if isinstance(compressor, SparsityLevels):  # as many levels as the whole weight has
+            sliced = replace(compressor, step=max(compressor.step * part.numel() // W.numel(), 1))
+        seconds.append(_timed(lambda p=part, c=sliced: c.compress({name: p}, H), W.device, times=1))  # type: ignore[misc]
+    wider = (W.shape[1] / columns) ** 2
+    if many == few:
+        return 0.0, seconds[1] / few * wider
+    per_row = max(seconds[2] - seconds[1], 0.0) / (many - few)
+    return max(seconds[1] - per_row * few, 0.0) * wider, per_row * wider
+
+
+def _timed(work: Callable[[], object], device: torch.device, *, times: int) -> float:
+    """Return the median of the seconds that a piece of work takes."""
+    seconds = []
+    for _ in range(times):
+        _wait(device)
+        before = time.perf_counter()
+        work()
+        _wait(device)
+        seconds.append(time.perf_counter() - before)
+    return median(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,242 @@
+"""What a run says before it works, what it refuses then, and `dry_run=true`, which stops there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from evopress.pipeline import FINISHED
+from evopress.stages import preflight, probe
+
+METHODS = {
+    "quant": ("+method=quant", "bits=3.5"),
+    "sparsity": ("+method=sparsity", "sparsity=0.5"),
+    "drop": ("+method=drop", "sparsity=0.5", "baselines.names=[shortgpt,shortened_llama,exhaustive,best_of_random]"),
+}
+DRY = "dry_run=true"
+DiskUsage = namedtuple("DiskUsage", "total used free")
+Memory = namedtuple("Memory", "available")
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Return the table of what a run will take, stage to cells."""
+    lines = text[text.index("what this run will take") :].splitlines()[1:]
+    table = [re.split(r"  +", line.strip()) for line in lines[: next(i for i, x in enumerate(lines) if x.startswith("available"))]]
+    assert table[0] == ["stage", "to do", "tokens", "blocks x tokens", "disk", "memory", "time"]
+    return {cells[0]: cells[1:] for cells in table[1:]}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return everything in a run folder but its log."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("evopress.log", ".lock")
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dry_run_says_what_every_stage_takes_and_leaves_nothing(
+    method: str, evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    outcome = evopress(*METHODS[method], "+debug=tiny", DRY, "hydra.run.dir=run", f"level_db.root={tmp_path / 'levels'}")
+    assert outcome.code == 0, outcome.text
+    table = rows(outcome.text)
+    assert list(table) == ["database", "baselines", "search", "evaluate", "export", "report", "all"]
+    assert table["database"][0] == ("no weights to store" if method == "drop" else "2 of 2 blocks to build")
+    assert "too small for a probe" in outcome.text
+    assert {name.split("/")[0] for name in contents(tmp_path / "run")} == {".hydra", "environment.json"}
+    assert not list((tmp_path / "levels").rglob("*"))
+
+
+def test_what_is_said_is_what_is_done(finished: Any, tiny: Callable[..., Any]) -> None:
+    """Candidate tokens exactly; blocks times tokens exactly where nothing is shared."""
+    with (finished.folder / "metrics.jsonl").open(encoding="utf-8") as file:
+        tokens = json.loads(file.readlines()[-1])["tokens"]
+    base = 2048  # the dense model on the search text
+    outcome = tiny(DRY, "stages=[search]", "evaluation.every=0", "fitness.evaluator=plain", "seed=1")
+    assert rows(outcome.text)["search"][1:3] == [f"{(base + tokens) / 1e3:.3g} k", f"{2 * (base + tokens) / 1e3:.3g} k"]
+
+
+def test_what_is_there_counts_as_done(finished: Any, evopress: Callable[..., Any], tmp_path: Path) -> None:
+    folder = shutil.copytree(finished.folder, tmp_path / "earlier")
+    before = contents(folder)
+    outcome = evopress("resume=earlier", DRY)
+    assert outcome.code == 0, outcome.text
+    table = rows(outcome.text)
+    assert [table[stage][0] for stage in ("database", "baselines", "search")] == [
+        *("there: 2 blocks", "found before", "done: 3 generations")
+    ]
+    assert [table[stage][1:5] for stage in ("database", "baselines", "search")] == [["-"] * 4] * 3
+    assert contents(folder) == before  # finished.json and the run's own settings too
+    prolonged = rows(evopress("resume=earlier", "search.generations=5", DRY).text)
+    assert prolonged["search"][0] == "2 of 5 generations"
+    alone = rows(evopress("resume=earlier", "stages=[evaluate]", DRY).text)
+    assert list(alone) == ["evaluate"]
+    assert alone["evaluate"][0].startswith("6 models on python_docs")  # dense, two uniform, best of 4, dp, evopress
+    assert contents(folder) == before
+
+
+def test_a_database_that_a_stage_needs_and_nobody_asked_for_is_counted(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    root = f"level_db.root={tmp_path / 'levels'}"
+    table = rows(tiny("stages=[evaluate]", root, DRY).text)
+    assert list(table) == ["database", "evaluate", "all"]
+    assert table["database"][0] == "2 of 2 blocks to build, first"
+
+
+def test_a_part_of_a_database_is_counted(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = f"level_db.root={tmp_path / 'levels'}"
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evopress.levels.build._at_level", killed)  # after the first block is written
+        assert tiny("stages=[database]", root).code == 130
+    assert rows(tiny("stages=[database]", root, DRY).text)["database"][0] == "1 of 2 blocks to build"
+    assert len(list((tmp_path / "levels").rglob("block-*.safetensors"))) == 1
+
+
+def test_a_run_goes_on_in_the_folder_of_a_dry_one(tiny: Callable[..., Any], evopress: Callable[..., Any], tmp_path: Path) -> None:
+    assert tiny(DRY).code == 0
+    outcome = evopress("resume=run", "stages=[database]")
+    assert outcome.code == 0, outcome.text
+    assert json.loads((tmp_path / "run" / FINISHED).read_text(encoding="utf-8"))["stages"] == ["database"]
+    assert "database took" in outcome.text
+
+
+def test_a_dry_sweep_is_not_taken_for_a_finished_one(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    sweep = ("-m", *METHODS["quant"], "+debug=tiny", "seed=0,1", "stages=[database]", "hydra.sweep.dir=sweep")
+    outcome = evopress(*sweep, DRY)
+    assert outcome.code == 0, outcome.text
+    assert outcome.text.count("what this run will take") == 2
+    assert not list((tmp_path / "sweep").rglob(FINISHED))
+    outcome = evopress(*sweep)
+    assert outcome.code == 0 and "not run again" not in outcome.text
+    assert len(list((tmp_path / "sweep").rglob(FINISHED))) == 2
+    assert evopress(*sweep).text.count("not run again") == 2  # dry_run is no setting that makes it another run
+
+
+def test_every_stage_says_how_long_it_took(finished: Any) -> None:
+    for stage in ("database", "baselines", "search", "evaluate", "export", "report"):
+        assert re.search(rf"{stage} took \d+ s$", finished.outcome.text, re.MULTILINE), stage
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_times_are_estimated_from_a_probe(
+    method: str, evopress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "LEAST_PARAMETERS", 0)
+    speeds = []
+    measure = preflight.measure_speed
+    monkeypatch.setattr(preflight, "measure_speed", lambda *args, **options: speeds.append(measure(*args, **options)) or speeds[-1])
+    stages = "stages=[search,evaluate]"
+    outcome = evopress(*METHODS[method], "+debug=tiny", stages, "hydra.run.dir=run", f"level_db.root={tmp_path / 'levels'}")
+    assert outcome.code == 0, outcome.text
+    (speed,) = speeds
+    assert min(speed.block, speed.head, speed.reference) > 0
+    assert (speed.compress > 0) == (method != "drop")
+    table = rows(outcome.text)
+    assert all(re.fullmatch(r"\d+ s", cells[-1]) for cells in table.values())
+    assert "estimates from a probe of" in outcome.text
+    assert re.search(r"search took \d+ s, \d+ s had been expected", outcome.text)
+
+
+def test_a_probe_leaves_the_search_as_it_is(finished: Any, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(probe, "LEAST_PARAMETERS", 0)
+    assert tiny("stages=[database,search]").code == 0
+    assert (tmp_path / "run" / "genome.json").read_bytes() == (finished.folder / "genome.json").read_bytes()
+
+
+def refused(outcome: Any, *parts: str) -> None:
+    """Check that the program ended with one sentence that has these parts."""
+    assert outcome.code == 1, outcome.text
+    (sentence,) = outcome.errors
+    assert all(part in sentence for part in parts), sentence
+
+
+def test_too_little_disk_is_refused_before_anything_is_touched(
+    finished: Any, evopress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(finished.folder, tmp_path / "earlier")
+    before = contents(folder)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: DiskUsage(10**9, 10**9, 100_000))
+    refused(evopress("resume=earlier", "seed=0"), "needs 4.33 MB of disk (export 140 kB, report 4.19 MB)", "100 kB free", "earlier")
+    assert contents(folder) == before
+    refused(evopress("resume=earlier", "stages=[export]"), "needs 140 kB of disk (export 140 kB)")
+    assert evopress("resume=earlier", "stages=[evaluate]", DRY).code == 0
+
+
+def test_too_little_memory_is_refused_before_anything_is_touched(
+    finished: Any, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(1_000_000))
+    refused(
+        tiny("stages=[search]"), "the stage search needs about 1.", "of memory but 1 MB are free", "fitness.max_tokens_in_flight"
+    )
+    assert set(contents(tmp_path / "run")) <= {
+        "environment.json",
+        *(f".hydra/{n}" for n in ("config.yaml", "hydra.yaml", "overrides.yaml", "overrides.json")),
+    }
+    refused(tiny(f"level_db.root={tmp_path / 'levels'}"), "building the level database needs about 0.27 GB of memory")
+    assert not list((tmp_path / "levels").rglob("*.safetensors"))
+
+
+def test_what_a_device_lacks_is_refused(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for a GPU: the stage's needs are put on a device, whose free memory is made up."""
+    put = preflight.Planner._put
+    device = namedtuple("device", "type")("cuda")
+
+    def on_device(self: Any, needs: Any, size: int, *, host: int = 0) -> None:
+        self.workspace.device = device
+        put(self, needs, size, host=host)
+
+    monkeypatch.setattr(preflight.Planner, "_put", on_device)
+    monkeypatch.setattr(preflight, "_device_free", lambda device: 1000)
+    refused(tiny("stages=[evaluate]"), "the stage evaluate needs about", "but 1 kB are free", "model.offload=true")
+
+
+def test_a_budget_that_leaves_no_switch_is_refused_before_the_database(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = ("+method=drop", "sparsity=0.5", "+debug=tiny", "method.exclude=[0]", f"level_db.root={tmp_path / 'levels'}")
+    refused(evopress(*arguments), "found no other genome", "4 units", "choose a target")
+    assert not list((tmp_path / "levels").rglob("manifest.json"))
+    outcome = evopress(*arguments, "stages=[database]")
+    assert outcome.code == 0, outcome.text  # nothing is to be searched
+
+
+@pytest.fixture
+def wide(tiny_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """A checkpoint whose activations are more than float16 holds, and less than bfloat16 does."""
+    folder = tmp_path / "wide"
+    shutil.copytree(tiny_folder(), folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if "layers.1.mlp.gate" in name or "layers.1.mlp.up" in name:
+            weights[name] *= 2000.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("evaluator", ["population", "plain"])
+def test_float16_that_overflows_is_refused_with_the_advice_to_use_bfloat16(
+    evaluator: str, wide: Path, tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    arguments = (
+        f"model.path={wide}",
+        f"fitness.evaluator={evaluator}",
+        f"level_db.root={tmp_path / 'levels'}",
+        "stages=[database]",
+    )
+    where = "first the output of model.layers.1" if evaluator == "population" else "logits are not finite"
+    refused(tiny(*arguments, "model.dtype=float16"), where, "use model.dtype=bfloat16")
+    assert not list((tmp_path / "levels").rglob("*"))
+    outcome = tiny(*arguments, "model.dtype=bfloat16")
+    assert outcome.code == 0, outcome.text
