@@ -1,0 +1,1 @@
+"""Time, memory and the machine's limit: the fast paths beside the plain ones."""
