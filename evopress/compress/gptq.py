@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evopress.compress.compressor import Compressed, with_errors
-from evopress.compress.grid import fit_grid, from_codes, to_codes
+from evopress.compress.grid import fit_grid, round_in_place
 from evopress.compress.hessian import inverse_factor
 from evopress.errors import EvoPressError
 from evopress.units import Level
@@ -203,6 +203,8 @@ def sweep(
     scales = torch.empty(columns // group_size, rows, device=Wt.device)
     zeros = torch.empty_like(scales)
     errors = torch.empty(min(block_size, columns), rows, device=Wt.device)
+    least, scratch = torch.zeros_like(maxq), torch.empty_like(maxq)
+    diagonal = U.diagonal().tolist()
     grid = None
     for first in range(0, columns, block_size):
         end = min(first + block_size, columns)
@@ -214,12 +216,9 @@ def sweep(
                     grid = fit_grid(group.amin(0), group.amax(0), maxq, scale_dtype=scale_dtype)
                     scales[c // group_size], zeros[c // group_size] = grid.scale, grid.zero
                 assert grid is not None
-                w = Wt[c]
-                q = to_codes(w, grid, maxq)
-                codes[c] = q.to(torch.uint8)
                 error = errors[c - first]
-                torch.sub(w, from_codes(q, grid), out=error)
-                error.div_(U[c, c])
+                round_in_place(Wt[c], grid, least, maxq, codes=codes[c], error=error, scratch=scratch)
+                error.div_(diagonal[c])
                 if c + 1 < inner_end:
                     Wt[c + 1 : inner_end].addr_(U[c, c + 1 : inner_end], error, alpha=-1.0)
             if inner_end < end:

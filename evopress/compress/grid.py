@@ -62,3 +62,18 @@ def to_codes(w: Tensor, grid: Grid, maxq: Tensor) -> Tensor:
 def from_codes(codes: Tensor, grid: Grid) -> Tensor:
     """Return scale · (code - zero), float32 [R]."""
     return (codes - grid.zero) * grid.scale
+
+
+def round_in_place(w: Tensor, grid: Grid, least: Tensor, maxq: Tensor, *, codes: Tensor, error: Tensor, scratch: Tensor) -> None:
+    """Round weights to their grid as `to_codes` and `from_codes` do, in few passes and without new memory.
+
+    Args:
+        w: float32 [R]; left as it is.
+        least: float32 [R], zeros.
+        codes: takes the codes, uint8 [R].
+        error: takes w less its rounded value, float32 [R].
+        scratch: float32 [R], overwritten.
+    """
+    torch.div(w, grid.scale, out=scratch).add_(grid.zero).round_()
+    codes.copy_(torch.clamp(scratch, least, maxq, out=scratch))
+    torch.addcmul(w, scratch.sub_(grid.zero), grid.scale, value=-1.0, out=error)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evopress.compress.grid import ZERO_LIMIT, fit_grid, from_codes, to_codes
+from evopress.compress.grid import ZERO_LIMIT, fit_grid, from_codes, round_in_place, to_codes
 
 
 def round_trip(w: Tensor, bits: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -84,3 +84,16 @@ def test_any_group_has_storable_scales_codes_in_range_and_an_exact_zero_where_it
     codes = torch.stack([to_codes(column, grid, maxq) for column in w.T])
     assert (codes >= 0).all() and (codes <= maxq).all() and torch.equal(codes, codes.round())
     assert float(round_trip(w, bits, dtype)[0, -1]) == 0.0
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rounding_in_place_is_rounding(bits):
+    W = torch.randn(6, 500, generator=torch.Generator().manual_seed(bits))
+    maxq = torch.full((500,), 2.0**bits - 1)
+    grid = fit_grid(W[:4].amin(0), W[:4].amax(0), maxq)  # the last two rows may lie outside
+    for w in W:
+        before, codes, error = w.clone(), torch.empty(500, dtype=torch.uint8), torch.empty(500)
+        round_in_place(w, grid, torch.zeros_like(maxq), maxq, codes=codes, error=error, scratch=torch.empty(500))
+        assert torch.equal(w, before)
+        assert torch.equal(codes.float(), to_codes(w, grid, maxq))
+        torch.testing.assert_close(error, w - from_codes(to_codes(w, grid, maxq), grid), rtol=0, atol=2e-7 * float(W.abs().max()))

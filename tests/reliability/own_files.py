@@ -90,7 +90,8 @@ def make_database(folder: Path, *, journal: bool = False) -> None:
         name = f"layers.{block}.up"
         weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(block))
         units = {name: Unit(name, block, "up", 96, gptq.levels((6, 16)))}
-        entries.append(write_block(folder, block, gptq.compress({name: weight}, torch.eye(16)), units))
+        compressed = {name: list(levels) for name, levels in gptq.compress({name: weight}, torch.eye(16)).items()}
+        entries.append(write_block(folder, block, compressed, units))
     if journal:
         lines = [json.dumps(seal({"schema": 1, "database": folder.name, **entry})) for entry in entries]
         (folder / "journal.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -181,7 +181,8 @@ def meta(**changes: Any) -> Callable[[Any], None]:
     [
         *(meta(shape=shape) for shape in ([2**40, 2**40], [-6, -16], [96], [6.0, 16.0], "6x16", [True, 96], [0, 0], None)),
         *(meta(bits=bits) for bits in (0, 9, 64, -1, 4.0, "4", None)),
-        *(meta(dtype=dtype) for dtype in ("int8", None, [], "torch.load")),
+        *(meta(dtype=dtype) for dtype in ("int8", None, "torch.load")),
+        meta(dtype=[]),
     ],
 )
 def test_numbers_of_a_manifest_are_checked_before_anything_is_made_of_them(lie: Callable[[Any], None], tmp_path: Path) -> None:
