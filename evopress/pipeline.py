@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,25 +82,19 @@ def run(
         group=settings.tracker.group,
         tags=[settings.method.name, *settings.tracker.tags],
     )
+    work: dict[str, Callable[[], None]] = {
+        "database": lambda: build_database(workspace),
+        "baselines": lambda: find_baselines(workspace),
+        "search": lambda: search(workspace, searching, tracker),
+        "evaluate": lambda: evaluate(workspace, tracker),
+        "export": lambda: export(workspace, command=command),
+        "report": lambda: report(workspace, tracker, config=config, command=command, environment=environment),
+    }
     try:
-        if "database" in settings.stages:
-            with plan.timed("database"):
-                build_database(workspace)
-        if "baselines" in settings.stages:
-            with plan.timed("baselines"):
-                find_baselines(workspace)
-        if "search" in settings.stages:
-            with plan.timed("search"):
-                search(workspace, searching, tracker)
-        if "evaluate" in settings.stages:
-            with plan.timed("evaluate"):
-                evaluate(workspace, tracker)
-        if "export" in settings.stages:
-            with plan.timed("export"):
-                export(workspace, command=command)
-        if "report" in settings.stages:
-            with plan.timed("report"):
-                report(workspace, tracker, config=config, command=command, environment=environment)
+        for stage in STAGES:
+            if stage in settings.stages:
+                with plan.timed(stage):
+                    work[stage]()
     finally:
         tracker.finish()
     stages = [stage for stage in STAGES if stage in {*done, *settings.stages}]

@@ -95,13 +95,7 @@ class LiveModel:
         first = self._first[index]
         for i, linear in enumerate(self._linears[index].values()):
             device = linear.weight.device
-            dense = self._dense[index][i]
-            weight = dense if levels is None else self._weight(first + i, levels[i], device)
-            if weight.shape != dense.shape or weight.dtype != dense.dtype:
-                raise EvoPressError(
-                    f"{self.space.units[first + i].name} is {weight.dtype} {list(weight.shape)} in the level database but "
-                    f"{dense.dtype} {list(dense.shape)} in the model: remove {self.database.folder}, it is then built again"
-                )
+            weight = self._dense[index][i] if levels is None else self._weight(first + i, levels[i], device)
             linear.weight.data = weight.to(device)
 
     def restore_block(self, index: int) -> None:
@@ -127,6 +121,7 @@ class LiveModel:
             self._cache.move_to_end(key)
             return self._cache[key]
         weight = self.database.read(unit, level).decode().to(device)
+        self._check_fits(unit, weight)
         self.num_loads += 1
         size = weight.numel() * weight.element_size()
         if size <= self._cache_bytes:
@@ -136,3 +131,13 @@ class LiveModel:
                 _, given_up = self._cache.popitem(last=False)
                 self._cached_bytes -= given_up.numel() * given_up.element_size()
         return weight
+
+    def _check_fits(self, unit: int, weight: Tensor) -> None:
+        """Raise EvoPressError unless a decoded weight has the shape and dtype of the model's."""
+        block = self.space.units[unit].block
+        dense = self._dense[block][unit - self._first[block]]
+        if weight.shape != dense.shape or weight.dtype != dense.dtype:
+            raise EvoPressError(
+                f"{self.space.units[unit].name} is {weight.dtype} {list(weight.shape)} in the level database but "
+                f"{dense.dtype} {list(dense.shape)} in the model: remove {self.database.folder}, it is then built again"
+            )
