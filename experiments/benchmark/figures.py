@@ -47,14 +47,15 @@ def where_time_goes(rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
 
 
 def growth(rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
-    """Draw time and memory against every axis, both logarithmic; return a sentence if it cannot be drawn."""
+    """Draw time and memory against every axis, both logarithmic, beside the slope that is promised; return a sentence if it
+    cannot be drawn."""
     if not _has_matplotlib():
         return NONE
-    from evopress.reporting.drawing import COLOURS, MARKERS, new_figure, open_frame
+    from evopress.reporting.drawing import COLOURS, MARKERS, log_scale, new_figure, open_frame
 
     axes_names = list(dict.fromkeys(str(row["axis"]) for row in rows))
     works = list(dict.fromkeys(str(row["work"]) for row in rows))
-    figure = new_figure(3.1 * len(axes_names), 6.0)
+    figure = new_figure(3.3 * len(axes_names), 6.6)
     grid = figure.subplots(2, len(axes_names), squeeze=False)
     for line, (measure, unit) in enumerate((("seconds", 1.0), ("bytes", 1e6))):
         for column, name in enumerate(axes_names):
@@ -63,16 +64,19 @@ def growth(rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
                 points = [row for row in rows if row["axis"] == name and row["work"] == work and row[measure] > 0]
                 if not points:
                     continue
-                label = f"{work}, exponent {points[0][f'{measure}_exponent']:.2f}"
+                at_the_end, promised = (points[0][f"{measure}_{word}"] for word in ("at_the_end", "promised"))
+                label = f"{work}, exponent {at_the_end:.2f} at the end"
                 xs, ys = [row["value"] for row in points], [row[measure] / unit for row in points]
                 axis.plot(xs, ys, color=COLOURS[i], marker=MARKERS[i], markersize=4.5, label=label)
+                steepest = [ys[0] * (x / xs[0]) ** promised for x in xs]
+                axis.plot(xs, steepest, color=COLOURS[i], linewidth=0.9, linestyle=":", label=f"promised: {promised:g}")
             axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
+            log_scale(axis)
             axis.set_xlabel(name)
             if column == 0:
                 axis.set_ylabel("seconds" if measure == "seconds" else "working memory (MB)")
             if axis.lines:
-                axis.legend(frameon=False, fontsize="small")
+                axis.legend(frameon=False, fontsize="x-small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1)
             open_frame(axis)
     _save(figure, folder, "growth")
     return ""

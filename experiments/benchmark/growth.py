@@ -33,6 +33,8 @@ PROMISED: Mapping[tuple[str, str], Mapping[str, float]] = {
 width, sweeps with its cube; one block at a time is in memory, levels at hand aside."""
 TOLERANCE = 0.2
 """Above a promised exponent; noise of small sizes."""
+_EVEN = 1.25
+"""Growth by less than this factor over a whole axis is noise: it has no exponent to hold against a promise."""
 _HEAD_DIM = 32
 
 
@@ -128,24 +130,32 @@ def measured(bench: Bench, point: Point, axis: str, *, sequence_length: int) -> 
 
 
 def record(bench: Bench, work: str, axis: str, points: Sequence[tuple[int, Timing[Any]]]) -> list[str]:
-    """Write an axis' points down, fit their exponents and say how these compare with what is promised."""
+    """Write an axis' points down, fit their exponents and say how these compare with what is promised.
+
+    One exponent is of all points, one of the last two: at small sizes, costs that do not grow at all weigh most.
+    """
     cuda = bench.meter.device.type == "cuda"
     numbers = {
         "seconds": [timing.seconds for _, timing in points],
         "bytes": [float(timing.device_bytes if cuda else timing.working_bytes) for _, timing in points],
     }
-    fits = {measure: exponent([value for value, _ in points], of) for measure, of in numbers.items()}
+    values = [value for value, _ in points]
+    fits = {measure: exponent(values, of) for measure, of in numbers.items()}
+    ends = {measure: exponent(values[-2:], of[-2:]) for measure, of in numbers.items()}
     for i, (value, _) in enumerate(points):
         row: dict[str, Any] = {"work": work, "axis": axis, "value": value}
         row |= {measure: of[i] for measure, of in numbers.items()}
         row |= {f"{measure}_exponent": fits[measure] for measure in numbers}
+        row |= {f"{measure}_at_the_end": ends[measure] for measure in numbers}
         row |= {f"{measure}_promised": PROMISED[work, measure][axis] for measure in numbers}
         bench.growth.append(row)
     said = []
     for measure, fit in fits.items():
         promised = PROMISED[work, measure][axis]
-        verdict = "" if math.isnan(fit) or fit <= promised + TOLERANCE else ", WORSE THAN PROMISED"
-        said.append(f"{measure} grow with exponent {fit:.2f} (promised {promised:g}{verdict})")
+        known = [grown for grown in (fit, ends[measure]) if not math.isnan(grown)]
+        even = max(numbers[measure]) < _EVEN * min(numbers[measure])
+        verdict = "" if even or max(known, default=0.0) <= promised + TOLERANCE else ", WORSE THAN PROMISED"
+        said.append(f"{measure} grow with exponent {fit:.2f}, {ends[measure]:.2f} at the end (promised {promised:g}{verdict})")
     return said
 
 

@@ -386,6 +386,11 @@ def test_growth_that_is_worse_than_promised_is_said(bench: Bench) -> None:
     said = growth.record(bench, "search", "offspring", [(1, timing(1.0)), (2, timing(4.0)), (4, timing(16.0))])
     assert "WORSE THAN PROMISED" in said[0] and "2.00" in said[0] and "WORSE" not in said[1]
     assert [row["value"] for row in bench.growth] == [1, 2, 4]
+    # Half of the time does not grow at first: the fit over all is still harmless, the end is not.
+    said = growth.record(bench, "search", "tokens", [(1, timing(10.0)), (2, timing(10.5)), (4, timing(30.0))])
+    assert "0.79, 1.51 at the end (promised 1, WORSE" in said[0]
+    said = growth.record(bench, "database", "blocks", [(1, timing(1.0)), (2, timing(2.0))])
+    assert "WORSE" not in said[0] and "0.00 at the end (promised 0)" in said[1]
 
 
 def test_targets_and_yardstick_are_read_off_the_rows() -> None:
