@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from evopress.compress.hessian import panels
 from evopress.errors import EvoPressError
 from evopress.units import Level
 
@@ -83,5 +84,10 @@ def with_errors(payloads: Sequence[Payload], W: Tensor, H: Tensor, *, damping: f
 
 
 def _energy(E: Tensor, H: Tensor) -> float:
-    """Return tr(E H Eᵀ), at least 0; sums run in float64."""
-    return max(float(((E @ H) * E).sum(dtype=torch.float64)), 0.0)
+    """Return tr(E H Eᵀ), at least 0, H symmetric; sums run in float64."""
+    energy = torch.zeros((), dtype=torch.float64, device=E.device)
+    for start, end in panels(len(H)):  # what lies right of a panel of columns counts twice, what lies left is in earlier panels
+        here, right = E[:, start:end], E[:, end:]
+        energy += (here @ H[start:end, start:end]).mul_(here).sum(dtype=torch.float64)
+        energy += 2.0 * (right @ H[end:, start:end]).mul_(here).sum(dtype=torch.float64)
+    return max(float(energy), 0.0)

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from evopress.compress.hessian import HessianSum, SingularHessianError, inverse_factor
+from evopress.compress import hessian
+from evopress.compress.compressor import with_errors
+from evopress.compress.hessian import HessianSum, SingularHessianError, add_product, inverse_factor
 from evopress.errors import EvoPressError
 
 
@@ -35,10 +37,39 @@ def test_half_precision_inputs_are_summed_in_float32():
     assert torch.equal(total.result(), torch.full((2, 2), 10000.0))
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("columns", [8, 192, 500])
+def test_bfloat16_inputs_lose_only_their_last_bits(split, columns, monkeypatch):
+    if split and not hessian._splits_products():
+        pytest.skip("this CPU has no bfloat16 products")
+    monkeypatch.setattr(hessian, "_splits_products", lambda: split)
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(columns, generator=generator) * 10.0
+    X = ((torch.randn(8, 300, columns, generator=generator) + 1.0) * scale).to(torch.bfloat16)
+    total = HessianSum(columns)
+    for part in X.split([5, 3]):
+        total.add(part)
+    rows = X.reshape(-1, columns).double()
+    exact = 2.0 / 8 * rows.T @ rows
+    root = exact.diagonal().sqrt()
+    assert ((total.result() - exact).abs() / (root[:, None] * root)).max() < 1e-5
+
+
+def test_a_product_in_two_halves_keeps_what_one_in_bfloat16_would_lose():
+    if not hessian._splits_products():
+        pytest.skip("this CPU has no bfloat16 products")
+    left = torch.ones(257, 1, dtype=torch.bfloat16)
+    total = torch.zeros(1, 1)
+    add_product(total, left, left)
+    assert float(left.T @ left) == 256.0, "bfloat16 cannot hold 257"
+    assert total.item() == 257.0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_activations_that_are_not_finite_are_refused(value):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_that_are_not_finite_are_refused(value, dtype):
     total = HessianSum(3)
-    X = torch.ones(1, 2, 3)
+    X = torch.ones(1, 2, 3, dtype=dtype)
     X[0, 1, 2] = value
     total.add(X)
     with pytest.raises(EvoPressError, match="not finite"):
@@ -82,3 +113,30 @@ def test_a_hessian_of_rank_one_is_cured_by_ordinary_damping():
     U, damping = inverse_factor(x.T @ x, damping=0.01)
     assert damping == 0.01
     assert torch.isfinite(U).all()
+
+
+@pytest.mark.parametrize("columns", [1, 96, 129, 700])  # below a leaf, a leaf and one, several halves
+def test_the_factor_is_that_of_the_explicit_inverse(columns):
+    X = torch.randn(3 * columns, columns, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    H = (X.T @ X).float()
+    U, _ = inverse_factor(H, damping=0.01)
+    damped = H.double() + 0.01 * H.double().diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)  # as GPTQ writes it
+    torch.testing.assert_close(U.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+
+
+@pytest.mark.parametrize("columns", [5, 192, 500])  # one panel, one full panel, two and a rest
+def test_errors_are_the_quadratic_form_over_all_columns(columns):
+    class Stored:
+        codec = "test"
+
+        def decode(self):
+            return W.round()
+
+    generator = torch.Generator().manual_seed(4)
+    W = torch.randn(7, columns, generator=generator)
+    X = torch.randn(2 * columns, columns, generator=generator)
+    H = X.T @ X
+    E = (W - W.round()).double()
+    expected = float(((E @ H.double()) * E).sum() / ((W.double() @ H.double()) * W.double()).sum())
+    assert with_errors([Stored()], W, H)[0].error == pytest.approx(expected, rel=1e-5)
