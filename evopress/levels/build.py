@@ -22,7 +22,6 @@ from typing import Any
 
 import psutil
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from evopress.compress.compressor import Compressed, Compressor
@@ -32,6 +31,7 @@ from evopress.files import explained, is_sealed, make_folder, seal, sync_folder,
 from evopress.json_files import load_bytes, parse_json, shown
 from evopress.levels.entries import check_file, check_units
 from evopress.levels.hessians import BlockHessians, HessianStore
+from evopress.levels.locking import alone_in
 from evopress.levels.store import (
     MANIFEST,
     SCHEMA,
@@ -123,47 +123,20 @@ def ensure_database(
         keys = [level.key for level in unit.levels]
         if settings.propagate is not None and settings.propagate not in keys:
             raise EvoPressError(f"activations cannot leave through level {settings.propagate!r}: {unit.name} has {', '.join(keys)}")
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     database = _opened(folder)  # a manifest is written last, so a whole database needs no lock, and no right to write
     if database is not None:
-        _remove_journal(folder, lock)
+        _remove_journal(folder)
         return database, True
     make_folder(folder)
-    try:
-        if lock.is_locked or not _try(lock):
-            logger.info("waiting for another run that builds %s", folder)
-            lock.acquire(timeout=settings.lock_timeout)
-    except Timeout:
-        raise EvoPressError(
-            f"another process has held {lock.lock_file} for {settings.lock_timeout:g} s: end it, or use another level_db.root"
-        ) from None
-    except OSError as error:
-        raise explained(error, Path(lock.lock_file)) from error
-    try:
+    with alone_in(folder, timeout=settings.lock_timeout, waiting=f"waiting for another run that builds {folder}"):
         database = _opened(folder, warn=True)  # another run may have built it meanwhile
         if database is not None:
             return database, True
         _check_names_are_free(folder, len(blocks.blocks))
         entries = _finished_blocks(folder, len(blocks.blocks))
-        for pattern in (".*.tmp", ".tmp*"):  # left by a build that was killed
-            for path in folder.glob(pattern):
-                path.unlink(missing_ok=True)
         _preflight(settings, space, entries, blocks, tokens)
         _build(settings, blocks, tokens, compressor, space, entries)
         return LevelDatabase.open(folder), False
-    except OSError as error:
-        raise explained(error, folder) from error
-    finally:
-        with suppress(OSError):  # the system frees it with the process
-            lock.release()
-
-
-def _try(lock: FileLock) -> bool:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    return True
 
 
 def _opened(folder: Path, *, warn: bool = False) -> LevelDatabase | None:
@@ -176,10 +149,10 @@ def _opened(folder: Path, *, warn: bool = False) -> LevelDatabase | None:
         return None
 
 
-def _remove_journal(folder: Path, lock: FileLock) -> None:
+def _remove_journal(folder: Path) -> None:
     """Remove what a build leaves behind that is killed right after it has written the manifest."""
     if (folder / _JOURNAL).exists():
-        with suppress(OSError, Timeout), lock.acquire(timeout=0):  # whoever holds the lock may be building
+        with suppress(OSError, EvoPressError), alone_in(folder, timeout=0.0):  # whoever else holds the lock may be building
             (folder / _JOURNAL).unlink(missing_ok=True)
 
 

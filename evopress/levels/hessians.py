@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from evopress.errors import EvoPressError
-from evopress.files import explained, is_sealed, make_folder, seal, sha256_file, write_atomically
+from evopress.files import is_sealed, make_folder, seal, sha256_file, write_atomically
 from evopress.json_files import load_document
 from evopress.levels.entries import leaves_folder
+from evopress.levels.locking import alone_in
 from evopress.levels.store import fingerprint_in, save_tensors
 
 logger = logging.getLogger(__name__)
 _SCHEMA = 1
-_LOCK_TIMEOUT = 600.0
-"""Seconds; a block's Hessians are written in far less."""
+_TEMPORARIES = (".block-*.tmp", ".tmp*")
+"""Not those of activations, which another process may be about to map."""
 
 
 @dataclass(frozen=True)
@@ -94,26 +92,11 @@ class HessianStore:
         make_folder(self.folder)
         path = self._file(index)
         tensors = {owner: H.cpu().contiguous() for owner, H in block.hessians.items()}
-        with self._alone():
+        with alone_in(self.folder, temporaries=_TEMPORARIES):
             write_atomically(path, lambda temporary: save_tensors(tensors, temporary))
             record = {"schema": _SCHEMA, "store": fingerprint_in(self.folder), "block": index, "owners": block.owners}
             text = json.dumps(seal({**record, "sha256": sha256_file(path)}))
             write_atomically(path.with_suffix(".json"), lambda temporary: _write_text(temporary, text))
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Let no other process write to the store, and remove what one that was killed has left half-written."""
-        lock = self.folder.with_name(f"{self.folder.name}.lock")
-        try:
-            with FileLock(lock, timeout=_LOCK_TIMEOUT):
-                for pattern in (".block-*.tmp", ".tmp*"):  # safetensors has names of its own
-                    for path in self.folder.glob(pattern):
-                        path.unlink(missing_ok=True)
-                yield
-        except Timeout:
-            raise EvoPressError(f"another process has held {lock} for {_LOCK_TIMEOUT:g} s: end it and start again") from None
-        except OSError as error:
-            raise explained(error, self.folder) from error
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:03d}.safetensors"

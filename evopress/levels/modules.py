@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from evopress.errors import EvoPressError
-from evopress.files import explained, make_folder
+from evopress.files import make_folder
 from evopress.levels.live import held
+from evopress.levels.locking import alone_in, clear
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase, fingerprint, write_manifest
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import drop, restore
@@ -58,7 +59,9 @@ def ensure_modules(
     folder = root / model_name / f"{method}-{digits}"
     try:
         if (folder / MANIFEST).is_file():
-            return LevelDatabase.open(folder), True
+            database = LevelDatabase.open(folder)
+            clear(folder)
+            return database, True
     except DamagedDatabaseError:
         pass  # written again below
     units = [
@@ -75,10 +78,8 @@ def ensure_modules(
         for unit in space.units
     ]
     make_folder(folder)
-    try:
+    with alone_in(folder):
         write_manifest(folder, method=method, fingerprint=digits, recipe=recipe, entries=[{"units": units}])
-    except OSError as error:
-        raise explained(error, folder) from error
     return LevelDatabase.open(folder), False
 
 

@@ -19,6 +19,7 @@ from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import measure_held_out
 from evopress.fitness.minibatch import MinibatchFitness
+from evopress.levels.locking import alone_in
 from evopress.levels.modules import PAIR, modules_of
 from evopress.levels.store import fingerprint
 from evopress.reporting.records import append_record, read_document, read_records, write_json
@@ -99,7 +100,8 @@ class _Scores:
     def _get(self, key: str, measure: Callable[[], dict[str, list[float]]]) -> dict[str, list[float]]:
         if key not in self._known:
             self._known[key] = measure()
-            write_json(self._path, self._known)
+            with alone_in(self._path.parent):  # another run may be at work with the same database
+                write_json(self._path, self._known)
         # What is not finite is null in the file.
         return {name: [math.inf if x is None else x for x in values] for name, values in self._known[key].items()}
 

@@ -21,7 +21,7 @@ from evopress.compress import gptq
 from evopress.compress.gptq import GPTQ
 from evopress.compress.hessian import SingularHessianError
 from evopress.errors import EvoPressError
-from evopress.levels import build
+from evopress.levels import build, locking
 from evopress.levels.build import collect_hessians, database_bytes, ensure_database, plan_space
 from evopress.levels.store import MANIFEST, LevelDatabase, block_file
 
@@ -465,7 +465,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(
     elif where == "journal":
         monkeypatch.setattr(build.os, "fsync", fail)
     else:
-        monkeypatch.setattr(build, "_try", fail)
+        monkeypatch.setattr(locking, "_taken", fail)
     with pytest.raises(EvoPressError, match=sentence):
         ensure_database(build_settings(tmp_path), llama, ids, compressor)
 

@@ -166,3 +166,12 @@ def test_the_database_of_modules_is_a_manifest(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("drop", "dorp", 1))  # damaged: written again
     _, reused = ensure_modules(tmp_path, model_name="m", method="drop", recipe={"a": 1}, space=space)
     assert not reused and LevelDatabase.open(made.folder).space == space
+
+
+def test_what_a_killed_run_left_beside_the_manifest_is_removed(tmp_path: Path) -> None:
+    space = space_of(load(tmp_path / "model", "llama"))
+    for _ in range(2):  # the manifest is written, then found
+        database, _ = ensure_modules(tmp_path, model_name="m", method="drop", recipe={}, space=space)
+        left = database.folder / ".scores-0.json.12-ab.tmp"
+        assert not left.exists()
+        left.touch()

@@ -18,7 +18,7 @@ from faults import tree
 from tally import record
 
 from evopress.errors import EvoPressError
-from evopress.levels import build
+from evopress.levels import build, locking
 from evopress.levels.build import ensure_database
 from evopress.levels.hessians import HessianStore
 from evopress.levels.store import MANIFEST
@@ -84,7 +84,7 @@ def test_processes_that_want_one_database_build_it_once(
     count, tmp_path, build_settings, llama, ids, compressor, whole, monkeypatch
 ):
     settings, log = build_settings(tmp_path / "root", lock_timeout=PATIENCE), tmp_path / "log"
-    compress, attempt = build._compress_block, build._try
+    compress, attempt = build._compress_block, locking._taken
 
     def compressing(blocks: Any, index: int, *args: Any) -> Any:
         until(lambda: sum(line[0] == "waits" for line in lines(log)) == count - 1)  # so that they surely meet
@@ -98,7 +98,7 @@ def test_processes_that_want_one_database_build_it_once(
         return got
 
     monkeypatch.setattr(build, "_compress_block", compressing)
-    monkeypatch.setattr(build, "_try", attempting)
+    monkeypatch.setattr(locking, "_taken", attempting)
 
     def work() -> None:
         database, reused = ensure_database(settings, llama, ids, compressor)

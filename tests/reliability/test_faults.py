@@ -18,7 +18,7 @@ from tally import record
 from evopress.data.tokens import token_sequences
 from evopress.errors import EvoPressError
 from evopress.files import write_atomically
-from evopress.levels import build, hessians
+from evopress.levels import build, locking
 from evopress.levels.build import complete_hessians, ensure_database
 from evopress.levels.hessians import HessianStore
 from evopress.levels.modules import ensure_modules
@@ -52,7 +52,7 @@ def llama(tiny_blocks):
 def no_waits(monkeypatch):
     """Thousands of builds: syncs are counted and may fail, but no disk is waited for, and no lock for long."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(hessians, "_LOCK_TIMEOUT", 0.5)
+    monkeypatch.setattr(locking, "LOCK_TIMEOUT", 0.5)
 
 
 def nothing(root: Path) -> None:

@@ -88,6 +88,8 @@ def test_a_signal_that_is_swallowed_ends_the_run_within_a_generation(tmp_path: P
 def test_a_second_signal_ends_the_process_at_once() -> None:
     child = os.fork()
     if child == 0:
+        signal.signal(INT, signal.default_int_handler)  # whatever the tests were started to ignore
+        signal.signal(TERM, signal.SIG_DFL)
         with endings.stopping_at_signals():
             try:
                 os.kill(os.getpid(), INT)
