@@ -171,13 +171,13 @@ class LevelDatabaseSettings:
     """Tokens per forward of one block."""
     keep_hessians: bool = True
     """Keep the Hessians of dense activations beside the databases: further sparsities then need no forward pass."""
-    cache_bytes: int = 268435456
-    """Decoded levels kept at hand by search and evaluation."""
+    cache_bytes: int | None = None
+    """Decoded levels kept at hand by search and evaluation; null: 256 MiB, or those of two blocks where these are more."""
 
     def __post_init__(self) -> None:
         _expect_one_of("level_db.activations", self.activations, ("memory", "disk"))
         _expect(self.batch_tokens >= 1, "level_db.batch_tokens", self.batch_tokens, "at least 1 token")
-        _expect(self.cache_bytes >= 0, "level_db.cache_bytes", self.cache_bytes, "0 bytes or more")
+        _expect(self.cache_bytes is None or self.cache_bytes >= 0, "level_db.cache_bytes", self.cache_bytes, "0 bytes or more")
 
 
 @dataclass

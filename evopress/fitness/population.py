@@ -71,7 +71,7 @@ class PopulationEvaluator:
                     following[children[parent, levels]] = states[parent]
                     uses[parent] -= 1
             if parents_of:
-                with blocks.on_device(index):
+                with live.on_device(index):
                     try:
                         for levels, parents in parents_of.items():
                             live.set_block(index, levels)

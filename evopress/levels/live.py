@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evopress.errors import EvoPressError
 from evopress.levels.union import LevelSource
@@ -30,6 +30,9 @@ class Live(Protocol):
 
     def restore_block(self, index: int) -> None:
         """Give block `index` back what it came with."""
+
+    def on_device(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Hold block `index` on the compute device; it may be run once it has been set."""
 
     def skips(self, levels: Sequence[int] | None) -> bool:
         """Tell whether a block with these levels returns what enters it, and so need not be run."""
@@ -56,15 +59,28 @@ def held(live: Live, genome: Genome | None) -> Iterator[None]:
             live.restore_block(index)
 
 
+def enough_to_keep(space: Space, itemsize: int) -> int:
+    """Return the bytes of decoded levels that are worth keeping: 256 MiB, or more where a block is larger.
+
+    A block at one genome differs from the block at the next in few units; the others should not be decoded again.
+    """
+    sizes: dict[int, int] = {}
+    for unit in space.units:
+        sizes[unit.block] = sizes.get(unit.block, 0) + unit.size * itemsize
+    return max(2**28, 2 * max(sizes.values(), default=0))
+
+
 class LiveModel:
     """A model whose units can be switched to levels of a database, block by block.
 
-    Switching exchanges references: the dense weights stay where they are, untouched, and come back bit for bit. Decoded levels are
-    kept up to `cache_bytes`, the least recently used given up first.
+    Switching exchanges references: the dense weights stay where they are, untouched, and come back bit for bit. Levels travel to
+    the compute device packed and are decoded there; decoded ones are kept, the least recently used given up first.
     """
 
-    def __init__(self, blocks: BlockModel, database: LevelSource, *, cache_bytes: int = 2**28) -> None:
+    def __init__(self, blocks: BlockModel, database: LevelSource, *, cache_bytes: int | None = None) -> None:
         """Check that the database fits the model.
+
+        Args: cache_bytes: decoded levels to keep at most; None: see `enough_to_keep`.
 
         Raises: EvoPressError if their units differ.
         """
@@ -81,7 +97,7 @@ class LiveModel:
         for linears in self._linears:
             self._first.append(self._first[-1] + len(linears))
         self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-        self._cache_bytes = cache_bytes
+        self._cache_bytes = enough_to_keep(self.space, blocks.dtype.itemsize) if cache_bytes is None else cache_bytes
         self._cached_bytes = 0
         self.num_loads = 0
         """Levels decoded so far."""
@@ -103,6 +119,10 @@ class LiveModel:
         for linear, weight in zip(self._linears[index].values(), self._dense[index], strict=True):
             linear.weight.data = weight
 
+    def on_device(self, index: int) -> AbstractContextManager[nn.Module]:
+        """See `Live`; dense weights that levels would replace are not carried there."""
+        return self.blocks.on_device(index, dense=False)
+
     def skips(self, levels: Sequence[int] | None) -> bool:
         """See `Live`; weights at any level have to be multiplied."""
         return False
@@ -120,7 +140,7 @@ class LiveModel:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        weight = self.database.read(unit, level).decode().to(device)
+        weight = self.database.read(unit, level, device).decode()
         self._check_fits(unit, weight)
         self.num_loads += 1
         size = weight.numel() * weight.element_size()

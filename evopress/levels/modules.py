@@ -119,6 +119,10 @@ class LiveModules:
         """Give block `index` its modules back."""
         restore(self.blocks.blocks[index], self.blocks.family)
 
+    def on_device(self, index: int) -> AbstractContextManager[nn.Module]:
+        """See `Live`."""
+        return self.blocks.on_device(index)
+
     def skips(self, levels: Sequence[int] | None) -> bool:
         """Tell whether a block with these levels returns what enters it, and so need not be run."""
         return levels is not None and all(levels)

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -258,8 +259,8 @@ class LevelDatabase:
     def _files(self) -> dict[int, Any]:
         return {}
 
-    def read(self, unit: int, level: int) -> Payload:
-        """Read unit `unit` at level `level`, both indices in database order."""
+    def read(self, unit: int, level: int, device: torch.device | str = "cpu") -> Payload:
+        """Read unit `unit` at level `level`, both indices in database order, packed to a device, where it is unpacked."""
         record = self.manifest["units"][unit]
         stored = record["levels"][level]
         block = record["block"]
@@ -270,7 +271,7 @@ class LevelDatabase:
             file = self._files[block]
             prefix = _key(record["name"], stored["key"], "")
             names = [name for name in self._keys(block) if name.startswith(prefix)]
-            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            tensors = {name.removeprefix(prefix): file.get_tensor(name).to(device) for name in names}
             return CODECS[stored["codec"]].decode(tensors, stored["meta"])
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise DamagedDatabaseError(f"{path} cannot be read ({error}): start again, the file is then rebuilt") from error

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from evopress.compress.compressor import Payload
 from evopress.errors import EvoPressError
 from evopress.levels.store import LevelDatabase
@@ -23,8 +25,8 @@ class LevelSource(Protocol):
     def space(self) -> Space:
         """Units and levels."""
 
-    def read(self, unit: int, level: int) -> Payload:
-        """Read a unit at a level, both indices of the space."""
+    def read(self, unit: int, level: int, device: torch.device | str = "cpu") -> Payload:
+        """Read a unit at a level, both indices of the space, packed to a device, where it is unpacked."""
 
 
 class LevelUnion:
@@ -46,12 +48,12 @@ class LevelUnion:
         self.folder = first.folder
         self.space = Space(first.space.method, tuple(units))
 
-    def read(self, unit: int, level: int) -> Payload:
+    def read(self, unit: int, level: int, device: torch.device | str = "cpu") -> Payload:
         """Read a unit at a level of whichever database it is in."""
         for database in self._databases:
             count = len(database.space.units[unit].levels)
             if level < count:
-                return database.read(unit, level)
+                return database.read(unit, level, device)
             level -= count
         raise EvoPressError(f"{self.space.units[unit].name} has no such level")
 

@@ -117,17 +117,30 @@ class BlockModel:
         return found
 
     @contextmanager
-    def on_device(self, index: int) -> Iterator[nn.Module]:
-        """Hold block `index` on the compute device."""
+    def on_device(self, index: int, *, dense: bool = True) -> Iterator[nn.Module]:
+        """Hold block `index` on the compute device.
+
+        What lies in host memory stays there, untouched, and is the block's again afterwards: nothing travels back.
+
+        Args: dense: with its linears' weights; False leaves them empty there, for whoever gives the block levels.
+        """
         block = self.blocks[index]
         if not self.offload:
             yield block
             return
-        block.to(self.device)
+        left_out = set() if dense else {id(linear.weight) for linear in self.linears(index).values()}
+        at_home = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers())]
         try:
+            for tensor, data in at_home:
+                tensor.data = data.new_empty(0, device=self.device) if id(tensor) in left_out else self._carried(data)
             yield block
         finally:
-            block.to("cpu")
+            for tensor, data in at_home:
+                tensor.data = data
+
+    def _carried(self, data: Tensor) -> Tensor:
+        """Return a copy on the compute device."""
+        return data.to(self.device)
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:

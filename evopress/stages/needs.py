@@ -16,6 +16,7 @@ from evopress.baselines.exhaustive import count_genomes
 from evopress.baselines.owl import GRID
 from evopress.errors import EvoPressError
 from evopress.levels.build import BuildNeeds
+from evopress.levels.live import enough_to_keep
 from evopress.methods import ModuleMethod
 from evopress.reporting.records import read_json
 from evopress.search.evolution import SearchSettings
@@ -220,7 +221,9 @@ class Planner:
         logits = 4 * min(fitness.chunk_tokens, tokens) * blocks.head().weight.shape[0] * 4
         decoded = 0 if self.modules else max(len(unit.levels) for unit in self.space.units) * self.space.size * itemsize
         base = self.workspace.search_tokens.numel() * blocks.hidden_size * itemsize if self.based else 0
-        self._put(needs, states + forward + logits + min(self.settings.level_db.cache_bytes, decoded), host=base)
+        kept = self.settings.level_db.cache_bytes
+        kept = enough_to_keep(self.space, itemsize) if kept is None else kept
+        self._put(needs, states + forward + logits + min(kept, decoded), host=base)
 
     def _put(self, needs: Needs, size: int, *, host: int = 0) -> None:
         """Let a stage's peak be at least so much on the compute device, and in host memory beside it."""

@@ -90,8 +90,8 @@ class RepeatedLevels:
         self.space = space
         self._database = database
 
-    def read(self, unit: int, level: int) -> Payload:
-        return self._database.read(unit % len(self._database.space), level)
+    def read(self, unit: int, level: int, device: torch.device | str = "cpu") -> Payload:
+        return self._database.read(unit % len(self._database.space), level, device)
 
 
 @dataclass(frozen=True)

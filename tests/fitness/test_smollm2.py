@@ -38,7 +38,7 @@ class Rounded:
         self.space = Space("quant", tuple(units))
         self._weights = [module.weight.data for _, module in self._linears]
 
-    def read(self, unit, level):
+    def read(self, unit, level, device="cpu"):
         W, bits = self._weights[unit], BITS[level]
         groups = W.float().reshape(-1, GROUP)
         maxq = torch.full((len(groups),), 2.0**bits - 1)

@@ -47,12 +47,12 @@ def test_a_failing_read_in_the_middle_restores_every_byte(live, weights_digest, 
     fresh = LiveModel(live.blocks, live.database)
     before, read, count = weights_digest(live.blocks.model), type(live.database).read, 0
 
-    def failing(database, unit, level):
+    def failing(database, unit, level, *device):
         nonlocal count
         count += 1
         if count > 9:
             raise BrokenError
-        return read(database, unit, level)
+        return read(database, unit, level, *device)
 
     monkeypatch.setattr(type(live.database), "read", failing)
     with pytest.raises(BrokenError), fresh.applied(mixed(live)):

@@ -70,9 +70,9 @@ def test_a_stage_loads_each_level_that_it_needs_once_and_reads_no_other_byte(
     read: list[tuple[int, int]] = []
     original = type(database).read
 
-    def recorded(self: Any, unit: int, level: int) -> Any:
+    def recorded(self: Any, unit: int, level: int, *device: Any) -> Any:
         read.append((unit, level))
-        return original(self, unit, level)
+        return original(self, unit, level, *device)
 
     monkeypatch.setattr(type(database), "read", recorded)
     fresh = LiveModel(live.blocks, database)
