@@ -28,10 +28,12 @@ from evopress.fitness.fusion import can_compile
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import Evaluator, PopulationEvaluator
-from evopress.levels.build import BuildNeeds, BuildSettings, complete_hessians, ensure_database, planned
+from evopress.levels.build import ensure_database
+from evopress.levels.calibration import complete_hessians
 from evopress.levels.hessians import HessianStore
 from evopress.levels.live import Live, LiveModel
 from evopress.levels.modules import LiveModules, ensure_modules
+from evopress.levels.plan import BuildNeeds, BuildSettings, planned
 from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerprint
 from evopress.levels.union import LevelUnion
 from evopress.methods import ModuleMethod, WeightMethod, make_method

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from evopress.compress.gptq import GPTQ
-from evopress.levels.build import BuildSettings, ensure_database
+from evopress.levels.build import ensure_database
 from evopress.levels.live import LiveModel
+from evopress.levels.plan import BuildSettings
 from evopress.models.blocks import BlockModel
 from evopress.models.loading import load_pretrained
 from evopress.models.tiny import VOCABULARY, make_tiny

@@ -15,8 +15,8 @@ from evopress.baselines.block_importance import RANKINGS
 from evopress.baselines.exhaustive import count_genomes
 from evopress.baselines.owl import GRID
 from evopress.errors import EvoPressError
-from evopress.levels.build import BuildNeeds
 from evopress.levels.live import enough_to_keep
+from evopress.levels.plan import BuildNeeds
 from evopress.methods import ModuleMethod
 from evopress.reporting.records import read_json
 from evopress.search.evolution import SearchSettings

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from evopress.errors import EvoPressError
-from evopress.levels.build import BuildNeeds, check_room
+from evopress.levels.plan import BuildNeeds, check_room
 from evopress.progress import duration
 from evopress.reporting.records import read_json
 from evopress.search.evolution import Evolution, SearchSettings

@@ -17,7 +17,7 @@ from torch import Tensor
 from evopress.compress.compressor import Compressor
 from evopress.compress.sparse import SparsityLevels
 from evopress.fitness.measures import Measure
-from evopress.levels.build import collect_hessians
+from evopress.levels.calibration import collect_hessians
 from evopress.models.blocks import BlockModel
 
 LEAST_PARAMETERS = 5_000_000

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from evopress.compress.compressor import Compressor
 from evopress.compress.gptq import GPTQ
-from evopress.levels.build import BuildSettings, ensure_database
+from evopress.levels.build import ensure_database
+from evopress.levels.plan import BuildSettings
 from evopress.levels.store import LevelDatabase
 from evopress.models.blocks import BlockModel
 from experiments.benchmark import plain, work

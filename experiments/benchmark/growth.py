@@ -14,7 +14,8 @@ from evopress.compress.gptq import GPTQ
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.population import PopulationEvaluator, measure_sums
-from evopress.levels.build import BuildSettings, ensure_database
+from evopress.levels.build import ensure_database
+from evopress.levels.plan import BuildSettings
 from evopress.search.initial import random_mix
 from evopress.search.mutation import LevelSwitch, offspring
 from experiments.benchmark.levels import BITS, searched

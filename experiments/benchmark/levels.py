@@ -17,9 +17,10 @@ from evopress.compress.compressor import Compressed, Compressor, Payload
 from evopress.compress.gptq import GPTQ, Quantized
 from evopress.compress.grid import fit_grid
 from evopress.compress.sparse import Sparse, SparsityLevels, derive_step, lowest, to_float32
-from evopress.levels.build import BuildSettings, ensure_database, plan_space
+from evopress.levels.build import ensure_database
 from evopress.levels.live import Live, LiveModel
 from evopress.levels.modules import LiveModules
+from evopress.levels.plan import BuildSettings, plan_space
 from evopress.levels.store import LevelDatabase
 from evopress.levels.union import LevelSource
 from evopress.methods.drop import Drop

@@ -11,7 +11,7 @@ from torch import Tensor
 from evopress.compress import gptq, sparsegpt
 from evopress.compress.hessian import inverse_factor
 from evopress.compress.sparse import derive_step
-from evopress.levels.build import collect_hessians
+from evopress.levels.calibration import collect_hessians
 from evopress.levels.hessians import BlockHessians
 from experiments.benchmark import plain, work
 from experiments.benchmark.levels import BITS, unit_sizes

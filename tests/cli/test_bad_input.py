@@ -433,7 +433,7 @@ DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
 def test_a_disk_without_room_for_the_database(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evopress.levels.build.shutil.disk_usage", lambda path: DiskUsage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr("evopress.levels.plan.shutil.disk_usage", lambda path: DiskUsage(10**9, 10**9 - 1000, 1000))
     refused(tiny(f"level_db.root={tmp_path / 'levels'}"), "level_db.root", "GB free")
     assert not list((tmp_path / "levels").rglob("*.safetensors"))
 

@@ -13,7 +13,7 @@ from evopress.compress.sparsegpt import SparseGPT
 from evopress.compress.wanda import Wanda
 from evopress.data.python_docs import PythonDocs
 from evopress.data.tokens import token_sequences
-from evopress.levels.build import collect_hessians
+from evopress.levels.calibration import collect_hessians
 from evopress.models.blocks import BlockModel
 from evopress.models.loading import load_pretrained
 from evopress.models.smollm2 import DEFAULT_CACHE, NAME

@@ -21,8 +21,10 @@ from evopress.compress import gptq
 from evopress.compress.gptq import GPTQ
 from evopress.compress.hessian import SingularHessianError
 from evopress.errors import EvoPressError
-from evopress.levels import build, locking
-from evopress.levels.build import collect_hessians, database_bytes, ensure_database, plan_space
+from evopress.levels import build, locking, plan
+from evopress.levels.build import ensure_database
+from evopress.levels.calibration import collect_hessians
+from evopress.levels.plan import database_bytes, plan_space
 from evopress.levels.store import MANIFEST, LevelDatabase, block_file
 
 CLEAN = {MANIFEST, *(block_file(i) for i in range(3))}
@@ -260,7 +262,7 @@ def test_the_folder_depends_on_the_recipe_and_on_nothing_else(tmp_path, build_se
 
 @pytest.mark.parametrize(
     ("name", "calls"),
-    [(name, calls) for name in ("write_block", "_append") for calls in range(3)] + [("_propagate", 0), ("_propagate", 1)],
+    [(name, calls) for name in ("write_block", "append") for calls in range(3)] + [("propagate", 0), ("propagate", 1)],
 )
 def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
     name, calls, tmp_path, whole, build_settings, llama, ids, compressor, compressed_blocks
@@ -274,7 +276,7 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
     compressed_blocks.clear()
     _, reused = ensure_database(settings, llama, ids, compressor)
     assert not reused
-    finished = calls + (name == "_propagate")  # blocks in the journal
+    finished = calls + (name == "propagate")  # blocks in the journal
     assert compressed_blocks == list(range(finished, 3))
     assert contents(settings.folder) == contents(whole)
 
@@ -307,7 +309,7 @@ def test_a_killed_build_goes_on(tmp_path, whole, build_settings, llama, ids, com
         from evopress.models.blocks import BlockModel
         from evopress.models.loading import load_pretrained
 
-        append = build._append
+        append = build.append
         def killed(path, entry):
             if entry["block"] == 1:
                 with path.open("a") as file:
@@ -315,7 +317,7 @@ def test_a_killed_build_goes_on(tmp_path, whole, build_settings, llama, ids, com
                 (path.parent / ".block-002.safetensors.1.tmp").write_bytes(b"half")
                 os.kill(os.getpid(), signal.SIGKILL)
             append(path, entry)
-        build._append = killed
+        build.append = killed
         pretrained = load_pretrained(Path(sys.argv[2]), dtype="float32")
         settings = conftest.make_settings(Path(sys.argv[3]), activations="disk")
         blocks = BlockModel(pretrained.model, pretrained.family)
@@ -338,7 +340,7 @@ def test_a_build_killed_twice_keeps_what_both_finished(tmp_path, whole, build_se
     settings = build_settings(tmp_path)
     for calls in (1, 1):
         with pytest.MonkeyPatch.context() as patch:
-            crash_after(patch, "_propagate", calls)
+            crash_after(patch, "propagate", calls)
             with pytest.raises(CrashError):
                 ensure_database(settings, llama, ids, compressor)
         with (settings.folder / "journal.jsonl").open("a") as file:
@@ -463,7 +465,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(
     elif where == "block":
         monkeypatch.setattr(os, "replace", fail)
     elif where == "journal":
-        monkeypatch.setattr(build.os, "fsync", fail)
+        monkeypatch.setattr(os, "fsync", fail)
     else:
         monkeypatch.setattr(locking, "_taken", fail)
     with pytest.raises(EvoPressError, match=sentence):
@@ -480,13 +482,13 @@ def test_too_little_disk_is_refused_before_any_forward(activations, tmp_path, bu
     monkeypatch.setattr(llama, "run", None)
     monkeypatch.setattr(llama, "embed", None)
     free = needed - 1 if activations == "memory" else int(needed * 1.03)  # enough but for the activations
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: Usage(10**12, 0, free))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: Usage(10**12, 0, free))
     with pytest.raises(EvoPressError, match=r"needs .* GB but .* GB free"):
         ensure_database(settings, llama, ids, compressor)
 
 
 def test_too_little_memory_is_refused_before_any_forward(tmp_path, build_settings, llama, ids, compressor, monkeypatch):
-    monkeypatch.setattr(build.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(2**28))
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(2**28))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llama, "run", None)
         patch.setattr(llama, "embed", None)
@@ -497,7 +499,7 @@ def test_too_little_memory_is_refused_before_any_forward(tmp_path, build_setting
 def test_activations_on_disk_take_no_memory(tmp_path, build_settings, llama, tokens, compressor, monkeypatch):
     many = tokens(2048, 128)  # 32 MB of activations
     available = 6 * 64 * 64 * 4 + 2**28
-    monkeypatch.setattr(build.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(available))
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(available))
     monkeypatch.setattr(build, "_build", lambda *args: (_ for _ in ()).throw(CrashError))
     with pytest.raises(EvoPressError, match="of memory"):
         ensure_database(build_settings(tmp_path), llama, many, compressor)

@@ -6,8 +6,9 @@ import torch
 from evopress.compress.sparse import PruneTo
 from evopress.compress.sparsegpt import SparseGPT
 from evopress.errors import EvoPressError
-from evopress.levels.build import ensure_database, plan_space
+from evopress.levels.build import ensure_database
 from evopress.levels.live import LiveModel
+from evopress.levels.plan import plan_space
 from evopress.levels.union import LevelUnion
 
 

@@ -19,9 +19,12 @@ from tally import record
 from evopress.data.tokens import token_sequences
 from evopress.errors import EvoPressError
 from evopress.levels import build
-from evopress.levels.build import BuildSettings, complete_hessians, ensure_database
+from evopress.levels.build import ensure_database
+from evopress.levels.calibration import complete_hessians
 from evopress.levels.hessians import HessianStore
-from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase, block_file
+from evopress.levels.journal import journal_line
+from evopress.levels.plan import BuildSettings
+from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase, block_file, entries_of
 from evopress.models.tiny import byte_tokenizer
 
 JOURNAL = "journal.jsonl"
@@ -204,10 +207,10 @@ def foreign_database(folder: Path, another: Path) -> None:
 def foreign_unfinished(folder: Path, another: Path) -> None:
     """A journal of another database, sound in itself, with the files it is of."""
     foreign_database(folder, another)
-    entries = build.entries_of(json.loads((another / MANIFEST).read_bytes()))
+    entries = entries_of(json.loads((another / MANIFEST).read_bytes()))
     (folder / MANIFEST).unlink()
     for entry in entries.values():
-        (folder / JOURNAL).open("a").write(build._journal_line(another / JOURNAL, entry))
+        (folder / JOURNAL).open("a").write(journal_line(another / JOURNAL, entry))
 
 
 def link_out(folder: Path, another: Path) -> None:

@@ -19,9 +19,11 @@ from evopress.data.tokens import token_sequences
 from evopress.errors import EvoPressError
 from evopress.files import write_atomically
 from evopress.levels import build, locking
-from evopress.levels.build import complete_hessians, ensure_database
+from evopress.levels.build import ensure_database
+from evopress.levels.calibration import complete_hessians
 from evopress.levels.hessians import HessianStore
 from evopress.levels.modules import ensure_modules
+from evopress.levels.plan import BuildSettings
 from evopress.levels.store import MANIFEST, block_file
 from evopress.models.tiny import byte_tokenizer
 from evopress.units import Level, Space, Unit
@@ -64,7 +66,7 @@ def scenario(request, tmp_path, llama, tokens, compressor, build_settings, monke
     ids = tokens(4, 16)
 
     def building(*, damaged: bool = False, **changes: object) -> Scenario:
-        def settings(root: Path, **more: object) -> build.BuildSettings:
+        def settings(root: Path, **more: object) -> BuildSettings:
             kept = HessianStore(root / "tiny" / f"hessians-{'5' * 16}") if "propagate" in changes else None
             return build_settings(root, hessians=kept, lock_timeout=0.5, **changes, **more)
 

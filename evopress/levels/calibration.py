@@ -1,0 +1,190 @@
+"""Calibration text on its way through the blocks: the activations that enter each, and their Hessians.
+
+Only one block and its inputs are on the device at a time.
+
+Shapes: N sequences of L tokens, d hidden size, C input columns of a linear.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evopress.compress.hessian import HessianSum
+from evopress.errors import EvoPressError
+from evopress.files import explained, make_folder, temporary_beside
+from evopress.levels.hessians import BlockHessians, HessianStore
+from evopress.models.blocks import BlockModel
+from evopress.progress import track
+
+
+def complete_hessians(
+    store: HessianStore, blocks: BlockModel, tokens: Tensor, *, batch_tokens: int = 4096, activations: str = "memory"
+) -> None:
+    """Compute what is missing or damaged of a store, in one walk over the blocks up to the last such one.
+
+    Args:
+        blocks: the dense model; given back as it was.
+        tokens: calibration token ids int64 [N, L], those that the store is of.
+        activations: where they live between blocks: "memory" (of the host) or "disk".
+    """
+    missing = [index for index in range(len(blocks.blocks)) if index not in store]
+    if not missing:
+        return
+    make_folder(store.folder)
+    batch = max(batch_tokens // tokens.shape[1], 1)
+    with activations_of(store.folder, activations, blocks, tokens, batch) as buffer:
+        for index in track(range(missing[-1] + 1), "computing Hessians"):
+            with blocks.on_device(index):
+                if index in missing:
+                    store.write(index, collect_hessians(blocks, index, buffer, batch, advance=index < missing[-1]))
+                else:
+                    propagate(blocks, index, buffer, batch, {})
+
+
+@contextmanager
+def activations_of(folder: Path, where: str, blocks: BlockModel, tokens: Tensor, batch: int) -> Iterator[Tensor]:
+    """Hold the hidden states that enter the current block, [N, L, d], in host memory or in a file."""
+    shape = (*tokens.shape, blocks.hidden_size)
+    if where == "disk":
+        count = tokens.numel() * blocks.hidden_size
+        buffer = _mapped(temporary_beside(folder / "activations"), count, blocks.dtype).reshape(shape)
+    else:
+        buffer = torch.empty(shape, dtype=blocks.dtype)
+    finite = []
+    for start in range(0, len(tokens), batch):
+        embedded = blocks.embed(tokens[start : start + batch])
+        finite.append(torch.isfinite(embedded).all())
+        buffer[start : start + batch] = embedded.to(buffer.device)
+    if (broken := _first_not_finite(finite, batch, len(tokens))) is not None:
+        raise EvoPressError(f"the embedding is not finite, first on {broken}: {blocks.advice}")
+    yield buffer
+
+
+def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int, *, advance: bool = False) -> BlockHessians:
+    """Run block `index` over activations [N, L, d] and sum one Hessian per distinct input, not per linear.
+
+    Linears that are handed the same tensor (q, k and v; gate and up) share the first one's Hessian.
+
+    Args: advance: replace the activations by what the dense block makes of them, in the same forward.
+
+    Raises: EvoPressError if an activation is not finite, with the unit's name and the first sequences.
+    """
+    blocks.prepare(buffer.shape[1])  # not under the hooks
+    linears = blocks.linears(index)
+    owners: dict[str, str] = {}
+    sums: dict[str, HessianSum] = {}
+    alive: list[tuple[str, Tensor]] = []  # inputs of this forward, held so that no address is used twice
+
+    def caught(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            owner = next((o for o, seen in alive if seen.data_ptr() == x.data_ptr() and seen.shape == x.shape), name)
+            assert owners.setdefault(name, owner) == owner, f"{name} shares its input with {owner} in one batch only"
+            if owner == name:
+                alive.append((name, x))
+                # OPT hands its MLP [b·l, d]; n counts sequences, so give them back their axis.
+                X = x.reshape(len(current), -1, x.shape[-1])
+                sums.setdefault(name, HessianSum(x.shape[-1], device=x.device)).add(X)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(caught(name)) for name, module in linears.items()]
+    finite: list[Tensor] = []  # what is not finite inside a block is not so where it ends; read once, so that no batch waits for it
+    try:
+        for start in range(0, len(buffer), batch):
+            current = buffer[start : start + batch].to(blocks.device)
+            output = blocks.run(index, current)
+            finite.append(torch.isfinite(output).all())
+            if advance:
+                buffer[start : start + batch] = output.to(buffer.device)
+            alive.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    idle = [name for name in linears if name not in owners]
+    if idle:
+        raise EvoPressError(
+            f"{idle[0]} was never called in its block's forward: its family's adapter names a module that is not used"
+        )
+    if (where := _first_not_finite(finite, batch, len(buffer))) is not None:
+        broken = next((name for name, linear in linears.items() if not bool(torch.isfinite(linear.weight).all())), None)
+        unit = next((owner for owner, total in sums.items() if not total.finite), None)
+        what = f"the input activations of {unit} are" if unit else f"the output of {blocks.block_name(index)} is"
+        what = what if broken is None else f"the weight of {broken} is"
+        raise EvoPressError(f"{what} not finite, first on {where}: {blocks.advice}")
+    hessians = {}
+    for owner, total in sums.items():
+        try:
+            hessians[owner] = total.result()
+        except EvoPressError as error:
+            raise type(error)(f"{', '.join(name for name in linears if owners[name] == owner)}: {error}") from None
+    return BlockHessians(owners, hessians)
+
+
+def propagate(blocks: BlockModel, index: int, buffer: Tensor, batch: int, decoded: Mapping[str, Tensor]) -> None:
+    """Replace activations [N, L, d] by what block `index` makes of them, with these weights in place of the dense ones."""
+    linears = blocks.linears(index)
+    dense = {name: linears[name].weight.data for name in decoded}
+    try:
+        for name, weight in decoded.items():
+            linears[name].weight.data = weight.to(blocks.device)
+        finite = []
+        for start in range(0, len(buffer), batch):
+            output = blocks.run(index, buffer[start : start + batch].to(blocks.device))
+            finite.append(torch.isfinite(output).all())
+            buffer[start : start + batch] = output.to(buffer.device)
+    finally:
+        for name, weight in dense.items():
+            linears[name].weight.data = weight
+    if (where := _first_not_finite(finite, batch, len(buffer))) is not None:
+        compressed = ", at the level that activations leave through," if decoded else ""
+        raise EvoPressError(
+            f"the output of {blocks.block_name(index)}{compressed} is not finite, first on {where}: {blocks.advice}"
+        )
+
+
+def _mapped(path: Path, count: int, dtype: torch.dtype) -> Tensor:
+    """Return a flat tensor in a file that is gone when the tensor is, or the process, however that ends.
+
+    Raises: EvoPressError if the disk has no room. It is taken here: a mapped file that finds none later ends the process.
+    """
+    try:
+        with path.open("xb") as file:
+            _take_room(file.fileno(), count * dtype.itemsize)
+        return torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+    except OSError as error:
+        raise explained(error, path) from error
+    except RuntimeError as error:  # torch's own, on opening or mapping
+        raise EvoPressError(f"{path} cannot be mapped ({str(error).splitlines()[0]}): use level_db.activations=memory") from error
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _take_room(descriptor: int, size: int) -> None:
+    """Fill a new file with zeros that have their place on the disk."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:  # not every system has it, nor every file system
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        zeros = bytes(2**20)
+        for start in range(0, size, len(zeros)):
+            os.write(descriptor, zeros[: size - start])
+
+
+def _first_not_finite(finite: list[Tensor], batch: int, count: int) -> str | None:
+    """Name the first batch of sequences that is not finite, given a flag, bool [], for each of them; None if all are."""
+    flags = torch.stack(finite).tolist() if finite else []
+    if all(flags):
+        return None
+    first = flags.index(False) * batch
+    return f"calibration sequences {first} to {min(first + batch, count) - 1}"

@@ -1,0 +1,155 @@
+"""What a level database will hold, and what building what is missing of it takes: from shapes and files, without a forward."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from torch import Tensor
+
+from evopress.compress.compressor import Compressor
+from evopress.errors import EvoPressError
+from evopress.levels.hessians import HessianStore
+from evopress.levels.journal import JOURNAL, read_journal
+from evopress.levels.store import DamagedDatabaseError, block_file, entries_of, fingerprint, read_manifest
+from evopress.models.blocks import BlockModel
+from evopress.units import Space, Unit
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How a database is built; nothing here changes its content beyond rounding except what `recipe` says."""
+
+    root: Path
+    """Databases lie in <root>/<model>/<method>-<fingerprint>."""
+    method: str
+    model_name: str
+    recipe: dict[str, Any]
+    """Everything that decides the content: model and data digests, compressor settings, propagated level."""
+    propagate: str | None
+    """Key of the level through which activations leave a block ("4"); None: dense."""
+    batch_tokens: int = 4096
+    """Tokens per forward of one block."""
+    activations: str = "memory"
+    """Where calibration activations live between blocks: "memory" (of the host) or "disk"."""
+    hessians: HessianStore | None = None
+    """Where dense activations' Hessians are kept for further databases; used where activations leave blocks dense."""
+    lock_timeout: float = 24 * 3600.0
+    """Seconds to wait for another process that builds the same database."""
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.recipe)
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.model_name / f"{self.method}-{self.fingerprint}"
+
+
+def plan_space(blocks: BlockModel, compressor: Compressor, *, method: str) -> Space:
+    """List all units with their levels from shapes alone; no forward pass.
+
+    Raises: EvoPressError if the compressor's settings fit no unit, with the unit's name.
+    """
+    units = []
+    for index in range(len(blocks.blocks)):
+        for name, linear in blocks.linears(index).items():
+            rows, columns = linear.weight.shape
+            try:
+                levels = compressor.levels((rows, columns), unit=name)
+            except EvoPressError as error:
+                raise EvoPressError(f"{name}: {error}") from None
+            units.append(Unit(name=name, block=index, kind=name.rsplit(".", 1)[-1], size=rows * columns, levels=levels))
+    return Space(method=method, units=tuple(units))
+
+
+def database_bytes(space: Space) -> int:
+    """Bytes that a space's levels take on disk, all of them stored (file headers aside)."""
+    return sum(level.stored_bits for unit in space.units for level in unit.levels) // 8
+
+
+@dataclass(frozen=True)
+class BuildNeeds:
+    """What building a level database, or the rest of one, takes."""
+
+    units: tuple[Unit, ...]
+    """Those that are missing."""
+    walked: int
+    """Blocks that activations enter."""
+    forwards: int
+    """Passes of the whole text through one block."""
+    disk_bytes: int
+    memory_bytes: int
+    """Of the host, beside the model."""
+    device_bytes: int
+    """Of the compute device, beside the model; 0 where that is the host."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks to build."""
+        return len({unit.block for unit in self.units})
+
+
+def planned(settings: BuildSettings, blocks: BlockModel, tokens: Tensor, compressor: Compressor) -> tuple[Space, BuildNeeds]:
+    """Return the space of a database and what `ensure_database` would need for what is missing of it now; changes nothing.
+
+    Files are looked for, not read: one that is damaged shows later.
+
+    Raises: EvoPressError if the compressor's settings fit no unit, with the unit's name.
+    """
+    space = plan_space(blocks, compressor, method=settings.method)
+    try:
+        found = set(entries_of(read_manifest(settings.folder)))
+    except DamagedDatabaseError:
+        found = {entry["block"] for entry in read_journal(settings.folder / JOURNAL)}
+    return space, needs_of(settings, space, {i for i in found if (settings.folder / block_file(i)).is_file()}, blocks, tokens)
+
+
+def needs_of(settings: BuildSettings, space: Space, entries: Collection[int], blocks: BlockModel, tokens: Tensor) -> BuildNeeds:
+    """Add up what the blocks without an entry need."""
+    missing = tuple(unit for unit in space.units if unit.block not in entries)
+    disk = database_bytes(Space(space.method, missing))
+    store = settings.hessians if settings.propagate is None else None
+    unseen = {unit.block for unit in missing if store is None or not store.has_record(unit.block)}
+    if store is not None:
+        disk += sum(_hessian_bytes(blocks, index) for index in unseen)
+    if not missing:
+        return BuildNeeds(units=(), walked=0, forwards=0, disk_bytes=0, memory_bytes=0, device_bytes=0)
+    buffer = tokens.numel() * blocks.hidden_size * blocks.dtype.itemsize if unseen else 0
+    widest = max(module.in_features for module in blocks.linears(0).values())
+    sweeps, on_host = 6 * widest * widest * 4 + 2**28, blocks.device.type == "cpu"
+    in_memory = settings.activations == "memory"
+    walked = max(unseen, default=-1) + 1
+    return BuildNeeds(
+        units=missing,
+        walked=walked,
+        forwards=walked if settings.propagate is None else 2 * walked - bool(walked),
+        disk_bytes=disk + (0 if in_memory else buffer),
+        memory_bytes=(buffer if in_memory else 0) + (sweeps if on_host else 2**28),
+        device_bytes=0 if on_host else sweeps,
+    )
+
+
+def _hessian_bytes(blocks: BlockModel, index: int) -> int:
+    """Bytes of a block's Hessians, at most: which linears share an input shows only in a forward."""
+    return sum(4 * linear.in_features**2 for linear in blocks.linears(index).values())
+
+
+def check_room(settings: BuildSettings, needs: BuildNeeds) -> None:
+    """Raise EvoPressError unless the disk and the host's memory have room for a build."""
+    folder = next(path for path in (settings.folder, *settings.folder.parents) if path.exists())
+    free, available = shutil.disk_usage(folder).free, psutil.virtual_memory().available
+    if needs.disk_bytes * 1.02 > free:
+        raise EvoPressError(
+            f"building the level database needs {needs.disk_bytes / 1e9:.2f} GB but {settings.folder} has {free / 1e9:.2f} GB "
+            "free: free some space, store fewer levels (method.levels) or use another level_db.root"
+        )
+    if needs.memory_bytes > available:
+        raise EvoPressError(
+            f"building the level database needs about {needs.memory_bytes / 1e9:.2f} GB of memory but {available / 1e9:.2f} GB are "
+            "available: use fewer calibration tokens (data.calibration_tokens) or level_db.activations=disk"
+        )
