@@ -203,26 +203,28 @@ def sweep(
     scales = torch.empty(columns // group_size, rows, device=Wt.device)
     zeros = torch.empty_like(scales)
     errors = torch.empty(min(block_size, columns), rows, device=Wt.device)
-    least, scratch = torch.zeros_like(maxq), torch.empty_like(maxq)
-    diagonal = U.diagonal().tolist()
-    grid = None
+    steps = torch.empty(min(inner_size, columns), rows, device=Wt.device)
+    spread = U / U.diagonal().unsqueeze(1)  # row c: what a unit of column c's error takes from every later column
+    w_of, error_of, steps_of = Wt.unbind(), errors.unbind(), steps.unbind()
+    low = high = scale = zero = maxq  # of a group, from where it starts
     for first in range(0, columns, block_size):
         end = min(first + block_size, columns)
         for inner in range(first, end, inner_size):
             inner_end = min(inner + inner_size, end)
+            if inner % group_size == 0:
+                group = Wt[inner : inner + group_size]
+                grid = fit_grid(group.amin(0), group.amax(0), maxq, scale_dtype=scale_dtype)
+                scales[inner // group_size], zeros[inner // group_size] = scale, zero = grid.scale, grid.zero
+                low, high = -zero, maxq - zero
             for c in range(inner, inner_end):
-                if c % group_size == 0:
-                    group = Wt[c : c + group_size]
-                    grid = fit_grid(group.amin(0), group.amax(0), maxq, scale_dtype=scale_dtype)
-                    scales[c // group_size], zeros[c // group_size] = grid.scale, grid.zero
-                assert grid is not None
-                error = errors[c - first]
-                round_in_place(Wt[c], grid, least, maxq, codes=codes[c], error=error, scratch=scratch)
-                error.div_(diagonal[c])
+                error = error_of[c - first]
+                round_in_place(w_of[c], scale, low, high, steps=steps_of[c - inner], error=error)
                 if c + 1 < inner_end:
-                    Wt[c + 1 : inner_end].addr_(U[c, c + 1 : inner_end], error, alpha=-1.0)
+                    Wt[c + 1 : inner_end].addr_(spread[c, c + 1 : inner_end], error, alpha=-1.0)
+            codes[inner:inner_end] = steps[: inner_end - inner].add_(zero)
+            done = errors[inner - first : inner_end - first]
             if inner_end < end:
-                Wt[inner_end:end].addmm_(U[inner:inner_end, inner_end:end].T, errors[inner - first : inner_end - first], alpha=-1.0)
+                Wt[inner_end:end].addmm_(spread[inner:inner_end, inner_end:end].T, done, alpha=-1.0)
         if end < columns:
-            Wt[end:].addmm_(U[first:end, end:].T, errors[: end - first], alpha=-1.0)
+            Wt[end:].addmm_(spread[first:end, end:].T, errors[: end - first], alpha=-1.0)
     return codes, scales, zeros

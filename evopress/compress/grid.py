@@ -56,7 +56,7 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def to_codes(w: Tensor, grid: Grid, maxq: Tensor) -> Tensor:
     """Round weights float32 [R] to their grid; return codes as float32 integers in 0..maxq, [R]."""
-    return torch.minimum(torch.round(w / grid.scale + grid.zero).clamp_(min=0.0), maxq)
+    return torch.minimum(torch.round(w / grid.scale).add_(grid.zero).clamp_(min=0.0), maxq)
 
 
 def from_codes(codes: Tensor, grid: Grid) -> Tensor:
@@ -64,16 +64,15 @@ def from_codes(codes: Tensor, grid: Grid) -> Tensor:
     return (codes - grid.zero) * grid.scale
 
 
-def round_in_place(w: Tensor, grid: Grid, least: Tensor, maxq: Tensor, *, codes: Tensor, error: Tensor, scratch: Tensor) -> None:
-    """Round weights to their grid as `to_codes` and `from_codes` do, in few passes and without new memory.
+def round_in_place(w: Tensor, scale: Tensor, low: Tensor, high: Tensor, *, steps: Tensor, error: Tensor) -> None:
+    """Round weights to their grid as `to_codes` and `from_codes` do, in four passes and without new memory.
 
     Args:
         w: float32 [R]; left as it is.
-        least: float32 [R], zeros.
-        codes: takes the codes, uint8 [R].
+        scale, low, high: float32 [R], the grid's scale, the negative of its zero, and maxq less its zero.
+        steps: takes code - zero, float32 [R].
         error: takes w less its rounded value, float32 [R].
-        scratch: float32 [R], overwritten.
     """
-    torch.div(w, grid.scale, out=scratch).add_(grid.zero).round_()
-    codes.copy_(torch.clamp(scratch, least, maxq, out=scratch))
-    torch.addcmul(w, scratch.sub_(grid.zero), grid.scale, value=-1.0, out=error)
+    torch.div(w, scale, out=steps).round_()
+    torch.clamp(steps, low, high, out=steps)
+    torch.addcmul(w, steps, scale, value=-1.0, out=error)

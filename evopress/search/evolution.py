@@ -236,9 +236,11 @@ class Evolution:
         Raises: EvoPressError if the state is of another search; ValueError or another error of Python's if it is damaged.
         """
         if state.get("schema") != 1:
-            raise EvoPressError(f"the saved search has schema {state.get('schema')}, this version reads schema 1: start a new run")
+            raise EvoPressError(
+                f"the saved search has schema {state.get('schema')!r:.100}, this version reads schema 1: start a new run"
+            )
         saved, here = state["settings"], self._identity()
-        changed = [f"{key} {saved.get(key)} there, {here[key]} here" for key in here if saved.get(key) != here[key]]
+        changed = [f"{key} {saved.get(key)!r:.100} there, {here[key]!r} here" for key in here if saved.get(key) != here[key]]
         if changed:
             raise EvoPressError(
                 f"the saved search had other settings ({'; '.join(changed)}): resume it with its own, or start a new run"

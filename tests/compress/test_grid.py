@@ -92,8 +92,8 @@ def test_rounding_in_place_is_rounding(bits):
     maxq = torch.full((500,), 2.0**bits - 1)
     grid = fit_grid(W[:4].amin(0), W[:4].amax(0), maxq)  # the last two rows may lie outside
     for w in W:
-        before, codes, error = w.clone(), torch.empty(500, dtype=torch.uint8), torch.empty(500)
-        round_in_place(w, grid, torch.zeros_like(maxq), maxq, codes=codes, error=error, scratch=torch.empty(500))
+        before, steps, error = w.clone(), torch.empty(500), torch.empty(500)
+        round_in_place(w, grid.scale, -grid.zero, maxq - grid.zero, steps=steps, error=error)
         assert torch.equal(w, before)
-        assert torch.equal(codes.float(), to_codes(w, grid, maxq))
+        assert torch.equal(steps + grid.zero, to_codes(w, grid, maxq))
         torch.testing.assert_close(error, w - from_codes(to_codes(w, grid, maxq), grid), rtol=0, atol=2e-7 * float(W.abs().max()))

@@ -138,6 +138,9 @@ def test_a_state_of_another_search_is_refused(quant_space, budget_of):
         evolution_of(space, budget_of(space, 2.75)).restore(state)
     with pytest.raises(EvoPressError, match="schema None"):
         other.restore({})
+    with pytest.raises(EvoPressError, match=r"num_offspring '\\n' there") as told:
+        other.restore({**state, "settings": {**state["settings"], "num_offspring": "\n"}})
+    assert "\n" not in str(told.value)
 
 
 def test_a_uniform_start_is_recorded_without_evaluation(quant_space, budget_of):
