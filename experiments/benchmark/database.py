@@ -19,7 +19,7 @@ from evopress.models.blocks import BlockModel
 from experiments.benchmark import plain, work
 from experiments.benchmark.levels import BITS
 from experiments.benchmark.rows import Bench, Row, compared
-from experiments.benchmark.sweeps import BATCH_TOKENS, sparse_compressor
+from experiments.benchmark.sweeps import BATCH_TOKENS, hessian_dtype, sparse_compressor
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def build_work(blocks: BlockModel, built: LevelDatabase, tokens: Tensor, *, prop
             inputs[key] = inputs.get(key, 0) + rows
             needed.append(work.error_work(rows, linear.in_features))
         for (_, columns), rows in inputs.items():
-            needed += [work.hessian_work(columns, tokens.numel()), work.factor_work(columns), work.sweep_work(rows, columns)]
+            needed.append(work.hessian_work(columns, tokens.numel(), hessian_dtype(blocks)))
+            needed += [work.factor_work(columns), work.sweep_work(rows, columns)]
     return work.merged(needed)
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from evopress.compress import gptq, sparsegpt
-from evopress.compress.hessian import inverse_factor
+from evopress.compress.hessian import inverse_factor, multiplies_exactly
 from evopress.compress.sparse import derive_step
 from evopress.levels.calibration import collect_hessians
 from evopress.levels.hessians import BlockHessians
+from evopress.models.blocks import BlockModel
 from experiments.benchmark import plain, work
 from experiments.benchmark.levels import BITS, unit_sizes
 from experiments.benchmark.rows import Bench, Row, compared
@@ -32,7 +33,7 @@ def hessians(bench: Bench) -> Iterator[Row]:
         )
     shared, num_tokens = fast.result, hidden.shape[0] * hidden.shape[1]
     linears = blocks.linears(0)
-    needed = [work.hessian_work(linears[owner].in_features, num_tokens) for owner in shared.hessians]
+    needed = [work.hessian_work(linears[owner].in_features, num_tokens, hessian_dtype(blocks)) for owner in shared.hessians]
     needed += work.block_work(blocks, 0, [(hidden.shape[0], hidden.shape[1])])
     differences = [relative(shared.hessians[shared.owners[name]], H) for name, H in slow.result.items()]
     yield compared(
@@ -44,6 +45,12 @@ def hessians(bench: Bench) -> Iterator[Row]:
         difference_of="H, relative to its greatest entry",
         note=f"{len(shared.hessians)} Hessians against {len(slow.result)}",
     ).needing(needed, bench.rates)
+
+
+def hessian_dtype(blocks: BlockModel) -> torch.dtype:
+    """Return the dtype in which this device multiplies a model's activations for Hessians."""
+    exactly = multiplies_exactly(torch.empty(0, dtype=blocks.dtype, device=blocks.device))
+    return blocks.dtype if exactly else torch.float32
 
 
 def sweeps(bench: Bench) -> Iterator[Row]:

@@ -129,9 +129,12 @@ def merged(work: Sequence[Product]) -> list[Product]:
     return [shape.times(count) for shape, count in counts.items()]
 
 
-def hessian_work(columns: int, tokens: int) -> Product:
-    """Return the product of a Hessian's accumulation, Xᵀ X in float32, its symmetric half once."""
-    return Product(columns, tokens, columns, torch.float32).times((columns + 1) / (2 * columns))
+def hessian_work(columns: int, tokens: int, dtype: torch.dtype = torch.float32) -> Product:
+    """Return the product of a Hessian's accumulation, Xᵀ X, its symmetric half once.
+
+    Args: dtype: in which inputs are multiplied; sums are float32 in any case.
+    """
+    return Product(columns, tokens, columns, dtype).times((columns + 1) / (2 * columns))
 
 
 def sweep_work(rows: int, columns: int, *, block_size: int = 128) -> Product:
@@ -142,11 +145,11 @@ def sweep_work(rows: int, columns: int, *, block_size: int = 128) -> Product:
 
 
 def factor_work(columns: int) -> Product:
-    """Return a Hessian's inverse and its factors, 4/3 C³ operations, as products of that size."""
+    """Return a Cholesky factor and its inverse, 2/3 C³ operations, as products of that size."""
     shape = Product(columns, columns, columns, torch.float32)
-    return shape.times(4.0 / 3.0 * columns**3 / shape.flops)
+    return shape.times(2.0 / 3.0 * columns**3 / shape.flops)
 
 
 def error_work(rows: int, columns: int) -> Product:
-    """Return the product of a level's output error, E H."""
-    return Product(rows, columns, columns, torch.float32)
+    """Return the product of a level's output error, E H, one triangle of H with its diagonal."""
+    return Product(rows, columns, columns, torch.float32).times((columns + 1) / (2 * columns))
