@@ -35,7 +35,7 @@ width, sweeps with its cube; one block at a time is in memory, levels at hand as
 TOLERANCE = 0.2
 """Above a promised exponent; noise of small sizes."""
 _EVEN = 1.25
-"""Growth by less than this factor over a whole axis is noise: it has no exponent to hold against a promise."""
+"""Growth by less than this factor is noise: its exponent is not held against a promise."""
 _HEAD_DIM = 32
 
 
@@ -153,9 +153,11 @@ def record(bench: Bench, work: str, axis: str, points: Sequence[tuple[int, Timin
     said = []
     for measure, fit in fits.items():
         promised = PROMISED[work, measure][axis]
-        known = [grown for grown in (fit, ends[measure]) if not math.isnan(grown)]
-        even = max(numbers[measure]) < _EVEN * min(numbers[measure])
-        verdict = "" if even or max(known, default=0.0) <= promised + TOLERANCE else ", WORSE THAN PROMISED"
+        worse = any(
+            max(of) >= _EVEN * min(of) and grown > promised + TOLERANCE
+            for grown, of in ((fit, numbers[measure]), (ends[measure], numbers[measure][-2:]))
+        )
+        verdict = ", WORSE THAN PROMISED" if worse else ""
         said.append(f"{measure} grow with exponent {fit:.2f}, {ends[measure]:.2f} at the end (promised {promised:g}{verdict})")
     return said
 
