@@ -22,7 +22,7 @@ def panels(columns: int) -> Iterator[tuple[int, int]]:
 def multiplies_exactly(X: Tensor) -> bool:
     """Tell whether `add_product` takes inputs of this dtype and device as they are, without float32 copies."""
     if X.device.type == "cuda":
-        return X.dtype in (torch.bfloat16, torch.float16)
+        return X.dtype in (torch.bfloat16, torch.float16) and _gives_float32(X.device, X.dtype)
     return X.device.type == "cpu" and X.dtype == torch.bfloat16 and _splits_products()
 
 
@@ -57,6 +57,16 @@ def _splits_products() -> bool:
     found = torch.addmm(rounded, X.T, X, beta=-1.0).double() + rounded.double()
     exact = X.double().T @ X.double()
     return bool((found - exact).abs().max() < 2.0**-15 * exact.diagonal().max())
+
+
+@functools.cache
+def _gives_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether a GPU's library returns half-precision products in float32 (ROCm's and older ones do not)."""
+    X = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        return torch.mm(X, X, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, TypeError):
+        return False
 
 
 class SingularHessianError(EvoPressError):

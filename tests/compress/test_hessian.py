@@ -140,3 +140,23 @@ def test_errors_are_the_quadratic_form_over_all_columns(columns):
     E = (W - W.round()).double()
     expected = float(((E @ H.double()) * E).sum() / ((W.double() @ H.double()) * W.double()).sum())
     assert with_errors([Stored()], W, H)[0].error == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_on_a_gpu_are_those_of_float64(dtype):
+    X = torch.randn(4, 500, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    total = HessianSum(300, device="cuda")
+    total.add(X.cuda())
+    rows = X.reshape(-1, 300).double()
+    exact = 2.0 / 4 * rows.T @ rows
+    root = exact.diagonal().sqrt()
+    assert ((total.result().cpu() - exact).abs() / (root[:, None] * root)).max() < 1e-5
+
+
+def test_a_library_without_float32_results_is_given_float32(monkeypatch):
+    def refuses(*args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch, "mm", refuses)
+    assert not hessian._gives_float32.__wrapped__(torch.device("cpu"), torch.bfloat16)
