@@ -82,14 +82,28 @@ def what_decides_fitness(workspace: Workspace) -> dict[str, Any]:
     }
 
 
+def baselines_as_asked(workspace: Workspace) -> dict[str, Any] | None:
+    """Return what an earlier run of the same settings found; None if there is none, whatever its level database.
+
+    Raises: EvoPressError as `read_baselines` does.
+    """
+    path = workspace.run_dir / "baselines.json"
+    stored = read_baselines(path) if path.exists() else None
+    asked = _asked(workspace)
+    return stored if stored is not None and stored.get("asked", asked) == asked else None
+
+
+def _asked(workspace: Workspace) -> dict[str, Any]:
+    return {**what_decides_fitness(workspace), **asdict(workspace.settings.baselines)}
+
+
 def find_baselines(workspace: Workspace) -> None:
     """Stage `baselines`: find the genomes that the search is compared with, unless an earlier run of the same settings did."""
     path = workspace.run_dir / "baselines.json"
     settings = workspace.settings.baselines
-    asked = {**what_decides_fitness(workspace), **asdict(settings)}
     if path.exists():
-        before = read_baselines(path)
-        if before.get("asked", asked) == asked and before.get("database") == workspace.database.fingerprint:
+        before = baselines_as_asked(workspace)
+        if before is not None and before.get("database") == workspace.database.fingerprint:
             logger.info("baselines: already found in %s", path)
             return
         logger.info("baselines: those in %s were found with other settings; they are found again", path)
@@ -120,7 +134,7 @@ def find_baselines(workspace: Workspace) -> None:
     if "owl" in settings.names:
         found["owl"], database = find_owl(workspace)
         further.append(database.folder.name)
-    stored = {"schema": 1, "database": workspace.database.fingerprint, "asked": asked, "further": further}
+    stored = {"schema": 1, "database": workspace.database.fingerprint, "asked": _asked(workspace), "further": further}
     write_json(path, {**stored, "genomes": {name: list(genome) for name, genome in found.items()}, "orders": orders})
 
 

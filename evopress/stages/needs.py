@@ -14,14 +14,13 @@ from pathlib import Path
 from evopress.baselines.block_importance import RANKINGS
 from evopress.baselines.exhaustive import count_genomes
 from evopress.baselines.owl import GRID
-from evopress.errors import EvoPressError
 from evopress.levels.live import enough_to_keep
 from evopress.levels.plan import BuildNeeds
 from evopress.methods import ModuleMethod
-from evopress.reporting.records import read_json
 from evopress.search.evolution import SearchSettings
 from evopress.search.initial import uniform_genome
 from evopress.settings import STAGES
+from evopress.stages.baselines import baselines_as_asked, read_baselines
 from evopress.stages.depth import spans_of
 from evopress.stages.probe import Speed
 from evopress.units import Budget, Space
@@ -111,7 +110,7 @@ class Planner:
 
     def _baselines(self) -> Needs:
         settings = self.settings.baselines
-        if (self.workspace.run_dir / "baselines.json").exists():
+        if baselines_as_asked(self.workspace) is not None:
             return Needs("baselines", "found before", seconds=0.0 if self.speed else None)
         needs = Needs("baselines", ", ".join(settings.names) or "none", seconds=0.0 if self.speed else None)
         if "best_of_random" in settings.names:
@@ -180,10 +179,7 @@ class Planner:
         if "baselines" in self.settings.stages:
             count = len(names) + ("uniform" in names and self.budget.total != self.space.greatest_cost)
         elif (folder / "baselines.json").exists():
-            try:
-                count = len(read_json(folder / "baselines.json")["genomes"])
-            except (EvoPressError, KeyError, TypeError):
-                pass  # the stage says what is wrong with it
+            count = len(read_baselines(folder / "baselines.json")["genomes"])
         return count + ("search" in self.settings.stages or (folder / "genome.json").exists())
 
     def _base(self, needs: Needs) -> None:

@@ -79,6 +79,8 @@ def test_what_is_there_counts_as_done(finished: Any, evopress: Callable[..., Any
     assert contents(folder) == before  # finished.json and the run's own settings too
     prolonged = rows(evopress("resume=earlier", "search.generations=5", DRY).text)
     assert prolonged["search"][0] == "2 of 5 generations"
+    others = rows(evopress("resume=earlier", "baselines.num_random=5", DRY).text)
+    assert others["baselines"][0].startswith("uniform, best_of_random") and others["baselines"][1] != "-"  # found again
     alone = rows(evopress("resume=earlier", "stages=[evaluate]", DRY).text)
     assert list(alone) == ["evaluate"]
     assert alone["evaluate"][0].startswith("6 models on python_docs")  # dense, two uniform, best of 4, dp, evopress
