@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+import toy_search
 from torch import Tensor
+from toy_search import budget_of, quant_space
 
 from evopress.compress.compressor import with_errors
 from evopress.compress.gptq import GPTQ
@@ -31,35 +33,11 @@ from evopress.stages.preflight import check_switches
 from evopress.units import Budget, Genome, Level, Space, Unit
 
 NAN, INF = math.nan, math.inf
-SETTINGS = SearchSettings(
-    generations=30,
-    num_offspring=8,
-    stages=(Stage(10, 4), Stage(40, 2), Stage(160, 1)),
-    initial_candidates=6,
-    initial_tokens=20,
-    max_switches=3,
-    distribution="min_uniform",
-    exchange="size",
-)
-
-
-def space_of(sizes: Sequence[int], bits: Sequence[int] = (6, 5, 4, 3, 2), kinds: Sequence[str] = ()) -> Space:
-    """Build a space of bit widths."""
-    return Space(
-        "quant",
-        tuple(
-            Unit(f"blocks.{i}", i, kinds[i] if kinds else "q", size, tuple(Level(f"{b} bits", b * size, str(b), 0) for b in bits))
-            for i, size in enumerate(sizes)
-        ),
-    )
-
-
-def budget_of(space: Space, bits: float) -> Budget:
-    return Budget(int(bits * space.size), bits, "bits per weight")
+SETTINGS = replace(toy_search.SETTINGS, generations=30)
 
 
 def evolution_of(bits: float = 4, settings: SearchSettings = SETTINGS, seed: int = 0) -> Evolution:
-    space = space_of([2] * 8)
+    space = quant_space([2] * 8)
     first, second = np.random.default_rng(seed).spawn(2)
     return Evolution(space, budget_of(space, bits), settings, rng_initial=first, rng_mutation=second)
 
@@ -381,11 +359,11 @@ def drop_space(num_units: int, num_excluded: int) -> Space:
 
 
 STUCK = {
-    "a single unit": (space_of([4]), 4.0),
-    "units of different sizes": (space_of([1, 2, 4]), 4.0),
-    "everything at the lowest level": (space_of([1, 1, 1]), 2.0),
-    "everything at the highest level": (space_of([1, 1, 1]), 6.0),
-    "one level": (space_of([1, 1, 1], bits=(3,)), 3.0),
+    "a single unit": (quant_space([4]), 4.0),
+    "units of different sizes": (quant_space([1, 2, 4]), 4.0),
+    "everything at the lowest level": (quant_space([1, 1, 1]), 2.0),
+    "everything at the highest level": (quant_space([1, 1, 1]), 6.0),
+    "one level": (quant_space([1, 1, 1], bits=(3,)), 3.0),
     "everything is excluded but what is dropped": (drop_space(6, 4), 4 / 6),
 }
 
@@ -407,7 +385,7 @@ def test_a_budget_without_a_legal_switch_ends_with_a_sentence(case: str, exchang
 
 
 def test_a_stuck_mix_is_no_reason_to_refuse_a_search_that_another_one_can_begin() -> None:
-    space = space_of([1, 1, 2, 1], bits=(2, 1))
+    space = quant_space([1, 1, 2, 1], bits=(2, 1))
     budget = Budget(7, 1.4, "bits per weight")
     mixes = initial_candidates(space, budget, num_candidates=6, rng=np.random.default_rng(0))
     switch = LevelSwitch(space, budget)

@@ -5,22 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from toy_search import SETTINGS
 
 from evopress.errors import EvoPressError
 from evopress.search import EXCHANGES, Evolution, SearchSettings, Stage, run_search
 from evopress.units import Budget, Genome, Level, Space, Unit
 
 SIZES = (8, 3, 3, 1, 1, 8, 3, 3, 1, 1, 8, 8)
-SETTINGS = SearchSettings(
-    generations=12,
-    num_offspring=8,
-    stages=(Stage(10, 4), Stage(40, 2), Stage(160, 1)),
-    initial_candidates=6,
-    initial_tokens=20,
-    max_switches=3,
-    distribution="min_uniform",
-    exchange="size",
-)
 
 
 def evolution_of(space: Space, budget: Budget, settings: SearchSettings = SETTINGS, seed: int = 0) -> Evolution:

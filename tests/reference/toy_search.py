@@ -1,0 +1,35 @@
+"""Toy spaces, a budget and settings for tests of the search."""
+
+from collections.abc import Sequence
+
+from evopress.search import SearchSettings, Stage
+from evopress.units import Budget, Level, Space, Unit
+
+SETTINGS = SearchSettings(
+    generations=12,
+    num_offspring=8,
+    stages=(Stage(10, 4), Stage(40, 2), Stage(160, 1)),
+    initial_candidates=6,
+    initial_tokens=20,
+    max_switches=3,
+    distribution="min_uniform",
+    exchange="size",
+)
+
+
+def quant_space(
+    sizes: Sequence[int], bits: Sequence[int] | Sequence[Sequence[int]] = (6, 5, 4, 3, 2), kinds: Sequence[str] = ()
+) -> Space:
+    """Build a space of bit widths: units of these sizes, with one list of widths for all or one list each."""
+    units = []
+    for i, size in enumerate(sizes):
+        widths = bits if isinstance(bits[0], int) else bits[i]
+        levels = tuple(Level(f"{b} bits", b * size, str(b), b * size) for b in widths)
+        kind = kinds[i] if kinds else f"size_{size}"
+        units.append(Unit(f"blocks.{i}.{kind}", i, kind, size, levels))
+    return Space("quant", tuple(units))
+
+
+def budget_of(space: Space, bits: float) -> Budget:
+    """Make the budget of a number of bits per weight."""
+    return Budget(int(bits * space.size), bits, "bits per weight")
