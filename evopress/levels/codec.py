@@ -34,13 +34,14 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     flat = codes.reshape(-1).cpu().numpy()
     if bits == 8:
         return torch.from_numpy(flat.copy())
-    padded = np.zeros(-(-flat.size // 8) * 8, dtype=np.uint64)
-    padded[: flat.size] = flat
-    # Eight codes of b bits are b bytes: assemble them in one 64-bit word.
-    words = np.zeros(padded.size // 8, dtype=np.uint64)
-    for position in range(8):
-        words |= padded[position::8] << np.uint64(position * bits)
-    packed = words.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :bits]
+    if bits == 1:
+        return torch.from_numpy(np.packbits(flat, bitorder="little"))
+    # Eight codes of b bits are b bytes: read them as one 64-bit word and close the gaps, between neighbours, pairs and fours.
+    words = np.concatenate([flat, np.zeros(-flat.size % 8, dtype=np.uint8)]).view("<u8")
+    for width, low in ((8, 0x00FF00FF00FF00FF), (16, 0x0000FFFF0000FFFF), (32, 0x00000000FFFFFFFF)):
+        even, odd = words & np.uint64(low), (words >> np.uint64(width)) & np.uint64(low)
+        words = even | odd << np.uint64(bits * width // 8)
+    packed = words.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, :bits]
     return torch.from_numpy(np.ascontiguousarray(packed).reshape(-1)[: -(-flat.size * bits // 8)].copy())
 
 
@@ -48,6 +49,8 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """Undo `pack_bits`: uint8 [ceil(count · bits / 8)] to codes uint8 [count], on the same device."""
     if bits == 8:
         return packed[:count]
+    if bits == 1 and packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=count, bitorder="little"))
     groups = -(-count // 8)
     if packed.numel() < groups * bits:
         packed = torch.nn.functional.pad(packed, (0, groups * bits - packed.numel()))

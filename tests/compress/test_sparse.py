@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evopress.compress import sparse
 from evopress.compress.magnitude import Magnitude
 from evopress.compress.sparse import PruneTo, Sparse, SparsityLevels, check_step, derive_step, distribute, kept_at, lowest
 from evopress.compress.sparsegpt import SparseGPT
@@ -147,6 +148,19 @@ def test_lowest_marks_exactly_as_many_earlier_ones_first(values, data):
     marked = lowest(torch.tensor(values, dtype=torch.float32), count)
     expected = sorted(range(len(values)), key=lambda i: (values[i], i))[:count]
     assert marked.nonzero().squeeze(1).tolist() == sorted(expected)
+
+
+@pytest.mark.parametrize("run", [1, 7, 12, 2**22])  # less than a row, a row, a row and some of the next, all of them
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_are_kept_and_put_back_as_indexing_by_the_mask_does(run, share, dtype, monkeypatch):
+    monkeypatch.setattr(sparse, "_RUN", run)
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(7, 5, generator=generator).T  # as sweeps leave it: not contiguous
+    mask = torch.rand(5, 7, generator=generator) < share
+    payload = Sparse.of(W, mask, dtype)
+    assert torch.equal(payload.values, W[mask].to(dtype))
+    assert torch.equal(payload.decode(), torch.zeros(5, 7, dtype=dtype).masked_scatter(mask, payload.values))
 
 
 def test_a_kept_zero_stays_kept():
