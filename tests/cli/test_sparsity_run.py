@@ -148,7 +148,7 @@ def test_another_sparsity_runs_no_block_for_its_levels(
     finished_sparse: Any, sparse: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "collect_hessians", lambda *a, **k: pytest.fail("Hessians were computed again"))
-    monkeypatch.setattr(build, "_propagate", lambda *a, **k: pytest.fail("activations were computed again"))
+    monkeypatch.setattr(build, "propagate", lambda *a, **k: pytest.fail("activations were computed again"))
     outcome = sparse("sparsity=0.37", "stages=[database]")  # one that no other test builds in the shared cache
     assert outcome.code == 0, outcome.text
     database = database_of(tmp_path / "run")
