@@ -40,6 +40,18 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Replace a file as a whole or not at all.
+
+    Raises: EvoPressError if the folder cannot be written to; the old file is then as it was.
+    """
+    write_atomically(Path(path), lambda temporary: _fill(temporary, data))
+
+
+def _fill(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
 def temporary_beside(path: Path) -> Path:
     """Name a temporary file beside `path` that no other process or thread names, on this machine or another: `.NAME.….tmp`."""
     return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")

@@ -10,8 +10,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from evopress.errors import EvoPressError
-from evopress.files import explained
-from evopress.reporting.records import read_document, write_bytes, write_json
+from evopress.files import explained, write_bytes
+from evopress.reporting.records import read_document, write_json
 
 LOCK = ".lock"
 """Held while a run is at work; the kernel frees it when the process ends, however it ends, so a file that is left means nothing."""

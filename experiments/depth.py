@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evopress.errors import EvoPressError
-from evopress.reporting.records import write_bytes
+from evopress.files import write_bytes
 from experiments.tables import fill_readme, write_csv
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
-from evopress.reporting.records import write_bytes
+from evopress.files import write_bytes
 from evopress.reporting.tables import Column, display_name, results_columns, significant
 from experiments.commands import of_sweep
 from experiments.specs import SPECS, Spec

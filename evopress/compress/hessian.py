@@ -39,9 +39,14 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     elif left.device.type == "cuda":
         total.add_(torch.mm(left.T, right, out_dtype=torch.float32))
     else:
-        rounded = left.T @ right
-        rest = torch.addmm(rounded, left.T, right, beta=-1.0)
+        rounded, rest = _in_two(left, right)
         total.add_(rounded).add_(rest)
+
+
+def _in_two(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return leftᵀ right as a rounded product and what the rounding lost, both in the inputs' dtype."""
+    rounded = left.T @ right
+    return rounded, torch.addmm(rounded, left.T, right, beta=-1.0)
 
 
 @functools.cache
@@ -53,8 +58,8 @@ def _splits_products() -> bool:
     if not (has.get("amx_bf16") or has.get("avx512_bf16")):
         return False
     X = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    rounded = X.T @ X
-    found = torch.addmm(rounded, X.T, X, beta=-1.0).double() + rounded.double()
+    rounded, rest = _in_two(X, X)
+    found = rounded.double() + rest.double()
     exact = X.double().T @ X.double()
     return bool((found - exact).abs().max() < 2.0**-15 * exact.diagonal().max())
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evopress.errors import EvoPressError
-from evopress.files import is_sealed, make_folder, seal, sha256_file, write_atomically
+from evopress.files import is_sealed, make_folder, seal, sha256_file, write_atomically, write_bytes
 from evopress.json_files import load_document
 from evopress.levels.entries import leaves_folder
 from evopress.levels.locking import alone_in
@@ -96,7 +96,7 @@ class HessianStore:
             write_atomically(path, lambda temporary: save_tensors(tensors, temporary))
             record = {"schema": _SCHEMA, "store": fingerprint_in(self.folder), "block": index, "owners": block.owners}
             text = json.dumps(seal({**record, "sha256": sha256_file(path)}))
-            write_atomically(path.with_suffix(".json"), lambda temporary: _write_text(temporary, text))
+            write_bytes(path.with_suffix(".json"), text.encode())
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:03d}.safetensors"
@@ -121,7 +121,3 @@ class HessianStore:
         owners = record.get("owners")
         whole = isinstance(owners, dict) and all(isinstance(owner, str) for owner in owners.values())
         return record if whole and isinstance(record.get("sha256"), str) else None
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

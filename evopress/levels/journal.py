@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
-from evopress.files import explained, is_sealed, seal, write_atomically
+from evopress.files import explained, is_sealed, seal, write_bytes
 from evopress.json_files import load_bytes, parse_json, shown
 from evopress.levels.entries import check_file, check_units
 from evopress.levels.store import SCHEMA
@@ -54,13 +54,9 @@ def append(path: Path, entry: dict[str, Any]) -> None:
 def rewrite_journal(path: Path, entries: Mapping[int, dict[str, Any]]) -> None:
     """Let the journal name just the blocks that are whole."""
     text = "".join(journal_line(path, entries[index]) for index in sorted(entries))
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
+    write_bytes(path, text.encode())
 
 
 def journal_line(path: Path, entry: Mapping[str, Any]) -> str:
     """Return a line that holds for one database alone, and shows any change of it."""
     return json.dumps(seal({"schema": SCHEMA, "database": path.parent.name, **entry})) + "\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

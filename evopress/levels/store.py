@@ -25,7 +25,7 @@ from torch import Tensor
 
 from evopress.compress.compressor import Compressed, Payload
 from evopress.errors import EvoPressError
-from evopress.files import canonical_json, is_sealed, seal, sha256_file, unreadable, write_atomically
+from evopress.files import canonical_json, is_sealed, seal, sha256_file, unreadable, write_atomically, write_bytes
 from evopress.json_files import parse_json, shown
 from evopress.levels.codec import CODECS
 from evopress.levels.entries import block_file, check_file, check_units, leaves_folder
@@ -137,11 +137,7 @@ def write_manifest(
         "units": [unit for entry in entries for unit in entry["units"]],
     }
     text = json.dumps(seal(manifest), indent=1, sort_keys=True) + "\n"
-    write_atomically(folder / MANIFEST, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_bytes(folder / MANIFEST, text.encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

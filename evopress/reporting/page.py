@@ -11,7 +11,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from evopress.reporting.records import plain, write_bytes
+from evopress.files import write_bytes
+from evopress.reporting.records import plain
 from evopress.reporting.tables import number
 
 _MOST_FIGURE_BYTES = 400_000

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
-from evopress.files import explained, sync_folder, write_atomically
+from evopress.files import explained, sync_folder, write_bytes
 from evopress.json_files import check_schema, decode, load_bytes, load_document, load_json, parse_json, shown
 from evopress.units import Budget, Genome, Space
 
@@ -42,18 +42,6 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # NumPy arrays and booleans
         return plain(value.tolist())
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Replace a file as a whole or not at all.
-
-    Raises: EvoPressError if the folder cannot be written to; the old file is then as it was.
-    """
-    write_atomically(Path(path), lambda temporary: _fill(temporary, data))
-
-
-def _fill(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evopress.reporting.records import write_bytes
+from evopress.files import write_bytes
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
-from evopress.files import make_folder, write_atomically
+from evopress.files import make_folder, write_bytes
 from experiments.benchmark import figures
 from experiments.benchmark.rows import Row
 from experiments.benchmark.sizes import Size
@@ -41,15 +41,15 @@ def write_results(
     kept = [row for row in read_rows(folder) if row.part not in parts]
     order = {part: i for i, part in enumerate(size.parts)}
     everything = sorted([*kept, *rows], key=lambda row: order.get(row.part, len(order)))
-    _write(folder / "results.csv", _csv([row.to_dict() for row in everything]))
+    write_bytes(folder / "results.csv", _csv([row.to_dict() for row in everything]).encode())
     said = []
     for name, new, draw in (("where_time_goes", where, figures.where_time_goes), ("growth", growth, figures.growth)):
         if new:
-            _write(folder / f"{name}.csv", _csv(new))
+            write_bytes(folder / f"{name}.csv", _csv(new).encode())
             said.append(draw(new, folder))
-    _write(folder / "machine.json", json.dumps(_history(folder, machine, parts), indent=1, sort_keys=True) + "\n")
+    write_bytes(folder / "machine.json", (json.dumps(_history(folder, machine, parts), indent=1, sort_keys=True) + "\n").encode())
     text = _text(folder, size, everything, machine, [sentence for sentence in said if sentence])
-    _write(folder / "table.md", text)
+    write_bytes(folder / "table.md", text.encode())
     return text
 
 
@@ -124,14 +124,6 @@ def _cell(value: Any) -> Any:
     if math.isnan(value):
         return ""
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.8g}"
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: _fill(temporary, text))
-
-
-def _fill(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def cpu_name() -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
-from evopress.reporting.records import write_bytes
+from evopress.files import write_bytes
 from evopress.stages.results import read_result
 
 

@@ -114,6 +114,13 @@ def survivors(kind: str, path: Path, cases: Iterable[tuple[str, bytes]], check: 
     assert not wrong, f"{len(wrong)} of {injected}: {wrong[:5]}"
 
 
+def survives_damage(of: str, path: Path, check: Callable[[], str | None], *, most: int | None) -> None:
+    """Flip bytes of a file, at most so many of them, and cut it off or let it grow."""
+    data = path.read_bytes()
+    survivors(f"a byte flipped in a {of}", path, flips(data, most=most), check)
+    survivors(f"a {of} cut off or grown", path, cuts(data), check)
+
+
 # A finished database
 
 
@@ -129,9 +136,7 @@ def test_no_flip_in_a_manifest_changes_a_level(long, settings):
             return None
         return None if found.manifest == before else "another content is believed"
 
-    data = path.read_bytes()
-    survivors("a byte flipped in a manifest", path, flips(data, most=None if long else 120), check)
-    survivors("a manifest cut off or grown", path, cuts(data), check)
+    survives_damage("manifest", path, check, most=None if long else 120)
 
 
 @forms
@@ -162,9 +167,7 @@ def test_no_flip_in_a_block_file_is_believed(long, settings):
 
     for index in range(BLOCKS):
         path = settings.folder / block_file(index)
-        data = path.read_bytes()
-        survivors("a byte flipped in a block file", path, flips(data, most=2000 if long else 40), check)
-        survivors("a block file cut off or grown", path, cuts(data), check)
+        survives_damage("block file", path, check, most=2000 if long else 40)
 
 
 @forms
@@ -322,9 +325,7 @@ def test_no_flip_in_a_journal_is_believed(long, unfinished):
         found = build._finished_blocks(folder, BLOCKS)
         return None if all(before.get(index) == entry for index, entry in found.items()) else "another content is believed"
 
-    data = path.read_bytes()
-    survivors("a byte flipped in a journal", path, flips(data, most=None if long else 120), check)
-    survivors("a journal cut off or grown", path, cuts(data), check)
+    survives_damage("journal", path, check, most=None if long else 120)
 
 
 @forms
@@ -367,11 +368,8 @@ def test_no_flip_in_a_store_of_hessians_is_believed(long, store):
         return None if same and set(found.hessians) == set(before[0].hessians) else "another content is believed"
 
     about, file = store.folder / "block-000.json", store.folder / "block-000.safetensors"
-    data = about.read_bytes()
-    survivors("a byte flipped in a record of Hessians", about, flips(data, most=None if long else 120), check)
-    survivors("a record of Hessians cut off or grown", about, cuts(data), check)
-    survivors("a byte flipped in a file of Hessians", file, flips(file.read_bytes(), most=2000 if long else 40), check)
-    survivors("a file of Hessians cut off or grown", file, cuts(file.read_bytes()), check)
+    survives_damage("record of Hessians", about, check, most=None if long else 120)
+    survives_damage("file of Hessians", file, check, most=2000 if long else 40)
 
 
 @pytest.mark.parametrize("swapped", [(".safetensors",), (".json",), (".safetensors", ".json")])
@@ -429,10 +427,8 @@ def test_no_flip_in_a_token_cache_changes_a_token(long, tmp_path):
 
     before = cached()
     (path,) = (tmp_path / "tokens").iterdir()
-    data = path.read_bytes()
 
     def check() -> str | None:
         return None if torch.equal(cached(), before) and [*path.parent.iterdir()] == [path] else "other tokens"
 
-    survivors("a byte flipped in a token cache", path, flips(data, most=None if long else 60), check)
-    survivors("a token cache cut off or grown", path, cuts(data), check)
+    survives_damage("token cache", path, check, most=None if long else 60)
