@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,24 +155,24 @@ def _build(
     walked = range(unseen[-1] + 1 if unseen else 0)  # blocks that activations must pass or enter
     units = {unit.name: unit for unit in space.units}
     batch = max(settings.batch_tokens // tokens.shape[1], 1)
-    with activations_of(folder, settings.activations, blocks, tokens, batch) if unseen else nullcontext(torch.empty(0)) as buffer:
-        for index in track(sorted({*missing, *walked}), "building the level database"):
-            with blocks.on_device(index):
-                if index in missing:
-                    kept = store.read(index) if store is not None and index not in unseen else None
-                    advanced = kept is None and settings.propagate is None and index + 1 in walked
-                    hessians = kept or collect_hessians(blocks, index, buffer, batch, advance=advanced)
-                    if store is not None and kept is None:
-                        store.write(index, hessians)
-                    compressed = _compress_block(blocks, index, hessians, compressor)
-                    entries[index] = write_block(folder, index, compressed, units)
-                    append(folder / JOURNAL, entries[index])
-                    decoded = _at_level(compressed, units, settings.propagate)
-                else:
-                    advanced = False
-                    decoded = _stored_level(folder, entries[index], settings.propagate)
-                if index + 1 in walked and not advanced:
-                    propagate(blocks, index, buffer, batch, decoded)
+    buffer = activations_of(folder, settings.activations, blocks, tokens, batch) if unseen else torch.empty(0)
+    for index in track(sorted({*missing, *walked}), "building the level database"):
+        with blocks.on_device(index):
+            if index in missing:
+                kept = store.read(index) if store is not None and index not in unseen else None
+                advanced = kept is None and settings.propagate is None and index + 1 in walked
+                hessians = kept or collect_hessians(blocks, index, buffer, batch, advance=advanced)
+                if store is not None and kept is None:
+                    store.write(index, hessians)
+                compressed = _compress_block(blocks, index, hessians, compressor)
+                entries[index] = write_block(folder, index, compressed, units)
+                append(folder / JOURNAL, entries[index])
+                decoded = _at_level(compressed, units, settings.propagate)
+            else:
+                advanced = False
+                decoded = _stored_level(folder, entries[index], settings.propagate)
+            if index + 1 in walked and not advanced:
+                propagate(blocks, index, buffer, batch, decoded)
     write_manifest(
         folder,
         method=settings.method,

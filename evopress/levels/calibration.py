@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,17 @@ def complete_hessians(
         return
     make_folder(store.folder)
     batch = max(batch_tokens // tokens.shape[1], 1)
-    with activations_of(store.folder, activations, blocks, tokens, batch) as buffer:
-        for index in track(range(missing[-1] + 1), "computing Hessians"):
-            with blocks.on_device(index):
-                if index in missing:
-                    store.write(index, collect_hessians(blocks, index, buffer, batch, advance=index < missing[-1]))
-                else:
-                    propagate(blocks, index, buffer, batch, {})
+    buffer = activations_of(store.folder, activations, blocks, tokens, batch)
+    for index in track(range(missing[-1] + 1), "computing Hessians"):
+        with blocks.on_device(index):
+            if index in missing:
+                store.write(index, collect_hessians(blocks, index, buffer, batch, advance=index < missing[-1]))
+            else:
+                propagate(blocks, index, buffer, batch, {})
 
 
-@contextmanager
-def activations_of(folder: Path, where: str, blocks: BlockModel, tokens: Tensor, batch: int) -> Iterator[Tensor]:
-    """Hold the hidden states that enter the current block, [N, L, d], in host memory or in a file."""
+def activations_of(folder: Path, where: str, blocks: BlockModel, tokens: Tensor, batch: int) -> Tensor:
+    """Return the hidden states that enter the first block, [N, L, d], in host memory or in a file that nobody else sees."""
     shape = (*tokens.shape, blocks.hidden_size)
     if where == "disk":
         count = tokens.numel() * blocks.hidden_size
@@ -65,7 +64,7 @@ def activations_of(folder: Path, where: str, blocks: BlockModel, tokens: Tensor,
         buffer[start : start + batch] = embedded.to(buffer.device)
     if (broken := _first_not_finite(finite, batch, len(tokens))) is not None:
         raise EvoPressError(f"the embedding is not finite, first on {broken}: {blocks.advice}")
-    yield buffer
+    return buffer
 
 
 def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int, *, advance: bool = False) -> BlockHessians:
