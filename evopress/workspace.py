@@ -62,7 +62,9 @@ def find_model(settings: ModelSettings, cache: Path) -> Path:
         if path.exists() or not _HUB_ID.fullmatch(settings.path):
             find_weights(path)
             return path
-        return fetch_from_hub(settings.path, revision=settings.revision)
+        path = fetch_from_hub(settings.path, revision=settings.revision)
+        find_weights(path)
+        return path
     if settings.builtin == "smollm2_135m":
         return ensure_smollm2(cache)
     if settings.builtin == "tiny":

@@ -18,13 +18,23 @@ from evopress.json_files import load_json, shown
 from evopress.models import attention
 from evopress.models.devices import claim_gpu
 from evopress.models.families import Family, family_of
+from evopress.models.stored import (
+    INDEX,
+    WEIGHTS,
+    check_adapter,
+    check_config,
+    check_places,
+    check_tensors,
+    loaded_files,
+    shards_of,
+    stored_tensors,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_CONFIG_BYTES = 16 * 2**20
 _LONGEST_NAME = 96
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 """Names that Windows keeps for devices."""
-_INDEX = "model.safetensors.index.json"
 _MOST = {
     "num_hidden_layers": 1024,
     "hidden_size": 2**20,
@@ -35,6 +45,7 @@ _MOST = {
     "head_dim": 2**16,
 }
 """Sizes that a config may ask for: far above any model's, far below what hangs or fills a machine."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -50,6 +61,8 @@ class Pretrained:
     folder: Path
     digest: str
     """SHA-256 over the weight files and config.json, hexadecimal."""
+    left_out: tuple[str, ...] = ()
+    """Stored tensors of further heads, such as one that predicts several tokens: neither loaded nor exported."""
 
 
 def safe_name(name: str) -> str:
@@ -88,10 +101,11 @@ def pick_device(device: str) -> torch.device:
 def find_weights(folder: Path) -> list[Path]:
     """List a checkpoint folder's safetensors files, after checking that the folder can be loaded at all.
 
-    Raises: EvoPressError for a missing folder, a folder without weights, pickled weights, or already quantized weights.
+    Raises: EvoPressError for a missing folder, a folder without weights, pickled weights, an adapter, or already quantized weights.
     """
     if not folder.is_dir():
         raise EvoPressError(f"model path {str(folder)!r} is not a folder: give the folder that holds config.json")
+    check_adapter(folder)
     config = read_config(folder)
     family_of(str(config.get("model_type", "")))
     for key, most in _MOST.items():
@@ -99,14 +113,11 @@ def find_weights(folder: Path) -> list[Path]:
             raise EvoPressError(
                 f"{folder / 'config.json'} has {key}={shown(value)}, expected a whole number from 1 to {most}: fetch it again"
             )
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else shown(quantization)
-        raise EvoPressError(
-            f"the model in {folder} is already quantized ({method}): give the original weights, or dequantize them first"
-        )
+    check_config(folder, config)
     weights = sorted(folder.glob("*.safetensors"))
     if weights:
         _check_shards(folder, {path.name for path in weights})
+        check_tensors(folder, stored_tensors(loaded_files(folder, weights)))
         return weights
     pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickled:
@@ -119,17 +130,12 @@ def find_weights(folder: Path) -> list[Path]:
 
 def _check_shards(folder: Path, files: set[str]) -> None:
     """Raise EvoPressError if an index names other files than those that lie in the checkpoint's own folder."""
-    path = folder / _INDEX
-    if not path.exists() or "model.safetensors" in files:
+    if WEIGHTS in files:
         return
-    index = load_json(path, what="index of weights")
-    shards = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(shards, dict):
-        raise EvoPressError(f"{path} has no weight_map: fetch the checkpoint again")
-    for name, shard in shards.items():
+    for name, shard in shards_of(folder).items():
         if not isinstance(shard, str) or shard not in files:
             raise EvoPressError(
-                f"{path} says that {shown(name)} is in {shown(shard)}, which is no safetensors file of {folder}: fetch "
+                f"{folder / INDEX} says that {shown(name)} is in {shown(shard)}, which is no safetensors file of {folder}: fetch "
                 "the checkpoint again"
             )
 
@@ -152,19 +158,41 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def fetch_from_hub(hub_id: str, *, revision: str | None, cache_dir: Path | None = None) -> Path:
-    """Download a checkpoint's config, tokenizer and safetensors and return the local snapshot folder.
+    """Download a checkpoint's config, tokenizer and weights and return the local snapshot folder.
 
-    Raises: EvoPressError if the hub cannot be reached or has no such model.
+    The small files come first and are checked. Of the weights only those that transformers loads are fetched: `model.safetensors`,
+    or the shards of the index, not a second copy in another format or folder.
+
+    Raises: EvoPressError if the hub cannot be reached or has no such model, or for an adapter, or if it is already quantized.
     """
+    small = ["*.json", "tokenizer.model", "*.txt", "*.jinja"]
+    folder = _snapshot(hub_id, revision, cache_dir, small)
+    check_adapter(folder)
+    config = read_config(folder)
+    family_of(str(config.get("model_type", "")))
+    check_config(folder, config)
+    if _COMMIT.fullmatch(folder.name):  # what a branch names may change in between
+        revision = folder.name
+    folder = _snapshot(hub_id, revision, cache_dir, [WEIGHTS])
+    if not (folder / WEIGHTS).exists() and (shards := shards_of(folder)):
+        folder = _snapshot(hub_id, revision, cache_dir, sorted({str(shard) for shard in shards.values()}))
+    return folder
+
+
+def _snapshot(hub_id: str, revision: str | None, cache_dir: Path | None, patterns: list[str]) -> Path:
+    """Download the files of a checkpoint's own folder, not of those below it, that match patterns."""
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(
-            hub_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"],
-            etag_timeout=20,
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],
+                etag_timeout=20,
+            )
         )
     except Exception as error:  # the hub raises many kinds: network, access, missing repository or revision
         reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -172,7 +200,6 @@ def fetch_from_hub(hub_id: str, *, revision: str | None, cache_dir: Path | None 
             f"model {hub_id!r} could not be fetched from the hub ({type(error).__name__}: {reason}): check the name, your "
             "access and the network, or give a local folder with model=local model.path=DIR"
         ) from None
-    return Path(folder)
 
 
 def digest_files(paths: list[Path]) -> str:
@@ -230,10 +257,14 @@ def load_pretrained(
             f"the model in {folder} could not be loaded ({reason}): fetch the checkpoint again, or check model.attn_implementation"
         ) from error
     absent = sorted(found["missing_keys"])
+    homeless = sorted(found["unexpected_keys"])
     if absent:  # transformers would go on with random weights
+        instead = f" but hold {homeless[0]}, which has no place in it" if homeless else ""
         raise EvoPressError(
-            f"the weights in {folder} lack {absent[0]} and {len(absent) - 1} others of the model in config.json: fetch them again"
+            f"the weights in {folder} lack {absent[0]} and {len(absent) - 1} others of the model in config.json{instead}: fetch "
+            "them again"
         )
+    left_out = check_places(folder, homeless, model.config, f"{family.decoder}.{family.blocks}")
     model.eval()
     model.requires_grad_(False)
     return Pretrained(
@@ -243,4 +274,5 @@ def load_pretrained(
         name=safe_name(name or os.path.basename(os.path.abspath(folder))),
         folder=folder,
         digest=digest_files([*weights, folder / "config.json"]),
+        left_out=left_out,
     )

@@ -100,6 +100,7 @@ def export(workspace: Workspace, *, command: str) -> None:
     if not (run_dir / "genome.json").exists():
         raise EvoPressError(f"there is no genome.json in {run_dir} to export: run the stage search first")
     genome = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
+    left_out = workspace.pretrained.left_out
     folder = export_checkpoint(
         run_dir / "checkpoint",
         live=workspace.live,
@@ -116,9 +117,11 @@ def export(workspace: Workspace, *, command: str) -> None:
             "level_database": database.fingerprint,
             "recipe": database.manifest["recipe"],
             **workspace.method.costs(database.space, genome),
+            **({"left_out": list(left_out)} if left_out else {}),
         },
     )
-    logger.info("checkpoint: %s", folder)
+    gone = f" (without the further head, {len(left_out)} tensors that begin with {left_out[0]})" if left_out else ""
+    logger.info("checkpoint: %s%s", folder, gone)
 
 
 def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> None:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 PROSE = "The quick brown fox jumps over the lazy dog near the old river bank.\n\n" * 60
 
@@ -291,6 +293,12 @@ def index_of_elsewhere(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_bytes(b'{"weight_map": {"lm_head.weight": "../other.safetensors"}}')
 
 
+def stored_as_float8(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file(weights | {name: weights[name].to(torch.float8_e4m3fn)}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "pickled weights": (without_weights("pytorch_model.bin", b"\x80\x04."), ["pytorch_model.bin", "run code", "safetensors"]),
     "an index that leads elsewhere": (index_of_elsewhere, ["'../other.safetensors'", "fetch"]),
@@ -302,6 +310,16 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "a width that is no number": (config_of(hidden_size="32"), ["hidden_size='32'", "whole number"]),
     "an architecture without an adapter": (config_of(model_type="gpt2"), ["'gpt2' has no adapter", "llama"]),
     "weights that are quantized": (config_of(quantization_config="gguf"), ["already quantized ('gguf')"]),
+    "weights that are quantized, by another key": (
+        config_of(compression_config={"bits": 4}),
+        ["already quantized", "compression_config"],
+    ),
+    "weights that are quantized, by a file": (
+        content_of("hf_quant_config.json", b"{}"),
+        ["already quantized (hf_quant_config.json)"],
+    ),
+    "weights that are quantized, by their tensors": (stored_as_float8, ["already quantized", "down_proj.weight", "F8_E4M3"]),
+    "an adapter beside the weights": (content_of("adapter_config.json", b"{}"), ["LoRA adapter (adapter_config.json)", "merge it"]),
     "a tokenizer that is no JSON": (content_of("tokenizer.json", b"{"), ["tokenizer", "fetch the checkpoint again"]),
 }
 

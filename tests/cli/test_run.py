@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evopress import pipeline
@@ -457,3 +458,17 @@ def test_a_sweep_over_seeds(evopress: Callable[..., Any], finished: Any, tmp_pat
     assert outcome.code == 0, outcome.text
     assert records(tmp_path / "sweep" / "0") == records(finished.folder)  # a job is the run of its own, whatever ran before it
     assert records(tmp_path / "sweep" / "1") != records(finished.folder)
+
+
+def test_a_checkpoint_is_said_to_lack_a_further_head(
+    tiny: Callable[..., Any], tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder(), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    further = {f"mtp.{i}.weight": torch.ones(4, 4) for i in range(2)}
+    save_file(weights | further, folder / "model.safetensors", metadata={"format": "pt"})
+    outcome = tiny(f"model.path={folder}", "stages=[search,export]")
+    assert outcome.code == 0, outcome.text
+    assert "further head (mtp.0.weight and 1 more tensors)" in outcome.text
+    assert "without the further head" in outcome.text
+    assert read(tmp_path / "run" / "checkpoint" / "evopress.json")["left_out"] == ["mtp.0.weight", "mtp.1.weight"]

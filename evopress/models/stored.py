@@ -1,0 +1,166 @@
+"""What a checkpoint stores, seen without loading it: adapters, marks of quantization, tensors that a model has no place for."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from evopress.errors import EvoPressError
+from evopress.json_files import load_json, shown
+
+logger = logging.getLogger(__name__)
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""Files of a LoRA adapter, which transformers would put on the weights beside it."""
+_QUANTIZED_KEY = re.compile(r"quant|compression_config", re.IGNORECASE)
+_DTYPES = ("F16", "BF16", "F32", "F64")
+"""Of weights and biases that are no codes."""
+_QUANTIZED_TENSOR = re.compile(
+    r"\.(qweight|qzeros|scales|biases|g_idx|SCB|weight_format|codes|codebooks?|Qidxs|absmax|nested_absmax|quant_map|quant_state\..*"
+    r"|(weight|input|output|k|v|q|kv)_scale(s|_inv|_2)?|weight_(packed|zero_point|bitmap))$"
+)
+"""What GPTQ, AWQ, bitsandbytes, compressed-tensors, ModelOpt, MLX, AQLM, QuIP# and FP8 store beside weights or instead of them."""
+_OF_NO_CONSEQUENCE = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|masked_bias)$")
+"""Buffers that old versions of transformers stored and that are computed anew."""
+_FURTHER_HEAD = re.compile(r"(^|\.)(mtp|nextn|medusa|v_head|value_head|score)\w*\.")
+"""Heads beside the language model's own: they change none of its logits."""
+_NEXT_TOKENS = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
+"""What only a block that predicts further tokens has, stored as if it were the model's next block."""
+_GUESSES = (
+    (re.compile(r"lora_", re.IGNORECASE), "a LoRA adapter, to be merged first"),
+    (re.compile(r"visi|image|audio|multi_modal|mm_|speech", re.IGNORECASE), "a part for pictures or sound"),
+    (re.compile(r"expert|router|\.gate\.", re.IGNORECASE), "experts"),
+    (re.compile(r"bias$"), "biases that it does not switch on (mlp_bias, attention_bias)"),
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint."""
+
+    dtype: str
+    """As safetensors writes it: "F32", "BF16", "F8_E4M3"."""
+    shape: tuple[int, ...]
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise EvoPressError if a folder holds a LoRA adapter."""
+    for name in ADAPTERS:
+        if (folder / name).exists():
+            raise EvoPressError(
+                f"the folder {folder} holds a LoRA adapter ({name}): merge it into the weights first (peft: merge_and_unload, then "
+                "save_pretrained), or take the adapter's files away to compress the weights without it"
+            )
+
+
+def check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise EvoPressError if a checkpoint's small files say that it is already quantized."""
+    for key, value in _marks(config):
+        method = value.get("quant_method", "unknown method") if isinstance(value, dict) else shown(value)
+        where = "" if key == "quantization_config" else f" in config.json's {key}"
+        raise EvoPressError(_already(folder, f"{method}{where}"))
+    for path in sorted(folder.glob("*.json")):
+        if "quant" in path.name.lower():
+            raise EvoPressError(f"{_already(folder, path.name)}; if they are the original weights, take this file away")
+
+
+def _marks(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Yield the entries of a config, and of what it holds, that say that the weights are quantized."""
+    for key, value in config.items():
+        codes = key in ("dtype", "torch_dtype") and re.search(r"float[468]_|int\d", str(value))
+        if codes or (_QUANTIZED_KEY.search(key) and value and str(value).lower() != "none"):
+            yield key, value
+        elif isinstance(value, dict):
+            yield from ((f"{key}.{inner}", mark) for inner, mark in _marks(value))
+
+
+def _already(folder: Path, what: str) -> str:
+    return f"the model in {folder} is already quantized ({what}): give the original weights, or dequantize them first"
+
+
+def shards_of(folder: Path) -> dict[str, Any]:
+    """Return the shard of every tensor that the index of weights names, nothing without an index.
+
+    Raises: EvoPressError if it is no index.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        return {}
+    index = load_json(path, what="index of weights")
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict):
+        raise EvoPressError(f"{path} has no weight_map: fetch the checkpoint again")
+    return shards
+
+
+def loaded_files(folder: Path, weights: Collection[Path]) -> list[Path]:
+    """Return those of a folder's safetensors files that transformers loads: one file, or the shards of the index."""
+    by_name = {path.name: path for path in weights}
+    names = {WEIGHTS} if WEIGHTS in by_name else set(shards_of(folder).values()) or by_name.keys()
+    return [by_name[name] for name in sorted(names)]
+
+
+def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
+    """Read the names, dtypes and shapes of tensors from the heads of safetensors files; those of damaged files are left out."""
+    tensors: dict[str, Stored] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    tensors[name] = Stored(str(part.get_dtype()), tuple(part.get_shape()))
+        except (OSError, SafetensorError):
+            continue  # told when the model is loaded
+    return tensors
+
+
+def check_tensors(folder: Path, tensors: Mapping[str, Stored]) -> None:
+    """Raise EvoPressError if tensors of a checkpoint are those of quantized weights, whatever its config says."""
+    for name, tensor in tensors.items():
+        codes = name.endswith((".weight", ".bias")) and tensor.dtype not in _DTYPES
+        if codes or _QUANTIZED_TENSOR.search(name):
+            raise EvoPressError(_already(folder, f"{shown(name)} is stored as {tensor.dtype}"))
+
+
+def check_places(folder: Path, homeless: Collection[str], config: Any, prefix: str) -> tuple[str, ...]:
+    """Say what becomes of stored tensors that the model has no place for, which transformers drops in silence.
+
+    Args:
+        homeless: their names.
+        config: the model's.
+        prefix: of the blocks: "model.layers".
+
+    Returns: those of further heads, which the model does without; a warning names them.
+    Raises: EvoPressError for all others.
+    """
+    beyond: dict[str, int] = {}
+    for name in homeless:
+        number = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
+        if number and int(number[1]) >= config.num_hidden_layers:
+            beyond[name] = int(number[1])
+    next_tokens = {block for name, block in beyond.items() if _NEXT_TOKENS.search(name)}
+    heads = tuple(sorted(name for name in homeless if _FURTHER_HEAD.search(name) or beyond.get(name, -1) in next_tokens))
+    others = sorted(name for name in homeless if name not in heads and not _OF_NO_CONSEQUENCE.search(name))
+    if others:
+        guess = next((guess for pattern, guess in _GUESSES if pattern.search(others[0])), "of another architecture")
+        if others[0] in beyond:
+            guess = f"blocks beyond its num_hidden_layers={config.num_hidden_layers}"
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise EvoPressError(
+            f"the weights in {folder} hold {', '.join(others[:3])}{more}, which the model in config.json has no place for, "
+            f"probably {guess}: correct config.json, or fetch the checkpoint again"
+        )
+    if heads:
+        logger.warning(
+            "the weights hold a further head (%s%s), which is neither used nor exported",
+            heads[0],
+            f" and {len(heads) - 1} more tensors" if len(heads) > 1 else "",
+        )
+    return heads
