@@ -38,6 +38,7 @@ from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerpri
 from evopress.levels.union import LevelUnion
 from evopress.methods import ModuleMethod, WeightMethod, make_method
 from evopress.models.blocks import BlockModel, BlockShape
+from evopress.models.dropping import check_fields
 from evopress.models.families import family_of
 from evopress.models.loading import Pretrained, fetch_from_hub, find_weights, load_pretrained, pick_device, read_config
 from evopress.models.smollm2 import ensure_smollm2
@@ -120,6 +121,8 @@ class Workspace:
             raise EvoPressError(f"fitness.k={fitness.k} is more than the {vocabulary} tokens of this model's vocabulary: lower it")
         if isinstance(self.method, ModuleMethod):
             self._plan(self.method)
+            if "export" in self.settings.stages:
+                check_fields(config, int(config["num_hidden_layers"]), family_of(config["model_type"]))
             return
         assert isinstance(self.method, WeightMethod)
         shapes: dict[str, tuple[int, ...]] = {}

@@ -6,7 +6,6 @@ consecutive blocks; its last level drops it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from evopress.levels.live import held
 from evopress.levels.locking import alone_in, clear
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase, fingerprint, write_manifest
 from evopress.models.blocks import BlockModel
-from evopress.models.dropping import drop, restore
+from evopress.models.dropping import drop, restore, shortened
 from evopress.units import Genome, Space, Unit
 
 ATTENTION, MLP, BLOCK, PAIR = "attention", "mlp", "block", "pair"
@@ -136,7 +135,7 @@ class LiveModules:
         """Hold the model as it is written to a checkpoint: blocks that are dropped whole left out, singly dropped modules zeroed.
 
         A dropped attention or MLP of a block that stays has an output projection of zeros, so that any engine computes what the
-        search measured, though not any faster. The blocks that stay are numbered anew, and lists in the configuration that have one
+        search measured, though not any faster. The blocks that stay are numbered anew, and fields of the configuration with one
         entry per block are cut.
         """
         blocks, family = self.blocks, self.blocks.family
@@ -156,7 +155,7 @@ class LiveModules:
         try:
             for parameter in parameters:
                 parameter.data = torch.zeros_like(parameter.data)
-            model.config = _shortened(config, kept, len(levels))
+            model.config = shortened(config, kept, len(levels), family)
             setattr(blocks.decoder, family.blocks, nn.ModuleList(blocks.blocks[index] for index in kept))
             yield
         finally:
@@ -186,13 +185,3 @@ class LiveModules:
 
 def _zeroed(module: nn.Module, args: Any, output: Any) -> Any:
     return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
-
-
-def _shortened(config: Any, kept: Sequence[int], num_blocks: int) -> Any:
-    """Return a configuration for the blocks that are kept."""
-    shortened = copy.deepcopy(config)
-    for key, value in vars(config).items():
-        if isinstance(value, list) and len(value) == num_blocks:
-            setattr(shortened, key, [value[index] for index in kept])
-    shortened.num_hidden_layers = len(kept)
-    return shortened

@@ -6,11 +6,19 @@ block without attention and MLP returns what enters it.
 
 from __future__ import annotations
 
+import copy
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from evopress.errors import EvoPressError
+from evopress.json_files import shown
 from evopress.models.families import Family
+
+_OF_THE_MODEL = re.compile(r"(architectures|id2label|label2id|.*_token_ids?|.*_tokens|.*_words_ids|keys_to_ignore_at_inference)")
+"""Fields of a configuration that may happen to have as many entries as there are blocks."""
 
 
 def drop(block: nn.Module, family: Family, *, attention: bool, mlp: bool) -> None:
@@ -48,3 +56,42 @@ def _nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _no_attention(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     return _nothing(hidden_states), None
+
+
+def check_fields(config: Mapping[str, Any], num_blocks: int, family: Family) -> None:
+    """Raise EvoPressError if a configuration has a field that may or may not have one entry per block."""
+    for key, value in config.items():
+        if key in family.per_block or _OF_THE_MODEL.fullmatch(key):
+            continue
+        if (isinstance(value, (list, tuple)) and len(value) == num_blocks > 1) or _by_block(value, num_blocks):
+            raise EvoPressError(
+                f"the model's config has {key}={shown(value)}, which may be one entry per block, of {num_blocks} blocks, and so "
+                "may have to be cut with them: leave export out of stages, or name it in evopress/models/families.py (per_block)"
+            )
+
+
+def _by_block(value: Any, num_blocks: int) -> bool:
+    numbers = {str(number) for number in range(num_blocks)}
+    return isinstance(value, Mapping) and bool(value) and all(str(key) in numbers for key in value)
+
+
+def shortened(config: Any, kept: Sequence[int], num_blocks: int, family: Family) -> Any:
+    """Return a model's configuration for the blocks that are kept; those fields are cut that have one entry per block.
+
+    Raises: EvoPressError as `check_fields`.
+    """
+    check_fields(vars(config), num_blocks, family)
+    new = copy.deepcopy(config)
+    for key in family.per_block:
+        value = getattr(config, key, None)
+        if isinstance(value, (list, tuple)):
+            setattr(new, key, [value[index] for index in kept if index < len(value)])
+        elif isinstance(value, Mapping):
+            places = {str(index): place for place, index in enumerate(kept)}
+            cut = {type(block)(places[str(block)]): entry for block, entry in value.items() if str(block) in places}
+            setattr(new, key, cut)
+    full = getattr(config, "max_window_layers", None)  # Qwen: the blocks before it have no sliding window
+    if isinstance(full, int) and full < num_blocks:
+        new.max_window_layers = sum(index < full for index in kept)
+    new.num_hidden_layers = len(kept)
+    return new

@@ -38,6 +38,8 @@ class Family:
     """The list of blocks, inside the decoder."""
     after_blocks: tuple[str, ...] = ("norm",)
     """What the decoder applies after the last block, in order; missing ones are skipped."""
+    per_block: tuple[str, ...] = ("layer_types", "pruned_heads")
+    """Fields of the configuration with one entry per block: lists, or dictionaries that blocks' numbers are keys of."""
 
     @property
     def attention_output(self) -> str:

@@ -378,6 +378,13 @@ def test_weights_that_are_cut_off(tiny: Callable[..., Any], checkpoint: Callable
     refused(tiny(f"model.path={folder}"), str(folder), "could not be loaded")
 
 
+@pytest.mark.usefixtures("no_model")
+def test_a_config_that_may_have_to_be_cut_with_the_blocks(evopress: Callable[..., Any], checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint(kv_heads_per_layer=[1, 1])
+    outcome = evopress("+method=drop", "sparsity=0.5", "+debug=tiny", f"model.path={folder}", "hydra.run.dir=run")
+    refused(outcome, "kv_heads_per_layer=[1, 1]", "one entry per block, of 2 blocks", "leave export out")
+
+
 TEXTS: dict[str, tuple[str, bytes, list[str], list[str]]] = {
     # file, content, further arguments, parts of the sentence
     "too little text": (
