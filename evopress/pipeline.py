@@ -20,7 +20,7 @@ from evopress.reporting.records import read_document, write_json
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
 from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.baselines import build_database, find_baselines
-from evopress.stages.checks import check_names, check_tasks, check_tokens, search_cost, search_settings
+from evopress.stages.checks import check_names, check_questions, check_tasks, check_tokens, search_cost, search_settings
 from evopress.stages.conclude import evaluate, export, report
 from evopress.stages.preflight import preflight
 from evopress.stages.results import read_result
@@ -66,6 +66,7 @@ def run(
             f" (scale=paper: {_paper_cost(workspace, paper) / 1e6:.3g} million)" if paper else "",
         )
     workspace.read_text()
+    check_questions(workspace)
     if "search" in settings.stages:
         refuse_other_settings(workspace)
     plan = preflight(workspace, searching)
@@ -123,6 +124,8 @@ def held_out_kl(run_dir: Path) -> float:
 
 def _settings_digest(settings: RunSettings) -> str:
     values = {key: value for key, value in asdict(settings).items() if key not in ("stages", "resume", "dry_run")}
+    if settings.model.bos == "auto":  # what earlier versions had no setting for, so that their jobs stay finished
+        del values["model"]["bos"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

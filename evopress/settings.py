@@ -41,6 +41,8 @@ class ModelSettings:
     """Tokens per calibration, search and evaluation sequence."""
     separator: str | None = "eos"
     """Token between documents; "eos": the tokenizer's end of text; None: nothing."""
+    bos: str = "auto"
+    """What sequences begin with: auto: what the tokenizer puts before a text; true: its beginning of text; false: nothing."""
     group_size: int | None = 128
     """Columns that share a scale; must divide the widths of all linear weights. None: one group per row."""
     device: str = "auto"
@@ -54,8 +56,12 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         if self.path and self.builtin:  # `model.path=DIR` on the default model: another model, so only what fits any stays
-            self.builtin, self.name, self.separator = None, None, "eos"
+            self.builtin, self.name = None, None
+            if self.separator == "<|endoftext|>":  # the default model's; another was given
+                self.separator = "eos"
+        self.bos = str(self.bos).lower()
         _expect_one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        _expect_one_of("model.bos", self.bos, ("auto", "true", "false"))
         _expect(self.sequence_length >= 2, "model.sequence_length", self.sequence_length, "at least 2 tokens")
 
 

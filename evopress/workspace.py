@@ -20,6 +20,7 @@ from evopress.compress.compressor import Compressor
 from evopress.data.hub import c4, fineweb_edu, wikitext2
 from evopress.data.python_docs import PythonDocs
 from evopress.data.sources import TextSource
+from evopress.data.special_tokens import check_embedded, leading_ids
 from evopress.data.text_files import TextFiles
 from evopress.data.tokens import token_sequences, tokens_digest
 from evopress.errors import EvoPressError
@@ -218,16 +219,43 @@ class Workspace:
         raise EvoPressError(f"evaluation.data {name!r} is unknown: choose among python_docs, {', '.join(_HUB_TEXT)}")
 
     def tokens(self, split: Any, num_tokens: int, source: TextSource | None = None) -> Tensor:
-        """Return token ids int64 [N, L] of a split of the run's own text, or of another source."""
-        return token_sequences(
-            source or self._own_source,
+        """Return token ids int64 [N, L] of a split of the run's own text, or of another source.
+
+        Raises: EvoPressError as `token_sequences`, and for a token that the model's embedding lacks.
+        """
+        source, model = source or self._own_source, self.settings.model
+        sequences = token_sequences(
+            source,
             split,
             self.tokenizer,
-            sequence_length=self.settings.model.sequence_length,
+            sequence_length=model.sequence_length,
             num_tokens=num_tokens,
             cache_dir=self.cache / "tokens",
-            separator=self.settings.model.separator,
+            separator=model.separator,
+            bos="true" if self.leading_ids else "false",
         )
+        if self.embedding_rows is not None:
+            what = f"the {split} text ({source.name})"
+            check_embedded(sequences, self.tokenizer, num_rows=self.embedding_rows, what=what, separator=model.separator)
+        return sequences
+
+    @cached_property
+    def leading_ids(self) -> tuple[int, ...]:
+        """What every sequence begins with, by `model.bos`."""
+        rule = self.settings.model.bos
+        leading = leading_ids(self.tokenizer, rule)
+        if leading:
+            tokens = " ".join(self.tokenizer.convert_ids_to_tokens(list(leading)))
+            logger.info("every sequence begins with %s (model.bos=%s; false leaves it out)", tokens, rule)
+        return leading
+
+    @cached_property
+    def embedding_rows(self) -> int | None:
+        """Tokens that the model's embedding has, by its config; None: it does not say."""
+        config = read_config(self.model_folder)
+        text = config.get("text_config")
+        rows = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+        return rows if isinstance(rows, int) else None
 
     @cached_property
     def _own_source(self) -> TextSource:
@@ -296,6 +324,7 @@ class Workspace:
                 "num_sequences": tokens.shape[0],
                 "sequence_length": tokens.shape[1],
                 "source": self._own_source.name,
+                **({"leading": list(self.leading_ids)} if self.leading_ids else {}),
             },
         }
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from evopress.data.sources import Split, TextSource
+from evopress.data.special_tokens import leading_ids
 from evopress.errors import EvoPressError
 from evopress.files import canonical_json, write_atomically
 from evopress.json_files import parse_json
@@ -37,18 +38,21 @@ def token_sequences(
     num_tokens: int,
     cache_dir: Path | str | None = None,
     separator: str | None = END_OF_TEXT,
+    bos: str = "auto",
 ) -> Tensor:
     """Return the first tokens of a split as sequences of equal length that do not overlap.
 
-    Documents are tokenised without special tokens and joined by the separator; the stream is cut every
-    `sequence_length` tokens. The source is read no further than needed. Differs from the authors' code in the separator
-    and in documents that run on from one sequence to the next.
+    Documents are tokenised without special tokens and joined by the separator; the stream is cut into sequences, each of which
+    begins with what the tokenizer puts before a text, if anything, and is `sequence_length` tokens long with it. The source is
+    read no further than needed. Differs from the authors' code in the separator and in documents that run on from one sequence
+    to the next.
 
     Args:
         sequence_length: tokens per sequence L, at least 2.
         num_tokens: tokens asked for; what does not fill a sequence is left out.
         cache_dir: folder that keeps the sequences from run to run; None keeps nothing.
         separator: token between documents; "eos" is the tokenizer's end-of-text token (none if it has none).
+        bos: what sequences begin with, as `leading_ids` takes it.
 
     Returns: int64 [num_tokens // L, L].
     Raises: EvoPressError if the text is too short, the numbers do not fit or the separator is no single token.
@@ -60,10 +64,14 @@ def token_sequences(
             f"{num_tokens} {split} tokens do not fill one sequence of {sequence_length}: "
             "ask for more tokens or shorten the sequences"
         )
-    separator_id = _separator_id(tokenizer, separator)
+    separator_id, leading = _separator_id(tokenizer, separator), leading_ids(tokenizer, bos)
+    if sequence_length <= len(leading):
+        raise EvoPressError(
+            f"sequence_length is {sequence_length}, all taken by what the tokenizer puts before a text: lengthen it"
+        )
     shape = (num_tokens // sequence_length, sequence_length)
     if cache_dir is None:
-        return _read_sequences(source, split, tokenizer, shape=shape, separator_id=separator_id)
+        return _read_sequences(source, split, tokenizer, shape=shape, separator_id=separator_id, leading=leading)
 
     recipe = {
         "schema": _SCHEMA,
@@ -74,11 +82,13 @@ def token_sequences(
         "sequence_length": sequence_length,
         "num_tokens": num_tokens,
     }
+    if leading:
+        recipe["leading"] = list(leading)
     key = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
     path = Path(cache_dir).expanduser() / f"{source.name}-{split}-{key[:24]}.safetensors"
     sequences = _load(path, key=key, shape=shape)
     if sequences is None:
-        sequences = _read_sequences(source, split, tokenizer, shape=shape, separator_id=separator_id)
+        sequences = _read_sequences(source, split, tokenizer, shape=shape, separator_id=separator_id, leading=leading)
         _save(path, sequences, key=key, recipe=recipe)
     return sequences
 
@@ -121,18 +131,24 @@ def _read_sequences(
     *,
     shape: tuple[int, int],
     separator_id: int | None,
+    leading: tuple[int, ...],
 ) -> Tensor:
-    needed = shape[0] * shape[1]
+    num_sequences, length = shape
+    taken = length - len(leading)  # of the text, for each sequence
+    needed = num_sequences * taken
     stream = array("q")
     for ids in _documents_ids(source, split, tokenizer):
         if stream and separator_id is not None:
             stream.append(separator_id)
         stream.extend(ids)
         if len(stream) >= needed:
-            return torch.tensor(stream[:needed], dtype=torch.int64).view(shape)
+            text = torch.tensor(stream[:needed], dtype=torch.int64).view(num_sequences, taken)
+            return torch.cat([torch.tensor(leading, dtype=torch.int64).expand(num_sequences, -1), text], dim=1) if leading else text
+    at_most = len(stream) // taken * length if leading else len(stream)
+    beside = f", {len(leading)} of each put there by the tokenizer" if leading else ""
     raise EvoPressError(
         f"the {split} split of {source.name} has {len(stream)} tokens but {needed} are needed "
-        f"({shape[0]} sequences of {shape[1]}): ask for at most {len(stream)} {split} tokens or give more text"
+        f"({num_sequences} sequences of {length}{beside}): ask for at most {at_most} {split} tokens or give more text"
     )
 
 

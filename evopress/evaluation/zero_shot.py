@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from evopress.data.special_tokens import ids_beyond, leading_ids, not_embedded
 from evopress.errors import EvoPressError
 from evopress.levels.live import Live
 from evopress.models import attention
@@ -163,6 +164,7 @@ def measure_zero_shot(
     *,
     limit: int | None = None,
     batch_size: int = 8,
+    bos: str = "auto",
 ) -> dict[str, ZeroShot]:
     """Let the model answer tasks at named genomes (None: the dense model), all of them the same questions.
 
@@ -174,6 +176,7 @@ def measure_zero_shot(
         tasks: as `load_tasks` returns them.
         limit: the first questions of each task only; None: all.
         batch_size: sequences per forward.
+        bos: what every prompt begins with, as `leading_ids` takes it; lm-eval's way is "auto".
 
     Raises: EvoPressError if a batch does not fit the device.
     """
@@ -185,7 +188,7 @@ def measure_zero_shot(
     # Made before lm-eval is silenced: a progress line keeps the stream that it starts with.
     progress = _Progress(len(genomes) * questions, "zero-shot")
     with contextlib.closing(progress), _undisturbed(), _transformers_attention(live.blocks.model):
-        lm = _harness(live.blocks, tokenizer, batch_size)
+        lm = _harness(live.blocks, tokenizer, batch_size, bos)
         for done, (name, genome) in enumerate(genomes.items()):
             lm.on_share = lambda share, done=done: progress.move_to(int((done + share) * questions))
             try:
@@ -215,15 +218,40 @@ def _answers(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> ZeroShot:
     return ZeroShot(scores)
 
 
-def _harness(blocks: BlockModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+def check_questions(
+    tasks: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, num_rows: int, limit: int | None = None
+) -> None:
+    """Raise EvoPressError if a question of a task has a token that an embedding of `num_rows` rows lacks."""
+    beyond = ids_beyond(tokenizer, num_rows)
+    if not beyond:  # so it is with all but a few tokenizers
+        return
+    for name, task in tasks.items():
+        with _undisturbed():
+            task.build_all_requests(limit=limit)
+        prompts = ["".join(instance.args[:2]) for instance in task.instances]
+        found = beyond.keys() & {i for ids in tokenizer(prompts)["input_ids"] for i in ids}
+        if found:
+            token = not_embedded(tokenizer, min(found), num_rows=num_rows)
+            raise EvoPressError(f"the questions of task {name!r} have {token}: resize the model's embedding or leave the task out")
+
+
+def _harness(blocks: BlockModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: str) -> Any:
     """Return lm-eval's adapter of transformers models around a live model."""
     from lm_eval.models.huggingface import HFLM
+
+    leading = list(leading_ids(tokenizer, bos))
 
     class LiveLM(HFLM):  # type: ignore[misc, unused-ignore]
         """Computes the logits of a model that may be larger than its device, and tells how far it is."""
 
         on_share: Callable[[float], None]
         """Called with the share of the requests that are answered, in [0, 1]."""
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **settings: Any) -> list[int]:
+            ids: list[int] = super().tok_encode(string, add_special_tokens, **settings)
+            if add_special_tokens is None and ids[: len(leading)] != leading:  # a BOS that the tokenizer does not add
+                return leading + ids
+            return ids
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             self._done, self._num_requests = 0, len(requests)
@@ -243,7 +271,8 @@ def _harness(blocks: BlockModel, tokenizer: PreTrainedTokenizerBase, batch_size:
             return blocks.head().logits(blocks.finish(hidden))
 
     # lm-eval gives the tokenizer a padding token, which must not get into the exported one.
-    return LiveLM(pretrained=blocks.model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    own, add_bos = copy.deepcopy(tokenizer), False if bos == "false" else None
+    return LiveLM(pretrained=blocks.model, tokenizer=own, batch_size=batch_size, add_bos_token=add_bos)
 
 
 @contextlib.contextmanager

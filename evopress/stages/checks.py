@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from evopress.baselines.block_importance import RANKINGS
+from evopress.data.special_tokens import ids_beyond
 from evopress.errors import EvoPressError
 from evopress.evaluation import zero_shot
 from evopress.search.constraint import EXCHANGES
@@ -10,6 +11,7 @@ from evopress.search.evolution import SearchSettings
 from evopress.search.mutation import DISTRIBUTIONS
 from evopress.search.selection import Stage
 from evopress.settings import DropSettings, RunSettings, SearchConfig
+from evopress.workspace import Workspace
 
 WEIGHT_BASELINES = ("uniform", "best_of_random", "dp", "owl")
 MODULE_BASELINES = ("best_of_random", *RANKINGS, "exhaustive")
@@ -37,6 +39,14 @@ def check_tasks(settings: RunSettings) -> None:
     """Raise EvoPressError if the zero-shot tasks of a run that will be evaluated, or their questions, are not to be had."""
     if settings.evaluation.tasks and "evaluate" in settings.stages:
         zero_shot.check_tasks(settings.evaluation.tasks, tasks_path=settings.evaluation.tasks_path)
+
+
+def check_questions(workspace: Workspace) -> None:
+    """Raise EvoPressError if a zero-shot question has a token that the model's embedding lacks."""
+    evaluation, num_rows = workspace.settings.evaluation, workspace.embedding_rows
+    if evaluation.tasks and "evaluate" in workspace.settings.stages and num_rows and ids_beyond(workspace.tokenizer, num_rows):
+        tasks = zero_shot.load_tasks(evaluation.tasks, tasks_path=evaluation.tasks_path)
+        zero_shot.check_questions(tasks, workspace.tokenizer, num_rows=num_rows, limit=evaluation.task_limit)
 
 
 def check_tokens(settings: RunSettings) -> None:

@@ -91,6 +91,7 @@ def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None]) -> di
         load_tasks(evaluation.tasks, tasks_path=evaluation.tasks_path),
         limit=evaluation.task_limit,
         batch_size=evaluation.task_batch_size,
+        bos=workspace.settings.model.bos,
     )
 
 

@@ -153,6 +153,8 @@ SETTINGS = {
     "no stages": (["stages=[]"], ["stages is empty", "database, baselines"]),
     "no threads at all": (["threads=-1"], ["threads=-1", "null"]),
     "a run folder that is a file": (["hydra.run.dir=/dev/null/run"], ["hydra.run.dir=/dev/null/run", "/dev/null is no folder"]),
+    "an unknown rule for BOS": (["model.bos=maybe"], ["model.bos=maybe", "auto, true, false"]),
+    "a BOS that the tokenizer lacks": (["model.bos=true"], ["model.bos=true", "model.bos=auto"]),
     "a key that no schema has": (["+search.offspring=4"], ["search.offspring", "search.num_offspring"]),
 }
 

@@ -204,6 +204,18 @@ def test_the_papers_models(name: str, settings: Callable[..., RunSettings]) -> N
     checks.check_tokens(result)
 
 
+def test_the_separator_of_the_default_model_stays_with_it(settings: Callable[..., RunSettings]) -> None:
+    assert settings().model.separator == "<|endoftext|>"
+    assert settings("model.path=DIR").model.separator == "eos"
+    assert settings("model.path=DIR", "model.separator=null").model.separator is None
+    assert settings("model.path=DIR", "model.separator='<end>'").model.separator == "<end>"
+
+
+@pytest.mark.parametrize(("given", "rule"), [("auto", "auto"), ("true", "true"), ("False", "false")])
+def test_the_rule_for_bos_is_a_word(given: str, rule: str, settings: Callable[..., RunSettings]) -> None:
+    assert settings(f"model.bos={given}").model.bos == rule
+
+
 def test_any_path_of_ones_own(settings: Callable[..., RunSettings]) -> None:
     for model in ("local", "hub", "smollm2_135m"):
         assert settings(f"model={model}", "model.path=some/where").model.path == "some/where"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 
 from evopress.errors import EvoPressError
 from evopress.evaluation import zero_shot
@@ -128,6 +129,56 @@ def compare_with_lm_eval(live, genomes, tasks_path, folder, monkeypatch):
 def test_numbers_are_those_of_lm_eval_on_the_exported_checkpoint(family, dtype, live_model, tasks_path, tmp_path, monkeypatch):
     live = live_model(family, num_blocks=2, dtype=dtype)
     compare_with_lm_eval(live, genomes_of(live), tasks_path, tmp_path, monkeypatch)
+
+
+BOS = "Ā"  # the letter of byte 0, which no text has
+
+
+def tokenizer_with_bos(*, added):
+    """Return the byte tokenizer with a beginning of text, which it puts before a text or only knows."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": BOS})
+    if added:
+        ids = [(BOS, tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=ids)
+    return tokenizer
+
+
+def prompts_of(live, tokenizer, tasks, monkeypatch, **settings):
+    """Return what the model was asked, a row of ids for each forward's first sequence."""
+    asked, forward = [], live.blocks.model.forward
+    monkeypatch.setattr(live.blocks.model, "forward", lambda ids, **rest: asked.append(ids[0].tolist()) or forward(ids, **rest))
+    measure_zero_shot(live, tokenizer, {"dense": None}, tasks, limit=3, batch_size=1, **settings)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("added", "bos", "begins"), [(True, "auto", 1), (True, "false", 0), (False, "auto", 0), (False, "true", 1)]
+)
+def test_prompts_begin_as_the_text_does(added, bos, begins, live_model, tasks_path, monkeypatch):
+    tokenizer, tasks = tokenizer_with_bos(added=added), load_tasks(["animals", "ends"], tasks_path=str(tasks_path))
+    asked = prompts_of(live_model("llama", num_blocks=2), tokenizer, tasks, monkeypatch, bos=bos)
+    assert asked and all(ids.count(tokenizer.bos_token_id) == begins for ids in asked)
+    assert all((ids[0] == tokenizer.bos_token_id) == bool(begins) for ids in asked)
+
+
+def test_a_bos_that_the_tokenizer_adds_is_lm_evals(live_model, tasks_path, tmp_path, monkeypatch):
+    tokenizer = tokenizer_with_bos(added=True)
+    monkeypatch.setitem(globals(), "byte_tokenizer", lambda: tokenizer)
+    live = live_model("llama", num_blocks=2)
+    compare_with_lm_eval(live, genomes_of(live), tasks_path, tmp_path, monkeypatch)
+
+
+def test_a_question_with_a_token_beyond_the_embedding_is_refused(tasks_path):
+    tokenizer, tasks = byte_tokenizer(), load_tasks(["animals", "ends"], tasks_path=str(tasks_path))
+    zero_shot.check_questions(tasks, tokenizer, num_rows=257)
+    tokenizer.add_tokens(["nowhere"])
+    zero_shot.check_questions(tasks, tokenizer, num_rows=257)
+    tokenizer.add_tokens(["Question"])
+    with pytest.raises(
+        EvoPressError, match=r"questions of task 'animals' have the token 'Question' \(id 258\).* leave the task out"
+    ):
+        zero_shot.check_questions(tasks, tokenizer, num_rows=257)
 
 
 def test_so_they_are_where_modules_are_dropped(tiny_blocks, tasks_path, tmp_path, monkeypatch):
