@@ -6,18 +6,22 @@ import logging
 import os
 import shlex
 import sys
+import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from evopress import command_line, machine, run_folder
 from evopress import config as configuration
-from evopress import machine, run_folder
 from evopress.endings import exit_code, is_out_of_memory, of_the_disk, stopping_at_signals
 from evopress.errors import EvoPressError
 from evopress.files import given_path
@@ -44,15 +48,21 @@ def main() -> None:
     _failures.clear()
     entry = hydra.main(version_base="1.3", config_path=str(configuration.config_folder()), config_name="config")(_task)
     logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no reason for tracebacks
+    if "--version" in sys.argv[1:]:
+        print(f"evopress {_version()}")
+        sys.exit(0)
     try:
         with stopping_at_signals():
+            if flag := command_line.refused_flag(sys.argv[1:], configuration.options()):
+                raise EvoPressError(flag)
             folder = _resumed_folder(sys.argv[1:])
             if folder is not None:
                 sys.argv[1:] = _with_resumed(sys.argv[1:], folder)
+            sys.argv[1:] = command_line.prepared(sys.argv[1:])
             folder = _named_folder(sys.argv[1:])
             dry_run = "dry_run=true" in {argument.lower().lstrip("+") for argument in sys.argv[1:]}
             with nullcontext() if folder is None else run_folder.kept_if_refused(folder, dry_run=dry_run):
-                entry()
+                _compose_and_run(entry)
     except EvoPressError as error:
         _say_error(error)
         sys.exit(1)
@@ -60,6 +70,34 @@ def main() -> None:
         _say_error("interrupted; go on with the same command, in the same folder")
         sys.exit(exit_code(stop))
     sys.exit(1 if _failures else 0)
+
+
+def _compose_and_run(entry: Callable[[], None]) -> None:
+    """Let Hydra compose the config and run the jobs; what it refuses is one sentence, and a bug shows its whole traceback."""
+    asked = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # then Hydra raises its errors, instead of printing them in its own words
+    try:
+        entry()
+    except (HydraException, OmegaConfBaseException) as error:
+        if asked == "1":
+            raise
+        failed = isinstance(error, configuration.JobFailedError)
+        _say_error(f"a job failed: {error}" if failed else command_line.told(error, configuration.options()))
+        sys.exit(1)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if asked is not None:
+            os.environ["HYDRA_FULL_ERROR"] = asked
+
+
+def _version() -> str:
+    try:
+        return version("evopress")
+    except PackageNotFoundError:  # run from a clone that is not installed
+        return "of a clone, not installed"
 
 
 def _resumed_folder(arguments: list[str]) -> Path | None:
@@ -135,7 +173,7 @@ def _task(config: DictConfig) -> float:
     if not multirun:
         sys.exit(1)
     if os.getpid() != _started_in:  # the command learns of it by this alone, when the launcher's jobs have all ended
-        raise CompactHydraException(str(told))
+        raise configuration.JobFailedError(str(told))
     return float("nan")
 
 

@@ -8,7 +8,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins import structured_config_source
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -37,8 +42,32 @@ def config_folder() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf"
 
 
+class JobFailedError(CompactHydraException):  # type: ignore[misc, unused-ignore]
+    """A job that a launcher ran in another process failed, and has said why."""
+
+
+class StructuredConfigSource(structured_config_source.StructuredConfigSource):  # type: ignore[misc, unused-ignore]
+    """Hydra's source of schemas; ours are not listed, since they are no options that a person chooses."""
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> Any:
+        """Return what lies in a group, without the schemas."""
+        return [name for name in super().list(config_path, results_filter) if not name.startswith("base_")]
+
+
+def options() -> dict[str, list[str]]:
+    """Return the options of every config group, those of Hydra's own left out."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(config_folder().rglob("*.yaml")):
+        group = path.parent.relative_to(config_folder()).as_posix()
+        if group not in (".", "hydra") and not group.startswith("hydra/"):
+            found.setdefault(group, []).append(path.stem)
+    return found
+
+
 def register() -> None:
     """Register schemas and resolvers; done once, before Hydra composes."""
+    Plugins.instance()  # registers Hydra's own sources, which then may be replaced
+    SourcesRegistry.instance().types["structured"] = StructuredConfigSource
     store = ConfigStore.instance()
     store.store(name="base_run", node=RunSettings)
     for group, (name, node) in _SCHEMAS.items():

@@ -113,9 +113,9 @@ def load_tasks(tasks: Sequence[str], *, tasks_path: str | None = None) -> dict[s
 
     Args:
         tasks: lm-eval's names of multiple-choice tasks. Local ones may be named without their ending "_local".
-        tasks_path: folder that the tasks are read from: lm-eval's task files, in it or below, whose data files are given relative
-            to the folder, as `lm_eval --include_path` run in there wants them; None: lm-eval's own tasks, whose questions come
-            from the hub.
+        tasks_path: folder that the tasks are read from: lm-eval's task files, in it or below. Their data files are found as
+            `lm_eval --include_path` finds them, relative to the working directory; where they are not there, relative to the
+            folder, and at last to the task file. None: lm-eval's own tasks, whose questions come from the hub.
 
     Raises: EvoPressError if lm-eval is not installed, the folder or a task does not exist, a task is not one of choices scored by
         accuracy, or its questions cannot be read.
@@ -123,7 +123,7 @@ def load_tasks(tasks: Sequence[str], *, tasks_path: str | None = None) -> dict[s
     root = None if tasks_path is None else Path(tasks_path).expanduser().resolve()
     if root is not None and not root.is_dir():
         raise EvoPressError(f"evaluation.tasks_path={tasks_path} is no folder: give one with lm-eval task files (.yaml)")
-    with _undisturbed(), contextlib.chdir(root or Path.cwd()):
+    with _undisturbed():
         try:
             import lm_eval
             import lm_eval.models.huggingface
@@ -142,7 +142,8 @@ def load_tasks(tasks: Sequence[str], *, tasks_path: str | None = None) -> dict[s
                     f"evaluation.tasks has {task!r}, which is not among the task files in {root or own}: it has {known}"
                 )
             try:
-                loaded[task] = manager.load([name])["tasks"][name]
+                with contextlib.chdir(Path.cwd() if root is None else _data_folder(manager.task_index[name].yaml_path, root)):
+                    loaded[task] = manager.load([name])["tasks"][name]
             except Exception as error:  # of datasets, the hub's client, the template, the YAML
                 source = f"the folder {root}" if root else "the hub"
                 way_out = "check its task and data files" if root else "check the network, or give evaluation.tasks_path=FOLDER"
@@ -345,6 +346,31 @@ def _task_files(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
             near = get_close_matches(task, found) or list(PAPER_TASKS)
             raise EvoPressError(f"evaluation.tasks has {task!r}, which is no task of lm-eval: did you mean {' or '.join(near)}?")
     return {task: found[task] for task in tasks}
+
+
+def _data_folder(task_file: Path, root: Path) -> Path:
+    """Return the first folder, of the working directory, the tasks' folder and the task file's own, that has all of a task's data.
+
+    The tasks' folder where none has, so that the error names it.
+    """
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(task_file, resolve_func=False)
+    given = config.get("dataset_kwargs") or {}
+    names = [*_strings(given.get("data_files")), *_strings(given.get("data_dir"))]
+    names += [name for name in _strings(config.get("dataset_path")) if name.startswith(".")]  # others are formats, or of the hub
+    relative = [name for name in names if "://" not in name and not Path(name).is_absolute()]
+    folders = (Path.cwd(), root, task_file.parent)
+    return next((folder for folder in folders if relative and all(any(folder.glob(name)) for name in relative)), root)
+
+
+def _strings(value: Any) -> list[str]:
+    """Return all strings in nested lists and mappings."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [name for item in value for name in _strings(item)]
+    return [value] if isinstance(value, str) else []
 
 
 def _counts_right_answers(task: Any) -> bool:

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "progress": set(),
     "settings": {"errors"},
     "config": {"settings", "errors"},
+    "command_line": {"settings"},
     "search": VOCABULARY,
     "reporting": VOCABULARY,
     "compress": {"units", "errors"},

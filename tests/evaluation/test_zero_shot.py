@@ -329,6 +329,48 @@ def test_a_folder_without_task_files(tmp_path):
         check_tasks(["piqa"], tasks_path=str(tmp_path))
 
 
+def questions(count):
+    return [{"question": f"Who is {i}?", "options": ["ant", "bee"], "gold": 0} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        (["here"], 3),  # as lm_eval finds it
+        (["folder"], 5),
+        (["beside"], 7),
+        (["here", "folder", "beside"], 3),
+        (["folder", "beside"], 5),
+    ],
+)
+@pytest.mark.parametrize("data_files", ["odd.jsonl", {"test": ["o*.jsonl"]}, {"test": "./odd.jsonl"}])
+def test_data_is_where_lm_eval_finds_it_or_in_the_folder_or_beside_its_task(data_files, places, expected, tmp_path, monkeypatch):
+    root, here = tmp_path / "mine", tmp_path / "here"
+    kwargs = {"data_files": data_files}
+    write_task(root, "odd", [], **ASKED, dataset_kwargs=kwargs, test_split="test" if isinstance(data_files, dict) else "train")
+    (root / "odd.jsonl").unlink()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for place, folder, count in (("here", here, 3), ("folder", root, 5), ("beside", root / "tasks", 7)):
+        if place in places:
+            (folder / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions(count)))
+    assert len(load_tasks(["odd"], tasks_path=str(root))["odd"].eval_docs) == expected
+    assert Path.cwd() == here
+
+
+def test_the_same_task_file_as_lm_eval_reads_it(tmp_path, monkeypatch):
+    """Started beside `data/`, with the task file in `tasks/`: as in lm-eval's guide to local data."""
+    from lm_eval.tasks import TaskManager
+
+    write_task(tmp_path / "tasks", "odd", questions(4), **ASKED, dataset_kwargs={"data_files": {"test": "data/odd.jsonl"}})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "tasks" / "odd.jsonl").rename(tmp_path / "data" / "odd.jsonl")
+    monkeypatch.chdir(tmp_path)
+    theirs = TaskManager(include_path="tasks", include_defaults=False).load(["odd"])["tasks"]["odd"]
+    mine = load_tasks(["odd"], tasks_path="tasks")["odd"]
+    assert list(mine.eval_docs) == list(theirs.eval_docs) and len(mine.eval_docs) == 4
+
+
 @pytest.mark.parametrize("damage", ["missing", "no JSON", "no such field"])
 def test_questions_that_cannot_be_read(damage, tmp_path):
     wrong = {"doc_to_choice": "choices"} if damage == "no such field" else {}

@@ -1,0 +1,180 @@
+"""What people type: `~` in paths, and one sentence for what Hydra refuses in words of its own."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from evopress.settings import DropSettings, QuantSettings, RunSettings, SparsitySettings
+
+NOT_BY_DEFAULT = ("method", "debug", "experiment")
+"""Groups that are not in the defaults list, so that they are written with a plus."""
+_HELP = "`python -m evopress --help` lists them"
+_EXPECTED = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "bool": "true or false"}
+_TILDE = re.compile(r"(?<=[=\[,])~(?=/|[\w.-]+/|$)[^,\[\]{}'\"]*")
+"""An unquoted path that begins with `~`: a value, or an element of a list or a sweep."""
+
+
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """Return arguments as Hydra reads them: a path that begins with `~` is put into quotes, or, of Hydra itself, expanded.
+
+    Settings of ours keep their `~`, so that a run folder says what was typed; `given_path` expands it. Hydra would make a folder
+    of that name.
+    """
+    return [_with_tilde(argument) for argument in arguments]
+
+
+def _with_tilde(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals or "~" not in value:
+        return argument
+    if key.lstrip("+").startswith("hydra."):
+        return re.sub(r"(?<==)(['\"]?)~(?=/|$)", lambda found: f"{found[1]}{_home()}", argument, count=1)
+    return f"{key}=" + _TILDE.sub(lambda found: f"'{found[0]}'", f"={value}")[1:]
+
+
+def _home() -> str:
+    try:
+        return str(Path.home())
+    except RuntimeError:  # nobody's: left as it is
+        return "~"
+
+
+def refused_flag(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> str | None:
+    """Return the sentence for a setting that is written as a flag, `--bits 2.5`; None: there is none."""
+    known = {*_settings(), *groups}
+    for argument in arguments:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("--") and (name := name.replace("-", "_")) in known:
+            plus = "+" if name in NOT_BY_DEFAULT else ""
+            return f"{argument} is no flag: settings are written key=value, {plus}{name}={value if equals else '...'}"
+    return None
+
+
+def told(error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
+    """Return one sentence for an error of Hydra's or OmegaConf's about the command line.
+
+    Args: groups: config group to its options.
+    """
+    cause = error.__cause__
+    text = str(error) if cause is None else f"{error}\n{cause}"
+    for pattern, say in _SENTENCES:
+        if found := re.search(pattern, text, re.DOTALL):
+            return say(found, error, groups)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"the command line cannot be used ({' '.join(lines[:2]).rstrip('.')}): settings are written key=value, {_HELP}"
+
+
+def _not_chosen(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
+    """A group that is not in the defaults list: `method=quant`."""
+    group, option = found[1], found[2]
+    if not option:
+        return f"{group}= names no option: write {_either([f'+{group}={name}' for name in groups.get(group, ())])}"
+    return f"{group}={option} lacks its plus, since no {group} is chosen by default: write +{group}={option}"
+
+
+def _no_setting(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
+    """A key that no schema has: `bit=2.5`."""
+    key = found[1]
+    known = [*_settings(), *groups]
+    near = get_close_matches(key, known, n=3, cutoff=0.75)
+    near += [name for name in known if name not in near and name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f"{key} is no setting: " + (f"did you mean {_either(near[:3])}?" if near else _HELP)
+
+
+def _no_option(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
+    """An option that a group does not have: `model=nope`."""
+    group = max((name for name in groups if found[1].startswith(f"{name}/")), key=len, default=found[1].rpartition("/")[0])
+    option = found[1].removeprefix(f"{group}/")
+    if group == "model" and "/" in option:
+        return f"model={option} is not there: a folder or a hub id is named by model.path={option}"
+    options = list(getattr(error, "options", None) or groups.get(group, ()))
+    near = get_close_matches(option, options, n=1)
+    plus = "+" if group in NOT_BY_DEFAULT else ""
+    what = f"{group}={option}" if group else option
+    if not options:
+        return f"{what} is not among the configurations: {_HELP}"
+    meant = f"did you mean {near[0]}? There is" if near else "choose one of"
+    return f"{what} is not there: {meant} {', '.join(options)}" + ("" if option else f", such as {plus}{group}={options[-1]}")
+
+
+def _unreadable(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
+    """An argument that is not in Hydra's grammar: `quant`, `stages=[search,`, `model.path=/a(1)`."""
+    argument = str(getattr(error, "override", None) or found[0])
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return f"{argument!r} is no setting: write key=value, such as +method=quant bits=2.5, and quotes around what holds spaces"
+    if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
+        return f"{argument} has a bracket that is not closed: write the list without spaces, or all of it in quotes, 'key=[a, b]'"
+    quote = '"' if '"' not in value else "'"
+    written = shlex.quote(f"{key}={quote}{value}{quote}") if quote not in value else "it with backslashes before its quotes"
+    return f"{argument} holds characters that mean something to Hydra: write {written}"
+
+
+def _several(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
+    """Several values for one setting, without a sweep: `bits=2,5`."""
+    argument = found[1]
+    key, _, value = argument.partition("=")
+    number = f", or {key}={value.replace(',', '.')} for one number" if re.fullmatch(r"\d+,\d+", value) else ""
+    return f"{argument} gives several values: add -m for a sweep over them, or write '{key}=[{value}]' for a list{number}"
+
+
+def _no_list(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
+    """One value where a list is expected: `stages=export`."""
+    key, _, value = found[1].partition("=")
+    return f"{found[1]} is not a list: write {shlex.quote(f'{key}=[{value}]')}"
+
+
+def _no_such_type(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
+    """A value of another type: `bits=abc`."""
+    return f"{found[1]} is out of range: expected {_EXPECTED.get(found[2], found[2].lower())}"
+
+
+def _null(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
+    return f"{found[1]} is out of range: it must have a value"
+
+
+def _twice(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
+    return f"{found[1]} is chosen twice: choose one option of it"
+
+
+_SENTENCES = (
+    (r"Could not override '([^']*)'\. No match in the defaults list\..*?\+\S*?=(\S*)", _not_chosen),
+    (r"Could not override '([^']*)'", _no_setting),
+    (r"Could not (?:find|load) '([^']*)'", _no_option),
+    (r"Ambiguous value for argument '([^\n]*)'", _several),
+    (r"Error merging override (\S+)\n[^\n]*is not a ListConfig", _no_list),
+    (r"Error merging override (\S+)\n[^\n]*could not be converted to (\w+)", _no_such_type),
+    (r"Error merging override (\S+)\n[^\n]*is not a valid (bool)", _no_such_type),
+    (r"Error merging override (\S+)\n[^\n]*(?:Incompatible value 'None'|is not Optional)", _null),
+    (r"Multiple values for (\S+?)\. ", _twice),
+    (
+        r"LexerNoViableAltException: ([^\n]*)|Error parsing override|no viable alternative|mismatched input|extraneous input",
+        _unreadable,
+    ),
+)
+"""What Hydra and OmegaConf say to who turns it into a sentence; the first that fits."""
+
+
+def _settings() -> list[str]:
+    """Return the dotted names of all settings, those of every method included."""
+    schemas = (QuantSettings, SparsitySettings, DropSettings)
+    methods = dict.fromkeys(f"method.{each.name}" for schema in schemas for each in fields(schema))
+    return [*_names(RunSettings()), *methods]
+
+
+def _names(settings: Any, prefix: str = "") -> Iterator[str]:
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        yield f"{prefix}{each.name}"
+        if is_dataclass(value):
+            yield from _names(value, f"{prefix}{each.name}.")
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(names)

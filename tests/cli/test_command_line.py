@@ -1,0 +1,100 @@
+"""What people type: `~` in paths, `--help`, `--version`, and the options that are offered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from omegaconf import OmegaConf
+
+from evopress import command_line
+from evopress import config as configuration
+from evopress.models.tiny import ensure_tiny
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("model.path=~/models/a", "model.path='~/models/a'"),
+        ("+evaluation.files.wiki=~/a.txt", "+evaluation.files.wiki='~/a.txt'"),
+        ("data.calibration=[~/a.jsonl,b.txt,~/c d.txt]", "data.calibration=['~/a.jsonl',b.txt,'~/c d.txt']"),
+        ("model.path=~/a,~/b", "model.path='~/a','~/b'"),
+        ("model.path=~me/a", "model.path='~me/a'"),
+        ("model.path='~/a'", "model.path='~/a'"),
+        ('data.calibration=["~/a.txt"]', 'data.calibration=["~/a.txt"]'),
+        ("hydra.run.dir=~/run", "hydra.run.dir=HOME/run"),
+        ("hydra.sweep.dir='~/a b'", "hydra.sweep.dir='HOME/a b'"),
+        ("model.path=/a/~b", "model.path=/a/~b"),
+        ("~search.tokens", "~search.tokens"),
+        ("resume=~/run", "resume='~/run'"),
+        ("bits=2.5", "bits=2.5"),
+    ],
+)
+def test_a_tilde_is_what_a_shell_would_make_of_it(typed: str, read: str, home: Path) -> None:
+    assert command_line.prepared([typed]) == [read.replace("HOME", str(home))]
+
+
+def test_paths_with_a_tilde_are_found(evopress: Callable[..., Any], home: Path, tmp_path: Path) -> None:
+    ensure_tiny(home / "models")
+    (home / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n\n" * 400, encoding="utf-8")
+    (folder,) = (home / "models").rglob("config.json")
+    model = folder.parent.relative_to(home).as_posix()
+    files = ("data=text", "data.calibration=[~/text.txt]", "data.search=[~/text.txt]", "data.evaluation=[~/text.txt]")
+    outcome = evopress(
+        *("+method=quant", "bits=3.5", "+debug=tiny", f"model.path=~/{model}", *files, "dry_run=true"),
+        *("hydra.run.dir=~/run", "paths.cache=~/cache", "level_db.root=~/levels"),
+    )
+    assert outcome.code == 0, outcome.text
+    assert (home / "run" / ".hydra" / "config.yaml").is_file() and (home / "levels").is_dir()
+    assert not (tmp_path / "~").exists()
+    again = evopress("resume=~/run", "dry_run=true")
+    assert again.code == 0, again.text
+
+
+def test_version_is_ours(evopress: Callable[..., Any]) -> None:
+    outcome = evopress("--version")
+    assert outcome.code == 0
+    assert re.fullmatch(r"evopress \S.*\n", outcome.text)
+
+
+def test_help_explains_every_group_and_only_keys_that_exist(evopress: Callable[..., Any]) -> None:
+    outcome = evopress("--help")
+    assert outcome.code == 0, outcome.text
+    groups, keys = outcome.text.split("Groups (", 1)[1].split("Main keys", 1)
+    for group in configuration.options():
+        if "/" not in group:
+            assert re.search(rf"^  {group} +\w", groups, re.MULTILINE), group
+        assert re.search(rf"^ *{group}: \w", groups, re.MULTILINE), group
+    assert "base_" not in outcome.text and "powered by Hydra" not in outcome.text
+    configuration.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(configuration.config_folder())):
+        config = compose("config", overrides=["+method=quant", "bits=2.5"], return_hydra_config=True)
+    named = re.findall(r"^  (\S+)  +\w", keys, re.MULTILINE) + re.findall(r"(?:^|; )([a-z_]+\.[a-z_]+):", keys)
+    assert len(named) > 25
+    for key in named:
+        node = config
+        for part in key.split("."):
+            assert part in node, key
+            node = OmegaConf.to_container(node[part]) if OmegaConf.is_config(node[part]) else node[part]
+
+
+@pytest.mark.parametrize("group", ["model", "search", "method", "data"])
+def test_schemas_are_not_offered_as_options(group: str) -> None:
+    configuration.register()
+    loader = ConfigLoaderImpl(create_config_search_path(str(configuration.config_folder())))
+    offered = loader.get_group_options(group)
+    assert offered == sorted(configuration.options()[group])
+    assert not [name for name in offered if name.startswith("base_")]
