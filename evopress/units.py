@@ -12,6 +12,9 @@ from evopress.errors import EvoPressError
 Genome = tuple[int, ...]
 """One level index per unit, in database order; 0 is the least compressed level."""
 
+BLOCKS, HEAD, EMBEDDING = "blocks", "head", "embedding"
+"""Parts of a model that can have units. A unit of a block is of a kind of its own; the last two are also the kinds of theirs."""
+
 
 @dataclass(frozen=True)
 class Level:
@@ -34,13 +37,24 @@ class Unit:
     name: str
     """Full module name: "model.layers.0.self_attn.q_proj"."""
     block: int
-    """Index of the transformer block that holds it."""
+    """Index of the transformer block that holds it; the head and the embedding count on after the last one."""
     kind: str
-    """Last part of the name: "q_proj"; when dropping "attention", "mlp", "block" or "pair"."""
+    """Last part of the name: "q_proj"; outside the blocks "head" or "embedding" (a tied head's too); when dropping "attention",
+    "mlp", "block" or "pair"."""
     size: int
     """Number of weights."""
     levels: tuple[Level, ...]
     """Least compressed first, so costs strictly descend."""
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether the unit lies in no block."""
+        return self.kind in (HEAD, EMBEDDING)
+
+    @property
+    def place(self) -> str:
+        """Where the unit lies, for people: the block's number, or "head" or "embedding"."""
+        return self.kind if self.is_outside else str(self.block)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def convergence(
 
 
 def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
-    """Draw the level of each unit: a row per kind, a column per block, a colour per level label.
+    """Draw the level of each unit: a row per kind, a column per block, a colour per level label; head and embedding come last.
 
     Where there are many labels (sparsities) the colours are a scale of the units' `measure`. Several units of one kind in a block
     (experts) get a row each; what a block lacks stays white.
@@ -154,18 +154,21 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
     genome = space.check(genome)
     cells = _cells(space)
     rows = list(dict.fromkeys(cells))
-    blocks = sorted({unit.block for unit in space.units})
+    blocks = sorted({unit.block for unit in space.units if not unit.is_outside})
+    columns = blocks + [len(blocks)] * any(
+        unit.is_outside for unit in space.units
+    )  # what lies in no block shares one, without a name
     labels = _ordered_labels(space)
     by_label = len(labels) <= _MOST_LABELS
-    image = np.full((len(rows), len(blocks)), np.nan)
+    image = np.full((len(rows), len(columns)), np.nan)
     keys: dict[tuple[int, int], str] = {}
     for cell, unit, level in zip(cells, space.units, genome, strict=True):
-        place = rows.index(cell), blocks.index(unit.block)
+        place = rows.index(cell), len(blocks) if unit.is_outside else blocks.index(unit.block)
         value = measure(space, unit.levels[level].cost, measured_size(space, unit))
         image[place] = labels.index(unit.levels[level].label) if by_label else value
         keys[place] = unit.levels[level].key if by_label else f"{100 * value:.0f}" if space.method == "sparsity" else f"{value:.2g}"
 
-    width = min(0.34 * len(blocks), 16)
+    width = min(0.34 * len(columns), 16)
     figure = new_figure(max(6, width + 2.8), min(max(2.4, 0.34 * len(rows) + 1.5), 40))
     axis = figure.subplots()
     # Pale is little kept, dark is much; the palest end of the map is left out so that a level never looks like no unit.
@@ -176,7 +179,7 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
     room = max(0.05 - (most - least) / 2, 0.0)  # a uniform genome is no range of colours
     norm = BoundaryNorm(np.arange(len(labels) + 1) - 0.5, len(labels)) if by_label else Normalize(least - room, most + room)
     mesh = axis.pcolormesh(
-        np.arange(len(blocks) + 1) - 0.5,
+        np.arange(len(columns) + 1) - 0.5,
         np.arange(len(rows) + 1) - 0.5,
         np.ma.masked_invalid(image),
         cmap=colours,
@@ -237,7 +240,8 @@ def level_profile(space: Space, genomes: Mapping[str, Genome], folder: Path) -> 
         places = [place + (index - (len(genomes) - 1) / 2) * bar for place in range(len(kinds))]
         label = display_name(name)
         left.bar(places, [by_kind[kind] for kind in kinds], bar * 0.92, color=colour, label=label)
-        by_block = dict(sorted(averages(space, genome, by="block").items()))
+        inside = {unit.block for unit in space.units if not unit.is_outside}
+        by_block = {block: value for block, value in sorted(averages(space, genome, by="block").items()) if block in inside}
         right.plot(
             list(by_block),
             list(by_block.values()),

@@ -10,7 +10,7 @@ from evopress.reporting.drawing import COLOURS, STYLES, Curves, log_scale, new_f
 from evopress.reporting.figures import averages, measure_name
 from evopress.reporting.metrics import best_fitness
 from evopress.reporting.tables import number
-from evopress.units import Space
+from evopress.units import Space, Unit
 
 Record = Mapping[str, Any]
 
@@ -130,7 +130,8 @@ def lineage(records: Sequence[Record], space: Space, folder: Path) -> list[Path]
     parents = [
         (record["generation"], tuple(record["genome"])) for record in records if len(record.get("genome") or ()) == len(space)
     ]
-    blocks = sorted({unit.block for unit in space.units})
+    places = {unit.block: unit.place for unit in sorted(space.units, key=lambda unit: unit.block)}
+    blocks = list(places)
     profiles = np.array([[averages(space, genome, by="block")[block] for block in blocks] for _, genome in parents]).T
     change = profiles - profiles[:, :1]  # [blocks, generations]
     most = max(float(np.abs(change).max()), 1e-9)
@@ -143,7 +144,7 @@ def lineage(records: Sequence[Record], space: Space, folder: Path) -> list[Path]
     mesh.set(edgecolor="face", linewidth=0.4)  # no hairlines between cells of an SVG
     top.invert_yaxis()
     step = max(1, -(-len(blocks) // 16))
-    top.set_yticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
+    top.set_yticks(range(0, len(blocks), step), [places[block] for block in blocks[::step]])
     top.set_ylabel("transformer block")
     top.tick_params(length=0)
     top.spines[:].set_visible(False)
@@ -164,18 +165,22 @@ def lineage(records: Sequence[Record], space: Space, folder: Path) -> list[Path]
 
 def _rows(axis: Any, space: Space, order: Sequence[int]) -> None:
     """Name the rows of the units: each where they are few, else each block, with bands that tell blocks apart."""
-    blocks = [space.units[index].block for index in order]
+    blocks = [space.units[index].place for index in order]
     starts = [place for place in range(len(order)) if place == 0 or blocks[place] != blocks[place - 1]]
     ends = [*starts[1:], len(order)]
     for number_of_block, (start, end) in enumerate(zip(starts, ends, strict=True)):
         if number_of_block % 2:
             axis.axhspan(start - 0.5, end - 0.5, color="#f1f3f5", linewidth=0, zorder=0)
     if len(order) <= _MOST_NAMES:
-        axis.set_yticks(range(len(order)), [f"{space.units[i].block} {space.units[i].kind}" for i in order], fontsize=7)
+        axis.set_yticks(range(len(order)), [_name(space.units[i]) for i in order], fontsize=7)
     else:
         step = max(1, -(-len(starts) // 32))
         middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
-        axis.set_yticks(middles[::step], [str(blocks[start]) for start in starts[::step]])
+        axis.set_yticks(middles[::step], [blocks[start] for start in starts[::step]])
         axis.set_ylabel("transformer block (a row per unit)")
     axis.set_ylim(-0.5, len(order) - 0.5)
     axis.tick_params(axis="y", length=0)
+
+
+def _name(unit: Unit) -> str:
+    return unit.kind if unit.is_outside else f"{unit.block} {unit.kind}"

@@ -117,10 +117,12 @@ def _task(asked: Mapping[str, Any], records: Sequence[Mapping[str, Any]], space:
     """Say the task in words, as far as it is known."""
     if space is None or "target" not in asked:
         return ""
-    blocks = len({unit.block for unit in space.units})
+    blocks = len({unit.block for unit in space.units if not unit.is_outside})
+    outside = "".join(f" and the {unit.kind}" for unit in space.units if unit.is_outside)
     sentence = (
-        f"Choose a level for each of the {len(space)} units in the {blocks} transformer blocks of {asked.get('model', 'a model')} "
-        f"so that together they meet {asked['target']} and the model stays as close as it can to the dense one."
+        f"Choose a level for each of the {len(space)} units in the {blocks} transformer blocks{outside} of "
+        f"{asked.get('model', 'a model')} so that together they meet {asked['target']} and the model stays as close as it can to "
+        "the dense one."
     )
     generations = max((record.get("generation") or 0 for record in records), default=0)
     if generations:
@@ -139,7 +141,8 @@ def _extremes(space: Space, genome: Genome, config: Mapping[str, Any]) -> str:
         return paragraph(" ".join(f"Dropped, {kind}: {', '.join(blocks)}." for kind, blocks in dropped.items()))
     said = []
     for by, name in (("block", "block"), ("kind", "")):
-        values = averages(space, genome, by=by)
+        inside = {getattr(unit, by) for unit in space.units if by == "kind" or not unit.is_outside}
+        values = {key: value for key, value in averages(space, genome, by=by).items() if key in inside}
         most_first = sorted(values, key=lambda key: values[key], reverse=space.method != "sparsity")
         if len(most_first) >= 4:
             few = min(3, len(most_first) // 2)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from evopress.reporting import drawing, figures
+from evopress.reporting import drawing, figures, lineage
 from evopress.units import Level, Space, Unit
 
 
@@ -160,3 +160,26 @@ def test_the_same_data_give_the_same_files(run: Any, tmp_path: Path) -> None:
 def test_pyplot_stays_out_of_it(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     figures.level_profile(run.space, run.genomes, tmp_path)
+
+
+def test_head_and_embedding_are_named_and_are_no_blocks(tmp_path: Path) -> None:
+    def unit(name: str, block: int, kind: str) -> Unit:
+        return Unit(name, block, kind, 64, tuple(Level(f"{bits} bits", bits * 64, str(bits), bits * 64) for bits in (4, 2)))
+
+    blocks = [unit(f"layers.{block}.{kind}", block, kind) for block in range(2) for kind in ("q_proj", "up_proj")]
+    space = Space("quant", (*blocks, unit("lm_head", 2, "head"), unit("embed_tokens", 3, "embedding")))
+    genomes = [(0, 1, 0, 1, 0, 1), (0, 1, 0, 1, 1, 0), (0, 1, 1, 0, 1, 0)]
+    records = [{"generation": i, "genome": list(genome), "switches": []} for i, genome in enumerate(genomes)]
+    records[1]["switches"] = [[4, 0, 1], [5, 1, 0]]
+
+    def texts(svg: str) -> list[str]:
+        return [part.split("-->")[0].strip() for part in svg.split("<!--")[1:]]
+
+    shown = texts(check(figures.level_heatmap(space, genomes[0], tmp_path), "level_heatmap")[1])
+    assert [text for text in shown if text in ("head", "embedding", "2", "3")] == ["head", "embedding", *["2"] * 3]  # levels: no 3
+    shown = texts(check(figures.level_profile(space, {"evopress": genomes[0]}, tmp_path), "level_profile")[1])
+    assert {"head", "embedding"} <= set(shown) and shown.count("1") and "3" not in shown[shown.index("by kind of unit") :]
+    shown = texts(check(lineage.lineage(records, space, tmp_path), "lineage")[1])
+    assert shown.index("1") < shown.index("head") < shown.index("embedding")
+    shown = texts(check(lineage.switches(records, space, tmp_path), "switches")[1])
+    assert {"0 q_proj", "head", "embedding"} <= set(shown)
