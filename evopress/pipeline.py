@@ -126,6 +126,8 @@ def _settings_digest(settings: RunSettings) -> str:
     values = {key: value for key, value in asdict(settings).items() if key not in ("stages", "resume", "dry_run")}
     if settings.model.bos == "auto":  # what earlier versions had no setting for, so that their jobs stay finished
         del values["model"]["bos"]
+    if values["method"].get("include") == ["blocks"]:
+        del values["method"]["include"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -101,6 +101,14 @@ class MethodSettings:
     name: str = MUST_BE_CHOSEN
 
 
+def check_include(include: list[str]) -> None:
+    """Raise EvoPressError unless the blocks are included, with or without what lies outside them."""
+    for name in include:
+        _expect_one_of("method.include", name, ("blocks", "head", "embedding"))
+    if "blocks" not in include or len(set(include)) < len(include):
+        raise EvoPressError(f"method.include={include} must name blocks, and head or embedding beside them, each once")
+
+
 @dataclass
 class QuantSettings(MethodSettings):
     """Mixed-bit GPTQ (paper section 4.3)."""
@@ -118,6 +126,8 @@ class QuantSettings(MethodSettings):
     """float16 or float32, of the stored scales."""
     propagate_bits: int | None = 4
     """Activations leave a block through this level while the database is built; None: through the dense block."""
+    include: list[str] = field(default_factory=lambda: ["blocks"])
+    """What has units: blocks (the paper's), and head, embedding or both beside them; tied ones are one unit, whichever is named."""
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -127,6 +137,7 @@ class QuantSettings(MethodSettings):
                 f"method.propagate_bits={self.propagate_bits} is not among method.levels {self.levels}: choose one of them, "
                 "or null for dense"
             )
+        check_include(self.include)
 
 
 @dataclass

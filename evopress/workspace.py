@@ -45,7 +45,7 @@ from evopress.models.loading import Pretrained, fetch_from_hub, find_weights, lo
 from evopress.models.smollm2 import ensure_smollm2
 from evopress.models.tiny import ensure_tiny
 from evopress.settings import ModelSettings, RunSettings
-from evopress.units import Budget, Space
+from evopress.units import BLOCKS, Budget, Space
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,10 @@ class Workspace:
     @cached_property
     def blocks(self) -> BlockModel:
         pretrained = self.pretrained
-        blocks = BlockModel(pretrained.model, pretrained.family, device=self.device, offload=self.settings.model.offload)
+        include = self.method.include if isinstance(self.method, WeightMethod) else (BLOCKS,)
+        blocks = BlockModel(
+            pretrained.model, pretrained.family, device=self.device, offload=self.settings.model.offload, include=include
+        )
         if self.settings.fitness.evaluator == "population":
             blocks.self_check()
         return blocks
@@ -302,6 +305,8 @@ class Workspace:
             "compressor": compressor.settings(),
             "propagate": self.method.propagate,
         }
+        if outside := [name for part in self.blocks.parts[len(self.blocks.blocks) :] for name in self.blocks.slots(part)]:
+            recipe["outside"] = outside
         return BuildSettings(
             root=self.database_root,
             method=name,
@@ -369,9 +374,7 @@ class Workspace:
     def compressor(self) -> Compressor:
         """What makes the levels of a method that compresses weights."""
         assert isinstance(self.method, WeightMethod)
-        sizes = [
-            linear.weight.numel() for index in range(len(self.blocks.blocks)) for linear in self.blocks.linears(index).values()
-        ]
+        sizes = [slot.weight.numel() for part in self.blocks.parts for slot in self.blocks.slots(part).values()]
         return self.method.compressor(sizes, dtype_bits=8 * self.blocks.dtype.itemsize)
 
     def plan_database(self) -> tuple[Space, BuildNeeds | None]:
@@ -446,7 +449,7 @@ class Workspace:
 
     @property
     def other_bytes(self) -> int:
-        """Bytes of everything that is no unit: embeddings, norms, head, each tied weight once."""
+        """Bytes of everything that is no unit: norms, embedding and head unless these are included, each tied weight once."""
         total = sum(parameter.numel() * parameter.element_size() for parameter in self.pretrained.model.parameters())
         return total - self.database.space.size * self.blocks.dtype.itemsize
 

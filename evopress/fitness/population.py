@@ -1,7 +1,8 @@
 """Evaluate a whole population block by block, every shared prefix once (DESIGN section 4).
 
 Offspring differ from their parent in a handful of units. Candidates whose genomes agree up to a block share the hidden state that
-leaves it; the weights of a block's assignment are put in place once for all states that need them.
+leaves it; the weights of a block's assignment are put in place once for all states that need them. Where the embedding is a unit,
+candidates with another level of it start from another state; where the head is one, each candidate's logits come from its own.
 
 Shapes: b sequences, l tokens each, d hidden size.
 """
@@ -10,14 +11,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from evopress.fitness.measures import Measure
-from evopress.levels.live import Live
+from evopress.levels.live import Live, part_held
 from evopress.units import Genome
+
+_T = TypeVar("_T")
 
 
 class Evaluator(Protocol):
@@ -51,8 +54,11 @@ class PopulationEvaluator:
     @torch.no_grad()
     def final_states(self, genomes: Sequence[Genome | None], ids: Tensor) -> tuple[list[int], list[Tensor]]:
         live, blocks = self.live, self.live.blocks
-        states: list[Tensor | None] = [blocks.embed(ids)]
-        state_of = [0] * len(genomes)
+        embeddings, state_of = _distinct([_levels_in(live, genome, blocks.embedding_part) for genome in genomes])
+        states: list[Tensor | None] = []
+        for embedding in embeddings:
+            with part_held(live, blocks.embedding_part, embedding):
+                states.append(blocks.embed(ids))
         for index in range(len(blocks.blocks)):
             children: dict[tuple[int, Genome | None], int] = {}
             parents_of: dict[Genome | None, list[int]] = defaultdict(list)
@@ -128,22 +134,40 @@ def measure_sums(
 
     Args:
         ids: token ids int64 [b, l], l ≥ 2.
-        base: the base model's last hidden states [b, l', d], l' ≥ l; None takes the first genome's.
+        base: the base model's last hidden states [b, l', d], l' ≥ l; None takes the first genome's. Its head is the dense one.
         chunk_tokens: tokens whose logits exist at a time.
 
     Returns: sums float64 [genomes, measures] on the host, and the number of tokens summed over.
     """
-    head = evaluator.live.blocks.head()
+    live, part = evaluator.live, evaluator.live.blocks.head_part
+    dense = live.blocks.head()
     state_of, states = evaluator.final_states(genomes, ids)
+    levels = [_levels_in(live, genome, part) for genome in genomes]
+    ends, end_of = _distinct(list(zip(state_of, levels, strict=True)))
+    heads = {}
+    for head_levels in dict.fromkeys(levels):
+        with part_held(live, part, head_levels):
+            heads[head_levels] = live.blocks.head()
     device = states[0].device
     labels = ids[:, 1:].reshape(-1).to(device)
     flat = [state[:, :-1].reshape(-1, state.shape[-1]) for state in states]
     flat_base = flat[state_of[0]] if base is None else base[:, : ids.shape[1] - 1].reshape(-1, base.shape[-1])
-    sums = torch.zeros(len(states), len(measure.names), dtype=torch.float64)
+    sums = torch.zeros(len(ends), len(measure.names), dtype=torch.float64)
     with torch.no_grad():
         for start in range(0, labels.numel(), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            reference = measure.reference(flat_base[chunk].to(device), labels[chunk], head)
-            for i, state in enumerate(flat):
-                sums[i] += measure(state[chunk], reference, head).sum(-1, dtype=torch.float64).cpu()
-    return sums[state_of], labels.numel()
+            reference = measure.reference(flat_base[chunk].to(device), labels[chunk], dense)
+            for i, (state, head_levels) in enumerate(ends):
+                sums[i] += measure(flat[state][chunk], reference, heads[head_levels]).sum(-1, dtype=torch.float64).cpu()
+    return sums[end_of], labels.numel()
+
+
+def _levels_in(live: Live, genome: Genome | None, part: int | None) -> Genome | None:
+    """Return a genome's levels of a part outside the blocks; None where that is dense or no unit."""
+    return None if part is None else live.levels_in(genome, part)
+
+
+def _distinct(values: Sequence[_T]) -> tuple[list[_T], list[int]]:
+    """Return the distinct values in the order of their first appearance, and each value's place among them."""
+    places = {value: index for index, value in enumerate(dict.fromkeys(values))}
+    return list(places), [places[value] for value in values]

@@ -1,8 +1,8 @@
 """Build a level database in one walk over the blocks, or go on where an earlier build stopped.
 
-Calibration activations enter block i; one Hessian per distinct input is accumulated; all levels of all units on that input are made
-and written; the activations leave through the block, dense or at the level named by `propagate`. Only one block and its inputs are
-on the device at a time.
+Calibration activations enter block i, the first from the dense embedding; one Hessian per distinct input is accumulated; all levels
+of all units on that input are made and written; the activations leave through the block, dense or at the level that `propagate`
+names. Only one block and its inputs are on the device at a time. Head and embedding, where they are units, come last (outside.py).
 
 Shapes: N sequences of L tokens, d hidden size, C input columns of a linear.
 """
@@ -22,11 +22,12 @@ from torch import Tensor
 from evopress.compress.compressor import Compressed, Compressor
 from evopress.errors import EvoPressError
 from evopress.files import make_folder, sync_folder
-from evopress.levels.calibration import activations_of, collect_hessians, propagate
+from evopress.levels.calibration import activations_of, collect_hessians, head_hessian, propagate
 from evopress.levels.hessians import BlockHessians
 from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
 from evopress.levels.locking import alone_in
-from evopress.levels.plan import BuildSettings, check_room, needs_of, plan_space
+from evopress.levels.outside import compress_embedding
+from evopress.levels.plan import BuildSettings, check_room, needs_of, plan_space, sees_activations
 from evopress.levels.store import (
     MANIFEST,
     DamagedDatabaseError,
@@ -72,8 +73,8 @@ def ensure_database(
         database = _opened(folder, warn=True)  # another run may have built it meanwhile
         if database is not None:
             return database, True
-        _check_names_are_free(folder, len(blocks.blocks))
-        entries = _finished_blocks(folder, len(blocks.blocks))
+        _check_names_are_free(folder, len(blocks.parts))
+        entries = _finished_blocks(folder, len(blocks.parts))
         _preflight(settings, space, entries, blocks, tokens)
         _build(settings, blocks, tokens, compressor, space, entries)
         return LevelDatabase.open(folder), False
@@ -96,14 +97,14 @@ def _remove_journal(folder: Path) -> None:
             (folder / JOURNAL).unlink(missing_ok=True)
 
 
-def _check_names_are_free(folder: Path, num_blocks: int) -> None:
+def _check_names_are_free(folder: Path, num_parts: int) -> None:
     """Raise EvoPressError if a folder lies where a file of the database belongs: it is not ours to remove."""
-    for name in (MANIFEST, JOURNAL, *(block_file(index) for index in range(num_blocks))):
+    for name in (MANIFEST, JOURNAL, *(block_file(index) for index in range(num_parts))):
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             raise EvoPressError(f"{folder / name} is a folder, expected a file of the level database: move it away and start again")
 
 
-def _finished_blocks(folder: Path, num_blocks: int) -> dict[int, dict[str, Any]]:
+def _finished_blocks(folder: Path, num_parts: int) -> dict[int, dict[str, Any]]:
     """Return the entries of the blocks whose files are there and whole, from the manifest or else the journal."""
     try:
         candidates = list(entries_of(read_manifest(folder)).values())
@@ -112,7 +113,7 @@ def _finished_blocks(folder: Path, num_blocks: int) -> dict[int, dict[str, Any]]
     entries = {}
     for entry in candidates:
         try:
-            if 0 <= entry["block"] < num_blocks:
+            if 0 <= entry["block"] < num_parts:
                 check_block(folder, entry)
                 entries[entry["block"]] = entry
         except DamagedDatabaseError as error:
@@ -125,8 +126,8 @@ def _preflight(settings: BuildSettings, space: Space, entries: Mapping[int, Any]
     """Compare what the build needs with what there is, before the first forward pass."""
     needs = needs_of(settings, space, entries, blocks, tokens)
     logger.info(
-        "level database: %d blocks to build, %d units, %d levels, %.2f GB on disk, about %.2f GB of memory, %d calibration tokens",
-        needs.num_blocks,
+        "level database: %s to build, %d units, %d levels, %.2f GB on disk, about %.2f GB of memory, %d calibration tokens",
+        needs.what,
         len(needs.units),
         sum(len(unit.levels) for unit in needs.units),
         needs.disk_bytes / 1e9,
@@ -149,22 +150,22 @@ def _build(
     rewrite_journal(folder / JOURNAL, entries)  # before the manifest goes: one of them always names what is finished
     (folder / MANIFEST).unlink(missing_ok=True)
     sync_folder(folder)
-    missing = [index for index in range(len(blocks.blocks)) if index not in entries]
+    missing = [index for index in blocks.parts if index not in entries]
     store = settings.hessians if settings.propagate is None else None
-    unseen = [index for index in missing if store is None or index not in store]
-    walked = range(unseen[-1] + 1 if unseen else 0)  # blocks that activations must pass or enter
+    unseen = [index for index in missing if sees_activations(blocks, index) and (store is None or index not in store)]
+    walked = range(unseen[-1] + 1 if unseen else 0)  # blocks that activations must pass or enter, the head after them
     units = {unit.name: unit for unit in space.units}
     batch = max(settings.batch_tokens // tokens.shape[1], 1)
     buffer = activations_of(folder, settings.activations, blocks, tokens, batch) if unseen else torch.empty(0)
     for index in track(sorted({*missing, *walked}), "building the level database"):
         with blocks.on_device(index):
             if index in missing:
-                kept = store.read(index) if store is not None and index not in unseen else None
+                kept = store.read(index) if store is not None and sees_activations(blocks, index) and index not in unseen else None
                 advanced = kept is None and settings.propagate is None and index + 1 in walked
-                hessians = kept or collect_hessians(blocks, index, buffer, batch, advance=advanced)
-                if store is not None and kept is None:
+                hessians = kept or _hessians(blocks, index, buffer, batch, advance=advanced)
+                if store is not None and index in unseen:
                     store.write(index, hessians)
-                compressed = _compress_block(blocks, index, hessians, compressor)
+                compressed = _compress_part(blocks, index, hessians, tokens, compressor)
                 entries[index] = write_block(folder, index, compressed, units)
                 append(folder / JOURNAL, entries[index])
                 decoded = _at_level(compressed, units, settings.propagate)
@@ -178,13 +179,32 @@ def _build(
         method=settings.method,
         fingerprint=settings.fingerprint,
         recipe=settings.recipe,
-        entries=[entries[index] for index in range(len(blocks.blocks))],
+        entries=[entries[index] for index in blocks.parts],
     )
     (folder / JOURNAL).unlink(missing_ok=True)
 
 
-def _compress_block(blocks: BlockModel, index: int, hessians: BlockHessians, compressor: Compressor) -> dict[str, list[Compressed]]:
-    """Compress all units of a block to all their levels, those that share an input together."""
+def _hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int, *, advance: bool) -> BlockHessians:
+    """Return a part's Hessians from the activations [N, L, d] that enter it; an untied embedding, which none enter, has none."""
+    if index < len(blocks.blocks):
+        return collect_hessians(blocks, index, buffer, batch, advance=advance)
+    return head_hessian(blocks, buffer, batch) if index == blocks.head_part else BlockHessians({}, {})
+
+
+def _compress_part(
+    blocks: BlockModel, index: int, hessians: BlockHessians, tokens: Tensor, compressor: Compressor
+) -> dict[str, list[Compressed]]:
+    """Compress all units of a part to all their levels, those that share an input together."""
+    if index >= len(blocks.blocks):
+        ((name, slot),) = blocks.slots(index).items()
+        H = hessians.hessians[name].to(blocks.device) if index == blocks.head_part else None
+        try:
+            if index == blocks.embedding_part:
+                return {name: compress_embedding(slot, tokens, compressor, H=H)}
+            assert H is not None
+            return {name: list(compressor.compress({name: slot.weight}, H)[name])}
+        except EvoPressError as error:
+            raise type(error)(f"{name}: {error}") from None
     linears = blocks.linears(index)
     compressed: dict[str, list[Compressed]] = {}
     for owner, H in hessians.hessians.items():

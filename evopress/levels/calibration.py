@@ -128,6 +128,29 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int,
     return BlockHessians(owners, hessians)
 
 
+def head_hessian(blocks: BlockModel, buffer: Tensor, batch: int) -> BlockHessians:
+    """Sum the Hessian of the head's inputs, from activations [N, L, d] that left the last block; theirs are as they were.
+
+    Raises: EvoPressError if one is not finite.
+    """
+    assert blocks.head_part is not None
+    (name,) = blocks.slots(blocks.head_part)
+    total: HessianSum | None = None
+    finite = []
+    for start in range(0, len(buffer), batch):
+        last = blocks.finish(buffer[start : start + batch].to(blocks.device))
+        finite.append(torch.isfinite(last).all())
+        total = HessianSum(last.shape[-1], device=last.device) if total is None else total
+        total.add(last)
+    if (where := _first_not_finite(finite, batch, len(buffer))) is not None:
+        raise EvoPressError(f"the last hidden states are not finite, first on {where}: {blocks.advice}")
+    assert total is not None
+    try:
+        return BlockHessians({name: name}, {name: total.result()})
+    except EvoPressError as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
 def propagate(blocks: BlockModel, index: int, buffer: Tensor, batch: int, decoded: Mapping[str, Tensor]) -> None:
     """Replace activations [N, L, d] by what block `index` makes of them, with these weights in place of the dense ones."""
     linears = blocks.linears(index)

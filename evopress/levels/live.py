@@ -23,10 +23,13 @@ class Live(Protocol):
     space: Space
 
     def levels_in(self, genome: Genome | None, index: int) -> Genome | None:
-        """Return what of a genome concerns block `index`: equal values, equal blocks. None stands for the dense model."""
+        """Return what of a genome concerns block `index`, or a part outside the blocks: equal values, equal parts.
+
+        None stands for the dense model.
+        """
 
     def set_block(self, index: int, levels: Sequence[int] | None) -> None:
-        """Give block `index`, on the device it is on, what `levels_in` returned."""
+        """Give block `index`, or a part outside the blocks, on the device it is on, what `levels_in` returned."""
 
     def restore_block(self, index: int) -> None:
         """Give block `index` back what it came with."""
@@ -46,17 +49,29 @@ class Live(Protocol):
 
 @contextmanager
 def held(live: Live, genome: Genome | None) -> Iterator[None]:
-    """Hold all blocks of a live model at a genome, and give each back what it came with, whatever happens in between."""
-    blocks = range(len(live.blocks.blocks))
+    """Hold all parts of a live model at a genome, and give each back what it came with, whatever happens in between."""
     try:
         if genome is not None:
             live.space.check(genome)
-        for index in blocks:
+        for index in live.blocks.parts:
             live.set_block(index, live.levels_in(genome, index))
         yield
     finally:
-        for index in blocks:
+        for index in live.blocks.parts:
             live.restore_block(index)
+
+
+@contextmanager
+def part_held(live: Live, part: int | None, levels: Genome | None) -> Iterator[None]:
+    """Hold a part outside the blocks at what `levels_in` returned; no part, nothing to hold."""
+    if part is None:
+        yield
+        return
+    try:
+        live.set_block(part, levels)
+        yield
+    finally:
+        live.restore_block(part)
 
 
 def enough_to_keep(space: Space, itemsize: int) -> int:
@@ -87,15 +102,15 @@ class LiveModel:
         self.blocks = blocks
         self.database = database
         self.space = database.space
-        self._linears = [blocks.linears(index) for index in range(len(blocks.blocks))]
-        names = [name for linears in self._linears for name in linears]
-        sizes = [linear.weight.numel() for linears in self._linears for linear in linears.values()]
+        self._slots = [list(blocks.slots(index).values()) for index in blocks.parts]
+        names = [slot.name for slots in self._slots for slot in slots]
+        sizes = [slot.weight.numel() for slots in self._slots for slot in slots]
         if names != [unit.name for unit in self.space.units] or sizes != [unit.size for unit in self.space.units]:
             raise EvoPressError(f"the level database in {database.folder} is of another model: its units have other names or sizes")
-        self._dense = [[linear.weight.data for linear in linears.values()] for linears in self._linears]
+        self._dense = [[slot.weight for slot in slots] for slots in self._slots]
         self._first = [0]
-        for linears in self._linears:
-            self._first.append(self._first[-1] + len(linears))
+        for slots in self._slots:
+            self._first.append(self._first[-1] + len(slots))
         self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._cache_bytes = enough_to_keep(self.space, blocks.dtype.itemsize) if cache_bytes is None else cache_bytes
         self._cached_bytes = 0
@@ -103,21 +118,21 @@ class LiveModel:
         """Levels decoded so far."""
 
     def levels_in(self, genome: Genome | None, index: int) -> Genome | None:
-        """Return the part of a genome that lies in block `index`; None stands for the dense model."""
+        """Return the levels of block `index`, or of a part outside the blocks; None stands for the dense model."""
         return None if genome is None else genome[self._first[index] : self._first[index + 1]]
 
     def set_block(self, index: int, levels: Sequence[int] | None) -> None:
         """Give block `index` these levels, one per unit of the block, or its dense weights for None, on the device it is on."""
         first = self._first[index]
-        for i, linear in enumerate(self._linears[index].values()):
-            device = linear.weight.device
+        for i, slot in enumerate(self._slots[index]):
+            device = slot.weight.device
             weight = self._dense[index][i] if levels is None else self._weight(first + i, levels[i], device)
-            linear.weight.data = weight.to(device)
+            slot.put(weight.to(device))
 
     def restore_block(self, index: int) -> None:
         """Give block `index` back the very weights that it came with, where they lay."""
-        for linear, weight in zip(self._linears[index].values(), self._dense[index], strict=True):
-            linear.weight.data = weight
+        for slot, weight in zip(self._slots[index], self._dense[index], strict=True):
+            slot.put(weight)
 
     def on_device(self, index: int) -> AbstractContextManager[nn.Module]:
         """See `Live`; dense weights that levels would replace are not carried there."""

@@ -56,14 +56,14 @@ def plan_space(blocks: BlockModel, compressor: Compressor, *, method: str) -> Sp
     Raises: EvoPressError if the compressor's settings fit no unit, with the unit's name.
     """
     units = []
-    for index in range(len(blocks.blocks)):
-        for name, linear in blocks.linears(index).items():
-            rows, columns = linear.weight.shape
+    for index in blocks.parts:
+        for name, slot in blocks.slots(index).items():
+            rows, columns = slot.weight.shape
             try:
                 levels = compressor.levels((rows, columns), unit=name)
             except EvoPressError as error:
                 raise EvoPressError(f"{name}: {error}") from None
-            units.append(Unit(name=name, block=index, kind=name.rsplit(".", 1)[-1], size=rows * columns, levels=levels))
+            units.append(Unit(name=name, block=index, kind=slot.kind, size=rows * columns, levels=levels))
     return Space(method=method, units=tuple(units))
 
 
@@ -78,6 +78,8 @@ class BuildNeeds:
 
     units: tuple[Unit, ...]
     """Those that are missing."""
+    all_blocks: int
+    """Of the model."""
     walked: int
     """Blocks that activations enter."""
     forwards: int
@@ -91,7 +93,12 @@ class BuildNeeds:
     @property
     def num_blocks(self) -> int:
         """Blocks to build."""
-        return len({unit.block for unit in self.units})
+        return len({unit.block for unit in self.units if not unit.is_outside})
+
+    @property
+    def what(self) -> str:
+        """Say what is to build: "2 of 30 blocks, head, embedding"."""
+        return ", ".join([f"{self.num_blocks} of {self.all_blocks} blocks", *(unit.kind for unit in self.units if unit.is_outside)])
 
 
 def planned(settings: BuildSettings, blocks: BlockModel, tokens: Tensor, compressor: Compressor) -> tuple[Space, BuildNeeds]:
@@ -114,20 +121,30 @@ def needs_of(settings: BuildSettings, space: Space, entries: Collection[int], bl
     missing = tuple(unit for unit in space.units if unit.block not in entries)
     disk = database_bytes(Space(space.method, missing))
     store = settings.hessians if settings.propagate is None else None
-    unseen = {unit.block for unit in missing if store is None or not store.has_record(unit.block)}
+    unseen = {
+        unit.block
+        for unit in missing
+        if sees_activations(blocks, unit.block) and (store is None or not store.has_record(unit.block))
+    }
     if store is not None:
         disk += sum(_hessian_bytes(blocks, index) for index in unseen)
     if not missing:
-        return BuildNeeds(units=(), walked=0, forwards=0, disk_bytes=0, memory_bytes=0, device_bytes=0)
+        return BuildNeeds(
+            units=(), all_blocks=len(blocks.blocks), walked=0, forwards=0, disk_bytes=0, memory_bytes=0, device_bytes=0
+        )
     buffer = tokens.numel() * blocks.hidden_size * blocks.dtype.itemsize if unseen else 0
     widest = max(module.in_features for module in blocks.linears(0).values())
-    sweeps, on_host = 6 * widest * widest * 4 + 2**28, blocks.device.type == "cpu"
+    # A large head or embedding: copies in float32, decoded ones, and the codes of all levels.
+    outside = max(((12 + 2 * len(unit.levels)) * unit.size for unit in missing if unit.is_outside), default=0)
+    sweeps, on_host = 6 * widest * widest * 4 + 2**28 + outside, blocks.device.type == "cpu"
     in_memory = settings.activations == "memory"
-    walked = max(unseen, default=-1) + 1
+    walked = min(max(unseen, default=-1) + 1, len(blocks.blocks))
+    left = blocks.head_part in unseen  # the last block, whose output is needed
     return BuildNeeds(
         units=missing,
+        all_blocks=len(blocks.blocks),
         walked=walked,
-        forwards=walked if settings.propagate is None else 2 * walked - bool(walked),
+        forwards=walked if settings.propagate is None else 2 * walked - bool(walked and not left),
         disk_bytes=disk + (0 if in_memory else buffer),
         memory_bytes=(buffer if in_memory else 0) + (sweeps if on_host else 2**28),
         device_bytes=0 if on_host else sweeps,
@@ -136,7 +153,12 @@ def needs_of(settings: BuildSettings, space: Space, entries: Collection[int], bl
 
 def _hessian_bytes(blocks: BlockModel, index: int) -> int:
     """Bytes of a block's Hessians, at most: which linears share an input shows only in a forward."""
-    return sum(4 * linear.in_features**2 for linear in blocks.linears(index).values())
+    return sum(4 * slot.weight.shape[1] ** 2 for slot in blocks.slots(index).values())
+
+
+def sees_activations(blocks: BlockModel, index: int) -> bool:
+    """Tell whether a part's levels go by activations that enter it: a block's and the head's do, an untied embedding's do not."""
+    return index < len(blocks.blocks) or index == blocks.head_part
 
 
 def check_room(settings: BuildSettings, needs: BuildNeeds) -> None:

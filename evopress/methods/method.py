@@ -41,6 +41,10 @@ class WeightMethod(Method, Protocol):
     """A method whose levels are compressed weights."""
 
     @property
+    def include(self) -> tuple[str, ...]:
+        """What of a model has units: "blocks", and "head" or "embedding" beside them."""
+
+    @property
     def propagate(self) -> str | None:
         """Key of the level through which activations leave a block while the database is built; None: dense."""
 

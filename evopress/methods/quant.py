@@ -40,6 +40,11 @@ class Quantization:
         )
 
     @property
+    def include(self) -> tuple[str, ...]:
+        """See `WeightMethod.include`."""
+        return tuple(self.settings.include)
+
+    @property
     def target_is_level(self) -> bool:
         """Tell whether the target is one of the levels."""
         return self.bits in self.settings.levels

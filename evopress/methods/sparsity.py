@@ -13,7 +13,7 @@ from evopress.compress.sparsegpt import SparseGPT
 from evopress.compress.wanda import Wanda
 from evopress.errors import EvoPressError
 from evopress.settings import RunSettings, SparsitySettings
-from evopress.units import Budget, Genome, Level, Space
+from evopress.units import BLOCKS, Budget, Genome, Level, Space
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Sparsity:
     def check(self, *, searching: bool) -> None:
         """Refuse a sparsity outside (0, 1) and settings out of range."""
         self.compressor((), dtype_bits=16)
+
+    @property
+    def include(self) -> tuple[str, ...]:
+        """The blocks alone, as in the paper."""
+        return (BLOCKS,)
 
     @property
     def target_is_level(self) -> bool:

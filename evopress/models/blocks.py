@@ -8,7 +8,7 @@ Shapes: b sequences, l tokens each, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from evopress.errors import EvoPressError
 from evopress.models.families import Family
+from evopress.models.slots import Slot, outside_slots
+from evopress.units import BLOCKS
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,23 @@ class _Stop(Exception):
 class BlockModel:
     """A causal language model whose blocks are called one at a time, each on the compute device only while it is needed."""
 
-    def __init__(self, model: nn.Module, family: Family, *, device: torch.device | str = "cpu", offload: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        *,
+        device: torch.device | str = "cpu",
+        offload: bool = False,
+        include: Sequence[str] = (BLOCKS,),
+    ) -> None:
         """Wrap a model in evaluation mode; weights stay the model's own.
 
         Args:
             device: where the computation runs.
             offload: keep the blocks in host memory and move each to the device while it runs (models larger than the device).
+            include: what of the model has slots: "blocks", and "head" or "embedding" beside them.
+
+        Raises: EvoPressError if the embedding or the head is to be included and is no plain one.
         """
         self.model = model
         self.family = family
@@ -61,6 +74,7 @@ class BlockModel:
         self.decoder: nn.Module = model.get_submodule(family.decoder)
         self.blocks: list[nn.Module] = list(self.decoder.get_submodule(family.blocks).children())
         self._prefix = f"{family.decoder}.{family.blocks}"
+        self._outside = outside_slots(model, include)
         self._calls: dict[int, list[_Call]] = {}
         self._fused: list[Callable[..., Any]] | None = None
         self._place()
@@ -82,6 +96,35 @@ class BlockModel:
     @property
     def hidden_size(self) -> int:
         return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def parts(self) -> range:
+        """Indices of all that has slots: the blocks, then the head, then the embedding, as far as these are included."""
+        return range(len(self.blocks) + len(self._outside))
+
+    @property
+    def head_part(self) -> int | None:
+        """The part whose slot the head's weight is in, tied or not; None: it is not included."""
+        return self._part_of(self.model.get_output_embeddings())  # type: ignore[operator]
+
+    @property
+    def embedding_part(self) -> int | None:
+        """The part whose slot the embedding's weight is in, tied or not; None: it is not included."""
+        return self._part_of(self.model.get_input_embeddings())  # type: ignore[operator]
+
+    def _part_of(self, module: Any) -> int | None:
+        found = (i for i, slot in enumerate(self._outside, len(self.blocks)) if slot.module.weight is module.weight)
+        return next(found, None)
+
+    def slots(self, part: int) -> dict[str, Slot]:
+        """Return the slots of a part by their names: a block's linears in the order of the computation, or the one outside them.
+
+        Raises: EvoPressError as `linears`.
+        """
+        if part >= len(self.blocks):
+            slot = self._outside[part - len(self.blocks)]
+            return {slot.name: slot}
+        return {name: Slot(name, name.rsplit(".", 1)[-1], linear) for name, linear in self.linears(part).items()}
 
     def shapes(self) -> list[BlockShape]:
         """Return the names and sizes of all blocks."""
@@ -118,12 +161,15 @@ class BlockModel:
 
     @contextmanager
     def on_device(self, index: int, *, dense: bool = True) -> Iterator[nn.Module]:
-        """Hold block `index` on the compute device.
+        """Hold block `index` on the compute device, where the parts outside the blocks always are.
 
         What lies in host memory stays there, untouched, and is the block's again afterwards: nothing travels back.
 
         Args: dense: with its linears' weights; False leaves them empty there, for whoever gives the block levels.
         """
+        if index >= len(self.blocks):
+            yield self._outside[index - len(self.blocks)].module
+            return
         block = self.blocks[index]
         if not self.offload:
             yield block
@@ -235,11 +281,11 @@ class BlockModel:
                     block.forward = own
 
     def head(self) -> Head:
-        """Return the projection from last hidden states to logits."""
+        """Return the projection from last hidden states to logits, with the weight that is in place now."""
         config = self.model.config
         output = self.model.get_output_embeddings()  # type: ignore[operator]
         return Head(
-            weight=output.weight, bias=getattr(output, "bias", None), softcap=getattr(config, "final_logit_softcapping", None)
+            weight=output.weight.data, bias=getattr(output, "bias", None), softcap=getattr(config, "final_logit_softcapping", None)
         )
 
     @torch.no_grad()

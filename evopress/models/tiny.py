@@ -25,8 +25,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, model_max_length=512)
 
 
-def tiny_config(model_type: str = "llama", *, num_blocks: int = 2) -> PretrainedConfig:
-    """Return the configuration of a model of a family with width 32 and two heads of 16, one of keys and values."""
+def tiny_config(model_type: str = "llama", *, num_blocks: int = 2, tied: bool = False) -> PretrainedConfig:
+    """Return the configuration of a model of a family with width 32 and two heads of 16, one of keys and values.
+
+    Args: tied: let embedding and head be one weight; those of OPT and Gemma always are.
+    """
     common = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -39,13 +42,13 @@ def tiny_config(model_type: str = "llama", *, num_blocks: int = 2) -> Pretrained
     }
     if model_type == "opt":
         return CONFIG_MAPPING["opt"](**common, ffn_dim=64, word_embed_proj_dim=32)
-    grouped = {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": False}
+    grouped = {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": tied}
     if model_type.startswith("gemma"):
         grouped |= {"sliding_window": 16, "tie_word_embeddings": True}
     return CONFIG_MAPPING[model_type](**common, **grouped)
 
 
-def make_tiny(folder: Path, model_type: str = "llama", *, num_blocks: int = 2, seed: int = 0) -> Path:
+def make_tiny(folder: Path, model_type: str = "llama", *, num_blocks: int = 2, seed: int = 0, tied: bool = False) -> Path:
     """Write the checkpoint of a tiny random model to `folder`, complete or not at all, and return the folder.
 
     The weights depend on the arguments alone; torch's global generator is left as it was.
@@ -55,7 +58,7 @@ def make_tiny(folder: Path, model_type: str = "llama", *, num_blocks: int = 2, s
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(tiny_config(model_type, num_blocks=num_blocks), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(tiny_config(model_type, num_blocks=num_blocks, tied=tied), dtype=torch.float32)
             for parameter in model.parameters():  # larger than usual, so that levels differ in more than rounding
                 if parameter.ndim == 2:
                     parameter.data.normal_(std=0.15)

@@ -97,9 +97,10 @@ class Planner:
         if speed is not None:
             seconds = tokens * (build.walked * speed.hessians + (build.forwards - build.walked) * speed.block)
             seconds += build.num_blocks * speed.compress
+            seconds += sum(speed.outside.get(unit.name, 0.0) for unit in build.units)
         return Needs(
             "database",
-            f"{build.num_blocks} of {self.num_blocks} blocks to build",
+            f"{build.what} to build",
             tokens=tokens,
             block_tokens=tokens * build.forwards,
             disk={self.workspace.database_root: build.disk_bytes},
@@ -216,10 +217,11 @@ class Planner:
         forward = min(fitness.max_tokens_in_flight, candidates * tokens) * (6 * blocks.hidden_size + 3 * width) * itemsize
         logits = 4 * min(fitness.chunk_tokens, tokens) * blocks.head().weight.shape[0] * 4
         decoded = 0 if self.modules else max(len(unit.levels) for unit in self.space.units) * self.space.size * itemsize
+        heads = sum(len(unit.levels) * unit.size * itemsize for unit in self.space.units if unit.block == blocks.head_part)
         base = self.workspace.search_tokens.numel() * blocks.hidden_size * itemsize if self.based else 0
         kept = self.settings.level_db.cache_bytes
         kept = enough_to_keep(self.space, itemsize) if kept is None else kept
-        self._put(needs, states + forward + logits + min(kept, decoded), host=base)
+        self._put(needs, states + forward + logits + min(kept, decoded) + heads, host=base)
 
     def _put(self, needs: Needs, size: int, *, host: int = 0) -> None:
         """Let a stage's peak be at least so much on the compute device, and in host memory beside it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def preflight(workspace: Workspace, searching: SearchSettings) -> Plan:
     first = None if "search" not in workspace.settings.stages else _first_generation(workspace)
     if first is not None and first <= searching.generations and searching.generations:
         check_switches(space, budget, searching)
+        _say_what_stays(space, workspace.settings.search.exchange)
     speed = _probe(workspace, build)
     planner = Planner(workspace, space, budget, build, searching, first, speed)
     plan = Plan(tuple(planner.stages()), speed, planner.built_first)
@@ -96,6 +98,18 @@ def check_switches(space: Space, budget: Budget, searching: SearchSettings) -> N
         except EvoPressError:
             if index + 1 >= min(tries, _MOST_TRIES):
                 raise
+
+
+def _say_what_stays(space: Space, exchange: str) -> None:
+    """Say which of head and embedding a search by size cannot move: they are larger than anything that they could trade with."""
+    sizes = Counter(unit.size for unit in space.units)
+    for unit in space.units:
+        if exchange == "size" and unit.is_outside and sizes[unit.size] == 1:
+            logger.info(
+                "search: no other unit has the size of %s, so it stays at the level that the search starts from: "
+                "search.exchange=any trades it for many others, search.starts=[dp] starts from what its error asks for",
+                unit.name,
+            )
 
 
 def _check_finite(workspace: Workspace) -> None:

@@ -42,6 +42,8 @@ class Speed:
     """Per token and block, the forward included."""
     compress: float
     """Per block: all levels of all its units."""
+    outside: Mapping[str, float]
+    """By unit outside the blocks: all its levels."""
     seconds: float
     """That the probe took."""
 
@@ -64,13 +66,16 @@ def measure_speed(
     with torch.no_grad(), blocks.on_device(0):
         blocks.prepare(ids.shape[1])
         block = _timed(lambda: blocks.run(0, hidden), blocks.device, times=5) / count
-        hessians, compress = block, 0.0
+        hessians, compress, outside = block, 0.0, {}
         if compressor is not None:
             before = time.perf_counter()
             owners = collect_hessians(blocks, 0, hidden.cpu(), 1).owners
             _wait(blocks.device)
             hessians = max((time.perf_counter() - before) / count, block)
             compress = _compress_seconds(blocks, compressor, owners)
+            for slot in (slot for part in blocks.parts[len(blocks.blocks) :] for slot in blocks.slots(part).values()):
+                fixed, per_row = _fit(slot.name, slot.weight, compressor)
+                outside[slot.name] = fixed + per_row * slot.weight.shape[0]
     head = blocks.head()
     chunk = blocks.finish(hidden)[0, :-1][:chunk_tokens]
     labels = ids[0, 1:][:chunk_tokens].to(blocks.device)
@@ -78,7 +83,7 @@ def measure_speed(
         reference = measure.reference(chunk, labels, head)
         per_reference = _timed(lambda: measure.reference(chunk, labels, head), blocks.device, times=2) / len(chunk)
         per_candidate = _timed(lambda: measure(chunk, reference, head), blocks.device, times=3) / len(chunk)
-    return Speed(block, per_candidate, per_reference, hessians, compress, time.perf_counter() - started)
+    return Speed(block, per_candidate, per_reference, hessians, compress, outside, time.perf_counter() - started)
 
 
 def _compress_seconds(blocks: BlockModel, compressor: Compressor, owners: Mapping[str, str]) -> float:

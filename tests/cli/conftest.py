@@ -70,6 +70,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session")
+def invoked(cache: Path) -> Callable[..., Outcome]:
+    """Run the quantization of the tiny model with further arguments, in a folder that is given: for runs that many tests read."""
+    return lambda *arguments, cwd: invoke(*TINY, *arguments, cache=cache, cwd=cwd)
+
+
 @pytest.fixture
 def evopress(cache: Path, tmp_path: Path) -> Callable[..., Outcome]:
     """Run the program with exactly these arguments, in an empty folder."""
