@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from evopress.fitness.measures import HeldOut
-from evopress.fitness.population import Evaluator, measure_sums
+from evopress.fitness.population import Evaluator, measure_sequences
 from evopress.progress import track
 from evopress.units import Genome
+
+MEASURES = HeldOut().names
+"""What is kept of every sequence: mean KL divergence and negative log-likelihood in nats, and the share of equal top-1 tokens."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,29 @@ class Scores:
     """Share of tokens whose most likely next token is the dense model's."""
     num_tokens: int
     """Predicted tokens."""
+    by_sequence: Mapping[str, tuple[float, ...]] = field(default_factory=dict, compare=False)
+    """Mean of each of `MEASURES` over every sequence's tokens, so that genomes can be compared sequence by sequence."""
+
+    @classmethod
+    def of(cls, sums: Tensor, tokens: int) -> Scores:
+        """Make scores of sums over sequences of so many predicted tokens each.
+
+        Args: sums: float64 [measures, N], the measures in the order of `MEASURES`.
+        """
+        kl, nll, top1 = (sums.sum(-1) / max(tokens * sums.shape[-1], 1)).tolist()
+        return cls(
+            kl=max(kl, 0.0),
+            perplexity=math.exp(nll) if nll < 700 else math.inf,
+            top1_agreement=top1,
+            num_tokens=tokens * sums.shape[-1],
+            by_sequence={name: tuple(row) for name, row in zip(MEASURES, (sums / max(tokens, 1)).tolist(), strict=True)},
+        )
+
+    def first(self, count: int) -> Scores:
+        """Return the scores on the first sequences alone."""
+        tokens = self.num_tokens // len(self.by_sequence[MEASURES[0]])
+        sums = torch.tensor([self.by_sequence[name][:count] for name in MEASURES], dtype=torch.float64) * tokens
+        return Scores.of(sums, tokens)
 
 
 def measure_held_out(
@@ -33,6 +59,7 @@ def measure_held_out(
     genomes: Sequence[Genome | None],
     sequences: Tensor,
     *,
+    base: Tensor | None = None,
     batch_tokens: int = 4096,
     chunk_tokens: int = 256,
     what: str = "evaluating",
@@ -41,23 +68,22 @@ def measure_held_out(
 
     Args:
         sequences: token ids int64 [N, L].
+        base: the dense model's last hidden states [N, L, d], where they are at hand; None: they are computed on the way.
         batch_tokens: tokens per pass of the population over the blocks.
     """
     measure = HeldOut()
     batch = max(batch_tokens // sequences.shape[1], 1)
-    sums = torch.zeros(len(genomes), len(measure.names), dtype=torch.float64)
-    count = 0
+    parts = []
     for start in track(range(0, len(sequences), batch), what):
+        ids = sequences[start : start + batch]
+        if base is not None:
+            parts.append(
+                measure_sequences(evaluator, genomes, ids, base[start : start + batch], measure, chunk_tokens=chunk_tokens)
+            )
+            continue
         # The dense model comes first, so that its last hidden states are the base of the others' KL divergence.
-        part, n = measure_sums(
-            evaluator, [None, *genomes], sequences[start : start + batch], None, measure, chunk_tokens=chunk_tokens
-        )
-        sums += part[1:]
-        count += n
-    return [
-        Scores(kl=max(kl, 0.0), perplexity=math.exp(nll) if nll < 700 else math.inf, top1_agreement=top1, num_tokens=count)
-        for kl, nll, top1 in (sums / max(count, 1)).tolist()
-    ]
+        parts.append(measure_sequences(evaluator, [None, *genomes], ids, None, measure, chunk_tokens=chunk_tokens)[1:])
+    return [Scores.of(sums, sequences.shape[1] - 1) for sums in torch.cat(parts, dim=-1)]
 
 
 def scores_by_data_set(

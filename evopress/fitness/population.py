@@ -10,7 +10,7 @@ Shapes: b sequences, l tokens each, d hidden size.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -139,6 +139,46 @@ def measure_sums(
 
     Returns: sums float64 [genomes, measures] on the host, and the number of tokens summed over.
     """
+    end_of, ends, chunks = _by_chunks(evaluator, genomes, ids, base, measure, chunk_tokens)
+    sums = torch.zeros(ends, len(measure.names), dtype=torch.float64)
+    for i, _, values in chunks:
+        sums[i] += values.sum(-1, dtype=torch.float64).cpu()
+    return sums[end_of], ids[:, 1:].numel()
+
+
+def measure_sequences(
+    evaluator: Evaluator,
+    genomes: Sequence[Genome | None],
+    ids: Tensor,
+    base: Tensor | None,
+    measure: Measure,
+    *,
+    chunk_tokens: int = 256,
+) -> Tensor:
+    """Sum a measure over the predicted tokens of each sequence, for every genome; otherwise as `measure_sums`.
+
+    Returns: sums float64 [genomes, measures, b] on the host, each over l - 1 tokens.
+    """
+    end_of, ends, chunks = _by_chunks(evaluator, genomes, ids, base, measure, chunk_tokens)
+    sums = torch.zeros(ends, len(measure.names), ids.shape[0], dtype=torch.float64)
+    sequence_of = torch.arange(ids.shape[0]).repeat_interleave(ids.shape[1] - 1)
+    for i, chunk, values in chunks:
+        sums[i].index_add_(1, sequence_of[chunk], values.cpu().double())
+    return sums[end_of]
+
+
+def _by_chunks(
+    evaluator: Evaluator,
+    genomes: Sequence[Genome | None],
+    ids: Tensor,
+    base: Tensor | None,
+    measure: Measure,
+    chunk_tokens: int,
+) -> tuple[list[int], int, Iterator[tuple[int, slice, Tensor]]]:
+    """Return each genome's end, a last hidden state under the levels of a head, how many ends there are, and what is measured.
+
+    That is an iterator of (end, tokens, float32 [measures, T]).
+    """
     live, part = evaluator.live, evaluator.live.blocks.head_part
     dense = live.blocks.head()
     state_of, states = evaluator.final_states(genomes, ids)
@@ -152,14 +192,16 @@ def measure_sums(
     labels = ids[:, 1:].reshape(-1).to(device)
     flat = [state[:, :-1].reshape(-1, state.shape[-1]) for state in states]
     flat_base = flat[state_of[0]] if base is None else base[:, : ids.shape[1] - 1].reshape(-1, base.shape[-1])
-    sums = torch.zeros(len(ends), len(measure.names), dtype=torch.float64)
-    with torch.no_grad():
-        for start in range(0, labels.numel(), chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            reference = measure.reference(flat_base[chunk].to(device), labels[chunk], dense)
-            for i, (state, head_levels) in enumerate(ends):
-                sums[i] += measure(flat[state][chunk], reference, heads[head_levels]).sum(-1, dtype=torch.float64).cpu()
-    return sums[end_of], labels.numel()
+
+    def measured() -> Iterator[tuple[int, slice, Tensor]]:
+        with torch.no_grad():
+            for start in range(0, labels.numel(), chunk_tokens):
+                chunk = slice(start, start + chunk_tokens)
+                reference = measure.reference(flat_base[chunk].to(device), labels[chunk], dense)
+                for i, (state, head_levels) in enumerate(ends):
+                    yield i, chunk, measure(flat[state][chunk], reference, heads[head_levels])
+
+    return end_of, len(ends), measured()
 
 
 def _levels_in(live: Live, genome: Genome | None, part: int | None) -> Genome | None:

@@ -6,6 +6,7 @@ import torch
 from measures_literal import kl_divergence, negative_log_likelihood, top1_agreement
 
 from evopress.evaluation.heldout import measure_held_out, scores_by_data_set
+from evopress.fitness.minibatch import base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator
 
@@ -92,3 +93,33 @@ def test_a_perplexity_beyond_floats_is_infinite(live, tokens):
         assert scores.perplexity == math.inf
     else:
         assert scores.perplexity < math.inf
+
+
+def test_what_is_kept_of_every_sequence_is_that_sequence_measured_alone(live, tokens):
+    sequences = tokens(5, 12, seed=14)
+    evaluator = PopulationEvaluator(live)
+    scores = measure_held_out(evaluator, genomes_of(live), sequences, batch_tokens=36, chunk_tokens=7)
+    for index in range(5):
+        alone = measure_held_out(evaluator, genomes_of(live), sequences[index : index + 1])
+        for mine, other in zip(scores, alone, strict=True):
+            here = [mine.by_sequence[name][index] for name in ("kl", "nll", "top1_agreement")]
+            assert here == pytest.approx([other.kl, math.log(other.perplexity), other.top1_agreement], rel=1e-4, abs=1e-6)
+    for mine, other in zip(scores, measure_held_out(evaluator, genomes_of(live), sequences[:3]), strict=True):
+        part = mine.first(3)
+        assert (part.kl, part.perplexity, part.num_tokens) == (
+            pytest.approx(other.kl, rel=1e-4, abs=1e-6),
+            pytest.approx(other.perplexity, rel=1e-4),
+            33,
+        )
+        assert mine.first(5).kl == pytest.approx(mine.kl, rel=1e-12)
+
+
+def test_dense_states_at_hand_are_the_base(live, tokens):
+    sequences = tokens(5, 12, seed=15)
+    evaluator = PopulationEvaluator(live)
+    base = base_states(evaluator, sequences, batch_tokens=24)
+    expected = measure_held_out(evaluator, genomes_of(live), sequences, batch_tokens=24)
+    for mine, other in zip(
+        measure_held_out(evaluator, genomes_of(live), sequences, base=base, batch_tokens=24), expected, strict=True
+    ):
+        assert (mine.kl, mine.perplexity) == pytest.approx((other.kl, other.perplexity), rel=1e-4, abs=1e-6)
