@@ -307,8 +307,8 @@ class EvaluationSettings:
 
     every: int = 10
     """Generations between held-out measurements during the search; 0: none."""
-    every_tokens: int = 16384
-    """Tokens of each of those measurements."""
+    every_tokens: int | None = None
+    """Tokens of each of those measurements; None: all of the run's own held-out text, so that they compare with the results."""
     data: list[str] = field(default_factory=list)
     """Further data sets beside the run's own: python_docs, wikitext2, c4, fineweb_edu."""
     files: dict[str, str] = field(default_factory=dict)
@@ -325,7 +325,8 @@ class EvaluationSettings:
     """Sequences per forward of the zero-shot tasks."""
 
     def __post_init__(self) -> None:
-        _expect(self.every_tokens >= 2, "evaluation.every_tokens", self.every_tokens, "at least 2 tokens")
+        few = self.every_tokens is not None and self.every_tokens < 2
+        _expect(not few, "evaluation.every_tokens", self.every_tokens, "at least 2 tokens, or null for all")
         _expect(self.every >= 0, "evaluation.every", self.every, "a number of generations, or 0 for none")
         _expect(self.task_limit is None or self.task_limit >= 1, "evaluation.task_limit", self.task_limit, "at least 1, or null")
         _expect(self.task_batch_size >= 1, "evaluation.task_batch_size", self.task_batch_size, "at least 1 sequence")

@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 _HUB_TEXT = {"wikitext2": wikitext2, "c4": c4, "fineweb_edu": fineweb_edu}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+MOST_KEPT_BYTES = 2**29
+"""Of the dense model's hidden states on held-out text that are kept between measurements of a search."""
 _STREAMS = ("data", "initial", "mutation", "minibatch", "random", "random_minibatch")
 
 
@@ -92,6 +94,7 @@ class Workspace:
         self.database_root = make_folder(given_path(settings.level_db.root, "level_db.root"))
         self.database_reused = False
         self._further: list[str] = []
+        self._held_out_base: Tensor | None = None
         self._check_files()
         self.model_folder = find_model(settings.model, self.cache)
         self._check_model()
@@ -446,6 +449,18 @@ class Workspace:
     def search_base(self) -> Tensor:
         """The dense model's last hidden states on the search text, [N, L, d]."""
         return base_states(self.evaluator, self.search_tokens, batch_tokens=self.settings.fitness.max_tokens_in_flight)
+
+    def held_out_base(self, count: int) -> Tensor | None:
+        """Return the dense model's last hidden states on the first sequences of the run's own held-out text, [count, L, d].
+
+        None where they are more than is kept: they are then computed with every measurement.
+        """
+        sequences = next(iter(self.evaluation_data.values()))[:count]
+        if sequences.numel() * self.blocks.hidden_size * self.blocks.dtype.itemsize > MOST_KEPT_BYTES:
+            return None
+        if self._held_out_base is None or len(self._held_out_base) != count:
+            self._held_out_base = base_states(self.evaluator, sequences, batch_tokens=self.settings.fitness.max_tokens_in_flight)
+        return self._held_out_base
 
     @property
     def other_bytes(self) -> int:

@@ -5,19 +5,21 @@
 
 reads the run folders in <root>/table7 and writes experiments/table7/: convergence.csv with every measurement, and a figure for each
 group (convergence_bits-3.0.png and .svg) with a curve per variant of the table: mean over seeds, and their range. So come the
-paper's Figures 3 to 5 and 10; `COMPANIONS` says what of other sweeps is drawn beside. Curves are measured on the first
-`evaluation.every_tokens` of the held-out text. A sweep that is still going on gives what there is.
+paper's Figures 3 to 5 and 10; `COMPANIONS` says what of other sweeps is drawn beside. Curves and the baselines' lines are of one
+text, that which the searches were measured on; it is all of the held-out text unless `evaluation.every_tokens` said less. A sweep
+that is still going on gives what there is.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evopress.errors import EvoPressError
+from evopress.reporting.curve import HeldOutCurve, held_out_curve
 from evopress.reporting.drawing import (
     COLOURS,
     MARKERS,
@@ -30,11 +32,11 @@ from evopress.reporting.drawing import (
     time_unit,
 )
 from evopress.reporting.records import read_records
-from evopress.reporting.tables import display_name, number
+from evopress.reporting.tables import display_name, is_found, number
 from experiments.commands import of_sweep
 from experiments.specs import SPECS, Spec
-from experiments.sweeps import Sweep, describe, expected_jobs, read_sweep
-from experiments.tables import SEED, Group, Table, write_csv
+from experiments.sweeps import Job, Sweep, describe, expected_jobs, read_sweep
+from experiments.tables import SEED, Group, Table, Values, write_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,11 +67,27 @@ def curves(sweep: Sweep, spec: Spec) -> dict[Group, dict[str, Curve]]:
     found: dict[Group, dict[str, Curve]] = {}
     for job in sweep.jobs:
         variant = spec.variant(job.axes, "evopress")
-        points = list(_points(read_records(job.folder / "metrics.jsonl")))
+        points = list(_points(of_job(job).records))
         if variant is not None and points:
             group = tuple(job.axes[key] for key in spec.group)
             found.setdefault(group, {}).setdefault(variant, {})[job.axes.get(SEED, "0")] = points
     return found
+
+
+def of_job(job: Job) -> HeldOutCurve:
+    """Return what a job's search measured on the way, and its rows on the same text."""
+    return held_out_curve(read_records(job.folder / "metrics.jsonl"), job.result["rows"])
+
+
+def on_curves_text(jobs: Sequence[Job], spec: Spec) -> Values:
+    """Return the values of all rows on the text of the curves: not the tables' where searches were measured on less."""
+    rows = [[{"name": name, **measures} for name, measures in of_job(job).rows.items()] for job in jobs]
+    return Table([replace(job, result={"rows": each}) for job, each in zip(jobs, rows, strict=True)], spec).values
+
+
+def text_of(jobs: Sequence[Job]) -> str:
+    """Say which text the curves of jobs are of."""
+    return " or ".join(dict.fromkeys(filter(None, (of_job(job).text for job in jobs))))
 
 
 def _points(records: Sequence[Mapping[str, Any]]) -> Iterator[Point]:
@@ -111,7 +129,7 @@ def draw(
 
     Args:
         group: variant to its curve.
-        baselines: measure to the value of each baseline at the end of the runs; drawn as horizontal lines.
+        baselines: measure to the value of each baseline on the curves' text; drawn as horizontal lines.
 
     Returns: the paths of the PNG and the SVG.
     """
@@ -126,9 +144,7 @@ def draw(
             seen += _panel(axis, group, x, measure, scale=unit if x == "seconds" else 1.0)
             for index, (baseline, value) in enumerate(baselines.get(measure, {}).items()):
                 style = STYLES[1 + index % (len(STYLES) - 1)]
-                axis.axhline(
-                    value, color="#666666", linestyle=style, linewidth=1.3, label=f"{display_name(baseline)} (all held-out text)"
-                )
+                axis.axhline(value, color="#666666", linestyle=style, linewidth=1.3, label=display_name(baseline))
                 seen.append(value)
             open_frame(axis)
             axis.set_xlabel({"tokens": "candidate tokens", "seconds": unit_name}.get(x, x))
@@ -175,19 +191,24 @@ def make_figures(experiment: str, *, root: Path, out: Path) -> tuple[Sweep, list
             "first, with evaluation.every above 0"
         )
     beside = _companion(experiment, root)
-    table = Table(sweep.jobs, spec)
+    values = on_curves_text(sweep.jobs, spec)
     paths = [out / "convergence.csv"]
     write_csv(paths[0], list(_rows(found, beside, spec)))
     for group, variants in found.items():
         where = dict(zip(spec.group, group, strict=True))
-        rows = {variant: of for variant, of in table.values[group].items() if variant not in variants and variant not in spec.apart}
+        rows = {
+            variant: of
+            for variant, of in values.get(group, {}).items()
+            if variant not in variants and variant not in spec.apart and not is_found(variant)
+        }
         baselines = {
             measure: {variant: statistics.fmean(of[measure].values()) for variant, of in rows.items() if measure in of}
-            for measure in table.qualities
+            for measure in dict.fromkeys(measure for of in rows.values() for measure in of)
         }
         name = "_".join(["convergence", *(f"{key.replace('/', '-')}-{value}" for key, value in where.items())])
         seeds = max(len(curve) for curve in variants.values())
-        title = f"{spec.title}{', ' if where else ''}{describe(where)} (mean and range, {seeds} seed{'s' if seeds > 1 else ''})"
+        about = f"mean and range, {seeds} seed{'s' if seeds > 1 else ''}; {text_of(sweep.jobs)}"
+        title = f"{spec.title}{', ' if where else ''}{describe(where)}\n({about})"
         paths += draw(variants | beside, baselines, out, name, title=title)
     return sweep, paths
 

@@ -74,7 +74,7 @@ def make_report(experiment: str, *, root: Path, out: Path) -> tuple[Sweep, Path]
     return sweep, path
 
 
-_CURVES = "Lines are means over seeds, bands their range, on the part of the held-out text that is measured during the search."
+_CURVES = "Lines are means over seeds, bands their range; curves and lines are of one held-out text."
 
 
 def _readme(path: Path) -> tuple[str, str]:

@@ -15,13 +15,13 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.files import write_bytes
+from evopress.reporting.differences import Difference
 from evopress.reporting.tables import Column, display_name, results_columns, significant
 from experiments.commands import of_sweep
 from experiments.specs import SPECS, Spec
@@ -33,34 +33,6 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 Group = tuple[str, ...]
 Values = dict[Group, dict[str, dict[str, dict[str, float]]]]
 """Group, variant and measure to the value at each seed."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A variant against another, seed by seed."""
-
-    mean: float
-    standard_error: float
-    """NaN for one seed."""
-    num_pairs: int
-
-    @classmethod
-    def of(cls, ours: Mapping[str, float], theirs: Mapping[str, float]) -> Difference:
-        """Pair the seeds that both have."""
-        pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
-        return cls(statistics.fmean(pairs) if pairs else math.nan, error, len(pairs))
-
-    def verdict(self, best: Callable[[Iterable[float]], float] | None) -> str:
-        """Say "better", "worse" or, within 2 standard errors, "tie"; with fewer than two seeds nothing can be said.
-
-        Args: best: `min` or `max`, which way the measure is good.
-        """
-        if self.num_pairs < 2:
-            return "one seed" if self.num_pairs else ""
-        if abs(self.mean) <= 2.0 * self.standard_error:
-            return "tie"
-        return "better" if best is not None and best((self.mean, 0.0)) == self.mean else "worse"
 
 
 class Table:

@@ -62,15 +62,17 @@ def convergence(
     baselines: Mapping[str, float] | None = None,
     *,
     fitness: str = "kl",
+    text: str = "",
 ) -> list[Path]:
     """Draw the winner's fitness and the held-out measures against generations, tokens evaluated and time.
 
     A row of panels for KL, and one for perplexity if any was recorded or the search minimised it.
 
     Args:
-        records: the records of `metrics.jsonl`.
-        baselines: held-out KL, nats per token, of each baseline by name; drawn as horizontal lines.
+        records: the records of `metrics.jsonl`, all measurements on one text.
+        baselines: KL, nats per token, of each baseline by name, on that same text; drawn as horizontal lines.
         fitness: what the search minimised; "perplexity" draws it among the perplexities, all else with the KL.
+        text: which text that is, in words.
 
     Returns: the paths of `convergence.png` and `convergence.svg`.
     """
@@ -135,7 +137,7 @@ def convergence(
         legend.update(zip(labels, handles, strict=True))
     if legend:
         figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle("Convergence of the search", fontsize=13)
+    figure.suptitle("Convergence of the search" + (f" ({text})" if text else ""), fontsize=13)
     return save(figure, folder, "convergence")
 
 

@@ -6,50 +6,88 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from evopress.reporting.differences import Difference
 from evopress.reporting.page import table
-from evopress.reporting.tables import display_name, number, results_columns, significant
+from evopress.reporting.tables import by_sequence, display_name, held_out_kl, is_found, number, results_columns, significant
 
 _SLACK = 1.002
 """Genomes that spend this much more than another still count as of the same budget."""
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Say in words what the rows of `result.json` show: who has the lowest held-out KL within EvoPress's budget."""
+    """Say in words what the rows of `result.json` show: who has the lowest held-out KL within EvoPress's budget.
+
+    KL is that on the run's own text; a difference within two of its standard errors, paired by sequence, is called a tie.
+    """
     measured = {
-        str(row.get("name")): row for row in rows if number(row.get("kl")) is not None and row.get("name") not in (None, "dense")
+        str(row.get("name")): row for row in rows if held_out_kl(row)[1] is not None and row.get("name") not in (None, "dense")
     }
     if not measured:
         return "Nothing has been measured on held-out text yet."
     if "evopress" not in measured:
-        best = min(measured, key=lambda name: measured[name]["kl"])
+        best = min(measured, key=lambda name: _kl(measured[name]))
         return (
-            f"No search has been measured; of {_list(measured)}, {display_name(best)} has the lowest held-out KL: "
-            f"{significant(measured[best]['kl'])} nats per token{_at(measured[best])}."
+            f"No search has been measured; of {_list(measured)}, {display_name(best)} has the lowest held-out KL"
+            f"{_on(measured[best])}: {significant(_kl(measured[best]))} nats per token{_at(measured[best])}."
         )
     ours = measured.pop("evopress")
-    kl = ours["kl"]
-    sentence = f"EvoPress's held-out KL is {significant(kl)} nats per token{_at(ours)}"
-    equal = {name: row["kl"] for name, row in measured.items() if not _spends_more(row, ours)}
-    larger = {name: row["kl"] for name, row in measured.items() if name not in equal}
+    found = {name: measured.pop(name) for name in list(measured) if is_found(name)}
+    sentence = f"EvoPress's held-out KL{_on(ours)} is {significant(_kl(ours))} nats per token{_at(ours)}"
+    equal = {name: row for name, row in measured.items() if not _spends_more(row, ours)}
+    larger = {name: row for name, row in measured.items() if name not in equal}
     if equal:
-        best = min(equal, key=lambda name: equal[name])
-        sentence += f"; the best baseline within this budget, {display_name(best)}, has {significant(equal[best])}: "
-        change = (kl / equal[best] - 1) * 100 if equal[best] else 0.0
-        if significant(kl) == significant(equal[best]):
-            sentence += "a draw"
-        elif kl < equal[best]:
-            sentence += f"EvoPress wins, {abs(change):.1f}% lower"
-        else:
-            sentence += f"{display_name(best)} wins, EvoPress is {abs(change):.1f}% higher"
-        others = [f"{display_name(name)} at {significant(value)}" for name, value in equal.items() if name != best]
+        best = min(equal, key=lambda name: _kl(equal[name]))
+        sentence += f"; the best baseline within this budget, {display_name(best)}, has {significant(_kl(equal[best]))}: "
+        sentence += compared("EvoPress", ours, display_name(best), equal[best])
+        others = [f"{display_name(name)} at {significant(_kl(row))}" for name, row in equal.items() if name != best]
         sentence += f" (others: {', '.join(others)})" if others else ""
     else:
         sentence += "; no baseline within this budget was measured"
+    for name, row in found.items():
+        sentence += f". {display_name(name)} has {significant(_kl(row))}{_at(row)}: "
+        sentence += compared(display_name(name), row, "EvoPress", ours)
     if larger:
         sentence += ". With a larger budget: " + ", ".join(
-            f"{display_name(name)} has {significant(value)}{_at(measured[name])}" for name, value in larger.items()
+            f"{display_name(name)} has {significant(_kl(row))}{_at(row)}" for name, row in larger.items()
         )
-    return sentence + ". One run, one seed: small differences may be chance."
+    return sentence + ". One run, one seed: another seed finds another genome."
+
+
+def compared(name: str, ours: Mapping[str, Any], other: str, theirs: Mapping[str, Any]) -> str:
+    """Say who of two rows has the lower held-out KL, by how much, and whether that is more than chance.
+
+    Args:
+        name: what the first row is called.
+        other: what the second is called.
+    """
+    data_set, kl = held_out_kl(ours)
+    _, there = held_out_kl(theirs)
+    assert kl is not None and there is not None
+    percent = abs(kl / there - 1) * 100 if there else 0.0
+    by = f"{percent:.1f}% {'lower' if kl <= there else 'higher'}"
+    kept = [by_sequence(row, data_set, "kl") for row in (ours, theirs)]
+    difference = Difference.of_sequences(kept[0] or (), kept[1] or ())
+    if kl == there or (not difference.decided and significant(kl) == significant(there)):
+        return "a tie"
+    if not difference.decided:
+        return f"{name} is {by}; whether that is more than chance was not measured"
+    error = f"{significant(abs(difference.mean), 3)} ± {significant(difference.standard_error, 2)}"
+    error += f" nats over {difference.num_pairs} sequences"
+    if difference.is_tie:
+        return f"a tie, {name} is {by} but the difference is within two standard errors ({error})"
+    return f"{name} wins, {by} ({error})" if kl < there else f"{other} wins, {name} is {by} ({error})"
+
+
+def _kl(row: Mapping[str, Any]) -> float:
+    value = held_out_kl(row)[1]
+    assert value is not None
+    return value
+
+
+def _on(row: Mapping[str, Any]) -> str:
+    """Name the text of a row's held-out KL: " on python_docs"."""
+    data_set = held_out_kl(row)[0]
+    return "" if data_set is None else f" on {data_set}"
 
 
 def _at(row: Mapping[str, Any]) -> str:
@@ -83,7 +121,8 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
         shown = {index: value for index in fair if (value := column.values[index]) is not None}
         if column.best is not None and shown:
             best = column.best(shown.values())
-            bold |= {(index, place) for index, value in shown.items() if value == best}
+            winners = [index for index, value in shown.items() if value == best]
+            bold |= {(index, place) for index in shown if index in winners or any(column.ties(index, other) for other in winners)}
     body = []
     for index, row in enumerate(rows):
         cells = [escape(display_name(str(row.get("name", ""))))]
@@ -93,9 +132,11 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
         body.append((cells, "" if index in fair else ' class="aside"'))
     note = (
         "Bold: best among the compressed rows"
-        + (" that spend no more than EvoPress; the others are grey. " if ours is not None else ". ")
-        + "KL: nats per token against the dense model on held-out text, lower is better; ppl: perplexity, lower is "
-        "better; MB: 10<sup>6</sup> bytes."
+        + (" that spend no more than EvoPress (the others are grey), " if ours is not None else ", ")
+        + "with those that tie with it: within two standard errors of the difference, paired by sequence. "
+        "KL: nats per token against the dense model on held-out text, lower is better; ppl: perplexity, lower is better; "
+        "MB: 10<sup>6</sup> bytes. Size if packed: of a file that holds every level as the level database stores it, which no "
+        "stage writes; checkpoint: the weight files that were exported, in the model's own dtype."
     )
     return table(["", *(escape(column.header) for column in columns)], body) + f'<p class="note">{note}</p>'
 

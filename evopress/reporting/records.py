@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -23,6 +24,8 @@ SCHEMA = 1
 """Version of the files written here; a reader refuses a newer one."""
 MAX_GENOME_BYTES = 64 * 2**20
 MAX_RECORDS_BYTES = 2**30
+_NUMBERS = re.compile(r"\[\n *((?:-?\d[\d.e+-]*|null)(?:,\n *(?:-?\d[\d.e+-]*|null))*)\n *\]")
+"""A list of numbers with one on each line; no string of JSON holds a line break."""
 
 
 def plain(value: Any) -> Any:
@@ -45,11 +48,13 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Replace a JSON file as a whole; NaN and infinities are written as null.
+    """Replace a JSON file as a whole; NaN and infinities are written as null, a list of numbers on one line.
 
     Raises: EvoPressError if the folder cannot be written to.
     """
-    write_bytes(path, (json.dumps(plain(data), indent=2, allow_nan=False) + "\n").encode())
+    text = json.dumps(plain(data), indent=2, allow_nan=False)
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+    write_bytes(path, f"{text}\n".encode())
 
 
 def read_json(path: str | Path) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.reporting import account
+from evopress.reporting.curve import held_out_curve
 from evopress.reporting.figures import averages, measure, measure_name, measured_size
 from evopress.reporting.findings import headline, results_table
 from evopress.reporting.page import cell_text, code, details, json_text, pairs, paragraph, pictures, section, table, write_page
@@ -67,7 +68,7 @@ def write_report(
     parts = [
         section("What was asked", _asked(config, records, space)),
         section("What was found", paragraph(headline(rows), kind="lead") + results_table(rows)),
-        section("Convergence", take("convergence") + account.progress(records)),
+        section("Convergence", take("convergence") + account.progress(held_out_curve(records, rows).records)),
         section("Where the budget went", where),
         section("Accepted switches", take("switches") + account.accepted_switches(records, space)),
         section("Selection", take("selection") + account.stages(records)),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evopress.files import write_bytes
+from evopress.reporting.differences import Difference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +46,15 @@ class Column:
     """`min` or `max` where the column is a quality; None where it is a size."""
     stderrs: tuple[float | None, ...] = ()
     """Standard errors of the values, where they are known."""
+    sequences: tuple[Sequence[float] | None, ...] = ()
+    """What the values are means of, sequence by sequence of the same text, where it was kept."""
+
+    def ties(self, row: int, other: int) -> bool:
+        """Tell whether two rows differ by no more than chance: their standard error, paired by sequence, says so."""
+        if not self.sequences:
+            return False
+        ours, theirs = self.sequences[row], self.sequences[other]
+        return ours is not None and theirs is not None and Difference.of_sequences(ours, theirs).is_tie
 
     def cell(self, row: int, *, with_stderr: bool = False) -> str:
         """Show one value with sensible digits; a missing one is blank."""
@@ -57,7 +67,37 @@ class Column:
 
 def display_name(name: str) -> str:
     """Return a row's name as people read it: "best_of_32" becomes "best of 32"."""
-    return _NAMES.get(name, name.replace("_", " "))
+    name, plus, more = name.partition("+")
+    return _NAMES.get(name, name.replace("_", " ")) + (f" + {more.replace('_', ' ')}" if plus else "")
+
+
+def is_found(name: str) -> bool:
+    """Tell whether a row is what the run found, "evopress" or "evopress+refine", and no baseline."""
+    return name.partition("+")[0] == "evopress"
+
+
+def is_baseline(name: str) -> bool:
+    """Tell whether a row is what the found genome is compared with: neither found nor dense."""
+    return name not in ("", "dense") and not is_found(name)
+
+
+def held_out_kl(row: Row) -> tuple[str | None, float | None]:
+    """Return a row's held-out KL on the run's own text, and that text's name; rows of early versions know no name."""
+    by_data_set = row.get("kl_by_data_set")
+    if isinstance(by_data_set, Mapping) and by_data_set:
+        name, value = next(iter(by_data_set.items()))
+        return str(name), number(value)
+    return None, number(row.get("kl"))
+
+
+def by_sequence(row: Row, data_set: str | None, measure: str) -> Sequence[float] | None:
+    """Return a row's measure ("kl", "nll", "top1_agreement") on each sequence of a data set; None where it was not kept."""
+    kept: Any = row.get("by_sequence")
+    for key in (data_set, measure):
+        kept = kept.get(key) if isinstance(kept, Mapping) else None
+    if not isinstance(kept, list | tuple) or not kept or any(number(value) is None for value in kept):
+        return None
+    return kept
 
 
 def number(value: Any) -> float | None:
@@ -83,9 +123,29 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
         show: Callable[[float], str],
         best: Callable[[Iterable[float]], float] | None = None,
         stderr: Callable[[Row], Any] | None = None,
+        sequences: Callable[[Row], Sequence[float] | None] | None = None,
     ) -> Column:
         stderrs = () if stderr is None else tuple(number(stderr(row)) for row in rows)
-        return Column(header, tuple(number(value(row)) for row in rows), show, best, stderrs)
+        kept = () if sequences is None else tuple(map(sequences, rows))
+        return Column(header, tuple(number(value(row)) for row in rows), show, best, stderrs, kept)
+
+    def on_each_text(name: str, key: str, show: Callable[[float], str], best: Callable[[Iterable[float]], float]) -> list[Column]:
+        """Return a column per data set and, of several, their mean, which says of how many; early versions kept the mean alone."""
+        texts = _inner_keys(rows, f"{key}_by_data_set")
+        columns = [
+            column(
+                f"{name} {text}",
+                partial(_inner, outer=f"{key}_by_data_set", key=text),
+                show,
+                best,
+                sequences=partial(by_sequence, data_set=text, measure=key),
+            )
+            for text in texts
+        ]
+        if len(texts) != 1:
+            mean = f"{name}, mean of {len(texts)} data sets" if texts else name
+            columns.append(column(mean, lambda row: row.get(key), show, best))
+        return columns
 
     columns = [
         column("bits per weight", lambda row: row.get("bits_per_weight"), "{:.3f}".format),
@@ -93,12 +153,21 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
         column("sparsity", lambda row: row.get("sparsity"), "{:.3f}".format),
         column("weights kept", lambda row: row.get("weights_kept"), "{:,.0f}".format),
         column("modules dropped", lambda row: row.get("modules_dropped"), "{:.0f}".format),
-        column("size MB", lambda row: _megabytes(row.get("bytes")), "{:.1f}".format),
-        column("held-out KL", lambda row: row.get("kl"), significant, min),
-        column("top-1 agreement", lambda row: row.get("top1_agreement"), "{:.4f}".format, max),
+        column("size MB if packed", lambda row: _megabytes(row.get("bytes")), "{:.1f}".format),
+        column("checkpoint MB", lambda row: _megabytes(row.get("checkpoint_bytes")), "{:.1f}".format),
+        *on_each_text("held-out KL", "kl", significant, min),
+        *on_each_text("top-1 agreement", "top1_agreement", "{:.4f}".format, max),
     ]
     for data_set in _inner_keys(rows, "perplexity"):
-        columns.append(column(f"ppl {data_set}", partial(_inner, outer="perplexity", key=data_set), "{:.2f}".format, min))
+        columns.append(
+            column(
+                f"ppl {data_set}",
+                partial(_inner, outer="perplexity", key=data_set),
+                "{:.2f}".format,
+                min,
+                sequences=partial(by_sequence, data_set=data_set, measure="nll"),
+            )
+        )
     for task in _inner_keys(rows, "zero_shot"):
         accuracy, stderr = (partial(_inner, outer=outer, key=task) for outer in ("zero_shot", "zero_shot_stderr"))
         columns.append(column(f"zero-shot {task}", accuracy, "{:.4f}".format, max, stderr))
@@ -130,8 +199,11 @@ def results_frame(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(data)
 
 
-def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write `results.csv` (full precision, for programs) and `results.md` (rounded, for people); return their paths."""
+def write_tables(rows: Sequence[Row], folder: Path, *, said: str = "") -> list[Path]:
+    """Write `results.csv` (full precision, for programs) and `results.md` (rounded, for people); return their paths.
+
+    Args: said: what the rows show, in words, for below the table of `results.md`.
+    """
     columns = results_columns(rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -142,7 +214,7 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
     paths = [Path(folder) / "results.csv", Path(folder) / "results.md"]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     write_bytes(paths[0], text.getvalue().encode())
-    write_bytes(paths[1], _markdown(rows, columns).encode())
+    write_bytes(paths[1], (_markdown(rows, columns) + (f"\n{said}\n" if said else "")).encode())
     return paths
 
 

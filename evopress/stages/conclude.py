@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
-from evopress.evaluation.heldout import scores_by_data_set
+from evopress.evaluation.heldout import Scores, scores_by_data_set
 from evopress.evaluation.zero_shot import ZeroShot, load_tasks, measure_zero_shot
 from evopress.export import export_checkpoint
 from evopress.levels.modules import dropped_modules
 from evopress.methods import ModuleMethod
 from evopress.reporting import figures, tables
+from evopress.reporting.curve import held_out_curve
 from evopress.reporting.dropped import dropped_modules_figure
 from evopress.reporting.generations import read_generations
 from evopress.reporting.lineage import lineage_figures
@@ -23,6 +24,7 @@ from evopress.reporting.report import headline, write_report
 from evopress.reporting.tracker import Tracker
 from evopress.stages.baselines import stored_baselines
 from evopress.stages.results import read_result
+from evopress.stages.search import as_held_out, held_out_in_search
 from evopress.units import Genome
 from evopress.workspace import Workspace
 
@@ -45,11 +47,10 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     )
     answers = _zero_shot(workspace, genomes)
     itemsize = workspace.blocks.dtype.itemsize
-    rows = []
+    own, sequences = held_out_in_search(workspace)
+    num_sequences = len(sequences)
+    rows: list[dict[str, Any]] = []
     for name, genome in genomes.items():
-        measured = scores[name]
-        tokens = {data_set: score.num_tokens for data_set, score in measured.items()}
-        weights = {data_set: count / sum(tokens.values()) for data_set, count in tokens.items()}
         if genome is None:
             costs, stored_bits = workspace.method.dense_costs(8 * itemsize), 8 * itemsize * space.size
         else:
@@ -59,13 +60,12 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
                 "name": name,
                 **costs,
                 "bytes": workspace.other_bytes + (stored_bits + 7) // 8,
-                "kl": sum(weights[data_set] * score.kl for data_set, score in measured.items()),
-                "top1_agreement": sum(weights[data_set] * score.top1_agreement for data_set, score in measured.items()),
-                "perplexity": {data_set: score.perplexity for data_set, score in measured.items()},
-                "kl_by_data_set": {data_set: score.kl for data_set, score in measured.items()},
+                **_measured(scores[name]),
+                "held_out_in_search": as_held_out(own, scores[name][own].first(num_sequences)),
                 **(answers[name].as_row(answers["dense"]) if answers else {}),
             }
         )
+    _add_checkpoint(rows, run_dir)
     result: dict[str, Any] = {"schema": 1, "rows": rows}
     records = read_generations(run_dir / "metrics.jsonl", database.space)
     if records:
@@ -77,6 +77,34 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     frame = tables.results_frame(rows)
     tracker.table("results", list(frame.columns), frame.to_numpy().tolist())
     tracker.log(final_metrics(rows), generation=records[-1]["generation"] if records else 0)
+
+
+def _measured(scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """Lay out a row's measures by data set; `kl` and `top1_agreement` are the means over all their tokens."""
+    total = sum(score.num_tokens for score in scores.values())
+
+    def by_data_set(value: Callable[[Scores], Any]) -> dict[str, Any]:
+        return {data_set: value(score) for data_set, score in scores.items()}
+
+    return {
+        "kl": sum(score.num_tokens / total * score.kl for score in scores.values()),
+        "top1_agreement": sum(score.num_tokens / total * score.top1_agreement for score in scores.values()),
+        "perplexity": by_data_set(lambda score: score.perplexity),
+        "kl_by_data_set": by_data_set(lambda score: score.kl),
+        "top1_agreement_by_data_set": by_data_set(lambda score: score.top1_agreement),
+        "tokens_by_data_set": by_data_set(lambda score: score.num_tokens),
+        "by_sequence": by_data_set(lambda score: score.by_sequence),
+    }
+
+
+def _add_checkpoint(rows: Sequence[dict[str, Any]], run_dir: Path) -> None:
+    """Put the bytes of the exported checkpoint's weight files into the found genome's row, if it is of that genome."""
+    folder, ours = run_dir / "checkpoint", run_dir / "genome.json"
+    if not (folder / ours.name).is_file() or (folder / ours.name).read_bytes() != ours.read_bytes():
+        return
+    for row in rows:
+        if row["name"] == "evopress":
+            row["checkpoint_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None]) -> dict[str, ZeroShot]:
@@ -121,6 +149,10 @@ def export(workspace: Workspace, *, command: str) -> None:
             **({"left_out": list(left_out)} if left_out else {}),
         },
     )
+    result = read_result(run_dir)
+    if result.get("rows"):
+        _add_checkpoint(result["rows"], run_dir)
+        write_json(run_dir / "result.json", result)
     gone = f" (without the further head, {len(left_out)} tensors that begin with {left_out[0]})" if left_out else ""
     logger.info("checkpoint: %s%s", folder, gone)
 
@@ -133,11 +165,9 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
     genome = None
     pictures: list[Path] = []
     if records:
-        fitness = settings.fitness.name
-        baselines = {
-            row["name"]: row["kl"] for row in rows if row["name"] not in ("dense", "evopress") and row.get("kl") is not None
-        }
-        pictures += figures.convergence(records, run_dir / "figures", baselines, fitness=fitness)
+        curve = held_out_curve(records, rows)
+        lines = {name: held_out["kl"] for name, held_out in curve.lines.items()}
+        pictures += figures.convergence(curve.records, run_dir / "figures", lines, fitness=settings.fitness.name, text=curve.text)
     if (run_dir / "genome.json").exists():
         genome = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
         pictures += figures.level_heatmap(database.space, genome, run_dir / "figures")
@@ -150,7 +180,7 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
             pictures += figures.level_profile(space, {**others, "evopress": genome}, run_dir / "figures")
         pictures += lineage_figures(records, database.space, run_dir / "figures", fitness=settings.fitness.name)
     if rows:
-        tables.write_tables(rows, run_dir)
+        tables.write_tables(rows, run_dir, said=headline(rows))
     checkpoint = run_dir / "checkpoint"
     shown = checkpoint.relative_to(Path.cwd()) if checkpoint.is_relative_to(Path.cwd()) else checkpoint
     write_report(

@@ -24,7 +24,7 @@ from evopress.stages.baselines import baselines_as_asked, read_baselines
 from evopress.stages.depth import spans_of
 from evopress.stages.probe import Speed
 from evopress.units import Budget, Space
-from evopress.workspace import Workspace
+from evopress.workspace import MOST_KEPT_BYTES, Workspace
 
 _SHARED = 0.8
 """Share of the block work that is left where candidates share their prefixes, at 5 to 16 of them (DESIGN, section 4)."""
@@ -70,6 +70,7 @@ class Planner:
         self.settings = workspace.settings
         self.num_blocks = len(workspace.blocks.blocks)
         self.modules = isinstance(workspace.method, ModuleMethod)
+        self.kept = 0  # bytes of the dense model's states on held-out text
         self.based = False  # whether an earlier stage computed the dense model's states of the search text
 
     def stages(self) -> Iterator[Needs]:
@@ -139,18 +140,28 @@ class Planner:
         self._base(needs)
         if not first and uniform_genome(self.space, self.budget) is None:
             self._score(needs, searching.initial_candidates, searching.initial_tokens)
+        if every := self.settings.evaluation.every:
+            self._held_out(needs, generations // every + 1)
         candidates = searching.num_offspring
         for stage in searching.stages:
             here = candidates + (stage is searching.stages[-1])
             self._score(needs, here, stage.tokens, times=generations)
             self._hold(needs, here, stage.tokens)
             candidates = stage.survivors
-        every = self.settings.evaluation.every
-        if every:
-            self._score(needs, 2, self.settings.evaluation.every_tokens, times=generations // every + 1)
         per_record = _RECORD_BYTES + 4 * len(self.space) + 24 * sum(stage.survivors for stage in searching.stages)
         needs.disk = {self.workspace.run_dir: generations * (per_record + 24 * searching.num_offspring)}
         return needs
+
+    def _held_out(self, needs: Needs, times: int) -> None:
+        """Add the measurements on held-out text, and the dense model's states there, which are kept where they are few."""
+        tokens = next(iter(self.workspace.evaluation_data.values())).numel()
+        tokens = min(tokens, self.settings.evaluation.every_tokens or tokens)
+        kept = tokens * self.workspace.blocks.hidden_size * self.workspace.blocks.dtype.itemsize
+        if kept > MOST_KEPT_BYTES:
+            self._score(needs, 2, tokens, times=times)
+        else:
+            self._score(needs, 1, tokens, times=times + 1)
+            self.kept = kept
 
     def _evaluate(self) -> Needs:
         models = 1 + self._num_genomes()
@@ -221,7 +232,7 @@ class Planner:
         base = self.workspace.search_tokens.numel() * blocks.hidden_size * itemsize if self.based else 0
         kept = self.settings.level_db.cache_bytes
         kept = enough_to_keep(self.space, itemsize) if kept is None else kept
-        self._put(needs, states + forward + logits + min(kept, decoded) + heads, host=base)
+        self._put(needs, states + forward + logits + min(kept, decoded) + heads, host=base + self.kept)
 
     def _put(self, needs: Needs, size: int, *, host: int = 0) -> None:
         """Let a stage's peak be at least so much on the compute device, and in host memory beside it."""

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from evopress.endings import stop_if_asked
 from evopress.errors import EvoPressError
-from evopress.evaluation.heldout import measure_held_out
+from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.json_files import check_schema, clip, shown
 from evopress.reporting.generations import read_generations
 from evopress.reporting.live import LiveSearch
@@ -61,6 +62,7 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
         )
         fitness = make_fitness(workspace, workspace.rng["minibatch"])
         numbers = SearchMetrics(database.space, read_generations(metrics, database.space))
+        held_out = _HeldOut(workspace)
         asked, started = what_decides_fitness(workspace), time.monotonic()
 
         def finish_generation(record: GenerationRecord) -> None:
@@ -68,7 +70,7 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
             entry = {"schema": 1, **record.to_dict(), "seconds": seconds}
             every = workspace.settings.evaluation.every
             if every and (record.generation % every == 0 or evolution.finished):
-                entry["held_out"] = _held_out(workspace, record.genome)
+                entry["held_out"] = held_out(record.genome)
             append_record(metrics, entry)
             write_json(
                 state_path,
@@ -151,16 +153,41 @@ def _starts(workspace: Workspace) -> list[Genome]:
     return [workspace.database.space.check(baselines[name]) for name in names]
 
 
-def _held_out(workspace: Workspace, genome: Genome) -> dict[str, Any]:
-    """Measure a genome on the first held-out tokens of the run's own text."""
+def held_out_in_search(workspace: Workspace) -> tuple[str, Tensor]:
+    """Return the text that the search is measured on, the first of the run's own held-out text, and its name: int64 [N, L]."""
     name, sequences = next(iter(workspace.evaluation_data.items()))
-    fitness = workspace.settings.fitness
-    rows = max(workspace.settings.evaluation.every_tokens // sequences.shape[1], 1)
-    score = measure_held_out(
-        workspace.evaluator,
-        [genome],
-        sequences[:rows],
-        batch_tokens=fitness.max_tokens_in_flight,
-        chunk_tokens=fitness.chunk_tokens,
-    )[0]
-    return {"kl": score.kl, "perplexity": {name: score.perplexity}, "top1_agreement": score.top1_agreement}
+    tokens = workspace.settings.evaluation.every_tokens
+    return name, sequences if tokens is None else sequences[: max(tokens // sequences.shape[1], 1)]
+
+
+def as_held_out(name: str, score: Scores) -> dict[str, Any]:
+    """Lay out scores on the data set of that name as records have them."""
+    return {
+        "kl": score.kl,
+        "perplexity": {name: score.perplexity},
+        "top1_agreement": score.top1_agreement,
+        "num_tokens": score.num_tokens,
+    }
+
+
+class _HeldOut:
+    """Measures the search's parents on held-out text; a parent that has not changed is not measured again."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._last: tuple[Genome, dict[str, Any]] | None = None
+
+    def __call__(self, genome: Genome) -> dict[str, Any]:
+        if self._last is None or self._last[0] != genome:
+            name, sequences = held_out_in_search(self._workspace)
+            fitness = self._workspace.settings.fitness
+            score = measure_held_out(
+                self._workspace.evaluator,
+                [genome],
+                sequences,
+                base=self._workspace.held_out_base(len(sequences)),
+                batch_tokens=fitness.max_tokens_in_flight,
+                chunk_tokens=fitness.chunk_tokens,
+            )[0]
+            self._last = genome, as_held_out(name, score)
+        return self._last[1]

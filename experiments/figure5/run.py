@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from evopress.errors import EvoPressError
 from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, open_frame, save, styles, time_unit
 from evopress.reporting.tables import display_name, significant
-from experiments.convergence import KL, X_AXES, Curve, band, curves
+from experiments.convergence import KL, X_AXES, Curve, band, curves, on_curves_text, text_of
 from experiments.depth import publish, run, sweep_options
 from experiments.specs import SPECS
 from experiments.sweeps import describe, expected_jobs, read_sweep
-from experiments.tables import Table, about_sweep, markdown
+from experiments.tables import about_sweep, markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ _OFF_SCALE = 4.0
 """A baseline so many times worse than the worst of the curves is named and not drawn."""
 
 Values = Mapping[str, Mapping[str, float]]
-"""Measure and variant to the value at the end of the runs, on all held-out text, mean over seeds."""
+"""Measure and variant to the value at the end of the runs, on the text of the curves, mean over seeds."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder, spec = arguments.root / SWEEP, SPECS[SWEEP]
     sweep = read_sweep(folder, expected_jobs(SWEEP))
     jobs = [job for job in sweep.jobs if float(job.axes["sparsity"]) in arguments.sparsity]
-    values = Table(jobs, spec).values
+    values = on_curves_text(jobs, spec)
     panels = []
     for (sparsity,), searches in curves(sweep, spec).items():
         if float(sparsity) not in arguments.sparsity:
             continue
-        of = values[(sparsity,)]
+        of = values.get((sparsity,), {})
         measures = dict.fromkeys(measure for variant in of.values() for measure in variant)
         means = {m: {name: statistics.fmean(variant[m].values()) for name, variant in of.items() if m in variant} for m in measures}
         panels.append(Panel(sparsity, searches, means))
@@ -178,9 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = [f"{about_sweep(jobs)}\n"]
     if missing := [axes for axes in sweep.missing if float(axes["sparsity"]) in arguments.sparsity]:
         parts.append(f"**Half-finished.** Missing: {'; '.join(map(describe, missing))}.\n")
-    parts.append(
-        "Curves are measured on the first `evaluation.every_tokens` of the held-out text, baselines and final KL on all of it.\n"
-    )
+    parts.append(f"Curves, baselines and final KL are of one text: {text_of(jobs)}.\n")
     publish(arguments.out, TITLE, "\n".join([*parts, table(panels)]), rows(panels))
     draw(panels, arguments.out)
 

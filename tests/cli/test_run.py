@@ -86,7 +86,7 @@ def test_one_record_per_generation(finished: Any) -> None:
             assert len(stage["fitnesses"]) == stage["num_candidates"]
     assert [[stage["tokens"] for stage in record["stages"]] for record in found] == [[128], [64, 128], [64, 128], [64, 128]]
     assert ["held_out" in record for record in found] == [True, False, True, True]  # every: 2, and the last
-    assert all(set(r["held_out"]) == {"kl", "perplexity", "top1_agreement"} for r in found if "held_out" in r)
+    assert all(set(r["held_out"]) == {"kl", "perplexity", "top1_agreement", "num_tokens"} for r in found if "held_out" in r)
     assert [record["tokens"] for record in found] == [4 * 128 + n * (4 * 64 + (2 + 1) * 128) for n in range(4)]
     assert [r["seconds"] for r in found] == sorted(r["seconds"] for r in found)
     for before, after in itertools.pairwise(found):
@@ -145,7 +145,7 @@ def test_tables_and_report_tell_the_same(finished: Any) -> None:
     with open(finished.folder / "results.csv", encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["name"] for row in table] == list(rows(finished.folder))
-    assert float(table[-1]["held-out KL"]) == rows(finished.folder)["evopress"]["kl"]
+    assert float(table[-1]["held-out KL python_docs"]) == rows(finished.folder)["evopress"]["kl"]
     markdown = (finished.folder / "results.md").read_text(encoding="utf-8")
     html = (finished.folder / "report.html").read_text(encoding="utf-8")
     for text in (markdown, html, finished.outcome.text):
@@ -155,6 +155,41 @@ def test_tables_and_report_tell_the_same(finished: Any) -> None:
     assert 'href="http' not in html, "the report must be self-contained"
     assert "scale mini" in finished.outcome.text
     assert "scale=paper" in finished.outcome.text
+
+
+def test_all_that_is_drawn_is_of_one_text(finished: Any, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """The curve and the baselines beside it are on the same held-out tokens; on all of them, the last point is the table's."""
+    search = [record["held_out"] for record in records(finished.folder) if "held_out" in record]
+    assert {held_out["num_tokens"] for held_out in search} == {2 * 63}  # +debug=tiny asks for 128 tokens
+    for row in read(finished.folder / "result.json")["rows"]:
+        assert row["tokens_by_data_set"] == {"python_docs": 16 * 63}
+        kept = row["by_sequence"]["python_docs"]
+        assert {name: len(values) for name, values in kept.items()} == {"kl": 16, "nll": 16, "top1_agreement": 16}
+        assert sum(kept["kl"]) / 16 == pytest.approx(row["kl"], abs=1e-9)
+        part = row["held_out_in_search"]
+        assert (part["kl"], part["num_tokens"]) == (pytest.approx(sum(kept["kl"][:2]) / 2, abs=1e-9), 2 * 63)
+    assert search[-1]["kl"] == pytest.approx(rows(finished.folder)["evopress"]["held_out_in_search"]["kl"], rel=1e-4)
+    assert search[-1]["kl"] != pytest.approx(rows(finished.folder)["evopress"]["kl"], rel=1e-4)
+
+    outcome = tiny(
+        "evaluation.every_tokens=null", "baselines.names=[uniform]", "stages=[database,baselines,search,evaluate,report]"
+    )
+    assert outcome.code == 0, outcome.text
+    (*_, last), row = (record.get("held_out") for record in records(tmp_path / "run")), rows(tmp_path / "run")["evopress"]
+    assert last["num_tokens"] == 16 * 63
+    assert last["kl"] == pytest.approx(row["kl_by_data_set"]["python_docs"], rel=1e-4)
+    assert row["held_out_in_search"]["kl"] == row["kl_by_data_set"]["python_docs"] == row["kl"]
+    assert "all 1,008 held-out tokens" in (tmp_path / "run" / "figures" / "convergence.svg").read_text(encoding="utf-8")
+
+
+def test_sizes_are_of_files_that_exist(finished: Any) -> None:
+    found = rows(finished.folder)
+    weights = finished.folder / "checkpoint" / "model.safetensors"
+    assert found["evopress"]["checkpoint_bytes"] == weights.stat().st_size > found["evopress"]["bytes"]
+    assert not any("checkpoint_bytes" in row for name, row in found.items() if name != "evopress")
+    header = (finished.folder / "results.md").read_text(encoding="utf-8").splitlines()[0]
+    assert "| size MB if packed | checkpoint MB |" in header
+    assert "size MB if packed" in (finished.folder / "results.csv").read_text(encoding="utf-8").splitlines()[0]
 
 
 def test_checkpoint_gives_the_reported_perplexity(finished: Any, cache: Path) -> None:

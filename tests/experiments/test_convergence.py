@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from evopress.errors import EvoPressError
 from experiments import convergence
-from experiments.convergence import KL, Point, band, curves, make_figures
+from experiments.convergence import KL, Point, band, curves, make_figures, on_curves_text
 from experiments.specs import SPECS
 from experiments.sweeps import expected_jobs, read_sweep
 
@@ -30,8 +30,27 @@ def warnings_are_errors() -> Any:
         yield
 
 
-def write_search(root: Path, axes: dict[str, Any], kls: list[float | None], *, pace: float = 1.0, finished: bool = True) -> Path:
-    """Write a run folder whose search measured these held-out KLs, one a generation; None: it did not measure there."""
+TOKENS = 1000
+
+
+def measures(kl: float, tokens: int | None = TOKENS) -> dict[str, Any]:
+    found: dict[str, Any] = {"kl": kl, "perplexity": {"docs": 10 * kl}, "top1_agreement": 0.5}
+    return found if tokens is None else {**found, "num_tokens": tokens}
+
+
+def write_search(
+    root: Path,
+    axes: dict[str, Any],
+    kls: list[float | None],
+    *,
+    pace: float = 1.0,
+    finished: bool = True,
+    tokens: int | None = TOKENS,
+) -> Path:
+    """Write a run folder whose search measured these held-out KLs, one a generation; None: it did not measure there.
+
+    The table's rows are of another text; on that of the search, uniform_3 has 2.5 and the search what it ended with.
+    """
     job = root / "_".join(f"{key.replace('/', '.')}-{value}" for key, value in axes.items())
     (job / ".hydra").mkdir(parents=True)
     (job / ".hydra" / "overrides.yaml").write_text(OmegaConf.to_yaml([f"{k}={v}" for k, v in axes.items()]), encoding="utf-8")
@@ -40,13 +59,13 @@ def write_search(root: Path, axes: dict[str, Any], kls: list[float | None], *, p
     for generation, kl in enumerate(kls):
         record: dict[str, Any] = {"generation": generation, "tokens": 1000 * generation, "seconds": pace * generation}
         if kl is not None:
-            record["held_out"] = {"kl": kl, "perplexity": {"docs": 10 * kl}, "top1_agreement": 0.5}
+            record["held_out"] = measures(kl, tokens)
         lines.append(json.dumps(record) + "\n")
     (job / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
     rows = [
         {"name": "dense", "kl": 0.0, "perplexity": {"docs": 5.0}},
-        {"name": "uniform_3", "kl": 3.0, "perplexity": {"docs": 30.0}},
-        {"name": "evopress", "kl": 1.0, "perplexity": {"docs": 12.0}},
+        {"name": "uniform_3", "kl": 3.0, "perplexity": {"docs": 30.0}, "held_out_in_search": measures(2.5)},
+        {"name": "evopress", "kl": 1.0, "perplexity": {"docs": 12.0}, "held_out_in_search": measures(kls[-1] or 1.0)},
     ]
     (job / "result.json").write_text(json.dumps({"schema": 1, "rows": rows if finished else []}), encoding="utf-8")
     return job
@@ -125,9 +144,25 @@ def test_figures_and_measurements_of_a_sweep(tmp_path: Path) -> None:
     drawn = {tuple(pixel) for pixel in (image[..., :3] * 255).round().astype(int).reshape(-1, 3)}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x66, 0x66, 0x66)} <= drawn  # both variants, and uniform
     text = paths[2].read_text(encoding="utf-8")
-    assert "Table 7" in text and "bits=3.0" in text and "uniform (all held-out text)" in text
+    assert "Table 7" in text and "bits=3.0" in text and "<!-- uniform -->" in text
+    assert "the first 1,000 held-out tokens" in text
     again = make_figures("table7", root=tmp_path, out=tmp_path / "again")[1]
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
+
+
+def test_lines_are_of_the_curves_text(tmp_path: Path) -> None:
+    """The table's rows are on all held-out text; what is drawn beside the curves is on the curves' own."""
+    for name in ("kl", "perplexity"):
+        write_search(tmp_path / "figure3", {"fitness.name": name, "seed": 0}, [4.0, 2.0])
+    jobs = read_sweep(tmp_path / "figure3", expected_jobs("figure3")).jobs
+    values = on_curves_text(jobs, SPECS["figure3"])[()]
+    assert values["uniform"] == {KL: {"0": 2.5}, "ppl docs": {"0": 25.0}, "top-1 agreement": {"0": 0.5}}
+    assert values["EvoPress (KL)"][KL] == {"0": 2.0}
+    early = write_search(tmp_path / "early" / "figure3", {"fitness.name": "kl", "seed": 0}, [4.0, 2.0], tokens=None)
+    jobs = read_sweep(early.parent, expected_jobs("figure3")).jobs
+    assert on_curves_text(jobs, SPECS["figure3"]) == {}  # nobody can tell what text it was
+    drawn = make_figures("figure3", root=early.parent.parent, out=tmp_path / "out")[1]
+    assert "<!-- uniform -->" not in drawn[2].read_text(encoding="utf-8")
 
 
 def test_a_half_finished_sweep_gives_what_there_is(tmp_path: Path) -> None:
@@ -138,7 +173,7 @@ def test_a_half_finished_sweep_gives_what_there_is(tmp_path: Path) -> None:
     sweep, paths = make_figures("table4", root=tmp_path, out=tmp_path / "out")
     assert list(curves(sweep, SPECS["table4"])[()]) == ["constant_1"]
     assert [path.name for path in paths] == ["convergence.csv", "convergence.png", "convergence.svg"]
-    assert "1 seed)" in paths[2].read_text(encoding="utf-8")
+    assert "1 seed; the first" in paths[2].read_text(encoding="utf-8")
     assert len(sweep.unfinished) == 1
 
 

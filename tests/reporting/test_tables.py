@@ -20,7 +20,7 @@ def test_frame_has_one_tidy_column_per_measure(run: Any) -> None:
         "name",
         "bits per weight",
         "bits per weight with metadata",
-        "size MB",
+        "size MB if packed",
         "held-out KL",
         "top-1 agreement",
         "ppl python_docs",
@@ -47,11 +47,11 @@ def test_text_is_aligned_and_rounded() -> None:
         {"name": "dp", "kl": math.nan, "perplexity": {"c4": None}, "bytes": "?"},
     ]
     assert tables.format_table(rows).splitlines() == [
-        "            bits per  modules                                zero-shot",
-        "name          weight  dropped  size MB  held-out KL  ppl c4       piqa",
-        "----------  --------  -------  -------  -----------  ------  ---------",
-        "dense                              1.2                12.35",
-        "best of 32     2.500        3               0.01235             0.7000",
+        "            bits per  modules  size MB if                       zero-shot",
+        "name          weight  dropped      packed  held-out KL  ppl c4       piqa",
+        "----------  --------  -------  ----------  -----------  ------  ---------",
+        "dense                                 1.2                12.35",
+        "best of 32     2.500        3                  0.01235             0.7000",
         "DP",
     ]
 
@@ -121,3 +121,62 @@ def test_accuracies_have_their_standard_errors_in_markdown_alone(tmp_path: Path)
     ]
     assert "±" not in tables.format_table(rows)
     assert [column.best for column in tables.results_columns(rows)] == [max, max, max, min]
+
+
+def on(**kl: float) -> dict[str, object]:
+    """Make a row's measures on data sets."""
+    return {
+        "kl": sum(kl.values()) / len(kl),
+        "kl_by_data_set": kl,
+        "top1_agreement": 0.5,
+        "top1_agreement_by_data_set": dict.fromkeys(kl, 0.5),
+        "perplexity": {name: 10 * value for name, value in kl.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("measured", "headers"),
+    [
+        ({"docs": 1.0}, ["held-out KL docs", "top-1 agreement docs", "ppl docs"]),
+        (
+            {"docs": 1.0, "wiki": 3.0},
+            [
+                *("held-out KL docs", "held-out KL wiki", "held-out KL, mean of 2 data sets"),
+                *("top-1 agreement docs", "top-1 agreement wiki", "top-1 agreement, mean of 2 data sets", "ppl docs", "ppl wiki"),
+            ],
+        ),
+        (
+            {"docs": 1.0, "wiki": 3.0, "c4": 5.0},
+            [
+                *("held-out KL docs", "held-out KL wiki", "held-out KL c4", "held-out KL, mean of 3 data sets"),
+                *("top-1 agreement docs", "top-1 agreement wiki", "top-1 agreement c4", "top-1 agreement, mean of 3 data sets"),
+                *("ppl docs", "ppl wiki", "ppl c4"),
+            ],
+        ),
+    ],
+)
+def test_a_data_set_more_changes_no_column_that_was_there(measured: dict[str, float], headers: list[str]) -> None:
+    columns = {column.header: column.values for column in tables.results_columns([{"name": "dp", **on(**measured)}])}
+    assert list(columns) == headers
+    assert columns["held-out KL docs"] == (1.0,)
+    if len(measured) > 1:
+        assert columns[f"held-out KL, mean of {len(measured)} data sets"] == (sum(measured.values()) / len(measured),)
+
+
+def test_rows_of_early_versions_have_the_mean_alone() -> None:
+    assert [column.header for column in tables.results_columns([{"name": "dp", "kl": 1.0}])] == ["held-out KL"]
+
+
+def test_the_checkpoints_bytes_stand_beside_the_size_if_packed() -> None:
+    rows = [{"name": "dp", "bytes": 2_500_000}, {"name": "evopress", "bytes": 2_500_000, "checkpoint_bytes": 9_000_000}]
+    columns = {column.header: column.values for column in tables.results_columns(rows)}
+    assert columns == {"size MB if packed": (2.5, 2.5), "checkpoint MB": (None, 9.0)}
+
+
+def test_names() -> None:
+    assert [tables.display_name(name) for name in ("evopress", "evopress+refine", "best_of_32", "uniform_3")] == [
+        *("EvoPress", "EvoPress + refine", "best of 32", "uniform 3")
+    ]
+    names = ["dense", "uniform_3", "dp", "evopress", "evopress+refine", ""]
+    assert [name for name in names if tables.is_found(name)] == ["evopress", "evopress+refine"]
+    assert [name for name in names if tables.is_baseline(name)] == ["uniform_3", "dp"]
