@@ -114,10 +114,18 @@ class QuantSettings(MethodSettings):
     """Mixed-bit GPTQ (paper section 4.3)."""
 
     name: str = "quant"
-    levels: list[int] = field(default_factory=lambda: [6, 5, 4, 3, 2])
-    """Bit widths, descending."""
+    recipe: str = "best"
+    """How levels are made: best (fitted to the layer's outputs) or paper (section 4.3); see `GPTQ`."""
+    levels: list[Any] = field(default_factory=lambda: [6, 5, 4, 3, 2])
+    """Bit widths, descending; before them may stand dense, the weight as it is."""
     group_size: int | None = 128
     """Columns that share a scale and a zero; None: one group per row."""
+    group_sizes: dict[int, int] = field(default_factory=dict)
+    """Bit width to its own group size, such as {2: 32, 3: 64}."""
+    symmetric: bool = False
+    """Zeros are the grids' middle codes: for engines that take no others, at a price in error."""
+    tolerance: float = 0.01
+    """recipe=best: a row is done once a pass over its codes takes less than this share of its error away, in (0, 1)."""
     damping: float = 0.01
     """Share of the Hessian's mean diagonal added to its diagonal, in (0, 1)."""
     block_size: int = 128
@@ -132,6 +140,11 @@ class QuantSettings(MethodSettings):
     def __post_init__(self) -> None:
         if not self.levels:
             raise EvoPressError("method.levels is empty: give bit widths in descending order, such as [4, 3, 2]")
+        for level in self.levels:
+            if type(level) is not int and level != "dense":
+                raise EvoPressError(f"method.levels has {level!r}, expected a bit width from 1 to 8, or dense for the weight as it is")
+        if "dense" in self.levels[1:]:
+            raise EvoPressError(f"method.levels {self.levels} must descend: dense, the weight as it is, comes first")
         if self.propagate_bits is not None and self.propagate_bits not in self.levels:
             raise EvoPressError(
                 f"method.propagate_bits={self.propagate_bits} is not among method.levels {self.levels}: choose one of them, "

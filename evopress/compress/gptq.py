@@ -1,4 +1,4 @@
-"""GPTQ at several bit widths in one column sweep.
+"""GPTQ at several bit widths in one column sweep, in the paper's setting or in our best.
 
 Rows are independent given the Hessian's factor, so the rows of every unit on one input, times every bit width, are stacked and
 swept together: a Llama block takes four sweeps, not thirty-five. W is held transposed, [C, R], so that a column is contiguous.
@@ -7,21 +7,28 @@ swept together: a Llama block takes four sweeps, not thirty-five. W is held tran
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from evopress.compress.compressor import Compressed, with_errors
-from evopress.compress.grid import fit_grid, round_in_place
+from evopress.compress.compressor import Compressed, Payload, with_errors
+from evopress.compress.descent import descend
+from evopress.compress.grid import Grid, fit_grid, fit_range, round_in_place, symmetric_grid
 from evopress.compress.hessian import inverse_factor
+from evopress.compress.order import group_order
 from evopress.errors import EvoPressError
 from evopress.units import Level
 
 _SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _ZERO_BITS = 16
+RECIPES = ("paper", "best")
+DENSE = "dense"
+"""Label and key of the level that is the weight as it is."""
+FitGrid = Callable[[Tensor, int], Grid]
+"""Fits a grid to a group of weights float32 [c, R] whose first column is so many-th."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,28 @@ class Quantized:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """A weight as it is."""
+
+    codec: ClassVar[str] = "dense"
+
+    weight: Tensor
+    """[R, C], in the model's dtype."""
+
+    def decode(self) -> Tensor:
+        """Return the weight bit for bit."""
+        return self.weight
+
+
+@dataclass(frozen=True)
 class GPTQ:
     """Quantize weights to several bit widths with error feedback.
 
-    Source: GPTQ, Algorithm 1 (arXiv:2210.17323), in the paper's setting (section 4.3): asymmetric grid, no activation order.
-    Differs from the authors' code: each group's grid is fitted to weights that carry all earlier updates (theirs misses those of
-    the unfinished 128 columns when group_size < block_size), and scales are rounded to their storage dtype before they are used.
+    Source: GPTQ, Algorithm 1 (arXiv:2210.17323). `recipe="paper"` is the paper's setting (section 4.3): grid from minimum to
+    maximum, no activation order. Differs from the authors' code: each group's grid is fitted to weights that carry all earlier
+    updates (theirs misses those of the unfinished 128 columns when group_size < block_size), and scales are rounded to their
+    storage dtype before they are used. `recipe="best"` spends more on each level (columns by `group_order`, grids by `fit_range`,
+    then `descend`) and stores the same: codes, scales and zeros of contiguous groups.
     """
 
     bits: tuple[int, ...] = (6, 5, 4, 3, 2)
@@ -68,45 +91,78 @@ class GPTQ:
     scale_dtype: str = "float16"
     slice_bytes: int = 256 * 2**20
     """Working memory of one sweep; more rows than fit are swept in slices. Does not change the result."""
+    recipe: str = "paper"
+    """paper or best."""
+    symmetric: bool = False
+    """Every zero is its grid's middle code, for engines that take no other."""
+    group_sizes: Mapping[int, int] = field(default_factory=dict)
+    """Bit width to its own group size, where it is not `group_size`."""
+    tolerance: float = 0.01
+    """recipe=best: a row is done once a pass of descent takes less than this share of its error away, in (0, 1)."""
+    dense_bits: int | None = None
+    """Bits of a weight of the model where the weight as it is shall be the first level; None: no such level."""
 
     def __post_init__(self) -> None:
-        if not self.bits or sorted(set(self.bits), reverse=True) != list(self.bits):
+        if (not self.bits and not self.dense_bits) or sorted(set(self.bits), reverse=True) != list(self.bits):
             raise EvoPressError(
                 f"method.levels {list(self.bits)} must be distinct bit widths in descending order, such as [4, 3, 2]"
             )
-        if min(self.bits) < 1 or max(self.bits) > 8:
-            raise EvoPressError(f"method.levels {list(self.bits)} must lie in 1 to 8 bits: leave the others out")
+        if self.bits and (min(self.bits) < 1 or max(self.bits) > 8):
+            raise EvoPressError(
+                f"method.levels {list(self.bits)} must lie in 1 to 8 bits, or be dense for the weight as it is: leave the others out"
+            )
         if self.group_size is not None and self.group_size < 1:
             raise EvoPressError(f"method.group_size {self.group_size} must be positive, or null for one group per row")
+        for bits, size in self.group_sizes.items():
+            if bits not in self.bits or size < 1:
+                raise EvoPressError(
+                    f"method.group_sizes has {bits}: {size}, expected a bit width of method.levels {list(self.bits)} and a positive "
+                    "number of columns, such as {2: 32}"
+                )
         if not 0.0 < self.damping < 1.0:
             raise EvoPressError(f"method.damping {self.damping:g} must lie between 0 and 1; the paper uses 0.01")
+        if not 0.0 < self.tolerance < 1.0:
+            raise EvoPressError(f"method.tolerance {self.tolerance:g} must lie between 0 and 1, such as 0.01")
         if self.block_size < 1:
             raise EvoPressError(f"method.block_size {self.block_size} must be positive: the paper uses 128")
         if self.scale_dtype not in _SCALE_DTYPES:
             raise EvoPressError(f"method.scale_dtype {self.scale_dtype!r} is unknown: choose {' or '.join(_SCALE_DTYPES)}")
+        if self.recipe not in RECIPES:
+            raise EvoPressError(f"method.recipe={self.recipe} is unknown: choose {' or '.join(RECIPES)}")
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the result."""
+        """Return what decides the result; what only later versions have is left out where it changes nothing."""
         settings = asdict(self)
         del settings["slice_bytes"]
+        settings["group_sizes"] = {str(bits): size for bits, size in sorted(self.group_sizes.items())}
+        if self.recipe == "paper":
+            del settings["recipe"], settings["tolerance"]
+        for later in ("symmetric", "group_sizes", "dense_bits"):
+            if not settings[later]:
+                del settings[later]
         return settings | {"bits": list(self.bits), "compressor": "gptq", "numerics": 1}
 
     def levels(self, shape: tuple[int, int], *, unit: str = "") -> tuple[Level, ...]:
-        """Return one level per bit width; raise EvoPressError if the group size does not divide the columns."""
-        rows, columns = shape
-        group_size = self.group_size or columns
+        """Return one level per bit width; raise EvoPressError if a group size does not divide the columns."""
+        size = math.prod(shape)
+        levels = [Level(DENSE, self.dense_bits * size, DENSE, self.dense_bits * size)] if self.dense_bits else []
+        scale_bits = torch.finfo(_SCALE_DTYPES[self.scale_dtype]).bits
+        for b in self.bits:
+            metadata = shape[0] * (shape[1] // self._group_size(b, shape[1])) * (scale_bits + _ZERO_BITS)
+            levels.append(Level(f"{b} bits", b * size, str(b), b * size + metadata))
+        return tuple(levels)
+
+    def _group_size(self, bits: int, columns: int) -> int:
+        """Return the columns per group of a level; raise EvoPressError if they do not divide all columns."""
+        group_size = self.group_sizes.get(bits, self.group_size or columns)
         if columns % group_size:
             divisors = [size for size in (128, 64, 32, 16) if columns % size == 0]
             advice = f"method.group_size={divisors[0]} fits this one" if divisors else "method.group_size=null always fits"
             raise EvoPressError(f"group size {group_size} does not divide the {columns} input columns of this weight: {advice}")
-        scale_bits = torch.finfo(_SCALE_DTYPES[self.scale_dtype]).bits
-        metadata = rows * (columns // group_size) * (scale_bits + _ZERO_BITS)
-        size = rows * columns
-        return tuple(Level(f"{b} bits", b * size, str(b), b * size + metadata) for b in self.bits)
+        return group_size
 
     def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
         """Quantize every weight at every bit width; see `Compressor.compress`."""
-        U, damping = inverse_factor(H, damping=self.damping)
         dead = H.diagonal() == 0
         originals = {name: W.to(H.device, torch.float32, copy=True) for name, W in weights.items()}
         for W in originals.values():
@@ -114,15 +170,46 @@ class GPTQ:
         if not all(bool(torch.isfinite(W).all()) for W in originals.values()):
             broken = next(name for name, W in originals.items() if not bool(torch.isfinite(W).all()))
             raise EvoPressError(f"the weight of {broken} is not finite: fetch the checkpoint again")
-        columns = H.shape[0]
-        group_size = self.group_size or columns
-        payloads: dict[str, list[Quantized]] = {name: [] for name in weights}
-        for rows in self._slices(originals, columns):
+        damping = 0.0
+        payloads: dict[str, dict[int, Quantized]] = {name: {} for name in weights}
+        for group_size in dict.fromkeys(self._group_size(b, len(H)) for b in self.bits):
+            together = [b for b in self.bits if self._group_size(b, len(H)) == group_size]
+            damping = max(damping, self._sweep(originals, H, together, group_size, payloads))
+        results: dict[str, Sequence[Compressed]] = {}
+        for name, W in originals.items():
+            stored: list[Payload] = [replace(payloads[name][b], dtype=weights[name].dtype) for b in self.bits]
+            if self.dense_bits:
+                stored.insert(0, Dense(weights[name].to(H.device)))
+            results[name] = with_errors(stored, W, H, damping=damping, name=name)
+        return results
+
+    def _sweep(
+        self, originals: Mapping[str, Tensor], H: Tensor, bits: Sequence[int], group_size: int, payloads: dict[str, dict[int, Quantized]]
+    ) -> float:
+        """Quantize all weights at the bit widths that share a group size, and return the damping that H took.
+
+        Args: originals: float32 [R, C]. payloads: takes the result, by unit and bit width.
+        """
+        best, scale_dtype = self.recipe == "best", _SCALE_DTYPES[self.scale_dtype]
+        order = group_order(H.diagonal(), group_size) if best else torch.arange(len(H), device=H.device)
+        H = H[order][:, order] if best else H
+        U, damping = inverse_factor(H, damping=self.damping)
+        place = order.argsort()  # of a column in the order
+        place_of_group = place[::group_size] // group_size
+        for rows in self._slices(originals, bits, len(H)):
             Wt = torch.cat([originals[name][start:stop].T for name, start, stop, _ in rows], dim=1)  # [C, stacked rows]
-            bits = torch.cat([torch.full((stop - start,), b) for _, start, stop, b in rows])
-            maxq = (2.0**bits - 1.0).to(H.device)
-            scale_dtype = _SCALE_DTYPES[self.scale_dtype]
-            codes, scales, zeros = sweep(Wt, U, maxq, group_size, block_size=self.block_size, scale_dtype=scale_dtype)
+            Wt = Wt[order] if best else Wt
+            widths = torch.cat([torch.full((stop - start,), b) for _, start, stop, b in rows])
+            maxq = (2.0**widths - 1.0).to(H.device)
+            fit = self._fit(U, maxq, group_size)
+            work = Wt.clone() if best else Wt
+            codes, scales, zeros = sweep(work, U, maxq, group_size, fit, block_size=self.block_size)
+            if best:
+                del work
+                found = codes.to(torch.float32)
+                descend(Wt, H, found, scales, zeros, maxq, tolerance=self.tolerance, scale_dtype=scale_dtype)
+                codes = found.to(torch.uint8)[place]
+                scales, zeros = scales[place_of_group], zeros[place_of_group]
             offset = 0
             for name, start, stop, b in rows:
                 here = slice(offset, offset + stop - start)
@@ -132,21 +219,33 @@ class GPTQ:
                     scales=scales[:, here].T.to(scale_dtype).contiguous(),
                     zeros=zeros[:, here].T.to(torch.int16).contiguous(),
                     bits=b,
-                    dtype=weights[name].dtype,
+                    dtype=torch.float32,
                 )
-                if start:  # a further slice of the same unit and level
-                    part = _joined(payloads[name].pop(), part)
-                payloads[name].append(part)
-        return {name: with_errors(payloads[name], W, H, damping=damping, name=name) for name, W in originals.items()}
+                # A further slice of the same unit and level is joined.
+                payloads[name][b] = _joined(payloads[name][b], part) if start else part
+        return damping
 
-    def _slices(self, weights: Mapping[str, Tensor], columns: int) -> list[list[tuple[str, int, int, int]]]:
+    def _fit(self, U: Tensor, maxq: Tensor, group_size: int) -> FitGrid:
+        """Return how a group's grid is fitted when the sweep reaches it."""
+        scale_dtype = _SCALE_DTYPES[self.scale_dtype]
+        if self.recipe == "best":
+            weights = U.diagonal() ** -2.0
+            return lambda group, first: fit_range(
+                group, weights[first : first + group_size], maxq, symmetric=self.symmetric, scale_dtype=scale_dtype
+            )
+        span = symmetric_grid if self.symmetric else fit_grid
+        return lambda group, first: span(group.amin(0), group.amax(0), maxq, scale_dtype=scale_dtype)
+
+    def _slices(self, weights: Mapping[str, Tensor], bits: Sequence[int], columns: int) -> list[list[tuple[str, int, int, int]]]:
         """Split (unit, rows, bits) into sweeps that fit `slice_bytes`; each entry is (name, first row, end row, bits)."""
-        # Per stacked row: the weight and the input copy (float32), codes (uint8), and the errors of one block of columns.
-        room = max(self.slice_bytes // (columns * 9 + self.block_size * 8), 1)
+        # Per stacked row: the weight and the input copy (float32), codes (uint8), and the errors of one block of columns. Descent
+        # holds codes, errors and slopes as well, and a copy of each when rows are done.
+        per_column = 9 if self.recipe == "paper" else 32
+        room = max(self.slice_bytes // (columns * per_column + self.block_size * 8), 1)
         slices: list[list[tuple[str, int, int, int]]] = [[]]
         free = room
         for name, W in weights.items():
-            for b in self.bits:
+            for b in bits:
                 start = 0
                 while start < W.shape[0]:
                     stop = min(W.shape[0], start + free)
@@ -174,9 +273,9 @@ def sweep(
     U: Tensor,
     maxq: Tensor,
     group_size: int,
+    fit: FitGrid,
     *,
     block_size: int = 128,
-    scale_dtype: torch.dtype = torch.float16,
     inner_size: int = 16,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round stacked rows column by column, spreading each column's error over the columns still open.
@@ -189,6 +288,7 @@ def sweep(
         U: float32 [C, C], upper Cholesky factor of the damped inverse Hessian.
         maxq: float32 [R], greatest code of each row.
         group_size: columns per group; divides C.
+        fit: fits a group's grid to its weights, which carry all earlier updates.
 
     Returns: codes uint8 [C, R], scales and zeros float32 [G, R].
     """
@@ -212,8 +312,7 @@ def sweep(
         for inner in range(first, end, inner_size):
             inner_end = min(inner + inner_size, end)
             if inner % group_size == 0:
-                group = Wt[inner : inner + group_size]
-                grid = fit_grid(group.amin(0), group.amax(0), maxq, scale_dtype=scale_dtype)
+                grid = fit(Wt[inner : inner + group_size], inner)
                 scales[inner // group_size], zeros[inner // group_size] = scale, zero = grid.scale, grid.zero
                 low, high = -zero, maxq - zero
             for c in range(inner, inner_end):

@@ -1,4 +1,4 @@
-"""The asymmetric integer grid of a group of weights: scale and zero from minimum and maximum."""
+"""The integer grid of a group of weights: scale and zero from minimum and maximum, or from the range that costs least."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 ZERO_LIMIT = 32767
 """Zeros are stored as int16."""
+_NUM_RANGES = 12
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,56 @@ def fit_grid(low: Tensor, high: Tensor, maxq: Tensor, *, scale_dtype: torch.dtyp
     zero = torch.round(-low / scale)
     zero = torch.where(constant, (low < 0).to(zero.dtype), zero)
     return Grid(scale=scale, zero=zero.clamp(-ZERO_LIMIT, ZERO_LIMIT))
+
+
+def symmetric_grid(low: Tensor, high: Tensor, maxq: Tensor, *, scale_dtype: torch.dtype = torch.float16) -> Grid:
+    """Span a grid whose zero is its middle code, (maxq + 1) / 2, over the greatest magnitude of each row's group.
+
+    Source: GPTQ's symmetric quantizer: the range is [-m, m], so that the grid reaches past m on the negative side.
+
+    Args: as `fit_grid`.
+    """
+    reach = torch.maximum(low.abs(), high.abs())
+    scale = torch.where(reach == 0, torch.ones_like(reach), 2.0 * reach / maxq)
+    return Grid(scale=_storable(scale, scale_dtype), zero=torch.floor((maxq + 1.0) / 2.0))
+
+
+def fit_range(
+    group: Tensor, weights: Tensor, maxq: Tensor, *, symmetric: bool = False, scale_dtype: torch.dtype = torch.float16
+) -> Grid:
+    """Choose among ranges, from the whole to a part that depends on the bit width, the one with the least weighted squared error.
+
+    Clipping a few outliers buys smaller steps for all others: at 2 bits the best range is about two thirds of the whole. Source: the
+    grid search of GPTQ's quantizer (`mse`, arXiv:2210.17323), with errors weighted by what they cost in the layer's output.
+
+    Args:
+        group: float32 [c, R], the group's weights, transposed; left as they are.
+        weights: float32 [c], the cost of a squared error in each column: 1 / U_cc², the variance of the input that later columns
+            cannot make up for.
+        maxq: float32 [R], 2^bits - 1.
+        symmetric: zeros in the middle of the grid, see `symmetric_grid`.
+    """
+    span = symmetric_grid if symmetric else fit_grid
+    low, high = group.amin(0), group.amax(0)
+    least = 1.0 - 1.2 * (maxq + 1.0).rsqrt()  # of the whole range: 0.40 at 2 bits, 0.58 at 3, 0.70, 0.79, 0.85 at 6
+    best: Grid | None = None
+    least_cost = torch.full_like(low, torch.inf)
+    work = torch.empty_like(group)
+    for share in torch.linspace(0.0, 1.0, _NUM_RANGES).tolist():
+        part = 1.0 - share * (1.0 - least)
+        grid = span(low * part, high * part, maxq, scale_dtype=scale_dtype)
+        torch.div(group, grid.scale, out=work)
+        torch.clamp(work.round_(), -grid.zero, maxq - grid.zero, out=work)
+        torch.addcmul(group, work, grid.scale, value=-1.0, out=work)
+        cost = weights @ work.square_()
+        if best is None:
+            best, least_cost = grid, cost
+            continue
+        better = cost < least_cost
+        least_cost = torch.where(better, cost, least_cost)
+        best = Grid(scale=torch.where(better, grid.scale, best.scale), zero=torch.where(better, grid.zero, best.zero))
+    assert best is not None
+    return best
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evopress.compress.compressor import Payload
-from evopress.compress.gptq import Quantized
+from evopress.compress.gptq import Dense, Quantized
 from evopress.compress.sparse import Sparse
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -100,6 +100,16 @@ def _decode_sparse(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Sp
     return Sparse(mask=mask, values=tensors["values"])
 
 
+def _encode_dense(payload: Dense) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return {"weight": payload.weight.cpu()}, {"shape": list(payload.weight.shape)}
+
+
+def _decode_dense(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Dense:
+    _check_names(tensors, {"weight"})
+    _check_tensor("weight", tensors["weight"], tuple(meta["shape"]), tuple(_DTYPES.values()))
+    return Dense(tensors["weight"])
+
+
 def check_meta(codec: str, meta: Any, *, size: int) -> None:
     """Raise ValueError unless a level's JSON values fit its codec and its unit's number of weights."""
     if not isinstance(meta, dict):
@@ -129,4 +139,5 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tup
 CODECS = {
     Quantized.codec: Codec(_encode_quantized, _decode_quantized),
     Sparse.codec: Codec(_encode_sparse, _decode_sparse),
+    Dense.codec: Codec(_encode_dense, _decode_dense),
 }

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from evopress.compress.compressor import Compressor
-from evopress.compress.gptq import GPTQ
+from evopress.compress.gptq import DENSE, GPTQ
 from evopress.errors import EvoPressError
 from evopress.settings import QuantSettings, RunSettings
 from evopress.units import Budget, Genome, Level, Space
+
+
+_WIDEST = 32
+"""Bits of a weight as it is, at most; how many a model's have is checked against its database."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,15 @@ class Quantization:
         return cls(run.method, run.bits)
 
     def compressor(self, sizes: Sequence[int], *, dtype_bits: int) -> Compressor:
-        """Return GPTQ as the settings say; sizes and dtype do not matter to it."""
+        """Return GPTQ as the settings say; sizes do not matter to it."""
         s = self.settings
         return GPTQ(
-            bits=tuple(s.levels),
+            bits=tuple(bits for bits in s.levels if bits != DENSE),
+            dense_bits=dtype_bits if DENSE in s.levels else None,
+            recipe=s.recipe,
+            symmetric=s.symmetric,
+            group_sizes=s.group_sizes,
+            tolerance=s.tolerance,
             group_size=s.group_size,
             damping=s.damping,
             block_size=s.block_size,
@@ -56,7 +65,8 @@ class Quantization:
 
     def check(self, *, searching: bool) -> None:
         """Refuse bits outside the levels, and at their ends too if there is to be a search."""
-        least, most = min(self.settings.levels), max(self.settings.levels)
+        widths = [_WIDEST if level == DENSE else level for level in self.settings.levels]
+        least, most = min(widths), max(widths)
         if not least <= self.bits <= most:
             if math.isnan(self.bits):
                 raise EvoPressError(f"bits=nan is no number: give one from {least} to {most}, such as bits=2.5")
