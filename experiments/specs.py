@@ -54,6 +54,7 @@ def by_granularity(axes: Mapping[str, str], row: str) -> str | None:
 
 SPECS = {
     "demo": Spec("The demo: 2.5 bits per weight", apart=("dense", "uniform_3")),  # uniform_3 spends more
+    "demo_paper": Spec("The demo on the paper's levels: 2.5 bits per weight", apart=("dense", "uniform_3")),
     "demo_dp_start": Spec("The demo, started from dynamic programming"),
     "table2_sparsity": Spec("Table 2: 70% unstructured sparsity", group=("sparsity",)),
     "table3": Spec("Table 3: 3 bits per weight", variant=without_level),

@@ -23,7 +23,7 @@ def descend(
     maxq: Tensor,
     *,
     tolerance: float = 0.01,
-    max_passes: int = 8,
+    max_passes: int = 4,
     scale_dtype: torch.dtype = torch.float16,
 ) -> None:
     """Lower tr(E H Eᵀ) of stacked rows by passes over all codes and scales; E = W - scale · (code - zero).
