@@ -36,7 +36,8 @@ class ModelSettings:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: str = "bfloat16"
-    """float32, bfloat16 or float16: of the weights and the forward pass. Hessians are always float32."""
+    """float32, bfloat16 or float16: of the weights and the forward pass; auto: bfloat16, but float32 on a CPU that has no bfloat16
+    products and takes seven times as long for them. Hessians are always float32."""
     sequence_length: int = 8192
     """Tokens per calibration, search and evaluation sequence."""
     separator: str | None = "eos"
@@ -60,7 +61,7 @@ class ModelSettings:
             if self.separator == "<|endoftext|>":  # the default model's; another was given
                 self.separator = "eos"
         self.bos = str(self.bos).lower()
-        _expect_one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        _expect_one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _expect_one_of("model.bos", self.bos, ("auto", "true", "false"))
         _expect(self.sequence_length >= 2, "model.sequence_length", self.sequence_length, "at least 2 tokens")
 
@@ -142,9 +143,9 @@ class QuantSettings(MethodSettings):
             raise EvoPressError("method.levels is empty: give bit widths in descending order, such as [4, 3, 2]")
         for level in self.levels:
             if type(level) is not int and level != "dense":
-                raise EvoPressError(f"method.levels has {level!r}, expected a bit width from 1 to 8, or dense for the weight as it is")
+                raise EvoPressError(f"method.levels has {level!r}, expected a bit width from 1 to 8 or dense (the weight as it is)")
         if "dense" in self.levels[1:]:
-            raise EvoPressError(f"method.levels {self.levels} must descend: dense, the weight as it is, comes first")
+            raise EvoPressError(f"method.levels {self.levels} must descend: dense comes first")
         if self.propagate_bits is not None and self.propagate_bits not in self.levels:
             raise EvoPressError(
                 f"method.propagate_bits={self.propagate_bits} is not among method.levels {self.levels}: choose one of them, "

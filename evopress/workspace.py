@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from evopress.compress.compressor import Compressor
+from evopress.compress.hessian import has_half_products
 from evopress.data.hub import c4, fineweb_edu, wikitext2
 from evopress.data.python_docs import PythonDocs
 from evopress.data.sources import TextSource
@@ -78,6 +79,13 @@ def find_model(settings: ModelSettings, cache: Path) -> Path:
     raise EvoPressError("no model was named: give model.path=DIR, or model.path=ORG/NAME for one of the hub")
 
 
+def pick_dtype(dtype: str, device: torch.device) -> str:
+    """Resolve "auto" to bfloat16, or to float32 on a CPU without bfloat16 products; other names are left as they are."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.type == "cuda" or has_half_products() else "float32"
+
+
 class Workspace:
     """Opens what a run's stages ask for, once."""
 
@@ -90,6 +98,9 @@ class Workspace:
         self.run_dir = run_dir
         self.method = make_method(settings)
         self.device = pick_device(settings.model.device)
+        self.dtype = pick_dtype(settings.model.dtype, self.device)
+        if self.dtype != settings.model.dtype:
+            logger.info("model.dtype=%s: %s on this %s", settings.model.dtype, self.dtype, self.device.type.upper())
         self.cache = make_folder(given_path(settings.paths.cache, "paths.cache"))
         self.database_root = make_folder(given_path(settings.level_db.root, "level_db.root"))
         self.database_reused = False
@@ -186,13 +197,13 @@ class Workspace:
         pretrained = load_pretrained(
             self.model_folder,
             name=settings.name or (settings.path if settings.path and not Path(settings.path).exists() else None),
-            dtype=settings.dtype,
+            dtype=self.dtype,
             attn_implementation=settings.attn_implementation,
             device=self.device,
             trust_remote_code=settings.trust_remote_code,
         )
         count = sum(parameter.numel() for parameter in pretrained.model.parameters())
-        logger.info("model: %s, %.1f M parameters, %s on %s", pretrained.name, count / 1e6, settings.dtype, self.device)
+        logger.info("model: %s, %.1f M parameters, %s on %s", pretrained.name, count / 1e6, self.dtype, self.device)
         return pretrained
 
     @cached_property
@@ -339,7 +350,7 @@ class Workspace:
     @property
     def _model_recipe(self) -> dict[str, Any]:
         pretrained = self.pretrained
-        return {"model": {"digest": pretrained.digest, "dtype": self.settings.model.dtype, "family": pretrained.family.name}}
+        return {"model": {"digest": pretrained.digest, "dtype": self.dtype, "family": pretrained.family.name}}
 
     def complete_hessians(self) -> HessianStore:
         """Return the Hessians of dense activations, computed first where they are missing: a reused database may have left none."""

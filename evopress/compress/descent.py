@@ -1,8 +1,8 @@
 """Coordinate descent on the layer's output error, after GPTQ's one sweep.
 
-GPTQ rounds each column once, knowing nothing of how later columns will be rounded. Here all other columns are known: a column's best
-code is the one nearest to where its own derivative is 0. Codes on a grid and the grids' scales take turns; rows are independent, so
-rows of many units and bit widths are stacked as in `gptq`. Everything is held transposed, [C, R].
+GPTQ rounds each column once, knowing nothing of how later columns will be rounded. Here all other columns are known: a column's
+best code is the one nearest to where its own derivative is 0. Codes on a grid and the grids' scales take turns; rows are independent,
+so rows of many units and bit widths are stacked as in `gptq`. Everything is held transposed, [C, R].
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def descend(
 ) -> None:
     """Lower tr(E H Eᵀ) of stacked rows by passes over all codes and scales; E = W - scale · (code - zero).
 
-    Source: QuantEase (arXiv:2309.01885), Algorithm 1, for the codes; the scales are those of LNQ's least squares (arXiv:2505.07004),
-    taken a group at a time, each rounded to its storage dtype and kept only where it lowers the error. No step raises the error of
-    a row. A row is done once a pass takes less than `tolerance` of its error away.
+    Source: QuantEase (arXiv:2309.01885), Algorithm 1, for the codes; the scales are those of LNQ's least squares
+    (arXiv:2505.07004), taken a group at a time, each rounded to its storage dtype and kept only where it lowers the error. No step
+    raises the error of a row. A row is done once a pass takes less than `tolerance` of its error away.
 
     Args:
         Wt: float32 [C, R], the weights, transposed and stacked; left as they are.

@@ -109,15 +109,15 @@ class GPTQ:
             )
         if self.bits and (min(self.bits) < 1 or max(self.bits) > 8):
             raise EvoPressError(
-                f"method.levels {list(self.bits)} must lie in 1 to 8 bits, or be dense for the weight as it is: leave the others out"
+                f"method.levels {list(self.bits)} must lie in 1 to 8 bits, or be dense (the weight as it is): leave the others out"
             )
         if self.group_size is not None and self.group_size < 1:
             raise EvoPressError(f"method.group_size {self.group_size} must be positive, or null for one group per row")
         for bits, size in self.group_sizes.items():
             if bits not in self.bits or size < 1:
                 raise EvoPressError(
-                    f"method.group_sizes has {bits}: {size}, expected a bit width of method.levels {list(self.bits)} and a positive "
-                    "number of columns, such as {2: 32}"
+                    f"method.group_sizes has {bits}: {size}, expected a bit width of method.levels {list(self.bits)} and a "
+                    "positive number of columns, such as {2: 32}"
                 )
         if not 0.0 < self.damping < 1.0:
             raise EvoPressError(f"method.damping {self.damping:g} must lie between 0 and 1; the paper uses 0.01")
@@ -184,7 +184,12 @@ class GPTQ:
         return results
 
     def _sweep(
-        self, originals: Mapping[str, Tensor], H: Tensor, bits: Sequence[int], group_size: int, payloads: dict[str, dict[int, Quantized]]
+        self,
+        originals: Mapping[str, Tensor],
+        H: Tensor,
+        bits: Sequence[int],
+        group_size: int,
+        payloads: dict[str, dict[int, Quantized]],
     ) -> float:
         """Quantize all weights at the bit widths that share a group size, and return the damping that H took.
 
@@ -233,8 +238,7 @@ class GPTQ:
             return lambda group, first: fit_range(
                 group, weights[first : first + group_size], maxq, symmetric=self.symmetric, scale_dtype=scale_dtype
             )
-        span = symmetric_grid if self.symmetric else fit_grid
-        return lambda group, first: span(group.amin(0), group.amax(0), maxq, scale_dtype=scale_dtype)
+        return whole_range(maxq, symmetric=self.symmetric, scale_dtype=scale_dtype)
 
     def _slices(self, weights: Mapping[str, Tensor], bits: Sequence[int], columns: int) -> list[list[tuple[str, int, int, int]]]:
         """Split (unit, rows, bits) into sweeps that fit `slice_bytes`; each entry is (name, first row, end row, bits)."""
@@ -266,6 +270,12 @@ def _joined(first: Quantized, second: Quantized) -> Quantized:
         bits=first.bits,
         dtype=first.dtype,
     )
+
+
+def whole_range(maxq: Tensor, *, symmetric: bool = False, scale_dtype: torch.dtype = torch.float16) -> FitGrid:
+    """Return the paper's way to fit a group's grid: from its minimum to its maximum."""
+    span = symmetric_grid if symmetric else fit_grid
+    return lambda group, first: span(group.amin(0), group.amax(0), maxq, scale_dtype=scale_dtype)
 
 
 def sweep(

@@ -63,8 +63,8 @@ def fit_range(
 ) -> Grid:
     """Choose among ranges, from the whole to a part that depends on the bit width, the one with the least weighted squared error.
 
-    Clipping a few outliers buys smaller steps for all others: at 2 bits the best range is about two thirds of the whole. Source: the
-    grid search of GPTQ's quantizer (`mse`, arXiv:2210.17323), with errors weighted by what they cost in the layer's output.
+    Clipping a few outliers buys smaller steps for all others: at 2 bits the best range is about two thirds of the whole. Source:
+    the grid search of GPTQ's quantizer (`mse`, arXiv:2210.17323), with errors weighted by what they cost in the layer's output.
 
     Args:
         group: float32 [c, R], the group's weights, transposed; left as they are.

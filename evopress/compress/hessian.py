@@ -49,13 +49,18 @@ def _in_two(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, torch.addmm(rounded, left.T, right, beta=-1.0)
 
 
-@functools.cache
-def _splits_products() -> bool:
-    """Tell whether this CPU has bfloat16 products (else they are slower than float32), and they round their sums only once."""
+def has_half_products() -> bool:
+    """Tell whether this CPU multiplies bfloat16 itself; others take several times as long as for float32."""
     if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
         return False
     has = torch.cpu.get_capabilities()
-    if not (has.get("amx_bf16") or has.get("avx512_bf16")):
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+
+
+@functools.cache
+def _splits_products() -> bool:
+    """Tell whether this CPU has bfloat16 products (else they are slower than float32), and they round their sums only once."""
+    if not has_half_products():
         return False
     X = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     rounded, rest = _in_two(X, X)

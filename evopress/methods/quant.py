@@ -13,7 +13,6 @@ from evopress.errors import EvoPressError
 from evopress.settings import QuantSettings, RunSettings
 from evopress.units import Budget, Genome, Level, Space
 
-
 _WIDEST = 32
 """Bits of a weight as it is, at most; how many a model's have is checked against its database."""
 

@@ -137,7 +137,7 @@ def stacked_gptq(block: Block, group_size: int) -> Levels:
         Wt = torch.cat([block.weights[name].T for name, _ in jobs], dim=1)  # [C, stacked rows]
         bits = torch.tensor([BITS[i] for _, i in jobs], dtype=torch.float32)
         maxq = (2.0**bits - 1.0).repeat_interleave(torch.tensor(rows)).to(Wt.device)
-        codes, scales, zeros = gptq.sweep(Wt, U, maxq, group_size)
+        codes, scales, zeros = gptq.sweep(Wt, U, maxq, group_size, gptq.whole_range(maxq))
         grouped = codes.to(torch.float32).reshape(len(scales), -1, codes.shape[1])
         decoded = grouped.sub_(zeros.unsqueeze(1)).mul_(scales.unsqueeze(1)).reshape(codes.shape)
         levels |= {job: part.T for job, part in zip(jobs, decoded.split(rows, dim=1), strict=True)}

@@ -39,8 +39,9 @@ ROWS: dict[str, list[str]] = {
     "paper, 16,384 tokens": ["method.recipe=paper", "data.calibration_tokens=16384"],
 }
 """Recipe to the overrides that make it."""
-BUDGETS = (2.25, 2.5, 3.0)
+BUDGETS = (2.5,)
 """Bits a weight at which dynamic programming chooses."""
+UNIFORM = ("uniform_4", "uniform_3", "uniform_2")
 FOLDER = Path(__file__).parent
 
 
@@ -70,7 +71,7 @@ def measure(row: str, overrides: list[str], *, seed: int) -> list[dict[str, Any]
         database = workspace.database
         seconds = time.monotonic() - started
         space = database.space
-        genomes: dict[str, Genome] = dict(uniform_genomes(space))
+        genomes: dict[str, Genome] = {name: g for name, g in uniform_genomes(space).items() if name in UNIFORM}
         for bits in BUDGETS:
             settings.bits = bits
             genomes[f"dp_{bits:g}"] = dynamic_programming(space, make_method(settings).budget(space), database.errors)
@@ -109,7 +110,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    done = pd.read_csv(arguments.out).to_dict("records") if arguments.out.exists() else []
+    done: list[dict[Any, Any]] = pd.read_csv(arguments.out).to_dict("records") if arguments.out.exists() else []
     for seed in arguments.seeds:
         for row in arguments.rows:
             if any(record["recipe"] == row and record["seed"] == seed for record in done):

@@ -163,9 +163,8 @@ def test_the_best_recipe_beats_the_papers(bits, H):
 
 @pytest.mark.parametrize("recipe", ["paper", "best"])
 def test_symmetric_grids_have_their_zero_in_the_middle(recipe, H):
-    for result, bits in zip(
-        GPTQ(bits=(4, 3, 2), group_size=16, symmetric=True, recipe=recipe).compress({"w": weight(8, 48)}, H)["w"], (4, 3, 2), strict=True
-    ):
+    compressor = GPTQ(bits=(4, 3, 2), group_size=16, symmetric=True, recipe=recipe)
+    for result, bits in zip(compressor.compress({"w": weight(8, 48)}, H)["w"], compressor.bits, strict=True):
         assert (result.payload.zeros == 2 ** (bits - 1)).all()
         assert (result.payload.scales > 0).all()
         assert result.error < 0.5

@@ -6,8 +6,7 @@ import torch
 from gptq_literal import gptq_literal, relative_error, round_to_nearest
 from torch import Tensor
 
-from evopress.compress.gptq import GPTQ, sweep
-from evopress.compress.grid import Grid, fit_grid
+from evopress.compress.gptq import GPTQ, sweep, whole_range
 from evopress.compress.hessian import SingularHessianError, inverse_factor
 from evopress.errors import EvoPressError
 
@@ -92,8 +91,7 @@ def test_block_sizes_change_the_result_only_by_rounding(group_size, block_size, 
     maxq = torch.full((16,), 7.0)
     U, _ = inverse_factor(H, damping=0.01)
 
-    def fit(group: Tensor, first: int) -> Grid:
-        return fit_grid(group.amin(0), group.amax(0), maxq, scale_dtype=torch.float32)
+    fit = whole_range(maxq, scale_dtype=torch.float32)
 
     def run(block_size: int, inner_size: int) -> Tensor:
         Wt = W.T.contiguous()

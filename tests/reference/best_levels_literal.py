@@ -131,9 +131,7 @@ def best_literal(
                 zeros.append(zero)
             codes[c] = float(min(max(round(float(w[c]) / scale) + zero, 0), maxq))
             w[c:] -= (w[c] - scale * (codes[c] - zero)) / U[c, c] * U[c, c:]
-        descend_literal(
-            row, H, codes, scales, zeros, bits, tolerance=tolerance, max_passes=max_passes, scale_dtype=scale_dtype
-        )
+        descend_literal(row, H, codes, scales, zeros, bits, tolerance=tolerance, max_passes=max_passes, scale_dtype=scale_dtype)
         for c in range(columns):
             g = c // group_size
             decoded[r, order[c]] = scales[g] * (codes[c] - zeros[g])
