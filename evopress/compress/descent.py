@@ -1,8 +1,8 @@
 """Coordinate descent on the layer's output error, after GPTQ's one sweep.
 
 GPTQ rounds each column once, knowing nothing of how later columns will be rounded. Here all other columns are known: a column's
-best code is the one nearest to where its own derivative is 0. Codes on a grid and the grids' scales take turns; rows are independent,
-so rows of many units and bit widths are stacked as in `gptq`. Everything is held transposed, [C, R].
+best code is the one nearest to where its own derivative is 0. Codes and the scales of their grids take turns. Rows are independent:
+those of many units and bit widths are stacked as in `gptq`. Everything is held transposed, [C, R].
 """
 
 from __future__ import annotations

@@ -36,9 +36,36 @@ def test_the_budget_is_the_floor_of_bits_times_weights() -> None:
 def test_the_compressor_has_the_methods_settings() -> None:
     method = make_method(settings(levels=[4, 3, 2], group_size=32, damping=0.02, block_size=64, propagate_bits=3))
     compressor = method.compressor((100, 200), dtype_bits=16)
-    assert compressor == GPTQ(bits=(4, 3, 2), group_size=32, damping=0.02, block_size=64)
+    assert compressor == GPTQ(bits=(4, 3, 2), group_size=32, damping=0.02, block_size=64, recipe="best")
     assert method.propagate == "3"
     assert make_method(settings(propagate_bits=None)).propagate is None
+
+
+def test_the_papers_recipe_is_one_setting_away() -> None:
+    method = make_method(settings(levels=[4, 3, 2], group_size=32, recipe="paper"))
+    assert method.compressor((100, 200), dtype_bits=16).settings() == GPTQ(bits=(4, 3, 2), group_size=32).settings()
+
+
+def test_the_weight_as_it_is_may_be_the_first_level() -> None:
+    method = make_method(settings(9.5, levels=["dense", 8, 3], group_sizes={3: 32}, symmetric=True, propagate_bits=8))
+    compressor = method.compressor((100,), dtype_bits=16)
+    assert compressor == GPTQ(bits=(8, 3), dense_bits=16, group_sizes={3: 32}, symmetric=True, recipe="best")
+    assert [level.cost for level in compressor.levels((2, 128))] == [16 * 256, 8 * 256, 3 * 256]
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ({"levels": [4, "dense"]}, "dense comes first"),
+        ({"levels": ["thick", 2]}, "method.levels has 'thick'"),
+        ({"levels": [4.5, 2]}, "method.levels has 4.5"),
+        ({"levels": [4, 3, 2], "group_sizes": {6: 32}}, "group_sizes has 6: 32"),
+        ({"recipe": "worst"}, "recipe=worst"),
+    ],
+)
+def test_levels_that_cannot_be_are_refused(method: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(EvoPressError, match=sentence):
+        make_method(settings(2.5, **({"levels": [4, 3, 2], "propagate_bits": None} | method)))
 
 
 def test_costs_are_told_with_and_without_metadata() -> None:
