@@ -169,9 +169,12 @@ class SparsitySettings(MethodSettings):
     """sparsegpt: share of the Hessian's mean diagonal added to its diagonal, in (0, 1)."""
     block_size: int = 128
     """sparsegpt: columns that are masked together."""
+    include: list[str] = field(default_factory=lambda: ["blocks"])
+    """As in method quant."""
 
     def __post_init__(self) -> None:
         _expect_one_of("method.compressor", self.compressor, ("sparsegpt", "wanda", "magnitude"))
+        check_include(self.include)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from evopress.compress.sparsegpt import SparseGPT
 from evopress.compress.wanda import Wanda
 from evopress.errors import EvoPressError
 from evopress.settings import RunSettings, SparsitySettings
-from evopress.units import BLOCKS, Budget, Genome, Level, Space
+from evopress.units import Budget, Genome, Level, Space
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Sparsity:
 
     @property
     def include(self) -> tuple[str, ...]:
-        """The blocks alone, as in the paper."""
-        return (BLOCKS,)
+        """See `WeightMethod.include`."""
+        return tuple(self.settings.include)
 
     @property
     def target_is_level(self) -> bool:

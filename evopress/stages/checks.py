@@ -29,6 +29,11 @@ def check_names(settings: RunSettings) -> None:
     if "owl" in settings.baselines.names:
         if settings.method.name != "sparsity":
             raise EvoPressError(f"baseline owl is of method sparsity, not {settings.method.name}: leave it out of baselines.names")
+        if settings.method.include != ["blocks"]:
+            raise EvoPressError(
+                f"baseline owl divides sparsity over blocks, not over what lies outside them (method.include="
+                f"{settings.method.include}): leave it out of baselines.names, or include blocks alone"
+            )
         if not settings.level_db.keep_hessians:
             raise EvoPressError(
                 "baseline owl needs the Hessians kept: set level_db.keep_hessians=true, or leave it out of baselines.names"

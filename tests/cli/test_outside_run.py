@@ -88,12 +88,6 @@ def test_one_that_cannot_trade_is_named(tiny: Callable[..., Any], tmp_path: Path
     assert "no other unit has the size of model.embed_tokens" in outcome.text
 
 
-@pytest.mark.parametrize("include", ["[head]", "[]", "[blocks,blocks]", "[blocks,tail]"])
-def test_what_cannot_be_included_is_refused(include: str, tiny: Callable[..., Any]) -> None:
-    outcome = tiny(f"method.include={include}")
-    assert outcome.code == 1 and "method.include" in outcome.errors[0], outcome.text
-
-
 def test_runs_of_earlier_versions_are_still_done() -> None:
     settings = RunSettings(method=QuantSettings(), bits=3.0)
     values = {key: value for key, value in asdict(settings).items() if key not in ("stages", "resume", "dry_run")}

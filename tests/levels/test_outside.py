@@ -8,21 +8,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evopress.compress.gptq import GPTQ
+from evopress.compress.sparsegpt import SparseGPT
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import measure_held_out
 from evopress.export import export_checkpoint
-from evopress.fitness.measures import HeldOut
+from evopress.fitness.measures import HeldOut, KLDivergence
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator, measure_sums
 from evopress.levels.build import ensure_database
+from evopress.levels.hessians import HessianStore
 from evopress.levels.live import LiveModel
 from evopress.levels.outside import compress_embedding, token_shares
 from evopress.levels.plan import planned
 from evopress.levels.store import block_file
 from evopress.models.blocks import BlockModel
+from evopress.models.families import family_of
 from evopress.models.loading import load_pretrained
 from evopress.models.slots import Slot
-from evopress.models.tiny import VOCABULARY, make_tiny
+from evopress.models.tiny import VOCABULARY, make_tiny, tiny_config
+from evopress.stages import probe
 from evopress.units import BLOCKS, EMBEDDING, HEAD
 
 WHOLE = (BLOCKS, HEAD, EMBEDDING)
@@ -347,3 +351,80 @@ def test_what_the_parts_need_is_counted(load, build_settings, tmp_path, ids, com
 def test_a_group_that_does_not_divide_the_width_names_its_unit(load, build_settings, tmp_path, ids):
     with pytest.raises(EvoPressError, match="group size 48 does not divide the 32 input columns"):
         planned(build_settings(tmp_path), load(), ids, GPTQ(bits=(3, 2), group_size=48))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_pruned_ones_keep_exact_counts_and_a_further_sparsity_runs_no_block(tied, load, build_settings, tmp_path, ids, monkeypatch):
+    blocks = load(tied=tied)
+    store = HessianStore(tmp_path / "hessians")
+
+    def settings(sparsity):
+        recipe = {"sparsity": sparsity}
+        return build_settings(tmp_path, method="sparsity", propagate=None, recipe=recipe, hessians=store)
+
+    def pruner(sparsity):
+        return SparseGPT(sparsity=sparsity, step=200, num_levels=2, dtype_bits=32)
+
+    first, _ = ensure_database(settings(0.5), blocks, ids, pruner(0.5))
+    live = LiveModel(blocks, first)
+    genome = tuple(len(unit.levels) - 1 for unit in live.space.units)
+    with live.applied(genome):
+        kept = [int((blocks.model.get_submodule(unit.name).weight != 0).sum()) for unit in live.space.units]
+    assert kept == [unit.levels[-1].cost for unit in live.space.units]
+    (scores,) = measure_held_out(PopulationEvaluator(live), [genome], ids)
+    (plain,) = measure_held_out(PlainEvaluator(live), [genome], ids)
+    assert scores.kl == pytest.approx(plain.kl, rel=1e-4) and scores.kl > 1e-3
+
+    def no_forward(*args, **kwargs):
+        raise AssertionError("a block was run")
+
+    def again(root):
+        return build_settings(tmp_path / root, method="sparsity", propagate=None, recipe={"sparsity": 0.6}, hessians=None)
+
+    expected, _ = ensure_database(again("without a store"), blocks, ids, pruner(0.6))
+    monkeypatch.setattr(blocks, "run", no_forward)
+    second, _ = ensure_database(settings(0.6), blocks, ids, pruner(0.6))
+    for index in blocks.parts:
+        assert (second.folder / block_file(index)).read_bytes() == (expected.folder / block_file(index)).read_bytes()
+
+
+def test_a_model_of_another_width_inside_than_outside(tmp_path, build_settings, ids, compressor):
+    """OPT-350m projects embeddings of 512 to a hidden size of 1024, and back before the head."""
+    config = tiny_config("opt", num_blocks=NUM_BLOCKS)
+    config.word_embed_proj_dim, config.do_layer_norm_before = 16, False
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(std=0.15)
+    blocks = BlockModel(model, family_of("opt"), include=WHOLE)
+    blocks.self_check()
+    database, _ = ensure_database(build_settings(tmp_path), blocks, ids, compressor)
+    live = LiveModel(blocks, database)
+    assert live.space.units[-1].size == 16 * VOCABULARY
+    genomes = [None, *random_genomes(live, 4)]
+    mine, _ = measure_sums(PopulationEvaluator(live), genomes, ids, None, HeldOut())
+    plain, _ = measure_sums(PlainEvaluator(live), genomes, ids, None, HeldOut())
+    torch.testing.assert_close(mine[:, :2], plain[:, :2], rtol=1e-5, atol=1e-4)
+
+
+def test_blocks_that_are_carried_leave_what_lies_outside_in_place(
+    load, build_settings, tmp_path, ids, compressor, monkeypatch, weights_digest
+):
+    blocks = load()
+    database, _ = ensure_database(build_settings(tmp_path), blocks, ids, compressor)
+    genomes = [None, *random_genomes(LiveModel(blocks, database), 3)]
+    expected, _ = measure_sums(PopulationEvaluator(LiveModel(blocks, database)), genomes, ids, None, HeldOut())
+    before = weights_digest(blocks.model)
+    monkeypatch.setattr(blocks, "offload", True)
+    monkeypatch.setattr(blocks, "_carried", lambda data: data.clone())
+    mine, _ = measure_sums(PopulationEvaluator(LiveModel(blocks, database)), genomes, ids, None, HeldOut())
+    torch.testing.assert_close(mine, expected)
+    assert weights_digest(blocks.model) == before
+
+
+def test_the_probe_tells_what_they_take(load, tokens, compressor, monkeypatch):
+    monkeypatch.setattr(probe, "LEAST_PARAMETERS", 0)
+    speed = probe.measure_speed(load(), tokens(1, 64), KLDivergence(), compressor, chunk_tokens=32)
+    assert set(speed.outside) == {"lm_head", "model.embed_tokens"} and min(speed.outside.values()) > 0
+    assert not probe.measure_speed(load(include=(BLOCKS,)), tokens(1, 64), KLDivergence(), compressor, chunk_tokens=32).outside
