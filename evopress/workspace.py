@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from evopress.data.sources import TextSource
 from evopress.data.special_tokens import check_embedded, leading_ids
 from evopress.data.text_files import TextFiles
 from evopress.data.tokens import token_sequences, tokens_digest
+from evopress.endings import is_out_of_memory
 from evopress.errors import EvoPressError
 from evopress.files import given_path, make_folder
 from evopress.fitness.fusion import can_compile
@@ -86,6 +88,23 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" or has_half_products() else "float32"
 
 
+@contextmanager
+def _by_blocks(family: str) -> Iterator[None]:
+    """Turn whatever a model raises when its blocks are first called alone into one sentence; too little memory stays what it is."""
+    try:
+        yield
+    except EvoPressError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EvoPressError(
+            f"running {family} block by block failed ({type(error).__name__}: {reason}): this model or this version of "
+            "transformers calls its blocks in a way that the adapter does not know; use fitness.evaluator=plain, or another of them"
+        ) from error
+
+
 class Workspace:
     """Opens what a run's stages ask for, once."""
 
@@ -101,6 +120,11 @@ class Workspace:
         self.dtype = pick_dtype(settings.model.dtype, self.device)
         if self.dtype != settings.model.dtype:
             logger.info("model.dtype=%s: %s on this %s", settings.model.dtype, self.dtype, self.device.type.upper())
+        if settings.model.offload and settings.fitness.evaluator == "plain" and self.device.type != "cpu":
+            raise EvoPressError(
+                "fitness.evaluator=plain runs the whole model on the device, where model.offload=true does not put it: leave one "
+                "of them out"
+            )
         self.cache = make_folder(given_path(settings.paths.cache, "paths.cache"))
         self.database_root = make_folder(given_path(settings.level_db.root, "level_db.root"))
         self.database_reused = False
@@ -210,11 +234,12 @@ class Workspace:
     def blocks(self) -> BlockModel:
         pretrained = self.pretrained
         include = self.method.include if isinstance(self.method, WeightMethod) else (BLOCKS,)
-        blocks = BlockModel(
-            pretrained.model, pretrained.family, device=self.device, offload=self.settings.model.offload, include=include
-        )
-        if self.settings.fitness.evaluator == "population":
-            blocks.self_check()
+        with _by_blocks(pretrained.family.name):
+            blocks = BlockModel(
+                pretrained.model, pretrained.family, device=self.device, offload=self.settings.model.offload, include=include
+            )
+            if self.settings.fitness.evaluator == "population":
+                blocks.self_check()
         return blocks
 
     def source(self, name: str) -> TextSource:
@@ -432,7 +457,9 @@ class Workspace:
     @cached_property
     def live(self) -> Live:
         if isinstance(self.method, ModuleMethod):
-            return LiveModules(self.blocks, self.database.space)
+            blocks, space = self.blocks, self.database.space
+            with _by_blocks(blocks.family.name):
+                return LiveModules(blocks, space)
         return LiveModel(self.blocks, self.levels, cache_bytes=self.settings.level_db.cache_bytes)
 
     @cached_property

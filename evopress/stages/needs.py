@@ -28,6 +28,9 @@ from evopress.workspace import MOST_KEPT_BYTES, Workspace
 
 _SHARED = 0.8
 """Share of the block work that is left where candidates share their prefixes, at 5 to 16 of them (DESIGN, section 4)."""
+_PEAK = 3.05
+"""Times the states of all candidates that a stage of selection holds at its peak, counted: what enters a block and what leaves
+it, or last states and their copies without the last position, and the final norm's float32 copies of one candidate's."""
 _REPORT_BYTES = 4 * 2**20
 _RECORD_BYTES = 400
 
@@ -170,15 +173,15 @@ class Planner:
         needs = Needs("evaluate", f"{models} models on {', '.join(data)}", seconds=0.0 if self.speed else None)
         if self.settings.evaluation.tasks:
             needs.what += " (zero-shot tasks not counted)"
+            self._hold_decoded(needs)
         self._score(needs, models, tokens)
         self._hold(needs, models, min(self.settings.fitness.max_tokens_in_flight, tokens))
         return needs
 
     def _export(self) -> Needs:
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.workspace.pretrained.model.parameters())
-        held = self.space.size * self.workspace.blocks.dtype.itemsize
         needs = Needs("export", "checkpoint", disk={self.workspace.run_dir: size})
-        self._put(needs, held)
+        self._hold_decoded(needs)
         return needs
 
     def _report(self) -> Needs:
@@ -223,8 +226,7 @@ class Planner:
         blocks, fitness = self.workspace.blocks, self.settings.fitness
         config, itemsize = blocks.model.config, blocks.dtype.itemsize
         width = int(getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * blocks.hidden_size)
-        plain = fitness.evaluator == "plain"
-        states = (1 if plain else 2) * candidates * tokens * blocks.hidden_size * itemsize
+        states = peak_of_states(candidates, tokens * blocks.hidden_size * itemsize, plain=fitness.evaluator == "plain")
         forward = min(fitness.max_tokens_in_flight, candidates * tokens) * (6 * blocks.hidden_size + 3 * width) * itemsize
         logits = 4 * min(fitness.chunk_tokens, tokens) * blocks.head().weight.shape[0] * 4
         decoded = 0 if self.modules else max(len(unit.levels) for unit in self.space.units) * self.space.size * itemsize
@@ -232,10 +234,35 @@ class Planner:
         base = self.workspace.search_tokens.numel() * blocks.hidden_size * itemsize if self.based else 0
         kept = self.settings.level_db.cache_bytes
         kept = enough_to_keep(self.space, itemsize) if kept is None else kept
-        self._put(needs, states + forward + logits + min(kept, decoded) + heads, host=base + self.kept)
+        whole = self._decoded if fitness.evaluator == "plain" else 0
+        self._put(needs, states + forward + logits + max(min(kept, decoded), whole) + heads, host=base + self.kept)
+
+    @property
+    def _decoded(self) -> int:
+        """Bytes of all units at one genome, beside the dense ones, which stay."""
+        return 0 if self.modules else self.space.size * self.workspace.blocks.dtype.itemsize
+
+    def _hold_decoded(self, needs: Needs) -> None:
+        """Let the stage's peak be at least that of the whole model at a genome: where its blocks lie, they are decoded."""
+        if self.workspace.blocks.offload:
+            needs.memory = max(needs.memory, self._decoded)
+        else:
+            self._put(needs, self._decoded)
 
     def _put(self, needs: Needs, size: int, *, host: int = 0) -> None:
         """Let a stage's peak be at least so much on the compute device, and in host memory beside it."""
         on_host = self.workspace.device.type == "cpu"
         needs.memory = max(needs.memory, host + (size if on_host else 0))
         needs.device = max(needs.device, 0 if on_host else size)
+
+
+def peak_of_states(candidates: int, state_bytes: int, *, plain: bool) -> int:
+    """Return the bytes of hidden states that evaluating distinct candidates holds at its peak.
+
+    Args:
+        state_bytes: of one candidate's on all tokens.
+        plain: one candidate at a time: its last states, their copies, and one that is put together.
+    """
+    if plain:
+        return (2 * candidates + 1) * state_bytes
+    return round(max(_PEAK * candidates, 2 * candidates + _PEAK) * state_bytes)

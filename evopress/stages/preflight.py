@@ -220,9 +220,10 @@ def _check(plan: Plan, workspace: Workspace, build: BuildNeeds | None) -> None:
     for needs in plan.stages:
         for (where, room), needed in zip(available.items(), (needs.memory, needs.device), strict=False):
             if needed > room:
+                offload = where != "of memory" and not workspace.settings.model.offload
                 raise EvoPressError(
                     f"the stage {needs.stage} needs about {_bytes(needed)} {where} but {_bytes(room)} are free: "
-                    f"{_ADVICE.get(needs.stage, _LESS)}{', or set model.offload=true' if where != 'of memory' else ''}"
+                    f"{_ADVICE.get(needs.stage, _LESS)}{', or set model.offload=true' if offload else ''}"
                 )
 
 

@@ -8,13 +8,24 @@ import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from evopress.errors import EvoPressError
+from evopress.fitness.measures import KLDivergence
+from evopress.fitness.plain import PlainEvaluator
+from evopress.fitness.population import PopulationEvaluator, measure_sums
 from evopress.pipeline import FINISHED
 from evopress.stages import preflight, probe
+from evopress.stages.needs import peak_of_states
+from evopress.units import Level, Space, Unit
 
 METHODS = {
     "quant": ("+method=quant", "bits=3.5"),
@@ -204,6 +215,163 @@ def test_what_a_device_lacks_is_refused(tiny: Callable[..., Any], monkeypatch: p
     monkeypatch.setattr(preflight.Planner, "_put", on_device)
     monkeypatch.setattr(preflight, "_device_free", lambda device: 1000)
     refused(tiny("stages=[evaluate]"), "the stage evaluate needs about", "but 1 kB are free", "model.offload=true")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the run's device be one that torch always has, as a GPU stands beside the host: nothing is computed on it."""
+    monkeypatch.setattr("evopress.workspace.pick_device", lambda name: torch.device("meta"))
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_plain_evaluator_does_not_go_with_offload(tiny: Callable[..., Any]) -> None:
+    arguments = ("fitness.evaluator=plain", "model.offload=true")
+    refused(tiny(*arguments, DRY), "fitness.evaluator=plain runs the whole model", "model.offload=true", "leave one of them out")
+
+
+def test_on_a_host_the_plain_evaluator_goes_with_offload(tiny: Callable[..., Any]) -> None:
+    assert tiny("fitness.evaluator=plain", "model.offload=true", DRY).code == 0  # there is nowhere to move the blocks from
+
+
+GB = 10**9
+
+
+def planner(device: str, *, offload: bool = False, evaluator: str = "population", tasks: tuple[str, ...] = ()) -> Any:
+    """Return a planner for a run of a model of 7 GB of units, on a device that is made up."""
+    space = Space("quant", tuple(Unit(f"u{i}", i, "u", 35 * GB // 20, (Level("4", "4", 4, 4),)) for i in range(2)))
+    model = SimpleNamespace(config=SimpleNamespace(intermediate_size=4096), parameters=lambda: iter(()))
+    blocks = SimpleNamespace(
+        blocks=[None] * 2,
+        dtype=torch.bfloat16,
+        offload=offload,
+        hidden_size=1024,
+        head_part=None,
+        model=model,
+        head=lambda: SimpleNamespace(weight=torch.empty(32_000, 0)),
+    )
+    tokens = torch.empty(0, 1024, dtype=torch.int64)
+    workspace = SimpleNamespace(
+        blocks=blocks,
+        device=SimpleNamespace(type=device),
+        run_dir=Path("run"),
+        search_tokens=tokens,
+        evaluation_data={"text": torch.empty(4, 1024)},
+        pretrained=SimpleNamespace(model=model),
+        settings=SimpleNamespace(
+            stages=["evaluate", "export"],
+            fitness=SimpleNamespace(evaluator=evaluator, max_tokens_in_flight=4096, chunk_tokens=256),
+            level_db=SimpleNamespace(cache_bytes=0),
+            evaluation=SimpleNamespace(tasks=list(tasks)),
+            baselines=SimpleNamespace(names=[]),
+            sparsity=None,
+        ),
+        method=None,
+    )
+    return preflight.Planner(workspace, space, None, None, None, None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("device", "offload", "memory", "on_device"),
+    [("cpu", False, 7 * GB, 0), ("cuda", False, 0, 7 * GB), ("cuda", True, 7 * GB, 0)],
+)
+def test_the_export_decodes_the_model_where_its_blocks_lie(device: str, offload: bool, memory: int, on_device: int) -> None:
+    needs = planner(device, offload=offload)._export()
+    assert (needs.memory, needs.device) == (memory, on_device)
+
+
+def test_zero_shot_tasks_and_the_plain_evaluator_decode_the_whole_model() -> None:
+    less = planner("cuda")._evaluate()
+    assert less.device < GB and less.memory == 0
+    assert planner("cuda", tasks=("piqa",))._evaluate().device == 7 * GB
+    offloaded = planner("cuda", offload=True, tasks=("piqa",))._evaluate()
+    assert offloaded.memory == 7 * GB and offloaded.device == less.device
+    assert planner("cuda", evaluator="plain")._evaluate().device > 7 * GB
+
+
+def test_what_is_followed_already_is_not_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    for offload in (False, True):
+        workspace = SimpleNamespace(
+            device=torch.device("cuda"),
+            settings=SimpleNamespace(model=SimpleNamespace(offload=offload)),
+            run_dir=Path(),
+            database_root=Path(),
+            cache=Path(),
+        )
+        monkeypatch.setattr(preflight, "_device_free", lambda device: 1000)
+        plan = preflight.Plan((preflight.Needs("search", "", device=2000),), None)
+        with pytest.raises(EvoPressError, match="the stage search needs about 2 kB on cuda") as caught:
+            preflight._check(plan, workspace, None)  # type: ignore[arg-type]
+        assert ("model.offload=true" in str(caught.value)) != offload
+
+
+@pytest.mark.parametrize("evaluator", ["population", "plain"])
+@pytest.mark.parametrize("candidates", [1, 4])
+def test_the_states_that_are_counted_are_those_that_are_held(
+    candidates: int, evaluator: str, live_model: Callable[..., Any], tokens: Callable[..., Any]
+) -> None:
+    """Counts every tensor that is alive, at each operation: the peak is what is planned, but for a forward's and a chunk's own."""
+    live, ids = live_model(num_blocks=1), tokens(24, 8)
+    made = {"population": PopulationEvaluator, "plain": PlainEvaluator}[evaluator](live, max_tokens_in_flight=8)
+    live.blocks.prepare(8)
+    genomes = [(i % 3, i // 3, *[0] * (len(live.space) - 2)) for i in range(candidates)]  # they part in the first block
+    base = torch.zeros(*ids.shape, live.blocks.hidden_size)
+    made.final_states(genomes, ids[:1])  # levels that are decoded are kept, and counted apart
+    with Alive() as alive:
+        measure_sums(made, genomes, ids, base, KLDivergence(), chunk_tokens=8)
+    state = ids.numel() * live.blocks.hidden_size * 4
+    planned = peak_of_states(candidates, state, plain=evaluator == "plain")
+    assert planned / 3 < alive.peak < planned + 2 * state  # eight tokens in a block take 1.3 states
+
+
+class Alive(TorchDispatchMode):
+    """Follows the bytes of the tensors that were made inside and are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        given = {storage(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and storage(tensor) not in given | self._alive.keys():
+                self._alive[storage(tensor)] = (StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes())
+        if sum(size for _, size in self._alive.values()) > self.peak:
+            self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
+            self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return made
+
+
+def storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+BROKEN = {
+    "a block that is called by keyword": TypeError("stop() missing 1 required positional argument: 'hidden'"),
+    "a part that is not there": AttributeError("'NoneType' object has no attribute 'weight'"),
+    "shapes that do not fit": RuntimeError("The size of tensor a (24) must match\nthe size of tensor b (12)"),
+    "an error without words": AssertionError(),
+}
+
+
+@pytest.mark.parametrize(("case", "where"), [*zip(BROKEN, ("embed", "head", "run", "finish"), strict=True)])
+def test_whatever_the_self_check_meets_is_one_sentence(
+    case: str, where: str, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise BROKEN[case]
+
+    monkeypatch.setattr(f"evopress.models.blocks.BlockModel.{where}", broken)
+    refused(tiny(DRY), f"block by block failed ({type(BROKEN[case]).__name__}: ", "use fitness.evaluator=plain")
+
+
+def test_too_little_memory_for_the_self_check_is_told_as_that(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("evopress.models.blocks.BlockModel.embed", broken)
+    refused(tiny(DRY), "out of memory (CUDA out of memory")
 
 
 def test_a_budget_that_leaves_no_switch_is_refused_before_the_database(evopress: Callable[..., Any], tmp_path: Path) -> None:
