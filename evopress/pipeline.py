@@ -16,7 +16,10 @@ from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.progress import duration
+from evopress.reporting.generations import read_generations
+from evopress.reporting.metrics import search_history
 from evopress.reporting.records import read_document, write_json
+from evopress.reporting.sweep import tracked_as
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
 from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.baselines import build_database, find_baselines
@@ -76,12 +79,17 @@ def run(
     done = stages_done(settings, run_dir)
     (run_dir / FINISHED).unlink(missing_ok=True)
     tracker = make_tracker(settings.tracker)
+    key, target = ("sparsity", settings.sparsity) if settings.bits is None else ("bits", settings.bits)
+    name, group, tags = tracked_as(run_dir, method=settings.method.name, key=key, target=target or 0.0, seed=settings.seed)
     tracker.start(
         config=config,
         run_dir=run_dir,
-        name=settings.tracker.run_name,
-        group=settings.tracker.group,
-        tags=[settings.method.name, *settings.tracker.tags],
+        name=settings.tracker.run_name or name,
+        group=settings.tracker.group or group,
+        tags=[*tags, *settings.tracker.tags],
+        history=lambda: search_history(
+            read_generations(run_dir / "metrics.jsonl", workspace.database.space), workspace.database.space
+        ),
     )
     work: dict[str, Callable[[], None]] = {
         "database": lambda: build_database(workspace),

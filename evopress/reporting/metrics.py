@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from evopress.reporting.curve import HeldOutCurve, held_out_curve
 from evopress.reporting.figures import averages, measure, measure_name, measured_size
 from evopress.reporting.tables import number
 from evopress.units import Genome, Space
@@ -71,6 +72,39 @@ class SearchMetrics:
         return {"generation_seconds": seconds, "tokens_per_second": tokens / seconds} if seconds > 0 else {}
 
 
+def search_history(records: Iterable[Record], space: Space | None = None) -> list[dict[str, float]]:
+    """Return the numbers of all records of a search, their generation among them."""
+    metrics = SearchMetrics(space)
+    return [{**metrics.add(record), AXES[0]: record[AXES[0]]} for record in records]
+
+
+def best_metrics(records: Sequence[Record]) -> dict[str, float]:
+    """Return what was best on held-out text: `best/kl`, its perplexities and its `best/generation`; of one text, the last."""
+    measured = [
+        (kl, record)
+        for record in held_out_curve(records, []).records
+        if (kl := number((record.get("held_out") or {}).get("kl"))) is not None
+    ]
+    if not measured:
+        return {}
+    kl, record = min(measured, key=lambda pair: pair[0])
+    numbers = {"kl": kl, **{f"ppl_{name}": value for name, value in (record["held_out"].get("perplexity") or {}).items()}}
+    return {f"best/{key}": shown for key, value in numbers.items() if (shown := number(value)) is not None} | {
+        f"best/{AXES[0]}": record[AXES[0]]
+    }
+
+
+def baseline_lines(curve: HeldOutCurve) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Return the lines of the baselines, `baseline/dp/kl` and `baseline/dp/ppl_docs`, and where on the axes they begin and end."""
+    numbers: dict[str, Any] = {}
+    for name, measures in curve.lines.items():
+        numbers[f"baseline/{name}/kl"] = measures.get("kl")
+        numbers |= {f"baseline/{name}/ppl_{text}": value for text, value in (measures.get("perplexity") or {}).items()}
+    ends = [curve.records[0], curve.records[-1]] if len(curve.records) > 1 else curve.records
+    axes = [{axis: value for axis in AXES if (value := number(record.get(axis))) is not None} for record in ends]
+    return {key: shown for key, value in numbers.items() if (shown := number(value)) is not None}, axes
+
+
 def gain(record: Record) -> float | None:
     """Return by how much a generation's winner beats its parent on the same minibatch; 0 where the parent won."""
     fitness, parent = number(record.get("fitness")), number(record.get("parent_fitness"))
@@ -84,7 +118,7 @@ def best_fitness(stage: Mapping[str, Any]) -> float | None:
 
 
 def final_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the numbers of `result.json`: `final/evopress/kl`, `final/dp/ppl_wikitext2`.
+    """Return the numbers of `result.json`: `final/evopress/kl` (the mean), `final/dp/kl_wikitext2`, `final/dp/ppl_wikitext2`.
 
     `final/<row>/perplexity` is on the first data set, the run's own.
     """
@@ -96,6 +130,9 @@ def final_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if isinstance(perplexity, Mapping) and perplexity:
             numbers[f"{name}/perplexity"] = next(iter(perplexity.values()))
             numbers |= {f"{name}/ppl_{data_set}": value for data_set, value in perplexity.items()}
+        for key in ("kl", "top1_agreement"):
+            values = row.get(f"{key}_by_data_set")
+            numbers |= {f"{name}/{key}_{data_set}": value for data_set, value in (values or {}).items()}
         zero_shot = row.get("zero_shot")
         if isinstance(zero_shot, Mapping):
             numbers |= {f"{name}/zero_shot_{task}": value for task, value in zero_shot.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 _DEPTH = 3
 """A job's folder lies at most this deep below its sweep's."""
 _EXPERIMENT = re.compile(r"""^\s*-\s*['"]?\+?experiment=([\w.-]+)""", re.MULTILINE)
+_SEED = re.compile(r"seed[-=_]?\d+")
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -39,3 +40,18 @@ def experiment_name(run_dir: Path) -> str | None:
         return None
     found = _EXPERIMENT.search(text)
     return found[1] if found else None
+
+
+def tracked_as(run_dir: Path, *, method: str, key: str, target: float, seed: int) -> tuple[str, str, list[str]]:
+    """Return what a run is called by trackers: its name ("quant-2.5-seed0"), its group, and its tags but for the experiment.
+
+    Jobs of a sweep are of one group and have their folder's name beside, where that says more than the seed; other runs of one
+    method and target are of one group.
+
+    Args: key: what the target is of, "bits" or "sparsity".
+    """
+    of, job = f"{method}-{target:g}", job_name(run_dir)
+    name = f"{of}-seed{seed}"
+    if job is not None and not _SEED.fullmatch(job):
+        name += f" {job}"
+    return name, sweep_name(run_dir) or of, [method, f"{key}={target:g}"]

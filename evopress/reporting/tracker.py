@@ -10,7 +10,7 @@ import netrc
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 from urllib.parse import urlsplit
@@ -24,8 +24,11 @@ Mode = Literal["online", "offline", "disabled"]
 
 _MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 
+_RUN_ID = Path("wandb") / "run_id.txt"
 _MOST_TAG = 64
 """W&B refuses longer tags."""
+
+History = Callable[[], Iterable[Mapping[str, float]]]
 
 _log = logging.getLogger(__name__)
 
@@ -33,11 +36,32 @@ _log = logging.getLogger(__name__)
 class Tracker(Protocol):
     """What follows a run. The calls come in this order: `start`, then any of the others, `finish` last."""
 
-    def start(self, *, config: dict[str, Any], run_dir: Path, name: str | None, group: str | None, tags: Sequence[str]) -> None:
-        """Open the tracker's run, described by the composed config."""
+    def start(
+        self,
+        *,
+        config: dict[str, Any],
+        run_dir: Path,
+        name: str | None,
+        group: str | None,
+        tags: Sequence[str],
+        history: History = tuple,
+    ) -> None:
+        """Prepare the tracker's run, described by the composed config; it is opened when there is something to show.
+
+        Args: history: returns the numbers of all generations that are done, `generation` among them, in order.
+        """
 
     def log(self, metrics: Mapping[str, float], *, generation: int) -> None:
-        """Record numbers of one generation; `tokens` and `seconds` among them are further x axes."""
+        """Record numbers of one generation, once; `tokens` and `seconds` among them are further x axes."""
+
+    def lines(self, values: Mapping[str, float], *, axes: Sequence[Mapping[str, float]]) -> None:
+        """Draw horizontal lines beside the curves.
+
+        Args: axes: where they begin and end, on every x axis.
+        """
+
+    def summarize(self, values: Mapping[str, float]) -> None:
+        """Record numbers of the whole run."""
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Record a table."""
@@ -55,10 +79,25 @@ class Tracker(Protocol):
 class NullTracker:
     """Follow nothing: costs nothing and imports nothing."""
 
-    def start(self, *, config: dict[str, Any], run_dir: Path, name: str | None, group: str | None, tags: Sequence[str]) -> None:
+    def start(
+        self,
+        *,
+        config: dict[str, Any],
+        run_dir: Path,
+        name: str | None,
+        group: str | None,
+        tags: Sequence[str],
+        history: History = tuple,
+    ) -> None:
         pass
 
     def log(self, metrics: Mapping[str, float], *, generation: int) -> None:
+        pass
+
+    def lines(self, values: Mapping[str, float], *, axes: Sequence[Mapping[str, float]]) -> None:
+        pass
+
+    def summarize(self, values: Mapping[str, float]) -> None:
         pass
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -78,9 +117,11 @@ class WandbTracker:
     """Follow a run in Weights & Biases; its files go to `wandb/` in the run folder.
 
     Jobs of a sweep are grouped under the sweep's name and named by their folders, unless a group or a name is given; a run is
-    tagged with the experiment it is of. A run that is resumed online goes on in the same W&B run. Metrics are drawn against the
-    generation, and `tokens` and `seconds` are there as further axes. The first failure is logged as a warning and turns the
-    tracker off.
+    tagged with the experiment it is of. The W&B run is opened when the first number is there, so a run that is refused leaves
+    nothing. A run that is resumed goes on in the same W&B run, whose id lies in the run folder: online it gets the generations that
+    W&B lacks, offline all of them, since `wandb sync` of a later part replaces the earlier. Metrics are drawn against the
+    generation, and `tokens` and `seconds` are there as further axes. The first failure is logged as a warning and turns the tracker
+    off.
 
     Args:
         mode: None takes WANDB_MODE from the environment, else online. Online without an API key becomes offline.
@@ -110,32 +151,54 @@ class WandbTracker:
         self._wandb: Any = None
         self._run: Any = None
         self._borrowed: list[str] = []
+        self._open: Callable[[], None] | None = None
+        self._sent = -1
+        """The last generation that W&B has."""
 
-    def start(self, *, config: dict[str, Any], run_dir: Path, name: str | None, group: str | None, tags: Sequence[str]) -> None:
+    def start(
+        self,
+        *,
+        config: dict[str, Any],
+        run_dir: Path,
+        name: str | None,
+        group: str | None,
+        tags: Sequence[str],
+        history: History = tuple,
+    ) -> None:
         mode = self._resolve_mode()
         if mode != "disabled":
-            self._try("start", lambda: self._start(mode, config, run_dir, name, group, tags))
+            self._open = lambda: self._start(mode, config, run_dir, name, group, tags, history)
 
     def log(self, metrics: Mapping[str, float], *, generation: int) -> None:
-        if self._run is not None:
+        if self._opened() and generation > self._sent:
             self._try("log", lambda: self._run.log({**metrics, "generation": generation}))
+            self._sent = generation
+
+    def lines(self, values: Mapping[str, float], *, axes: Sequence[Mapping[str, float]]) -> None:
+        for place in axes if values else ():
+            if self._opened():
+                self._try("log lines", lambda place=place: self._run.log({**values, **place}))  # type: ignore[misc]
+
+    def summarize(self, values: Mapping[str, float]) -> None:
+        if self._opened():
+            self._try("write the summary", lambda: self._run.summary.update(dict(values)))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        if self._run is not None:
+        if self._opened():
             self._try("log a table", lambda: self._run.log({name: self._table(columns, rows)}))
 
     def figure(self, name: str, path: Path) -> None:
-        if self._run is not None:
+        if self._opened():
             self._try("log a figure", lambda: self._run.log({name: self._wandb.Image(str(path))}))
 
     def artifact(self, name: str, type: str, paths: Sequence[Path]) -> None:
-        if self._run is not None:
+        if self._opened():
             self._try("log an artifact", lambda: self._log_artifact(name, type, paths))
 
     def finish(self) -> None:
         if self._run is not None:
             self._try("finish", lambda: self._run.finish())
-        self._run = None
+        self._run = self._open = None
         for variable in self._borrowed:
             os.environ.pop(variable, None)
         self._borrowed.clear()
@@ -148,6 +211,13 @@ class WandbTracker:
             return "offline"
         return mode
 
+    def _opened(self) -> bool:
+        """Open the run at the first thing to show; tell whether there is one."""
+        if self._open is not None:
+            opening, self._open = self._open, None
+            self._try("start", opening)
+        return self._run is not None
+
     def _start(
         self,
         mode: Mode,
@@ -156,6 +226,7 @@ class WandbTracker:
         name: str | None,
         group: str | None,
         tags: Sequence[str],
+        history: History,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         folder = str(run_dir.resolve() / "wandb")
@@ -177,26 +248,40 @@ class WandbTracker:
             disable_git=True,
         )
         experiment = experiment_name(run_dir)
-        run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            # An offline part of a run keeps an id of its own: `wandb sync` of a second part would overwrite the first.
-            id=_run_id(run_dir) if mode == "online" else None,
-            resume="allow" if mode == "online" else None,
-            name=name or job_name(run_dir),
-            group=group or sweep_name(run_dir),
-            tags=list(dict.fromkeys([*tags, *([experiment[:_MOST_TAG]] if experiment else [])])) or None,
-            config=plain(config),
-            allow_val_change=True,  # a run that goes on may have more generations or other stages
-            dir=str(run_dir),
-            mode=mode,
-            reinit="finish_previous",  # the runs of a sweep share one process
-            settings=settings,
-        )
+
+        def open_run() -> Any:
+            return wandb.init(
+                project=self.project,
+                entity=self.entity,
+                id=_run_id(run_dir),
+                resume="allow" if mode == "online" else None,
+                name=name or job_name(run_dir),
+                group=group or sweep_name(run_dir),
+                tags=[tag[:_MOST_TAG] for tag in dict.fromkeys([*tags, *([experiment] if experiment else [])])] or None,
+                config=plain(config),
+                allow_val_change=True,  # a run that goes on may have more generations or other stages
+                dir=str(run_dir),
+                mode=mode,
+                reinit="finish_previous",  # the runs of a sweep share one process
+                settings=settings,
+            )
+
+        run, done = open_run(), list(history())
+        self._sent = _last_generation(run)
+        if self._sent > max((int(metrics["generation"]) for metrics in done), default=-1):
+            # The search was begun anew in its folder: what W&B has is of another search, and stays.
+            run.finish()
+            (run_dir / _RUN_ID).unlink()
+            run, self._sent = open_run(), -1
         self._wandb, self._run = wandb, run
-        for axis in AXES:
+        run.define_metric(AXES[0], summary="max")  # what `_last_generation` reads, whatever was logged last
+        for axis in AXES[1:]:
             run.define_metric(axis)
         run.define_metric("*", step_metric=AXES[0])
+        for metrics in done:
+            if (generation := int(metrics["generation"])) > self._sent:
+                run.log(dict(metrics))
+                self._sent = generation
 
     def _table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
         data = [plain(row) for row in rows]
@@ -217,9 +302,19 @@ class WandbTracker:
             _log.warning("Weights & Biases failed to %s (%s: %s): the run goes on without it", what, type(error).__name__, reason)
 
 
+def _last_generation(run: Any) -> int:
+    """Return the last generation that a resumed run has at W&B, -1 if there is none: its summary is what W&B was sent."""
+    if getattr(run, "resumed", False) is not True:
+        return -1
+    last = run.summary.get(AXES[0])
+    if hasattr(last, "get"):
+        last = last.get("max")
+    return int(last) if isinstance(last, int | float) else -1
+
+
 def _run_id(run_dir: Path) -> str:
     """Return the W&B id of a run folder: drawn once, kept beside what W&B writes there."""
-    path = run_dir / "wandb" / "run_id.txt"
+    path = run_dir / _RUN_ID
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4), encoding="ascii")

@@ -18,7 +18,7 @@ from evopress.reporting.curve import held_out_curve
 from evopress.reporting.dropped import dropped_modules_figure
 from evopress.reporting.generations import read_generations
 from evopress.reporting.lineage import lineage_figures
-from evopress.reporting.metrics import final_metrics, levels_table, switches_table
+from evopress.reporting.metrics import baseline_lines, best_metrics, final_metrics, levels_table, switches_table
 from evopress.reporting.records import read_genome, write_json
 from evopress.reporting.report import headline, write_report
 from evopress.reporting.tracker import Tracker
@@ -76,7 +76,9 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     write_json(run_dir / "result.json", result)
     frame = tables.results_frame(rows)
     tracker.table("results", list(frame.columns), frame.to_numpy().tolist())
-    tracker.log(final_metrics(rows), generation=records[-1]["generation"] if records else 0)
+    lines, axes = baseline_lines(held_out_curve(records, rows))
+    tracker.lines(lines, axes=axes)
+    tracker.summarize({**best_metrics(records), **final_metrics(rows)})
 
 
 def _measured(scores: Mapping[str, Scores]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.json_files import check_schema, clip, shown
 from evopress.reporting.generations import read_generations
 from evopress.reporting.live import LiveSearch
-from evopress.reporting.metrics import SearchMetrics
+from evopress.reporting.metrics import SearchMetrics, best_metrics
 from evopress.reporting.records import append_record, read_document, truncate_records, write_genome, write_json
 from evopress.reporting.tracker import Tracker
 from evopress.search.evolution import Evolution, SearchSettings, run_search
@@ -90,6 +90,7 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
 
         with LiveSearch(settings.generations, len(settings.stages), run_dir=run_dir) as live:
             run_search(evolution, live.watching(fitness), on_generation=finish_generation)
+    tracker.summarize(best_metrics(read_generations(metrics, database.space)))
     write_genome(
         run_dir / "genome.json",
         run_dir / "genome.txt",

@@ -80,8 +80,8 @@ SECTIONS: tuple[Section, ...] = (
         "Convergence",
         "Held-out KL divergence (nats per token) and perplexity of each generation's parent, and its fitness on search tokens.",
         (
-            *_against_all("Held-out KL", "held_out/kl"),
-            *_against_all("Held-out perplexity", pattern=r"held_out/ppl_.*", log_y=True),
+            *_against_all("Held-out KL, baselines as lines", pattern=r"(held_out|baseline/[^/]+)/kl"),
+            *_against_all("Held-out perplexity, baselines as lines", pattern=r"(held_out|baseline/[^/]+)/ppl_.*", log_y=True),
             *_against_all("Fitness on the search's minibatch", "fitness"),
         ),
     ),

@@ -192,6 +192,15 @@ def test_sizes_are_of_files_that_exist(finished: Any) -> None:
     assert "size MB if packed" in (finished.folder / "results.csv").read_text(encoding="utf-8").splitlines()[0]
 
 
+@pytest.mark.parametrize("refused", [("stages=[export]",), ("bits=1.5",), ("stages=[search]", "search.starts=[owl]")])
+def test_a_refused_run_starts_nothing_at_a_tracker(refused: tuple[str, ...], tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """The first is refused by its stage, the second before any, the third by the search."""
+    outcome = tiny("tracker=wandb", "tracker.mode=offline", *refused)
+    assert outcome.code == 1, outcome.text
+    assert len(outcome.errors) == 1, outcome.text
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
 def test_checkpoint_gives_the_reported_perplexity(finished: Any, cache: Path) -> None:
     folder = finished.folder / "checkpoint"
     model = AutoModelForCausalLM.from_pretrained(folder)

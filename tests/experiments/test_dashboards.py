@@ -41,6 +41,13 @@ class Recorder:
     def log(self, metrics: Mapping[str, float], *, generation: int) -> None:
         self.metrics |= {"generation", *metrics}
 
+    def lines(self, values: Mapping[str, float], *, axes: Sequence[Mapping[str, float]]) -> None:
+        assert all(set(place) == set(AXES) for place in axes)
+        self.metrics |= set(values)
+
+    def summarize(self, values: Mapping[str, float]) -> None:
+        self.metrics |= set(values)
+
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         assert all(len(row) == len(columns) for row in rows)
         self.tables.add(name)
@@ -93,8 +100,8 @@ def test_axes_are_axes() -> None:
     panels = [panel for section in SECTIONS for panel in section.panels if isinstance(panel, Lines)]
     assert {panel.x for panel in panels} == set(AXES)
     assert all(panel.y or panel.pattern for panel in panels)
-    held_out = {panel.x for panel in panels if panel.y == ("held_out/kl",)}
-    perplexity = {panel.x for panel in panels if panel.pattern == "held_out/ppl_.*"}
+    held_out = {panel.x for panel in panels if panel.pattern == "(held_out|baseline/[^/]+)/kl"}
+    perplexity = {panel.x for panel in panels if panel.pattern == "(held_out|baseline/[^/]+)/ppl_.*"}
     assert held_out == perplexity == set(AXES)
 
 

@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evopress.reporting.metrics import SearchMetrics, best_fitness, final_metrics, gain, levels_table, switches_table
+from evopress.reporting.curve import held_out_curve
+from evopress.reporting.metrics import (
+    SearchMetrics,
+    baseline_lines,
+    best_fitness,
+    best_metrics,
+    final_metrics,
+    gain,
+    levels_table,
+    search_history,
+    switches_table,
+)
 from evopress.search.evolution import Evolution, run_search
 from evopress.units import Genome, Space
 
@@ -115,3 +126,33 @@ def test_tables_of_levels_and_switches(space: Space) -> None:
     columns, rows = switches_table(records, space)
     assert [row[:2] for row in rows] == [[2, "model.layers.0.self_attn.q_proj"], [2, "model.layers.0.self_attn.o_proj"]]
     assert rows[0][columns.index("from") :] == ["3 bits", "4 bits", 0.5]
+
+
+def measured(kl: float, tokens: int = 100) -> dict[str, Any]:
+    return {"kl": kl, "perplexity": {"docs": 10 * kl}, "num_tokens": tokens}
+
+
+def test_the_best_is_of_one_text() -> None:
+    records = [
+        {"generation": 0, "held_out": measured(0.1, 50)},
+        *({"generation": i, "held_out": measured(4.0 / i)} for i in (1, 4)),
+    ]
+    records += [{"generation": 5}, {"generation": 6, "held_out": measured(1.5)}]
+    assert best_metrics(records) == {"best/kl": 1.0, "best/ppl_docs": 10.0, "best/generation": 4}
+    assert best_metrics([{"generation": 0}]) == best_metrics([]) == {}
+
+
+def test_baselines_are_lines_from_the_first_generation_to_the_last() -> None:
+    records = [{"generation": i, "tokens": 10 * i, "seconds": i / 2, "held_out": measured(2.0)} for i in range(3)]
+    rows = [{"name": name, "held_out_in_search": measured(kl)} for name, kl in (("dense", 0.0), ("dp", 1.5), ("evopress", 2.0))]
+    numbers, axes = baseline_lines(held_out_curve(records, rows))
+    assert numbers == {"baseline/dp/kl": 1.5, "baseline/dp/ppl_docs": 15.0}
+    assert axes == [{"generation": 0, "tokens": 0, "seconds": 0.0}, {"generation": 2, "tokens": 20, "seconds": 1.0}]
+    assert baseline_lines(held_out_curve([], rows)) == ({}, [])
+
+
+def test_the_history_is_what_was_logged(run: Any) -> None:
+    metrics = SearchMetrics(run.space)
+    logged = [{**metrics.add(record), "generation": record["generation"]} for record in run.records]
+    assert search_history(run.records, run.space) == logged
+    assert [row["generation"] for row in logged] == list(range(41))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from evopress.reporting.sweep import experiment_name, job_name, sweep_folder, sweep_name
+from evopress.reporting.sweep import experiment_name, job_name, sweep_folder, sweep_name, tracked_as
 
 
 def job(folder: Path, sweep: Path, *overrides: str) -> Path:
@@ -48,3 +49,19 @@ def test_the_experiment_however_it_is_written(tmp_path: Path, line: str) -> None
 
 def test_other_settings_are_no_experiment(tmp_path: Path) -> None:
     assert experiment_name(job(tmp_path / "sweep" / "0", tmp_path / "sweep", "tracker.tags=[experiment=x]")) is None
+
+
+def test_what_a_run_is_called_by_trackers(tmp_path: Path) -> None:
+    def called(run_dir: Path, **changes: Any) -> tuple[str, str, list[str]]:
+        return tracked_as(run_dir, **{"method": "quant", "key": "bits", "target": 2.5, "seed": 0} | changes)
+
+    assert called(tmp_path / "alone") == ("quant-2.5-seed0", "quant-2.5", ["quant", "bits=2.5"])
+    sweep = tmp_path / "table4"
+    for job in ("seed-3", "constant_3_seed-1", "7"):
+        (sweep / job).mkdir(parents=True)
+    (sweep / "multirun.yaml").touch()
+    assert called(sweep / "seed-3", seed=3)[:2] == ("quant-2.5-seed3", "table4")
+    assert called(sweep / "7", seed=3)[0] == "quant-2.5-seed3 7"
+    sparse = {"method": "sparsity", "key": "sparsity", "target": 0.7, "seed": 1}
+    named = called(sweep / "constant_3_seed-1", **sparse)
+    assert named == ("sparsity-0.7-seed1 constant_3_seed-1", "table4", ["sparsity", "sparsity=0.7"])

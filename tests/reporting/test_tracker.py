@@ -184,7 +184,7 @@ def test_everything_is_sent_with_its_axes(tmp_path: Path, figure: Path, monkeypa
     )
     assert options["config"] == {"bits": 2.5, "path": str(tmp_path / "run")}
     axes = [call for name, call in fake.calls if name == "define_metric"]
-    assert axes == [("generation",), ("tokens",), ("seconds",), {"step_metric": "generation"}]
+    assert axes == [{"summary": "max"}, ("tokens",), ("seconds",), {"step_metric": "generation"}]
     logged = [call[0] for name, call in fake.calls if name == "log"]
     assert logged[2] == {"kl": 1 / 3, "tokens": 1024.0, "generation": 2}
     assert fake.names()[-2:] == ["log_artifact", "finish"]
@@ -196,6 +196,7 @@ def started(run_dir: Path, monkeypatch: pytest.MonkeyPatch, mode: Any = "offline
     monkeypatch.setitem(sys.modules, "wandb", fake)
     tracker = WandbTracker(mode)
     tracker.start(**{"config": {}, "run_dir": run_dir, "name": None, "group": None, "tags": ["quant"], **options})
+    tracker.log({}, generation=0)
     tracker.finish()
     asked: dict[str, Any] = dict(fake.calls)["init"]
     return asked
@@ -214,12 +215,19 @@ def test_jobs_of_a_sweep_are_a_group_tagged_by_their_table(tmp_path: Path, monke
     assert (asked["group"], asked["name"], asked["tags"]) == (None, None, ["quant"])
 
 
-def test_a_resumed_run_goes_on_in_the_same_run_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k")
     first, again, other = (started(tmp_path / name, monkeypatch, "online") for name in ("a", "a", "b"))
     assert first["id"] == again["id"] != other["id"]
     assert (first["resume"], first["allow_val_change"]) == ("allow", True)
-    assert (started(tmp_path / "a", monkeypatch)["id"], started(tmp_path / "a", monkeypatch)["resume"]) == (None, None)
+    offline = started(tmp_path / "a", monkeypatch)
+    assert (offline["id"], offline["resume"]) == (first["id"], None)
+    assert (tmp_path / "a" / "wandb" / "run_id.txt").read_text() == first["id"]
+
+
+def begun(tracker: WandbTracker, run_dir: Path) -> None:
+    tracker.start(config={}, run_dir=run_dir, name=None, group=None, tags=())
+    tracker.log({}, generation=0)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +251,7 @@ def test_mode(
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    WandbTracker(mode).start(config={}, run_dir=tmp_path, name=None, group=None, tags=())
+    begun(WandbTracker(mode), tmp_path)
     assert dict(fake.calls).get("init", {}).get("mode") == expected
 
 
@@ -251,13 +259,124 @@ def test_a_netrc_entry_is_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     (tmp_path / "no-netrc").write_text("machine api.wandb.ai login user password made-up\n")
-    WandbTracker().start(config={}, run_dir=tmp_path, name=None, group=None, tags=())
+    begun(WandbTracker(), tmp_path)
     assert dict(fake.calls)["init"]["mode"] == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8443")
-    WandbTracker().start(config={}, run_dir=tmp_path, name=None, group=None, tags=())
+    begun(WandbTracker(), tmp_path)
     assert dict(fake.calls)["init"]["mode"] == "offline"
 
 
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(EvoPressError, match="'onlin' is unknown: choose one of online, offline, disabled"):
         WandbTracker("onlin")  # type: ignore[arg-type]
+
+
+class Service(types.ModuleType):
+    """A wandb whose runs go to a service that keeps them by id, like W&B: history, and a summary of the last values."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.runs: dict[str, list[dict[str, float]]] = {}
+        self.summaries: dict[str, dict[str, Any]] = {}
+        self.opened: list[dict[str, Any]] = []
+
+    def Settings(self, **options: Any) -> None:
+        pass
+
+    def init(self, **options: Any) -> Any:
+        self.opened.append(options)
+        name, online = options["id"], options["mode"] == "online"
+        resumed = online and name in self.runs
+        if not resumed:
+            self.runs[name], self.summaries[name] = [], {}
+        history, summary = self.runs[name], self.summaries[name]
+
+        def log(row: dict[str, float]) -> None:
+            history.append(row)
+            summary.update({key: value for key, value in row.items() if key != "generation"})
+            if "generation" in row:
+                summary["generation"] = {"max": max(row["generation"], summary.get("generation", {"max": -1})["max"])}
+
+        done = lambda *_, **__: None  # noqa: E731
+        return types.SimpleNamespace(resumed=resumed, summary=summary, log=log, define_metric=done, finish=done)
+
+    def generations(self, name: str) -> list[float]:
+        return [row["generation"] for row in self.runs[name] if "fitness" in row]
+
+    def lose(self, name: str, count: int) -> None:
+        """Lose the last rows, as where a run was killed before they were sent."""
+        self.runs[name][-count:] = []
+        last = max((row["generation"] for row in self.runs[name]), default=-1)
+        self.summaries[name]["generation"] = {"max": last}
+
+
+def part(run_dir: Path, mode: Any, done: int, until: int, *, lines: bool = False) -> None:
+    """Follow a search that has `done` generations behind it when it is opened, up to the generation `until`."""
+    rows: list[dict[str, float]] = [{"generation": i, "fitness": 1.0 / (i + 1)} for i in range(done)]
+    tracker = WandbTracker(mode)
+    tracker.start(config={}, run_dir=run_dir, name="n", group=None, tags=(), history=lambda: rows)
+    for generation in range(done, until):
+        rows.append({"generation": generation, "fitness": 1.0 / (generation + 1)})
+        tracker.log({"fitness": 1.0 / (generation + 1)}, generation=generation)
+    if lines:
+        tracker.lines({"baseline/dp/kl": 1.5}, axes=[{"generation": 0, "tokens": 10}, {"generation": until - 1, "tokens": 90}])
+        tracker.summarize({"best/kl": 0.5, "final/evopress/kl": 0.6})
+    tracker.finish()
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Service:
+    service = Service()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    return service
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+@pytest.mark.parametrize(
+    ("cut", "lost"), [(3, 0), (3, 2), (3, 3), (6, 0), (6, 4)], ids=["all sent", "two lost", "none sent", "finished", "its end lost"]
+)
+def test_a_resumed_run_has_each_generation_once(tmp_path: Path, service: Service, mode: Any, cut: int, lost: int) -> None:
+    part(tmp_path, mode, 0, cut)
+    (name,) = service.runs
+    if lost:
+        service.lose(name, lost)
+    part(tmp_path, mode, cut, 6, lines=True)
+    assert list(service.runs) == [name]
+    assert service.generations(name) == [0, 1, 2, 3, 4, 5]
+    part(tmp_path, mode, 6, 6, lines=True)  # evaluated again
+    assert service.generations(name) == [0, 1, 2, 3, 4, 5]
+    lines = [row for row in service.runs[name] if "baseline/dp/kl" in row]
+    assert {(row["generation"], row["tokens"], row["baseline/dp/kl"]) for row in lines} == {(0, 10, 1.5), (5, 90, 1.5)}
+    assert (service.summaries[name]["best/kl"], service.summaries[name]["final/evopress/kl"]) == (0.5, 0.6)
+
+
+def test_a_search_begun_anew_in_its_folder_is_another_run(tmp_path: Path, service: Service) -> None:
+    part(tmp_path, "online", 0, 5)
+    part(tmp_path, "online", 0, 3)
+    first, second = service.runs
+    assert service.generations(first) == [0, 1, 2, 3, 4]
+    assert service.generations(second) == [0, 1, 2]
+    part(tmp_path, "online", 3, 4)
+    assert list(service.runs) == [first, second] and service.generations(second) == [0, 1, 2, 3]
+
+
+def test_nothing_is_opened_before_there_is_something_to_show(tmp_path: Path, service: Service) -> None:
+    tracker = WandbTracker("online")
+    tracker.start(config={}, run_dir=tmp_path / "run", name="n", group=None, tags=())
+    tracker.lines({}, axes=[{"generation": 0}])
+    tracker.finish()
+    tracker.log({"fitness": 1.0}, generation=0)  # after its end there is nothing to open either
+    assert service.opened == [] and not (tmp_path / "run").exists()
+
+
+def test_a_damaged_record_turns_it_off(tmp_path: Path, service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    def history() -> Any:
+        raise EvoPressError("record 3 of metrics.jsonl is damaged")
+
+    tracker = WandbTracker("online")
+    tracker.start(config={}, run_dir=tmp_path, name="n", group=None, tags=(), history=history)
+    tracker.log({"fitness": 1.0}, generation=0)
+    tracker.log({"fitness": 1.0}, generation=1)
+    (warning,) = caplog.records
+    assert "record 3 of metrics.jsonl is damaged" in warning.message
