@@ -58,6 +58,12 @@ class Compressor(Protocol):
         Raises: SingularHessianError if no damping makes H positive definite.
         """
 
+    def narrowed(self, levels: Mapping[str, Level]) -> Compressor:
+        """Return a compressor that makes of each of these units just the one level, in the same way.
+
+        Args: levels: unit name to one of its levels, as `levels` gives them.
+        """
+
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the result, for the database's fingerprint; JSON values only."""
 

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from evopress.compress.compressor import Compressed, Payload, with_errors
+from evopress.compress.compressor import Compressed, Compressor, Payload, with_errors
 from evopress.compress.descent import descend
 from evopress.compress.grid import Grid, fit_grid, fit_range, round_in_place, symmetric_grid
 from evopress.compress.hessian import inverse_factor
+from evopress.compress.one_level import OneLevel
 from evopress.compress.order import group_order
 from evopress.errors import EvoPressError
 from evopress.units import Level
@@ -160,6 +161,17 @@ class GPTQ:
             advice = f"method.group_size={divisors[0]} fits this one" if divisors else "method.group_size=null always fits"
             raise EvoPressError(f"group size {group_size} does not divide the {columns} input columns of this weight: {advice}")
         return group_size
+
+    def narrowed(self, levels: Mapping[str, Level]) -> Compressor:
+        """Return a compressor that makes one bit width, or the weight as it is, of each of these units."""
+        return OneLevel({name: self._narrowed(level.key) for name, level in levels.items()})
+
+    def _narrowed(self, key: str) -> GPTQ:
+        if key == DENSE:
+            return replace(self, bits=(), group_sizes={})
+        bits = int(key)
+        own = {bits: self.group_sizes[bits]} if bits in self.group_sizes else {}
+        return replace(self, bits=(bits,), group_sizes=own, dense_bits=None)
 
     def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
         """Quantize every weight at every bit width; see `Compressor.compress`."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evopress.compress.compressor import Compressed
+from evopress.compress.compressor import Compressed, Compressor
 from evopress.errors import EvoPressError
 from evopress.units import Level
 
@@ -153,6 +153,10 @@ class SparsityLevels:
         """Return what decides the result."""
         raise NotImplementedError
 
+    def narrowed(self, levels: Mapping[str, Level]) -> Compressor:
+        """Return a compressor that makes one level of each of these units, whose cost is what it keeps."""
+        return PruneTo(pruner=self, kept={name: (level.cost,) for name, level in levels.items()})
+
     def prune(self, weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[Compressed]]:
         """Prune weights that share one input to any numbers of kept weights; see `sparsegpt`."""
         raise NotImplementedError
@@ -182,6 +186,10 @@ class PruneTo:
         """Return a unit's levels; their keys are the weights kept."""
         size = math.prod(shape)
         return tuple(_level(size, kept, str(kept), self.pruner.dtype_bits) for kept in self.kept[unit])
+
+    def narrowed(self, levels: Mapping[str, Level]) -> Compressor:
+        """Return a compressor that makes one level of each of these units."""
+        return self.pruner.narrowed(levels)
 
     def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
         """Prune every weight to every level; see `Compressor.compress`."""

@@ -6,7 +6,7 @@ What a search costs does not depend on how its levels were found.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from evopress.compress.compressor import Compressed, Compressor, Payload
 from evopress.compress.gptq import GPTQ, Quantized
 from evopress.compress.grid import fit_grid
+from evopress.compress.one_level import OneLevel
 from evopress.compress.sparse import Sparse, SparsityLevels, derive_step, lowest, to_float32
 from evopress.levels.build import ensure_database
 from evopress.levels.live import Live, LiveModel
@@ -47,6 +48,9 @@ class RoundToNearest:
 
     def settings(self) -> dict[str, Any]:
         return {"compressor": "round_to_nearest", "bits": list(self.bits), "group_size": self.group_size}
+
+    def narrowed(self, levels: Mapping[str, Level]) -> Compressor:
+        return OneLevel({name: replace(self, bits=(int(level.key),)) for name, level in levels.items()})
 
     def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
         return {name: [Compressed(self._rounded(W, bits), 0.0, 0.0) for bits in self.bits] for name, W in weights.items()}
