@@ -125,9 +125,18 @@ def check_block(folder: Path, entry: Mapping[str, Any]) -> None:
 
 
 def write_manifest(
-    folder: Path, *, method: str, fingerprint: str, recipe: Mapping[str, Any], entries: list[dict[str, Any]]
+    folder: Path,
+    *,
+    method: str,
+    fingerprint: str,
+    recipe: Mapping[str, Any],
+    entries: list[dict[str, Any]],
+    further: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the manifest; from here on the database is there. Entries without a file are of levels that store no weights."""
+    """Write the manifest; from here on the database is there. Entries without a file are of levels that store no weights.
+
+    Args: further: what else it says, under keys of its own.
+    """
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "method": method,
@@ -135,6 +144,7 @@ def write_manifest(
         "recipe": recipe,
         "files": [{key: entry[key] for key in ("block", "file", "bytes", "sha256")} for entry in entries if "file" in entry],
         "units": [unit for entry in entries for unit in entry["units"]],
+        **(further or {}),
     }
     text = json.dumps(seal(manifest), indent=1, sort_keys=True) + "\n"
     write_bytes(folder / MANIFEST, text.encode())

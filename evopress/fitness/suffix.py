@@ -1,0 +1,81 @@
+"""KL divergence of a model whose first blocks are settled, so that only what comes after them is computed.
+
+The hidden states that enter the first open block are held; a candidate for it runs from there to the end.
+
+Shapes: N sequences of L tokens, d hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evopress.fitness.measures import Measure
+from evopress.levels.live import Live
+from evopress.levels.refine import Weights, block_at
+from evopress.units import Genome
+
+
+class SuffixLoss:
+    """Judges weights of one block after another; see `Judge`."""
+
+    def __init__(
+        self,
+        live: Live,
+        genome: Genome,
+        sequences: Tensor,
+        *,
+        base: Tensor,
+        measure: Measure,
+        max_tokens_in_flight: int = 4096,
+        chunk_tokens: int = 256,
+        fused: bool = False,
+    ) -> None:
+        """Take the text.
+
+        Args:
+            sequences: token ids int64 [N, L].
+            base: the dense model's last hidden states [N, L, d].
+            measure: a measure with one number per token.
+        """
+        self.live, self.genome, self.sequences, self.base, self.measure = live, genome, sequences, base, measure
+        self.chunk_tokens, self.fused = chunk_tokens, fused
+        batch = max(max_tokens_in_flight // sequences.shape[1], 1)
+        self._parts = [slice(start, start + batch) for start in range(0, len(sequences), batch)]
+        self._states = torch.empty(*sequences.shape, live.blocks.hidden_size, dtype=live.blocks.dtype)
+        for part in self._parts:
+            self._states[part] = live.blocks.embed(sequences[part]).to(self._states.device)
+
+    def loss(self, index: int, weights: Weights) -> float:
+        """Return the mean of the measure over all predicted tokens; see `Judge`."""
+        states = torch.empty_like(self._states)
+        self._run(index, weights, self._states, states)
+        for later in range(index + 1, len(self.live.blocks.blocks)):
+            self._run(later, {}, states, states)
+        return self._measure(states)
+
+    def advance(self, index: int, weights: Weights) -> None:
+        """See `Judge`."""
+        self._run(index, weights, self._states, self._states)
+
+    def _run(self, index: int, weights: Weights, states: Tensor, into: Tensor) -> None:
+        blocks = self.live.blocks
+        with block_at(self.live, index, self.genome, weights):
+            for part in self._parts:
+                into[part] = blocks.run(index, states[part].to(blocks.device), fused=self.fused).to(into.device)
+
+    @torch.no_grad()
+    def _measure(self, states: Tensor) -> float:
+        blocks = self.live.blocks
+        head = blocks.head()
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for part in self._parts:
+            hidden = blocks.finish(states[part].to(blocks.device))[:, :-1].flatten(0, 1)
+            base = self.base[part][:, :-1].flatten(0, 1)
+            labels = self.sequences[part][:, 1:].reshape(-1).to(blocks.device)
+            for start in range(0, len(labels), self.chunk_tokens):
+                chunk = slice(start, start + self.chunk_tokens)
+                reference = self.measure.reference(base[chunk].to(blocks.device), labels[chunk], head)
+                total += self.measure(hidden[chunk], reference, head)[0].sum(dtype=torch.float64).cpu()
+            count += len(labels)
+        return float(total / count)

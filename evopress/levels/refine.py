@@ -1,0 +1,303 @@
+"""A second pass along a found genome: every unit compressed anew at its level, for what enters it in the compressed model.
+
+A level database's Hessians are those of activations that leave all blocks at one level, or dense. Here calibration text walks
+through the model at the genome: what enters a block has the errors of the blocks before it, and its weights are fitted to that.
+A block's new weights stay only where a judge says that the model is better with them. What comes out is a level database with one
+level per unit.
+
+Only one block and its inputs are on the device at a time.
+
+Shapes: N sequences of L tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from evopress.compress.compressor import Compressed, Compressor
+from evopress.errors import EvoPressError
+from evopress.files import explained, make_folder
+from evopress.levels.build import _check_names_are_free, _finished_blocks, _opened
+from evopress.levels.calibration import activations_of, collect_hessians, propagate
+from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
+from evopress.levels.live import Live
+from evopress.levels.locking import TEMPORARIES
+from evopress.levels.store import (
+    MANIFEST,
+    DamagedDatabaseError,
+    LevelDatabase,
+    fingerprint,
+    read_manifest,
+    write_block,
+    write_manifest,
+)
+from evopress.progress import track
+from evopress.units import Genome, Unit
+
+logger = logging.getLogger(__name__)
+Weights = Mapping[str, Tensor]
+"""Unit name to weight [R, C]."""
+
+
+class Judge(Protocol):
+    """Measures the model with the blocks before one at the weights that they were given last, the later ones at the genome."""
+
+    def loss(self, index: int, weights: Weights) -> float:
+        """Measure with these weights in block `index`, its other units at the genome; lower is better."""
+
+    def advance(self, index: int, weights: Weights) -> None:
+        """Settle block `index`: from now on it has these weights."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of a block."""
+
+    block: int
+    kept: bool
+    """Its new weights stay."""
+    before: float | None
+    """Loss without them, and all that stayed of earlier blocks; None: not finite, or there was nothing to compress anew."""
+    after: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"block": self.block, "kept": self.kept, "before": self.before, "after": self.after}
+
+    @classmethod
+    def of(cls, value: Any) -> Step | None:
+        """Read what `to_dict` wrote; None if this is something else."""
+        if not isinstance(value, dict) or type(value.get("block")) is not int or type(value.get("kept")) is not bool:
+            return None
+        losses = [value.get("before"), value.get("after")]
+        if not all(loss is None or (isinstance(loss, int | float) and not isinstance(loss, bool)) for loss in losses):
+            return None
+        return cls(value["block"], value["kept"], *losses)
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """How a model is refined; nothing here changes the result beyond rounding except what `recipe` says."""
+
+    root: Path
+    """The refined levels lie in <root>/<method>-<fingerprint>."""
+    recipe: dict[str, Any]
+    """Everything that decides the content."""
+    batch_tokens: int = 4096
+    """Tokens per forward of one block."""
+    activations: str = "memory"
+    """Where calibration activations live between blocks: "memory" (of the host) or "disk"."""
+
+
+def refined_units(database: LevelDatabase, genome: Genome) -> tuple[Unit, ...]:
+    """Return a database's units, each with the one level that a genome gives it."""
+    return tuple(
+        Unit(unit.name, unit.block, unit.kind, unit.size, (unit.levels[level],))
+        for unit, level in zip(database.space.units, genome, strict=True)
+    )
+
+
+def inexact_units(database: LevelDatabase, genome: Genome) -> set[str]:
+    """Return the names of the units whose level is not the weight itself: those that can gain."""
+    return {
+        unit.name for unit, errors, level in zip(database.space.units, database.errors, genome, strict=True) if errors[level] > 0.0
+    }
+
+
+@contextmanager
+def block_at(live: Live, index: int, genome: Genome, weights: Weights) -> Iterator[None]:
+    """Hold block `index` on the device at a genome's levels, but with these weights where there are any."""
+    with live.on_device(index):
+        try:
+            live.set_block(index, live.levels_in(genome, index))
+            for name, linear in live.blocks.linears(index).items():
+                if name in weights:
+                    linear.weight.data = weights[name].to(linear.weight.device)
+            yield
+        finally:
+            live.restore_block(index)
+
+
+def ensure_refined(
+    settings: RefineSettings,
+    live: Live,
+    database: LevelDatabase,
+    genome: Genome,
+    tokens: Tensor,
+    compressor: Compressor,
+    judge: Callable[[], Judge],
+) -> LevelDatabase:
+    """Open the refined levels that the settings name, making them or what is missing or damaged of them first.
+
+    Args:
+        live: the model with the database's levels, the first ones of its space; dense, and given back so.
+        genome: a level of the database for each unit.
+        tokens: calibration token ids int64 [N, L].
+        compressor: the one that made the database.
+        judge: called if anything is to be done.
+
+    Raises: EvoPressError as building a database does.
+    """
+    folder = folder_of(settings, database)
+    refined = _opened(folder)
+    if refined is not None and len(steps_of(refined)) == len(live.blocks.blocks):
+        with suppress(OSError):  # what a run leaves that is killed right after it has written the manifest
+            (folder / JOURNAL).unlink(missing_ok=True)
+        return refined
+    make_folder(folder)
+    _check_names_are_free(folder, len(live.blocks.blocks))
+    try:
+        for pattern in TEMPORARIES:  # what a killed run has left half-written; the run folder is held by this one alone
+            for path in folder.glob(pattern):
+                path.unlink(missing_ok=True)
+        _Walk(settings, live, database, genome, tokens, compressor, folder).go(judge)
+    except OSError as error:
+        raise explained(error, folder) from error
+    return LevelDatabase.open(folder)
+
+
+def folder_of(settings: RefineSettings, database: LevelDatabase) -> Path:
+    """Return where the refined levels of these settings lie."""
+    return settings.root / f"{database.space.method}-{fingerprint(settings.recipe)}"
+
+
+def steps_of(refined: LevelDatabase) -> list[Step]:
+    """Return what came of each block, in order; fewer where the manifest does not say."""
+    told = refined.manifest.get("steps")
+    return [step for value in told if (step := Step.of(value)) is not None] if isinstance(told, list) else []
+
+
+class _Walk:
+    """One walk of calibration text along the compressed model."""
+
+    def __init__(
+        self,
+        settings: RefineSettings,
+        live: Live,
+        database: LevelDatabase,
+        genome: Genome,
+        tokens: Tensor,
+        compressor: Compressor,
+        folder: Path,
+    ) -> None:
+        self.settings, self.live, self.blocks, self.folder = settings, live, live.blocks, folder
+        self.database, self.genome, self.tokens = database, genome, tokens
+        self.units = {unit.name: unit for unit in refined_units(database, genome)}
+        self.places = {unit.name: i for i, unit in enumerate(database.space.units)}
+        self.inexact = inexact_units(database, genome)
+        self.compressor = compressor.narrowed({name: self.units[name].levels[0] for name in self.units if name in self.inexact})
+        self.batch = max(settings.batch_tokens // tokens.shape[1], 1)
+
+    def go(self, make_judge: Callable[[], Judge]) -> None:
+        """Walk up to the last missing block; then write the manifest."""
+        count = len(self.blocks.blocks)
+        entries = _finished_blocks(self.folder, count)
+        steps = _told_steps(self.folder, entries)
+        entries = {index: entry for index, entry in entries.items() if index in steps}
+        told = {index: {**entry, "step": steps[index].to_dict()} for index, entry in entries.items()}
+        rewrite_journal(self.folder / JOURNAL, told)  # before the manifest goes: one of them always names what is finished
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        missing = [index for index in range(count) if index not in entries]
+        walked = range(missing[-1] + 1 if missing else 0)
+        if walked:
+            judge = make_judge()
+            buffer = activations_of(self.folder, self.settings.activations, self.blocks, self.tokens, self.batch)
+        loss: float | None = None  # of the model as it is where the walk has come to
+        for index in track(walked, "refining the model"):
+            if index in entries:
+                weights, loss = self._stored(entries[index]), None
+            else:
+                made = self._compress(index, buffer)
+                new = {name: result.payload.decode() for name, result in made.items()}
+                before = after = loss
+                if new:
+                    before = judge.loss(index, {}) if loss is None else loss
+                    after = judge.loss(index, new)
+                kept = bool(new) and _is_better(after, before)
+                weights, loss = (new, after) if kept else ({}, before)
+                step = Step(index, kept, _finite(before), _finite(after))
+                entries[index] = self._write(index, made if kept else {})
+                steps[index] = step
+                append(self.folder / JOURNAL, {**entries[index], "step": step.to_dict()})
+            if index + 1 in walked:
+                with block_at(self.live, index, self.genome, weights):
+                    propagate(self.blocks, index, buffer, self.batch, {})
+                judge.advance(index, weights)
+        write_manifest(
+            self.folder,
+            method=self.database.space.method,
+            fingerprint=fingerprint(self.settings.recipe),
+            recipe=self.settings.recipe,
+            entries=[entries[index] for index in range(count)],
+            further={"steps": [steps[index].to_dict() for index in range(count)]},
+        )
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+
+    def _compress(self, index: int, buffer: Tensor) -> dict[str, Compressed]:
+        """Compress what can gain of block `index` for what enters it, and what its own levels make of that."""
+        names = [name for name in self.blocks.linears(index) if name in self.inexact]
+        if not names:
+            return {}
+        with block_at(self.live, index, self.genome, {}):
+            hessians = collect_hessians(self.blocks, index, buffer, self.batch)
+        made: dict[str, Compressed] = {}
+        with self.blocks.on_device(index):
+            linears = self.blocks.linears(index)
+            for owner, H in hessians.hessians.items():
+                weights = {name: linears[name].weight.detach() for name in names if hessians.owners[name] == owner}
+                if not weights:
+                    continue
+                try:
+                    results = self.compressor.compress(weights, H.to(self.blocks.device))
+                except EvoPressError as error:
+                    raise type(error)(f"{', '.join(weights)}: {error}") from None
+                made |= {name: levels[0] for name, levels in results.items()}
+        return made
+
+    def _write(self, index: int, made: Mapping[str, Compressed]) -> dict[str, Any]:
+        """Write a block's file: new weights, and the database's where there are none."""
+        compressed = {}
+        for name in self.blocks.linears(index):
+            compressed[name] = [made[name] if name in made else self._of_database(name)]
+        return write_block(self.folder, index, compressed, self.units)
+
+    def _of_database(self, name: str) -> Compressed:
+        place = self.places[name]
+        level = self.genome[place]
+        record = self.database.manifest["units"][place]["levels"][level]
+        return Compressed(self.database.read(place, level), float(record["error"]), float(record.get("damping") or 0.0))
+
+    def _stored(self, entry: dict[str, Any]) -> dict[str, Tensor]:
+        """Decode a finished block's weights from its file."""
+        block = LevelDatabase(self.folder, {"method": "", "units": entry["units"], "files": [entry]})
+        return {unit.name: block.read(i, 0).decode() for i, unit in enumerate(block.space.units)}
+
+
+def _told_steps(folder: Path, entries: Mapping[int, Any]) -> dict[int, Step]:
+    """Return the steps that the manifest or else the journal tells of finished blocks."""
+    try:
+        told = read_manifest(folder).get("steps")
+        values: Sequence[Any] = told if isinstance(told, list) else []
+    except DamagedDatabaseError:
+        values = [entry.get("step") for entry in read_journal(folder / JOURNAL)]
+    steps = [step for value in values if (step := Step.of(value)) is not None]
+    return {step.block: step for step in steps if step.block in entries}
+
+
+def _is_better(after: float | None, before: float | None) -> bool:
+    """Tell whether a loss is lower; what is no number is worse than any."""
+    if after is None or not math.isfinite(after):
+        return False
+    return before is None or not math.isfinite(before) or after < before
+
+
+def _finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
