@@ -75,6 +75,7 @@ def register() -> None:
     for method, node in METHODS.items():
         store.store(group="method", name=f"base_{method}", node=node)
     OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
+    OmegaConf.register_new_resolver("stages_by_default", lambda refine: schema.stages_by_default(refine=refine), replace=True)
 
 
 def _scaled(value: int, factor: float, least: int = 1) -> int:

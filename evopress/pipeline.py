@@ -1,4 +1,4 @@
-"""Run the stages that the settings name: database, baselines, search, evaluate, export, report.
+"""Run the stages that the settings name: database, baselines, search, refine, evaluate, export, report.
 
 A stage reads what earlier ones left in the run folder, so any can be run alone on an earlier run, and a killed run goes on.
 """
@@ -26,6 +26,7 @@ from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.checks import check_names, check_questions, check_tasks, check_tokens, search_cost, search_settings
 from evopress.stages.conclude import evaluate, export, report
 from evopress.stages.preflight import preflight
+from evopress.stages.refine import refine, refuse_without_genome
 from evopress.stages.results import read_result
 from evopress.stages.search import refuse_other_settings, search
 from evopress.workspace import Workspace
@@ -72,11 +73,12 @@ def run(
     check_questions(workspace)
     if "search" in settings.stages:
         refuse_other_settings(workspace)
+    refuse_without_genome(workspace)
     plan = preflight(workspace, searching)
     if settings.dry_run:
         logger.info("dry run: nothing was built or searched; leave dry_run out to run it")
         return float("nan")
-    done = stages_done(settings, run_dir)
+    done, refined_before = stages_done(settings, run_dir), _finished(run_dir).get("refine")
     (run_dir / FINISHED).unlink(missing_ok=True)
     tracker = make_tracker(settings.tracker)
     key, target = ("sparsity", settings.sparsity) if settings.bits is None else ("bits", settings.bits)
@@ -95,6 +97,7 @@ def run(
         "database": lambda: build_database(workspace),
         "baselines": lambda: find_baselines(workspace),
         "search": lambda: search(workspace, searching, tracker),
+        "refine": lambda: refine(workspace),
         "evaluate": lambda: evaluate(workspace, tracker),
         "export": lambda: export(workspace, command=command),
         "report": lambda: report(workspace, tracker, config=config, command=command, environment=environment),
@@ -107,21 +110,37 @@ def run(
     finally:
         tracker.finish()
     stages = [stage for stage in STAGES if stage in {*done, *settings.stages}]
-    write_json(run_dir / FINISHED, {"schema": 1, "settings": _settings_digest(settings), "stages": stages})
+    finished: dict[str, Any] = {"schema": 1, "settings": _settings_digest(settings), "stages": stages}
+    if "refine" in stages:
+        finished["refine"] = asdict(settings.refine) if "refine" in settings.stages else refined_before
+    write_json(run_dir / FINISHED, finished)
     logger.info("done in %s: %s", duration(time.monotonic() - started), run_dir)
     return held_out_kl(run_dir)
 
 
 def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
-    """Return the stages that finished runs of the same settings have done in a folder; `stages` and `resume` may differ."""
+    """Return the stages that finished runs of the same settings have done in a folder; `stages` and `resume` may differ.
+
+    What follows the stage refine is done only where that one is, if it is asked for.
+    """
+    finished = _finished(run_dir)
     try:
-        finished, result = read_document(run_dir / FINISHED, what="list of finished stages"), read_result(run_dir)
-    except EvoPressError:  # there is none, or it is damaged or of another version: nothing counts as done
+        result = read_result(run_dir)
+    except EvoPressError:
         return []
     stages = finished.get("stages")
     if finished.get("settings") != _settings_digest(settings) or not isinstance(stages, list):
         return []
+    if "refine" in settings.stages and finished.get("refine") != asdict(settings.refine):
+        stages = [stage for stage in stages if stage not in STAGES[STAGES.index("refine") :]]
     return [stage for stage in STAGES if stage in stages and (stage != "evaluate" or result.get("rows"))]
+
+
+def _finished(run_dir: Path) -> dict[str, Any]:
+    try:
+        return read_document(run_dir / FINISHED, what="list of finished stages")
+    except EvoPressError:  # there is none, or it is damaged or of another version: nothing counts as done
+        return {}
 
 
 def held_out_kl(run_dir: Path) -> float:
@@ -131,11 +150,13 @@ def held_out_kl(run_dir: Path) -> float:
 
 
 def _settings_digest(settings: RunSettings) -> str:
-    values = {key: value for key, value in asdict(settings).items() if key not in ("stages", "resume", "dry_run")}
+    values = {key: value for key, value in asdict(settings).items() if key not in ("stages", "resume", "dry_run", "refine")}
     if settings.model.bos == "auto":  # what earlier versions had no setting for, so that their jobs stay finished
         del values["model"]["bos"]
     if values["method"].get("include") == ["blocks"]:
         del values["method"]["include"]
+    for key in ("refine", "refine_tokens"):  # told by the stages, and in a field of their own: earlier versions had no such stage
+        values["scale"].pop(key, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

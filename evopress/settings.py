@@ -302,6 +302,17 @@ class BaselinesSettings:
 
 
 @dataclass
+class RefineSettings:
+    """The second pass along the found genome: the stage refine."""
+
+    tokens: int = 16384
+    """Tokens of search text, after those that the search draws from: their KL divergence decides whether new weights stay."""
+
+    def __post_init__(self) -> None:
+        _expect(self.tokens >= 2, "refine.tokens", self.tokens, "at least 2 tokens")
+
+
+@dataclass
 class ScaleSettings:
     """A run's size relative to the paper's: factors on Table 8, and amounts of text."""
 
@@ -316,6 +327,9 @@ class ScaleSettings:
     calibration_tokens: int = 8388608
     search_tokens: int = 524288
     evaluation_tokens: int = 524288
+    refine: bool = False
+    """Whether the stage refine is among the stages where `stages` names none."""
+    refine_tokens: int = 16384
 
 
 @dataclass
@@ -384,7 +398,12 @@ class PathsSettings:
     """Converted models, tokens and level databases."""
 
 
-STAGES = ("database", "baselines", "search", "evaluate", "export", "report")
+STAGES = ("database", "baselines", "search", "refine", "evaluate", "export", "report")
+
+
+def stages_by_default(*, refine: bool) -> list[str]:
+    """Return the stages of a run that names none."""
+    return [stage for stage in STAGES if refine or stage != "refine"]
 
 
 @dataclass
@@ -398,6 +417,7 @@ class RunSettings:
     fitness: FitnessSettings = field(default_factory=FitnessSettings)
     search: SearchConfig = field(default_factory=SearchConfig)
     baselines: BaselinesSettings = field(default_factory=BaselinesSettings)
+    refine: RefineSettings = field(default_factory=RefineSettings)
     scale: ScaleSettings = field(default_factory=ScaleSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     tracker: TrackerSettings = field(default_factory=TrackerSettings)
@@ -410,7 +430,7 @@ class RunSettings:
     """Of every generator of the run."""
     threads: int | None = None
     """CPU threads of torch; None: its choice."""
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    stages: list[str] = field(default_factory=lambda: stages_by_default(refine=False))
     dry_run: bool = False
     """Say what the stages will take and stop there."""
     resume: str | None = None

@@ -48,7 +48,7 @@ from evopress.models.loading import Pretrained, fetch_from_hub, find_weights, lo
 from evopress.models.smollm2 import ensure_smollm2
 from evopress.models.tiny import ensure_tiny
 from evopress.settings import ModelSettings, RunSettings
-from evopress.units import BLOCKS, Budget, Space
+from evopress.units import BLOCKS, Budget, Genome, Space
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +130,7 @@ class Workspace:
         self.database_reused = False
         self._further: list[str] = []
         self._held_out_base: Tensor | None = None
+        self._refined: LevelDatabase | None = None
         self._check_files()
         self.model_folder = find_model(settings.model, self.cache)
         self._check_model()
@@ -200,6 +201,8 @@ class Workspace:
         _ = self.calibration_tokens  # what the level database's fingerprint stands on
         if stages & {"baselines", "search"}:
             _ = self.search_tokens
+        if "refine" in stages and isinstance(self.method, WeightMethod):
+            _ = self.refine_tokens
         if "evaluate" in stages or ("search" in stages and self.settings.evaluation.every):
             _ = self.evaluation_data
 
@@ -434,13 +437,13 @@ class Workspace:
 
     @cached_property
     def levels(self) -> LevelUnion:
-        """The run's levels, followed by those of the databases that `add_levels` named."""
+        """The run's levels, followed by those of the databases that `add_levels` named, and the ones that `add_refined` gave."""
         try:
             further = [LevelDatabase.open(self.database.folder.with_name(name)) for name in self._further]
         except DamagedDatabaseError as error:
             path = self.run_dir / "baselines.json"
             raise EvoPressError(f"{error}: remove {path} and run the stage baselines again, which builds it") from error
-        return LevelUnion([self.database, *further])
+        return LevelUnion([self.database, *further, *([self._refined] if self._refined is not None else [])])
 
     def add_levels(self, names: Sequence[str]) -> Space:
         """Put further databases' levels after the run's own, for baselines that need them, and return the space of all.
@@ -450,9 +453,22 @@ class Workspace:
         new = [name for name in names if name not in self._further]
         if new:
             self._further += new
-            for made in ("levels", "live", "evaluator"):
-                self.__dict__.pop(made, None)
+            self._levels_changed()
         return self.levels.space
+
+    def add_refined(self, refined: LevelDatabase) -> tuple[Genome, Space]:
+        """Put refined levels after all others; return their genome, and the space of all.
+
+        Further levels that are added later move it: ask again then.
+        """
+        if self._refined is None or self._refined.folder != refined.folder:
+            self._refined = refined
+            self._levels_changed()
+        return self.levels.genome_of_last((0,) * len(refined.space)), self.levels.space
+
+    def _levels_changed(self) -> None:
+        for made in ("levels", "live", "evaluator"):
+            self.__dict__.pop(made, None)
 
     @cached_property
     def live(self) -> Live:
@@ -482,6 +498,19 @@ class Workspace:
     @cached_property
     def search_tokens(self) -> Tensor:
         return self.tokens("search", self.settings.data.search_tokens)
+
+    @cached_property
+    def refine_tokens(self) -> Tensor:
+        """Text of the search split that no search draws from, right after what it does: what the stage refine decides by."""
+        length, searched = self.settings.model.sequence_length, len(self.search_tokens)
+        count = self.settings.refine.tokens // length
+        try:
+            return self.tokens("search", (searched + count) * length)[searched:]
+        except EvoPressError as error:
+            raise EvoPressError(
+                f"{error}; the search draws from {searched * length} of them (data.search_tokens), and the {count * length} after "
+                "these are what the stage refine decides by (refine.tokens)"
+            ) from error
 
     @cached_property
     def search_base(self) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evopress.fitness.measures import Measure
-from evopress.levels.live import Live
+from evopress.levels.live import Live, part_held
 from evopress.levels.refine import Weights, block_at
 from evopress.units import Genome
 
@@ -43,16 +43,19 @@ class SuffixLoss:
         batch = max(max_tokens_in_flight // sequences.shape[1], 1)
         self._parts = [slice(start, start + batch) for start in range(0, len(sequences), batch)]
         self._states = torch.empty(*sequences.shape, live.blocks.hidden_size, dtype=live.blocks.dtype)
-        for part in self._parts:
-            self._states[part] = live.blocks.embed(sequences[part]).to(self._states.device)
+        embedding = live.blocks.embedding_part
+        with part_held(live, embedding, None if embedding is None else live.levels_in(genome, embedding)):
+            for part in self._parts:
+                self._states[part] = live.blocks.embed(sequences[part]).to(self._states.device)
 
     def loss(self, index: int, weights: Weights) -> float:
         """Return the mean of the measure over all predicted tokens; see `Judge`."""
-        states = torch.empty_like(self._states)
-        self._run(index, weights, self._states, states)
-        for later in range(index + 1, len(self.live.blocks.blocks)):
-            self._run(later, {}, states, states)
-        return self._measure(states)
+        states, head = self._states, self.live.blocks.head_part
+        for later in range(index, len(self.live.blocks.blocks)):
+            left = torch.empty_like(states) if states is self._states else states
+            self._run(later, weights if later == index else {}, states, left)
+            states = left
+        return self._measure(states, weights if index == head else {})
 
     def advance(self, index: int, weights: Weights) -> None:
         """See `Judge`."""
@@ -65,9 +68,12 @@ class SuffixLoss:
                 into[part] = blocks.run(index, states[part].to(blocks.device), fused=self.fused).to(into.device)
 
     @torch.no_grad()
-    def _measure(self, states: Tensor) -> float:
+    def _measure(self, states: Tensor, weights: Weights) -> float:
         blocks = self.live.blocks
-        head = blocks.head()
+        dense = head = blocks.head()
+        if (part_of_head := blocks.head_part) is not None:
+            with block_at(self.live, part_of_head, self.genome, weights):
+                head = blocks.head()
         total, count = torch.zeros((), dtype=torch.float64), 0
         for part in self._parts:
             hidden = blocks.finish(states[part].to(blocks.device))[:, :-1].flatten(0, 1)
@@ -75,7 +81,7 @@ class SuffixLoss:
             labels = self.sequences[part][:, 1:].reshape(-1).to(blocks.device)
             for start in range(0, len(labels), self.chunk_tokens):
                 chunk = slice(start, start + self.chunk_tokens)
-                reference = self.measure.reference(base[chunk].to(blocks.device), labels[chunk], head)
+                reference = self.measure.reference(base[chunk].to(blocks.device), labels[chunk], dense)
                 total += self.measure(hidden[chunk], reference, head)[0].sum(dtype=torch.float64).cpu()
             count += len(labels)
         return float(total / count)

@@ -5,6 +5,9 @@ through the model at the genome: what enters a block has the errors of the block
 A block's new weights stay only where a judge says that the model is better with them. What comes out is a level database with one
 level per unit.
 
+The head comes after the blocks, where it is a unit of its own. An embedding stays as it is in the database, and so does a tied
+weight: what enters the first block would change with it.
+
 Only one block and its inputs are on the device at a time.
 
 Shapes: N sequences of L tokens.
@@ -26,9 +29,9 @@ from evopress.compress.compressor import Compressed, Compressor
 from evopress.errors import EvoPressError
 from evopress.files import explained, make_folder
 from evopress.levels.build import _check_names_are_free, _finished_blocks, _opened
-from evopress.levels.calibration import activations_of, collect_hessians, propagate
+from evopress.levels.calibration import activations_of, collect_hessians, head_hessian, propagate
 from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
-from evopress.levels.live import Live
+from evopress.levels.live import Live, part_held
 from evopress.levels.locking import TEMPORARIES
 from evopress.levels.store import (
     MANIFEST,
@@ -48,10 +51,10 @@ Weights = Mapping[str, Tensor]
 
 
 class Judge(Protocol):
-    """Measures the model with the blocks before one at the weights that they were given last, the later ones at the genome."""
+    """Measures the model with the blocks before one at the weights that they were given last, all else at the genome."""
 
     def loss(self, index: int, weights: Weights) -> float:
-        """Measure with these weights in block `index`, its other units at the genome; lower is better."""
+        """Measure with these weights in block `index`, or in the head as a part, its other units at the genome; lower is better."""
 
     def advance(self, index: int, weights: Weights) -> None:
         """Settle block `index`: from now on it has these weights."""
@@ -59,7 +62,7 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What came of a block."""
+    """What came of a block, or of the head or the embedding as a part."""
 
     block: int
     kept: bool
@@ -114,13 +117,13 @@ def inexact_units(database: LevelDatabase, genome: Genome) -> set[str]:
 
 @contextmanager
 def block_at(live: Live, index: int, genome: Genome, weights: Weights) -> Iterator[None]:
-    """Hold block `index` on the device at a genome's levels, but with these weights where there are any."""
+    """Hold block `index`, or another part, on the device at a genome's levels, but with these weights where there are any."""
     with live.on_device(index):
         try:
             live.set_block(index, live.levels_in(genome, index))
-            for name, linear in live.blocks.linears(index).items():
+            for name, slot in live.blocks.slots(index).items():
                 if name in weights:
-                    linear.weight.data = weights[name].to(linear.weight.device)
+                    slot.put(weights[name].to(slot.weight.device))
             yield
         finally:
             live.restore_block(index)
@@ -148,12 +151,12 @@ def ensure_refined(
     """
     folder = folder_of(settings, database)
     refined = _opened(folder)
-    if refined is not None and len(steps_of(refined)) == len(live.blocks.blocks):
+    if refined is not None and len(steps_of(refined)) == len(live.blocks.parts):
         with suppress(OSError):  # what a run leaves that is killed right after it has written the manifest
             (folder / JOURNAL).unlink(missing_ok=True)
         return refined
     make_folder(folder)
-    _check_names_are_free(folder, len(live.blocks.blocks))
+    _check_names_are_free(folder, len(live.blocks.parts))
     try:
         for pattern in TEMPORARIES:  # what a killed run has left half-written; the run folder is held by this one alone
             for path in folder.glob(pattern):
@@ -198,18 +201,19 @@ class _Walk:
 
     def go(self, make_judge: Callable[[], Judge]) -> None:
         """Walk up to the last missing block; then write the manifest."""
-        count = len(self.blocks.blocks)
-        entries = _finished_blocks(self.folder, count)
+        parts, embedding = self.blocks.parts, self.blocks.embedding_part
+        entries = _finished_blocks(self.folder, len(parts))
         steps = _told_steps(self.folder, entries)
         entries = {index: entry for index, entry in entries.items() if index in steps}
         told = {index: {**entry, "step": steps[index].to_dict()} for index, entry in entries.items()}
         rewrite_journal(self.folder / JOURNAL, told)  # before the manifest goes: one of them always names what is finished
         (self.folder / MANIFEST).unlink(missing_ok=True)
-        missing = [index for index in range(count) if index not in entries]
+        missing = [index for index in parts if index not in entries]
         walked = range(missing[-1] + 1 if missing else 0)
         if walked:
             judge = make_judge()
-            buffer = activations_of(self.folder, self.settings.activations, self.blocks, self.tokens, self.batch)
+            with part_held(self.live, embedding, None if embedding is None else self.live.levels_in(self.genome, embedding)):
+                buffer = activations_of(self.folder, self.settings.activations, self.blocks, self.tokens, self.batch)
         loss: float | None = None  # of the model as it is where the walk has come to
         for index in track(walked, "refining the model"):
             if index in entries:
@@ -227,7 +231,7 @@ class _Walk:
                 entries[index] = self._write(index, made if kept else {})
                 steps[index] = step
                 append(self.folder / JOURNAL, {**entries[index], "step": step.to_dict()})
-            if index + 1 in walked:
+            if index + 1 in walked and index < len(self.blocks.blocks):
                 with block_at(self.live, index, self.genome, weights):
                     propagate(self.blocks, index, buffer, self.batch, {})
                 judge.advance(index, weights)
@@ -236,23 +240,26 @@ class _Walk:
             method=self.database.space.method,
             fingerprint=fingerprint(self.settings.recipe),
             recipe=self.settings.recipe,
-            entries=[entries[index] for index in range(count)],
-            further={"steps": [steps[index].to_dict() for index in range(count)]},
+            entries=[entries[index] for index in parts],
+            further={"steps": [steps[index].to_dict() for index in parts]},
         )
         (self.folder / JOURNAL).unlink(missing_ok=True)
 
     def _compress(self, index: int, buffer: Tensor) -> dict[str, Compressed]:
-        """Compress what can gain of block `index` for what enters it, and what its own levels make of that."""
-        names = [name for name in self.blocks.linears(index) if name in self.inexact]
-        if not names:
+        """Compress what can gain of a block, or the head, for what enters it, and what its own levels make of that."""
+        slots = self.blocks.slots(index)
+        names = [name for name in slots if name in self.inexact]
+        if not names or index == self.blocks.embedding_part:
             return {}
         with block_at(self.live, index, self.genome, {}):
-            hessians = collect_hessians(self.blocks, index, buffer, self.batch)
+            if index == self.blocks.head_part:
+                hessians = head_hessian(self.blocks, buffer, self.batch)
+            else:
+                hessians = collect_hessians(self.blocks, index, buffer, self.batch)
         made: dict[str, Compressed] = {}
         with self.blocks.on_device(index):
-            linears = self.blocks.linears(index)
             for owner, H in hessians.hessians.items():
-                weights = {name: linears[name].weight.detach() for name in names if hessians.owners[name] == owner}
+                weights = {name: slots[name].weight for name in names if hessians.owners[name] == owner}
                 if not weights:
                     continue
                 try:
@@ -265,7 +272,7 @@ class _Walk:
     def _write(self, index: int, made: Mapping[str, Compressed]) -> dict[str, Any]:
         """Write a block's file: new weights, and the database's where there are none."""
         compressed = {}
-        for name in self.blocks.linears(index):
+        for name in self.blocks.slots(index):
             compressed[name] = [made[name] if name in made else self._of_database(name)]
         return write_block(self.folder, index, compressed, self.units)
 

@@ -25,6 +25,7 @@ _NAMES = {
     "dp": "DP",
     "evopress": "EvoPress",
     "evopress_blocks": "EvoPress (Attn.+MLP)",
+    "evopress_refined": "EvoPress, refined",
     "owl": "OWL",
     "shortgpt": "ShortGPT",
     "sliding_window": "Cosine Similarity (Window)",
@@ -72,8 +73,8 @@ def display_name(name: str) -> str:
 
 
 def is_found(name: str) -> bool:
-    """Tell whether a row is what the run found, "evopress" or "evopress+refine", and no baseline."""
-    return name.partition("+")[0] == "evopress"
+    """Tell whether a row is what the run found, "evopress" or "evopress_refined", and no baseline."""
+    return name.partition("+")[0] == "evopress" or name == "evopress_refined"
 
 
 def is_baseline(name: str) -> bool:

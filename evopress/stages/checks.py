@@ -64,6 +64,11 @@ def check_tokens(settings: RunSettings) -> None:
                 f"data.{split}_tokens={count} does not fill one sequence of model.sequence_length={length}: ask for more tokens or "
                 "shorten the sequences"
             )
+    if "refine" in settings.stages and not isinstance(settings.method, DropSettings) and settings.refine.tokens < length:
+        raise EvoPressError(
+            f"refine.tokens={settings.refine.tokens} does not fill one sequence of model.sequence_length={length}: ask for more "
+            "tokens, or leave refine out of stages"
+        )
     available = data.search_tokens // length * length
     minibatches = [("search.initial_tokens", search.initial_tokens), *(("search.tokens", count) for count in search.tokens)]
     if "best_of_random" in settings.baselines.names:

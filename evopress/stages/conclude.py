@@ -23,6 +23,7 @@ from evopress.reporting.records import read_genome, write_json
 from evopress.reporting.report import headline, write_report
 from evopress.reporting.tracker import Tracker
 from evopress.stages.baselines import stored_baselines
+from evopress.stages.refine import is_refined, refined_levels, summary_of
 from evopress.stages.results import read_result
 from evopress.stages.search import as_held_out, held_out_in_search
 from evopress.units import Genome
@@ -32,12 +33,18 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(workspace: Workspace, tracker: Tracker) -> None:
-    """Stage `evaluate`: measure the dense model, the baselines and the found genome, read back from its file, on held-out text."""
+    """Stage `evaluate`: measure the dense model, the baselines and the found genome, read back from its file, on held-out text.
+
+    Where the genome has been refined, it is measured as it was found and as refined.
+    """
     run_dir, database = workspace.run_dir, workspace.database
     baselines, space = stored_baselines(workspace)
     genomes: dict[str, Genome | None] = {"dense": None, **baselines}
     if (run_dir / "genome.json").exists():
-        genomes["evopress"] = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
+        found = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
+        genomes["evopress"] = found
+        if (refined := refined_levels(workspace, found)) is not None:
+            genomes["evopress_refined"], space = workspace.add_refined(refined)
     data_sets = workspace.evaluation_data
     count = sum(sequences.numel() for sequences in data_sets.values())
     logger.info("evaluation: %d models on %d tokens of %s", len(genomes), count, ", ".join(data_sets))
@@ -71,7 +78,10 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     if records:
         result["search"] = {key: records[-1][key] for key in ("tokens", "seconds", "evaluations")}
         result["search"]["generations"] = records[-1]["generation"]
-    result |= {key: value for key, value in read_result(run_dir).items() if key not in result}
+    told = read_result(run_dir)
+    if "evopress_refined" not in genomes:
+        told.pop("refine", None)  # of another genome
+    result |= {key: value for key, value in told.items() if key not in result}
     result["memory"] = workspace.memory()
     write_json(run_dir / "result.json", result)
     frame = tables.results_frame(rows)
@@ -100,12 +110,13 @@ def _measured(scores: Mapping[str, Scores]) -> dict[str, Any]:
 
 
 def _add_checkpoint(rows: Sequence[dict[str, Any]], run_dir: Path) -> None:
-    """Put the bytes of the exported checkpoint's weight files into the found genome's row, if it is of that genome."""
+    """Put the bytes of the exported checkpoint's weight files into the row that it was written from, if it is of that genome."""
     folder, ours = run_dir / "checkpoint", run_dir / "genome.json"
     if not (folder / ours.name).is_file() or (folder / ours.name).read_bytes() != ours.read_bytes():
         return
+    name = "evopress_refined" if is_refined(folder) else "evopress"
     for row in rows:
-        if row["name"] == "evopress":
+        if row["name"] == name:
             row["checkpoint_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -126,18 +137,21 @@ def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None]) -> di
 
 
 def export(workspace: Workspace, *, command: str) -> None:
-    """Stage `export`: write the found genome as a checkpoint that transformers loads."""
+    """Stage `export`: write the found genome, refined where it has been, as a checkpoint that transformers loads."""
     run_dir, database = workspace.run_dir, workspace.database
     if not (run_dir / "genome.json").exists():
         raise EvoPressError(f"there is no genome.json in {run_dir} to export: run the stage search first")
     genome = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
     left_out = workspace.pretrained.left_out
+    refined, written = refined_levels(workspace, genome), genome
+    if refined is not None:
+        written, _ = workspace.add_refined(refined)
     folder = export_checkpoint(
         run_dir / "checkpoint",
         live=workspace.live,
         model=workspace.pretrained.model,
         tokenizer=workspace.pretrained.tokenizer,
-        genome=genome,
+        genome=written,
         genome_files=(run_dir / "genome.json", run_dir / "genome.txt"),
         provenance={
             "schema": 1,
@@ -149,6 +163,7 @@ def export(workspace: Workspace, *, command: str) -> None:
             "recipe": database.manifest["recipe"],
             **workspace.method.costs(database.space, genome),
             **({"left_out": list(left_out)} if left_out else {}),
+            **({} if refined is None else {"refined": {"fingerprint": refined.fingerprint, **summary_of(refined)}}),
         },
     )
     result = read_result(run_dir)

@@ -14,9 +14,12 @@ from pathlib import Path
 from evopress.baselines.block_importance import RANKINGS
 from evopress.baselines.exhaustive import count_genomes
 from evopress.baselines.owl import GRID
+from evopress.data.tokens import tokens_digest
+from evopress.errors import EvoPressError
 from evopress.levels.live import enough_to_keep
 from evopress.levels.plan import BuildNeeds
 from evopress.methods import ModuleMethod
+from evopress.reporting.records import read_json
 from evopress.search.evolution import SearchSettings
 from evopress.search.initial import uniform_genome
 from evopress.settings import STAGES
@@ -166,6 +169,62 @@ class Planner:
             self._score(needs, 1, tokens, times=times + 1)
             self.kept = kept
 
+    def _refine(self) -> Needs:
+        """Calibration text twice through each block; a candidate of every block through it and those after it."""
+        zero = 0.0 if self.speed else None
+        if self.modules:
+            return Needs("refine", "nothing: modules are dropped", seconds=zero)
+        if (steps := self._refined_before()) is not None:
+            return Needs("refine", f"done: {steps} blocks", seconds=zero)
+        workspace, speed, n = self.workspace, self.speed, self.num_blocks
+        tokens, judged = workspace.calibration_tokens.numel(), workspace.refine_tokens.numel()
+        suffixes = n + n * (n + 1) // 2 + n  # the genome as it was found, the candidates, the blocks that are settled
+        needs = Needs(
+            "refine",
+            f"{n} blocks anew",
+            tokens=tokens + (n + 2) * judged,
+            block_tokens=2.0 * n * tokens + (n + suffixes) * judged,
+            disk={workspace.run_dir: self._stored_bytes()},
+        )
+        if speed is not None:
+            per_level = speed.compress / max(len(unit.levels) for unit in self.space.units)
+            needs.seconds = n * (tokens * (speed.hessians + speed.block) + per_level) + (n + suffixes) * judged * speed.block
+            needs.seconds += (n + 1) * judged * (speed.head + speed.reference)
+        itemsize, hidden = workspace.blocks.dtype.itemsize, workspace.blocks.hidden_size
+        in_memory = self.settings.level_db.activations == "memory"
+        if not in_memory:
+            needs.disk[workspace.run_dir] += tokens * hidden * itemsize
+        self._hold(needs, 1, min(self.settings.fitness.max_tokens_in_flight, judged))
+        widest = max(module.in_features for module in workspace.blocks.linears(0).values())
+        held = 3 * judged * hidden * itemsize + (tokens * hidden * itemsize if in_memory else 0)
+        self._put(needs, 6 * widest * widest * 4 + 2**28, host=held)
+        return needs
+
+    def _refined_before(self) -> int | None:
+        """Return the blocks of refined levels that are there, whole by their names; None if the stage has to work."""
+        folder = self.workspace.run_dir
+        if self.first is not None and self.first <= self.searching.generations:
+            return None
+        for path in (folder / "refined").glob("*/manifest.json"):
+            try:
+                recipe, blocks = (
+                    read_json(path)["recipe"],
+                    sum(file["block"] < self.num_blocks for file in read_json(path)["files"]),
+                )
+                genome = [unit["level"] for unit in read_json(folder / "genome.json")["units"]]
+                if recipe["genome"] == genome and recipe["decided_by"] == tokens_digest(self.workspace.refine_tokens):
+                    return blocks
+            except (EvoPressError, KeyError, TypeError):
+                continue  # the stage says what is wrong with it
+        return None
+
+    def _stored_bytes(self) -> int:
+        """Return the bytes that a genome's levels take at the budget: between those of the least and the most."""
+        least, most = self.space.least_cost, self.space.greatest_cost
+        share = (self.budget.total - least) / max(most - least, 1)
+        ends = [sum(unit.levels[i].stored_bits for unit in self.space.units) for i in (-1, 0)]
+        return math.ceil((ends[0] + share * (ends[1] - ends[0])) / 8)
+
     def _evaluate(self) -> Needs:
         models = 1 + self._num_genomes()
         data = self.workspace.evaluation_data
@@ -195,7 +254,8 @@ class Planner:
             count = len(names) + ("uniform" in names and self.budget.total != self.space.greatest_cost)
         elif (folder / "baselines.json").exists():
             count = len(read_baselines(folder / "baselines.json")["genomes"])
-        return count + ("search" in self.settings.stages or (folder / "genome.json").exists())
+        refined = "refine" in self.settings.stages and not self.modules
+        return count + ("search" in self.settings.stages or (folder / "genome.json").exists()) + refined
 
     def _base(self, needs: Needs) -> None:
         """Add the dense model's last hidden states of the search text, once for all stages."""

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _MOST_TRIES = 32
 _ADVICE = {
     "database": "use fewer calibration tokens (data.calibration_tokens) or level_db.activations=disk",
+    "refine": "use fewer calibration tokens (data.calibration_tokens), level_db.activations=disk, or leave refine out of stages",
     "export": "leave export out of stages, or use a machine with more memory",
 }
 _LESS = "lower fitness.max_tokens_in_flight, fitness.chunk_tokens, level_db.cache_bytes, data.search_tokens or search.tokens"
@@ -138,7 +139,7 @@ def _probe(workspace: Workspace, build: BuildNeeds | None) -> Speed | None:
         workspace.blocks,
         workspace.calibration_tokens,
         make_measure(settings),
-        workspace.compressor if build is not None and build.units else None,
+        workspace.compressor if build is not None and (build.units or "refine" in workspace.settings.stages) else None,
         chunk_tokens=settings.chunk_tokens,
     )
 

@@ -20,6 +20,6 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     result = read_document(path, what="result file")
     rows = result.get("rows", [])
     whole = isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows)
-    if not whole or not all(isinstance(result.get(key, {}), dict) for key in ("search", "database", "memory")):
+    if not whole or not all(isinstance(result.get(key, {}), dict) for key in ("search", "database", "memory", "refine")):
         raise EvoPressError(f"{path} is damaged: it is not laid out as a result file; remove it, and run the stage evaluate again")
     return result

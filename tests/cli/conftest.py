@@ -122,3 +122,20 @@ def finished_sparse(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Fi
     outcome = invoke(*SPARSE, "hydra.run.dir=run", cache=cache, cwd=cwd)
     assert outcome.code == 0, outcome.text
     return Finished(cwd / "run", outcome)
+
+
+@pytest.fixture(scope="session")
+def plain(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a method's tiny run up to its evaluation, made once; tests read it and change nothing."""
+    made: dict[str, Path] = {}
+
+    def of(method: str) -> Path:
+        if method not in made:
+            cwd = tmp_path_factory.mktemp(f"plain_{method}")
+            arguments = {"quant": TINY, "sparsity": SPARSE}[method]
+            outcome = invoke(*arguments, "hydra.run.dir=run", "stages=[database,baselines,search,evaluate]", cache=cache, cwd=cwd)
+            assert outcome.code == 0, outcome.text
+            made[method] = cwd / "run"
+        return made[method]
+
+    return of

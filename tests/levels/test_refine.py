@@ -15,12 +15,20 @@ from evopress.compress.hessian import HessianSum
 from evopress.compress.sparse import PruneTo
 from evopress.compress.sparsegpt import SparseGPT
 from evopress.errors import EvoPressError
+from evopress.fitness.measures import KLDivergence
+from evopress.fitness.minibatch import base_states
+from evopress.fitness.population import PopulationEvaluator, measure_sums
+from evopress.fitness.suffix import SuffixLoss
 from evopress.levels import refine
 from evopress.levels.build import ensure_database
 from evopress.levels.live import LiveModel
 from evopress.levels.refine import RefineSettings, ensure_refined, inexact_units, refined_units, steps_of
 from evopress.levels.store import MANIFEST, LevelDatabase, block_file
 from evopress.levels.union import LevelUnion
+from evopress.models.blocks import BlockModel
+from evopress.models.loading import load_pretrained
+from evopress.models.tiny import make_tiny
+from evopress.units import EMBEDDING, HEAD
 
 BLOCKS = 3
 SPARSE = SparseGPT(sparsity=0.5, step=40, num_levels=1, dtype_bits=32)
@@ -296,3 +304,42 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(settings, case, ids, mo
     assert sorted(left) == [block_file(0), "journal.jsonl"]
     found, _ = refined_of(settings, case, ids)
     assert len(steps_of(found)) == BLOCKS
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_of_its_own_comes_last_and_an_embedding_stays(tied, settings, ids, tokens, build_settings, tmp_path, compressor):
+    pretrained = load_pretrained(make_tiny(tmp_path / "model", num_blocks=2, tied=tied), dtype="float32")
+    blocks = BlockModel(pretrained.model, pretrained.family, include=("blocks", HEAD, EMBEDDING))
+    database, _ = ensure_database(build_settings(tmp_path), blocks, ids, compressor)
+    live = LiveModel(blocks, LevelUnion([database]))
+    genome = (2,) * len(database.space)
+    heldout = tokens(4, 16, seed=9)
+    evaluator = PopulationEvaluator(live)
+    base = base_states(evaluator, heldout, batch_tokens=64)
+
+    def measured(*genomes):
+        sums, count = measure_sums(evaluator, genomes, heldout, base, KLDivergence())
+        return (sums[:, 0] / count).tolist()
+
+    told: list[float] = []
+
+    class Eager(SuffixLoss):
+        """Measures all, and finds whatever is new better."""
+
+        def loss(self, index, weights) -> float:
+            told.append(super().loss(index, weights))
+            return -float(index) if weights else 0.0
+
+    judge = Eager(live, genome, heldout, base=base, measure=KLDivergence())
+    assert judge.loss(0, {}) == 0.0
+    assert told.pop() == pytest.approx(measured(genome)[0], rel=1e-5)
+    refined = ensure_refined(settings, live, database, genome, ids, compressor, lambda: judge)
+    kept = [step.kept for step in steps_of(refined)]
+    assert kept == ([False, True, False] if tied else [False, True, True, False])  # the first is only as good as what was there
+    old, new = levels_at(database, genome), levels_at(refined, (0,) * len(genome))
+    changed = {unit.kind for unit, a, b in zip(database.space.units, old, new, strict=True) if not torch.equal(a, b)}
+    assert (HEAD in changed) is not tied
+    assert EMBEDDING not in changed
+    union = LevelUnion([database, refined])
+    evaluator = PopulationEvaluator(LiveModel(blocks, union))
+    assert told[-1] == pytest.approx(measured(union.genome_of_last((0,) * len(genome)))[0], rel=1e-5)

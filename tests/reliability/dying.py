@@ -28,7 +28,7 @@ STAGES = {
     "": "no stage",
     "build_database": "database",
     "find_baselines": "baselines",
-    **{name: name for name in ("search", "evaluate", "export", "report")},
+    **{name: name for name in ("search", "refine", "evaluate", "export", "report")},
 }
 """The pipeline's functions and their names in the tally; before and after them a run is in none."""
 _WRITES = os.O_WRONLY | os.O_RDWR

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dying import Death
-from trials import CASES, SHORT, Trials
+from trials import CASES, SECOND, SHORT, Trials
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="forks the program and follows it through /proc")
 
@@ -45,6 +45,22 @@ def test_a_run_that_is_killed_goes_on_to_the_same_end(where: str, trials: Callab
     assert len(killed) == len(deaths) and all(death.of(event) for death, event in zip(deaths, killed, strict=True))
 
 
+REFINING = {
+    "in the first block's Hessians": (Death("refine", "block", nth=2),),
+    "between a block's file and its line": (Death("refine", "fsync", "journal", nth=1, torn=True),),
+    "with all blocks, twice, before the manifest": (Death("refine", "os.rename", "manifest"),) * 2,
+    "before its result is told": (Death("refine", "os.rename", "result.json"),),
+    "while what was refined is exported": (Death("export", "open to replace", "evopress.json"),),
+}
+
+
+@pytest.mark.parametrize("where", [pytest.param(key, marks=() if "manifest" in key else pytest.mark.slow) for key in REFINING])
+def test_a_second_pass_that_is_killed_goes_on_to_the_same_end(where: str, trials: Callable[..., Trials]) -> None:
+    deaths = REFINING[where]
+    killed = trials("refined", SECOND).run(*deaths, resume=len(where) % 2 == 0, name=where)
+    assert len(killed) == len(deaths) and all(death.of(event) for death, event in zip(deaths, killed, strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(36))
 @pytest.mark.parametrize("case", CASES)
@@ -65,7 +81,7 @@ def test_kills_at_random_moments(case: str, number: int, trials: Callable[..., T
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(24))
-@pytest.mark.parametrize("case", ["quant", "drop"])
+@pytest.mark.parametrize("case", ["quant", "drop", "refined"])
 def test_a_disk_that_is_full_at_random_moments(case: str, number: int, trials: Callable[..., Trials]) -> None:
     """One sentence, nothing half done left behind, and the same end once there is room again."""
     chosen = trials(case)

@@ -15,10 +15,12 @@ from dying import STAGES, Death, Event, go_on, run_child
 from tally import record
 
 SHORT = "stages=[database,baselines,search,evaluate]"
+SECOND = "stages=[database,baselines,search,refine,evaluate,export]"
 CASES = {
     "quant": ("+method=quant", "bits=3.5", "+debug=tiny"),
     "quant at a level": ("+method=quant", "bits=3", "+debug=tiny", "method.propagate_bits=null", "level_db.activations=disk"),
     "sparsity": ("+method=sparsity", "sparsity=0.5", "+debug=tiny"),
+    "refined": ("+method=quant", "bits=3.5", "+debug=tiny", "scale.refine=true", "baselines.names=[dp]"),
     "drop": (
         *("+method=drop", "sparsity=0.34", "+debug=tiny", "model.path=../six", "model.separator=null"),
         "baselines.names=[best_of_random,shortgpt,sliding_window,shortened_llama,exhaustive]",
@@ -56,6 +58,7 @@ def outcome(cwd: Path) -> dict[str, Any]:
         "rows": results["rows"],
         "tokens": results["search"]["tokens"],
         "levels": digests(cwd / "levels"),
+        "refined": digests(run / "refined"),
         "checkpoint": digests(run / "checkpoint") if (run / "checkpoint").exists() else {},
         "report": (run / "report.html").exists(),
         "temporary files": left_behind(cwd),

@@ -1,0 +1,175 @@
+"""Stage `refine`: the found genome's units compressed anew at their levels, each for what enters it in the compressed model."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from evopress.data.tokens import tokens_digest
+from evopress.errors import EvoPressError
+from evopress.files import explained
+from evopress.fitness.measures import KLDivergence
+from evopress.fitness.minibatch import base_states
+from evopress.fitness.suffix import SuffixLoss
+from evopress.levels.refine import RefineSettings, ensure_refined, folder_of, inexact_units, refined_units, steps_of
+from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase
+from evopress.methods import WeightMethod
+from evopress.reporting.records import read_genome, read_json, write_json
+from evopress.stages.results import read_result
+from evopress.units import Genome
+from evopress.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+REFINED = "refined"
+"""Folder of a run that the refined levels lie in."""
+_AGAIN = "run the stage refine again, with those after it: stages=[refine,evaluate,export,report]"
+
+
+def refuse_without_genome(workspace: Workspace) -> None:
+    """Raise EvoPressError if there is no genome to refine and none will be found: before any model work."""
+    stages = workspace.settings.stages
+    if "refine" in stages and "search" not in stages and isinstance(workspace.method, WeightMethod):
+        _genome_file(workspace)
+
+
+def refine(workspace: Workspace) -> None:
+    """Stage `refine`: walk along the found genome once more; goes on where an earlier run stopped.
+
+    Skipped, and said, where there is nothing to gain: modules are dropped, or every unit is at a level that is its weight itself.
+    """
+    if not isinstance(workspace.method, WeightMethod):
+        logger.info("refine: method %s stores no weights, so there is nothing to refine", workspace.settings.method.name)
+        return
+    path, database = _genome_file(workspace), workspace.database
+    genome = read_genome(path, database.space, database=database.fingerprint)
+    if not inexact_units(database, genome):
+        logger.info("refine: every unit is at a level that is its weight itself, so there is nothing to refine")
+        _remove_others(workspace.run_dir, None)
+        return
+    settings = refine_settings(workspace, genome)
+    started = time.monotonic()
+    _remove_others(workspace.run_dir, folder_of(settings, database))
+    logger.info(
+        "refine: %d units anew on %d calibration tokens; %d tokens of search text, from which no search draws, decide what stays",
+        len(inexact_units(database, genome)),
+        workspace.calibration_tokens.numel(),
+        workspace.refine_tokens.numel(),
+    )
+    refined = ensure_refined(
+        settings,
+        workspace.live,
+        database,
+        genome,
+        workspace.calibration_tokens,
+        workspace.compressor,
+        lambda: _judge(workspace, genome),
+    )
+    summary = {**summary_of(refined), "tokens": workspace.refine_tokens.numel(), "seconds": time.monotonic() - started}
+    logger.info("refine: %s", said(summary))
+    result = read_result(workspace.run_dir)
+    result["refine"] = summary
+    write_json(workspace.run_dir / "result.json", result)
+
+
+def summary_of(refined: LevelDatabase) -> dict[str, Any]:
+    """Return how many blocks' new weights stayed, and the loss before the first and after the last block."""
+    steps = steps_of(refined)
+    losses = [(step.before, step.after if step.kept else step.before) for step in steps if step.before is not None or step.kept]
+    return {
+        "blocks": len(steps),
+        "of": "blocks, head and embedding" if any(unit.is_outside for unit in refined.space.units) else "blocks",
+        "kept": sum(step.kept for step in steps),
+        "kl_before": losses[0][0] if losses else None,
+        "kl_after": losses[-1][1] if losses else None,
+    }
+
+
+def said(summary: dict[str, Any]) -> str:
+    """Say a summary in words."""
+    what = f"the new weights of {summary['kept']} of {summary['blocks']} {summary['of']} stay"
+    if summary["kl_before"] is None or summary["kl_after"] is None:
+        return what
+    return f"{what}, KL {summary['kl_before']:.4f} before and {summary['kl_after']:.4f} after"
+
+
+def refine_settings(workspace: Workspace, genome: Genome) -> RefineSettings:
+    """Return how a genome is refined."""
+    level_db = workspace.settings.level_db
+    return RefineSettings(
+        root=workspace.run_dir / REFINED,
+        recipe={
+            "refined": 1,
+            "database": workspace.database.fingerprint,  # model, calibration text and compressor with it
+            "genome": list(genome),
+            "decided_by": tokens_digest(workspace.refine_tokens),
+        },
+        batch_tokens=level_db.batch_tokens,
+        activations=level_db.activations,
+    )
+
+
+def refined_levels(workspace: Workspace, genome: Genome) -> LevelDatabase | None:
+    """Return what the stage refine made of a genome; None if it has not, or not of this one, which is said.
+
+    Raises: EvoPressError if it is damaged.
+    """
+    root, database = workspace.run_dir / REFINED, workspace.database
+    for folder in sorted(path for path in root.glob("*") if path.is_dir()) if root.is_dir() else []:
+        if not (folder / MANIFEST).exists():
+            logger.info("%s is not finished, so it is left out: %s", folder, _AGAIN)
+            continue
+        try:
+            refined = LevelDatabase.open(folder)
+        except DamagedDatabaseError as error:
+            raise EvoPressError(f"{error}: {_AGAIN}") from error
+        recipe = refined.manifest["recipe"]
+        if (recipe.get("database"), recipe.get("genome")) != (database.fingerprint, list(genome)):
+            logger.info("%s is of another genome or level database, so it is left out: %s", folder, _AGAIN)
+        elif refined.space.units != refined_units(database, genome):
+            raise EvoPressError(f"{folder} has other units or levels than the genome: {_AGAIN}")
+        else:
+            return refined
+    return None
+
+
+def is_refined(checkpoint: Path) -> bool:
+    """Tell whether refined weights were exported."""
+    path = checkpoint / "evopress.json"
+    return path.is_file() and isinstance(told := read_json(path), dict) and "refined" in told
+
+
+def _judge(workspace: Workspace, genome: Genome) -> SuffixLoss:
+    fitness = workspace.settings.fitness
+    sequences = workspace.refine_tokens
+    return SuffixLoss(
+        workspace.live,
+        genome,
+        sequences,
+        base=base_states(workspace.evaluator, sequences, batch_tokens=fitness.max_tokens_in_flight),
+        measure=KLDivergence(fused=workspace.fused),
+        max_tokens_in_flight=fitness.max_tokens_in_flight,
+        chunk_tokens=fitness.chunk_tokens,
+        fused=workspace.fused,
+    )
+
+
+def _genome_file(workspace: Workspace) -> Path:
+    path = workspace.run_dir / "genome.json"
+    if not path.exists():
+        raise EvoPressError(f"there is no genome.json in {workspace.run_dir} to refine: run the stage search first")
+    return path
+
+
+def _remove_others(run_dir: Path, keep: Path | None) -> None:
+    """Remove refined levels of other settings or genomes: they are those of no row any more."""
+    root = run_dir / REFINED
+    for folder in root.glob("*") if root.is_dir() else []:
+        if folder != keep and folder.is_dir() and not folder.is_symlink():
+            logger.info("refine: what is in %s was made with other settings or of another genome; it is made again", folder)
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                raise explained(error, folder) from error
