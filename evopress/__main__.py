@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shlex
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,13 +26,19 @@ from evopress import command_line, machine, run_folder
 from evopress import config as configuration
 from evopress.endings import exit_code, is_out_of_memory, of_the_disk, stopping_at_signals
 from evopress.errors import EvoPressError
-from evopress.files import given_path
+from evopress.files import explained, given_path
 from evopress.reporting.records import write_json
 
 logger = logging.getLogger(__name__)
 _failures: list[str] = []
 _started_in = 0
 """Process of the command itself; a launcher's jobs run in others."""
+_linked: dict[Path, Path] = {}
+"""Links that Hydra knows folders by, to the folders."""
+_NO_FOLDER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+"""Why a job's folder cannot be made."""
+_RUNNING = ("-m", "--multirun", "-r", "--run")
+"""Flags with which there will be a run."""
 _MEMORY_SETTINGS = (
     *("fitness.max_tokens_in_flight", "fitness.chunk_tokens", "level_db.batch_tokens", "level_db.cache_bytes"),
     *("data.calibration_tokens", "data.search_tokens"),
@@ -55,13 +63,14 @@ def main() -> None:
         with stopping_at_signals():
             if flag := command_line.refused_flag(sys.argv[1:], configuration.options()):
                 raise EvoPressError(flag)
+            sys.argv[1:] = [
+                argument if argument.startswith("resume=") else command_line.prepared([argument])[0] for argument in sys.argv[1:]
+            ]
             folder = _resumed_folder(sys.argv[1:])
             if folder is not None:
                 sys.argv[1:] = _with_resumed(sys.argv[1:], folder)
-            sys.argv[1:] = command_line.prepared(sys.argv[1:])
-            folder = _named_folder(sys.argv[1:])
-            dry_run = "dry_run=true" in {argument.lower().lstrip("+") for argument in sys.argv[1:]}
-            with nullcontext() if folder is None else run_folder.kept_if_refused(folder, dry_run=dry_run):
+            _check_folder(sys.argv[1:])
+            with _named_for_hydra(sys.argv[1:]) as sys.argv[1:]:
                 _compose_and_run(entry)
     except EvoPressError as error:
         _say_error(error)
@@ -84,8 +93,11 @@ def _compose_and_run(entry: Callable[[], None]) -> None:
         failed = isinstance(error, configuration.JobFailedError)
         _say_error(f"a job failed: {error}" if failed else command_line.told(error, configuration.options()))
         sys.exit(1)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_FOLDER and isinstance(error.filename, str):
+            _say_error(explained(error, Path(error.filename)))  # of the folder that Hydra makes
+        else:
+            traceback.print_exc()
         sys.exit(1)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
@@ -101,29 +113,44 @@ def _version() -> str:
 
 
 def _resumed_folder(arguments: list[str]) -> Path | None:
-    """Return the run folder that `resume=RUN_FOLDER` names."""
-    folder = next((argument.removeprefix("resume=") for argument in arguments if argument.startswith("resume=")), "")
-    return None if folder in ("", "null") else given_path(folder, "resume")
-
-
-def _named_folder(arguments: list[str]) -> Path | None:
-    """Return the run folder that `hydra.run.dir` names, if it is there already; the last one counts.
-
-    Raises: EvoPressError if there cannot be such a folder.
-    """
-    named = [argument.partition("=")[2].strip("'\"") for argument in arguments if argument.startswith("hydra.run.dir=")]
-    if not named or not named[-1]:
+    """Return the run folder that `resume=RUN_FOLDER` names: as it is called, or else as Hydra would quote it."""
+    named = next((argument.removeprefix("resume=") for argument in arguments if argument.startswith("resume=")), "")
+    if named in ("", "null"):
         return None
-    folder = given_path(named[-1], "hydra.run.dir")
-    nearest = next((path for path in (folder, *folder.parents) if path.exists()), Path())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        what = "may not be written to" if nearest.is_dir() else "is no folder"
-        raise EvoPressError(f"hydra.run.dir={folder} cannot be made, {nearest} {what}: choose another folder")
-    return folder if folder.is_dir() else None
+    folder = given_path(named, "resume")
+    meant = None if folder.exists() else configuration.value_of(f"resume={named}")
+    return folder if meant is None else given_path(meant, "resume")
+
+
+def _check_folder(arguments: list[str]) -> None:
+    """Raise EvoPressError if the folder that runs or sweeps go to cannot be made; the last one that is named counts."""
+    if any(argument.startswith("-") and argument not in _RUNNING for argument in arguments):
+        return  # `--help` and the like make no folder
+    named = [argument for argument in arguments if argument.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+    given = configuration.value_of(named[-1]) if named else "multirun"
+    if not given or "${" in given:  # for Hydra to say
+        return
+    key = named[-1].partition("=")[0] if named else ""
+    folder = given_path(given, key)
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    what = "is no folder"
+    if nearest.is_dir():
+        try:
+            with tempfile.TemporaryDirectory(dir=nearest):
+                return
+        except OSError as error:
+            what = f"may not be written to ({error.strerror})"
+    if named:
+        raise EvoPressError(f"{key}={folder} cannot be made, {nearest} {what}: choose another folder")
+    raise EvoPressError(
+        f"no run folder can be made, {nearest} {what}: start in another folder, or name one with hydra.run.dir=DIR, or "
+        "hydra.sweep.dir=DIR for a sweep"
+    )
 
 
 def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
     """Put an earlier run's own overrides before those on the command line, and let the run go on in its folder."""
+    here = configuration.override("hydra.run.dir", os.path.abspath(folder))
     earlier = run_folder.kept_overrides(folder)
     if earlier is None:
         overrides = folder / ".hydra" / "overrides.yaml"
@@ -131,12 +158,27 @@ def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
             raise EvoPressError(f"resume={folder} is not a run folder: expected {overrides}")
         earlier = _hydras_own(overrides)
         if not earlier:  # killed while Hydra wrote it
-            raise EvoPressError(
-                f"the run in {folder} was stopped before it began: give its whole command with hydra.run.dir={folder}"
-            )
+            raise EvoPressError(f"the run in {folder} was stopped before it began: give its whole command with {shlex.quote(here)}")
     later = {argument.split("=", 1)[0] for argument in arguments}
     kept = [override for override in earlier if override.split("=", 1)[0] not in later | {"resume", "stages", "dry_run"}]
-    return [*kept, *arguments, f"hydra.run.dir={folder}", "hydra.mode=RUN"]  # also where the experiment is a sweep
+    given = [argument for argument in arguments if not argument.startswith("resume=")]
+    # hydra.mode: also where the experiment is a sweep
+    return [*command_line.prepared(kept), *given, configuration.override("resume", _typed(folder)), here, "hydra.mode=RUN"]
+
+
+@contextmanager
+def _named_for_hydra(arguments: list[str]) -> Iterator[list[str]]:
+    """Give the folder of a resumed run another name for Hydra if its own has "${", which Hydra resolves wherever it stands."""
+    key = "hydra.run.dir="
+    folder = next((configuration.value_of(argument) for argument in reversed(arguments) if argument.startswith(key)), None)
+    if folder is None or "${" not in folder:
+        yield arguments
+        return
+    with tempfile.TemporaryDirectory(prefix="evopress-") as links:
+        link = Path(links, "run")
+        link.symlink_to(Path(folder).absolute())
+        _linked[link] = Path(folder)
+        yield [*(argument for argument in arguments if not argument.startswith(key)), configuration.override(key[:-1], str(link))]
 
 
 def _hydras_own(overrides: Path) -> list[str]:
@@ -155,9 +197,11 @@ def _task(config: DictConfig) -> float:
     """Run one job; a user's error is one sentence, in a multirun too, where the other jobs go on. A signal stops them all."""
     configuration.register()  # in the process that a launcher starts for the job, nobody has
     folder = Path(HydraConfig.get().runtime.output_dir)
+    folder = _linked.get(folder, folder)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        return _run(config, folder)
+        with run_folder.log_of_refusals_taken_back(folder):
+            return _run(config, folder)
     except KeyboardInterrupt as stop:
         _say_error(f"interrupted; go on with: {_to_go_on(folder, multirun=multirun)}")
         sys.exit(exit_code(stop))
@@ -190,15 +234,27 @@ def _told(error: Exception, config: DictConfig, folder: Path) -> EvoPressError |
 
 
 def _to_go_on(folder: Path, *, multirun: bool = False) -> str:
-    """Return the command that goes on with a run, or with the sweep that it is a job of."""
+    """Return the command that goes on with a run, or with the sweep that it is a job of, as a shell takes it."""
     if not multirun or os.getpid() != _started_in:
-        return f"python -m evopress resume={shlex.quote(_shown(folder))}"
-    sweep = f"hydra.sweep.dir={_shown(HydraConfig.get().sweep.dir)}"
+        return f"python -m evopress resume={shlex.quote(_typed(folder))}"
+    sweep = configuration.override("hydra.sweep.dir", _typed(HydraConfig.get().sweep.dir))
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("hydra.sweep.dir=")]
     return f"python -m evopress {shlex.join([*arguments, sweep])} (jobs that are done are not run again)"
 
 
+def _typed(path: str | Path) -> str:
+    """Return a path as it is shown, or whole where that would be read as something else."""
+    shown = _shown(path)
+    return os.path.abspath(path) if shown.startswith(("~", "'", '"')) or shown.lower() in ("null", "???") else shown
+
+
 def _run(config: DictConfig, run_dir: Path) -> float:
+    overrides = HydraConfig.get().overrides.task
+    there = run_folder.holds_a_run(run_dir)
+    documents = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": overrides}
+    composed = {f"{name}.yaml": OmegaConf.to_yaml(document) for name, document in documents.items()}
+    if not there:
+        run_folder.keep_config(run_dir, composed)
     settings = configuration.to_settings(config)
     # Imported here: `--help`, shell completion and configuration errors need no torch.
     import torch
@@ -215,16 +271,21 @@ def _run(config: DictConfig, run_dir: Path) -> float:
         logger.info("finished before, so not run again: %s (to run it again, remove the folder)", _shown(run_dir))
         return pipeline.held_out_kl(run_dir)
     with run_folder.held(run_dir):
-        overrides = HydraConfig.get().overrides.task
-        if not settings.dry_run:
-            run_folder.keep_overrides(run_dir, overrides)
         environment = machine.describe(torch.get_num_threads())
-        write_json(run_dir / "environment.json", environment)
+        if not there:
+            write_json(run_dir / "environment.json", environment)
+
+        def begin() -> None:
+            run_folder.keep_config(run_dir, composed)
+            run_folder.keep_overrides(run_dir, list(overrides))
+            write_json(run_dir / "environment.json", environment)
+
         logger.info("run folder %s", _shown(run_dir))
         try:
             return pipeline.run(
                 settings,
                 run_dir,
+                begin=begin,
                 config=configuration.plain_dict(config),
                 command=f"python -m evopress {shlex.join(overrides)}".strip(),
                 environment=environment,

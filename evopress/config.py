@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,13 +14,16 @@ from hydra._internal.core_plugins import structured_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evopress import settings as schema
 from evopress.errors import EvoPressError
+from evopress.run_folder import job_folder
 from evopress.settings import RunSettings
 
 _SCHEMAS: dict[str, tuple[str, type]] = {
@@ -78,6 +83,11 @@ def register() -> None:
     OmegaConf.register_new_resolver("stages_by_default", lambda refine: schema.stages_by_default(refine=refine), replace=True)
 
 
+def _job_folder(overrides: Sequence[str], sweep: str) -> str:
+    """Return `${job_folder:OVERRIDES,SWEEP}`: where a job of a sweep goes below the sweep's folder."""
+    return job_folder(list(overrides), Path(sweep))
+
+
 def _scaled(value: int, factor: float, least: int = 1) -> int:
     """Return `${scaled:value,factor,least}`: a number of the paper's Table 8 times a factor of the scale, not below `least`."""
     return max(round(value * factor), min(least, value))
@@ -127,3 +137,26 @@ def plain_dict(config: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def override(key: str, value: str) -> str:
+    """Return `key=value` as Hydra must be told it to compose exactly this text, quoted where it would read anything else."""
+    plain = f"{key}={value}"
+    if value_of(plain) == value:
+        return plain
+    escaped = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)  # or it would be an interpolation
+    return f"{key}={QuotedString(text=escaped, quote=Quote.single).with_quotes()}"
+
+
+def value_of(override: str) -> str | None:
+    """Return the text that `key=value` gives a key; None where Hydra cannot read it, or it is no text as it stands."""
+    try:
+        value = OverridesParser.create().parse_override(override).value()
+        value = OmegaConf.create({"value": value}).value
+    except (HydraException, OmegaConfBaseException):
+        return None
+    return None if value is None or OmegaConf.is_config(value) else str(value)
+
+
+# At import: a launcher's process needs it before it comes to us.
+OmegaConf.register_new_resolver("job_folder", _job_folder, replace=True)

@@ -25,10 +25,11 @@ from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.checks import check_names, check_questions, check_tasks, check_tokens, search_cost, search_settings
 from evopress.stages.conclude import evaluate, export, report
+from evopress.stages.earlier import refuse_other_settings, refuse_other_work
 from evopress.stages.preflight import preflight
 from evopress.stages.refine import refine, refuse_without_genome
 from evopress.stages.results import read_result
-from evopress.stages.search import refuse_other_settings, search
+from evopress.stages.search import search
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def run(
     settings: RunSettings,
     run_dir: Path,
     *,
+    begin: Callable[[], None] = lambda: None,
     config: dict[str, Any],
     command: str,
     environment: dict[str, Any],
@@ -50,6 +52,7 @@ def run(
     With `dry_run` it stops before the first of them, having said what they will take.
 
     Args:
+        begin: called when nothing can be refused any more, before the first change of what an earlier run left in the folder.
         config: the composed config, for the report and the tracker.
         command: what was typed, for the report.
         environment: versions and machine, for the report.
@@ -71,14 +74,15 @@ def run(
         )
     workspace.read_text()
     check_questions(workspace)
-    if "search" in settings.stages:
-        refuse_other_settings(workspace)
+    refuse_other_settings(workspace, searching)
     refuse_without_genome(workspace)
+    refuse_other_work(workspace, searching)
     plan = preflight(workspace, searching)
     if settings.dry_run:
         logger.info("dry run: nothing was built or searched; leave dry_run out to run it")
         return float("nan")
     done, refined_before = stages_done(settings, run_dir), _finished(run_dir).get("refine")
+    begin()
     (run_dir / FINISHED).unlink(missing_ok=True)
     tracker = make_tracker(settings.tracker)
     key, target = ("sparsity", settings.sparsity) if settings.bits is None else ("bits", settings.bits)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import yaml
 from filelock import FileLock, Timeout
 
 from evopress.errors import EvoPressError
@@ -16,6 +20,10 @@ from evopress.reporting.records import read_document, write_json
 LOCK = ".lock"
 """Held while a run is at work; the kernel frees it when the process ends, however it ends, so a file that is left means nothing."""
 _OVERRIDES = Path(".hydra", "overrides.json")
+_ANY_JOB = re.compile(r"(hydra|stages|resume|dry_run|tracker|paths)([./@].*)?")
+"""Settings that a job's folder is not named by: what it finds does not depend on them."""
+_PLAIN, _LIST = re.compile(r"[\w.-]*"), re.compile(r"\[[\w.,-]*\]")
+_LONGEST_NAME = 120
 
 
 @contextmanager
@@ -44,11 +52,23 @@ def held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def keep_overrides(folder: Path, overrides: Sequence[str]) -> None:
-    """Keep the overrides of a run that begins.
+def holds_a_run(folder: Path) -> bool:
+    """Tell whether a run has left its settings in the folder."""
+    return any((folder / _OVERRIDES).with_suffix(suffix).is_file() for suffix in (".json", ".yaml"))
 
-    Hydra's own file is rewritten by runs that are refused, too, and is empty for a moment.
+
+def keep_config(folder: Path, composed: Mapping[str, str]) -> None:
+    """Keep the composed config of a run, name to YAML.
+
+    Hydra would write the same files (hydra.output_subdir), but before anybody could refuse the run whose folder it is.
     """
+    (folder / _OVERRIDES).parent.mkdir(exist_ok=True)
+    for name, text in composed.items():
+        write_bytes(folder / _OVERRIDES.with_name(name), text.encode())
+
+
+def keep_overrides(folder: Path, overrides: Sequence[str]) -> None:
+    """Keep the overrides of a run that begins; a run that was refused leaves those of Hydra's form alone."""
     (folder / _OVERRIDES).parent.mkdir(exist_ok=True)
     write_json(folder / _OVERRIDES, {"schema": 1, "overrides": list(overrides)})
 
@@ -65,34 +85,64 @@ def kept_overrides(folder: Path) -> list[str] | None:
     return overrides
 
 
-@contextmanager
-def kept_if_refused(folder: Path, *, dry_run: bool = False) -> Iterator[None]:
-    """Give a run folder its own settings back if those that it is started with again are refused before the search goes on.
+def job_folder(overrides: Sequence[str], sweep: Path) -> str:
+    """Return the subfolder of a sweep for the job with these overrides, named by them: "bits=2.25,method=quant,seed=0".
 
-    Args: dry_run: give them back in any case.
+    The same settings have the same folder, others another one, whatever the order in which they are given. Where an earlier version
+    numbered its jobs, those of the same settings keep their folders.
     """
-    files = [*(folder / ".hydra").glob("*.yaml"), folder / _OVERRIDES, folder / "environment.json"]
-    before = {path: path.read_bytes() if path.is_file() else None for path in files}
-    checkpoint = _changed(folder / "state.json")
+    name = _name(overrides)
+    for folder in sorted(sweep.glob("[0-9]*")):
+        if folder.name.isdecimal() and (there := _overrides_in(folder)) is not None and _name(there) == name:
+            return folder.name
+    return name
+
+
+def _name(overrides: Sequence[str]) -> str:
+    """Name settings so that any file system takes it; where that loses something, digits of a digest stand for it."""
+    settings = {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}
+    parts, exact = [], True
+    for key, value in sorted(settings.items()):
+        if _ANY_JOB.fullmatch(key):
+            continue
+        if _LIST.fullmatch(value):
+            value = value.strip("[]").replace(",", "+")
+        elif not _PLAIN.fullmatch(value):
+            value, exact = re.sub(r"[^\w.+-]+", "-", value).strip("-"), False
+        parts.append(f"{key.replace('/', '.')}={value}")
+    name = ",".join(parts) or "job"
+    if exact and len(name.encode()) <= _LONGEST_NAME:
+        return name
+    told = sorted(f"{key}={value}" for key, value in settings.items() if not _ANY_JOB.fullmatch(key))
+    digits = hashlib.sha256("\n".join(told).encode()).hexdigest()[:8]
+    return f"{name.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}-{digits}"
+
+
+def _overrides_in(folder: Path) -> list[str] | None:
+    """Return the overrides that a folder's run was given, in either form; None if there are none that can be read."""
+    with suppress(EvoPressError, OSError, ValueError, yaml.YAMLError):
+        if (kept := kept_overrides(folder)) is not None:
+            return kept
+        listed = yaml.safe_load((folder / _OVERRIDES).with_suffix(".yaml").read_text(encoding="utf-8"))
+        return [str(override) for override in listed] if isinstance(listed, list) else None
+    return None
+
+
+@contextmanager
+def log_of_refusals_taken_back(folder: Path) -> Iterator[None]:
+    """Let the log of an earlier run be what it was if another one is refused its folder; enter before anything is logged."""
+    sizes = {path: path.stat().st_size for path in folder.glob("*.log")} if holds_a_run(folder) else {}
+    settings = folder / _OVERRIDES
+    before = _changed(settings)
     try:
         yield
-    except SystemExit as stop:
-        if stop.code == 1 and _changed(folder / "state.json") == checkpoint:
-            _give_back(before)
+    except Exception:
+        if _changed(settings) == before:  # it never began
+            for path, size in sizes.items():
+                with suppress(OSError):
+                    os.truncate(path, size)
         raise
-    if dry_run and any(content is not None for content in before.values()):  # there was a run
-        _give_back(before)
 
 
-def _give_back(before: Mapping[Path, bytes | None]) -> None:
-    """Let files be what they were; None: there was none."""
-    with suppress(EvoPressError):  # a full disk was told already
-        for path, content in before.items():
-            if content is None:
-                path.unlink(missing_ok=True)
-            else:
-                write_bytes(path, content)
-
-
-def _changed(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0
+def _changed(path: Path) -> tuple[int, int]:
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else (0, 0)

@@ -397,6 +397,16 @@ class Workspace:
         """Where Hessians of dense activations are kept."""
         return HessianStore(self.database_root / self.pretrained.name / f"hessians-{fingerprint(self._source_recipe)}")
 
+    def _module_recipe(self, method: ModuleMethod) -> dict[str, Any]:
+        return {**self._model_recipe, "method": self.settings.method.name, **method.recipe()}
+
+    @property
+    def database_fingerprint(self) -> str:
+        """The fingerprint that the run's level database has or will have, without building it."""
+        if isinstance(self.method, ModuleMethod):
+            return fingerprint(self._module_recipe(self.method))
+        return self.build_settings(self.settings.method.name, self.compressor).fingerprint
+
     @cached_property
     def database(self) -> LevelDatabase:
         """The run's level database, built first where it is missing."""
@@ -405,7 +415,7 @@ class Workspace:
                 self.database_root,
                 model_name=self.pretrained.name,
                 method=self.settings.method.name,
-                recipe={**self._model_recipe, "method": self.settings.method.name, **self.method.recipe()},
+                recipe=self._module_recipe(self.method),
                 space=self.method.space(self.blocks.shapes(), dtype_bits=8 * self.blocks.dtype.itemsize),
             )
             return database
@@ -438,12 +448,19 @@ class Workspace:
     @cached_property
     def levels(self) -> LevelUnion:
         """The run's levels, followed by those of the databases that `add_levels` named, and the ones that `add_refined` gave."""
+        refined = [] if self._refined is None else [self._refined]
+        return LevelUnion([self.database, *self.open_databases(self._further), *refined])
+
+    def open_databases(self, names: Sequence[str]) -> list[LevelDatabase]:
+        """Open the databases that lie beside the run's own, which baselines need.
+
+        Raises: EvoPressError if one is damaged or missing.
+        """
         try:
-            further = [LevelDatabase.open(self.database.folder.with_name(name)) for name in self._further]
+            return [LevelDatabase.open(self.database_root / self.pretrained.name / name) for name in names]
         except DamagedDatabaseError as error:
             path = self.run_dir / "baselines.json"
             raise EvoPressError(f"{error}: remove {path} and run the stage baselines again, which builds it") from error
-        return LevelUnion([self.database, *further, *([self._refined] if self._refined is not None else [])])
 
     def add_levels(self, names: Sequence[str]) -> Space:
         """Put further databases' levels after the run's own, for baselines that need them, and return the space of all.

@@ -47,6 +47,25 @@ def all_genomes(space: Space, budget: Budget) -> Iterator[Genome]:
         yield from complete((), targets)
 
 
+def count_to_measure(space: Space, budget: Budget, *, limit: int) -> int:
+    """Return how many genomes an exhaustive search measures.
+
+    Raises: EvoPressError if they are more than the limit (`baselines.exhaustive_limit`), or none.
+    """
+    count = count_genomes(space, budget)
+    if count > limit:
+        raise EvoPressError(
+            f"an exhaustive search would measure {count:,} genomes, more than baselines.exhaustive_limit={limit}: "
+            "raise the limit, use larger units (granularity), or leave exhaustive out of the baselines"
+        )
+    if not count:
+        raise EvoPressError(
+            f"none of the {len(space)} units' genomes costs exactly the budget {budget.total} "
+            f"({budget.target:g} {budget.measure}): choose another target, or leave exhaustive out of the baselines"
+        )
+    return count
+
+
 def exhaustive(
     space: Space,
     budget: Budget,
@@ -68,17 +87,7 @@ def exhaustive(
 
     Raises: EvoPressError, before anything is measured, if the genomes are more than the limit, or none; and if none is finite.
     """
-    count = count_genomes(space, budget)
-    if count > limit:
-        raise EvoPressError(
-            f"an exhaustive search would measure {count:,} genomes, more than baselines.exhaustive_limit={limit}: "
-            "raise the limit, use larger units (granularity), or leave exhaustive out of the baselines"
-        )
-    if not count:
-        raise EvoPressError(
-            f"none of the {len(space)} units' genomes costs exactly the budget {budget.total} "
-            f"({budget.target:g} {budget.measure}): choose another target, or leave exhaustive out of the baselines"
-        )
+    count = count_to_measure(space, budget, limit=limit)
     genomes = list(all_genomes(space, budget))
     known = known or {}
     fitnesses = {genome: known[genome] for genome in genomes if genome in known}

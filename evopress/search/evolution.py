@@ -64,6 +64,12 @@ class SearchSettings:
                 raise EvoPressError(f"search.{name}={getattr(self, name)} is out of range: expected at least {least}")
         check_stages(self.stages, self.num_offspring)
 
+    def identity(self) -> dict[str, Any]:
+        """Return what makes two searches the same one, as it reads back from JSON; the number of generations may differ."""
+        identity = asdict(self)
+        del identity["generations"]
+        return identity | {"stages": [[stage.tokens, stage.survivors] for stage in self.stages]}
+
 
 @dataclass(frozen=True)
 class Question:
@@ -312,10 +318,7 @@ class Evolution:
 
     def _identity(self) -> dict[str, Any]:
         """Return what makes two searches the same one, as it reads back from JSON."""
-        identity = asdict(self._settings)
-        del identity["generations"]
-        identity["stages"] = [[stage.tokens, stage.survivors] for stage in self._settings.stages]
-        return identity | {"budget": self._budget.total, "units": len(self._space)}
+        return self._settings.identity() | {"budget": self._budget.total, "units": len(self._space)}
 
 
 def run_search(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,15 +72,25 @@ def make_fitness(workspace: Workspace, rng: np.random.Generator, num_sequences: 
     )
 
 
-def what_decides_fitness(workspace: Workspace) -> dict[str, Any]:
-    """Return the settings that a fitness and its minibatches come from: what was done with others is not gone on with."""
+def what_decides_fitness(workspace: Workspace, *, text: bool = True) -> dict[str, Any]:
+    """Return the settings that a fitness and its minibatches come from, and the target: what had others is not gone on with.
+
+    Args: text: with the digest of the search text, which is read for it.
+    """
     settings = workspace.settings
     return {
         "seed": settings.seed,
         "fitness": settings.fitness.name,
         "fitness.k": settings.fitness.k if settings.fitness.name == "topk_kl" else None,
-        "search text": tokens_digest(workspace.search_tokens)[:16],
+        **({"search text": tokens_digest(workspace.search_tokens)[:16]} if text else {}),
+        "bits": settings.bits,
+        "sparsity": settings.sparsity,
     }
+
+
+def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Say which settings an earlier run had otherwise; what its version did not write down is not compared."""
+    return [f"{key} {shown(there[key])} there, {shown(here[key])} here" for key in here if key in there and there[key] != here[key]]
 
 
 def baselines_as_asked(workspace: Workspace) -> dict[str, Any] | None:
@@ -89,8 +100,10 @@ def baselines_as_asked(workspace: Workspace) -> dict[str, Any] | None:
     """
     path = workspace.run_dir / "baselines.json"
     stored = read_baselines(path) if path.exists() else None
-    asked = _asked(workspace)
-    return stored if stored is not None and stored.get("asked", asked) == asked else None
+    if stored is None:
+        return None
+    asked = stored.get("asked", {})  # our first versions did not say
+    return stored if isinstance(asked, dict) and not changes(asked, _asked(workspace)) else None
 
 
 def _asked(workspace: Workspace) -> dict[str, Any]:
@@ -208,17 +221,17 @@ def stored_baselines(workspace: Workspace) -> tuple[dict[str, Genome], Space]:
     path, database = workspace.run_dir / "baselines.json", workspace.database
     if not path.exists():
         return {}, database.space
-    stored = read_baselines(path)
-    if stored.get("database") != database.fingerprint:
-        raise EvoPressError(f"{path} is of another level database: remove it and start again")
+    stored = read_baselines(path, database=database.fingerprint)
     space = workspace.add_levels(stored["further"]) if stored["further"] else database.space
     return {name: space.check(genome) for name, genome in stored["genomes"].items()}, space
 
 
-def read_baselines(path: Path) -> dict[str, Any]:
+def read_baselines(path: Path, *, database: str | None = None) -> dict[str, Any]:
     """Read `baselines.json`: `genomes` has levels by name, `further` the folders of level databases beside the run's own.
 
-    Raises: EvoPressError if it is damaged or of a newer version.
+    Args: database: fingerprint of the level database that they must be of; None: any.
+
+    Raises: EvoPressError if it is damaged or of a newer version, or they are of another database.
     """
     stored = read_document(path, what="file of baselines")
     again = "remove it and run the stage baselines again"
@@ -232,4 +245,6 @@ def read_baselines(path: Path) -> dict[str, Any]:
         raise EvoPressError(
             f"{path} is damaged: it names the level databases {shown(further)}, expected such as owl-0123456789abcdef; {again}"
         )
+    if database is not None and stored.get("database") != database:
+        raise EvoPressError(f"{path} is of another level database: remove it and start again")
     return {**stored, "genomes": genomes, "further": further}

@@ -139,8 +139,7 @@ def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None]) -> di
 def export(workspace: Workspace, *, command: str) -> None:
     """Stage `export`: write the found genome, refined where it has been, as a checkpoint that transformers loads."""
     run_dir, database = workspace.run_dir, workspace.database
-    if not (run_dir / "genome.json").exists():
-        raise EvoPressError(f"there is no genome.json in {run_dir} to export: run the stage search first")
+    refuse_nothing_to_export(run_dir)
     genome = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
     left_out = workspace.pretrained.left_out
     refined, written = refined_levels(workspace, genome), genome
@@ -172,6 +171,12 @@ def export(workspace: Workspace, *, command: str) -> None:
         write_json(run_dir / "result.json", result)
     gone = f" (without the further head, {len(left_out)} tensors that begin with {left_out[0]})" if left_out else ""
     logger.info("checkpoint: %s%s", folder, gone)
+
+
+def refuse_nothing_to_export(run_dir: Path) -> None:
+    """Raise EvoPressError if no search has left a genome in the folder."""
+    if not (run_dir / "genome.json").exists():
+        raise EvoPressError(f"there is no genome.json in {run_dir} to export: run the stage search first")
 
 
 def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import torch
 
+from evopress.baselines.exhaustive import count_to_measure
 from evopress.errors import EvoPressError
 from evopress.levels.plan import BuildNeeds, check_room
 from evopress.progress import duration
@@ -72,6 +73,9 @@ def preflight(workspace: Workspace, searching: SearchSettings) -> Plan:
     space, build = workspace.plan_database()
     budget = workspace.method.budget(space)
     budget.check(space)
+    baselines = workspace.settings.baselines
+    if "baselines" in workspace.settings.stages and "exhaustive" in baselines.names:
+        count_to_measure(space, budget, limit=baselines.exhaustive_limit)
     _check_finite(workspace)
     first = None if "search" not in workspace.settings.stages else _first_generation(workspace)
     if first is not None and first <= searching.generations and searching.generations:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from evopress.search.evolution import Evolution, SearchSettings, run_search
 from evopress.search.record import GenerationRecord
 from evopress.stages.baselines import make_fitness, stored_baselines, what_decides_fitness
 from evopress.stages.checks import search_cost
-from evopress.units import Genome
+from evopress.units import Genome, Space
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -45,11 +46,7 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
     if state_path.exists():
         seconds_before = go_on(state_path, evolution, workspace.rng["minibatch"], database=database.fingerprint)
         truncate_records(metrics, evolution.generation - 1)
-        if (count := len(read_generations(metrics, database.space))) != evolution.generation:
-            raise EvoPressError(
-                f"{metrics} has {count} records of the {evolution.generation} generations that {state_path} says are done: "
-                f"restore it, or remove {state_path} to search again"
-            )
+        check_records(metrics, evolution, database.space)
         logger.info("search: going on at generation %d of %d", evolution.generation, settings.generations)
     else:
         metrics.unlink(missing_ok=True)
@@ -101,21 +98,6 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
     )
 
 
-def refuse_other_settings(workspace: Workspace) -> None:
-    """Raise EvoPressError if the run folder has a search whose seed, fitness or text was another: before any model work."""
-    path = workspace.run_dir / "state.json"
-    if not path.exists():
-        return
-    here = what_decides_fitness(workspace)
-    there = read_document(path, what="saved search").get("asked", here)  # our first versions did not say
-    if not isinstance(there, dict):
-        raise EvoPressError(f"{path} is damaged: its settings are {shown(there)}; restore it, or remove it to search again")
-    if changed := [f"{key} {shown(there.get(key))} there, {shown(here[key])} here" for key in here if there.get(key) != here[key]]:
-        raise EvoPressError(
-            f"the search in {path.parent} had other settings ({'; '.join(changed)}): resume it with its own, or start a new run"
-        )
-
-
 def go_on(path: Path, evolution: Evolution, rng: np.random.Generator, *, database: str) -> float:
     """Give a search and the generator of its minibatches the state that an earlier run saved; return the seconds that it took.
 
@@ -139,19 +121,35 @@ def go_on(path: Path, evolution: Evolution, rng: np.random.Generator, *, databas
         ) from error
 
 
+def check_records(metrics: Path, evolution: Evolution, space: Space) -> None:
+    """Raise EvoPressError if the records before a search's next generation are not all there; later ones do not count."""
+    count = sum(record["generation"] < evolution.generation for record in read_generations(metrics, space))
+    if count != evolution.generation:
+        state = metrics.with_name("state.json")
+        raise EvoPressError(
+            f"{metrics} has {count} records of the {evolution.generation} generations that {state} says are done: "
+            f"restore it, or remove {state} to search again"
+        )
+
+
 def _starts(workspace: Workspace) -> list[Genome]:
     """Return the baselines' genomes that `search.starts` names."""
     names = workspace.settings.search.starts
     if not names:
         return []
     baselines, _ = stored_baselines(workspace)
+    refuse_missing_starts(names, baselines)
+    return [workspace.database.space.check(baselines[name]) for name in names]
+
+
+def refuse_missing_starts(names: Sequence[str], baselines: Collection[str]) -> None:
+    """Raise EvoPressError if the search is to start from a baseline that is not there."""
     missing = [name for name in names if name not in baselines]
     if missing:
         raise EvoPressError(
             f"search.starts has {missing[0]!r}, which is not among this run's baselines ({', '.join(baselines) or 'none'}): name "
             "it as its row is called, and let baselines.names and the stage baselines make it"
         )
-    return [workspace.database.space.check(baselines[name]) for name in names]
 
 
 def held_out_in_search(workspace: Workspace) -> tuple[str, Tensor]:

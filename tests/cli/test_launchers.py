@@ -52,12 +52,13 @@ def test_jobs_side_by_side_share_one_database(launcher: tuple[str, ...], tmp_pat
     done = sweep(f"hydra/launcher={name}", *options, "bits=9,3.5,3", cwd=tmp_path)
     assert done.returncode == 1  # of the job that cannot be; the others are done
     assert "bits=9 is above the highest level" in done.stderr
-    assert not (tmp_path / "sweep" / "0" / "result.json").exists()
-    results = [json.loads((tmp_path / "sweep" / job / "result.json").read_text(encoding="utf-8")) for job in ("1", "2")]
+    jobs = [tmp_path / "sweep" / f"baselines.names=,bits={bits},debug=tiny,method=quant" for bits in ("9", "3.5", "3")]
+    assert not (jobs[0] / "result.json").exists()
+    results = [json.loads((job / "result.json").read_text(encoding="utf-8")) for job in jobs[1:]]
     assert [[row["name"] for row in result["rows"]] for result in results] == [["dense", "evopress"]] * 2
     assert len({result["database"]["path"] for result in results}) == 1
     assert sorted(result["database"]["reused"] for result in results) == [False, True]
-    costs = [json.loads((tmp_path / "sweep" / job / "genome.json").read_text(encoding="utf-8"))["cost"] for job in ("1", "2")]
+    costs = [json.loads((job / "genome.json").read_text(encoding="utf-8"))["cost"] for job in jobs[1:]]
     assert costs[0] > costs[1]
 
 

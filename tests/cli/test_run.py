@@ -487,21 +487,23 @@ def test_a_sweep_goes_on_after_a_job_that_fails(evopress: Callable[..., Any], ca
     (sentence,) = outcome.errors
     assert "bits=9" in sentence
     (sweep,) = (tmp_path / "multirun").glob("*/*")
-    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "2", "multirun.yaml"]
-    for job, bits in (("1", "3.5"), ("2", "3")):
-        assert f"- bits={bits}" in (sweep / job / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")
-        assert len(records(sweep / job)) == 4
-        assert (sweep / job / "genome.json").exists()
-    assert not (sweep / "0" / "genome.json").exists()
-    assert evopress(f"resume={sweep / '1'}", "stages=[evaluate]").code == 0
-    assert list(rows(sweep / "1")) == ["dense", "evopress"]
+    jobs = {bits: sweep / f"bits={bits},debug=tiny,evaluation.every=0,method=quant" for bits in ("3", "3.5", "9")}
+    assert sorted(sweep.iterdir()) == [*jobs.values(), sweep / "multirun.yaml"]
+    for bits in ("3.5", "3"):
+        assert f"- bits={bits}" in (jobs[bits] / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")
+        assert len(records(jobs[bits])) == 4
+        assert (jobs[bits] / "genome.json").exists()
+    assert not (jobs["9"] / "genome.json").exists()
+    assert evopress(f"resume={jobs['3.5']}", "stages=[evaluate]").code == 0
+    assert list(rows(jobs["3.5"])) == ["dense", "evopress"]
 
 
 def test_a_sweep_over_seeds(evopress: Callable[..., Any], finished: Any, tmp_path: Path) -> None:
     outcome = evopress("-m", "+method=quant", "bits=3.5", "+debug=tiny", "seed=0,1", SEARCH, "hydra.sweep.dir=sweep")
     assert outcome.code == 0, outcome.text
-    assert records(tmp_path / "sweep" / "0") == records(finished.folder)  # a job is the run of its own, whatever ran before it
-    assert records(tmp_path / "sweep" / "1") != records(finished.folder)
+    jobs = [tmp_path / "sweep" / f"bits=3.5,debug=tiny,method=quant,seed={seed}" for seed in (0, 1)]
+    assert records(jobs[0]) == records(finished.folder)  # a job is the run of its own, whatever ran before it
+    assert records(jobs[1]) != records(finished.folder)
 
 
 def test_a_checkpoint_is_said_to_lack_a_further_head(

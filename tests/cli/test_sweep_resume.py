@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from evopress import run_folder
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.pipeline import FINISHED
 
@@ -118,3 +122,94 @@ def test_a_run_of_its_own_is_always_run(sweep: Path, evopress: Callable[..., Any
     outcome = evopress(*SWEEP[1:4], *FEW, "seed=0", "hydra.run.dir=sweep/seed-0", "evaluation.every=2")
     assert outcome.code == 0, outcome.text
     assert SKIPPED not in outcome.text
+
+
+# The same folder given again with other settings
+
+NUMBERED = (*SWEEP[:4], "seed=0,1", "hydra.sweep.dir=sweep")
+JOB = "baselines.names=,bits={bits},debug=tiny,method=quant,seed={seed}"
+
+
+def every_byte(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def named(sweep: Path, evopress: Callable[..., Any], tmp_path: Path) -> Path:
+    """The finished sweep with folders that Hydra was not told to name."""
+    for seed in (0, 1):
+        (sweep / f"seed-{seed}").rename(sweep / JOB.format(bits="3.5", seed=seed))
+    return sweep
+
+
+@pytest.mark.parametrize(
+    ("axis", "fresh"),
+    [
+        ("seed=2,0,1", [JOB.format(bits="3.5", seed=2)]),
+        ("bits=3.5,3", [JOB.format(bits="3", seed=seed) for seed in (0, 1)]),
+        (
+            "search.num_offspring=5",
+            [JOB.format(bits="3.5", seed=seed).replace("seed", "search.num_offspring=5,seed") for seed in (0, 1)],
+        ),
+    ],
+)
+def test_other_settings_go_to_other_folders(axis: str, fresh: list[str], named: Path, evopress: Callable[..., Any]) -> None:
+    before = every_byte(named)
+    key = axis.partition("=")[0]
+    outcome = evopress(*(part for part in NUMBERED if not part.startswith(f"{key}=")), axis, *FEW)
+    assert outcome.code == 0, outcome.text
+    assert sorted(path.name for path in named.iterdir() if path.is_dir() and f"{path.name}/result.json" not in before) == fresh
+    changed = {name.rpartition("/")[2] for name, content in before.items() if (named / name).read_bytes() != content}
+    assert changed <= {"evopress.log", "multirun.yaml"}  # the log says that the job was finished before
+    for job in fresh:
+        listed = json.loads((named / job / ".hydra" / "overrides.json").read_text(encoding="utf-8"))["overrides"]
+        assert [part for part in job.split(",") if part.removeprefix("+") not in {each.lstrip("+") for each in listed}] in (
+            [],
+            ["baselines.names="],
+        )
+
+
+def test_a_job_that_is_refused_leaves_its_folder_as_it_was(sweep: Path, evopress: Callable[..., Any]) -> None:
+    """Folders that are numbered by hand: job 1 is another now, job 0 as it was."""
+    for seed in (0, 1):
+        (sweep / f"seed-{seed}").rename(sweep / str(seed))
+    before = every_byte(sweep)
+    outcome = evopress(*NUMBERED, *FEW, "seed=0,2,1", "hydra.sweep.subdir=${hydra.job.num}")
+    assert outcome.code == 1
+    assert [("seed 1 there, 2 here" in error) for error in outcome.errors] == [True]
+    after = every_byte(sweep)
+    assert {name for name in before if before[name] != after[name]} <= {"0/evopress.log", "multirun.yaml"}
+    assert all(name.startswith("2/") for name in after.keys() - before.keys())
+
+
+def test_a_sweep_that_an_earlier_version_numbered_goes_on_in_its_folders(sweep: Path, evopress: Callable[..., Any]) -> None:
+    for seed in (0, 1):
+        (sweep / f"seed-{seed}").rename(sweep / str(seed))
+    (sweep / "0" / ".hydra" / "overrides.json").unlink()  # our first version left Hydra's own form alone
+    outcome = evopress(*NUMBERED[:4], "seed=2,1,0", "hydra.sweep.dir=sweep", *FEW)
+    assert outcome.code == 0, outcome.text
+    assert skipped(outcome) == ["sweep/1", "sweep/0"]
+    assert sorted(path.name for path in sweep.iterdir() if path.is_dir()) == ["0", "1", JOB.format(bits="3.5", seed=2)]
+
+
+SETTINGS = st.dictionaries(
+    st.sampled_from(["+method", "bits", "search.tokens", "model.path", "+a/b", "stages", "tracker"]),
+    st.one_of(st.text(max_size=40), st.sampled_from(["[64,128]", "64+128", "3.5", "/a/b", "a,b", "x" * 300, "[]"])),
+    max_size=5,
+)
+
+
+@given(SETTINGS, SETTINGS)
+@settings(max_examples=300, deadline=None)
+def test_folders_are_named_by_their_settings(one: dict[str, str], other: dict[str, str]) -> None:
+    def named(values: dict[str, str]) -> str:
+        return run_folder.job_folder([f"{key}={value}" for key, value in values.items()], Path("nowhere"))
+
+    def decisive(values: dict[str, str]) -> dict[str, str]:
+        return {key: value for key, value in values.items() if key not in ("stages", "tracker")}
+
+    for values in (one, other):
+        name = named(values)
+        assert re.fullmatch(r"[\w.,=+-]+", name) and name not in (".", "..") and len(name.encode()) <= 120
+        assert name == named(dict(reversed(values.items())))
+    assert (named(one) == named(other)) == (decisive(one) == decisive(other))

@@ -22,7 +22,10 @@ from evopress.models.blocks import BlockModel
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="forks the program and follows it through /proc")
 RUN = (*CASES["quant"], SHORT, "hydra.run.dir=run", "level_db.root=levels")
-SWEEP = ("-m", *CASES["quant"], "seed=0,1", "stages=[database,search]", "hydra.sweep.dir=sweep", "level_db.root=levels")
+SWEEP = (
+    *("-m", *CASES["quant"], "seed=0,1", "stages=[database,search]", "level_db.root=levels"),
+    *("hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.num}"),
+)
 TERM, INT = signal.SIGTERM, signal.SIGINT
 
 

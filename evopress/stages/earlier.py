@@ -1,0 +1,107 @@
+"""What an earlier run left in the folder must fit this one: all that is refused of it is refused here, before the first change."""
+
+from __future__ import annotations
+
+import copy
+
+from evopress.errors import EvoPressError
+from evopress.json_files import shown
+from evopress.reporting.generations import read_generations
+from evopress.reporting.records import read_document, read_genome
+from evopress.search.evolution import Evolution, SearchSettings
+from evopress.stages.baselines import baselines_as_asked, changes, read_baselines, what_decides_fitness
+from evopress.stages.conclude import refuse_nothing_to_export
+from evopress.stages.results import read_result
+from evopress.stages.search import check_records, go_on, refuse_missing_starts
+from evopress.units import Space
+from evopress.workspace import Workspace
+
+STATE = "state.json"
+
+
+def refuse_other_settings(workspace: Workspace, searching: SearchSettings) -> None:
+    """Raise EvoPressError if the folder has a search with other settings or another text, whatever stages run; loads no model.
+
+    What is found there would otherwise stand under settings that it does not come from.
+
+    Args: searching: the search's numbers.
+    """
+    path, again = workspace.run_dir / STATE, "search" in workspace.settings.stages
+    if not path.exists():
+        return
+    try:
+        state = read_document(path, what="saved search")
+    except EvoPressError:
+        if again:
+            raise
+        return  # what was found needs it no more
+    there, numbers = state.get("asked", {}), state.get("evolution", {})  # our first versions did not say what was asked
+    if not isinstance(there, dict):
+        raise EvoPressError(f"{path} is damaged: its settings are {shown(there)}; restore it, or remove it to search again")
+    changed = changes(there, what_decides_fitness(workspace, text=again))
+    if isinstance(numbers, dict) and isinstance(numbers.get("settings"), dict):  # what is damaged, `go_on` tells
+        changed += changes(numbers["settings"], searching.identity())
+    if changed:
+        raise EvoPressError(
+            f"the search in {path.parent} had other settings ({'; '.join(changed)}): resume it with its own, or start a new run"
+        )
+
+
+def refuse_other_work(workspace: Workspace, searching: SearchSettings) -> None:
+    """Raise EvoPressError if a stage could not use what is in the folder: of another level database or target, damaged, or missing.
+
+    The model is loaded for it, its weights are not touched.
+    """
+    run_dir, stages = workspace.run_dir, set(workspace.settings.stages)
+    if "export" in stages and "search" not in stages:
+        refuse_nothing_to_export(run_dir)
+    read_result(run_dir)
+    if not any((run_dir / name).exists() for name in (STATE, "genome.json", "baselines.json", "metrics.jsonl")):
+        return
+    space, _ = workspace.plan_database()
+    if (run_dir / STATE).exists():
+        _check_search(workspace, searching, space)
+    if stages & {"refine", "evaluate", "export", "report"} and "search" not in stages:
+        read_generations(run_dir / "metrics.jsonl", space)
+        if (run_dir / "genome.json").exists():
+            read_genome(run_dir / "genome.json", space, database=workspace.database_fingerprint)
+    _check_baselines(workspace)
+
+
+def _check_search(workspace: Workspace, searching: SearchSettings, space: Space) -> None:
+    """Raise EvoPressError if the saved search is not the one that would go on, tried on a search that nobody runs."""
+    path, budget = workspace.run_dir / STATE, workspace.method.budget(space)
+    if "search" in workspace.settings.stages:
+        rng = [copy.deepcopy(workspace.rng["minibatch"]) for _ in range(3)]
+        trial = Evolution(space, budget, searching, rng_initial=rng[0], rng_mutation=rng[1])
+        go_on(path, trial, rng[2], database=workspace.database_fingerprint)
+        check_records(workspace.run_dir / "metrics.jsonl", trial, space)
+        return
+    try:
+        there = read_document(path, what="saved search")["evolution"]["settings"]["budget"]
+    except (EvoPressError, KeyError, TypeError):
+        return  # what was found needs it no more
+    if there != budget.total:
+        raise EvoPressError(
+            f"the search in {path.parent} had another target (its budget is {shown(there)}, here {budget.total}): give the one "
+            "that it had, or start a new run"
+        )
+
+
+def _check_baselines(workspace: Workspace) -> None:
+    """Raise EvoPressError if the baselines in the folder are damaged or of another database, unless they are found again anyway."""
+    path, settings = workspace.run_dir / "baselines.json", workspace.settings
+    stages, fingerprint = set(settings.stages), workspace.database_fingerprint
+    found_again = False
+    if "baselines" in stages:
+        stored = baselines_as_asked(workspace)
+        found_again = stored is None or stored.get("database") != fingerprint
+    starts = settings.search.starts if "search" in stages else []
+    if found_again or not (starts or stages & {"evaluate", "report"}):
+        return
+    genomes = {}
+    if path.exists():
+        stored = read_baselines(path, database=fingerprint)
+        genomes = stored["genomes"]
+        workspace.open_databases(stored["further"])
+    refuse_missing_starts(starts, genomes)
