@@ -125,7 +125,7 @@ class QuantSettings(MethodSettings):
     """Bit width to its own group size, such as {2: 32, 3: 64}."""
     symmetric: bool = False
     """Zeros are the grids' middle codes: for engines that take no others, at a price in error."""
-    tolerance: float = 0.01
+    tolerance: float = 0.02
     """recipe=best: a row is done once a pass over its codes takes less than this share of its error away, in (0, 1)."""
     damping: float = 0.01
     """Share of the Hessian's mean diagonal added to its diagonal, in (0, 1)."""

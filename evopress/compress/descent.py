@@ -22,7 +22,7 @@ def descend(
     zeros: Tensor,
     maxq: Tensor,
     *,
-    tolerance: float = 0.01,
+    tolerance: float = 0.02,
     max_passes: int = 4,
     scale_dtype: torch.dtype = torch.float16,
 ) -> None:

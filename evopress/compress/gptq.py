@@ -98,7 +98,7 @@ class GPTQ:
     """Every zero is its grid's middle code, for engines that take no other."""
     group_sizes: Mapping[int, int] = field(default_factory=dict)
     """Bit width to its own group size, where it is not `group_size`."""
-    tolerance: float = 0.01
+    tolerance: float = 0.02
     """recipe=best: a row is done once a pass of descent takes less than this share of its error away, in (0, 1)."""
     dense_bits: int | None = None
     """Bits of a weight of the model where the weight as it is shall be the first level; None: no such level."""
@@ -123,7 +123,7 @@ class GPTQ:
         if not 0.0 < self.damping < 1.0:
             raise EvoPressError(f"method.damping {self.damping:g} must lie between 0 and 1; the paper uses 0.01")
         if not 0.0 < self.tolerance < 1.0:
-            raise EvoPressError(f"method.tolerance {self.tolerance:g} must lie between 0 and 1, such as 0.01")
+            raise EvoPressError(f"method.tolerance {self.tolerance:g} must lie between 0 and 1, such as 0.02")
         if self.block_size < 1:
             raise EvoPressError(f"method.block_size {self.block_size} must be positive: the paper uses 128")
         if self.scale_dtype not in _SCALE_DTYPES:

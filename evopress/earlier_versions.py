@@ -1,0 +1,35 @@
+"""What earlier versions did where this one has a setting, so that their runs are gone on with and stay finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_METHOD = {"recipe": "paper", "symmetric": False, "group_sizes": {}, "tolerance": 0.02, "include": ["blocks"]}
+"""Settings of a method that weights are compressed by, with the value that they had before they were settings."""
+_MODEL = {"bos": "auto"}
+
+
+def without_later(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a run's settings what earlier versions did not have, where it says what they did."""
+
+    def earlier(group: str, later: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values[group].items() if key not in later or value != later[key]}
+
+    return {**values, "model": earlier("model", _MODEL), "method": earlier("method", _METHOD)}
+
+
+def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults that have changed since the version that composed a run's config, as that run had them.
+
+    Args: config: the composed config that lies in its folder.
+
+    Returns: settings by their dotted keys; none for a run of this version.
+    """
+    model, data, method = (config.get(group) or {} for group in ("model", "data", "method"))
+    if "bos" in model:
+        return {}
+    kept = {"model.dtype": model.get("dtype"), "data.calibration_tokens": data.get("calibration_tokens")}
+    if method.get("name") in ("quant", "sparsity") and "recipe" not in method:
+        kept["method.recipe"] = "paper"
+    return {key: value for key, value in kept.items() if value is not None}
