@@ -31,6 +31,7 @@ from evopress.workspace import Workspace
 ROWS: dict[str, list[str]] = {
     "paper": ["method.recipe=paper"],
     "best": [],
+    "best, through 3 bits": ["method.propagate_bits=3"],
     "best, no descent": ["method.tolerance=0.999999"],
     "best, symmetric": ["method.symmetric=true"],
     "best, group 32": ["method.group_size=32"],
