@@ -31,5 +31,5 @@ def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     kept = {"model.dtype": model.get("dtype"), "data.calibration_tokens": data.get("calibration_tokens")}
     if method.get("name") in ("quant", "sparsity") and "recipe" not in method:
-        kept["method.recipe"] = "paper"
-    return {key: value for key, value in kept.items() if value is not None}
+        kept |= {"method.recipe": "paper", "method.propagate_bits": method.get("propagate_bits", 4)}
+    return {key: value for key, value in kept.items() if value is not None or key == "method.propagate_bits"}

@@ -100,7 +100,7 @@ def best_literal(
     group_size: int,
     num_ranges: int,
     damping: float = 0.01,
-    tolerance: float = 0.01,
+    tolerance: float = 0.02,
     max_passes: int = 8,
     scale_dtype: torch.dtype = torch.float16,
     symmetric: bool = False,
