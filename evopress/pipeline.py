@@ -155,8 +155,9 @@ def held_out_kl(run_dir: Path) -> float:
 
 def _settings_digest(settings: RunSettings) -> str:
     values = {key: value for key, value in asdict(settings).items() if key not in ("stages", "resume", "dry_run", "refine")}
-    if settings.model.bos == "auto":  # what earlier versions had no setting for, so that their jobs stay finished
-        del values["model"]["bos"]
+    for group, key in (("model", "bos"), ("data", "chat_template")):
+        if values[group][key] == "auto":  # what earlier versions had no settings for, so that their jobs stay finished
+            del values[group][key]
     if values["method"].get("include") == ["blocks"]:
         del values["method"]["include"]
     for key in ("refine", "refine_tokens"):  # told by the stages, and in a field of their own: earlier versions had no such stage

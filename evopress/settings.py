@@ -80,18 +80,26 @@ class DataSettings:
     """Tokens of held-out text per data set, at most."""
     revision: str | None = None
     """Commit of a hub data set; None: the one this version was tested with."""
-    calibration: list[str] = field(default_factory=list)
-    """source=text: files (.txt, .jsonl, .parquet) for calibration."""
-    search: list[str] = field(default_factory=list)
+    calibration: Any = field(default_factory=list)
+    """source=text: for calibration; a list, or one: files (.txt, .json, .jsonl, also .gz or .zst; .parquet), folders, patterns."""
+    search: Any = field(default_factory=list)
     """source=text: files for the search; may be the calibration files, whose documents are then divided."""
-    evaluation: list[str] = field(default_factory=list)
+    evaluation: Any = field(default_factory=list)
     """source=text: files held out."""
     field: str = "text"
-    """source=text: field of .jsonl, column of .parquet."""
+    """source=text: field of .json and .jsonl, column of .parquet; "outer.inner" inside another. Chats are found in `messages`."""
+    chat_template: str | None = "auto"
+    """source=text: what renders chats: auto: the tokenizer's own template; a file with a Jinja template; None: they are refused."""
     wikitext: bool = False
     """source=text: .txt files have WikiText's layout (rows joined by a blank line)."""
 
     def __post_init__(self) -> None:
+        for split in ("calibration", "search", "evaluation"):
+            files = getattr(self, split)
+            if isinstance(files, str):
+                setattr(self, split, files := [files])
+            if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+                raise EvoPressError(f"data.{split}={files} is no list of files: give one such as [a.jsonl,b.txt]")
         _expect_one_of("data.source", self.source, ("python_docs", "text", "wikitext2", "c4", "fineweb_edu"))
 
 

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from evopress.compress.compressor import Compressor
 from evopress.compress.hessian import has_half_products
+from evopress.data.chat import ChatTemplate
 from evopress.data.hub import c4, fineweb_edu, wikitext2
 from evopress.data.python_docs import PythonDocs
 from evopress.data.sources import TextSource
@@ -144,10 +145,10 @@ class Workspace:
         for name, source in self._evaluation_sources.items():
             if not isinstance(source, TextFiles):
                 continue
-            files = source.identity()["files"]
             for split in ("calibration", "search"):
-                used |= {file["sha256"]: split for file in files[split]}
-            if source is not self._own_source and (same := used.get(files["evaluation"][0]["sha256"])):
+                used |= dict.fromkeys(source.digests(split), split)
+            held_out = source.digests("evaluation") if source is not self._own_source else []
+            if same := next((used[digest] for digest in held_out if digest in used), None):
                 raise EvoPressError(f"evaluation.files has {name!r}, which is also a {same} file: hold out another one")
 
     def _check_model(self) -> None:
@@ -260,6 +261,7 @@ class Workspace:
                 evaluation=tuple(data.evaluation),
                 field=data.field,
                 wikitext=data.wikitext,
+                chat=self._chat,
             )
         raise EvoPressError(f"evaluation.data {name!r} is unknown: choose among python_docs, {', '.join(_HUB_TEXT)}")
 
@@ -306,6 +308,10 @@ class Workspace:
     def _own_source(self) -> TextSource:
         return self.source(self.settings.data.source)
 
+    @property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(lambda: self.tokenizer, self.settings.data.chat_template)
+
     @cached_property
     def _evaluation_sources(self) -> dict[str, TextSource]:
         evaluation = self.settings.evaluation
@@ -314,7 +320,13 @@ class Workspace:
         for name, path in evaluation.files.items():
             if name in sources:
                 raise EvoPressError(f"evaluation.files has {name!r}, which another data set is called: give the file another name")
-            sources[name] = TextFiles(evaluation=(path,), wikitext=name in evaluation.wikitext)
+            own = self._own_source if isinstance(self._own_source, TextFiles) else None
+            sources[name] = TextFiles(
+                evaluation=(path,),
+                wikitext=name in evaluation.wikitext,
+                chat=self._chat,
+                apart_from=own,
+            )
         return sources
 
     @cached_property

@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
+from evopress.data.repeats import without_repeats
 from evopress.data.sources import Split, check_split
 from evopress.errors import EvoPressError
 
@@ -18,7 +19,7 @@ _WAY_OUT = "connect to the network, or use data=python_docs, or files of your ow
 
 @dataclass(frozen=True)
 class Part:
-    """Every `step`-th document of a split on the hub, from `start` on."""
+    """Every `step`-th document of a split on the hub, from `start` on; where several parts share it, each document counts once."""
 
     hub_split: str
     start: int = 0
@@ -54,7 +55,7 @@ class HubText:
             yield "\n\n".join(rows)  # what perplexity is measured on: all rows, headings included
             return
         documents = articles(rows) if self.wikitext else rows
-        yield from islice(documents, part.start, None, part.step)
+        yield from islice(without_repeats(documents) if part.step > 1 else documents, part.start, None, part.step)
 
     def identity(self) -> dict[str, Any]:
         """Return repository, commit and division. Asks the hub only if the revision is no commit."""
@@ -64,6 +65,7 @@ class HubText:
             "revision": self.commit,
             "subset": self.subset,
             "data_files": dict(self.data_files) if self.data_files else None,
+            "repeats": "once",
             "parts": {split: [part.hub_split, part.start, part.step] for split, part in sorted(self.parts.items())},
         }
 
@@ -109,8 +111,7 @@ class HubText:
                 revision=self.commit,
                 streaming=True,
             )
-            for row in rows:
-                yield row["text"]
+            yield from (row["text"] for row in rows if row["text"] is not None)
         except Exception as error:  # datasets lets through errors of its readers and of the HTTP client
             raise EvoPressError(
                 f"data={self.name}: reading {self.repository} from the hub failed ({_reason(error)}): {_WAY_OUT}"

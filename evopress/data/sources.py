@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, Protocol, get_args
 
 from evopress.errors import EvoPressError
@@ -28,6 +29,15 @@ class TextSource(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the text, as values JSON can hold: kind, revision or SHA-256, settings."""
+
+
+def streams_of(source: TextSource, split: Split, left_out: Counter[str]) -> Iterator[Iterable[str]]:
+    """Yield a split's documents, each in pieces, and count what the source leaves out.
+
+    A source of very long documents has a method `streams` of its own; each document is to be taken before the next.
+    """
+    streams: Callable[[Split, Counter[str]], Iterator[Iterable[str]]] | None = getattr(source, "streams", None)
+    return streams(split, left_out) if streams else ((document,) for document in source.documents(split))
 
 
 def check_split(split: str) -> None:

@@ -1,118 +1,283 @@
-"""`text`: files of one's own, as .txt, .jsonl or .parquet."""
+"""`text`: files of one's own, as .txt, .json, .jsonl or .parquet."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+import glob
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from evopress.data.chat import ChatTemplate
+from evopress.data.formats import EXPECTED, kind_of, paragraphs, read_rows, read_text, unreadable
+from evopress.data.formats import wikitext_text as wikitext_text
+from evopress.data.repeats import NOT_COMPARED, SET_ASIDE, Listed, content_key, deal
 from evopress.data.sources import SPLITS, Split, check_split
 from evopress.errors import EvoPressError
 from evopress.files import given_path, sha256_file
-from evopress.json_files import check_extent, clip
 
-_LONGEST_LINE = 256 * 2**20
-"""Bytes of one line of .jsonl."""
+PARAGRAPH_CHARS = 60
+"""Paragraphs of a .txt with at least this many characters are compared with the documents and paragraphs of other files."""
+_TAKEN = len(SPLITS)
+"""Takes documents before the splits: those of `apart_from`."""
 
 
 @dataclass(frozen=True)
 class _File:
     path: Path
     sha256: str
-    place: int
-    """Position of the split among those that share the file."""
-    num_shares: int
-    """Number of splits that share the file."""
+    splits: tuple[int, ...]
+    """Positions in SPLITS of those that it is listed for."""
+
+    @property
+    def is_txt(self) -> bool:
+        return kind_of(self.path) == ".txt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles:
-    """Local files, listed by split.
+    """Local files, listed by split: paths, folders (all text files in them) or patterns such as "*.jsonl".
 
-    .txt is one document a file, .jsonl one a line, .parquet one a row. A file listed for several splits is divided
-    among them without overlap: lines and rows in turn, a .txt at paragraph ends into contiguous parts of about equal
-    length. Files are the same if their bytes are.
+    .txt is one document a file, .jsonl one a line, .json one an entry of its array, .parquet one a row. A file listed for several
+    splits is divided among them: documents in turn, a .txt at paragraph ends into contiguous parts of about equal length. Files
+    are the same if their bytes are. Where several splits list the same document, white space aside, in whatever files, one of
+    them gets it; so it is with the paragraphs of .txt that other files have.
     """
 
     calibration: tuple[str | Path, ...] = ()
     search: tuple[str | Path, ...] = ()
     evaluation: tuple[str | Path, ...] = ()
     field: str = "text"
-    """The field of .jsonl and column of .parquet that holds the text."""
+    """The field of .json, .jsonl and column of .parquet that holds the text, "outer.inner" inside another."""
     wikitext: bool = False
     """.txt files have WikiText's layout: one paragraph a line, which is joined to the next by a blank line."""
+    chat: ChatTemplate | None = None
+    """Renders rows that are chats; None refuses them."""
+    apart_from: TextFiles | None = None
+    """What these calibrate and search on is set aside here."""
 
     @property
     def name(self) -> str:
         return "text"
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Yield a split's documents, file by file as listed.
+        """Yield a split's documents, file by file as listed; see `streams`."""
+        for pieces in self.streams(split, Counter()):
+            yield "".join(pieces)
+
+    def streams(self, split: Split, left_out: Counter[str]) -> Iterator[Iterable[str]]:
+        """Yield a split's documents, each in pieces that are to be taken before the next document, and count what is left out.
 
         Raises: EvoPressError if no file is listed for the split, or one is missing, empty or unreadable.
         """
         check_split(split)
         if not self._files[split]:
-            raise EvoPressError(f"data=text has no files for the {split} split: list at least one .txt, .jsonl or .parquet")
+            raise EvoPressError(f"data=text has no files for the {split} split: list at least one {EXPECTED}")
         for file in self._files[split]:
-            found = False
-            for document in self._documents_of(file):
+            found, before = False, left_out["repeated"]
+            read = self._of_txt if file.is_txt else self._of_rows
+            for pieces in read(file, SPLITS.index(split), left_out):
                 found = True
-                yield document
-            if not found:
-                if file.num_shares == 1:
-                    raise EvoPressError(f"{file.path} has no text: give a file with at least one document")
+                yield pieces
+            if found:
+                continue
+            if left_out["repeated"] > before:
+                if len(self._files[split]) == 1:
+                    raise EvoPressError(
+                        f"all documents of {file.path} that the {split} split would get repeat others: give it text of its own"
+                    )
+            elif len(file.splits) == 1:
+                raise EvoPressError(f"{file.path} has no text: give a file with at least one document")
+            else:
                 raise EvoPressError(
-                    f"{file.path} has too little text for the {file.num_shares} splits that share it: give each its own file"
+                    f"{file.path} has too little text for the {len(file.splits)} splits that share it: give each its own file"
                 )
 
     def identity(self) -> dict[str, Any]:
         """Return name, SHA-256 and division of every file; not its folder, so that files may be moved."""
+        rows = any(not file.is_txt for files in self._files.values() for file in files)
         return {
             "kind": self.name,
             "field": self.field,
             "wikitext": self.wikitext,
             "files": {
-                split: [{"name": file.path.name, "sha256": file.sha256, "share": [file.place, file.num_shares]} for file in files]
-                for split, files in self._files.items()
+                split: [
+                    {"name": file.path.name, "sha256": file.sha256, "share": [file.splits.index(i), len(file.splits)]}
+                    for file in files
+                ]
+                for i, (split, files) in enumerate(self._files.items())
             },
+            **({"by_content": 1} if self._may_repeat else {}),
+            **({"apart_from": sorted(file.sha256 for file in self._taken)} if self._taken else {}),
+            **({"chat_template": self.chat.digest} if rows and self.chat and self.chat.digest else {}),
         }
+
+    def digests(self, split: Split) -> list[str]:
+        """Return the SHA-256 of each file of a split."""
+        return [file.sha256 for file in self._files[split]]
 
     @cached_property
     def _files(self) -> dict[Split, tuple[_File, ...]]:
-        listed: dict[Split, list[tuple[Path, str]]] = {}
+        listed: dict[Split, dict[str, Path]] = {}
         for split in SPLITS:
-            listed[split] = []
+            listed[split] = {}
             for given in getattr(self, split):
-                path = given_path(given, f"data.{split}")
-                digest = _checked_digest(path)
-                if any(digest == other for _, other in listed[split]):
-                    raise EvoPressError(f"{path} is listed twice for the {split} split: list each file once")
-                listed[split].append((path, digest))
-        sharers: dict[str, list[Split]] = {}
-        for split, files in listed.items():
-            for _, digest in files:
-                sharers.setdefault(digest, []).append(split)
+                expanded = _expanded(given, f"data.{split}")
+                for path in expanded:
+                    digest = _checked_digest(path)
+                    if digest in listed[split] and len(expanded) == 1:
+                        raise EvoPressError(f"{path} is listed twice for the {split} split: list each file once")
+                    listed[split].setdefault(digest, path)
         return {
             split: tuple(
-                _File(path, digest, place=sharers[digest].index(split), num_shares=len(sharers[digest])) for path, digest in files
+                _File(path, digest, tuple(i for i, other in enumerate(SPLITS) if digest in listed[other]))
+                for digest, path in files.items()
             )
             for split, files in listed.items()
         }
 
-    def _documents_of(self, file: _File) -> Iterator[str]:
-        if file.path.suffix.lower() == ".txt":
-            parts = _parts(_read_txt(file.path, wikitext=self.wikitext), file.num_shares)
-            if file.place < len(parts):
-                yield parts[file.place]
+    @cached_property
+    def _taken(self) -> tuple[_File, ...]:
+        """Files whose documents are set aside here."""
+        if self.apart_from is None:
+            return ()
+        files = {file.sha256: file for split in ("calibration", "search") for file in self.apart_from._files[split]}
+        return tuple(_File(file.path, digest, (_TAKEN,)) for digest, file in files.items())
+
+    @cached_property
+    def _compared(self) -> dict[str, _File]:
+        """All files by digest, each once."""
+        return {file.sha256: file for files in (*self._files.values(), self._taken) for file in files}
+
+    @property
+    def _may_repeat(self) -> bool:
+        """Whether two splits can have the same document."""
+        files = self._compared.values()
+        return len({split for file in files for split in file.splits}) > 1 and not (len(files) == 1 and next(iter(files)).is_txt)
+
+    @cached_property
+    def _owners(self) -> dict[str, NDArray[np.int8]] | None:
+        """The split of each document of a file, of each paragraph of a .txt; None: no two splits can have the same.
+
+        Reads all files once, in bounded memory but for 10 bytes a document.
+        """
+        if not self._may_repeat:
+            return None
+        listed = {}
+        for digest, file in self._compared.items():
+            listed[digest] = Listed(in_turn=not file.is_txt)
+            mask = sum(1 << split for split in file.splits)
+            if file.is_txt:
+                for paragraph, split in self._placed(file):
+                    long = len(paragraph) >= PARAGRAPH_CHARS and len(" ".join(paragraph.split())) >= PARAGRAPH_CHARS
+                    listed[digest].add(content_key(paragraph) if long else 0, 1 << split if long else 0)
+                continue
+            for row in read_rows(file.path, self.field):
+                text = row if isinstance(row, str) else "\n".join(f"{m['role']}: {m.get('content')}" for m in row or ())
+                blank = not text.strip()
+                listed[digest].add(0 if blank else content_key(text), 0 if blank else mask)
+        return deal(listed, first=_TAKEN)
+
+    def _of_rows(self, file: _File, split: int, left_out: Counter[str]) -> Iterator[Iterable[str]]:
+        """Yield those documents of a file that a split gets."""
+        owners = None if self._owners is None else self._owners[file.sha256]
+        for i, row in enumerate(read_rows(file.path, self.field)):
+            if row is None:
+                left_out["null"] += 1
+                continue
+            if owners is not None:
+                owner = file.splits[0] if owners[i] == NOT_COMPARED else owners[i]
+                left_out["repeated"] += int(owner == SET_ASIDE)
+                if owner != split:
+                    continue
+            if isinstance(row, list):
+                where = f"row {i + 1} of {file.path}"
+                if self.chat is None:
+                    raise EvoPressError(f"{where} is a chat: name a field of text with data.field")
+                row = self.chat.render(row, where)
+            yield (row,)
+
+    def _of_txt(self, file: _File, split: int, left_out: Counter[str]) -> Iterator[Iterable[str]]:
+        """Yield the document that a split gets of a .txt, if it gets one."""
+        owners = None if self._owners is None else self._owners[file.sha256]
+        aside = 0 if owners is None else np.count_nonzero(owners == SET_ASIDE)
+        if len(file.splits) == 1 and not aside:
+            yield read_text(file.path, wikitext=self.wikitext)
             return
-        read = _READERS[file.path.suffix.lower()]
-        yield from islice(read(file.path, self.field), file.place, None, file.num_shares)
+        counts = self._parts(file)[1]
+        if not all(counts):  # a part would be empty
+            return
+
+        def kept() -> Iterator[str]:
+            between = ""
+            for i, (paragraph, place) in enumerate(self._placed(file)):
+                if owners is not None and owners[i] not in (NOT_COMPARED, place):
+                    left_out["repeated"] += int(place == split)
+                elif place == split:
+                    yield between + paragraph
+                    between = "\n\n"
+
+        pieces = kept()
+        if first := next(pieces, None):
+            yield _after(first, pieces)
+
+    def _placed(self, file: _File) -> Iterator[tuple[str, int]]:
+        """Yield the paragraphs of a .txt, each with the split whose part it is in."""
+        read = paragraphs(read_text(file.path, wikitext=self.wikitext))
+        if len(file.splits) == 1:
+            yield from ((paragraph, file.splits[0]) for paragraph in read)
+            return
+        total, before = self._parts(file)[0], 0
+        for paragraph in read:
+            yield paragraph, file.splits[_part(before, len(paragraph), total, len(file.splits))]
+            before += len(paragraph)
+
+    def _parts(self, file: _File) -> tuple[int, list[int]]:
+        """Return the characters in a .txt's paragraphs, and the paragraphs in each of its parts of about equal length."""
+        made: dict[str, tuple[int, list[int]]] = self.__dict__.setdefault("_parts_made", {})
+        if file.sha256 not in made:
+            read = [len(paragraph) for paragraph in paragraphs(read_text(file.path, wikitext=self.wikitext))]
+            total, before, counts = sum(read), 0, [0] * len(file.splits)
+            for length in read:
+                counts[_part(before, length, total, len(file.splits))] += 1
+                before += length
+            made[file.sha256] = total, counts
+        return made[file.sha256]
+
+
+def _part(before: int, length: int, total: int, num_parts: int) -> int:
+    """Return the part that a paragraph's middle is in."""
+    return min(num_parts - 1, int(num_parts * (before + length / 2) / total))
+
+
+def _after(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _expanded(given: str | Path, key: str) -> list[Path]:
+    """Return the files that a path, a folder or a pattern stands for, in the order of their names."""
+    path = given_path(given, key)
+    if path.is_dir():
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.is_file() and kind_of(file) and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        if not files:
+            raise EvoPressError(f"{key}={given} is a folder without text files: expected {EXPECTED} in it")
+        return files
+    if glob.has_magic(str(path)) and not path.exists():
+        files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
+        if not files:
+            raise EvoPressError(f"{key}={given} matches no file: check the pattern and the folder that the command is run in")
+        return files
+    return [path]
 
 
 def _checked_digest(path: Path) -> str:
@@ -120,134 +285,10 @@ def _checked_digest(path: Path) -> str:
     try:
         if not path.is_file():
             raise EvoPressError(f"text file {path} does not exist: give the path of a .txt, .jsonl or .parquet file")
-        if path.suffix.lower() not in (".txt", *_READERS):
-            raise EvoPressError(f"text file {path} has the suffix {path.suffix!r}: expected .txt, .jsonl or .parquet")
+        if kind_of(path) is None:
+            raise EvoPressError(f"text file {path} has the suffix {path.suffix!r}: expected {EXPECTED}")
         if path.stat().st_size == 0:
             raise EvoPressError(f"text file {path} is empty: give a file with at least one document")
         return sha256_file(path)
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> EvoPressError:
-    return EvoPressError(f"text file {path} cannot be read ({error.strerror or error}): check its name, permissions and disk")
-
-
-def _named(names: Iterable[str]) -> str:
-    """Show the names of fields or columns, however many there are and whatever is in them."""
-    return clip(", ".join(islice(names, 32))) or "none"
-
-
-def _decode(raw: bytes, path: Path, offset: int = 0) -> str:
-    try:
-        return raw.decode("utf-8-sig" if offset == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        start = offset + error.start + (3 if offset == 0 and raw.startswith(b"\xef\xbb\xbf") else 0)
-        raise EvoPressError(f"{path} is not UTF-8 at byte {start}: convert the file to UTF-8") from None
-
-
-def _read_txt(path: Path, *, wikitext: bool) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    text = _decode(raw, path).replace("\r\n", "\n")
-    if not text.strip():
-        raise EvoPressError(f"{path} has no text: give a file with at least one document")
-    return wikitext_text(text) if wikitext else text
-
-
-def wikitext_text(text: str) -> str:
-    """Return WikiText as perplexity is measured on it: the usual loaders' rows joined by blank lines.
-
-    A row is a line with its newline, or the empty string for a blank line; the original files hold one space there.
-    """
-    return "\n\n".join(line if line.strip() else "" for line in re.findall(r"[^\n]*\n|[^\n]+", text))
-
-
-def _parts(text: str, num_parts: int) -> list[str]:
-    """Cut text at paragraph ends into contiguous parts of about equal length; fewer if it has too few paragraphs."""
-    if num_parts == 1:
-        return [text]
-    paragraphs = [paragraph for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
-    total, before = sum(map(len, paragraphs)), 0
-    parts: list[list[str]] = [[] for _ in range(num_parts)]
-    for paragraph in paragraphs:
-        middle = before + len(paragraph) / 2
-        parts[min(num_parts - 1, int(num_parts * middle / total))].append(paragraph)
-        before += len(paragraph)
-    if not all(parts):
-        return []
-    return ["\n\n".join(part) for part in parts]
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    offset = 0
-    for number, raw in enumerate(_raw_lines(path), start=1):
-        line = _decode(raw, path, offset)
-        offset += len(raw)
-        if not line.strip():
-            continue
-        try:
-            check_extent(raw)
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise EvoPressError(f"line {number} of {path} is no JSON object: expected one such as {{{json.dumps(field)}: ...}}")
-        if not isinstance(row.get(field), str):
-            raise EvoPressError(
-                f"line {number} of {path} has no text in the field {field!r} "
-                f"(its fields: {_named(row)}): "
-                "name the field that holds the text with data.field"
-            )
-        if not _is_text(row[field]):
-            raise EvoPressError(f"line {number} of {path} has half of a surrogate pair in its text: mend the line or leave it out")
-        yield row[field]
-
-
-def _raw_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, none of them longer than memory should hold."""
-    try:
-        with path.open("rb") as file:
-            while raw := file.readline(_LONGEST_LINE + 1):
-                if len(raw) > _LONGEST_LINE:
-                    raise EvoPressError(f"{path} has a line of more than {_LONGEST_LINE // 2**20} MB: give one document a line")
-                yield raw
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _is_text(text: str) -> bool:
-    """Tell whether a string is Unicode text, which any tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise EvoPressError(f"reading {path} needs the package pyarrow: run `pip install pyarrow`") from None
-    try:
-        with pq.ParquetFile(path) as file:
-            column = next((c for c in file.schema_arrow if c.name == field), None)
-            if column is None:
-                raise EvoPressError(
-                    f"{path} has no column {field!r} (its columns: {_named(file.schema_arrow.names)}): "
-                    "name the column that holds the text with data.field"
-                )
-            if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-                raise EvoPressError(f"column {field!r} of {path} holds {clip(str(column.type))}: name a column of strings")
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                yield from (row or "" for row in batch.column(0).to_pylist())
-    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
-        reason = clip(str(error) or type(error).__name__).rstrip(". ")
-        raise EvoPressError(f"{path} is no readable Parquet file ({reason}): write it again") from None
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+        raise unreadable(path, error) from error

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from evopress.data.sources import Split, TextSource
+from evopress.data.sources import Split, TextSource, streams_of
 from evopress.data.special_tokens import leading_ids
 from evopress.errors import EvoPressError
 from evopress.files import canonical_json, write_atomically
@@ -26,6 +29,10 @@ log = logging.getLogger(__name__)
 
 END_OF_TEXT = "eos"
 """Separator that stands for the tokenizer's own end-of-text token."""
+LONGEST_PART = 2**18
+"""Characters that are tokenised at once: a tokenizer takes hundreds of bytes of memory for each."""
+_BETWEEN_WORDS = re.compile(r"(.*[^\W\d_])(?= [^\W\d_])", re.DOTALL)
+_BEFORE_SPACE = re.compile(r".*\S(?=\s)", re.DOTALL)
 _SCHEMA = 1
 
 
@@ -69,9 +76,13 @@ def token_sequences(
         raise EvoPressError(
             f"sequence_length is {sequence_length}, all taken by what the tokenizer puts before a text: lengthen it"
         )
-    shape = (num_tokens // sequence_length, sequence_length)
+    shape, left_out = (num_tokens // sequence_length, sequence_length), Counter[str]()
+
+    def read() -> Tensor:
+        return _read_sequences(source, split, tokenizer, shape, separator_id=separator_id, leading=leading, left_out=left_out)
+
     if cache_dir is None:
-        return _read_sequences(source, split, tokenizer, shape=shape, separator_id=separator_id, leading=leading)
+        return read()
 
     recipe = {
         "schema": _SCHEMA,
@@ -86,11 +97,20 @@ def token_sequences(
         recipe["leading"] = list(leading)
     key = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
     path = Path(cache_dir).expanduser() / f"{source.name}-{split}-{key[:24]}.safetensors"
-    sequences = _load(path, key=key, shape=shape)
+    sequences = _load(path, key=key, shape=shape, left_out=left_out)
     if sequences is None:
-        sequences = _read_sequences(source, split, tokenizer, shape=shape, separator_id=separator_id, leading=leading)
-        _save(path, sequences, key=key, recipe=recipe)
+        sequences = read()
+        _save(path, sequences, key=key, recipe=recipe, left_out=left_out)
+    _tell(left_out, split, source)
     return sequences
+
+
+def _tell(left_out: Mapping[str, int], split: Split, source: TextSource) -> None:
+    """Say what was left out of a text."""
+    words = {"repeated": "documents or paragraphs that another split has or that repeat", "null": "rows without text"}
+    for key, what in words.items():
+        if left_out.get(key):
+            log.info("%s text (%s): %d %s were set aside", split, source.name, left_out[key], what)
 
 
 def tokens_digest(sequences: Tensor) -> str:
@@ -128,22 +148,28 @@ def _read_sequences(
     source: TextSource,
     split: Split,
     tokenizer: PreTrainedTokenizerBase,
-    *,
     shape: tuple[int, int],
+    *,
     separator_id: int | None,
     leading: tuple[int, ...],
+    left_out: Counter[str],
 ) -> Tensor:
     num_sequences, length = shape
     taken = length - len(leading)  # of the text, for each sequence
     needed = num_sequences * taken
     stream = array("q")
-    for ids in _documents_ids(source, split, tokenizer):
+    for document in _documents_ids(streams_of(source, split, left_out), tokenizer):
         if stream and separator_id is not None:
             stream.append(separator_id)
-        stream.extend(ids)
-        if len(stream) >= needed:
-            text = torch.tensor(stream[:needed], dtype=torch.int64).view(num_sequences, taken)
-            return torch.cat([torch.tensor(leading, dtype=torch.int64).expand(num_sequences, -1), text], dim=1) if leading else text
+        for ids in document:
+            stream.extend(ids)
+            if len(stream) >= needed:
+                text = torch.tensor(stream[:needed], dtype=torch.int64).view(num_sequences, taken)
+                return (
+                    torch.cat([torch.tensor(leading, dtype=torch.int64).expand(num_sequences, -1), text], dim=1)
+                    if leading
+                    else text
+                )
     at_most = len(stream) // taken * length if leading else len(stream)
     beside = f", {len(leading)} of each put there by the tokenizer" if leading else ""
     raise EvoPressError(
@@ -152,15 +178,53 @@ def _read_sequences(
     )
 
 
-def _documents_ids(source: TextSource, split: Split, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    for document in source.documents(split):
-        if document:
-            # Not verbose: whole documents are longer than the model's context on purpose.
-            yield tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+def _documents_ids(streams: Iterator[Iterable[str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Iterator[list[int]]]:
+    """Yield the ids of each document that has any text, in pieces."""
+    for pieces in streams:
+        parts = _cut(pieces, tokenizer)
+        first = next(parts, "")
+        if first:
+            yield (_ids(part, tokenizer) for part in chain((first,), parts))
 
 
-def _load(path: Path, *, key: str, shape: tuple[int, int]) -> Tensor | None:
-    """Return the sequences in a cache file; None if there is none, or it is damaged, which is logged."""
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # Not verbose: whole documents are longer than the model's context on purpose.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _cut(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Cut a document into parts that a tokenizer takes in little memory; one of up to `LONGEST_PART` characters stays whole.
+
+    A cut is between two words of letters that one space separates, where no tokenizer has a token on both sides of it: so the
+    ids are those of the whole document. Where there is no such place it is at other white space, or anywhere.
+    """
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        start = 0
+        while len(rest) - start > LONGEST_PART:
+            window = rest[start : start + LONGEST_PART]
+            if between_words := _BETWEEN_WORDS.match(window):
+                end, dropped = between_words.end(1), int(_puts_space_itself(tokenizer))
+            else:
+                before_space = _BEFORE_SPACE.match(window)
+                end, dropped = before_space.end() if before_space else len(window), 0
+            yield window[:end]
+            start += end + dropped
+        rest = rest[start:]
+    if rest:
+        yield rest
+
+
+def _puts_space_itself(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether the tokenizer treats the start of a text as if a space stood there (Llama 2, Mistral)."""
+    whole, first = _ids("first second", tokenizer), _ids("first", tokenizer)
+    return first + _ids(" second", tokenizer) != whole and first + _ids("second", tokenizer) == whole
+
+
+def _load(path: Path, *, key: str, shape: tuple[int, int], left_out: Counter[str]) -> Tensor | None:
+    """Return the sequences in a cache file, and add what was left out; None if there is none, or it is damaged, which is logged."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -176,6 +240,7 @@ def _load(path: Path, *, key: str, shape: tuple[int, int]) -> Tensor | None:
         elif about.get("sha256") != tokens_digest(sequences):
             fault = "its digest does not fit its tokens"
         else:
+            left_out.update(about.get("left_out", {}))
             return sequences
     except (EvoPressError, SafetensorError, OSError, ValueError) as error:
         fault = str(error)
@@ -183,10 +248,12 @@ def _load(path: Path, *, key: str, shape: tuple[int, int]) -> Tensor | None:
     return None
 
 
-def _save(path: Path, sequences: Tensor, *, key: str, recipe: dict[str, Any]) -> None:
+def _save(path: Path, sequences: Tensor, *, key: str, recipe: dict[str, Any], left_out: Counter[str]) -> None:
     from safetensors.torch import save
 
     about = {"key": key, "sha256": tokens_digest(sequences), "recipe": recipe}
+    if left_out := +left_out:
+        about["left_out"] = dict(left_out)
     # One entry, because safetensors writes several in no fixed order.
     content = save({"sequences": sequences}, metadata={"evopress": canonical_json(about)})
 

@@ -441,6 +441,14 @@ TEXTS: dict[str, tuple[str, bytes, list[str], list[str]]] = {
     "a JSON list": ("a.jsonl", b'["text"]\n', [], ["line 1", "no JSON object"]),
     "half a surrogate pair": ("a.jsonl", b'{"text": "\\ud800"}\n', [], ["line 1", "surrogate", "leave it out"]),
     "brackets without end": ("a.jsonl", b'{"text": ' + b"[" * 9999, [], ["line 1", "no JSON object"]),
+    "a chat without a template": (
+        "a.jsonl",
+        b'{"messages": [{"role": "user", "content": "x"}]}\n' * 9,
+        [],
+        ["is a chat", "no chat template", "data.chat_template=FILE"],
+    ),
+    "an entry that is no text": ("a.json", b"[1]", [], ["entry 1", "no JSON object"]),
+    "no gzip": ("a.jsonl.gz", b"not packed", [], ["a.jsonl.gz", "cannot be unpacked"]),
     "no Parquet": ("a.parquet", b"PAR1 and so on", [], ["a.parquet", "Parquet"]),
 }
 

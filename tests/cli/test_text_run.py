@@ -118,3 +118,49 @@ def test_an_end_of_text_beyond_the_embedding_is_refused_and_may_be_left_out(
     outcome = tiny(f"model.path={folder}", "data=text", *files, "dry_run=true")
     assert outcome.code == 1 and "'<end>' (id 257)" in outcome.errors[0] and "model.separator=null" in outcome.errors[0]
     assert tiny(f"model.path={folder}", "data=text", *files, "model.separator=null", "dry_run=true").code == 0
+
+
+# Files and rows of many kinds
+
+
+def write_rows(path: Path, rows: list[Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def documents(first: int, last: int) -> list[Any]:
+    return [{"text": f"Document {i} has these words and some others, {i * i} of them in all."} for i in range(first, last)]
+
+
+@pytest.mark.parametrize("given", ["a.jsonl", "[a.jsonl]", "texts", "'a*.jsonl'"])
+def test_one_file_a_folder_and_a_pattern_need_no_brackets(given: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", [*documents(0, 99), {"text": None}])
+    (tmp_path / "texts").mkdir()
+    write_rows(tmp_path / "texts" / "b.jsonl", documents(0, 99))
+    write_rows(tmp_path / "held_out.jsonl", documents(90, 150))
+    outcome = tiny("data=text", f"data.calibration={given}", "data.evaluation=held_out.jsonl", "dry_run=true")
+    assert outcome.code == 0, outcome.text
+    assert "evaluation text (text): " in outcome.text and "that another split has or that repeat were set aside" in outcome.text
+
+
+def test_chats_are_rendered_by_the_tokenizers_template(model: Any, tiny: Callable[..., Any], cache: Path, tmp_path: Path) -> None:
+    def chatting(tokenizer: Any) -> None:
+        tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+    rows = [
+        {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "A number."}]}
+        for i in range(300)
+    ]
+    write_rows(tmp_path / "chats.jsonl", rows)
+    files = [f"data.{split}=chats.jsonl" for split in ("calibration", "search", "evaluation")]
+    before = set((cache / "tokens").glob("*.safetensors"))
+    outcome = tiny(f"model.path={model(chatting)}", "data=text", *files, "dry_run=true")
+    assert outcome.code == 0, outcome.text
+    (start, *_) = cached(cache, before)["calibration"].tolist()
+    assert byte_tokenizer().decode(start).startswith("[user]What is 0?[assistant]A number.<|endoftext|>[user]What is 3?")
+    refused = tiny("data=text", *files, "dry_run=true")
+    assert refused.code == 1 and "no chat template" in refused.errors[0]
+
+
+def test_what_is_no_list_of_files_is_refused(tiny: Callable[..., Any]) -> None:
+    outcome = tiny("data=text", "data.calibration={a: b}", "dry_run=true")
+    assert outcome.code == 1 and "is no list of files" in outcome.errors[0]

@@ -67,6 +67,12 @@ def test_splits_are_disjoint(hub, make):
     assert {f"train {i}" for i in range(10)} <= set(documents)
 
 
+def test_a_document_that_repeats_is_in_one_split_alone(hub):
+    hub.rows = {"train": ["a", "b", " a", "c", "b\n", "d", "a"]}
+    source = fineweb_edu()
+    assert [list(source.documents(split)) for split in SPLITS] == [["a", "d"], ["b"], ["c"]]
+
+
 def test_stream_is_pinned_and_read_no_further_than_asked(hub):
     hub.rows = {"train": ["one", "two", "three", "four", None]}
     assert list(islice(fineweb_edu().documents("calibration"), 2)) == ["one", "four"]

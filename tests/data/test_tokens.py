@@ -1,11 +1,14 @@
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import evopress.data.tokens as tokens_module
 from evopress.data.tokens import token_sequences, tokenizer_fingerprint, tokens_digest
 from evopress.errors import EvoPressError
 
@@ -163,3 +166,132 @@ def test_tokens_digest_sees_values_and_shape():
     sequences = torch.arange(12).view(3, 4)
     assert tokens_digest(sequences) == tokens_digest(sequences.clone())
     assert len({tokens_digest(sequences), tokens_digest(sequences.view(4, 3)), tokens_digest(sequences + 1)}) == 3
+
+
+# Long documents
+
+
+def _trained(pre_tokenizer):
+    """Return a BPE tokenizer of 400 tokens, trained on the words of prose, that splits text as a family's does."""
+    from tokenizers import trainers
+
+    from evopress.data.python_docs import PythonDocs
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    spaces_are_marked = isinstance(
+        pre_tokenizer, pre_tokenizers.Metaspace
+    )  # then no token has one inside, though nothing splits there
+    backend.pre_tokenizer = pre_tokenizers.Metaspace() if spaces_are_marked else pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([text[:5000] for text in PythonDocs().documents("search")][:8], trainer)
+    backend.pre_tokenizer = pre_tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+LLAMA2 = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+LLAMA3 = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(
+            Regex(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            ),
+            "isolated",
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+WHOLE = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)  # Gemma's way
+
+
+@pytest.mark.parametrize("pre_tokenizer", [GPT2, LLAMA2, LLAMA3, WHOLE], ids=["gpt2", "llama2", "llama3", "gemma"])
+def test_a_long_document_has_the_same_tokens_in_parts(pre_tokenizer, monkeypatch):
+    from evopress.data.python_docs import PythonDocs
+
+    tokenizer = _trained(pre_tokenizer)
+    text = next(PythonDocs().documents("evaluation"))[:12_000]
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(tokens_module, "LONGEST_PART", 500)
+    asked = []
+    monkeypatch.setattr(tokens_module, "_ids", lambda part, of, ids=tokens_module._ids: asked.append(part) or ids(part, of))
+    parts = _get(Source([text]), tokenizer, sequence_length=2, num_tokens=len(whole) // 2 * 2, separator=None)
+    assert parts.flatten().tolist() == whole[: len(whole) // 2 * 2]
+    assert len(asked) > 24 and max(map(len, asked)) <= 500
+
+
+def test_a_long_document_without_words_is_cut_at_white_space_or_anywhere(monkeypatch):
+    monkeypatch.setattr(tokens_module, "LONGEST_PART", 10)
+    asked = []
+    monkeypatch.setattr(tokens_module, "_ids", lambda part, of, ids=tokens_module._ids: asked.append(part) or ids(part, of))
+    _get(Source(["12 34 56 78 90 " + "1" * 25]), num_tokens=4)
+    assert asked == ["12 34 56", " 78 90"]
+    asked.clear()
+    with pytest.raises(EvoPressError, match="tokens but"):
+        _get(Source(["12 34 56 78 90 " + "1" * 25]), num_tokens=40)
+    assert "".join(asked) == "12 34 56 78 90 " + "1" * 25 and max(map(len, asked)) <= 10
+
+
+def test_a_large_file_is_read_no_further_than_needed(tmp_path, monkeypatch):
+    """Tokens are made of a few parts, and bytes are read for them alone, whatever the size of the file."""
+    from evopress.data import formats
+    from evopress.data.text_files import TextFiles
+
+    path, taken = tmp_path / "a.txt", {"characters": 0, "bytes": 0, "longest": 0}
+    path.write_text("so many words in a single line " * 400_000, encoding="utf-8")  # 12 MB
+
+    def ids(part, tokenizer):
+        taken["characters"] += len(part)
+        taken["longest"] = max(taken["longest"], len(part))
+        return [1] * (len(part) // 4)
+
+    def chunks(given, read=formats._byte_chunks):
+        for chunk in read(given):
+            taken["bytes"] += len(chunk)
+            yield chunk
+
+    monkeypatch.setattr(tokens_module, "_ids", ids)
+    monkeypatch.setattr(formats, "_byte_chunks", chunks)
+    assert _get(TextFiles(search=(path,)), num_tokens=1024).shape == (256, 4)
+    assert taken["bytes"] <= 2**20 and taken["characters"] <= 2**18 + 100
+    assert _get(TextFiles(search=(path,)), num_tokens=2_000_000).shape == (500_000, 4)
+    assert taken["longest"] <= 2**18
+
+
+MEASURE = """
+import resource, sys
+from evopress.data.text_files import TextFiles
+from evopress.data.tokens import token_sequences
+from evopress.models.tiny import byte_tokenizer
+
+path, splits = sys.argv[1], sys.argv[2].split(",")
+source = TextFiles(**{split: (path,) for split in splits})
+token_sequences(source, splits[0], byte_tokenizer(), sequence_length=64, num_tokens=100_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize("splits", ["calibration", pytest.param("calibration,evaluation", marks=pytest.mark.slow)])
+def test_memory_stays_flat_on_200_mb_of_text(splits, tmp_path):
+    path, block = tmp_path / "a.txt", ("Words that go on. " * 55 + "\n\n") * 1000
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(200_000_000 // len(block) + 1):
+            file.write(f"{i} {block}")
+    assert path.stat().st_size >= 200_000_000
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(path), splits], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1_000_000_000
+
+
+def test_what_was_left_out_is_said_whether_read_or_kept(tmp_path, caplog):
+    class Incomplete(Source):
+        def streams(self, split, left_out):
+            left_out["repeated"] += 3
+            left_out["null"] += 2
+            yield (text for text in self.texts)
+
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            _get(Incomplete([_text(0, 20), " ", _text(20, 50)]), cache_dir=tmp_path)
+        assert "search text (memory): 3 documents" in caplog.text and "2 rows without text" in caplog.text

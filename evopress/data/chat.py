@@ -1,0 +1,71 @@
+"""Chats as text: messages rendered by a chat template, the tokenizer's own or one of a file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from evopress.errors import EvoPressError
+from evopress.files import given_path
+from evopress.json_files import clip
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Renders the messages of a chat, as `data.chat_template` says."""
+
+    tokenizer: Callable[[], PreTrainedTokenizerBase]
+    given: str | None = AUTO
+    """"auto": the tokenizer's own; a file with a Jinja template; None: chats are refused."""
+
+    def render(self, messages: list[dict[str, Any]], where: str) -> str:
+        """Return a chat as one text, without the beginning of text that templates put there: sequences have their own.
+
+        Args: where: names the row: "line 3 of a.jsonl".
+
+        Raises: EvoPressError without a template, or for a chat that it does not take.
+        """
+        tokenizer = self.tokenizer()
+        if self.template is None:
+            raise EvoPressError(
+                f"{where} is a chat, and "
+                + ("data.chat_template is null" if self.given is None else "this tokenizer has no chat template")
+                + ": give a file with one by data.chat_template=FILE, or name a field of text with data.field"
+            )
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.template)
+        except Exception as error:  # whatever a template raises
+            reason = clip(str(error) or type(error).__name__).rstrip(". ")
+            raise EvoPressError(
+                f"{where} cannot be rendered by the chat template ({reason}): mend the row, or give another template by "
+                "data.chat_template=FILE"
+            ) from error
+        return str(text).removeprefix(tokenizer.bos_token or "")
+
+    @cached_property
+    def template(self) -> str | None:
+        """The template's source."""
+        if self.given is None:
+            return None
+        if self.given == AUTO:
+            template = self.tokenizer().chat_template
+            return template.get("default") if isinstance(template, dict) else template
+        path = given_path(self.given, "data.chat_template")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise EvoPressError(f"data.chat_template={self.given} cannot be read ({reason}): give auto, or a file") from error
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of the template; None: there is none."""
+        return None if self.template is None else hashlib.sha256(self.template.encode()).hexdigest()
