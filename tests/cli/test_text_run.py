@@ -161,6 +161,7 @@ def test_chats_are_rendered_by_the_tokenizers_template(model: Any, tiny: Callabl
     assert refused.code == 1 and "no chat template" in refused.errors[0]
 
 
-def test_what_is_no_list_of_files_is_refused(tiny: Callable[..., Any]) -> None:
-    outcome = tiny("data=text", "data.calibration={a: b}", "dry_run=true")
+@pytest.mark.parametrize("given", ["3", "[a.jsonl,3]", "null"])
+def test_what_is_no_list_of_files_is_refused(given: str, tiny: Callable[..., Any]) -> None:
+    outcome = tiny("data=text", f"data.calibration={given}", "dry_run=true")
     assert outcome.code == 1 and "is no list of files" in outcome.errors[0]
