@@ -169,6 +169,8 @@ class SparsitySettings(MethodSettings):
     name: str = "sparsity"
     compressor: str = "sparsegpt"
     """sparsegpt, wanda or magnitude."""
+    recipe: str = "best"
+    """sparsegpt: best (mask and values found together, see `alps`) or paper (SparseGPT as section 4.2 has it)."""
     step: int | None = None
     """Weights between neighbouring levels (the paper's 7B models: 1000000); None: derived from the model's median unit."""
     num_levels: int = 8
@@ -176,12 +178,13 @@ class SparsitySettings(MethodSettings):
     damping: float = 0.01
     """sparsegpt: share of the Hessian's mean diagonal added to its diagonal, in (0, 1)."""
     block_size: int = 128
-    """sparsegpt: columns that are masked together."""
+    """sparsegpt, recipe=paper: columns that are masked together."""
     include: list[str] = field(default_factory=lambda: ["blocks"])
     """As in method quant."""
 
     def __post_init__(self) -> None:
         _expect_one_of("method.compressor", self.compressor, ("sparsegpt", "wanda", "magnitude"))
+        _expect_one_of("method.recipe", self.recipe, ("paper", "best"))
         check_include(self.include)
 
 

@@ -135,6 +135,26 @@ def inverse_factor(H: Tensor, *, damping: float, attempts: int = 4) -> tuple[Ten
     Returns: U float32 [C, C], upper triangular, and the share used.
     Raises: SingularHessianError after `attempts` tries; EvoPressError if H is not finite.
     """
+    for damped, share in _damped(H, damping, attempts):
+        # J the reversal of rows: J H J = L Lᵀ, so H = (J L J) (J L J)ᵀ and U = (J L J)⁻¹ = J L⁻¹ J: one factorisation, not two.
+        L, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed):
+            U = _inverse_lower(L).flip(0, 1)
+            if bool(torch.isfinite(U).all()):
+                return U, share
+    raise _singular(share)
+
+
+def damp(H: Tensor, *, damping: float, attempts: int = 4) -> tuple[Tensor, float]:
+    """Return H with the damping that makes it positive definite, and that share; see `inverse_factor`."""
+    for damped, share in _damped(H, damping, attempts):
+        if not int(torch.linalg.cholesky_ex(damped).info):
+            return damped, share
+    raise _singular(share)
+
+
+def _damped(H: Tensor, damping: float, attempts: int) -> Iterator[tuple[Tensor, float]]:
+    """Yield H damped, float32 [C, C], and the share of its mean diagonal that was added, ten times more at each attempt."""
     diagonal = H.diagonal()
     dead = diagonal == 0
     mean = float(torch.where(dead, torch.ones_like(diagonal), diagonal).mean())
@@ -145,15 +165,13 @@ def inverse_factor(H: Tensor, *, damping: float, attempts: int = 4) -> tuple[Ten
         damped = H.clone()
         damped.diagonal()[dead] = 1.0
         damped.diagonal().add_(share * mean)
-        # J the reversal of rows: J H J = L Lᵀ, so H = (J L J) (J L J)ᵀ and U = (J L J)⁻¹ = J L⁻¹ J: one factorisation, not two.
-        L, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not int(failed):
-            U = _inverse_lower(L).flip(0, 1)
-            if bool(torch.isfinite(U).all()):
-                return U, share
+        yield damped, share
         share *= 10.0
-    raise SingularHessianError(
-        f"its Hessian has no Cholesky factor even with damping {share / 10.0:g} of the mean diagonal: use more calibration tokens "
+
+
+def _singular(share: float) -> SingularHessianError:
+    return SingularHessianError(
+        f"its Hessian has no Cholesky factor even with damping {share:g} of the mean diagonal: use more calibration tokens "
         "or a larger method.damping"
     )
 

@@ -1,4 +1,4 @@
-"""SparseGPT at many sparsities in one column sweep.
+"""SparseGPT at many sparsities in one column sweep, the paper's levels; and what `recipe=best` puts in its place, see `alps`.
 
 Rows are independent given the Hessian's factor and their mask, so the rows of every unit on one input, times every level, are
 stacked and swept together, as in `gptq`; a mask is chosen per unit, level and block of columns. W is held transposed, [C, R], so
@@ -14,22 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evopress.compress.alps import regularized, walk
 from evopress.compress.compressor import Compressed, with_errors
-from evopress.compress.hessian import inverse_factor
+from evopress.compress.hessian import damp, inverse_factor
 from evopress.compress.sparse import Sparse, SparsityLevels, distribute, lowest, to_float32
 from evopress.errors import EvoPressError
+
+RECIPES = ("paper", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseGPT(SparsityLevels):
-    """Prune weights to several sparsities with error feedback: `sparsegpt` at levels around a target."""
+    """Prune weights to several sparsities, those left making up for those pruned: `sparsegpt` or `alps_levels` around a target."""
+
+    recipe: str = "paper"
+    """paper (`sparsegpt`) or best (`alps_levels`)."""
 
     damping: float = 0.01
     """Share of H's mean diagonal added to its diagonal, in (0, 1)."""
     block_size: int = 128
-    """Columns that are masked together, and per lazy update."""
+    """recipe=paper: columns that are masked together, and per lazy update."""
     slice_bytes: int = 256 * 2**20
-    """Working memory of one sweep; what does not fit is swept in slices, no less than one level of one unit at a time. Changes
+    """recipe=paper: working memory of one sweep; what does not fit is swept in slices, no less than one level of one unit at a time. Changes
     the result only by rounding."""
 
     def __post_init__(self) -> None:
@@ -38,15 +44,19 @@ class SparseGPT(SparsityLevels):
             raise EvoPressError(f"method.damping {self.damping:g} must lie between 0 and 1; the paper uses 0.01")
         if self.block_size < 1:
             raise EvoPressError(f"method.block_size {self.block_size} must be positive: the paper uses 128")
+        if self.recipe not in RECIPES:
+            raise EvoPressError(f"method.recipe={self.recipe} is unknown: choose {" or ".join(RECIPES)}")
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the result."""
+        """Return what decides the result; those of recipe=paper are what they were before there were recipes."""
         settings = asdict(self)
-        del settings["slice_bytes"]
+        del settings["slice_bytes"], settings["recipe" if self.recipe == "paper" else "block_size"]
         return settings | {"compressor": "sparsegpt", "numerics": 1}
 
     def prune(self, weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[Compressed]]:
-        """Prune weights that share one input to any numbers of kept weights; see `sparsegpt`."""
+        """Prune weights that share one input to any numbers of kept weights; see `sparsegpt` and `alps_levels`."""
+        if self.recipe == "best":
+            return alps_levels(weights, H, kept, damping=self.damping)
         return sparsegpt(weights, H, kept, damping=self.damping, block_size=self.block_size, slice_bytes=self.slice_bytes)
 
 
@@ -74,20 +84,8 @@ def sparsegpt(
     Raises: SingularHessianError if no damping makes H positive definite; EvoPressError if a weight is not finite.
     """
     U, used_damping = inverse_factor(H, damping=damping)
-    originals = to_float32(weights, H.device)
-    dead = H.diagonal() == 0
-    payloads: dict[str, dict[int, Sparse]] = {name: {} for name in weights}
-    jobs: list[tuple[str, int]] = []
-    for name, W in originals.items():
-        for count in dict.fromkeys(kept[name]):
-            if not 0 <= count <= W.numel():
-                raise EvoPressError(f"{name} has {W.numel()} weights and cannot keep {count}: choose 0 to {W.numel()}")
-            if count in (0, W.numel()):
-                mask = torch.full(W.shape, count > 0, device=H.device)
-                payloads[name][count] = Sparse.of(weights[name].to(H.device), mask, weights[name].dtype)
-            else:
-                jobs.append((name, count))
-        W[:, dead] = 0.0
+    originals, payloads = _begun(weights, H, kept)
+    jobs = [(name, count) for name in weights for count in dict.fromkeys(kept[name]) if count not in payloads[name]]
     # Per stacked row: the weight (float32), the mask, and scores, factors and errors of one block of columns.
     room = slice_bytes // (H.shape[0] * 5 + block_size * 12)
     for part in _slices(jobs, {name: len(W) for name, W in originals.items()}, room):
@@ -100,6 +98,51 @@ def sparsegpt(
         name: with_errors([payloads[name][count] for count in kept[name]], originals[name], H, damping=used_damping, name=name)
         for name in weights
     }
+
+
+def alps_levels(
+    weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]], *, damping: float = 0.01
+) -> dict[str, Sequence[Compressed]]:
+    """Prune weights that share one input to any numbers of kept weights, mask and values by `alps.walk`.
+
+    Levels of a unit are made from the densest to the sparsest, each from where the last one led. Columns never activated are zeroed
+    and pruned first. A weight kept whole is W bit for bit, one pruned whole is 0.
+
+    Args, result and errors: as `sparsegpt`.
+    """
+    damped, used_damping = damp(H, damping=damping)
+    originals, payloads = _begun(weights, H, kept)
+    scale, inverses = regularized(damped)
+    del damped
+    for name, W in originals.items():
+        counts = sorted(set(kept[name]) - set(payloads[name]), reverse=True)
+        for count, (pruned, mask) in zip(counts, walk(W, scale, inverses, counts), strict=True):
+            payloads[name][count] = Sparse.of(pruned, mask, weights[name].dtype)
+    return {
+        name: with_errors([payloads[name][count] for count in kept[name]], originals[name], H, damping=used_damping, name=name)
+        for name in weights
+    }
+
+
+def _begun(
+    weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Tensor], dict[str, dict[int, Sparse]]]:
+    """Return the weights in float32, 0 where never activated, and by unit and count what is kept or pruned whole.
+
+    Raises: EvoPressError if a weight is not finite or has not as many weights as it is to keep.
+    """
+    originals = to_float32(weights, H.device)
+    dead = H.diagonal() == 0
+    payloads: dict[str, dict[int, Sparse]] = {name: {} for name in weights}
+    for name, W in originals.items():
+        for count in kept[name]:
+            if not 0 <= count <= W.numel():
+                raise EvoPressError(f"{name} has {W.numel()} weights and cannot keep {count}: choose 0 to {W.numel()}")
+            if count in (0, W.numel()):
+                mask = torch.full(W.shape, count > 0, device=H.device)
+                payloads[name][count] = Sparse.of(weights[name].to(H.device), mask, weights[name].dtype)
+        W[:, dead] = 0.0
+    return originals, payloads
 
 
 def _slices(jobs: Sequence[tuple[str, int]], rows: Mapping[str, int], room: int) -> Iterator[list[tuple[str, int]]]:

@@ -64,6 +64,7 @@ class Sparsity:
             step=step,
             num_levels=s.num_levels,
             dtype_bits=dtype_bits,
+            recipe=s.recipe,
             damping=s.damping,
             block_size=s.block_size,
         )
