@@ -46,8 +46,9 @@ def regularized(H: Tensor) -> tuple[Tensor, dict[float, Tensor]]:
 def walk(W: Tensor, scale: Tensor, inverses: Mapping[float, Tensor], counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """Prune a weight to one count after the other, each from where the last one led.
 
-    Source: ALPS (arXiv:2406.07831), Algorithm 1. Differs from it: over-relaxed; a few steps at each of three ρ instead of a schedule
-    that ends when the mask rests; neighbouring counts share their way; no conjugate gradients at the end, see experiments/LOG.md.
+    Source: ALPS (arXiv:2406.07831), Algorithm 1. Differs from it: over-relaxed; a few steps at each of three ρ instead of a
+    schedule that ends when the mask rests; neighbouring counts share their way; no conjugate gradients at the end, which take
+    longer than further steps for the same gain (experiments/LOG.md).
 
     Args:
         W: weight, float32 [R, C]; left as it is.

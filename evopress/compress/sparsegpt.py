@@ -35,8 +35,8 @@ class SparseGPT(SparsityLevels):
     block_size: int = 128
     """recipe=paper: columns that are masked together, and per lazy update."""
     slice_bytes: int = 256 * 2**20
-    """recipe=paper: working memory of one sweep; what does not fit is swept in slices, no less than one level of one unit at a time. Changes
-    the result only by rounding."""
+    """recipe=paper: working memory of one sweep; what does not fit is swept in slices, no less than one level of one unit at a
+    time. Changes the result only by rounding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +45,7 @@ class SparseGPT(SparsityLevels):
         if self.block_size < 1:
             raise EvoPressError(f"method.block_size {self.block_size} must be positive: the paper uses 128")
         if self.recipe not in RECIPES:
-            raise EvoPressError(f"method.recipe={self.recipe} is unknown: choose {" or ".join(RECIPES)}")
+            raise EvoPressError(f"method.recipe={self.recipe} is unknown: choose {' or '.join(RECIPES)}")
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the result; those of recipe=paper are what they were before there were recipes."""

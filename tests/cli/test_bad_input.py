@@ -190,6 +190,7 @@ SPARSITY = {
     "damping": (["method.damping=1"], ["damping", "0.01"]),
     "no columns per block": (["method.block_size=0"], ["block_size"]),
     "unknown compressor": (["method.compressor=random"], ["method.compressor=random", "sparsegpt, wanda, magnitude"]),
+    "unknown recipe": (["method.recipe=worst"], ["method.recipe=worst", "paper, best"]),
     "OWL without Hessians": (["level_db.keep_hessians=false"], ["owl", "level_db.keep_hessians=true"]),
     "OWL outside the blocks": (["method.include=[blocks,head]"], ["owl", "method.include=['blocks', 'head']", "leave it out"]),
     "OWL's tokens": (["baselines.owl_tokens=4096"], ["baselines.owl_tokens=4096", "calibration_tokens=1024"]),

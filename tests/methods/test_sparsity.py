@@ -56,11 +56,12 @@ def test_the_compressor_is_the_one_that_is_named() -> None:
     sizes = (1000, 2000, 3000)
     step = derive_step(sizes, 0.7, 8)
     ladder: dict[str, Any] = {"sparsity": 0.7, "step": step, "num_levels": 8, "dtype_bits": 16}
-    assert method_of().compressor(sizes, dtype_bits=16) == SparseGPT(**ladder)
+    assert method_of().compressor(sizes, dtype_bits=16) == SparseGPT(**ladder, recipe="best")
+    assert method_of(recipe="paper").compressor(sizes, dtype_bits=16) == SparseGPT(**ladder)
     assert method_of(compressor="wanda").compressor(sizes, dtype_bits=16) == Wanda(**ladder)
     assert method_of(compressor="magnitude").compressor(sizes, dtype_bits=16) == Magnitude(**ladder)
     own = method_of(step=50, num_levels=3, damping=0.05, block_size=64).compressor(sizes, dtype_bits=32)
-    assert own == SparseGPT(sparsity=0.7, step=50, num_levels=3, dtype_bits=32, damping=0.05, block_size=64)
+    assert own == SparseGPT(sparsity=0.7, step=50, num_levels=3, dtype_bits=32, damping=0.05, block_size=64, recipe="best")
     assert method_of().propagate is None
 
 
@@ -103,6 +104,8 @@ def test_what_does_not_fit_the_model_is_refused_by_its_sizes() -> None:
         method_of(0.9999).compressor((1000, 2000), dtype_bits=16)
 
 
-def test_an_unknown_compressor_is_refused() -> None:
+def test_an_unknown_compressor_or_recipe_is_refused() -> None:
+    with pytest.raises(EvoPressError, match=r"method\.recipe=worst is unknown: choose one of paper, best"):
+        SparsitySettings(recipe="worst")
     with pytest.raises(EvoPressError, match=r"method\.compressor=random is unknown: choose one of sparsegpt, wanda, magnitude"):
         SparsitySettings(compressor="random")

@@ -1,0 +1,138 @@
+"""Compare the sparse levels of recipe=paper and recipe=best, by layer and as uniform models on held-out text.
+
+    python -m experiments.levels.sparse                  # whole models: a database of all levels per recipe and sparsity
+    python -m experiments.levels.sparse --target-only    # the target's level alone, each from the dense weight
+    python -m experiments.levels.sparse --inputs FILE    # layers: safetensors with <layer>.W [R, C] and <layer>.H [C, C]
+
+Writes `sparse.csv` beside this file after each measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pandas as pd
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+from torch import Tensor
+
+from evopress import config as configuration
+from evopress.baselines.uniform import uniform_genomes
+from evopress.compress.compressor import with_errors
+from evopress.compress.hessian import damp
+from evopress.compress.sparse import PruneTo, Sparse, SparsityLevels, kept_at
+from evopress.compress.sparsegpt import RECIPES, SparseGPT
+from evopress.evaluation.heldout import measure_held_out
+from evopress.workspace import Workspace
+
+SPARSITIES = (0.7, 0.6, 0.5)
+TABLE = Path(__file__).with_suffix(".csv")
+KEYS = ["measured", "recipe", "sparsity"]
+
+
+def least_squares(W: Tensor, H: Tensor, mask: Tensor) -> Tensor:
+    """Return the best values on a mask bool [R, C] under H float32 [C, C], row by row; W float32 [R, C]."""
+    V, G = torch.zeros_like(W), W @ H
+    for row, kept in enumerate(mask):
+        if bool(kept.any()):
+            V[row, kept] = torch.linalg.solve(H[kept][:, kept], G[row, kept])
+    return V
+
+
+def layers(inputs: Path) -> Iterator[dict[str, Any]]:
+    """Yield the relative output errors of each layer at each sparsity, with the best values on either recipe's mask beside them."""
+    tensors = load_file(inputs)
+    for layer in sorted(key.removesuffix(".W") for key in tensors if key.endswith(".W")):
+        W, H = tensors[f"{layer}.W"].float(), tensors[f"{layer}.H"].float()
+        damped, _ = damp(H, damping=0.01)
+        for sparsity in SPARSITIES:
+            for recipe in RECIPES:
+                pruner = SparseGPT(sparsity=sparsity, step=1, recipe=recipe)
+                started = time.process_time()
+                level = pruner.prune({layer: W}, H, {layer: [kept_at(W.numel(), sparsity)]})[layer][0]
+                seconds = time.process_time() - started
+                assert isinstance(level.payload, Sparse)
+                yield {"measured": layer, "recipe": recipe, "sparsity": sparsity, "error": level.error, "seconds": seconds}
+                refit = Sparse.of(least_squares(W, damped, level.payload.mask), level.payload.mask, W.dtype)
+                error = with_errors([refit], W, H)[0].error
+                yield {"measured": layer, "recipe": f"{recipe}, least squares", "sparsity": sparsity, "error": error}
+
+
+def model(root: Path, recipe: str, sparsity: float, *, target_only: bool, overrides: list[str]) -> dict[str, Any]:
+    """Build a database and measure the uniform model at its target.
+
+    Args: root: of databases; Hessians that an earlier one left there are used, and are not in its seconds.
+    """
+    configuration.register()
+    with initialize_config_dir(str(configuration.config_folder().resolve()), version_base="1.3"):
+        given = ["+method=sparsity", f"sparsity={sparsity}", f"method.recipe={recipe}", f"level_db.root={root}", "tracker=none"]
+        settings = configuration.to_settings(compose("config", [*given, *overrides]))
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    workspace = Workspace(settings, root)
+    compressor = workspace.compressor
+    if target_only:
+        assert isinstance(compressor, SparsityLevels)
+        units = [slot for part in workspace.blocks.parts for slot in workspace.blocks.slots(part).values()]
+        compressor = PruneTo(pruner=compressor, kept={unit.name: (kept_at(unit.weight.numel(), sparsity),) for unit in units})
+    started, cpu = time.monotonic(), time.process_time()
+    database, _ = workspace.database_of("sparsity", compressor)
+    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu
+    uniform = uniform_genomes(database.space, lambda level: level.key)
+    genome = next(iter(uniform.values())) if target_only else uniform["0"]
+    vars(workspace)["database"] = database
+    sequences = next(iter(workspace.evaluation_data.values()))
+    fitness = settings.fitness
+    score = measure_held_out(
+        workspace.evaluator, [genome], sequences, batch_tokens=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens
+    )[0]
+    return {
+        "measured": "model, target alone" if target_only else f"model, {len(database.space.units[0].levels)} levels",
+        "recipe": recipe,
+        "sparsity": sparsity,
+        "error": sum(database.errors[i][level] for i, level in enumerate(genome)) / len(genome),
+        "kl": score.kl,
+        "perplexity": score.perplexity,
+        "top1_agreement": score.top1_agreement,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+    }
+
+
+def main() -> None:
+    """Measure what is asked for and not in the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=Path, help="layers to measure, instead of models")
+    parser.add_argument("--target-only", action="store_true", help="build no other levels")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
+    parser.add_argument("--root", type=Path, help="of databases, kept; default: a temporary folder")
+    parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("overrides", nargs="*", help="of every run, such as threads=1 model.dtype=float32")
+    arguments = parser.parse_args()
+    rows: list[dict[Any, Any]] = pd.read_csv(arguments.out).to_dict("records") if arguments.out.exists() else []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows[:] = [other for other in rows if any(other[key] != row[key] for key in KEYS)] + [row]
+        pd.DataFrame(rows).to_csv(arguments.out, index=False, float_format="%.6g")
+        print(row, flush=True)
+
+    if arguments.inputs:
+        for row in layers(arguments.inputs):
+            keep(row)
+        return
+    with TemporaryDirectory() as temporary:
+        for sparsity in arguments.sparsities:
+            for recipe in arguments.recipes:
+                folder = arguments.root or Path(temporary)
+                keep(model(folder, recipe, sparsity, target_only=arguments.target_only, overrides=arguments.overrides))
+
+
+if __name__ == "__main__":
+    main()
