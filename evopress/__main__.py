@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from evopress import command_line, machine, run_folder
 from evopress import config as configuration
+from evopress.earlier_versions import defaults_of
 from evopress.endings import exit_code, is_out_of_memory, of_the_disk, stopping_at_signals
 from evopress.errors import EvoPressError
 from evopress.files import explained, given_path
@@ -162,8 +163,20 @@ def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
     later = {argument.split("=", 1)[0] for argument in arguments}
     kept = [override for override in earlier if override.split("=", 1)[0] not in later | {"resume", "stages", "dry_run"}]
     given = [argument for argument in arguments if not argument.startswith("resume=")]
+    kept = [*command_line.prepared(kept), *_defaults_then(folder, given=[*kept, *given])]
     # hydra.mode: also where the experiment is a sweep
-    return [*command_line.prepared(kept), *given, configuration.override("resume", _typed(folder)), here, "hydra.mode=RUN"]
+    return [*kept, *given, configuration.override("resume", _typed(folder)), here, "hydra.mode=RUN"]
+
+
+def _defaults_then(folder: Path, *, given: list[str]) -> list[str]:
+    """Return overrides for the defaults that a run of an earlier version had, but those that are given anyway."""
+    keys = {argument.split("=", 1)[0].lstrip("+") for argument in given}
+    try:
+        config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+        changed = defaults_of(configuration.plain_dict(config)) if isinstance(config, DictConfig) else {}
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):  # what it then composes is compared with what it did
+        return []
+    return [f"{key}={'null' if value is None else value}" for key, value in changed.items() if key not in keys]
 
 
 @contextmanager

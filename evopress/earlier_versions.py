@@ -8,6 +8,7 @@ from typing import Any
 _METHOD = {"recipe": "paper", "symmetric": False, "group_sizes": {}, "tolerance": 0.02, "include": ["blocks"]}
 """Settings of a method that weights are compressed by, with the value that they had before they were settings."""
 _MODEL = {"bos": "auto"}
+_DATA = {"chat_template": "auto"}
 
 
 def without_later(values: dict[str, Any]) -> dict[str, Any]:
@@ -16,7 +17,7 @@ def without_later(values: dict[str, Any]) -> dict[str, Any]:
     def earlier(group: str, later: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in values[group].items() if key not in later or value != later[key]}
 
-    return {**values, "model": earlier("model", _MODEL), "method": earlier("method", _METHOD)}
+    return {**values, "model": earlier("model", _MODEL), "data": earlier("data", _DATA), "method": earlier("method", _METHOD)}
 
 
 def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,7 +30,12 @@ def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
     model, data, method = (config.get(group) or {} for group in ("model", "data", "method"))
     if "bos" in model:
         return {}
-    kept = {"model.dtype": model.get("dtype"), "data.calibration_tokens": data.get("calibration_tokens")}
+    had = {
+        f"{group}.{key}": values[key]
+        for group, values, key in (("model", model, "dtype"), ("data", data, "calibration_tokens"))
+        if key in values
+    }
     if method.get("name") in ("quant", "sparsity") and "recipe" not in method:
-        kept |= {"method.recipe": "paper", "method.propagate_bits": method.get("propagate_bits", 4)}
-    return {key: value for key, value in kept.items() if value is not None or key == "method.propagate_bits"}
+        had["method.recipe"] = "paper"
+        had |= {"method.propagate_bits": method["propagate_bits"]} if "propagate_bits" in method else {}
+    return had

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from evopress.earlier_versions import without_later
 from evopress.errors import EvoPressError
 from evopress.progress import duration
 from evopress.reporting.generations import read_generations
@@ -155,11 +156,7 @@ def held_out_kl(run_dir: Path) -> float:
 
 def _settings_digest(settings: RunSettings) -> str:
     values = {key: value for key, value in asdict(settings).items() if key not in ("stages", "resume", "dry_run", "refine")}
-    for group, key in (("model", "bos"), ("data", "chat_template")):
-        if values[group][key] == "auto":  # what earlier versions had no settings for, so that their jobs stay finished
-            del values[group][key]
-    if values["method"].get("include") == ["blocks"]:
-        del values["method"]["include"]
+    values = without_later(values)
     for key in ("refine", "refine_tokens"):  # told by the stages, and in a field of their own: earlier versions had no such stage
         values["scale"].pop(key, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,33 @@
+"""A run folder of an earlier version goes on with the defaults that it began with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from evopress.reporting.records import write_json
+
+DEFAULTS = ("method.recipe=paper", "method.propagate_bits=4", "data.calibration_tokens=512")
+"""Of earlier versions, but for the amount of text."""
+
+
+def test_an_earlier_run_keeps_its_recipe(tiny: Callable[..., Any], evopress: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert tiny(*DEFAULTS).code == 0
+    database = json.loads((folder / "genome.json").read_text())["database"]
+    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    del config.model["bos"], config.method["recipe"]  # which no setting said
+    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    kept = json.loads((folder / ".hydra" / "overrides.json").read_text())
+    kept["overrides"] = [override for override in kept["overrides"] if override not in DEFAULTS]
+    write_json(folder / ".hydra" / "overrides.json", kept)
+    again = evopress(f"resume={folder}", "stages=[database,search,report]")
+    assert again.code == 0, again.text
+    assert "reused" in again.text
+    assert json.loads((folder / "genome.json").read_text())["database"] == database
+    refused = evopress(f"resume={folder}", "stages=[search,report]", "method.recipe=best")
+    assert refused.code == 1 and "level database" in refused.errors[0]

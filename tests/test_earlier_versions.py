@@ -1,0 +1,48 @@
+"""Runs of earlier versions: what they had no setting for stays out of their digest, and their defaults are theirs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+from evopress.earlier_versions import defaults_of, without_later
+from evopress.settings import QuantSettings, RunSettings
+
+PAPER = {"recipe": "paper", "propagate_bits": 4}
+
+
+def values(**method: object) -> dict[str, object]:
+    return asdict(RunSettings(method=QuantSettings(**method), bits=3.0))  # type: ignore[arg-type]
+
+
+def test_what_earlier_versions_did_is_left_out() -> None:
+    kept = without_later(values(**PAPER))
+    assert set(kept["method"]) == {"name", "levels", "group_size", "damping", "block_size", "scale_dtype", "propagate_bits"}
+    assert "bos" not in kept["model"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"recipe": "best"}, {"symmetric": True}, {"group_sizes": {2: 32}}, {"tolerance": 0.1}, {"include": ["blocks", "head"]}],
+)
+def test_what_they_did_not_do_counts(changed: dict[str, object]) -> None:
+    assert without_later(values(**{**PAPER, **changed}))["method"] != without_later(values(**PAPER))["method"]
+
+
+def test_the_defaults_of_an_earlier_run_are_its_own() -> None:
+    config = {
+        "model": {"dtype": "bfloat16"},
+        "data": {"calibration_tokens": 16384},
+        "method": {"name": "quant", "propagate_bits": None},
+    }
+    assert defaults_of(config) == {
+        "model.dtype": "bfloat16",
+        "data.calibration_tokens": 16384,
+        "method.recipe": "paper",
+        "method.propagate_bits": None,
+    }
+    assert "method.recipe" not in defaults_of(config | {"method": {"name": "drop"}})
+    assert defaults_of(config | {"method": {"name": "sparsity"}})["method.recipe"] == "paper"
+    assert defaults_of(config | {"model": {"dtype": "auto", "bos": "auto"}}) == {}
+    assert defaults_of({}) == {}
