@@ -2,7 +2,7 @@
 
 The head is a linear whose inputs are the last hidden states, after the final norm. The embedding's inputs are tokens: each row of
 its weight is read as it is, as often as its token occurs, so its Hessian is the identity and its error is weighted by row. Where
-the two are tied, one weight serves both, and both relative errors count.
+the two are tied, one weight serves both: its levels are made by the head's Hessian, and both relative errors count.
 
 Shapes: V vocabulary, d hidden size.
 """
@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from evopress.compress.compressor import Compressed, Compressor, with_errors
+from evopress.compress.compressor import Compressed, Compressor
 from evopress.models.slots import Slot
 
 _ANY_TOKEN = 0.1
@@ -24,24 +24,17 @@ _ANY_TOKEN = 0.1
 def compress_embedding(slot: Slot, tokens: Tensor, compressor: Compressor, *, H: Tensor | None = None) -> list[Compressed]:
     """Compress an embedding to all levels; a level's error is Σ p |E_v|² / Σ p |W_v|², p each token's share of the text.
 
-    A tied head adds its own relative error. What is compressed by is then the sum of both sides' Hessians, each divided by its
-    ‖XW‖², which is what makes an error relative; rows share it, so it takes every token for equally frequent.
+    A tied head adds its own relative error, and its Hessian is what the weight is compressed by: that of both sides together, each
+    divided by its ‖XW‖², comes out further from the dense model (SmolLM2, 3 bits, all else dense: KL 0.20 against 0.13).
 
     Args:
         tokens: calibration token ids int64 [N, L].
         H: Hessian of the last hidden states where the head is tied, float32 [d, d]; left as it is.
     """
     W = slot.weight.to(torch.float32)
-    identity = torch.eye(W.shape[1], device=W.device)
-    if H is None:
-        results = compressor.compress({slot.name: slot.weight}, identity)[slot.name]
-        of_head = [0.0] * len(results)
-    else:
-        squares = float(W.square().sum(dtype=torch.float64))
-        energy = float((W.T @ W).mul_(H).sum(dtype=torch.float64))  # tr(W H Wᵀ)
-        shared = H + identity * (energy / squares) if squares else H
-        results = compressor.compress({slot.name: slot.weight}, shared)[slot.name]
-        of_head = [again.error for again in with_errors([r.payload for r in results], W, H, name=slot.name)]
+    shared = torch.eye(W.shape[1], device=W.device) if H is None else H
+    results = compressor.compress({slot.name: slot.weight}, shared)[slot.name]
+    of_head = [0.0 if H is None else result.error for result in results]
     shares = token_shares(tokens, W.shape[0]).to(W.device)
     whole = float(shares @ W.square().sum(1))
     return [

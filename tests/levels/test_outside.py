@@ -263,20 +263,19 @@ def test_token_shares_count_what_is_seen_and_a_little_what_is_not():
     torch.testing.assert_close(shares, torch.tensor([0.235, 0.235, 0.01, 0.46, *[0.01] * 6]))
 
 
-def test_a_tied_weight_is_nearer_to_both_uses_than_one_that_serves_a_single_one(load, ids):
+def test_a_tied_weight_is_compressed_as_a_head_and_errs_as_both(load, ids):
     slot = Slot("embedding", EMBEDDING, load(tied=True).model.get_input_embeddings())
-    X = torch.randn(400, 32, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(0, -3, 32))
-    H = X.T @ X + 0.5 * torch.ones(32, 32) * float(X.square().sum()) / 32
-    compressor = GPTQ(bits=(3,), group_size=16)
-    W = slot.weight
-
-    def both(result):
-        E = W - result.payload.decode()
-        return float(((E @ H) * E).sum() / ((W @ H) * W).sum() + E.square().sum() / W.square().sum())
-
-    tied = both(compress_embedding(slot, ids, compressor, H=H)[0])
-    assert tied < both(compress_embedding(slot, ids, compressor)[0])
-    assert tied < both(compressor.compress({"w": W}, H)["w"][0])
+    X = torch.randn(400, 32, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(0, -2, 32))
+    compressor, H = GPTQ(bits=(3, 2), group_size=16), X.T @ X
+    of_head = compressor.compress({"head": slot.weight}, H)["head"]
+    tied = compress_embedding(slot, ids, compressor, H=H)
+    alone = compress_embedding(slot, ids, compressor)
+    shares, W = token_shares(ids, VOCABULARY), slot.weight
+    for head, both, embedding in zip(of_head, tied, alone, strict=True):
+        assert torch.equal(both.payload.codes, head.payload.codes)
+        assert not torch.equal(both.payload.codes, embedding.payload.codes)
+        of_rows = float((shares @ (W - both.payload.decode()).square().sum(1)) / (shares @ W.square().sum(1)))
+        assert both.error == pytest.approx(head.error + of_rows, rel=1e-4)
 
 
 @pytest.mark.parametrize("lost", [{2}, {3}, {2, 3}, {0, 3}, {1, 2}])
