@@ -278,6 +278,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     machine.keep_freed_memory()
+    machine.exact_products()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if HydraConfig.get().mode == RunMode.MULTIRUN and set(settings.stages) <= set(pipeline.stages_done(settings, run_dir)):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
+import resource
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +31,69 @@ def keep_freed_memory() -> None:
         pass
 
 
+def exact_products() -> None:
+    """Let float32 products be float32, and sums of half-precision products be float32: containers switch that by the environment.
+
+    Hessians, the sweeps of GPTQ and SparseGPT and the measures are float32; TF32 has ten bits of it.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def precision() -> str:
+    """Say how exact products are, as torch has it now, and what of the environment may still change it."""
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    tf32 = matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    reduced = matmul.allow_bf16_reduced_precision_reduction or matmul.allow_fp16_reduced_precision_reduction
+    parts = [
+        f"float32 products {torch.get_float32_matmul_precision()}",
+        f"TF32 {'on' if tf32 else 'off'}",
+        f"sums of half-precision products {'reduced' if reduced else 'float32'}",
+    ]
+    names = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+    return ", ".join([*parts, *(f"{name}={os.environ[name]}" for name in names if name in os.environ)])
+
+
+class PeakMemory:
+    """The most memory that this process held since a moment: a job's own, where several jobs run in one process."""
+
+    def __init__(self) -> None:
+        """Begin, having given back what earlier jobs freed."""
+        gc.collect()
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+        except (OSError, AttributeError):  # another C library
+            pass
+        self._before = _most_ever()
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak is counted from here
+            self._cleared = True
+        except OSError:
+            self._cleared = False
+
+    def bytes(self) -> int | None:
+        """Return the peak so far; None where the system keeps only the process's, and an earlier job had more."""
+        if self._cleared:
+            status = Path("/proc/self/status").read_text(encoding="ascii")
+            lines = (line.split() for line in status.splitlines() if line.startswith("VmHWM:"))
+            return next((1024 * int(line[1]) for line in lines), None)
+        most = _most_ever()
+        return most if most > self._before else None
+
+
+def _most_ever() -> int:
+    """Return the peak resident memory of this process, in bytes."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def describe(threads: int) -> dict[str, Any]:
     """Describe where a run happens: versions, machine, git revision."""
     packages = {}
@@ -41,6 +106,7 @@ def describe(threads: int) -> dict[str, Any]:
         "schema": 1,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {threads} torch threads",
+        "precision": precision(),
         "git_revision": _git_revision(),
         **packages,
     }

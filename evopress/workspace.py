@@ -41,8 +41,10 @@ from evopress.levels.modules import LiveModules, ensure_modules
 from evopress.levels.plan import BuildNeeds, BuildSettings, planned
 from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerprint
 from evopress.levels.union import LevelUnion
+from evopress.machine import PeakMemory
 from evopress.methods import ModuleMethod, WeightMethod, make_method
 from evopress.models.blocks import BlockModel, BlockShape
+from evopress.models.devices import begin_on
 from evopress.models.dropping import check_fields
 from evopress.models.families import family_of
 from evopress.models.loading import Pretrained, fetch_from_hub, find_weights, load_pretrained, pick_device, read_config
@@ -116,8 +118,10 @@ class Workspace:
         """
         self.settings = settings
         self.run_dir = run_dir
+        self._peak = PeakMemory()
         self.method = make_method(settings)
         self.device = pick_device(settings.model.device)
+        begin_on(self.device)
         self.dtype = pick_dtype(settings.model.dtype, self.device)
         if self.dtype != settings.model.dtype:
             logger.info("model.dtype=%s: %s on this %s", settings.model.dtype, self.dtype, self.device.type.upper())
@@ -565,10 +569,9 @@ class Workspace:
         return total - self.database.space.size * self.blocks.dtype.itemsize
 
     def memory(self) -> dict[str, int]:
-        """Return peak resident memory of the process, and of the device where there is one, in bytes."""
-        import resource
-
-        peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        """Return the run's peak of resident memory, where the system tells it, and of the device's where there is one, in bytes."""
+        resident = self._peak.bytes()
+        peak = {} if resident is None else {"peak_rss_bytes": resident}
         if self.device.type == "cuda":
             peak["peak_device_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return peak

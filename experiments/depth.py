@@ -131,6 +131,7 @@ def load(arguments: argparse.Namespace) -> DepthModel:
         raise EvoPressError(f"--sequence-length {arguments.sequence_length} is out of range: expected at least 2 tokens")
     transformers.utils.logging.disable_progress_bar()
     machine.keep_freed_memory()
+    machine.exact_products()
     cache = Path(os.environ.get("EVOPRESS_CACHE") or "~/.cache/evopress").expanduser()
     own = arguments.model_path is None
     folder = find_model(ModelSettings(path=arguments.model_path, builtin="smollm2_135m" if own else None), cache)

@@ -36,6 +36,16 @@ def claim_gpu() -> torch.device:
     return torch.device("cuda", 0)
 
 
+def begin_on(device: torch.device) -> None:
+    """Make a GPU the one that this process works on, and count its peak memory from here; nothing for other devices."""
+    if device.type != "cuda":
+        return
+    torch.cuda.init()
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
 def _lock_path(index: int) -> Path:
     """Return a GPU's lock file, by its own identity where torch tells it: CUDA_VISIBLE_DEVICES may number it differently."""
     identity = str(getattr(torch.cuda.get_device_properties(index), "uuid", index))

@@ -199,6 +199,7 @@ def _set_machine(threads: int | None, device_memory: float | None) -> None:
             raise EvoPressError(f"--device-memory {device_memory:g} is out of range: the device has {total / 1e9:.1f} GB")
         torch.cuda.set_per_process_memory_fraction(device_memory * 1e9 / total)
     machine.keep_freed_memory()
+    machine.exact_products()
 
 
 def _compared(before: Path, after: Path) -> str:

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--database", required=True, type=Path, help="of quantization levels of all blocks")
     arguments = parser.parse_args()
     machine.keep_freed_memory()
+    machine.exact_products()
     size = load_size(arguments.size)
     subject = load_subject(size)
     database = LevelDatabase.open(arguments.database)
