@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -274,6 +275,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     import transformers
 
     from evopress import pipeline
+    from evopress.workspace import fitted
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -281,6 +283,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     machine.exact_products()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    settings = fitted(settings)
     if HydraConfig.get().mode == RunMode.MULTIRUN and set(settings.stages) <= set(pipeline.stages_done(settings, run_dir)):
         logger.info("finished before, so not run again: %s (to run it again, remove the folder)", _shown(run_dir))
         return pipeline.held_out_kl(run_dir)
@@ -303,7 +306,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
                 config=configuration.plain_dict(config),
                 command=f"python -m evopress {shlex.join(overrides)}".strip(),
                 environment=environment,
-                paper=configuration.at_paper_scale(config),
+                paper=replace(configuration.at_paper_scale(config), model=settings.model, method=settings.method),
             )
         except Exception as error:
             if (run_dir / "state.json").exists():

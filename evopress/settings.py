@@ -11,11 +11,18 @@ from typing import Any
 from evopress.errors import EvoPressError
 
 MUST_BE_CHOSEN = "???"
+AUTO = "auto"
+"""To be taken from the model, or from the machine."""
 
 
 def _expect(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
         raise EvoPressError(f"{key}={value} is out of range: expected {expected}")
+
+
+def _expect_int(key: str, value: object, otherwise: str) -> None:
+    if type(value) is not int and value != MUST_BE_CHOSEN:
+        raise EvoPressError(f"{key}={value} is no whole number: expected one, {otherwise}")
 
 
 def _expect_one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
@@ -38,14 +45,15 @@ class ModelSettings:
     dtype: str = "bfloat16"
     """float32, bfloat16 or float16: of the weights and the forward pass; auto: bfloat16, but float32 on a CPU that has no bfloat16
     products and takes seven times as long for them. Hessians are always float32."""
-    sequence_length: int = 8192
-    """Tokens per calibration, search and evaluation sequence."""
+    sequence_length: Any = 8192
+    """Tokens per calibration, search and evaluation sequence; auto: 4096, or as many as the model has positions for."""
     separator: str | None = "eos"
     """Token between documents; "eos": the tokenizer's end of text; None: nothing."""
     bos: str = "auto"
     """What sequences begin with: auto: what the tokenizer puts before a text; true: its beginning of text; false: nothing."""
-    group_size: int | None = 128
-    """Columns that share a scale; must divide the widths of all linear weights. None: one group per row."""
+    group_size: Any = 128
+    """Columns that share a scale; must divide the widths of all linear weights. None: one group per row. auto: the greatest up to
+    128 that divides them, or one group per row where that is below 16."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     offload: bool = False
@@ -63,7 +71,11 @@ class ModelSettings:
         self.bos = str(self.bos).lower()
         _expect_one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _expect_one_of("model.bos", self.bos, ("auto", "true", "false"))
-        _expect(self.sequence_length >= 2, "model.sequence_length", self.sequence_length, "at least 2 tokens")
+        if self.sequence_length != AUTO:
+            _expect_int("model.sequence_length", self.sequence_length, "or auto")
+            _expect(self.sequence_length >= 2, "model.sequence_length", self.sequence_length, "at least 2 tokens")
+        if self.group_size not in (None, AUTO):
+            _expect_int("model.group_size", self.group_size, "null or auto")
 
 
 @dataclass
@@ -127,8 +139,8 @@ class QuantSettings(MethodSettings):
     """How levels are made: best (fitted to the layer's outputs) or paper (section 4.3); see `GPTQ`."""
     levels: list[Any] = field(default_factory=lambda: [6, 5, 4, 3, 2])
     """Bit widths, descending; before them may stand dense, the weight as it is."""
-    group_size: int | None = 128
-    """Columns that share a scale and a zero; None: one group per row."""
+    group_size: Any = 128
+    """Columns that share a scale and a zero; None: one group per row; auto: as of the model."""
     group_sizes: dict[int, int] = field(default_factory=dict)
     """Bit width to its own group size, such as {2: 32, 3: 64}."""
     symmetric: bool = False
@@ -147,6 +159,8 @@ class QuantSettings(MethodSettings):
     """What has units: blocks (the paper's), and head, embedding or both beside them; tied ones are one unit, whichever is named."""
 
     def __post_init__(self) -> None:
+        if self.group_size not in (None, AUTO):
+            _expect_int("method.group_size", self.group_size, "null or auto")
         if not self.levels:
             raise EvoPressError("method.levels is empty: give bit widths in descending order, such as [4, 3, 2]")
         for level in self.levels:

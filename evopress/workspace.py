@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,17 @@ from evopress.models.dropping import check_fields
 from evopress.models.families import family_of
 from evopress.models.loading import Pretrained, fetch_from_hub, find_weights, load_pretrained, pick_device, read_config
 from evopress.models.smollm2 import ensure_smollm2
+from evopress.models.stored import loaded_files, stored_tensors
 from evopress.models.tiny import ensure_tiny
-from evopress.settings import ModelSettings, RunSettings
+from evopress.settings import AUTO, ModelSettings, QuantSettings, RunSettings
 from evopress.units import BLOCKS, Budget, Genome, Space
 
 logger = logging.getLogger(__name__)
 
 _HUB_TEXT = {"wikitext2": wikitext2, "c4": c4, "fineweb_edu": fineweb_edu}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SEQUENCE_LENGTH, _GROUP_SIZE, _LEAST_GROUP_SIZE = 4096, 128, 16
+"""Of what a model allows, the most that is taken; smaller groups cost more than a bit per weight in scales."""
 MOST_KEPT_BYTES = 2**29
 """Of the dense model's hidden states on held-out text that are kept between measurements of a search."""
 _STREAMS = ("data", "initial", "mutation", "minibatch", "random", "random_minibatch")
@@ -89,6 +93,34 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     if dtype != "auto":
         return dtype
     return "bfloat16" if device.type == "cuda" or has_half_products() else "float32"
+
+
+def fitted(settings: RunSettings) -> RunSettings:
+    """Put numbers where settings leave the sequence length or the group size to the model; reads its config and files' heads alone.
+
+    Raises: EvoPressError as `find_model`.
+    """
+    model, method = settings.model, settings.method
+    grouped = isinstance(method, QuantSettings) and method.group_size == AUTO
+    if AUTO not in (model.sequence_length, model.group_size) and not grouped:
+        return settings
+    folder = find_model(model, make_folder(given_path(settings.paths.cache, "paths.cache")))
+    config = read_config(folder)
+    changes: dict[str, Any] = {}
+    if model.sequence_length == AUTO:
+        positions = config.get("max_position_embeddings")
+        changes["sequence_length"] = min(_SEQUENCE_LENGTH, positions) if isinstance(positions, int) else _SEQUENCE_LENGTH
+    linears = tuple(f".{name}.weight" for name in family_of(config["model_type"]).linears)
+    tensors = stored_tensors(loaded_files(folder, find_weights(folder)))
+    common = math.gcd(*(tensor.shape[1] for name, tensor in tensors.items() if name.endswith(linears) and len(tensor.shape) == 2))
+    size = next((size for size in range(_GROUP_SIZE, _LEAST_GROUP_SIZE - 1, -1) if common % size == 0), None)
+    if model.group_size == AUTO:
+        changes["group_size"] = size
+    if grouped:
+        method = replace(method, group_size=size)
+    said = {f"model.{key}": value for key, value in changes.items()} | ({"method.group_size": size} if grouped else {})
+    logger.info("from the model: %s", ", ".join(f"{key}={'null' if value is None else value}" for key, value in said.items()))
+    return replace(settings, model=replace(model, **changes), method=method)
 
 
 @contextmanager

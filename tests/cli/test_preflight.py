@@ -410,3 +410,13 @@ def test_float16_that_overflows_is_refused_with_the_advice_to_use_bfloat16(
     assert not list((tmp_path / "levels").rglob("*"))
     outcome = tiny(*arguments, "model.dtype=bfloat16")
     assert outcome.code == 0, outcome.text
+
+
+def test_a_model_without_a_yaml_says_what_was_taken_from_it(
+    evopress: Callable[..., Any], tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    amounts = [f"data.{split}_tokens=2048" for split in ("calibration", "search", "evaluation")]
+    model = ("model=local", f"model.path={tiny_folder()}", "model.dtype=float32", "model.device=cpu", *amounts)
+    outcome = evopress("+method=quant", "bits=3.5", "+debug=tiny", *model, DRY, "hydra.run.dir=run")
+    assert outcome.code == 0, outcome.text
+    assert "from the model: model.sequence_length=512, model.group_size=32, method.group_size=32" in outcome.text
