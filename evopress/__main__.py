@@ -274,7 +274,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     import torch
     import transformers
 
-    from evopress import pipeline
+    from evopress import finished, pipeline
     from evopress.workspace import fitted
 
     transformers.utils.logging.disable_progress_bar()
@@ -284,9 +284,9 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     settings = fitted(settings)
-    if HydraConfig.get().mode == RunMode.MULTIRUN and set(settings.stages) <= set(pipeline.stages_done(settings, run_dir)):
+    if HydraConfig.get().mode == RunMode.MULTIRUN and set(settings.stages) <= set(finished.stages_done(settings, run_dir)):
         logger.info("finished before, so not run again: %s (to run it again, remove the folder)", _shown(run_dir))
-        return pipeline.held_out_kl(run_dir)
+        return finished.held_out_kl(run_dir)
     with run_folder.held(run_dir):
         environment = machine.describe(torch.get_num_threads())
         if not there:

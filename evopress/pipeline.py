@@ -5,21 +5,16 @@ A stage reads what earlier ones left in the run folder, so any can be run alone 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evopress.earlier_versions import without_later
-from evopress.errors import EvoPressError
+from evopress.finished import FINISHED, finish, held_out_kl, read_finished, stages_done
 from evopress.progress import duration
 from evopress.reporting.generations import read_generations
 from evopress.reporting.metrics import search_history
-from evopress.reporting.records import read_document, write_json
 from evopress.reporting.sweep import tracked_as
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
 from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
@@ -29,13 +24,10 @@ from evopress.stages.conclude import evaluate, export, report
 from evopress.stages.earlier import refuse_other_settings, refuse_other_work
 from evopress.stages.preflight import preflight
 from evopress.stages.refine import refine, refuse_without_genome
-from evopress.stages.results import read_result
 from evopress.stages.search import search
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
-FINISHED = "finished.json"
-"""The last file that a run writes into its folder: the stages that are done, and with which settings."""
 
 
 def run(
@@ -82,7 +74,7 @@ def run(
     if settings.dry_run:
         logger.info("dry run: nothing was built or searched; leave dry_run out to run it")
         return float("nan")
-    done, refined_before = stages_done(settings, run_dir), _finished(run_dir).get("refine")
+    done, earlier = stages_done(settings, run_dir), read_finished(run_dir)
     begin()
     (run_dir / FINISHED).unlink(missing_ok=True)
     tracker = make_tracker(settings.tracker)
@@ -114,52 +106,9 @@ def run(
                     work[stage]()
     finally:
         tracker.finish()
-    stages = [stage for stage in STAGES if stage in {*done, *settings.stages}]
-    finished: dict[str, Any] = {"schema": 1, "settings": _settings_digest(settings), "stages": stages}
-    if "refine" in stages:
-        finished["refine"] = asdict(settings.refine) if "refine" in settings.stages else refined_before
-    write_json(run_dir / FINISHED, finished)
+    finish(workspace, done, earlier)
     logger.info("done in %s: %s", duration(time.monotonic() - started), run_dir)
     return held_out_kl(run_dir)
-
-
-def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
-    """Return the stages that finished runs of the same settings have done in a folder; `stages` and `resume` may differ.
-
-    What follows the stage refine is done only where that one is, if it is asked for.
-    """
-    finished = _finished(run_dir)
-    try:
-        result = read_result(run_dir)
-    except EvoPressError:
-        return []
-    stages = finished.get("stages")
-    if finished.get("settings") != _settings_digest(settings) or not isinstance(stages, list):
-        return []
-    if "refine" in settings.stages and finished.get("refine") != asdict(settings.refine):
-        stages = [stage for stage in stages if stage not in STAGES[STAGES.index("refine") :]]
-    return [stage for stage in STAGES if stage in stages and (stage != "evaluate" or result.get("rows"))]
-
-
-def _finished(run_dir: Path) -> dict[str, Any]:
-    try:
-        return read_document(run_dir / FINISHED, what="list of finished stages")
-    except EvoPressError:  # there is none, or it is damaged or of another version: nothing counts as done
-        return {}
-
-
-def held_out_kl(run_dir: Path) -> float:
-    """Return the found genome's held-out KL, NaN if it was not measured."""
-    rows = read_result(run_dir).get("rows", [])
-    return next((row["kl"] for row in rows if row["name"] == "evopress"), float("nan"))
-
-
-def _settings_digest(settings: RunSettings) -> str:
-    values = {key: value for key, value in asdict(settings).items() if key not in ("stages", "resume", "dry_run", "refine")}
-    values = without_later(values)
-    for key in ("refine", "refine_tokens"):  # told by the stages, and in a field of their own: earlier versions had no such stage
-        values["scale"].pop(key, None)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _paper_cost(workspace: Workspace, paper: RunSettings) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -48,7 +48,15 @@ from evopress.models.blocks import BlockModel, BlockShape
 from evopress.models.devices import begin_on
 from evopress.models.dropping import check_fields
 from evopress.models.families import family_of
-from evopress.models.loading import Pretrained, fetch_from_hub, find_weights, load_pretrained, pick_device, read_config
+from evopress.models.loading import (
+    Pretrained,
+    digest_files,
+    fetch_from_hub,
+    find_weights,
+    load_pretrained,
+    pick_device,
+    read_config,
+)
 from evopress.models.smollm2 import ensure_smollm2
 from evopress.models.stored import loaded_files, stored_tensors
 from evopress.models.tiny import ensure_tiny
@@ -234,14 +242,29 @@ class Workspace:
 
         Raises: EvoPressError if there is too little, or it cannot be read.
         """
-        stages = set(self.settings.stages)
-        _ = self.calibration_tokens  # what the level database's fingerprint stands on
+        self.texts(self.settings.stages)
+
+    def texts(self, stages: Collection[str]) -> dict[str, Tensor]:
+        """Return the text that stages need, token ids int64 [N, L], by what it is for.
+
+        Raises: EvoPressError if there is too little, or it cannot be read.
+        """
+        stages = set(stages)
+        texts = {"calibration text": self.calibration_tokens}  # what the level database's fingerprint stands on
         if stages & {"baselines", "search"}:
-            _ = self.search_tokens
+            texts["search text"] = self.search_tokens
         if "refine" in stages and isinstance(self.method, WeightMethod):
-            _ = self.refine_tokens
+            texts["refine text"] = self.refine_tokens
         if "evaluate" in stages or ("search" in stages and self.settings.evaluation.every):
-            _ = self.evaluation_data
+            texts |= {f"held-out text {name}": tokens for name, tokens in self.evaluation_data.items()}
+        return texts
+
+    @cached_property
+    def model_digest(self) -> str:
+        """The digest of the model's files, which level databases are known by; of what was loaded, once it is."""
+        if "pretrained" in self.__dict__:
+            return self.pretrained.digest
+        return digest_files([*find_weights(self.model_folder), self.model_folder / "config.json"])
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

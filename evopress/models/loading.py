@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -206,10 +207,17 @@ def digest_files(paths: list[Path]) -> str:
     """SHA-256 over names and contents of files, in the order given."""
     digest = hashlib.sha256()
     for path in paths:
+        about = path.stat()
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(_digest_of(path, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: Path, *identity: int) -> bytes:
+    """SHA-256 of a file, read once as long as the file system calls it the same: every job of a sweep asks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def load_pretrained(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,6 @@ from evopress.data.python_docs import PythonDocs
 from evopress.data.tokens import token_sequences
 from evopress.levels.store import LevelDatabase
 from evopress.models.tiny import make_tiny
-from evopress.pipeline import _settings_digest
-from evopress.settings import QuantSettings, RunSettings
 
 WHOLE = ("method.include=[blocks,head,embedding]", "bits=2.5", "search.exchange=any", "search.starts=[dp]")
 
@@ -86,11 +82,3 @@ def test_one_that_cannot_trade_is_named(tiny: Callable[..., Any], tmp_path: Path
     outcome = tiny("method.include=[blocks,embedding]", "dry_run=true", f"model.path={model}")
     assert outcome.code == 0, outcome.text
     assert "no other unit has the size of model.embed_tokens" in outcome.text
-
-
-def test_runs_of_earlier_versions_are_still_done() -> None:
-    settings = RunSettings(method=QuantSettings(), bits=3.0)
-    values = {key: value for key, value in asdict(settings).items() if key not in ("stages", "resume", "dry_run")}
-    del values["method"]["include"], values["model"]["bos"]
-    assert _settings_digest(settings) == hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    assert _settings_digest(settings) != _settings_digest(replace(settings, method=QuantSettings(include=["blocks", "head"])))

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from evopress.errors import EvoPressError
+from evopress.finished import FINISHED
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator, measure_sums
-from evopress.pipeline import FINISHED
 from evopress.stages import preflight, probe
 from evopress.stages.needs import peak_of_states
 from evopress.units import Level, Space, Unit

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evopress.data.python_docs import PythonDocs
 from evopress.data.tokens import token_sequences
-from evopress.pipeline import _settings_digest, stages_done
+from evopress.finished import settings_digest, stages_done
 from evopress.settings import (
     DataSettings,
     LevelDatabaseSettings,
@@ -255,7 +255,7 @@ def test_runs_of_earlier_versions_count_as_finished(tmp_path: Path) -> None:
     assert "refine" not in settings.stages
     done = ["database", "baselines", "search", "evaluate", "export", "report"]
     (tmp_path / "result.json").write_text(json.dumps({"schema": 1, "rows": [{"name": "evopress", "kl": 1.0}]}))
-    finished = {"schema": 1, "settings": _settings_digest(settings), "stages": done}
+    finished = {"schema": 1, "settings": settings_digest(settings), "stages": done}
     (tmp_path / "finished.json").write_text(json.dumps(finished))
     assert stages_done(settings, tmp_path) == done
     settings.refine, settings.scale.refine, settings.scale.refine_tokens = RefineSettings(tokens=99), True, 7

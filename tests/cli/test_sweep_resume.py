@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evopress import run_folder
+from evopress.finished import FINISHED
 from evopress.fitness.minibatch import MinibatchFitness
-from evopress.pipeline import FINISHED
+from evopress.models.tiny import make_tiny
 
 SWEEP = ("-m", "+method=quant", "bits=3.5", "+debug=tiny", "seed=0,1", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=seed-${seed}")
 FEW = ("baselines.names=[]", "stages=[database,search,evaluate]")
@@ -190,6 +191,85 @@ def test_a_sweep_that_an_earlier_version_numbered_goes_on_in_its_folders(sweep: 
     assert outcome.code == 0, outcome.text
     assert skipped(outcome) == ["sweep/1", "sweep/0"]
     assert sorted(path.name for path in sweep.iterdir() if path.is_dir()) == ["0", "1", JOB.format(bits="3.5", seed=2)]
+
+
+# Model and text that change in place
+
+PLACED = ("-m", "+method=quant", "bits=3.5", "+debug=tiny", "seed=0", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=job", *FEW)
+PLACED = (*PLACED, "model.path=model", "data=text", "data.calibration=[a.txt]", "data.search=[b.txt]", "data.evaluation=[c.txt]")
+
+
+@pytest.fixture
+def placed(kept: Path, evopress: Callable[..., Any], tmp_path: Path) -> Path:
+    """A finished sweep of one job on a model and texts that lie beside it."""
+    if not (kept / "placed").exists():
+        make_tiny(tmp_path / "model", seed=0)
+        for index, name in enumerate("abc"):
+            words = "".join(f"{(i * (index + 3)) % 97} fox{index} {i}. " for i in range(1000))
+            (tmp_path / f"{name}.txt").write_text(words, encoding="utf-8")
+        outcome = evopress(*PLACED)
+        assert outcome.code == 0, outcome.text
+        shutil.copytree(tmp_path, kept / "placed")
+    else:
+        shutil.copytree(kept / "placed", tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["now", "by a first version"])
+def test_what_is_the_same_by_content_is_not_run_again(said: bool, placed: Path, evopress: Callable[..., Any]) -> None:
+    """Copies have other times and inodes; a first version did not say the contents, its level database does."""
+    path = placed / "sweep" / "job" / FINISHED
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert set(document["contents"]) == {"model", "calibration text", "search text", "held-out text text"}
+    if not said:
+        del document["contents"]
+        path.write_text(json.dumps(document), encoding="utf-8")
+    shutil.move(placed / "model", placed / "other")
+    shutil.copytree(placed / "other", placed / "model")
+    outcome = evopress(*PLACED)
+    assert outcome.code == 0 and skipped(outcome) == ["sweep/job"], outcome.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "said", "refused"),
+    [
+        ("model", True, True),
+        ("model", False, True),
+        ("a.txt", True, True),
+        ("a.txt", False, True),
+        ("b.txt", True, True),
+        ("c.txt", True, False),
+    ],
+)
+def test_what_changed_in_place_is_not_taken_for_done(
+    changed: str, said: bool, refused: bool, placed: Path, evopress: Callable[..., Any]
+) -> None:
+    """What the search stands on is refused, and nothing of the job changes; what it was measured on is measured again."""
+    job = placed / "sweep" / "job"
+    if not said:
+        document = json.loads((job / FINISHED).read_text(encoding="utf-8"))
+        del document["contents"]
+        (job / FINISHED).write_text(json.dumps(document), encoding="utf-8")
+    if changed == "model":
+        shutil.rmtree(placed / "model")
+        make_tiny(placed / "model", seed=1)
+    else:
+        text = (placed / changed).read_text(encoding="utf-8")
+        (placed / changed).write_text(text[::-1], encoding="utf-8")
+    before = every_byte(job)
+    outcome = evopress(*PLACED)
+    assert skipped(outcome) == []
+    assert "was finished with another model or text" in outcome.text
+    if refused:
+        assert outcome.code == 1
+        (sentence,) = outcome.errors
+        assert "level database" in sentence or "search text" in sentence
+        assert every_byte(job) == before
+        return
+    assert outcome.code == 0, outcome.text
+    was, now = (json.loads(content["result.json"])["rows"][-1]["kl"] for content in (before, every_byte(job)))
+    assert was != now
+    assert skipped(evopress(*PLACED)) == ["sweep/job"]
 
 
 SETTINGS = st.dictionaries(

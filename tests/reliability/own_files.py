@@ -14,11 +14,11 @@ import torch
 from evopress.compress.gptq import GPTQ
 from evopress.errors import EvoPressError
 from evopress.files import seal
+from evopress.finished import FINISHED, settings_digest, stages_done
 from evopress.levels.build import _finished_blocks
 from evopress.levels.hessians import BlockHessians, HessianStore
 from evopress.levels.store import MANIFEST, LevelDatabase, write_block, write_manifest
 from evopress.models.loading import find_weights
-from evopress.pipeline import FINISHED, _settings_digest, stages_done
 from evopress.reporting.generations import read_generations
 from evopress.reporting.records import append_record, read_genome, write_genome, write_json
 from evopress.run_folder import keep_overrides, kept_overrides
@@ -131,7 +131,7 @@ def make_result(folder: Path) -> None:
 
 def make_finished(folder: Path) -> None:
     make_result(folder)
-    write_json(folder / FINISHED, {"schema": 1, "settings": _settings_digest(RUN), "stages": ["database", "search"]})
+    write_json(folder / FINISHED, {"schema": 1, "settings": settings_digest(RUN), "stages": ["database", "search"]})
 
 
 def make_config(folder: Path) -> None:

@@ -13,10 +13,10 @@ from own_files import READERS, Reader, check, read_hessians
 
 from evopress.errors import EvoPressError
 from evopress.files import seal
+from evopress.finished import stages_done
 from evopress.levels.build import _finished_blocks
 from evopress.levels.hessians import HessianStore
 from evopress.levels.store import DamagedDatabaseError
-from evopress.pipeline import stages_done
 
 VERSIONED = [reader for reader in READERS if reader.versioned]
 MADE_AGAIN: dict[str, Callable[[Path, Any], bool]] = {

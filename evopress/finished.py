@@ -1,0 +1,133 @@
+"""The last file that a run writes: the stages that are done, with which settings, and from what model and text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from evopress.data.tokens import tokens_digest
+from evopress.earlier_versions import without_later
+from evopress.errors import EvoPressError
+from evopress.files import sha256_file
+from evopress.levels.store import MANIFEST
+from evopress.reporting.records import read_document, read_json, write_json
+from evopress.settings import STAGES, RunSettings
+from evopress.stages.results import read_result
+from evopress.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+FINISHED = "finished.json"
+_NOT_COUNTED = ("stages", "resume", "dry_run", "refine")
+"""Settings that change no result; `refine` stands beside the digest, since earlier versions had no such stage."""
+
+
+def finish(workspace: Workspace, done: Collection[str], earlier: Mapping[str, Any]) -> None:
+    """Write that the stages of a run are done, beside those that were.
+
+    Args:
+        done: of earlier runs, as `stages_done` returns them.
+        earlier: what the file said before, as `read_finished` returns it.
+    """
+    settings = workspace.settings
+    there = earlier.get("contents", {}) if done else {}
+    stages = [stage for stage in STAGES if stage in {*done, *settings.stages}]
+    finished = {
+        "schema": 1,
+        "settings": settings_digest(settings),
+        "contents": there | contents(workspace, settings.stages),
+        "stages": stages,
+    }
+    if "refine" in stages:
+        finished["refine"] = asdict(settings.refine) if "refine" in settings.stages else earlier.get("refine")
+    write_json(workspace.run_dir / FINISHED, finished)
+
+
+def read_finished(run_dir: Path) -> dict[str, Any]:
+    """Return what the file says; nothing counts as done where there is none, or it is damaged or of another version."""
+    try:
+        return read_document(run_dir / FINISHED, what="list of finished stages")
+    except EvoPressError:
+        return {}
+
+
+def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
+    """Return the stages that finished runs of the same settings, model and text have done in a folder.
+
+    `stages` and `resume` may differ; what follows the stage refine is done only where that one is, if it is asked for. What changed
+    in place, under the same path, is known by its content.
+    """
+    finished = read_finished(run_dir)
+    try:
+        result = read_result(run_dir)
+    except EvoPressError:
+        return []
+    stages = finished.get("stages")
+    if finished.get("settings") != settings_digest(settings) or not isinstance(stages, list):
+        return []
+    there = finished["contents"] if "contents" in finished else _of_database(result)
+    known = [stage for stage in STAGES if stage in stages]
+    if not isinstance(there, dict):
+        return []
+    if there and (changed := _changed(settings, run_dir, there, known)):
+        logger.info("%s was finished with another model or text than there is now (%s): it does not count", run_dir, changed)
+        return []
+    if "refine" in settings.stages and finished.get("refine") != asdict(settings.refine):
+        known = [stage for stage in known if stage not in STAGES[STAGES.index("refine") :]]
+    return [stage for stage in known if stage != "evaluate" or result.get("rows")]
+
+
+def held_out_kl(run_dir: Path) -> float:
+    """Return the found genome's held-out KL, NaN if it was not measured."""
+    rows = read_result(run_dir).get("rows", [])
+    return next((row["kl"] for row in rows if row["name"] == "evopress"), float("nan"))
+
+
+def _of_database(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the contents that a run of an earlier version came from, which did not say, as far as its level database does."""
+    try:
+        recipe = read_json(Path(result["database"]["path"]) / MANIFEST)["recipe"]
+        text = {"calibration text": recipe["data"]["tokens_sha256"]} if "data" in recipe else {}
+        return {"model": recipe["model"]["digest"], **text}
+    except (EvoPressError, KeyError, TypeError):
+        return {}
+
+
+def _changed(settings: RunSettings, run_dir: Path, there: dict[str, Any], stages: list[str]) -> str:
+    """Say what is another than it was; nothing: all is the same."""
+    if not stages:
+        return "its stages"
+    on_cpu = replace(settings, stages=stages, model=replace(settings.model, device="cpu"))  # no GPU is taken for reading files
+    try:
+        here = contents(Workspace(on_cpu, run_dir), stages)
+    except EvoPressError as error:
+        return str(error)
+    return ", ".join(name for name, digest in there.items() if here.get(name) != digest)
+
+
+def contents(workspace: Workspace, stages: Collection[str]) -> dict[str, str]:
+    """Return digests of what stages read beside their settings: the model, the text as tokens, the files of the tasks.
+
+    Those of model and calibration text are the ones that level databases are known by.
+    """
+    evaluation = workspace.settings.evaluation
+    found = {"model": workspace.model_digest} | {name: tokens_digest(tokens) for name, tokens in workspace.texts(stages).items()}
+    if evaluation.tasks and evaluation.tasks_path is not None and "evaluate" in stages:
+        digest = hashlib.sha256()
+        folder = Path(evaluation.tasks_path).expanduser()
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(folder)}\n{sha256_file(path)}\n".encode())
+        found["task files"] = digest.hexdigest()
+    return found
+
+
+def settings_digest(settings: RunSettings) -> str:
+    """Return a digest of all settings that decide a result; as earlier versions made it where nothing else is asked for."""
+    values = without_later({key: value for key, value in asdict(settings).items() if key not in _NOT_COUNTED})
+    for key in ("refine", "refine_tokens"):  # they only say what `refine` and the stages are
+        values["scale"].pop(key, None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

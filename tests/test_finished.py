@@ -1,0 +1,64 @@
+"""What counts as done: the same settings, digested as the first version did it (trials, section 11)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from evopress.finished import settings_digest
+from evopress.settings import (
+    DataSettings,
+    DropSettings,
+    EvaluationSettings,
+    ModelSettings,
+    QuantSettings,
+    RunSettings,
+    SparsitySettings,
+)
+
+PINNED = {
+    # made by the first version's code
+    "quant": "e5dd36e27f12e5860d142dffa1afdacf4f75175b41c61ba550af2da068245c62",
+    "sparsity": "54afdf9dd4df897ee6aa75d328b98ac5412e08c63389edb065044ee2ec791210",
+    "drop": "3fcf920c51bd09444d8b3bcb86d743043e6724f851f2963bdf65ae1ef8ee87b7",
+}
+TARGETS: dict[str, dict[str, Any]] = {
+    "quant": {"method": QuantSettings(recipe="paper"), "bits": 3.0},
+    "sparsity": {"method": SparsitySettings(step=5, recipe="paper"), "sparsity": 0.5},
+    "drop": {"method": DropSettings(), "sparsity": 0.25, "seed": 3},
+}
+
+
+def run_settings(method: str) -> RunSettings:
+    return RunSettings(
+        model=ModelSettings(dtype="bfloat16"),
+        data=DataSettings(source="text", calibration=["a.txt"]),
+        evaluation=EvaluationSettings(every_tokens=4096, files={"wiki": "w.txt"}),
+        **TARGETS[method],
+    )
+
+
+@pytest.mark.parametrize("method", PINNED)
+def test_jobs_of_the_first_version_have_the_digest_that_they_had(method: str) -> None:
+    """A setting that came later must not count where it asks for what the first version did: else list it in `earlier_versions`."""
+    assert settings_digest(run_settings(method)) == PINNED[method]
+
+
+def test_what_came_later_counts_where_it_asks_for_something_else() -> None:
+    digests = {
+        settings_digest(settings)
+        for quant in (run_settings("quant"),)
+        for settings in (
+            quant,
+            replace(quant, seed=1),
+            replace(quant, evaluation=EvaluationSettings(every_tokens=4096, files={"wiki": "v.txt"})),
+            replace(quant, model=ModelSettings(dtype="bfloat16", bos="true")),
+            replace(quant, method=QuantSettings(recipe="best")),
+            replace(quant, method=QuantSettings(recipe="paper", include=["blocks", "head"])),
+            replace(quant, method=QuantSettings(recipe="paper", symmetric=True)),
+        )
+    }
+    assert len(digests) == 7
+    assert settings_digest(replace(run_settings("quant"), stages=["report"], dry_run=True, resume="x")) == PINNED["quant"]
