@@ -293,6 +293,8 @@ def _run(config: DictConfig, run_dir: Path) -> float:
             write_json(run_dir / "environment.json", environment)
 
         def begin() -> None:
+            if settings.resume is not None and run_folder.looks_aside(run_dir, list(overrides)):
+                return
             run_folder.keep_config(run_dir, composed)
             run_folder.keep_overrides(run_dir, list(overrides))
             write_json(run_dir / "environment.json", environment)

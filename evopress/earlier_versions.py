@@ -17,6 +17,8 @@ def without_later(values: dict[str, Any]) -> dict[str, Any]:
     def earlier(group: str, later: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in values[group].items() if key not in later or value != later[key]}
 
+    if values.get("genome") is None:
+        values = {key: value for key, value in values.items() if key != "genome"}
     return {**values, "model": earlier("model", _MODEL), "data": earlier("data", _DATA), "method": earlier("method", _METHOD)}
 
 

@@ -17,6 +17,7 @@ from evopress.files import sha256_file
 from evopress.levels.store import MANIFEST
 from evopress.reporting.records import read_document, read_json, write_json
 from evopress.settings import STAGES, RunSettings
+from evopress.stages.given import file_of
 from evopress.stages.results import read_result
 from evopress.workspace import Workspace
 
@@ -82,9 +83,10 @@ def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
 
 
 def held_out_kl(run_dir: Path) -> float:
-    """Return the found genome's held-out KL, NaN if it was not measured."""
-    rows = read_result(run_dir).get("rows", [])
-    return next((row["kl"] for row in rows if row["name"] == "evopress"), float("nan"))
+    """Return the held-out KL of the found genome, or of the one that was given, NaN if it was not measured."""
+    result = read_result(run_dir)
+    measured = {row["name"]: row["kl"] for row in result.get("rows", []) if row.get("kl") is not None}
+    return next((measured[name] for name in ("evopress", result.get("genome")) if name in measured), float("nan"))
 
 
 def _of_database(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def contents(workspace: Workspace, stages: Collection[str]) -> dict[str, str]:
 
     Those of model and calibration text are the ones that level databases are known by.
     """
-    evaluation = workspace.settings.evaluation
+    evaluation, genome = workspace.settings.evaluation, workspace.settings.genome
     found = {"model": workspace.model_digest} | {name: tokens_digest(tokens) for name, tokens in workspace.texts(stages).items()}
     if evaluation.tasks and evaluation.tasks_path is not None and "evaluate" in stages:
         digest = hashlib.sha256()
@@ -122,6 +124,8 @@ def contents(workspace: Workspace, stages: Collection[str]) -> dict[str, str]:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(f"{path.relative_to(folder)}\n{sha256_file(path)}\n".encode())
         found["task files"] = digest.hexdigest()
+    if genome is not None and (file := file_of(genome, "genome")) is not None:
+        found["genome"] = sha256_file(file)
     return found
 
 

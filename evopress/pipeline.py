@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.checks import check_names, check_questions, check_tasks, check_tokens, search_cost, search_settings
 from evopress.stages.conclude import evaluate, export, report
 from evopress.stages.earlier import refuse_other_settings, refuse_other_work
+from evopress.stages.given import check_given
 from evopress.stages.preflight import preflight
 from evopress.stages.refine import refine, refuse_without_genome
 from evopress.stages.search import search
@@ -52,6 +54,7 @@ def run(
         paper: the same run at the paper's size, to say what that would cost.
     """
     check_names(settings)
+    check_given(settings)
     search_settings(settings.search, derived=1 if isinstance(settings.method, DropSettings) else None)
     check_tokens(settings)
     check_tasks(settings)
@@ -75,8 +78,11 @@ def run(
         logger.info("dry run: nothing was built or searched; leave dry_run out to run it")
         return float("nan")
     done, earlier = stages_done(settings, run_dir), read_finished(run_dir)
+    # A genome that is looked at beside a finished run's own leaves that run finished.
+    aside = settings.genome is not None and bool(stages_done(replace(settings, genome=None), run_dir))
     begin()
-    (run_dir / FINISHED).unlink(missing_ok=True)
+    if not aside:
+        (run_dir / FINISHED).unlink(missing_ok=True)
     tracker = make_tracker(settings.tracker)
     key, target = ("sparsity", settings.sparsity) if settings.bits is None else ("bits", settings.bits)
     name, group, tags = tracked_as(run_dir, method=settings.method.name, key=key, target=target or 0.0, seed=settings.seed)
@@ -106,7 +112,8 @@ def run(
                     work[stage]()
     finally:
         tracker.finish()
-    finish(workspace, done, earlier)
+    if not aside:
+        finish(workspace, done, earlier)
     logger.info("done in %s: %s", duration(time.monotonic() - started), run_dir)
     return held_out_kl(run_dir)
 

@@ -57,6 +57,12 @@ def holds_a_run(folder: Path) -> bool:
     return any((folder / _OVERRIDES).with_suffix(suffix).is_file() for suffix in (".json", ".yaml"))
 
 
+def looks_aside(folder: Path, overrides: Sequence[str]) -> bool:
+    """Tell whether a run that is resumed names a genome that is not its own: it is for that command alone."""
+    genomes = [override for override in overrides if override.startswith("genome=")]
+    return bool(genomes) and genomes[-1] not in (_overrides_in(folder) or [])
+
+
 def keep_config(folder: Path, composed: Mapping[str, str]) -> None:
     """Keep the composed config of a run, name to YAML.
 

@@ -281,7 +281,7 @@ class SearchConfig:
     initial_tokens: int = 2048
     """Tokens that choose among them."""
     starts: list[str] = field(default_factory=list)
-    """Baselines that join the initial candidates, such as [dp]; not in the paper."""
+    """Baselines or files of genomes that join the initial candidates, such as [dp]; not in the paper."""
     max_switches: int = 3
     """Greatest number of level switches per offspring."""
     distribution: str = "min_uniform"
@@ -460,10 +460,18 @@ class RunSettings:
     """Say what the stages will take and stop there."""
     resume: str | None = None
     """Run folder to go on with; its own settings are used, later ones on the command line win."""
+    genome: str | None = None
+    """What is evaluated, exported and reported instead of a search's result: a file, uniform_3, dp or another baseline."""
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise EvoPressError(f"stages is empty: name at least one of {', '.join(STAGES)}")
+        if self.genome is not None:
+            if not self.genome.strip():
+                raise EvoPressError("genome is empty: give a file, uniform_3, dp or another baseline, or leave it out")
+            self.stages = [stage for stage in self.stages if stage not in ("search", "refine")]
+            if not self.stages:
+                raise EvoPressError(f"genome={self.genome} is given, so nothing is searched: name other stages, such as [evaluate]")
         if isinstance(self.method, MethodSettings):
             key, value = ("sparsity", self.sparsity) if isinstance(self.method, QuantSettings) else ("bits", self.bits)
             if value is not None:

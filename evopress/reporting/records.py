@@ -18,6 +18,7 @@ from typing import Any
 from evopress.errors import EvoPressError
 from evopress.files import explained, sync_folder, write_bytes
 from evopress.json_files import check_schema, decode, load_bytes, load_document, load_json, parse_json, shown
+from evopress.reporting.dropped_words import is_words, levels_of_words
 from evopress.units import Budget, Genome, Space
 
 SCHEMA = 1
@@ -161,12 +162,14 @@ def write_genome(
 
 
 def read_genome(path: str | Path, space: Space, *, database: str | None = None) -> Genome:
-    """Read a genome of a space from `genome.json` or, by any other suffix, from `name: level` lines.
+    """Read a genome of a space from `genome.json` or, by any other suffix, from the authors' lines or words.
+
+    Lines are `name: level`, words say what each block drops.
 
     Units may come in any order. A text file says nothing of its database, so there only names and levels are checked.
 
     Args:
-        database: fingerprint that a JSON file must name; None accepts any database with the same units and costs.
+        database: fingerprint that a JSON file must name; None accepts any database that has such levels, in whatever order.
 
     Raises: EvoPressError if the file is missing, damaged, too new or too large, or is of other units or levels.
     """
@@ -216,16 +219,19 @@ def _genome_from_json(path: Path, data: bytes, space: Space, database: str | Non
         if (unit := of.get(name)) is None:
             index = 0  # refused by name
         else:
+            label, cost = entry.get("label"), entry.get("cost")
+            if database is None and type(index) is int:  # another database may list its levels otherwise
+                index = next((i for i, each in enumerate(unit.levels) if (each.label, each.cost) == (label, cost)), index)
             if type(index) is not int or not 0 <= index < len(unit.levels):
                 raise EvoPressError(
                     f"{path} gives {name} level {shown(index)}: expected 0 to {len(unit.levels) - 1}, "
                     "so it is of another database; use the one it was found with"
                 )
             level = unit.levels[index]
-            if entry.get("label") != level.label or entry.get("cost") != level.cost:
+            if label != level.label or cost != level.cost:
                 raise EvoPressError(
-                    f"{path} says level {index} of {name} is {shown(entry.get('label'))} at cost "
-                    f"{shown(entry.get('cost'))} but here it is {level.label!r} at cost {level.cost}: "
+                    f"{path} says level {index} of {name} is {shown(label)} at cost "
+                    f"{shown(cost)} but here it is {level.label!r} at cost {level.cost}: "
                     "use the database that it was found with"
                 )
             total += level.cost
@@ -241,7 +247,11 @@ def _genome_from_json(path: Path, data: bytes, space: Space, database: str | Non
 
 def _genome_from_lines(path: Path, data: bytes, space: Space) -> Iterator[tuple[str, int]]:
     of = {unit.name: unit for unit in space.units}
-    for number, line in enumerate(decode(data, path).split("\n"), start=1):
+    text = decode(data, path)
+    if is_words(text):
+        yield from levels_of_words(path, text, space)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         name, colon, key = (part.strip() for part in line.rpartition(":"))

@@ -67,7 +67,9 @@ class Column:
 
 
 def display_name(name: str) -> str:
-    """Return a row's name as people read it: "best_of_32" becomes "best of 32"."""
+    """Return a row's name as people read it: "best_of_32" becomes "best of 32"; a file, which has its folder's name, stays."""
+    if "/" in name:
+        return name
     name, plus, more = name.partition("+")
     return _NAMES.get(name, name.replace("_", " ")) + (f" + {more.replace('_', ' ')}" if plus else "")
 

@@ -11,6 +11,7 @@ from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, scores_by_data_set
 from evopress.evaluation.zero_shot import ZeroShot, load_tasks, measure_zero_shot
 from evopress.export import export_checkpoint
+from evopress.files import make_folder
 from evopress.levels.modules import dropped_modules
 from evopress.methods import ModuleMethod
 from evopress.reporting import figures, tables
@@ -19,10 +20,11 @@ from evopress.reporting.dropped import dropped_modules_figure
 from evopress.reporting.generations import read_generations
 from evopress.reporting.lineage import lineage_figures
 from evopress.reporting.metrics import baseline_lines, best_metrics, final_metrics, levels_table, switches_table
-from evopress.reporting.records import read_genome, write_json
+from evopress.reporting.records import read_genome, write_genome, write_json
 from evopress.reporting.report import headline, write_report
 from evopress.reporting.tracker import Tracker
 from evopress.stages.baselines import stored_baselines
+from evopress.stages.given import Given, find_genome, take_best_so_far
 from evopress.stages.refine import is_refined, refined_levels, summary_of
 from evopress.stages.results import read_result
 from evopress.stages.search import as_held_out, held_out_in_search
@@ -38,6 +40,8 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     Where the genome has been refined, it is measured as it was found and as refined.
     """
     run_dir, database = workspace.run_dir, workspace.database
+    take_best_so_far(workspace)
+    given = _given(workspace)
     baselines, space = stored_baselines(workspace)
     genomes: dict[str, Genome | None] = {"dense": None, **baselines}
     if (run_dir / "genome.json").exists():
@@ -45,6 +49,8 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
         genomes["evopress"] = found
         if (refined := refined_levels(workspace, found)) is not None:
             genomes["evopress_refined"], space = workspace.add_refined(refined)
+    if given is not None:
+        genomes.setdefault(given.name, given.genome)
     data_sets = workspace.evaluation_data
     count = sum(sequences.numel() for sequences in data_sets.values())
     logger.info("evaluation: %d models on %d tokens of %s", len(genomes), count, ", ".join(data_sets))
@@ -79,9 +85,12 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
         result["search"] = {key: records[-1][key] for key in ("tokens", "seconds", "evaluations")}
         result["search"]["generations"] = records[-1]["generation"]
     told = read_result(run_dir)
+    told.pop("genome", None)
     if "evopress_refined" not in genomes:
         told.pop("refine", None)  # of another genome
     result |= {key: value for key, value in told.items() if key not in result}
+    if given is not None:
+        result["genome"] = given.name
     result["memory"] = workspace.memory()
     write_json(run_dir / "result.json", result)
     frame = tables.results_frame(rows)
@@ -137,21 +146,30 @@ def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None]) -> di
 
 
 def export(workspace: Workspace, *, command: str) -> None:
-    """Stage `export`: write the found genome, refined where it has been, as a checkpoint that transformers loads."""
+    """Stage `export`: write a genome as a checkpoint that transformers loads.
+
+    It is the found one, refined where it has been; the best so far of a search that was cut off; or the one that is given.
+    """
     run_dir, database = workspace.run_dir, workspace.database
-    refuse_nothing_to_export(run_dir)
-    genome = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
+    take_best_so_far(workspace)
+    refuse_nothing_to_export(workspace)
+    if (given := _given(workspace)) is not None:
+        files, genome, space, refined = _write_given(workspace, given), given.genome, given.space, None
+    else:
+        files, space = run_dir, database.space
+        genome = read_genome(run_dir / "genome.json", space, database=database.fingerprint)
+        refined = refined_levels(workspace, genome)
     left_out = workspace.pretrained.left_out
-    refined, written = refined_levels(workspace, genome), genome
+    written = genome
     if refined is not None:
         written, _ = workspace.add_refined(refined)
     folder = export_checkpoint(
-        run_dir / "checkpoint",
+        files / "checkpoint",
         live=workspace.live,
         model=workspace.pretrained.model,
         tokenizer=workspace.pretrained.tokenizer,
         genome=written,
-        genome_files=(run_dir / "genome.json", run_dir / "genome.txt"),
+        genome_files=(files / "genome.json", files / "genome.txt"),
         provenance={
             "schema": 1,
             "made_by": "evopress",
@@ -160,7 +178,8 @@ def export(workspace: Workspace, *, command: str) -> None:
             "base_model_digest": workspace.pretrained.digest,
             "level_database": database.fingerprint,
             "recipe": database.manifest["recipe"],
-            **workspace.method.costs(database.space, genome),
+            **({} if given is None else {"genome": given.name}),
+            **workspace.method.costs(space, genome),
             **({"left_out": list(left_out)} if left_out else {}),
             **({} if refined is None else {"refined": {"fingerprint": refined.fingerprint, **summary_of(refined)}}),
         },
@@ -173,10 +192,34 @@ def export(workspace: Workspace, *, command: str) -> None:
     logger.info("checkpoint: %s%s", folder, gone)
 
 
-def refuse_nothing_to_export(run_dir: Path) -> None:
-    """Raise EvoPressError if no search has left a genome in the folder."""
-    if not (run_dir / "genome.json").exists():
-        raise EvoPressError(f"there is no genome.json in {run_dir} to export: run the stage search first")
+def refuse_nothing_to_export(workspace: Workspace) -> None:
+    """Raise EvoPressError if no genome is given and no search has left one, or its best so far, in the folder."""
+    run_dir = workspace.run_dir
+    if workspace.settings.genome is None and not any((run_dir / name).exists() for name in ("genome.json", "state.json")):
+        raise EvoPressError(
+            f"there is no genome.json in {run_dir} to export: run the stage search first, at least its first generation, or "
+            "give one with genome=FILE"
+        )
+
+
+def _given(workspace: Workspace) -> Given | None:
+    """Return the genome that the settings name instead of a search's; None: they name none."""
+    name = workspace.settings.genome
+    return None if name is None else find_genome(workspace, name)
+
+
+def _write_given(workspace: Workspace, given: Given) -> Path:
+    """Write a given genome in our formats, and return its folder; a search's own genome and checkpoint stay."""
+    folder = make_folder(workspace.run_dir / "genomes" / given.folder)
+    write_genome(
+        folder / "genome.json",
+        folder / "genome.txt",
+        space=given.space,
+        genome=given.genome,
+        database=workspace.database.fingerprint,
+        budget=workspace.budget,
+    )
+    return folder
 
 
 def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> None:
@@ -184,34 +227,42 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
     settings, run_dir, database = workspace.settings, workspace.run_dir, workspace.database
     result, records = read_result(run_dir), read_generations(run_dir / "metrics.jsonl", database.space)
     rows = result.get("rows", [])
-    genome = None
+    take_best_so_far(workspace)
+    given = _given(workspace)
+    genome, space, title = None, database.space, f"{workspace.budget.target:g} {workspace.budget.measure}"
+    checkpoint = run_dir / "checkpoint"
     pictures: list[Path] = []
     if records:
         curve = held_out_curve(records, rows)
         lines = {name: held_out["kl"] for name, held_out in curve.lines.items()}
         pictures += figures.convergence(curve.records, run_dir / "figures", lines, fitness=settings.fitness.name, text=curve.text)
     if (run_dir / "genome.json").exists():
-        genome = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint)
-        pictures += figures.level_heatmap(database.space, genome, run_dir / "figures")
-        others, space = stored_baselines(workspace)
-        others = {name: other for name, other in others.items() if not name.startswith("uniform_")}
+        genome, shown_as = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint), "evopress"
+    elif given is not None:
+        genome, space, shown_as, title = given.genome, given.space, given.name, f"genome {given.name}"
+        checkpoint = run_dir / "genomes" / given.folder / "checkpoint"
+    if genome is not None:
+        pictures += figures.level_heatmap(space, genome, run_dir / "figures")
+        others, union = stored_baselines(workspace)
+        if given is not None:
+            others.setdefault(given.name, given.genome)
+        others = {name: other for name, other in others.items() if not name.startswith("uniform_") and name != shown_as}
         if isinstance(workspace.method, ModuleMethod):
-            dropped = {name: dropped_modules(space, each) for name, each in {**others, "evopress": genome}.items()}
+            dropped = {name: dropped_modules(union, each) for name, each in {**others, shown_as: genome}.items()}
             pictures += dropped_modules_figure(dropped, len(workspace.blocks.blocks), run_dir / "figures")
         else:
-            pictures += figures.level_profile(space, {**others, "evopress": genome}, run_dir / "figures")
+            pictures += figures.level_profile(union, {**others, shown_as: genome}, run_dir / "figures")
         pictures += lineage_figures(records, database.space, run_dir / "figures", fitness=settings.fitness.name)
     if rows:
         tables.write_tables(rows, run_dir, said=headline(rows))
-    checkpoint = run_dir / "checkpoint"
     shown = checkpoint.relative_to(Path.cwd()) if checkpoint.is_relative_to(Path.cwd()) else checkpoint
     write_report(
         run_dir / "report.html",
-        title=f"{workspace.pretrained.name}, {settings.method.name} {workspace.budget.target:g} {workspace.budget.measure}",
+        title=f"{workspace.pretrained.name}, {settings.method.name} {title}",
         config=config,
         result={**result, "checkpoint": str(shown)} if checkpoint.is_dir() else result,
         records=records,
-        space=database.space,
+        space=space,
         genome=genome,
         figures=pictures,
         command=command,
@@ -221,7 +272,7 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
         if path.suffix == ".png":
             tracker.figure(path.stem, path)
     if genome is not None:
-        tracker.table("levels", *levels_table(database.space, genome))
+        tracker.table("levels", *levels_table(space, genome))
         tracker.table("switches", *switches_table(records, database.space))
     files = [run_dir / name for name in ("genome.json", "genome.txt", "result.json") if (run_dir / name).exists()]
     tracker.artifact(f"genome-{database.fingerprint}", "genome", files)

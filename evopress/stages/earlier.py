@@ -11,8 +11,9 @@ from evopress.reporting.records import read_document, read_genome
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.stages.baselines import baselines_as_asked, changes, read_baselines, what_decides_fitness
 from evopress.stages.conclude import refuse_nothing_to_export
+from evopress.stages.given import refuse_missing
 from evopress.stages.results import read_result
-from evopress.stages.search import check_records, go_on, refuse_missing_starts
+from evopress.stages.search import check_records, go_on
 from evopress.units import Space
 from evopress.workspace import Workspace
 
@@ -54,7 +55,7 @@ def refuse_other_work(workspace: Workspace, searching: SearchSettings) -> None:
     """
     run_dir, stages = workspace.run_dir, set(workspace.settings.stages)
     if "export" in stages and "search" not in stages:
-        refuse_nothing_to_export(run_dir)
+        refuse_nothing_to_export(workspace)
     read_result(run_dir)
     if not any((run_dir / name).exists() for name in (STATE, "genome.json", "baselines.json", "metrics.jsonl")):
         return
@@ -65,7 +66,7 @@ def refuse_other_work(workspace: Workspace, searching: SearchSettings) -> None:
         read_generations(run_dir / "metrics.jsonl", space)
         if (run_dir / "genome.json").exists():
             read_genome(run_dir / "genome.json", space, database=workspace.database_fingerprint)
-    _check_baselines(workspace)
+    _check_baselines(workspace, space)
 
 
 def _check_search(workspace: Workspace, searching: SearchSettings, space: Space) -> None:
@@ -88,7 +89,7 @@ def _check_search(workspace: Workspace, searching: SearchSettings, space: Space)
         )
 
 
-def _check_baselines(workspace: Workspace) -> None:
+def _check_baselines(workspace: Workspace, space: Space) -> None:
     """Raise EvoPressError if the baselines in the folder are damaged or of another database, unless they are found again anyway."""
     path, settings = workspace.run_dir / "baselines.json", workspace.settings
     stages, fingerprint = set(settings.stages), workspace.database_fingerprint
@@ -96,12 +97,13 @@ def _check_baselines(workspace: Workspace) -> None:
     if "baselines" in stages:
         stored = baselines_as_asked(workspace)
         found_again = stored is None or stored.get("database") != fingerprint
-    starts = settings.search.starts if "search" in stages else []
-    if found_again or not (starts or stages & {"evaluate", "report"}):
+    given = [("search.starts", name) for name in settings.search.starts] if "search" in stages else []
+    given += [] if settings.genome is None else [("genome", settings.genome)]
+    if found_again or not (given or stages & {"evaluate", "report"}):
         return
     genomes = {}
     if path.exists():
         stored = read_baselines(path, database=fingerprint)
         genomes = stored["genomes"]
         workspace.open_databases(stored["further"])
-    refuse_missing_starts(starts, genomes)
+    refuse_missing(workspace, given, genomes, space)

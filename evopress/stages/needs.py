@@ -255,7 +255,8 @@ class Planner:
         elif (folder / "baselines.json").exists():
             count = len(read_baselines(folder / "baselines.json")["genomes"])
         refined = "refine" in self.settings.stages and not self.modules
-        return count + ("search" in self.settings.stages or (folder / "genome.json").exists()) + refined
+        count += (self.settings.genome is not None) + refined
+        return count + ("search" in self.settings.stages or (folder / "genome.json").exists())
 
     def _base(self, needs: Needs) -> None:
         """Add the dense model's last hidden states of the search text, once for all stages."""

@@ -25,6 +25,7 @@ from evopress.progress import duration
 from evopress.reporting.records import read_json
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.stages.baselines import make_measure
+from evopress.stages.given import check_levels
 from evopress.stages.needs import Needs, Planner
 from evopress.stages.probe import Speed, measure_speed
 from evopress.units import Budget, Space
@@ -76,6 +77,7 @@ def preflight(workspace: Workspace, searching: SearchSettings) -> Plan:
     baselines = workspace.settings.baselines
     if "baselines" in workspace.settings.stages and "exhaustive" in baselines.names:
         count_to_measure(space, budget, limit=baselines.exhaustive_limit)
+    check_levels(workspace.settings, space)
     _check_finite(workspace)
     first = None if "search" not in workspace.settings.stages else _first_generation(workspace)
     if first is not None and first <= searching.generations and searching.generations:

@@ -18,6 +18,7 @@ from evopress.levels.refine import RefineSettings, ensure_refined, folder_of, in
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase
 from evopress.methods import WeightMethod
 from evopress.reporting.records import read_genome, read_json, write_json
+from evopress.stages.given import take_best_so_far
 from evopress.stages.results import read_result
 from evopress.units import Genome
 from evopress.workspace import Workspace
@@ -31,7 +32,8 @@ _AGAIN = "run the stage refine again, with those after it: stages=[refine,evalua
 def refuse_without_genome(workspace: Workspace) -> None:
     """Raise EvoPressError if there is no genome to refine and none will be found: before any model work."""
     stages = workspace.settings.stages
-    if "refine" in stages and "search" not in stages and isinstance(workspace.method, WeightMethod):
+    begun = (workspace.run_dir / "state.json").exists()
+    if "refine" in stages and "search" not in stages and not begun and isinstance(workspace.method, WeightMethod):
         _genome_file(workspace)
 
 
@@ -43,6 +45,7 @@ def refine(workspace: Workspace) -> None:
     if not isinstance(workspace.method, WeightMethod):
         logger.info("refine: method %s stores no weights, so there is nothing to refine", workspace.settings.method.name)
         return
+    take_best_so_far(workspace)
     path, database = _genome_file(workspace), workspace.database
     genome = read_genome(path, database.space, database=database.fingerprint)
     if not inexact_units(database, genome):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from evopress.reporting.records import append_record, read_document, truncate_re
 from evopress.reporting.tracker import Tracker
 from evopress.search.evolution import Evolution, SearchSettings, run_search
 from evopress.search.record import GenerationRecord
-from evopress.stages.baselines import make_fitness, stored_baselines, what_decides_fitness
+from evopress.stages.baselines import make_fitness, what_decides_fitness
 from evopress.stages.checks import search_cost
+from evopress.stages.given import find_genome
 from evopress.units import Genome, Space
 from evopress.workspace import Workspace
 
@@ -133,23 +133,19 @@ def check_records(metrics: Path, evolution: Evolution, space: Space) -> None:
 
 
 def _starts(workspace: Workspace) -> list[Genome]:
-    """Return the baselines' genomes that `search.starts` names."""
-    names = workspace.settings.search.starts
-    if not names:
-        return []
-    baselines, _ = stored_baselines(workspace)
-    refuse_missing_starts(names, baselines)
-    return [workspace.database.space.check(baselines[name]) for name in names]
-
-
-def refuse_missing_starts(names: Sequence[str], baselines: Collection[str]) -> None:
-    """Raise EvoPressError if the search is to start from a baseline that is not there."""
-    missing = [name for name in names if name not in baselines]
-    if missing:
-        raise EvoPressError(
-            f"search.starts has {missing[0]!r}, which is not among this run's baselines ({', '.join(baselines) or 'none'}): name "
-            "it as its row is called, and let baselines.names and the stage baselines make it"
-        )
+    """Return the genomes that `search.starts` names: baselines, or files."""
+    space, budget = workspace.database.space, workspace.budget
+    starts = []
+    for name in workspace.settings.search.starts:
+        genome = space.check(find_genome(workspace, name, key="search.starts").genome)
+        if not budget.met_by(space, genome):
+            costs = ", ".join(f"{key}={value:.6g}" for key, value in workspace.method.costs(space, genome).items())
+            raise EvoPressError(
+                f"search.starts has {name!r}, which does not keep the budget of {budget.target:g} {budget.measure} ({costs}): "
+                "leave it out, or change the target"
+            )
+        starts.append(genome)
+    return starts
 
 
 def held_out_in_search(workspace: Workspace) -> tuple[str, Tensor]:

@@ -157,6 +157,11 @@ SETTINGS = {
     "a run folder that is a file": (["hydra.run.dir=/dev/null/run"], ["hydra.run.dir=/dev/null/run", "/dev/null is no folder"]),
     "an unknown rule for BOS": (["model.bos=maybe"], ["model.bos=maybe", "auto, true, false"]),
     "a BOS that the tokenizer lacks": (["model.bos=true"], ["model.bos=true", "model.bos=auto"]),
+    "a genome that is no file": (["genome=none.txt"], ["'none.txt'", "neither a file", "uniform_3 or dp"]),
+    "a genome of an empty folder": (["genome=/dev"], ["'/dev'", "genome.json", "one word per block"]),
+    "no genome": (["genome=''"], ["genome is empty", "leave it out"]),
+    "a genome, and only a search": (["genome=dp", "stages=[search]"], ["genome=dp", "nothing is searched", "[evaluate]"]),
+    "a start that is no file": (["search.starts=[dp,none.json]"], ["search.starts has 'none.json'", "neither a file"]),
     "a key that no schema has": (["+search.offspring=4"], ["search.offspring", "search.num_offspring"]),
 }
 

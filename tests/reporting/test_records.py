@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,19 @@ def test_a_genome_that_does_not_fit_is_refused(tmp_path: Path, space: Space, edi
     path.write_text(json.dumps(document))
     with pytest.raises(EvoPressError, match=words):
         records.read_genome(path, space, database="abc123")
+
+
+def test_a_genome_of_other_levels_is_read_by_what_its_levels_are(tmp_path: Path, space: Space) -> None:
+    """A database with more levels, or without some, counts them otherwise; the run's own genome is held to its database."""
+    path, _ = written(tmp_path, space, mixed(space))
+    fewer = Space(space.method, tuple(replace(unit, levels=unit.levels[1:]) for unit in space.units))
+    with pytest.raises(EvoPressError, match=r"here it is|expected 0 to 3"):
+        records.read_genome(path, fewer, database="abc123")
+    with pytest.raises(EvoPressError, match=r"'6 bits' at cost .* but here it is '5 bits'"):  # which is not there
+        records.read_genome(path, fewer)
+    lower = [min(max(level, 1), 4) for level in mixed(space)]
+    path, _ = written(tmp_path, space, tuple(lower))
+    assert records.read_genome(path, fewer) == tuple(level - 1 for level in lower)
 
 
 @pytest.mark.parametrize(

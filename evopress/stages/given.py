@@ -1,0 +1,159 @@
+"""Genomes that are not a finished search's: those that the settings name, and the best so far of a search that was cut off."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evopress.baselines.dynamic_programming import dynamic_programming
+from evopress.baselines.uniform import uniform_genomes
+from evopress.errors import EvoPressError
+from evopress.files import given_path
+from evopress.json_files import clip, shown
+from evopress.methods import ModuleMethod
+from evopress.reporting.records import read_document, read_genome, write_genome
+from evopress.settings import RunSettings
+from evopress.stages.baselines import stored_baselines
+from evopress.stages.checks import MODULE_BASELINES, WEIGHT_BASELINES
+from evopress.units import Genome, Space
+from evopress.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+_FOUND = {*WEIGHT_BASELINES, *MODULE_BASELINES, "evopress"}
+_FORMATS = (
+    "a genome.json or genome.txt, or a file of the authors' code (`name: level` lines; one word per block for dropped modules)"
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A genome that the settings name."""
+
+    name: str
+    """Of its row: a baseline's, or "folder/file"."""
+    genome: Genome
+    space: Space
+    """Whose levels the genome counts."""
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder inside a run's."""
+        return re.sub(r"[^\w.-]+", "_", self.name).strip("_.") or "genome"
+
+
+def file_of(given: str, key: str) -> Path | None:
+    """Return the file that a genome is named by: itself, or that of a run folder or checkpoint; None: it is a name such as "dp".
+
+    Args: key: the setting that names it: "genome".
+
+    Raises: EvoPressError if it is neither.
+    """
+    if given in _FOUND or re.fullmatch(r"(uniform|best_of)(_[\w.%-]+)?", given):
+        return None
+    path = given_path(given, key)
+    if path.is_dir():
+        path = path / "genome.json"
+    if not path.is_file():
+        raise EvoPressError(
+            f"{key} has {given!r}, which is neither a file nor among this run's baselines: give {_FORMATS}, or a name such as "
+            "uniform_3 or dp"
+        )
+    return path
+
+
+def row_name(path: Path) -> str:
+    """Name a file's row: the file and its folder."""
+    path = path.resolve()
+    return f"{path.parent.name}/{path.name}"
+
+
+def check_given(settings: RunSettings) -> None:
+    """Raise EvoPressError if a genome that the settings name by a file is not there; before any model work."""
+    if settings.genome is not None:
+        file_of(settings.genome, "genome")
+    for name in settings.search.starts if "search" in settings.stages else ():
+        file_of(name, "search.starts")
+
+
+def check_levels(settings: RunSettings, space: Space) -> None:
+    """Raise EvoPressError if a file of a genome does not fit the space that the run's level database has, or will have."""
+    given = [] if settings.genome is None else [("genome", settings.genome)]
+    if "search" in settings.stages:
+        given += [("search.starts", name) for name in settings.search.starts]
+    for key, name in given:
+        if (path := file_of(name, key)) is not None:
+            read_genome(path, space)
+
+
+def find_genome(workspace: Workspace, given: str, *, key: str = "genome") -> Given:
+    """Return the genome that a setting names: by a file, as a baseline of the run, as a uniform one, or as dynamic programming's.
+
+    Raises: EvoPressError if there is no such genome, or a file does not fit the level database.
+    """
+    database, method = workspace.database, workspace.method
+    if (path := file_of(given, key)) is not None:
+        return Given(row_name(path), read_genome(path, database.space), database.space)
+    baselines, space = stored_baselines(workspace)
+    if given in baselines:
+        return Given(given, baselines[given], space)
+    refuse_missing(workspace, [(key, given)], baselines, database.space)
+    assert not isinstance(method, ModuleMethod)
+    if given == "dp":
+        return Given(given, dynamic_programming(database.space, workspace.budget, database.errors), database.space)
+    return Given(given, uniform_genomes(database.space, method.uniform_name)[given], database.space)
+
+
+def refuse_missing(workspace: Workspace, given: Sequence[tuple[str, str]], baselines: Collection[str], space: Space) -> None:
+    """Raise EvoPressError if a name is none of the baselines that there are, nor of a genome that is made when it is asked for.
+
+    Args:
+        given: settings and the names in them.
+        space: units and levels that the level database has, or will have.
+    """
+    made: list[str] = []
+    if not isinstance(workspace.method, ModuleMethod):
+        made = [*uniform_genomes(space, workspace.method.uniform_name), "dp"]
+    for key, name in given:
+        if file_of(name, key) is None and name not in (*baselines, *made):
+            raise EvoPressError(
+                f"{key} has {name!r}, which is not among this run's baselines ({', '.join(baselines) or 'none'}): name it as its "
+                "row is called, and let baselines.names and the stage baselines make it, or give a file"
+            )
+
+
+def take_best_so_far(workspace: Workspace) -> None:
+    """Let `genome.json` be the parent that the run's search has reached, also where it was cut off before its end.
+
+    Raises: EvoPressError if there is no other genome and the saved search is damaged or of another level database.
+    """
+    run_dir, database = workspace.run_dir, workspace.database
+    path, found = run_dir / "state.json", run_dir / "genome.json"
+    if not path.exists():
+        return
+    try:
+        state = read_document(path, what="saved search")
+        evolution = state.get("evolution")
+        if state.get("database") != database.fingerprint or not isinstance(evolution, dict):
+            raise EvoPressError(
+                f"the search in {run_dir} was made with level database {shown(state.get('database'))}, this one is "
+                f"{database.fingerprint}: give the settings that it had"
+            )
+        genome = database.space.check(evolution["parent"])
+        done = int(evolution["generation"]) - 1
+    except (EvoPressError, KeyError, TypeError, ValueError) as error:
+        if found.exists():
+            return  # what there is says itself whether it fits
+        if isinstance(error, EvoPressError):
+            raise
+        raise EvoPressError(
+            f"{path} is damaged ({type(error).__name__}: {clip(str(error))}): restore it, or remove it to search again"
+        ) from error
+    if found.exists() and read_genome(found, database.space, database=database.fingerprint) == genome:
+        return
+    logger.info("search: cut off after generation %d; its best genome so far is taken", done)
+    write_genome(
+        found, run_dir / "genome.txt", space=database.space, genome=genome, database=database.fingerprint, budget=workspace.budget
+    )
