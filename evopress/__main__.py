@@ -29,6 +29,7 @@ from evopress.earlier_versions import defaults_of
 from evopress.endings import exit_code, is_out_of_memory, of_the_disk, stopping_at_signals
 from evopress.errors import EvoPressError
 from evopress.files import explained, given_path
+from evopress.reporting import jobs
 from evopress.reporting.records import write_json
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ def _compose_and_run(entry: Callable[[], None]) -> None:
             traceback.print_exc()
         sys.exit(1)
     finally:
+        jobs.show_jobs()  # of a sweep that Hydra did not bring to its end
         del os.environ["HYDRA_FULL_ERROR"]
         if asked is not None:
             os.environ["HYDRA_FULL_ERROR"] = asked
@@ -230,6 +232,7 @@ def _task(config: DictConfig) -> float:
     _failures.append(str(told))
     if not multirun:
         sys.exit(1)
+    jobs.note_failure(Path(HydraConfig.get().sweep.dir), folder, HydraConfig.get().overrides.task, str(told))
     if os.getpid() != _started_in:  # the command learns of it by this alone, when the launcher's jobs have all ended
         raise configuration.JobFailedError(str(told))
     return float("nan")

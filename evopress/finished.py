@@ -15,6 +15,7 @@ from evopress.earlier_versions import without_later
 from evopress.errors import EvoPressError
 from evopress.files import sha256_file
 from evopress.levels.store import MANIFEST
+from evopress.reporting.jobs import own_row
 from evopress.reporting.records import read_document, read_json, write_json
 from evopress.settings import STAGES, RunSettings
 from evopress.stages.given import file_of
@@ -84,9 +85,8 @@ def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
 
 def held_out_kl(run_dir: Path) -> float:
     """Return the held-out KL of the found genome, or of the one that was given, NaN if it was not measured."""
-    result = read_result(run_dir)
-    measured = {row["name"]: row["kl"] for row in result.get("rows", []) if row.get("kl") is not None}
-    return next((measured[name] for name in ("evopress", result.get("genome")) if name in measured), float("nan"))
+    kl = (own_row(read_result(run_dir)) or {}).get("kl")
+    return float("nan") if kl is None else float(kl)
 
 
 def _of_database(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,12 @@ that is still going on gives what there is.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from evopress.errors import EvoPressError
@@ -184,13 +186,24 @@ def make_figures(experiment: str, *, root: Path, out: Path) -> tuple[Sweep, list
     Raises: EvoPressError if no search of it has measured anything, or the jobs do not belong together.
     """
     spec, sweep = SPECS[experiment], _sweep(root, experiment)
-    found = curves(sweep, spec)
-    if not found:
+    if not curves(sweep, spec):
         raise EvoPressError(
             f"no finished search in {root / experiment} has held-out measurements: run python -m evopress +experiment={experiment} "
             "first, with evaluation.every above 0"
         )
-    beside = _companion(experiment, root)
+    return sweep, draw_sweep(sweep, spec, out, beside=_companion(experiment, root))
+
+
+def draw_sweep(sweep: Sweep, spec: Spec, out: Path, *, beside: Mapping[str, Curve] = MappingProxyType({})) -> list[Path]:
+    """Write the measurements of a sweep's searches and draw a figure for each group; nothing where none measured anything.
+
+    Args: beside: curves of other sweeps that are drawn too.
+
+    Returns: the files.
+    """
+    found = curves(sweep, spec)
+    if not found:
+        return []
     values = on_curves_text(sweep.jobs, spec)
     paths = [out / "convergence.csv"]
     write_csv(paths[0], list(_rows(found, beside, spec)))
@@ -205,12 +218,12 @@ def make_figures(experiment: str, *, root: Path, out: Path) -> tuple[Sweep, list
             measure: {variant: statistics.fmean(of[measure].values()) for variant, of in rows.items() if measure in of}
             for measure in dict.fromkeys(measure for of in rows.values() for measure in of)
         }
-        name = "_".join(["convergence", *(f"{key.replace('/', '-')}-{value}" for key, value in where.items())])
+        name = "_".join(["convergence", *(re.sub(r"[^\w.+-]+", "-", f"{key}-{value}") for key, value in where.items())])
         seeds = max(len(curve) for curve in variants.values())
         about = f"mean and range, {seeds} seed{'s' if seeds > 1 else ''}; {text_of(sweep.jobs)}"
         title = f"{spec.title}{', ' if where else ''}{describe(where)}\n({about})"
-        paths += draw(variants | beside, baselines, out, name, title=title)
-    return sweep, paths
+        paths += draw({**variants, **beside}, baselines, out, name, title=title)
+    return paths
 
 
 def _sweep(root: Path, experiment: str) -> Sweep:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 _FITNESS = {"kl": "KL", "perplexity": "PPL"}
@@ -50,6 +50,11 @@ def by_granularity(axes: Mapping[str, str], row: str) -> str | None:
     if axes["method.granularity"] == "module":
         return row
     return "evopress_blocks" if row == "evopress" else None
+
+
+def any_spec(title: str, axes: Sequence[str]) -> Spec:
+    """Describe the table of any sweep: one for each combination of what was swept, seeds together."""
+    return Spec(title, group=tuple(key for key in axes if key != "seed"))
 
 
 SPECS = {

@@ -4,13 +4,15 @@
     python -m experiments.sweep_report table4 [--root multirun]
 
 reads <root>/table4, makes its table and figures as `experiments.tables` and `experiments.convergence` do, and writes report.html
-beside them. The page holds all that it shows; its links to the jobs' own reports are relative, for where the sweep was run.
+beside them. The folder of any other sweep can be named too, and is then written into. The page holds all that it shows; its links
+to the jobs' own reports are relative, for where the sweep was run.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -33,10 +35,10 @@ from evopress.reporting.page import (
 )
 from evopress.reporting.tables import display_name, number, significant
 from experiments.commands import of_sweep
-from experiments.convergence import make_figures
+from experiments.convergence import draw_sweep, make_figures
 from experiments.specs import SPECS, Spec
 from experiments.sweeps import Job, Sweep, describe
-from experiments.tables import BEGIN, END, make_table
+from experiments.tables import BEGIN, END, make_table, make_table_of
 
 _JOB_FIGURES = ("dropped_modules", "level_heatmap", "level_profile", "switches", "selection", "lineage")
 
@@ -55,9 +57,26 @@ def make_report(experiment: str, *, root: Path, out: Path) -> tuple[Sweep, Path]
         curves, why_not = make_figures(experiment, root=root, out=out)[1], ""
     except EvoPressError as error:  # no search has measured anything on the way
         curves, why_not = [], str(error)
+    commands = [f"python -m evopress +experiment={experiment}", f"python -m experiments.sweep_report {experiment}"]
+    return sweep, _write_page(sweep, spec, out, curves=curves, why_not=why_not, commands=commands)
+
+
+def make_report_of(folder: Path, *, out: Path) -> tuple[Sweep, Path]:
+    """Read the folder of any sweep, make its tables and figures, and write its page; return the sweep and the page's path.
+
+    Raises: EvoPressError if no job has finished.
+    """
+    sweep, spec = make_table_of(folder, out=out)
+    curves = draw_sweep(sweep, spec, out)
+    why_not = "" if curves else "No search measured anything on the way: evaluation.every is 0, or nothing was searched."
+    commands = [f"python -m experiments.sweep_report {shlex.quote(str(folder))}"]
+    return sweep, _write_page(sweep, spec, out, curves=curves, why_not=why_not, commands=commands)
+
+
+def _write_page(sweep: Sweep, spec: Spec, out: Path, *, curves: Sequence[Path], why_not: str, commands: Sequence[str]) -> Path:
+    """Write the page of a sweep whose table is in `out`; return its path."""
     claim, shows = _readme(out / "README.md")
     found = (out / "table.md").read_text(encoding="utf-8").partition("\n")[2]
-    commands = [f"python -m evopress +experiment={experiment}", f"python -m experiments.sweep_report {experiment}"]
     parts = [
         section("What was asked", markdown(claim)),
         section("What is missing", _missing(sweep)),
@@ -71,7 +90,7 @@ def make_report(experiment: str, *, root: Path, out: Path) -> tuple[Sweep, Path]
     ]
     path = out / "report.html"
     write_page(path, title=spec.title, parts=parts)
-    return sweep, path
+    return path
 
 
 _CURVES = "Lines are means over seeds, bands their range; curves and lines are of one held-out text."
@@ -179,7 +198,11 @@ def main() -> None:
         sweep, path = make_report(experiment, root=root, out=out)
         return sweep, str(path)
 
-    of_sweep("Write one HTML page about a sweep, also about a half-finished one.", make)
+    def make_of_folder(folder: Path, out: Path) -> tuple[Sweep, str]:
+        sweep, path = make_report_of(folder, out=out)
+        return sweep, str(path)
+
+    of_sweep("Write one HTML page about a sweep, also about a half-finished one.", make, make_of_folder)
 
 
 if __name__ == "__main__":

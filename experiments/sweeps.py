@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from evopress.config import config_folder, register
 from evopress.errors import EvoPressError
+from evopress.reporting.jobs import NOT_COMPARED, read_jobs
 from evopress.reporting.records import read_json
 
-_FREE = ("resume", "stages", "tracker", "paths", "level_db", "threads", "seed")
+_FREE = ("resume", "dry_run", "stages", "tracker", "paths", "level_db", "threads", "seed")
 """Settings in which the jobs of one table may differ."""
 
 
@@ -45,25 +49,64 @@ class Sweep:
 def expected_jobs(experiment: str) -> list[dict[str, str]]:
     """Return the axes of all jobs of `conf/experiment/<experiment>.yaml`, in the order in which they run."""
     config = OmegaConf.load(config_folder() / "experiment" / f"{experiment}.yaml")
-    parser = OverridesParser.create()
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    return _product([f"{key}={value}" for key, value in params.items()])
+
+
+def any_sweep(folder: Path) -> Sweep:
+    """Read the jobs in the folder of any sweep; what was swept, or typed otherwise for some of the jobs, are the axes.
+
+    Raises: EvoPressError if there is no job, or two are the same.
+    """
+    typed = [job.typed for job in read_jobs(folder)]
+    asked = _asked_for(folder)
+    jobs = [*asked, *(dict(each) for each in typed)]
+    if not jobs:
+        raise EvoPressError(f"no job of a sweep lies in {folder}: give the folder that hydra.sweep.dir names")
+    keys = list(dict.fromkeys(key for job in jobs for key in job if key.split(".")[0] not in NOT_COMPARED and key != "stages"))
+    axes = [key for key in keys if len({job.get(key) for job in jobs}) > 1]
+    expected = [{key: job[key] for key in axes} for job in asked if all(key in job for key in axes)]
+    return read_sweep(folder, list(map(dict, dict.fromkeys(tuple(job.items()) for job in expected))), keys=axes, alike=False)
+
+
+def _asked_for(folder: Path) -> list[dict[str, str]]:
+    """Return what was typed for each job that the sweep of a folder was started with last, as Hydra keeps it."""
+    path = folder / "multirun.yaml"
+    try:
+        config = OmegaConf.load(path)
+        overrides = [str(each) for each in OmegaConf.select(config, "hydra.overrides.task") or ()]
+        params = OmegaConf.to_container(OmegaConf.select(config, "hydra.sweeper.params") or OmegaConf.create({}))
+        assert isinstance(params, dict)
+        typed = {override.lstrip("+").partition("=")[0] for override in overrides}
+        return _product([*(f"{key!s}={value!s}" for key, value in params.items() if key not in typed), *overrides])
+    except (OSError, ValueError, AttributeError, YAMLError, OmegaConfBaseException, HydraException):
+        return []  # there is none, or it is another's: the jobs that are there say what was swept
+
+
+def _product(overrides: Sequence[str]) -> list[dict[str, str]]:
+    """Return what is typed for each job of a sweep, in the order in which they run."""
+    parser = OverridesParser.create()
     choices: list[list[tuple[str, str]]] = []
-    for key, value in params.items():
-        override = parser.parse_override(f"{key}={value}")
+    for override in map(parser.parse_override, overrides):
         values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
-        choices.append([(str(key), each) for each in values])
+        choices.append([(override.key_or_group, each.strip("'\"")) for each in values])
     return [dict(each) for each in itertools.product(*choices)]
 
 
-def read_sweep(folder: Path, expected: Sequence[Mapping[str, str]]) -> Sweep:
+def read_sweep(
+    folder: Path, expected: Sequence[Mapping[str, str]], *, keys: Sequence[str] | None = None, alike: bool = True
+) -> Sweep:
     """Read all jobs under a folder.
 
-    Args: expected: axes of the jobs that the experiment asks for; the first one's keys say what is swept.
+    Args:
+        expected: axes of the jobs that the experiment asks for; the first one's keys say what is swept.
+        keys: what is swept, where nothing need be expected.
+        alike: refuse jobs that differ in what was not swept.
 
     Returns: the jobs in the order in which the experiment runs them, others after them.
     Raises: EvoPressError if two jobs have the same axes, or differ in settings that were not swept.
     """
-    keys = list(expected[0])
+    keys = list(expected[0]) if keys is None else list(keys)
     jobs: dict[tuple[str, ...], Job] = {}
     unfinished = []
     for path in sorted(folder.glob("**/.hydra/overrides.yaml")):
@@ -81,7 +124,8 @@ def read_sweep(folder: Path, expected: Sequence[Mapping[str, str]]) -> Sweep:
     order = [tuple(axes[key] for key in keys) for axes in expected]
     places = sorted(jobs, key=lambda place: order.index(place) if place in order else len(order))
     found = tuple(jobs[place] for place in places)
-    _check_alike(found, keys)
+    if alike:
+        _check_alike(found, keys)
     missing = tuple(dict(axes) for axes in expected if tuple(axes[key] for key in keys) not in jobs)
     return Sweep(found, tuple(unfinished), missing)
 
@@ -109,7 +153,7 @@ def _read_job(folder: Path, keys: Sequence[str]) -> Job:
     assert isinstance(config, DictConfig)
     parser = OverridesParser.create()
     overrides = [parser.parse_override(str(line)) for line in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
-    typed = {override.key_or_group: override.get_value_element_as_str() for override in overrides}
+    typed = {override.key_or_group: override.get_value_element_as_str().strip("'\"") for override in overrides}
     axes = {key: typed[key] if key in typed else _chosen(folder, config, key) for key in keys}
     environment = folder / "environment.json"
     plain = OmegaConf.to_container(config)
@@ -125,8 +169,8 @@ def _read_job(folder: Path, keys: Sequence[str]) -> Job:
 
 def _chosen(folder: Path, config: DictConfig, key: str) -> str:
     """Return what a job that was not told has for an axis: its setting, or the option of a config group."""
-    if "/" not in key:
-        return str(OmegaConf.select(config, key))
+    if "/" not in key and not OmegaConf.is_config(chosen := OmegaConf.select(config, key)):
+        return str(chosen)
     path = folder / ".hydra" / "hydra.yaml"
     choices = OmegaConf.select(OmegaConf.load(path), "hydra.runtime.choices") if path.is_file() else None
     if not choices or key not in choices:

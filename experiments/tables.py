@@ -3,7 +3,8 @@
     python -m evopress +experiment=table4
     python -m experiments.tables table4 [--root multirun]
 
-reads <root>/table4 and writes experiments/table4/: results.csv, runs.csv, table.md, and the table into README.md.
+reads <root>/table4 and writes experiments/table4/: results.csv, runs.csv, table.md, and the table into README.md. The folder of any
+other sweep can be named too, `python -m experiments.tables multirun/DAY/TIME`: the tables are then written into that folder.
 A sweep that is still going on gives the table of what there is. A further table is a YAML in conf/experiment, a folder here with a
 README.md and the paper's numbers in paper.csv, and a line in `specs.py`.
 """
@@ -22,10 +23,12 @@ from typing import Any
 from evopress.errors import EvoPressError
 from evopress.files import write_bytes
 from evopress.reporting.differences import Difference
+from evopress.reporting.jobs import as_markdown as jobs_as_markdown
+from evopress.reporting.jobs import read_jobs
 from evopress.reporting.tables import Column, display_name, results_columns, significant
 from experiments.commands import of_sweep
-from experiments.specs import SPECS, Spec
-from experiments.sweeps import Job, Sweep, describe, expected_jobs, read_sweep, setting
+from experiments.specs import SPECS, Spec, any_spec
+from experiments.sweeps import Job, Sweep, any_sweep, describe, expected_jobs, read_sweep, setting
 
 SEED = "seed"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -219,6 +222,23 @@ def make_table(experiment: str, *, root: Path, out: Path) -> Sweep:
     return sweep
 
 
+def make_table_of(folder: Path, *, out: Path) -> tuple[Sweep, Spec]:
+    """Read the folder of any sweep and write its tables: the jobs, then a table for each combination of what was swept.
+
+    Raises: EvoPressError if no job has finished.
+    """
+    sweep, jobs = any_sweep(folder), read_jobs(folder)
+    if not sweep.jobs:
+        raise EvoPressError(f"no job in {folder} has been evaluated: run the sweep again, it goes on where it was")
+    spec = any_spec(f"The sweep in {folder.resolve().name}", list(sweep.jobs[0].axes))
+    table = Table(sweep.jobs, spec)
+    write_csv(out / "results.csv", table.summary())
+    write_csv(out / "runs.csv", _runs(table))
+    text = f"# {spec.title}\n\n{jobs_as_markdown(jobs)}\n{render(sweep, spec, [])}"
+    write_bytes(out / "table.md", text.encode())
+    return sweep, spec
+
+
 def _runs(table: Table) -> list[dict[str, Any]]:
     return [
         {**dict(zip(table.spec.group, group, strict=True)), "method": variant, SEED: seed, "measure": measure, "value": value}
@@ -306,7 +326,11 @@ def main() -> None:
         sweep = make_table(experiment, root=root, out=out)
         return sweep, f"{(out / 'table.md').read_text(encoding='utf-8')}\n{len(sweep.jobs)} jobs: {out}"
 
-    of_sweep("Make the table of a sweep, also of a half-finished one.", make)
+    def make_of_folder(folder: Path, out: Path) -> tuple[Sweep, str]:
+        sweep, _ = make_table_of(folder, out=out)
+        return sweep, f"{(out / 'table.md').read_text(encoding='utf-8')}\n{len(sweep.jobs)} jobs: {out}"
+
+    of_sweep("Make the table of a sweep, also of a half-finished one.", make, make_of_folder)
 
 
 if __name__ == "__main__":

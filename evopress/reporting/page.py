@@ -20,7 +20,7 @@ _MOST_FIGURE_BYTES = 400_000
 CAPTIONS = {
     "convergence": "Lower is better. The winner's fitness is measured on a few search tokens, other ones in every generation, "
     "so it jumps; the held-out measures are always on the same text, which no search has seen.",
-    "level_heatmap": "Each cell is a unit: a row per kind, a column per transformer block. Darker keeps more.",
+    "level_heatmap": "Each cell is a unit: a row per kind, a column per transformer block. The bar says which colour keeps more.",
     "dropped_modules": "What each way of choosing drops: left half of a cell attention, right half MLP.",
     "level_profile": "Average per kind of unit and per transformer block, for every way of dividing the budget that was compared.",
     "switches": "Every mark is a unit that an accepted generation changed. What goes up somewhere goes down elsewhere: the "
@@ -193,6 +193,7 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 th, td { padding: .35rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child, .text-last th:last-child, .text-last td:last-child { text-align: left; }
+.text-last td:last-child { white-space: normal; min-width: 9rem; }
 td { vertical-align: top; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
 .total td { font-weight: 600; }
@@ -202,10 +203,23 @@ dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; padding: .6rem; background: #fff; border: 1px solid var(--line); border-radius: 8px;
   overflow-x: auto; }
 figure img { display: block; width: 100%; min-width: 640px; height: auto; }
+@media (prefers-color-scheme: dark) and (not print) {
+  figure { background: #1f1f1f; }
+  figure img { filter: invert(.88) hue-rotate(180deg); }
+}
 figure + .note { margin: -.4rem 0 1.4rem; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; overflow-x: auto;
   font: .86rem/1.5 ui-monospace, monospace; }
 summary { cursor: pointer; color: var(--soft); }
+@media (max-width: 640px) {
+  main { padding: 1rem .75rem 3rem; }
+  h1 { font-size: 1.3rem; }
+  th, td { padding: .3rem .5rem; }
+  th:first-child, td:first-child { max-width: 8.5rem; white-space: normal; overflow-wrap: anywhere; }
+  dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .5rem; }
+  figure img { min-width: 960px; }
+}
 @media print { figure, tr { break-inside: avoid; } }
 """
 

@@ -161,7 +161,7 @@ def test_other_settings_go_to_other_folders(axis: str, fresh: list[str], named: 
     assert outcome.code == 0, outcome.text
     assert sorted(path.name for path in named.iterdir() if path.is_dir() and f"{path.name}/result.json" not in before) == fresh
     changed = {name.rpartition("/")[2] for name, content in before.items() if (named / name).read_bytes() != content}
-    assert changed <= {"evopress.log", "multirun.yaml"}  # the log says that the job was finished before
+    assert changed <= {"evopress.log", "multirun.yaml", "jobs.csv"}  # the log says that the job was finished before
     for job in fresh:
         listed = json.loads((named / job / ".hydra" / "overrides.json").read_text(encoding="utf-8"))["overrides"]
         assert [part for part in job.split(",") if part.removeprefix("+") not in {each.lstrip("+") for each in listed}] in (
@@ -293,3 +293,18 @@ def test_folders_are_named_by_their_settings(one: dict[str, str], other: dict[st
         assert re.fullmatch(r"[\w.,=+-]+", name) and name not in (".", "..") and len(name.encode()) <= 120
         assert name == named(dict(reversed(values.items())))
     assert (named(one) == named(other)) == (decisive(one) == decisive(other))
+
+
+def test_a_sweep_ends_with_a_table_of_its_jobs(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    """A refused job is in it with its sentence, which is kept beside the folders of the jobs."""
+    outcome = evopress("-m", "+method=quant", "+debug=tiny", "bits=9,3.5", "hydra.sweep.dir=sweep", *FEW)
+    assert outcome.code == 1
+    table = outcome.text.split("the jobs in sweep:\n")[1].splitlines()
+    assert table[0].split() == ["bits", "held-out", "KL"]  # folders that are named by their settings are not named again
+    (done,), (refused,) = ([line.split() for line in table if line.startswith(f"{bits} ")] for bits in ("3.5", "9"))
+    assert refused[1] == "failed:" and "bits=9 is above the highest level" in " ".join(refused)
+    kl = next(row["kl"] for path in (tmp_path / "sweep").rglob("result.json") for row in json.loads(path.read_text())["rows"][1:])
+    assert done[-1] == "finished" and float(done[-2]) == pytest.approx(kl, rel=1e-3)
+    assert not [path for path in (tmp_path / "sweep").rglob("*failed*") if path.parent != tmp_path / "sweep"]
+    again = evopress("-m", "+method=quant", "+debug=tiny", "bits=3.5", "hydra.sweep.dir=sweep", *FEW)
+    assert again.code == 0 and "bits=9 is above" not in again.text, again.text

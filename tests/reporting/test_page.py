@@ -53,6 +53,29 @@ def test_empty_parts_leave_nothing(tmp_path: Path) -> None:
     assert re.findall("<section>.*?</section>", page, re.DOTALL) == ["<section><h2>One</h2>\n<p class=note>1 &lt; 2</p></section>"]
 
 
+def rules(page: str, media: str) -> str:
+    """Return what the page's style says under a media query that has these words."""
+    found = re.findall(r"@media ([^{]*)\{((?:[^{}]*\{[^{}]*\})*)\s*\}", page)
+    return "".join(body for query, body in found if media in query)
+
+
+def test_pages_fit_a_phone_and_a_dark_room(tmp_path: Path) -> None:
+    """At 400 px only tables, figures and code scroll sideways, and figures keep letters to read; in the dark they are dark."""
+    write_page(tmp_path / "page.html", title="t", parts=[])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert 'name="viewport" content="width=device-width' in page
+    for wide in (r"\.scroll", "figure", "pre"):
+        assert re.search(wide + r" \{[^}]*overflow-x: auto", page), wide
+    phone, dark = rules(page, "max-width: 640px"), rules(page, "prefers-color-scheme: dark")
+    assert "figure img { min-width: 960px; }" in phone and "grid-template-columns: 1fr" in phone and "white-space: normal" in phone
+    assert (
+        "--paper: #15181b" in dark
+        and re.search(r"figure img \{ filter: invert", dark)
+        and "figure { background: #1f1f1f; }" in dark
+    )
+    assert "arker" not in " ".join(CAPTIONS.values())  # what is darker is lighter there
+
+
 def test_figures_say_how_to_read_them(tmp_path: Path) -> None:
     for name in ("lineage", "unheard_of"):
         (tmp_path / f"{name}.png").write_bytes(b"png")

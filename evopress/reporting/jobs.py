@@ -1,0 +1,192 @@
+"""The jobs of a sweep as a table: what was typed, the held-out KL, and why a job failed; printed when a sweep ends.
+
+What a job says when it fails is kept beside the jobs' folders, not in them: a refused job leaves its folder as it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evopress.errors import EvoPressError
+from evopress.files import write_bytes
+from evopress.json_files import load_json
+from evopress.reporting.records import read_document, write_json
+from evopress.reporting.tables import number, significant
+
+FAILED = ".failed"
+"""Folder inside a sweep's: a note for each job that failed when the sweep was run last."""
+NOT_COMPARED = ("resume", "dry_run", "tracker", "paths", "level_db", "threads", "hydra")
+"""Settings that say nothing about what a job found."""
+_DEPTH = 3
+"""A job's folder lies at most this deep below its sweep's."""
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """One job of a sweep, finished or not."""
+
+    name: str
+    """Its folder below the sweep's."""
+    typed: Mapping[str, str]
+    """Setting or config group to what was typed for it."""
+    kl: float | None = None
+    """Held-out KL of what was found, or given: nats per token."""
+    state: str = "not finished"
+    """ "finished", "not finished" or "failed: " and the sentence."""
+
+
+class JobsTable:
+    """Hydra's callback: forget what failed before when a sweep starts, show its jobs when it ends."""
+
+    def on_multirun_start(self, config: Any, **_: Any) -> None:
+        """Begin a sweep in the folder that the config names."""
+        global _begun
+        _begun = Path(str(config.hydra.sweep.dir))
+        shutil.rmtree(_begun / FAILED, ignore_errors=True)
+
+    def on_multirun_end(self, config: Any, **_: Any) -> None:
+        """Show the jobs."""
+        show_jobs()
+
+    def _nothing(self, **_: Any) -> None:
+        """A run of its own has no jobs, and a job shows itself."""
+
+    on_run_start = on_run_end = on_job_start = on_job_end = on_compose_config = _nothing
+
+
+_begun: Path | None = None
+"""The sweep of this process whose jobs have not been shown."""
+
+
+def show_jobs() -> None:
+    """Print the jobs of the sweep that this process began, once, and write them into its folder; without a sweep nothing."""
+    global _begun
+    folder, _begun = _begun, None
+    if folder is None or not (jobs := read_jobs(folder)):
+        return
+    with suppress(EvoPressError):  # a full disk was told by the jobs
+        write_bytes(folder / "jobs.csv", as_csv(jobs).encode())
+    print(f"\nthe jobs in {folder}:\n{as_text(jobs)}", flush=True)
+
+
+def note_failure(sweep: Path, job: Path, typed: Sequence[str], sentence: str) -> None:
+    """Keep what a job said when it failed, for the table of its sweep.
+
+    Args:
+        sweep: folder of the sweep.
+        job: folder of the job, made or not.
+        typed: its overrides.
+    """
+    name = _below(sweep, job)
+    path = sweep / FAILED / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+    with suppress(EvoPressError, OSError):  # the sentence has been printed as well
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"schema": 1, "job": name, "typed": list(typed), "sentence": sentence})
+
+
+def read_jobs(sweep: Path) -> list[SweepJob]:
+    """Return all jobs in a sweep's folder, in the order of their names, numbers as numbers; a damaged one is not finished."""
+    jobs = {}
+    for depth in range(1, _DEPTH + 1):
+        for path in sweep.glob("/".join(["*"] * depth) + "/.hydra/overrides.yaml"):
+            jobs[_below(sweep, path.parent.parent)] = _read_job(sweep, path.parent.parent)
+    for path in (sweep / FAILED).glob("*.json"):
+        with suppress(EvoPressError):
+            note = read_document(path, what="note of a failed job")
+            name, typed = str(note.get("job")), [str(each) for each in note.get("typed") or ()]
+            jobs[name] = SweepJob(name, typed_settings(typed), state=f"failed: {note.get('sentence')}")
+    return [jobs[name] for name in sorted(jobs, key=_natural)]
+
+
+def own_row(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the row of `result.json` that a run is about: the found genome, else the one that was given; None: neither."""
+    rows = {row.get("name"): row for row in result.get("rows") or () if isinstance(row, Mapping)}
+    return rows.get("evopress", rows.get(result.get("genome")))
+
+
+def typed_settings(overrides: Sequence[str]) -> dict[str, str]:
+    """Return overrides as setting, or config group, to value, without plus and quotes."""
+    pairs = (override.lstrip("+").partition("=") for override in overrides if "=" in override)
+    return {key: value.strip("'\"") for key, _, value in pairs}
+
+
+def columns(jobs: Sequence[SweepJob]) -> list[str]:
+    """Return the settings in which jobs differ, in the order in which they are typed."""
+    keys = dict.fromkeys(key for job in jobs for key in job.typed if key.split(".")[0] not in NOT_COMPARED)
+    return [key for key in keys if len({job.typed.get(key) for job in jobs}) > 1]
+
+
+def as_text(jobs: Sequence[SweepJob]) -> str:
+    """Lay jobs out for a terminal."""
+    head, *body = _cells(jobs, last="")
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head) - 1)]
+
+    def aligned(row: Sequence[str]) -> str:
+        return "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+
+    return "\n".join([aligned(head), "-" * (sum(widths) + 2 * len(widths)), *map(aligned, body)])
+
+
+def as_csv(jobs: Sequence[SweepJob]) -> str:
+    """Lay jobs out for programs."""
+    settings, text = columns(jobs), io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["job", *settings, "held-out KL", "state"])
+    for job in jobs:
+        writer.writerow([job.name, *(job.typed.get(key, "") for key in settings), "" if job.kl is None else job.kl, job.state])
+    return text.getvalue()
+
+
+def as_markdown(jobs: Sequence[SweepJob]) -> str:
+    """Lay jobs out for people."""
+    head, *body = _cells(jobs, last="state")
+    rows = [head, ["---", *["---:"] * (len(head) - 2), "---"], *body]
+    return "".join("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+
+
+def _read_job(sweep: Path, folder: Path) -> SweepJob:
+    try:
+        listed = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        listed = None
+    typed = typed_settings([str(each) for each in listed]) if isinstance(listed, list) else {}
+    kl = None
+    with suppress(EvoPressError):
+        result = load_json(folder / "result.json")
+        kl = number((own_row(result) or {}).get("kl")) if isinstance(result, Mapping) else None
+    state = "finished" if (folder / "finished.json").is_file() else "not finished"
+    return SweepJob(_below(sweep, folder), typed, None if kl is None else float(kl), state)
+
+
+def _cells(jobs: Sequence[SweepJob], *, last: str) -> list[list[str]]:
+    """Return the head and a row for each job; jobs whose folders are named by their settings are not named again."""
+    settings = columns(jobs)
+    named = not settings or not all("=" in job.name for job in jobs)
+    rows = [["job", *settings, "held-out KL", last]]
+    rows += [[job.name, *(job.typed.get(key, "") for key in settings), _kl(job), job.state] for job in jobs]
+    return rows if named else [row[1:] for row in rows]
+
+
+def _kl(job: SweepJob) -> str:
+    return "" if job.kl is None else significant(job.kl)
+
+
+def _below(sweep: Path, job: Path) -> str:
+    sweep, job = sweep.resolve(), job.resolve()
+    return job.relative_to(sweep).as_posix() if job.is_relative_to(sweep) else str(job)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort "2" before "10", and "seed-2" before "seed-10"."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
