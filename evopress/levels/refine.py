@@ -81,7 +81,7 @@ class Step:
         if not isinstance(value, dict) or type(value.get("block")) is not int or type(value.get("kept")) is not bool:
             return None
         losses = [value.get("before"), value.get("after")]
-        if not all(loss is None or (isinstance(loss, int | float) and not isinstance(loss, bool)) for loss in losses):
+        if not all(loss is None or type(loss) is float for loss in losses):
             return None
         return cls(value["block"], value["kept"], *losses)
 

@@ -17,6 +17,7 @@ from evopress.files import seal
 from evopress.finished import FINISHED, settings_digest, stages_done
 from evopress.levels.build import _finished_blocks
 from evopress.levels.hessians import BlockHessians, HessianStore
+from evopress.levels.refine import Step
 from evopress.levels.store import MANIFEST, LevelDatabase, write_block, write_manifest
 from evopress.models.loading import find_weights
 from evopress.reporting.generations import read_generations
@@ -26,6 +27,7 @@ from evopress.search.evolution import Evolution, SearchSettings, run_search
 from evopress.search.selection import Stage
 from evopress.settings import DataSettings, LevelDatabaseSettings, PathsSettings, QuantSettings, RunSettings, ScaleSettings
 from evopress.stages.baselines import read_baselines
+from evopress.stages.refine import said, summary_of
 from evopress.stages.results import read_result
 from evopress.stages.search import go_on
 from evopress.units import Budget, Level, Space, Unit
@@ -96,12 +98,14 @@ def make_database(folder: Path, *, journal: bool = False) -> None:
         lines = [json.dumps(seal({"schema": 1, "database": folder.name, **entry})) for entry in entries]
         (folder / "journal.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     else:
-        write_manifest(folder, method="quant", fingerprint="f" * 16, recipe={"a": 1}, entries=entries)
+        steps = [Step(0, True, 2.0, 1.5).to_dict(), Step(1, False, None, None).to_dict()]  # as refined levels have
+        write_manifest(folder, method="quant", fingerprint="f" * 16, recipe={"a": 1}, entries=entries, further={"steps": steps})
 
 
 def read_database(folder: Path) -> None:
     database = LevelDatabase.open(folder)
     assert len(database.errors) == len(database.space)
+    assert said(summary_of(database))
     for i, unit in enumerate(database.space.units):
         for j in range(len(unit.levels)):
             assert database.read(i, j).decode().numel() == unit.size
