@@ -46,3 +46,4 @@ def test_the_defaults_of_an_earlier_run_are_its_own() -> None:
     assert defaults_of(config | {"method": {"name": "sparsity"}})["method.recipe"] == "paper"
     assert defaults_of(config | {"model": {"dtype": "auto", "bos": "auto"}}) == {}
     assert defaults_of({}) == {}
+    assert defaults_of(config | {"scale": {"name": "small"}})["scale.refine"] is False, "it is not refined unless asked now"
