@@ -150,7 +150,6 @@ SETTINGS = {
     "random baseline of one token": (["baselines.random_tokens=1"], ["baselines.random_tokens", "2 to 2048"]),
     "second pass decided by less than a sequence": (["scale.refine=true", "refine.tokens=63"], ["refine.tokens=63", "=64"]),
     "second pass decided by one token": (["scale.refine=true", "refine.tokens=1"], ["refine.tokens=1", "at least 2 tokens"]),
-    "second pass without a genome": (["stages=[database,refine]"], ["no genome.json", "run the stage search first"]),
     "more tokens than the vocabulary": (["fitness=topk_kl", "fitness.k=1000"], ["fitness.k=1000", "257"]),
     "no questions of a task": (["evaluation.task_limit=0"], ["evaluation.task_limit=0", "null"]),
     "no sequences per batch of a task": (["evaluation.task_batch_size=0"], ["evaluation.task_batch_size=0", "at least 1"]),
