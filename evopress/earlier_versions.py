@@ -39,7 +39,6 @@ def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if method.get("name") in ("quant", "sparsity") and "recipe" not in method:
         had["method.recipe"] = "paper"
-        had |= {"method.propagate_bits": method["propagate_bits"]} if "propagate_bits" in method else {}
     if "scale" in config and "refine" not in config:
         had["scale.refine"] = False
     return had

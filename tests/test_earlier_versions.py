@@ -9,7 +9,7 @@ import pytest
 from evopress.earlier_versions import defaults_of, without_later
 from evopress.settings import QuantSettings, RunSettings
 
-PAPER = {"recipe": "paper", "propagate_bits": 4}
+PAPER = {"recipe": "paper"}
 
 
 def values(**method: object) -> dict[str, object]:
@@ -34,13 +34,12 @@ def test_the_defaults_of_an_earlier_run_are_its_own() -> None:
     config = {
         "model": {"dtype": "bfloat16"},
         "data": {"calibration_tokens": 16384},
-        "method": {"name": "quant", "propagate_bits": None},
+        "method": {"name": "quant"},
     }
     assert defaults_of(config) == {
         "model.dtype": "bfloat16",
         "data.calibration_tokens": 16384,
         "method.recipe": "paper",
-        "method.propagate_bits": None,
     }
     assert "method.recipe" not in defaults_of(config | {"method": {"name": "drop"}})
     assert defaults_of(config | {"method": {"name": "sparsity"}})["method.recipe"] == "paper"

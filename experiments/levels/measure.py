@@ -29,15 +29,15 @@ from evopress.units import Genome
 from evopress.workspace import Workspace
 
 ROWS: dict[str, list[str]] = {
-    "paper": ["method.recipe=paper", "method.propagate_bits=4"],
+    "paper": ["method.recipe=paper"],
     "best": [],
-    "best, through 4 bits": ["method.propagate_bits=4"],
+    "best, through 3 bits": ["method.propagate_bits=3"],
     "best, no descent": ["method.tolerance=0.999999"],
     "best, symmetric": ["method.symmetric=true"],
     "best, group 32": ["method.group_size=32"],
     "best, 2 and 3 bits in groups of 32": ["method.group_sizes={2: 32, 3: 32}"],
     "best, 16,384 tokens": ["data.calibration_tokens=16384"],
-    "paper, 16,384 tokens": ["method.recipe=paper", "method.propagate_bits=4", "data.calibration_tokens=16384"],
+    "paper, 16,384 tokens": ["method.recipe=paper", "data.calibration_tokens=16384"],
 }
 """Recipe to the overrides that make it."""
 BUDGETS = (2.5,)

@@ -71,7 +71,7 @@ SETTINGS = {
     ),
     "group size of the method": (["method.group_size=48"], ["group size 48", "input columns"]),
     "levels that do not descend": (["method.levels=[2,3,4]", "bits=3.5"], ["[2, 3, 4]", "descending"]),
-    "propagated level is missing": (["method.levels=[4,2]", "bits=2.5"], ["propagate_bits=3", "[4, 2]"]),
+    "propagated level is missing": (["method.levels=[3,2]", "bits=2.5"], ["propagate_bits=4", "[3, 2]"]),
     "damping": (["method.damping=2"], ["damping"]),
     "CUDA asked for and absent": (["model.device=cuda"], ["'cuda'", "device=cpu"]),
     "no such device": (["model.device=toaster"], ["'toaster'", "cpu"]),

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from evopress.reporting.records import write_json
 
-DEFAULTS = ("method.recipe=paper", "method.propagate_bits=4", "data.calibration_tokens=512")
+DEFAULTS = ("method.recipe=paper", "data.calibration_tokens=512")
 """Of earlier versions, but for the amount of text."""
 
 
