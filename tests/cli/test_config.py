@@ -261,7 +261,7 @@ def test_settings_are_plain_dataclasses(settings: Callable[..., RunSettings]) ->
         ("+method=quant", "bits=few"),
         ("+method=quant", "search.generations=many"),
         ("+method=quant", "search.survivors=3"),
-        ("+method=quant", "method.levels=[4,x]"),
+        ("+method=quant", "search.survivors=[4,x]"),
         ("+method=quant", "model=llama4"),
         ("+method=quant", "search=quantisation"),
         ("+method=prune",),
@@ -346,7 +346,10 @@ def test_an_experiment_is_a_sweep_and_its_jobs_can_be_resumed(evopress: Callable
     [
         ("+search.offspring=3", "search.offspring is no setting: remove it, or did you mean search.num_offspring?"),
         ("+bit=3", "bit is no setting: remove it, or did you mean bits?"),
-        ("++method.group_sise=8", "method.group_sise is no setting: remove it, or did you mean method.group_size?"),
+        (
+            "++method.group_sise=8",
+            "method.group_sise is no setting: remove it, or did you mean method.group_size or method.group_sizes?",
+        ),
     ],
 )
 def test_a_plus_lets_no_misspelt_key_through(override: str, sentence: str, settings: Callable[..., RunSettings]) -> None:
