@@ -165,7 +165,9 @@ class QuantSettings(MethodSettings):
             raise EvoPressError("method.levels is empty: give bit widths in descending order, such as [4, 3, 2]")
         for level in self.levels:
             if type(level) is not int and level != "dense":
-                raise EvoPressError(f"method.levels has {level!r}, expected a bit width from 1 to 8 or dense (the weight as it is)")
+                raise EvoPressError(
+                    f"method.levels has {level!r}, expected a bit width from 1 to 8 or dense: change it or leave it out"
+                )
         if "dense" in self.levels[1:]:
             raise EvoPressError(f"method.levels {self.levels} must descend: dense comes first")
         if self.propagate_bits is not None and self.propagate_bits not in self.levels:
