@@ -32,6 +32,7 @@ ROWS: dict[str, list[str]] = {
     "paper": ["method.recipe=paper"],
     "best": [],
     "best, through 3 bits": ["method.propagate_bits=3"],
+    "best, tolerance 0.01": ["method.tolerance=0.01"],
     "best, no descent": ["method.tolerance=0.999999"],
     "best, symmetric": ["method.symmetric=true"],
     "best, group 32": ["method.group_size=32"],
