@@ -264,6 +264,7 @@ def planner(device: str, *, offload: bool = False, evaluator: str = "population"
             evaluation=SimpleNamespace(tasks=list(tasks)),
             baselines=SimpleNamespace(names=[]),
             sparsity=None,
+            genome=None,
         ),
         method=None,
     )

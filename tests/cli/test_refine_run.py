@@ -162,12 +162,11 @@ def test_refined_levels_of_another_genome_are_left_out(again: Path, evopress: Ca
     assert evopress(f"resume={again}", AFTER).code == 0
     genome = read(again / "genome.json")
     units = genome["units"]
-    units[0], units[1] = (
-        {**units[0], "level": 3, "label": "3 bits", "cost": units[0]["cost"] // int(units[0]["label"][0]) * 3},
-        units[1],
-    )
+    was, level = int(units[0]["label"][0]), 4 if units[0]["level"] == 3 else 3
+    units[0] |= {"level": level, "label": f"{6 - level} bits", "cost": units[0]["cost"] // was * (6 - level)}
     genome["cost"] = sum(unit["cost"] for unit in units)
     (again / "genome.json").write_text(json.dumps(genome), encoding="utf-8")
+    (again / "state.json").unlink()  # which says what the search found
     outcome = evopress(f"resume={again}", "stages=[evaluate,export]")
     assert outcome.code == 0, outcome.text
     assert "is of another genome or level database, so it is left out" in outcome.text

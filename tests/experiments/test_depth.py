@@ -517,7 +517,7 @@ def test_figure_5_end_to_end(depth_sweep: Path, tmp_path: Path) -> None:
     assert [row["generation"] for row in rows if (row["sparsity"], row["search"]) == ("0.5", "evopress")] == ["0", "1", "2"]
     folder = depth_sweep / "table9_12" / "sparsity-0.5_module_seed-0"
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    kls = {row["name"]: row["kl"] for row in result["rows"] if row["name"] not in ("dense", "evopress")}
+    kls = {row["name"]: row["held_out_in_search"]["kl"] for row in result["rows"] if row["name"] not in ("dense", "evopress")}
     best = min(kls, key=kls.__getitem__)
     assert float(line_of(text, "50%")[3]) == pytest.approx(kls[best], rel=1e-3)
     half = tmp_path / "half"

@@ -66,13 +66,13 @@ def copied(tmp_path, whole, build_settings):
 def compressed_blocks(monkeypatch):
     """Record the indices of the blocks that are compressed."""
     seen = []
-    compress = build._compress_block
+    compress = build._compress_part
 
     def recording(blocks, index, *args):
         seen.append(index)
         return compress(blocks, index, *args)
 
-    monkeypatch.setattr(build, "_compress_block", recording)
+    monkeypatch.setattr(build, "_compress_part", recording)
     return seen
 
 

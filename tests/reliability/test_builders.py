@@ -84,7 +84,7 @@ def test_processes_that_want_one_database_build_it_once(
     count, tmp_path, build_settings, llama, ids, compressor, whole, monkeypatch
 ):
     settings, log = build_settings(tmp_path / "root", lock_timeout=PATIENCE), tmp_path / "log"
-    compress, attempt = build._compress_block, locking._taken
+    compress, attempt = build._compress_part, locking._taken
 
     def compressing(blocks: Any, index: int, *args: Any) -> Any:
         until(lambda: sum(line[0] == "waits" for line in lines(log)) == count - 1)  # so that they surely meet
@@ -97,7 +97,7 @@ def test_processes_that_want_one_database_build_it_once(
             note(log, "waits", os.getpid())
         return got
 
-    monkeypatch.setattr(build, "_compress_block", compressing)
+    monkeypatch.setattr(build, "_compress_part", compressing)
     monkeypatch.setattr(locking, "_taken", attempting)
 
     def work() -> None:
@@ -121,7 +121,7 @@ def test_processes_that_want_one_database_build_it_once(
 @contextmanager
 def stopped_in_block(settings: Any, index: int, llama: Any, ids: Any, compressor: Any, log: Path) -> Iterator[BaseProcess]:
     """A child that holds the lock and waits for ever in a block."""
-    compress = build._compress_block
+    compress = build._compress_part
 
     def compressing(blocks: Any, at: int, *args: Any) -> Any:
         if at == index:
@@ -130,7 +130,7 @@ def stopped_in_block(settings: Any, index: int, llama: Any, ids: Any, compressor
         return compress(blocks, at, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_compress_block", compressing)
+        patch.setattr(build, "_compress_part", compressing)
         with children(lambda: ensure_database(settings, llama, ids, compressor)) as (child,):
             patch.undo()  # the child has its own copy
             until(lambda: lines(log) != [])
@@ -149,8 +149,8 @@ def test_the_lock_of_a_dead_process_holds_up_nobody(
         child.join()
         assert settings.folder.with_name(f"{settings.folder.name}.lock").exists()
         built = []
-        compress = build._compress_block
-        monkeypatch.setattr(build, "_compress_block", lambda b, i, *args: built.append(i) or compress(b, i, *args))
+        compress = build._compress_part
+        monkeypatch.setattr(build, "_compress_part", lambda b, i, *args: built.append(i) or compress(b, i, *args))
         caplog.clear()
         ensure_database(settings, llama, ids, compressor)  # with no time to wait
     good = built == list(range(index, 3)) and tree(settings.folder) == whole
@@ -210,7 +210,7 @@ class BackwardClock:
 
 def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, build_settings, llama, ids, compressor, whole, monkeypatch):
     settings, clock = build_settings(tmp_path / "root", lock_timeout=PATIENCE), BackwardClock()
-    compress = build._compress_block
+    compress = build._compress_part
 
     def crashing(blocks: Any, index: int, *args: Any) -> Any:
         for path in settings.folder.iterdir():  # all that is there is of the future
@@ -222,7 +222,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, build_settings, l
     monkeypatch.setattr(time, "time", clock.time)
     monkeypatch.setattr(time, "time_ns", clock.time_ns)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_compress_block", crashing)
+        patch.setattr(build, "_compress_part", crashing)
         with pytest.raises(KeyboardInterrupt):
             ensure_database(settings, llama, ids, compressor)
     ensure_database(settings, llama, ids, compressor)
