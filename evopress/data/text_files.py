@@ -149,6 +149,10 @@ class TextFiles:
         files = {file.sha256: file for split in ("calibration", "search") for file in self.apart_from._files[split]}
         return tuple(_File(file.path, digest, (_TAKEN,)) for digest, file in files.items())
 
+    def _read_as(self, file: _File) -> TextFiles:
+        """Return whose field and layout a file has: those of `apart_from` have its own."""
+        return self.apart_from if self.apart_from is not None and _TAKEN in file.splits else self
+
     @cached_property
     def _compared(self) -> dict[str, _File]:
         """All files by digest, each once."""
@@ -177,7 +181,7 @@ class TextFiles:
                     long = len(paragraph) >= PARAGRAPH_CHARS and len(" ".join(paragraph.split())) >= PARAGRAPH_CHARS
                     listed[digest].add(content_key(paragraph) if long else 0, 1 << split if long else 0)
                 continue
-            for row in read_rows(file.path, self.field):
+            for row in read_rows(file.path, self._read_as(file).field):
                 text = row if isinstance(row, str) else "\n".join(f"{m['role']}: {m.get('content')}" for m in row or ())
                 blank = not text.strip()
                 listed[digest].add(0 if blank else content_key(text), 0 if blank else mask)
@@ -228,7 +232,7 @@ class TextFiles:
 
     def _placed(self, file: _File) -> Iterator[tuple[str, int]]:
         """Yield the paragraphs of a .txt, each with the split whose part it is in."""
-        read = paragraphs(read_text(file.path, wikitext=self.wikitext))
+        read = paragraphs(read_text(file.path, wikitext=self._read_as(file).wikitext))
         if len(file.splits) == 1:
             yield from ((paragraph, file.splits[0]) for paragraph in read)
             return

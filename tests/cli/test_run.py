@@ -473,7 +473,12 @@ def test_without_a_key_a_run_is_tracked_offline(tiny: Callable[..., Any], monkey
     )
     assert outcome.code == 0, outcome.text
     assert "the run goes on without it" in outcome.text
-    assert (asked["mode"], asked["group"], asked["name"], asked["tags"]) == ("offline", "table3", "mine", ["quant", "a"])
+    assert (asked["mode"], asked["group"], asked["name"], asked["tags"]) == (
+        "offline",
+        "table3",
+        "mine",
+        ["quant", "bits=3.5", "a"],
+    )
     assert asked["config"]["bits"] == 3.5
 
 

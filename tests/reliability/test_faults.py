@@ -86,8 +86,8 @@ def scenario(request, tmp_path, llama, tokens, compressor, build_settings, monke
             return was_there | {json.loads(line)["block"] for line in lines}
 
         scenario = Scenario(prepare, lambda root: ensure_database(settings(root), llama, ids, compressor), sweeps=True, known=known)
-        compress = build._compress_block
-        monkeypatch.setattr(build, "_compress_block", lambda b, i, *args: scenario.blocks.append(i) or compress(b, i, *args))
+        compress = build._compress_part
+        monkeypatch.setattr(build, "_compress_part", lambda b, i, *args: scenario.blocks.append(i) or compress(b, i, *args))
         reference.update(clean(scenario, tmp_path / "reference"))
         return scenario
 
