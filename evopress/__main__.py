@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
@@ -54,6 +55,10 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     configuration.register()
+    if find_spec("hydra_plugins") and find_spec("hydra_plugins.hydra_joblib_launcher"):  # an extra
+        from evopress import launching
+
+        launching.register()
     global _started_in
     _started_in = os.getpid()
     _failures.clear()

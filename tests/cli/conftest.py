@@ -83,6 +83,12 @@ def evopress(cache: Path, tmp_path: Path) -> Callable[..., Outcome]:
 
 
 @pytest.fixture
+def evopress_in(cache: Path) -> Callable[..., Outcome]:
+    """Run the program in a folder, with exactly these arguments."""
+    return lambda cwd, *arguments: invoke(*arguments, cache=cache, cwd=cwd)
+
+
+@pytest.fixture
 def tiny(evopress: Callable[..., Outcome], tmp_path: Path) -> Callable[..., Outcome]:
     """Run the quantization of the tiny model in `tmp_path/run` (or another folder), with further arguments."""
 

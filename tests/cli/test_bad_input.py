@@ -507,6 +507,29 @@ def test_a_database_folder_that_is_read_only(tiny: Callable[..., Any], tmp_path:
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="takes /proc for a folder that nobody may write to")
+@pytest.mark.parametrize(
+    ("cwd", "arguments", "parts"),
+    [
+        ("/proc", [], ["no run folder can be made, /proc may not be written to", "hydra.run.dir=DIR"]),
+        ("/proc", ["-m", "seed=0,1"], ["no run folder can be made, /proc may not be written to", "hydra.sweep.dir=DIR"]),
+        (".", ["hydra.run.dir=/proc/run"], ["hydra.run.dir=/proc/run cannot be made, /proc may not be written to"]),
+        (".", ["-m", "seed=0,1", "hydra.sweep.dir=/proc/s"], ["hydra.sweep.dir=/proc/s cannot be made", "choose another"]),
+        (".", ["-m", "seed=0,1", "hydra.sweep.dir=s", "hydra.sweep.subdir=taken"], ["s/taken cannot be written (File exists)"]),
+    ],
+)
+def test_where_no_folder_can_be_made(
+    cwd: str, arguments: list[str], parts: list[str], evopress_in: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "taken").write_text("a file, where the job's folder should be")
+    refused(evopress_in(tmp_path / cwd, *arguments, "+method=quant", "bits=3.5", "+debug=tiny"), *parts)
+
+
+def test_what_runs_nothing_needs_no_folder(evopress_in: Callable[..., Any]) -> None:
+    assert evopress_in(Path("/proc" if Path("/proc/self").exists() else "/"), "--cfg", "job", "+method=quant").code == 0
+
+
 def test_a_disk_without_room_for_the_database(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evopress.levels.plan.shutil.disk_usage", lambda path: DiskUsage(10**9, 10**9 - 1000, 1000))
     refused(tiny(f"level_db.root={tmp_path / 'levels'}"), "level_db.root", "GB free")

@@ -13,11 +13,25 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.plugins import Plugins
 
 from evopress import config as configuration
 
 EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}
 """Of Hydra's launcher plugins, the extra that installs each."""
+
+
+KILLING = """
+import os, signal, sys
+
+def kill(event, arguments):
+    if event == "open" and "seed=1" in str(arguments[0]) and "environment" in str(arguments[0]) and not os.path.exists("killed"):
+        open("killed", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+"""
+"""Imported by every Python that starts: kills the job with seed 1, once."""
 
 
 def needs(plugin: str) -> pytest.MarkDecorator:
@@ -31,7 +45,10 @@ def sweep(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Sweep two targets of the tiny model, with a cache of their own, in a process of its own."""
     few = ("baselines.names=[]", "stages=[database,search,evaluate]")
     command = [sys.executable, "-m", "evopress", "-m", "+method=quant", "+debug=tiny", *few, "hydra.sweep.dir=sweep", *arguments]
-    environment = os.environ | {"EVOPRESS_CACHE": str(cwd / "cache"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = os.environ | {
+        "EVOPRESS_CACHE": str(cwd / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(cwd), *filter(None, sys.path)]),
+    }
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=600)
 
 
@@ -60,6 +77,50 @@ def test_jobs_side_by_side_share_one_database(launcher: tuple[str, ...], tmp_pat
     assert sorted(result["database"]["reused"] for result in results) == [False, True]
     costs = [json.loads((job / "genome.json").read_text(encoding="utf-8"))["cost"] for job in jobs[1:]]
     assert costs[0] > costs[1]
+
+
+@needs("joblib")
+def test_a_job_that_is_killed_takes_no_other_with_it(tmp_path: Path) -> None:
+    """The others end, also the one that had not begun, and the sweep says which to run again, which then goes on."""
+    (tmp_path / "sitecustomize.py").write_text(KILLING, encoding="utf-8")
+    arguments = ("bits=3.5", "seed=0,1,2", "stages=[database]", "hydra/launcher=local", "hydra.launcher.n_jobs=2")
+    done = sweep(*arguments, cwd=tmp_path)
+    assert (tmp_path / "killed").exists(), done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "1 of 3 jobs were killed, the others have ended" in error and "hydra.sweep.dir=sweep" in error
+    assert "bits=3.5 seed=1 (SIGKILL)" in error and "seed=0" not in error and "seed=2" not in error, error
+    jobs = [tmp_path / "sweep" / f"baselines.names=,bits=3.5,debug=tiny,method=quant,seed={seed}" for seed in range(3)]
+    assert [(job / "finished.json").exists() for job in jobs] == [True, False, True]
+    again = sweep(*arguments, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert all((job / "finished.json").exists() for job in jobs)
+    assert (again.stdout + again.stderr).count("finished before, so not run again") == 2
+
+
+@needs("joblib")
+@pytest.mark.parametrize("preset", ["local", "joblib"])
+def test_jobs_have_processes_of_their_own_by_either_name(preset: str) -> None:
+    from evopress import launching
+
+    configuration.register()
+    launching.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(configuration.config_folder())):
+        launcher = compose("config", overrides=[f"hydra/launcher={preset}"], return_hydra_config=True).hydra.launcher
+    assert isinstance(Plugins.instance()._instantiate(launcher), launching.JobLauncher)
+
+
+@needs("joblib")
+def test_processes_share_the_cores_that_nobody_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evopress import launching
+
+    monkeypatch.setattr("joblib.cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    with launching._threads_shared_by(3):
+        assert (os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]) == ("5", "2")
+    assert os.environ["OMP_NUM_THREADS"] == "5" and "MKL_NUM_THREADS" not in os.environ
 
 
 @pytest.mark.parametrize(

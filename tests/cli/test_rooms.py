@@ -37,7 +37,8 @@ MAY_IMPORT = {
 }
 """A room to the rooms beside itself that it may import; what is not named here (pipeline and above) may import any."""
 ONLY_IN = {
-    "hydra": {"__main__", "config"},
+    "hydra": {"__main__", "config", "launching"},
+    "joblib": {"launching"},
     "omegaconf": {"__main__", "config"},
     "wandb": {"reporting"},
     "pandas": {"reporting"},
