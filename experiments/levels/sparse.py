@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evopress import config as configuration
-from evopress.baselines.uniform import uniform_genomes
 from evopress.compress.compressor import with_errors
 from evopress.compress.hessian import damp
 from evopress.compress.sparse import PruneTo, Sparse, SparsityLevels, kept_at
 from evopress.compress.sparsegpt import RECIPES, SparseGPT
 from evopress.evaluation.heldout import measure_held_out
+from evopress.levels.union import LevelUnion
 from evopress.workspace import Workspace
 
 SPARSITIES = (0.7, 0.6, 0.5)
@@ -64,45 +64,57 @@ def layers(inputs: Path) -> Iterator[dict[str, Any]]:
                 yield {"measured": layer, "recipe": f"{recipe}, least squares", "sparsity": sparsity, "error": error}
 
 
-def model(root: Path, recipe: str, sparsity: float, *, target_only: bool, overrides: list[str]) -> dict[str, Any]:
-    """Build a database and measure the uniform model at its target.
+def models(
+    root: Path, recipes: Sequence[str], sparsity: float, *, target_only: bool, overrides: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Build a database per recipe, and measure the uniform models at their target on the same text.
 
-    Args: root: of databases; Hessians that an earlier one left there are used, and are not in its seconds.
+    Args: root: of databases; Hessians that an earlier one left there are used. Seconds are of the processor, summed over threads.
     """
+    databases, seconds = [], []
+    for recipe in recipes:
+        workspace = workspace_of(root, sparsity, [f"method.recipe={recipe}", *overrides])
+        compressor = workspace.compressor
+        if target_only:
+            assert isinstance(compressor, SparsityLevels)
+            units = [slot for part in workspace.blocks.parts for slot in workspace.blocks.slots(part).values()]
+            compressor = PruneTo(pruner=compressor, kept={unit.name: (kept_at(unit.weight.numel(), sparsity),) for unit in units})
+        times = [time.process_time()]
+        workspace.complete_hessians()
+        times.append(time.process_time())
+        databases.append(workspace.database_of("sparsity", compressor)[0])
+        times.append(time.process_time())
+        seconds.append((times[1] - times[0], times[2] - times[1]))
+    vars(workspace)["levels"] = LevelUnion(databases)
+    targets = [[0 if target_only else [level.key for level in u.levels].index("0") for u in db.space.units] for db in databases]
+    genomes = [LevelUnion(databases[: i + 1]).genome_of_last(tuple(target)) for i, target in enumerate(targets)]
+    sequences = next(iter(workspace.evaluation_data.values()))
+    fitness = workspace.settings.fitness
+    sizes = {"batch_tokens": fitness.max_tokens_in_flight, "chunk_tokens": fitness.chunk_tokens}
+    scores = measure_held_out(workspace.evaluator, genomes, sequences, **sizes)
+    for recipe, database, target, score, (hessians, levels) in zip(recipes, databases, targets, scores, seconds, strict=True):
+        yield {
+            "measured": "model, target alone" if target_only else f"model, {len(database.space.units[0].levels)} levels",
+            "recipe": recipe,
+            "sparsity": sparsity,
+            "error": sum(database.errors[i][level] for i, level in enumerate(target)) / len(target),
+            "kl": score.kl,
+            "perplexity": score.perplexity,
+            "top1_agreement": score.top1_agreement,
+            "hessian_seconds": hessians,
+            "seconds": levels,
+        }
+
+
+def workspace_of(root: Path, sparsity: float, overrides: Sequence[str]) -> Workspace:
+    """Compose the settings of a run of method sparsity."""
     configuration.register()
     with initialize_config_dir(str(configuration.config_folder().resolve()), version_base="1.3"):
-        given = ["+method=sparsity", f"sparsity={sparsity}", f"method.recipe={recipe}", f"level_db.root={root}", "tracker=none"]
-        settings = configuration.to_settings(compose("config", [*given, *overrides]))
+        given = ["+method=sparsity", f"sparsity={sparsity}", f"level_db.root={root}", "tracker=none", *overrides]
+        settings = configuration.to_settings(compose("config", given))
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    workspace = Workspace(settings, root)
-    compressor = workspace.compressor
-    if target_only:
-        assert isinstance(compressor, SparsityLevels)
-        units = [slot for part in workspace.blocks.parts for slot in workspace.blocks.slots(part).values()]
-        compressor = PruneTo(pruner=compressor, kept={unit.name: (kept_at(unit.weight.numel(), sparsity),) for unit in units})
-    started, cpu = time.monotonic(), time.process_time()
-    database, _ = workspace.database_of("sparsity", compressor)
-    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu
-    uniform = uniform_genomes(database.space, lambda level: level.key)
-    genome = next(iter(uniform.values())) if target_only else uniform["0"]
-    vars(workspace)["database"] = database
-    sequences = next(iter(workspace.evaluation_data.values()))
-    fitness = settings.fitness
-    score = measure_held_out(
-        workspace.evaluator, [genome], sequences, batch_tokens=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens
-    )[0]
-    return {
-        "measured": "model, target alone" if target_only else f"model, {len(database.space.units[0].levels)} levels",
-        "recipe": recipe,
-        "sparsity": sparsity,
-        "error": sum(database.errors[i][level] for i, level in enumerate(genome)) / len(genome),
-        "kl": score.kl,
-        "perplexity": score.perplexity,
-        "top1_agreement": score.top1_agreement,
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-    }
+    return Workspace(settings, root)
 
 
 def main() -> None:
@@ -129,9 +141,11 @@ def main() -> None:
         return
     with TemporaryDirectory() as temporary:
         for sparsity in arguments.sparsities:
-            for recipe in arguments.recipes:
-                folder = arguments.root or Path(temporary)
-                keep(model(folder, recipe, sparsity, target_only=arguments.target_only, overrides=arguments.overrides))
+            folder = arguments.root or Path(temporary)
+            for row in models(
+                folder, arguments.recipes, sparsity, target_only=arguments.target_only, overrides=arguments.overrides
+            ):
+                keep(row)
 
 
 if __name__ == "__main__":
