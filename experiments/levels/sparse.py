@@ -25,7 +25,7 @@ from torch import Tensor
 from evopress import config as configuration
 from evopress.compress.compressor import with_errors
 from evopress.compress.hessian import damp
-from evopress.compress.sparse import PruneTo, Sparse, SparsityLevels, kept_at
+from evopress.compress.sparse import PruneTo, Sparse, SparsityLevels, derive_step, kept_at
 from evopress.compress.sparsegpt import RECIPES, SparseGPT
 from evopress.evaluation.heldout import measure_held_out
 from evopress.levels.union import LevelUnion
@@ -46,17 +46,22 @@ def least_squares(W: Tensor, H: Tensor, mask: Tensor) -> Tensor:
 
 
 def layers(inputs: Path) -> Iterator[dict[str, Any]]:
-    """Yield the relative output errors of each layer at each sparsity, with the best values on either recipe's mask beside them."""
+    """Yield the relative output errors of each layer at each sparsity, with the best values on either recipe's mask beside them.
+
+    Seconds are of the processor, for all levels around that sparsity, errors included.
+    """
     tensors = load_file(inputs)
     for layer in sorted(key.removesuffix(".W") for key in tensors if key.endswith(".W")):
         W, H = tensors[f"{layer}.W"].float(), tensors[f"{layer}.H"].float()
         damped, _ = damp(H, damping=0.01)
         for sparsity in SPARSITIES:
             for recipe in RECIPES:
-                pruner = SparseGPT(sparsity=sparsity, step=1, recipe=recipe)
+                step = derive_step([W.numel()], sparsity, SparseGPT.num_levels)
+                pruner = SparseGPT(sparsity=sparsity, step=step, dtype_bits=32, recipe=recipe)
                 started = time.process_time()
-                level = pruner.prune({layer: W}, H, {layer: [kept_at(W.numel(), sparsity)]})[layer][0]
+                levels = pruner.compress({layer: W}, H)[layer]
                 seconds = time.process_time() - started
+                level = levels[list(pruner.signed_levels(W.numel())).index(0)]
                 assert isinstance(level.payload, Sparse)
                 yield {"measured": layer, "recipe": recipe, "sparsity": sparsity, "error": level.error, "seconds": seconds}
                 refit = Sparse.of(least_squares(W, damped, level.payload.mask), level.payload.mask, W.dtype)
