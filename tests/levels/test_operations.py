@@ -34,6 +34,7 @@ def calls(monkeypatch: Any) -> dict[str, int]:
     for module in (gptq, sparsegpt):
         counted(module, "sweep")
         counted(module, "inverse_factor")
+    counted(sparsegpt, "regularized")
     counted(HessianSum, "add")
     return counts
 
@@ -54,6 +55,16 @@ def test_pruning_takes_a_sweep_per_input_too(
     settings = build_settings(tmp_path, propagate=None, method="sparsity")
     ensure_database(settings, tiny_blocks(num_blocks=2), tokens(6, 16), pruner)
     assert calls["sparsegpt.sweep"] == calls["sparsegpt.inverse_factor"] == 2 * INPUTS
+
+
+def test_the_best_recipe_takes_one_set_of_inverses_per_input(
+    calls: dict[str, int], tiny_blocks: Any, tokens: Any, build_settings: Any, tmp_path: Any
+) -> None:
+    pruner = sparsegpt.SparseGPT(sparsity=0.5, step=64, num_levels=3, dtype_bits=32, recipe="best")
+    settings = build_settings(tmp_path, propagate=None, method="sparsity")
+    ensure_database(settings, tiny_blocks(num_blocks=2), tokens(6, 16), pruner)
+    assert calls["sparsegpt.regularized"] == 2 * INPUTS
+    assert "sparsegpt.sweep" not in calls
 
 
 def test_a_stage_loads_each_level_that_it_needs_once_and_reads_no_other_byte(
