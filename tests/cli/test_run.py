@@ -493,7 +493,7 @@ def test_a_sweep_goes_on_after_a_job_that_fails(evopress: Callable[..., Any], ca
     assert "bits=9" in sentence
     (sweep,) = (tmp_path / "multirun").glob("*/*")
     jobs = {bits: sweep / f"bits={bits},debug=tiny,evaluation.every=0,method=quant" for bits in ("3", "3.5", "9")}
-    assert sorted(sweep.iterdir()) == [*jobs.values(), sweep / "multirun.yaml"]
+    assert sorted(sweep.iterdir()) == [sweep / ".failed", *jobs.values(), sweep / "jobs.csv", sweep / "multirun.yaml"]
     for bits in ("3.5", "3"):
         assert f"- bits={bits}" in (jobs[bits] / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")
         assert len(records(jobs[bits])) == 4

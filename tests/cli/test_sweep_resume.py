@@ -18,6 +18,7 @@ from evopress import run_folder
 from evopress.finished import FINISHED
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.models.tiny import make_tiny
+from evopress.reporting.jobs import FAILED
 
 SWEEP = ("-m", "+method=quant", "bits=3.5", "+debug=tiny", "seed=0,1", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=seed-${seed}")
 FEW = ("baselines.names=[]", "stages=[database,search,evaluate]")
@@ -179,8 +180,8 @@ def test_a_job_that_is_refused_leaves_its_folder_as_it_was(sweep: Path, evopress
     assert outcome.code == 1
     assert [("seed 1 there, 2 here" in error) for error in outcome.errors] == [True]
     after = every_byte(sweep)
-    assert {name for name in before if before[name] != after[name]} <= {"0/evopress.log", "multirun.yaml"}
-    assert all(name.startswith("2/") for name in after.keys() - before.keys())
+    assert {name for name in before if before[name] != after[name]} <= {"0/evopress.log", "multirun.yaml", "jobs.csv"}
+    assert all(name.startswith(("2/", f"{FAILED}/")) for name in after.keys() - before.keys())  # what was said lies beside the jobs
 
 
 def test_a_sweep_that_an_earlier_version_numbered_goes_on_in_its_folders(sweep: Path, evopress: Callable[..., Any]) -> None:
