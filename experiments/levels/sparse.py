@@ -95,8 +95,13 @@ def models(
     genomes = [LevelUnion(databases[: i + 1]).genome_of_last(tuple(target)) for i, target in enumerate(targets)]
     sequences = next(iter(workspace.evaluation_data.values()))
     fitness = workspace.settings.fitness
-    sizes = {"batch_tokens": fitness.max_tokens_in_flight, "chunk_tokens": fitness.chunk_tokens}
-    scores = measure_held_out(workspace.evaluator, genomes, sequences, **sizes)
+    scores = measure_held_out(
+        workspace.evaluator,
+        genomes,
+        sequences,
+        batch_tokens=fitness.max_tokens_in_flight,
+        chunk_tokens=fitness.chunk_tokens,
+    )
     for recipe, database, target, score, (hessians, levels) in zip(recipes, databases, targets, scores, seconds, strict=True):
         yield {
             "measured": "model, target alone" if target_only else f"model, {len(database.space.units[0].levels)} levels",
