@@ -22,7 +22,7 @@ LOCK = ".lock"
 _OVERRIDES = Path(".hydra", "overrides.json")
 _ANY_JOB = re.compile(r"(hydra|stages|resume|dry_run|tracker|paths)([./@].*)?")
 """Settings that a job's folder is not named by: what it finds does not depend on them."""
-_PLAIN, _LIST = re.compile(r"[\w.-]*"), re.compile(r"\[[\w.,-]*\]")
+_PLAIN, _LIST = re.compile(r"[\w.-]*"), re.compile(r"\[[\w.-]*(,[\w.-]*)+\]")
 _LONGEST_NAME = 120
 
 

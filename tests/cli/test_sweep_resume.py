@@ -275,7 +275,7 @@ def test_what_changed_in_place_is_not_taken_for_done(
 
 SETTINGS = st.dictionaries(
     st.sampled_from(["+method", "bits", "search.tokens", "model.path", "+a/b", "stages", "tracker"]),
-    st.one_of(st.text(max_size=40), st.sampled_from(["[64,128]", "64+128", "3.5", "/a/b", "a,b", "x" * 300, "[]"])),
+    st.one_of(st.text(max_size=40), st.sampled_from(["[64,128]", "64+128", "3.5", "/a/b", "a,b", "x" * 300, "[]", "[3.5]", ""])),
     max_size=5,
 )
 
