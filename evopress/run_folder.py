@@ -22,7 +22,7 @@ LOCK = ".lock"
 _OVERRIDES = Path(".hydra", "overrides.json")
 _ANY_JOB = re.compile(r"(hydra|stages|resume|dry_run|tracker|paths)([./@].*)?")
 """Settings that a job's folder is not named by: what it finds does not depend on them."""
-_PLAIN, _LIST = re.compile(r"[\w.-]*"), re.compile(r"\[[\w.-]*(,[\w.-]*)+\]")
+_PLAIN, _LIST = re.compile(r"[\w.-]+"), re.compile(r"\[([\w.-]+(,[\w.-]+)*)?\]")
 _LONGEST_NAME = 120
 
 
@@ -112,7 +112,8 @@ def _name(overrides: Sequence[str]) -> str:
         if _ANY_JOB.fullmatch(key):
             continue
         if _LIST.fullmatch(value):
-            value = value.strip("[]").replace(",", "+")
+            items = value.strip("[]").split(",")
+            value = f"{items[0]}+" if len(items) == 1 and items[0] else "+".join(items)
         elif not _PLAIN.fullmatch(value):
             value, exact = re.sub(r"[^\w.+-]+", "-", value).strip("-"), False
         parts.append(f"{key.replace('/', '.')}={value}")
