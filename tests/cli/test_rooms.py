@@ -13,13 +13,14 @@ import pytest
 import evopress.__main__
 
 PACKAGE = Path(evopress.__main__.__file__).parent
-VOCABULARY = {"units", "errors", "files", "json_files", "progress"}
+VOCABULARY = {"units", "errors", "files", "json_files", "progress", "registry"}
 MAY_IMPORT = {
     "errors": set(),
     "units": {"errors"},
     "files": {"errors"},
     "json_files": {"errors"},
     "progress": set(),
+    "registry": {"errors"},
     "settings": {"errors"},
     "run_folder": VOCABULARY | {"reporting"},
     "config": {"settings", "errors", "run_folder"},

@@ -1,0 +1,89 @@
+"""Names to parts that are swapped whole: our own, and those that installed packages offer as entry points.
+
+A part is loaded when it is asked for and not before, so that naming the choices imports nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from evopress.errors import EvoPressError
+
+logger = logging.getLogger(__name__)
+
+Part = TypeVar("Part")
+
+
+class Registry(Generic[Part]):
+    """The parts of one kind by name, ours first.
+
+    A package offers its own in its pyproject.toml, a factory or whatever else the registry holds:
+
+        [project.entry-points."evopress.text_sources"]
+        stories = "my_package.text:Stories"
+    """
+
+    def __init__(self, kind: str, own: Mapping[str, str | Part], *, group: str) -> None:
+        """Name the parts.
+
+        Args:
+            kind: what one part is, in an error's words: "text source".
+            own: name to a part, or to where it is: "evopress.baselines.owl:Owl".
+            group: of the entry points by which other packages offer theirs: "evopress.text_sources".
+        """
+        self.kind, self.group = kind, group
+        self._own = dict(own)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names that there are, those of other packages last and in alphabetical order."""
+        return (*self._own, *sorted({point.name for point in entry_points(group=self.group)} - set(self._own)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own or any(point.name == name for point in entry_points(group=self.group))
+
+    def get(self, name: str, *, key: str) -> Part:
+        """Return a part by name. Ours cannot be replaced: where another package uses one of our names, a warning says so.
+
+        Args: key: the setting that names it, for errors: "data.source".
+
+        Raises: EvoPressError if there is none of that name, two packages offer it, or the one that does cannot be imported.
+        """
+        points = list(entry_points(group=self.group, name=name))
+        if name in self._own:
+            if points:
+                logger.warning("%s=%s: taken from EvoPress, not from %s", key, name, _origins(points))
+            return self._load_own(self._own[name])
+        if not points:
+            raise EvoPressError(f"{key}={name} is unknown: choose one of {', '.join(self.names())}")
+        if len(points) > 1:
+            raise EvoPressError(f"{key}={name} is offered by {_origins(points)}: uninstall all but one of them")
+        try:
+            loaded: Part = points[0].load()
+        except Exception as error:
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            raise EvoPressError(
+                f"the {self.kind} {name} of {_origins(points)} could not be loaded ({type(error).__name__}: {reason}): "
+                f"repair that package, or choose another {key}"
+            ) from error
+        return loaded
+
+    @staticmethod
+    def _load_own(part: str | Part) -> Part:
+        if not isinstance(part, str):
+            return part
+        module, _, attribute = part.partition(":")
+        loaded: Any = getattr(importlib.import_module(module), attribute)
+        return loaded
+
+
+def _origins(points: list[EntryPoint]) -> str:
+    """Name the packages that entry points come from, and where each points: "package stories 1.0 (my_package.text:Stories)"."""
+    packages = [f"package {point.dist.name} {point.dist.version}" if point.dist else "a package" for point in points]
+    return " and ".join(f"{package} ({point.value})" for package, point in zip(packages, points, strict=True))
