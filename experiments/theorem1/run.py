@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evopress.reporting.drawing import save
 from evopress.search import Evolution, SearchSettings, Stage
 from evopress.units import Budget, Genome, Level, Space, Unit
 
@@ -138,7 +139,6 @@ def _plot(cells: Sequence[Cell], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.hashsalt": "theorem1", "svg.fonttype": "none"}  # the same bytes every time, and few
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
@@ -167,8 +167,7 @@ def _plot(cells: Sequence[Cell], folder: Path) -> None:
         right.plot([], [], color="0.3", marker=marker, linestyle="none", label=f"n = {n}")
     left.legend(frameon=False)
     right.legend(frameon=False, ncols=2)
-    figure.savefig(folder / "plot.png", dpi=150)
-    figure.savefig(folder / "plot.svg", metadata={"Date": None})
+    save(figure, folder, "plot")
     plt.close(figure)
 
 

@@ -1,0 +1,95 @@
+"""What the documents show is there: files that they link to, commands that compose; results in the tree stay small."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from evopress import command_line
+from evopress import config as configuration
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), *sorted((ROOT / "experiments").glob("**/README.md"))]
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_FENCE = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_INLINE = re.compile(r"`([^`]+)`")
+LARGEST_PICTURE = 130_000
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def lines_of_code(text: str) -> Iterator[str]:
+    """Yield what stands in code: the lines of blocks, continued ones as one, and what is between backticks."""
+    for block in _FENCE.findall(text):
+        yield from block.replace("\\\n", " ").splitlines()
+    yield from (" ".join(found.split()) for found in _INLINE.findall(_FENCE.sub("", text)))
+
+
+def commands(program: str) -> list[tuple[str, str]]:
+    """Return the document and the line of every command that begins with `program`."""
+    found = ((name_of(path), line.strip()) for path in DOCUMENTS for line in lines_of_code(path.read_text(encoding="utf-8")))
+    return sorted({(document, line) for document, line in found if line.startswith(program)})
+
+
+@pytest.mark.parametrize("document", [name_of(path) for path in DOCUMENTS])
+def test_links_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    links = [link.partition("#")[0] for link in _LINK.findall(path.read_text(encoding="utf-8")) if "://" not in link]
+    assert not [link for link in links if link and not (path.parent / link).exists()]
+
+
+def test_commands_are_found() -> None:
+    """Or the tests below would hold for nothing."""
+    assert {document for document, _ in commands("python -m evopress")} >= {"README.md", "docs/methods.md", "docs/running.md"}
+    assert len(commands("python -m evopress")) > 40 and len(commands("python -m experiments.")) > 20
+
+
+@pytest.mark.parametrize(("document", "command"), commands("python -m evopress"))
+def test_commands_compose(document: str, command: str) -> None:
+    """As they are typed, a sweep's first job for the sweep; `resume=` brings its own method, so one is put in its place."""
+    typed = shlex.split(command.replace("=NAME", "=table4"), comments=True)[3:]
+    given = [argument for argument in typed if not argument.startswith(("-", "resume=", "..."))]
+    overrides = [_first_of_a_sweep(argument) for argument in command_line.prepared(given)]
+    if any(argument.startswith("resume=") for argument in typed):
+        overrides = ["+method=quant", *overrides]
+    configuration.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(configuration.config_folder())):
+        config = compose("config", overrides=overrides)
+        if {"--help", "--version", "--hydra-help"}.isdisjoint(typed):
+            assert configuration.to_settings(config).stages
+
+
+def _first_of_a_sweep(argument: str) -> str:
+    override = OverridesParser.create().parse_override(argument)
+    if not override.is_sweep_override():
+        return argument
+    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+
+
+@pytest.mark.parametrize(("document", "command"), commands("python -m experiments."))
+def test_commands_of_experiments_are_there(document: str, command: str) -> None:
+    module = command.split()[2]
+    assert "NAME" in module or importlib.util.find_spec(module) is not None
+
+
+def test_results_in_the_tree_are_small() -> None:
+    """A CSV, a table and one PNG an experiment; HTML and SVG are made by a command."""
+    done = subprocess.run(["git", "ls-files", "experiments"], cwd=ROOT, capture_output=True, text=True, check=False)
+    paths = [ROOT / line for line in done.stdout.splitlines()]
+    if done.returncode or not paths:
+        pytest.skip("no git checkout")
+    assert not [name_of(path) for path in paths if path.suffix in (".html", ".svg", ".pdf")]
+    pictures = [path for path in paths if path.suffix in (".png", ".jpg") and path.exists()]
+    assert not {name: count for name, count in Counter(path.relative_to(ROOT).parts[1] for path in pictures).items() if count > 1}
+    assert not [name_of(path) for path in pictures if path.stat().st_size > LARGEST_PICTURE]
