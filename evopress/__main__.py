@@ -283,7 +283,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     import transformers
 
     from evopress import finished, pipeline
-    from evopress.workspace import fitted
+    from evopress.models.opening import fitted
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -124,8 +124,8 @@ def load(arguments: argparse.Namespace) -> DepthModel:
     from evopress import machine
     from evopress.models.blocks import BlockModel
     from evopress.models.loading import load_pretrained, pick_device
+    from evopress.models.opening import find_model
     from evopress.settings import ModelSettings
-    from evopress.workspace import find_model
 
     if arguments.sequence_length < 2:
         raise EvoPressError(f"--sequence-length {arguments.sequence_length} is out of range: expected at least 2 tokens")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from evopress.errors import EvoPressError
+from evopress.machine import has_half_products
 
 
 def panels(columns: int) -> Iterator[tuple[int, int]]:
@@ -47,14 +48,6 @@ def _in_two(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Return leftᵀ right as a rounded product and what the rounding lost, both in the inputs' dtype."""
     rounded = left.T @ right
     return rounded, torch.addmm(rounded, left.T, right, beta=-1.0)
-
-
-def has_half_products() -> bool:
-    """Tell whether this CPU multiplies bfloat16 itself; others take several times as long as for float32."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
-        return False
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
 
 
 @functools.cache

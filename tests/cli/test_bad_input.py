@@ -26,7 +26,9 @@ PROSE = "The quick brown fox jumps over the lazy dog near the old river bank.\n\
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail the test if a model is loaded."""
-    monkeypatch.setattr("evopress.workspace.load_pretrained", lambda *a, **k: pytest.fail("a model was loaded before the error"))
+    monkeypatch.setattr(
+        "evopress.models.opening.load_pretrained", lambda *a, **k: pytest.fail("a model was loaded before the error")
+    )
 
 
 def refused(outcome: Any, *parts: str) -> str:

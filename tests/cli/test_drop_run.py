@@ -148,7 +148,9 @@ REFUSED = {
 def test_bad_input_is_one_sentence_before_any_model_is_loaded(
     case: str, drop: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evopress.workspace.load_pretrained", lambda *a, **k: pytest.fail("a model was loaded before the error"))
+    monkeypatch.setattr(
+        "evopress.models.opening.load_pretrained", lambda *a, **k: pytest.fail("a model was loaded before the error")
+    )
     arguments, parts = REFUSED[case]
     outcome = drop("hydra.run.dir=run", *arguments)
     assert outcome.code == 1 and "Traceback" not in outcome.text, outcome.text

@@ -79,7 +79,9 @@ def refused(finished: Any, evopress: Callable[..., Any], tmp_path: Path, no_trac
 def test_what_settings_tell_is_refused_before_a_model_is_loaded(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evopress.workspace.load_pretrained", lambda *a, **k: pytest.fail("a model was loaded before the refusal"))
+    monkeypatch.setattr(
+        "evopress.models.opening.load_pretrained", lambda *a, **k: pytest.fail("a model was loaded before the refusal")
+    )
     for setting in BY_SETTINGS.values():
         sentence = refused(setting)
         assert "other settings" in sentence or "bits=99" in sentence

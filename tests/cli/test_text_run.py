@@ -94,7 +94,9 @@ def grown(tokenizer: Any) -> None:
 def test_a_token_beyond_the_embedding_is_refused_wherever_it_is(
     split: str, model: Any, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evopress.workspace.load_pretrained", lambda *a, **k: pytest.fail("a model was loaded before the error"))
+    monkeypatch.setattr(
+        "evopress.models.opening.load_pretrained", lambda *a, **k: pytest.fail("a model was loaded before the error")
+    )
     for name in ("calibration", "search", "evaluation"):
         words = f"{name} text " * 300
         (tmp_path / f"{name}.txt").write_text(words.replace("text", "<new>") if name == split else words, encoding="utf-8")

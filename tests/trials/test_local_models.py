@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from evopress.errors import EvoPressError
+from evopress.models.opening import fitted
 from evopress.settings import DropSettings, ModelSettings, PathsSettings, QuantSettings, RunSettings
-from evopress.workspace import fitted
 
 
 def settings_for(folder: Path, *, hidden: int, inner: int, positions: Any = 2048, **changes: Any) -> RunSettings:

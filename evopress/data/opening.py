@@ -1,0 +1,176 @@
+"""The text of a run as token sequences: its own source in three splits, and further held-out sets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from evopress.data.chat import ChatTemplate
+from evopress.data.hub import c4, fineweb_edu, wikitext2
+from evopress.data.python_docs import PythonDocs
+from evopress.data.sources import Split, TextSource
+from evopress.data.special_tokens import check_embedded, leading_ids
+from evopress.data.text_files import TextFiles
+from evopress.data.tokens import token_sequences
+from evopress.errors import EvoPressError
+from evopress.settings import DataSettings, EvaluationSettings, ModelSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_HUB_TEXT = {"wikitext2": wikitext2, "c4": c4, "fineweb_edu": fineweb_edu}
+
+
+class RunText:
+    """Opens the text that a run is told to use, each split when it is first asked for."""
+
+    def __init__(
+        self,
+        data: DataSettings,
+        evaluation: EvaluationSettings,
+        model: ModelSettings,
+        *,
+        tokenizer: Callable[[], PreTrainedTokenizerBase],
+        embedding_rows: Callable[[], int | None],
+        cache: Path,
+    ) -> None:
+        """Remember what is to be read; nothing is.
+
+        Args:
+            model: its sequence length, its separator and the rule for what sequences begin with are looked at.
+            tokenizer: returns the model's tokenizer, when text is first read.
+            embedding_rows: returns how many tokens the model's embedding has; None: it is not known.
+            cache: folder that keeps token sequences from run to run.
+        """
+        self._data, self._evaluation, self._model = data, evaluation, model
+        self._tokenizer, self._embedding_rows, self._cache = tokenizer, embedding_rows, cache
+
+    def source(self, name: str) -> TextSource:
+        """Return a text source by its name in `data.source` or `evaluation.data`."""
+        data = self._data
+        if name == "python_docs":
+            return PythonDocs()
+        if name in _HUB_TEXT:
+            pinned = {"revision": data.revision} if data.revision and name == data.source else {}
+            return _HUB_TEXT[name](**pinned)
+        if name == "text":
+            return TextFiles(
+                calibration=tuple(data.calibration),
+                search=tuple(data.search),
+                evaluation=tuple(data.evaluation),
+                field=data.field,
+                wikitext=data.wikitext,
+                chat=self._chat,
+            )
+        raise EvoPressError(f"evaluation.data {name!r} is unknown: choose among python_docs, {', '.join(_HUB_TEXT)}")
+
+    @cached_property
+    def own_source(self) -> TextSource:
+        """What calibrates, is searched on and, first of all held-out text, evaluates."""
+        return self.source(self._data.source)
+
+    @property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer, self._data.chat_template)
+
+    @cached_property
+    def evaluation_sources(self) -> dict[str, TextSource]:
+        """Where held-out text comes from, by data set, the run's own first.
+
+        Raises: EvoPressError for a name that is unknown or given twice.
+        """
+        evaluation = self._evaluation
+        sources = {self.own_source.name: self.own_source}
+        sources |= {name: self.source(name) for name in evaluation.data if name not in sources}
+        for name, path in evaluation.files.items():
+            if name in sources:
+                raise EvoPressError(f"evaluation.files has {name!r}, which another data set is called: give the file another name")
+            own = self.own_source if isinstance(self.own_source, TextFiles) else None
+            sources[name] = TextFiles(
+                evaluation=(path,),
+                wikitext=name in evaluation.wikitext,
+                chat=self._chat,
+                apart_from=own,
+            )
+        return sources
+
+    def check_files(self) -> None:
+        """Raise EvoPressError if a text file is missing or empty, or one that is held out is trained on."""
+        used: dict[str, str] = {}
+        for name, source in self.evaluation_sources.items():
+            if not isinstance(source, TextFiles):
+                continue
+            for split in ("calibration", "search"):
+                used |= dict.fromkeys(source.digests(split), split)
+            held_out = source.digests("evaluation") if source is not self.own_source else []
+            if same := next((used[digest] for digest in held_out if digest in used), None):
+                raise EvoPressError(f"evaluation.files has {name!r}, which is also a {same} file: hold out another one")
+
+    @cached_property
+    def leading_ids(self) -> tuple[int, ...]:
+        """What every sequence begins with, by `model.bos`."""
+        rule, tokenizer = self._model.bos, self._tokenizer()
+        leading = leading_ids(tokenizer, rule)
+        if leading:
+            tokens = " ".join(tokenizer.convert_ids_to_tokens(list(leading)))
+            logger.info("every sequence begins with %s (model.bos=%s; false leaves it out)", tokens, rule)
+        return leading
+
+    def tokens(self, split: Split, num_tokens: int, source: TextSource | None = None) -> Tensor:
+        """Return token ids int64 [N, L] of a split of the run's own text, or of another source.
+
+        Raises: EvoPressError as `token_sequences`, and for a token that the model's embedding lacks.
+        """
+        source, model = source or self.own_source, self._model
+        sequences = token_sequences(
+            source,
+            split,
+            self._tokenizer(),
+            sequence_length=model.sequence_length,
+            num_tokens=num_tokens,
+            cache_dir=self._cache / "tokens",
+            separator=model.separator,
+            bos="true" if self.leading_ids else "false",
+        )
+        if (rows := self._embedding_rows()) is not None:
+            what = f"the {split} text ({source.name})"
+            check_embedded(sequences, self._tokenizer(), num_rows=rows, what=what, separator=model.separator)
+        return sequences
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """Token ids int64 [N, L] that Hessians are made from."""
+        return self.tokens("calibration", self._data.calibration_tokens)
+
+    @cached_property
+    def search(self) -> Tensor:
+        """Token ids int64 [N, L] that the search draws its minibatches from."""
+        return self.tokens("search", self._data.search_tokens)
+
+    def after_search(self, num_tokens: int) -> Tensor:
+        """Return text of the search split that no search draws from, right after what it does: what the stage refine decides by.
+
+        Raises: EvoPressError if there is too little.
+        """
+        length, searched = self._model.sequence_length, len(self.search)
+        count = num_tokens // length
+        try:
+            return self.tokens("search", (searched + count) * length)[searched:]
+        except EvoPressError as error:
+            raise EvoPressError(
+                f"{error}; the search draws from {searched * length} of them (data.search_tokens), and the {count * length} after "
+                "these are what the stage refine decides by (refine.tokens)"
+            ) from error
+
+    @cached_property
+    def evaluation(self) -> dict[str, Tensor]:
+        """Held-out text by data set, the run's own first."""
+        count = self._data.evaluation_tokens
+        return {name: self.tokens("evaluation", count, source) for name, source in self.evaluation_sources.items()}

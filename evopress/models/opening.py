@@ -1,0 +1,180 @@
+"""Find the model that settings name, read what its files tell, and load it when it is first needed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from evopress.errors import EvoPressError
+from evopress.files import given_path, make_folder
+from evopress.machine import has_half_products
+from evopress.models.families import family_of
+from evopress.models.loading import Pretrained, digest_files, fetch_from_hub, find_weights, load_pretrained, read_config
+from evopress.models.smollm2 import ensure_smollm2
+from evopress.models.stored import loaded_files, stored_tensors
+from evopress.models.tiny import ensure_tiny
+from evopress.settings import AUTO, ModelSettings, QuantSettings, RunSettings
+
+logger = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SEQUENCE_LENGTH, _GROUP_SIZE, _LEAST_GROUP_SIZE = 4096, 128, 16
+"""Of what a model allows, the most that is taken; smaller groups cost more than a bit per weight in scales."""
+
+
+def find_model(settings: ModelSettings, cache: Path) -> Path:
+    """Return the local folder of the model that the settings name, fetching it if need be.
+
+    Raises: EvoPressError if there is no such model or it cannot be fetched.
+    """
+    if settings.path is not None:
+        path = given_path(settings.path, "model.path")
+        if path.exists() or not _HUB_ID.fullmatch(settings.path):
+            find_weights(path)
+            return path
+        path = fetch_from_hub(settings.path, revision=settings.revision)
+        find_weights(path)
+        return path
+    if settings.builtin == "smollm2_135m":
+        return ensure_smollm2(cache)
+    if settings.builtin == "tiny":
+        return ensure_tiny(cache)
+    if settings.builtin is not None:
+        raise EvoPressError(f"model.builtin={settings.builtin} is unknown: choose one of smollm2_135m, tiny, or give model.path")
+    raise EvoPressError("no model was named: give model.path=DIR, or model.path=ORG/NAME for one of the hub")
+
+
+def pick_dtype(dtype: str, device: torch.device) -> str:
+    """Resolve "auto" to bfloat16, or to float32 on a CPU without bfloat16 products; other names are left as they are."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.type == "cuda" or has_half_products() else "float32"
+
+
+def fitted(settings: RunSettings) -> RunSettings:
+    """Put numbers where settings leave the sequence length or the group size to the model; reads its config and files' heads alone.
+
+    Raises: EvoPressError as `find_model`.
+    """
+    model, method = settings.model, settings.method
+    grouped = isinstance(method, QuantSettings) and method.group_size == AUTO
+    if AUTO not in (model.sequence_length, model.group_size) and not grouped:
+        return settings
+    folder = find_model(model, make_folder(given_path(settings.paths.cache, "paths.cache")))
+    config = read_config(folder)
+    changes: dict[str, Any] = {}
+    if model.sequence_length == AUTO:
+        positions = config.get("max_position_embeddings")
+        changes["sequence_length"] = min(_SEQUENCE_LENGTH, positions) if isinstance(positions, int) else _SEQUENCE_LENGTH
+    linears = tuple(f".{name}.weight" for name in family_of(config["model_type"]).linears)
+    tensors = stored_tensors(loaded_files(folder, find_weights(folder)))
+    common = math.gcd(*(tensor.shape[1] for name, tensor in tensors.items() if name.endswith(linears) and len(tensor.shape) == 2))
+    size = next((size for size in range(_GROUP_SIZE, _LEAST_GROUP_SIZE - 1, -1) if common % size == 0), None)
+    if model.group_size == AUTO:
+        changes["group_size"] = size
+    if grouped:
+        method = replace(method, group_size=size)
+    said = {f"model.{key}": value for key, value in changes.items()} | ({"method.group_size": size} if grouped else {})
+    logger.info("from the model: %s", ", ".join(f"{key}={'null' if value is None else value}" for key, value in said.items()))
+    return replace(settings, model=replace(model, **changes), method=method)
+
+
+class ModelSource:
+    """The model of a run: its folder is found at once, its files are read as they are asked for, and each once."""
+
+    def __init__(self, settings: ModelSettings, *, cache: Path, device: torch.device, dtype: str) -> None:
+        """Find the model.
+
+        Args:
+            cache: folder for models that come from a wheel or are made.
+            device, dtype: of the model when it is loaded.
+
+        Raises: EvoPressError as `find_model`.
+        """
+        self._settings, self._device, self._dtype = settings, device, dtype
+        self.folder = find_model(settings, cache)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's config.json."""
+        return read_config(self.folder)
+
+    @cached_property
+    def embedding_rows(self) -> int | None:
+        """Tokens that the model's embedding has, by its config; None: it does not say."""
+        text = self.config.get("text_config")
+        rows = self.config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+        return rows if isinstance(rows, int) else None
+
+    def check(self, *, kept_logits: int | None) -> None:
+        """Raise EvoPressError if sequences are longer than the model's positions, or more logits are kept than it has tokens.
+
+        Args: kept_logits: `fitness.k` where the fitness keeps the greatest logits alone, else None.
+        """
+        length, positions = self._settings.sequence_length, self.config.get("max_position_embeddings")
+        if isinstance(positions, int) and length > positions:
+            raise EvoPressError(f"model.sequence_length={length} is more than the {positions} positions of this model: lower it")
+        vocabulary = self.config.get("vocab_size")
+        if kept_logits is not None and isinstance(vocabulary, int) and kept_logits > vocabulary:
+            raise EvoPressError(
+                f"fitness.k={kept_logits} is more than the {vocabulary} tokens of this model's vocabulary: lower it"
+            )
+
+    def linear_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Return the shapes of the blocks' linear weights by their names, from the heads of the files; None: a file is damaged."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        linears = tuple(f".{name}.weight" for name in family_of(self.config["model_type"]).linears)
+        for path in find_weights(self.folder):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if key.endswith(linears)}  # noqa: SIM118
+            except (OSError, SafetensorError):
+                return None  # told when the model is loaded
+        return shapes
+
+    @property
+    def digest(self) -> str:
+        """The digest of the model's files, which level databases are known by; of what was loaded, once it is."""
+        return self.pretrained.digest if "pretrained" in self.__dict__ else self._digest_of_files
+
+    @cached_property
+    def _digest_of_files(self) -> str:
+        return digest_files([*find_weights(self.folder), self.folder / "config.json"])
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer, which needs no loaded model."""
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=self._settings.trust_remote_code
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise EvoPressError(
+                f"the tokenizer in {self.folder} could not be loaded ({reason}): fetch the checkpoint again"
+            ) from error
+
+    @cached_property
+    def pretrained(self) -> Pretrained:
+        """The model itself, loaded."""
+        settings = self._settings
+        pretrained = load_pretrained(
+            self.folder,
+            name=settings.name or (settings.path if settings.path and not Path(settings.path).exists() else None),
+            dtype=self._dtype,
+            attn_implementation=settings.attn_implementation,
+            device=self._device,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        count = sum(parameter.numel() for parameter in pretrained.model.parameters())
+        logger.info("model: %s, %.1f M parameters, %s on %s", pretrained.name, count / 1e6, self._dtype, self._device)
+        return pretrained
