@@ -271,7 +271,8 @@ def _typed(path: str | Path) -> str:
 
 
 def _run(config: DictConfig, run_dir: Path) -> float:
-    overrides = HydraConfig.get().overrides.task
+    given = HydraConfig.get().overrides
+    overrides = [*(each for each in given.hydra if each.startswith("hydra.searchpath=")), *given.task]
     there = run_folder.holds_a_run(run_dir)
     documents = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": overrides}
     composed = {f"{name}.yaml": OmegaConf.to_yaml(document) for name, document in documents.items()}

@@ -83,7 +83,7 @@ class DataSettings:
     """Where text comes from. Calibration, search and evaluation never share a document."""
 
     source: str = MUST_BE_CHOSEN
-    """python_docs, text, wikitext2, c4 or fineweb_edu."""
+    """python_docs, text, wikitext2, c4, fineweb_edu, or what an installed package offers (docs/extending.md)."""
     calibration_tokens: int = 8388608
     """Tokens for the Hessians of the level database."""
     search_tokens: int = 524288
@@ -98,6 +98,8 @@ class DataSettings:
     """source=text: files for the search; may be the calibration files, whose documents are then divided."""
     evaluation: Any = field(default_factory=list)
     """source=text: files held out."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What a source of another package is told, by keyword (`+data.options.path=FILE`)."""
     field: str = "text"
     """source=text: field of .json and .jsonl, column of .parquet; "outer.inner" inside another. Chats are found in `messages`."""
     chat_template: str | None = "auto"
@@ -112,7 +114,6 @@ class DataSettings:
                 setattr(self, split, files := [files])
             if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
                 raise EvoPressError(f"data.{split}={files} is no list of files: give one such as [a.jsonl,b.txt]")
-        _expect_one_of("data.source", self.source, ("python_docs", "text", "wikitext2", "c4", "fineweb_edu"))
 
 
 @dataclass
@@ -368,7 +369,7 @@ class EvaluationSettings:
     every_tokens: int | None = None
     """Tokens of each of those measurements; None: all of the run's own held-out text, so that they compare with the results."""
     data: list[str] = field(default_factory=list)
-    """Further data sets beside the run's own: python_docs, wikitext2, c4, fineweb_edu."""
+    """Further data sets beside the run's own, by the names of `data.source`."""
     files: dict[str, str] = field(default_factory=dict)
     """Further local data sets: name to file (`+evaluation.files.wiki=FILE`)."""
     wikitext: list[str] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,27 @@ def tiny_blocks(tiny_folder: Callable[..., Path]) -> Callable[..., BlockModel]:
         return BlockModel(pretrained.model, pretrained.family)
 
     return blocks
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return what puts a package with entry points on the path, as an installer would; it lasts as long as the test."""
+    root = tmp_path / "site-packages"
+    root.mkdir()
+    monkeypatch.syspath_prepend(root)
+    monkeypatch.setenv("PYTHONPATH", f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+    def put(package: str, points: dict[str, str], code: str = "", *, group: str) -> Path:
+        info = root / f"{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        lines = "".join(f"{name} = {value}\n" for name, value in points.items())
+        (info / "entry_points.txt").write_text(f"[{group}]\n{lines}")
+        (root / f"{package}.py").write_text(code)
+        monkeypatch.delitem(sys.modules, package, raising=False)
+        return root
+
+    return put
 
 
 def make_tokens(count: int, length: int, *, seed: int = 0) -> Tensor:

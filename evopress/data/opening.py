@@ -6,14 +6,12 @@ import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from evopress.data.chat import ChatTemplate
-from evopress.data.hub import c4, fineweb_edu, wikitext2
-from evopress.data.python_docs import PythonDocs
-from evopress.data.sources import Split, TextSource
+from evopress.data.sources import HUB_TEXT, SPLITS, TEXT_SOURCES, Split, TextSource, make_source
 from evopress.data.special_tokens import check_embedded, leading_ids
 from evopress.data.text_files import TextFiles
 from evopress.data.tokens import token_sequences
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-_HUB_TEXT = {"wikitext2": wikitext2, "c4": c4, "fineweb_edu": fineweb_edu}
 
 
 class RunText:
@@ -54,22 +50,22 @@ class RunText:
 
     def source(self, name: str) -> TextSource:
         """Return a text source by its name in `data.source` or `evaluation.data`."""
+        key = "data.source" if name == self._data.source else "evaluation.data"
+        if name not in TEXT_SOURCES and key == "evaluation.data":
+            choices = ", ".join(choice for choice in TEXT_SOURCES if choice != "text")
+            raise EvoPressError(f"evaluation.data {name!r} is unknown: choose among {choices}")
+        return make_source(name, self._options(name), key=key)
+
+    def _options(self, name: str) -> dict[str, Any]:
+        """Return what the settings tell a source; those of `data` are the run's own source's."""
         data = self._data
-        if name == "python_docs":
-            return PythonDocs()
-        if name in _HUB_TEXT:
-            pinned = {"revision": data.revision} if data.revision and name == data.source else {}
-            return _HUB_TEXT[name](**pinned)
+        options = data.options if name == data.source else {}
         if name == "text":
-            return TextFiles(
-                calibration=tuple(data.calibration),
-                search=tuple(data.search),
-                evaluation=tuple(data.evaluation),
-                field=data.field,
-                wikitext=data.wikitext,
-                chat=self._chat,
-            )
-        raise EvoPressError(f"evaluation.data {name!r} is unknown: choose among python_docs, {', '.join(_HUB_TEXT)}")
+            files: dict[str, Any] = {split: tuple(getattr(data, split)) for split in SPLITS}
+            return {**files, "field": data.field, "wikitext": data.wikitext, "chat": self._chat, **options}
+        if name in HUB_TEXT and name == data.source and data.revision:
+            return {"revision": data.revision, **options}
+        return options
 
     @cached_property
     def own_source(self) -> TextSource:

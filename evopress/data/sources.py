@@ -1,13 +1,15 @@
-"""Where text comes from: the protocol every source keeps, and the names of its splits."""
+"""Where text comes from: the protocol every source keeps, the sources by name, and the names of their splits."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import signature
 from typing import Any, Literal, Protocol, get_args
 
 from evopress.errors import EvoPressError
+from evopress.registry import Registry
 
 Split = Literal["calibration", "search", "evaluation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -29,6 +31,44 @@ class TextSource(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the text, as values JSON can hold: kind, revision or SHA-256, settings."""
+
+
+HUB_TEXT = ("wikitext2", "c4", "fineweb_edu")
+"""Sources that are read from the hub, at `data.revision`."""
+
+TEXT_SOURCES: Registry[Callable[..., TextSource]] = Registry(
+    "text source",
+    {
+        "python_docs": "evopress.data.python_docs:PythonDocs",
+        "text": "evopress.data.text_files:TextFiles",
+        **{name: f"evopress.data.hub:{name}" for name in HUB_TEXT},
+    },
+    group="evopress.text_sources",
+)
+"""What makes a source, by its name in `data.source` and `evaluation.data`; called with the source's options as keywords."""
+
+
+def make_source(name: str, options: Mapping[str, Any], *, key: str) -> TextSource:
+    """Make a text source.
+
+    Args:
+        options: what it is told, by keyword.
+        key: the setting that names it: "data.source".
+
+    Raises: EvoPressError if there is none of that name, it does not take these options, or it is no text source.
+    """
+    make = TEXT_SOURCES.get(name, key=key)
+    try:
+        signature(make).bind(**options)
+    except TypeError as error:
+        raise EvoPressError(
+            f"the text source {name} does not take what data.options gives it, {dict(options)} ({error}): "
+            f"its options are {signature(make)}"
+        ) from None
+    source = make(**options)
+    if lacking := [member for member in ("name", "documents", "identity") if not hasattr(source, member)]:
+        raise EvoPressError(f"{key}={name} is no text source: it lacks {', '.join(lacking)}; choose another")
+    return source
 
 
 def streams_of(source: TextSource, split: Split, left_out: Counter[str]) -> Iterator[Iterable[str]]:

@@ -1,0 +1,70 @@
+"""The worked examples of docs/extending.md: packages beside EvoPress, used by the program as the guide says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+
+
+def examples(heading: str) -> dict[str, str]:
+    """Return the code blocks below a heading of the guide, by language."""
+    section = re.split(r"^#{2,3} ", GUIDE.split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    return dict(re.findall(r"^```(\w+)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL))
+
+
+def installed(blocks: dict[str, str], install: Callable[..., Path]) -> None:
+    """Install the package that a section describes."""
+    (group,) = re.findall(r'entry-points\."([\w.]+)"', blocks["toml"])
+    points = dict(re.findall(r'^(\w+) = "([\w.:]+)"$', blocks["toml"], flags=re.MULTILINE))
+    package = next(iter(points.values())).partition(":")[0]
+    install(package, points, blocks["python"], group=group)
+
+
+@pytest.fixture
+def stories(install: Callable[..., Path], tmp_path: Path) -> list[str]:
+    """Follow the guide's section on text and return the arguments that use its config."""
+    blocks = examples("A text source of your own")
+    installed(blocks, install)
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    (tmp_path / "conf" / "data" / "stories.yaml").write_text(blocks["yaml"])
+    (tmp_path / "stories.txt").write_text("".join(f"Once upon a time there were {i} little words. \n" * 3 for i in range(200)))
+    arguments = re.findall(r"'(hydra\.searchpath=.*?)' (data=\w+)", blocks["sh"])[0]
+    return [arguments[0].replace("/home/me", str(tmp_path)), arguments[1]]
+
+
+def test_a_text_source_from_outside_is_used_and_resumed(
+    stories: list[str], tiny: Callable[..., Any], evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    first = tiny(*stories, "stages=[database,baselines]")
+    assert first.code == 0, first.text
+    resumed = evopress("resume=run", "stages=[evaluate]")
+    assert resumed.code == 0, resumed.text
+    rows = json.loads((tmp_path / "run" / "result.json").read_text())["rows"]
+    assert all(set(row["perplexity"]) == {"lines"} for row in rows) and len(rows) > 1
+
+
+def test_options_from_the_command_line_are_enough(stories: list[str], tiny: Callable[..., Any], tmp_path: Path) -> None:
+    outcome = tiny("data.source=lines", "+data.options={path: stories.txt}", "stages=[database]")
+    assert outcome.code == 0, outcome.text
+    refused = tiny("data.source=lines", "+data.options={file: stories.txt}", folder=tmp_path / "other")
+    assert refused.code == 1 and len(refused.errors) == 1
+    assert "the text source lines does not take" in refused.errors[0] and "its options are (*, path)" in refused.errors[0]
+
+
+def test_a_broken_package_is_one_sentence_before_any_work(
+    install: Callable[..., Path], tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evopress.models.opening.load_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    install("my_text", {"lines": "my_text:Lines"}, "import no_such_module", group="evopress.text_sources")
+    outcome = tiny("data.source=lines")
+    assert outcome.code == 1 and outcome.errors == [
+        "error: the text source lines of package my_text 1.0 (my_text:Lines) could not be loaded (ModuleNotFoundError: "
+        "No module named 'no_such_module'): repair that package, or choose another data.source"
+    ]
