@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from omegaconf.errors import OmegaConfBaseException
 from evopress import settings as schema
 from evopress.errors import EvoPressError
 from evopress.run_folder import job_folder
+from evopress.search.strategies import STRATEGIES
 from evopress.settings import RunSettings
 
+logger = logging.getLogger(__name__)
 _SCHEMAS: dict[str, tuple[str, type]] = {
     "model": ("base_model", schema.ModelSettings),
     "data": ("base_data", schema.DataSettings),
@@ -45,6 +48,13 @@ def config_folder() -> Path:
     """Return the config tree: inside the package when installed from a wheel, beside it in a clone."""
     packaged = Path(__file__).parent / "conf"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+@dataclass
+class BrokenStrategy:
+    """A strategy of an installed package that cannot be loaded: its name can be chosen, to be told why."""
+
+    name: str
 
 
 class JobFailedError(CompactHydraException):  # type: ignore[misc, unused-ignore]
@@ -79,8 +89,21 @@ def register() -> None:
         store.store(group=group, name=name, node=node)
     for method, node in METHODS.items():
         store.store(group="method", name=f"base_{method}", node=node)
+    _register_strategies(store)
     OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
     OmegaConf.register_new_resolver("stages_by_default", lambda refine: schema.stages_by_default(refine=refine), replace=True)
+
+
+def _register_strategies(store: ConfigStore) -> None:
+    """Register the schemas of our search strategies, and those of installed packages as the options that they are."""
+    there = options().get("search/strategy", [])
+    for name in STRATEGIES:
+        try:
+            node: Any = STRATEGIES.get(name, key="search/strategy")()
+        except EvoPressError as error:  # told when it is chosen
+            logger.debug("%s", error)
+            node = BrokenStrategy(name)
+        store.store(group="search/strategy", name=f"base_{name}" if name in there else name, node=node)
 
 
 def _job_folder(overrides: Sequence[str], sweep: str) -> str:

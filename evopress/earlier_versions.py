@@ -19,6 +19,8 @@ def without_later(values: dict[str, Any]) -> dict[str, Any]:
 
     if values.get("genome") is None:
         values = {key: value for key, value in values.items() if key != "genome"}
+    if (values["search"].get("strategy") or {"name": "evolution"}) == {"name": "evolution"}:
+        values = {**values, "search": {key: value for key, value in values["search"].items() if key != "strategy"}}
     return {**values, "model": earlier("model", _MODEL), "data": earlier("data", _DATA), "method": earlier("method", _METHOD)}
 
 

@@ -20,7 +20,7 @@ from evopress.reporting.sweep import tracked_as
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
 from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.baselines import build_database, find_baselines
-from evopress.stages.checks import check_names, check_questions, check_tasks, check_tokens, search_cost, search_settings
+from evopress.stages.checks import check_names, check_questions, check_strategy, check_tasks, check_tokens, search_cost, searching
 from evopress.stages.conclude import evaluate, export, report
 from evopress.stages.earlier import refuse_other_settings, refuse_other_work
 from evopress.stages.given import check_given
@@ -55,25 +55,26 @@ def run(
     """
     check_names(settings)
     check_given(settings)
-    search_settings(settings.search, derived=1 if isinstance(settings.method, DropSettings) else None)
+    searching(settings.search, derived=1 if isinstance(settings.method, DropSettings) else None)
+    check_strategy(settings)
     check_tokens(settings)
     check_tasks(settings)
     started = time.monotonic()
     workspace = Workspace(settings, run_dir)
-    searching = search_settings(settings.search, derived=workspace.generations(settings))
+    numbers = searching(settings.search, derived=workspace.generations(settings))
     if "search" in settings.stages:
         logger.info(
             "scale %s: the search evaluates %.3g million candidate tokens%s",
             settings.scale.name,
-            search_cost(searching) / 1e6,
+            search_cost(numbers) / 1e6,
             f" (scale=paper: {_paper_cost(workspace, paper) / 1e6:.3g} million)" if paper else "",
         )
     workspace.read_text()
     check_questions(workspace)
-    refuse_other_settings(workspace, searching)
+    refuse_other_settings(workspace, numbers)
     refuse_without_genome(workspace)
-    refuse_other_work(workspace, searching)
-    plan = preflight(workspace, searching)
+    refuse_other_work(workspace, numbers)
+    plan = preflight(workspace, numbers)
     if settings.dry_run:
         logger.info("dry run: nothing was built or searched; leave dry_run out to run it")
         return float("nan")
@@ -99,7 +100,7 @@ def run(
     work: dict[str, Callable[[], None]] = {
         "database": lambda: build_database(workspace),
         "baselines": lambda: find_baselines(workspace),
-        "search": lambda: search(workspace, searching, tracker),
+        "search": lambda: search(workspace, numbers, tracker),
         "refine": lambda: refine(workspace),
         "evaluate": lambda: evaluate(workspace, tracker),
         "export": lambda: export(workspace, command=command),
@@ -119,7 +120,7 @@ def run(
 
 
 def _paper_cost(workspace: Workspace, paper: RunSettings) -> int:
-    return search_cost(search_settings(paper.search, derived=workspace.generations(paper)))
+    return search_cost(searching(paper.search, derived=workspace.generations(paper)))
 
 
 def make_tracker(settings: TrackerSettings) -> Tracker:

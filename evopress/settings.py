@@ -269,7 +269,7 @@ class FitnessSettings:
 
 @dataclass
 class SearchConfig:
-    """The evolutionary search (paper, Algorithm 1 and Table 8)."""
+    """The search: numbers of the evolutionary one (paper, Algorithm 1 and Table 8), and the strategy."""
 
     generations: int | None = None
     """None: k(n - k) / 1.5, for depth pruning."""
@@ -295,6 +295,8 @@ class SearchConfig:
     """Greatest deviation of a unit from the target's level, in levels; None: any."""
     max_total_deviation: int | None = None
     """Greatest sum of those deviations; None: any."""
+    strategy: Any = None
+    """What searches, `search/strategy=NAME`, with its own settings; None: evolution, the paper's."""
 
     def __post_init__(self) -> None:
         _expect(self.num_offspring <= 100_000, "search.num_offspring", self.num_offspring, "at most 100000")

@@ -92,12 +92,12 @@ _FITS: dict[str, Callable[[Any, Space], bool]] = {
     "fitness": _number_or_none,
     "accepted": lambda value, space: isinstance(value, bool),
     "parent_fitness": _number_or_none,
-    "stages": _stages,
-    "switches": _switches,
+    "stages": lambda value, space: value is None or _stages(value, space),
+    "switches": lambda value, space: value is None or _switches(value, space),
     "tokens": _count,
     "evaluations": _count,
     "cost": _count,
     "seconds": _number,
     "held_out": _held_out,
 }
-"""What a record has, and the test that it must pass."""
+"""What a record has, and the test that it must pass; stages and switches are of strategies that have them."""

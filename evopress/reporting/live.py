@@ -31,12 +31,12 @@ class LiveSearch:
 
     Args:
         generations: how many there will be.
-        num_stages: stages of selection in each.
+        num_stages: stages of selection in each; None: no such thing.
         run_dir: in a sweep the job's name is put in front of every line.
         stream: where the line is drawn if it is a terminal; None: standard output.
     """
 
-    def __init__(self, generations: int, num_stages: int, *, run_dir: Path, stream: TextIO | None = None) -> None:
+    def __init__(self, generations: int, num_stages: int | None, *, run_dir: Path, stream: TextIO | None = None) -> None:
         stream = stream or sys.stdout
         name = job_name(run_dir)
         self._prefix = f"[{name}] " if name else ""
@@ -67,7 +67,8 @@ class LiveSearch:
         def watched(genomes: Sequence[Genome], *, tokens: int) -> Any:
             if self._line is not None:
                 self._stage += 1
-                self._line.show(detail=f"stage {self._stage}/{self._num_stages}: {len(genomes)} x {tokens:,} tokens")
+                stage = "" if self._num_stages is None else f"stage {self._stage}/{self._num_stages}: "
+                self._line.show(detail=f"{stage}{len(genomes)} x {tokens:,} tokens")
             return fitness(genomes, tokens=tokens)
 
         return cast(Fitness, watched)

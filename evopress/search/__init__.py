@@ -1,25 +1,34 @@
-"""The evolutionary search: genomes, a budget, a random generator and a callable fitness, no tensors."""
+"""Search strategies: genomes, a budget, a random generator and whoever answers their questions, no tensors."""
 
 from evopress.search.constraint import EXCHANGES, Exchange, make_exchange
-from evopress.search.evolution import Evolution, Fitness, Question, SearchSettings, run_search
+from evopress.search.evolution import Evolution, EvolutionStrategy, SearchSettings
 from evopress.search.initial import initial_candidates, one_level, random_mix, random_mixes, uniform_genome
 from evopress.search.mutation import DISTRIBUTIONS, LevelSwitch, Mutation, offspring
 from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.selection import Stage, check_stages, select_fittest
+from evopress.search.strategies import STRATEGIES, strategy_of
+from evopress.search.strategy import Asks, Attribution, Fitness, Problem, Question, Searching, Strategy, run_search
 
 __all__ = [
     "DISTRIBUTIONS",
     "EXCHANGES",
+    "STRATEGIES",
+    "Asks",
+    "Attribution",
     "Evolution",
+    "EvolutionStrategy",
     "Exchange",
     "Fitness",
     "GenerationRecord",
     "LevelSwitch",
     "Mutation",
+    "Problem",
     "Question",
     "SearchSettings",
+    "Searching",
     "Stage",
     "StageRecord",
+    "Strategy",
     "check_stages",
     "initial_candidates",
     "make_exchange",
@@ -29,5 +38,6 @@ __all__ = [
     "random_mixes",
     "run_search",
     "select_fittest",
+    "strategy_of",
     "uniform_genome",
 ]

@@ -5,11 +5,10 @@ Source: paper, Algorithm 1. The search asks for fitnesses and is told them; who 
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,22 +18,13 @@ from evopress.search.initial import initial_candidates, uniform_genome
 from evopress.search.mutation import LevelSwitch, Mutation, offspring
 from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.selection import Stage, check_stages, select_fittest
+from evopress.search.strategy import Asks, Problem, Question
 from evopress.units import Budget, Genome, Space
-
-logger = logging.getLogger(__name__)
 
 _MAX_BOUNDED_ATTEMPTS = 20_000
 """Draws for one offspring where deviations are bounded: at a tight bound few of the switches are allowed."""
 _MAX_FRUITLESS = 10
 """Generations in a row without one offspring of finite fitness, after which the search stops."""
-
-
-class Fitness(Protocol):
-    """Score genomes; lower is better."""
-
-    def __call__(self, genomes: Sequence[Genome], *, tokens: int) -> list[float]:
-        """Score all genomes on one fresh minibatch of `tokens` tokens, the same for all; drawing it is done here."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -70,15 +60,48 @@ class SearchSettings:
         del identity["generations"]
         return identity | {"stages": [[stage.tokens, stage.survivors] for stage in self.stages]}
 
+    @property
+    def strategy(self) -> str:
+        """See `Searching`."""
+        return "evolution"
 
-@dataclass(frozen=True)
-class Question:
-    """Genomes whose fitness the search asks for, all on the same minibatch."""
+    @property
+    def summary(self) -> str:
+        """See `Searching`."""
+        return f"{self.generations} generations, λ = {self.num_offspring}"
 
-    genomes: tuple[Genome, ...]
-    tokens: int
-    stage: int
-    """Index of the stage; -1 is the choice of the initial genome."""
+    def asks(self, state: Mapping[str, Any] | None = None) -> list[Asks]:
+        """See `Searching`."""
+        done = 0 if state is None else int(state["generation"])
+        left = max(self.generations - max(done, 1) + 1, 0)
+        asks = [] if done else [Asks("search.initial_tokens", self.initial_tokens, self.initial_candidates, initial=True)]
+        candidates = self.num_offspring
+        for stage in self.stages:
+            asks.append(Asks("search.tokens", stage.tokens, candidates + (stage is self.stages[-1]), times=left))
+            candidates = stage.survivors
+        return asks
+
+    def make(self, problem: Problem) -> Evolution:
+        """See `Searching`."""
+        return Evolution(
+            problem.space,
+            problem.budget,
+            self,
+            rng_initial=problem.rng_initial,
+            rng_mutation=problem.rng_mutation,
+            starts=problem.starts,
+        )
+
+
+@dataclass
+class EvolutionStrategy:
+    """The paper's search, to the letter; its numbers are those of `search` itself."""
+
+    name: str = "evolution"
+
+    def searching(self, evolution: SearchSettings) -> SearchSettings:
+        """See `StrategySettings`."""
+        return evolution
 
 
 class Evolution:
@@ -319,23 +342,3 @@ class Evolution:
     def _identity(self) -> dict[str, Any]:
         """Return what makes two searches the same one, as it reads back from JSON."""
         return self._settings.identity() | {"budget": self._budget.total, "units": len(self._space)}
-
-
-def run_search(
-    evolution: Evolution, fitness: Fitness, *, on_generation: Callable[[GenerationRecord], None] = lambda record: None
-) -> Genome:
-    """Run a search to its end and return the best genome; `on_generation` is called with every record."""
-    if evolution.initial_record is not None and evolution.generation == 1:
-        on_generation(evolution.initial_record)
-    while not evolution.finished:
-        question = evolution.ask()
-        record = evolution.tell(fitness(question.genomes, tokens=question.tokens))
-        if record is not None:
-            on_generation(record)
-    if evolution.non_finite:
-        logger.warning(
-            "%d candidates of this search lost because their fitness was not a finite number; `non_finite` in the records says in "
-            "which generations",
-            evolution.non_finite,
-        )
-    return evolution.parent

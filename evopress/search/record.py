@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from evopress.units import Genome
@@ -20,7 +21,7 @@ class StageRecord:
     """Indices of the candidates that went on, best first."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerationRecord:
     """One finished generation; generation 0 is the choice of the initial genome."""
 
@@ -33,8 +34,9 @@ class GenerationRecord:
     """The winner is an offspring, not the parent."""
     parent_fitness: float | None
     """Of the previous parent on the last stage's minibatch; None in generation 0."""
-    stages: tuple[StageRecord, ...]
-    switches: tuple[tuple[int, int, int], ...]
+    stages: tuple[StageRecord, ...] = ()
+    """Empty where the strategy has no such thing."""
+    switches: tuple[tuple[int, int, int], ...] = ()
     """(unit index, from level, to level) of the units in which the winner differs from the previous parent."""
     tokens: int
     """Tokens evaluated so far, summed over candidates."""
@@ -44,11 +46,18 @@ class GenerationRecord:
     """Cost of the winner."""
     non_finite: int = 0
     """Candidates of this generation that lost because their fitness was not a finite number."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What else the strategy has to say, JSON-able."""
+    milestone: bool = False
+    """Measured on held-out text though `evaluation.every` generations have not passed, unless that is 0; not written down."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON-able values; a number that is not finite becomes None; `non_finite` is left out at 0."""
-        values = {key: _jsonable(value) for key, value in asdict(self).items()}
-        return values if self.non_finite else {key: value for key, value in values.items() if key != "non_finite"}
+        """Return the record as JSON-able values; a number that is not finite becomes None.
+
+        `non_finite` is left out at 0, `details` where there are none.
+        """
+        left_out = {"milestone", *(key for key in ("non_finite", "details") if not getattr(self, key))}
+        return {key: _jsonable(value) for key, value in asdict(self).items() if key not in left_out}
 
 
 def _jsonable(value: Any) -> Any:

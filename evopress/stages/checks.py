@@ -10,6 +10,8 @@ from evopress.search.constraint import EXCHANGES
 from evopress.search.evolution import SearchSettings
 from evopress.search.mutation import DISTRIBUTIONS
 from evopress.search.selection import Stage
+from evopress.search.strategies import strategy_of
+from evopress.search.strategy import Searching
 from evopress.settings import DropSettings, RunSettings, SearchConfig
 from evopress.workspace import Workspace
 
@@ -70,7 +72,13 @@ def check_tokens(settings: RunSettings) -> None:
             "tokens, or leave refine out of stages"
         )
     available = data.search_tokens // length * length
-    minibatches = [("search.initial_tokens", search.initial_tokens), *(("search.tokens", count) for count in search.tokens)]
+    asks = searching(search, derived=1).asks()
+    minibatches = [(ask.key, ask.tokens) for ask in asks]
+    if any(ask.attribution for ask in asks) and available < 2 * length:
+        raise EvoPressError(
+            f"search/strategy={search.strategy.name} compares sequences of the search text, which has one: raise "
+            f"data.search_tokens={data.search_tokens} to at least two of model.sequence_length={length}"
+        )
     if "best_of_random" in settings.baselines.names:
         minibatches.append(("baselines.random_tokens", settings.baselines.random_tokens))
     if "owl" in settings.baselines.names and not 2 <= settings.baselines.owl_tokens <= data.calibration_tokens:
@@ -94,8 +102,32 @@ def check_tokens(settings: RunSettings) -> None:
             )
 
 
+def searching(config: SearchConfig, *, derived: int | None = None) -> Searching:
+    """Return the numbers of the search by the strategy that the settings choose; otherwise as `search_settings`.
+
+    Raises: EvoPressError if there is no such strategy, or one of its numbers is out of range.
+    """
+    return strategy_of(config.strategy).searching(search_settings(config, derived=derived))
+
+
+def check_strategy(settings: RunSettings) -> None:
+    """Raise EvoPressError if the search asks for attributions and nothing can answer."""
+    if "search" not in settings.stages or not any(ask.attribution for ask in searching(settings.search, derived=1).asks()):
+        return
+    name = settings.search.strategy.name
+    if isinstance(settings.method, DropSettings):
+        raise EvoPressError(
+            f"search/strategy={name} needs the errors of levels, which modules that are kept or dropped have not: use "
+            "search/strategy=evolution with method drop"
+        )
+    if settings.fitness.evaluator == "plain":
+        raise EvoPressError(
+            f"search/strategy={name} runs blocks alone, which fitness.evaluator=plain does not: leave one of them out"
+        )
+
+
 def search_settings(config: SearchConfig, *, derived: int | None = None) -> SearchSettings:
-    """Convert and check the search's numbers.
+    """Convert and check the numbers of the evolutionary search.
 
     Args: derived: generations where the settings give none.
 
@@ -130,11 +162,6 @@ def search_settings(config: SearchConfig, *, derived: int | None = None) -> Sear
     )
 
 
-def search_cost(settings: SearchSettings) -> int:
-    """Return the candidate tokens that a search evaluates: the one honest currency."""
-    per_generation = 0
-    candidates = settings.num_offspring
-    for stage in settings.stages:
-        per_generation += stage.tokens * (candidates + (stage is settings.stages[-1]))
-        candidates = stage.survivors
-    return settings.generations * per_generation + settings.initial_candidates * settings.initial_tokens
+def search_cost(numbers: Searching) -> int:
+    """Return the candidate tokens that a search evaluates at most: the one honest currency."""
+    return sum(ask.cost for ask in numbers.asks())

@@ -8,19 +8,19 @@ from evopress.errors import EvoPressError
 from evopress.json_files import shown
 from evopress.reporting.generations import read_generations
 from evopress.reporting.records import read_document, read_genome
-from evopress.search.evolution import Evolution, SearchSettings
+from evopress.search.strategy import Problem, Searching
 from evopress.stages.baselines import baselines_as_asked, changes, read_baselines, what_decides_fitness
 from evopress.stages.conclude import refuse_nothing_to_export
 from evopress.stages.given import refuse_missing
 from evopress.stages.results import read_result
-from evopress.stages.search import check_records, go_on
+from evopress.stages.search import check_records, go_on, strategy_in
 from evopress.units import Space
 from evopress.workspace import Workspace
 
 STATE = "state.json"
 
 
-def refuse_other_settings(workspace: Workspace, searching: SearchSettings) -> None:
+def refuse_other_settings(workspace: Workspace, searching: Searching) -> None:
     """Raise EvoPressError if the folder has a search with other settings or another text, whatever stages run; loads no model.
 
     What is found there would otherwise stand under settings that it does not come from.
@@ -40,6 +40,7 @@ def refuse_other_settings(workspace: Workspace, searching: SearchSettings) -> No
     if not isinstance(there, dict):
         raise EvoPressError(f"{path} is damaged: its settings are {shown(there)}; restore it, or remove it to search again")
     changed = changes(there, what_decides_fitness(workspace, text=again))
+    changed += changes({"search.strategy": strategy_in(state)}, {"search.strategy": searching.strategy})
     if isinstance(numbers, dict) and isinstance(numbers.get("settings"), dict):  # what is damaged, `go_on` tells
         changed += changes(numbers["settings"], searching.identity())
     if changed:
@@ -48,7 +49,7 @@ def refuse_other_settings(workspace: Workspace, searching: SearchSettings) -> No
         )
 
 
-def refuse_other_work(workspace: Workspace, searching: SearchSettings) -> None:
+def refuse_other_work(workspace: Workspace, searching: Searching) -> None:
     """Raise EvoPressError if a stage could not use what is in the folder: of another level database or target, damaged, or missing.
 
     The model is loaded for it, its weights are not touched.
@@ -69,13 +70,14 @@ def refuse_other_work(workspace: Workspace, searching: SearchSettings) -> None:
     _check_baselines(workspace, space)
 
 
-def _check_search(workspace: Workspace, searching: SearchSettings, space: Space) -> None:
+def _check_search(workspace: Workspace, searching: Searching, space: Space) -> None:
     """Raise EvoPressError if the saved search is not the one that would go on, tried on a search that nobody runs."""
     path, budget = workspace.run_dir / STATE, workspace.method.budget(space)
     if "search" in workspace.settings.stages:
         rng = [copy.deepcopy(workspace.rng["minibatch"]) for _ in range(3)]
-        trial = Evolution(space, budget, searching, rng_initial=rng[0], rng_mutation=rng[1])
-        go_on(path, trial, rng[2], database=workspace.database_fingerprint)
+        no_errors = tuple((0.0,) * len(unit.levels) for unit in space.units)
+        trial = searching.make(Problem(space, budget, no_errors, rng_initial=rng[0], rng_mutation=rng[1]))
+        go_on(path, trial, rng[2], database=workspace.database_fingerprint, strategy=searching.strategy)
         check_records(workspace.run_dir / "metrics.jsonl", trial, space)
         return
     try:

@@ -7,7 +7,7 @@ buffers take, beside the model. What is there already counts as done.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from evopress.levels.live import enough_to_keep
 from evopress.levels.plan import BuildNeeds
 from evopress.methods import ModuleMethod
 from evopress.reporting.records import read_json
-from evopress.search.evolution import SearchSettings
 from evopress.search.initial import uniform_genome
+from evopress.search.strategy import BACKWARD_TOKENS, Asks, Searching
 from evopress.settings import STAGES
 from evopress.stages.baselines import baselines_as_asked, read_baselines
 from evopress.stages.depth import spans_of
@@ -67,12 +67,12 @@ class Planner:
         space: Space,
         budget: Budget,
         build: BuildNeeds | None,
-        searching: SearchSettings,
-        first: int | None,
+        searching: Searching,
+        asks: Sequence[Asks] | None,
         speed: Speed | None,
     ) -> None:
         self.workspace, self.space, self.budget, self.build = workspace, space, budget, build
-        self.searching, self.first, self.speed = searching, first, speed
+        self.searching, self.asks, self.speed = searching, asks, speed
         self.settings = workspace.settings
         self.num_blocks = len(workspace.blocks.blocks)
         self.modules = isinstance(workspace.method, ModuleMethod)
@@ -138,25 +138,38 @@ class Planner:
         return needs
 
     def _search(self) -> Needs:
-        searching, first = self.searching, self.first or 0
-        generations = searching.generations - max(first, 1) + 1
-        if first > searching.generations:
-            return Needs("search", f"done: {searching.generations} generations", seconds=0.0 if self.speed else None)
-        needs = Needs("search", f"{generations} of {searching.generations} generations", seconds=0.0 if self.speed else None)
+        searching, asks, zero = self.searching, self.asks or (), 0.0 if self.speed else None
+        if not asks:
+            return Needs("search", f"done: {searching.generations} generations", seconds=zero)
+        later = [ask for ask in asks if not ask.initial]
+        milestones = max((ask.times for ask in later if ask.milestone), default=0)
+        generations = milestones + max((ask.times for ask in later if not ask.milestone), default=0)
+        most = "at most " if milestones else ""
+        needs = Needs("search", f"{most}{generations} of {searching.generations} generations", seconds=zero)
         self._base(needs)
-        if not first and uniform_genome(self.space, self.budget) is None:
-            self._score(needs, searching.initial_candidates, searching.initial_tokens)
         if every := self.settings.evaluation.every:
-            self._held_out(needs, generations // every + 1)
-        candidates = searching.num_offspring
-        for stage in searching.stages:
-            here = candidates + (stage is searching.stages[-1])
-            self._score(needs, here, stage.tokens, times=generations)
-            self._hold(needs, here, stage.tokens)
-            candidates = stage.survivors
-        per_record = _RECORD_BYTES + 4 * len(self.space) + 24 * sum(stage.survivors for stage in searching.stages)
-        needs.disk = {self.workspace.run_dir: generations * (per_record + 24 * searching.num_offspring)}
+            self._held_out(needs, milestones + (generations - milestones) // every + 1)
+        for ask in asks:
+            if ask.attribution:
+                self._attribute(needs, ask)
+            elif not ask.initial or uniform_genome(self.space, self.budget) is None:
+                self._score(needs, ask.candidates, ask.tokens, times=ask.times)
+            if not ask.initial:
+                self._hold(needs, ask.candidates, ask.tokens)
+        per_record = _RECORD_BYTES + 4 * len(self.space) + 24 * sum(ask.candidates for ask in later)
+        per_record += 24 * len(self.space) if milestones else 0
+        needs.disk = {self.workspace.run_dir: generations * per_record}
         return needs
+
+    def _attribute(self, needs: Needs, ask: Asks) -> None:
+        """Add attributions: each block forward, then forward again and backward; what enters each block is held meanwhile."""
+        tokens, blocks = ask.tokens * ask.times, self.workspace.blocks
+        needs.tokens += BACKWARD_TOKENS * tokens
+        needs.block_tokens += 4.0 * tokens * self.num_blocks
+        if needs.seconds is not None and self.speed is not None:
+            needs.seconds += tokens * (4 * self.num_blocks * self.speed.block + self.speed.reference + 3 * self.speed.head)
+        itemsize = blocks.dtype.itemsize
+        self._put(needs, 0, host=ask.tokens * blocks.hidden_size * itemsize * (self.num_blocks + 1))
 
     def _held_out(self, needs: Needs, times: int) -> None:
         """Add the measurements on held-out text, and the dense model's states there, which are kept where they are few."""
@@ -203,7 +216,7 @@ class Planner:
     def _refined_before(self) -> int | None:
         """Return the blocks of refined levels that are there, whole by their names; None if the stage has to work."""
         folder = self.workspace.run_dir
-        if self.first is not None and self.first <= self.searching.generations:
+        if self.asks:
             return None
         for path in (folder / "refined").glob("*/manifest.json"):
             try:

@@ -24,6 +24,7 @@ from evopress.levels.plan import BuildNeeds, check_room
 from evopress.progress import duration
 from evopress.reporting.records import read_json
 from evopress.search.evolution import Evolution, SearchSettings
+from evopress.search.strategy import Asks, Searching
 from evopress.stages.baselines import make_measure
 from evopress.stages.given import check_levels
 from evopress.stages.needs import Needs, Planner
@@ -63,7 +64,7 @@ class Plan:
         logger.info("%s took %s%s", stage, duration(time.monotonic() - started), said)
 
 
-def preflight(workspace: Workspace, searching: SearchSettings) -> Plan:
+def preflight(workspace: Workspace, searching: Searching) -> Plan:
     """Print what the run's stages will take, and check it against what there is; changes nothing but the model's place.
 
     Args: searching: the search's numbers.
@@ -79,12 +80,12 @@ def preflight(workspace: Workspace, searching: SearchSettings) -> Plan:
         count_to_measure(space, budget, limit=baselines.exhaustive_limit)
     check_levels(workspace.settings, space)
     _check_finite(workspace)
-    first = None if "search" not in workspace.settings.stages else _first_generation(workspace)
-    if first is not None and first <= searching.generations and searching.generations:
+    asks = None if "search" not in workspace.settings.stages else _asks(workspace, searching)
+    if asks and searching.generations and isinstance(searching, SearchSettings):
         check_switches(space, budget, searching)
         _say_what_stays(space, workspace.settings.search.exchange)
     speed = _probe(workspace, build)
-    planner = Planner(workspace, space, budget, build, searching, first, speed)
+    planner = Planner(workspace, space, budget, build, searching, asks, speed)
     plan = Plan(tuple(planner.stages()), speed, planner.built_first)
     logger.info("what this run will take, beside the model:\n%s", plan_table(plan, workspace))
     _check(plan, workspace, build)
@@ -130,13 +131,14 @@ def _check_finite(workspace: Workspace) -> None:
         raise EvoPressError(f"the model's logits are not finite in {blocks.dtype}: {blocks.advice}")
 
 
-def _first_generation(workspace: Workspace) -> int:
-    """Return the generation that the search begins or goes on with."""
+def _asks(workspace: Workspace, searching: Searching) -> list[Asks]:
+    """Return what the search asks from where it begins or goes on."""
     path = workspace.run_dir / "state.json"
     try:
-        return int(read_json(path)["evolution"]["generation"]) if path.exists() else 0
+        asks = searching.asks(read_json(path)["evolution"] if path.exists() else None)
     except (EvoPressError, KeyError, TypeError, ValueError):
-        return 0  # the search says what is wrong with it
+        asks = searching.asks()  # the search says what is wrong with it
+    return [ask for ask in asks if ask.times]
 
 
 def _probe(workspace: Workspace, build: BuildNeeds | None) -> Speed | None:

@@ -1,9 +1,10 @@
-"""Stage `search`: the evolutionary search, a record and a checkpoint per generation."""
+"""Stage `search`: let a strategy search, with a record and a checkpoint per generation."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from evopress.endings import stop_if_asked
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.json_files import check_schema, clip, shown
+from evopress.methods import ModuleMethod
 from evopress.reporting.generations import read_generations
 from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics, best_metrics
 from evopress.reporting.records import append_record, read_document, truncate_records, write_genome, write_json
 from evopress.reporting.tracker import Tracker
-from evopress.search.evolution import Evolution, SearchSettings, run_search
+from evopress.search.evolution import SearchSettings
 from evopress.search.record import GenerationRecord
+from evopress.search.strategy import Problem, Searching, Strategy, run_search
 from evopress.stages.baselines import make_fitness, what_decides_fitness
 from evopress.stages.checks import search_cost
 from evopress.stages.given import find_genome
@@ -30,33 +33,32 @@ from evopress.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 
-def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> None:
-    """Stage `search`: the evolutionary search, a record and a checkpoint per generation; goes on where an earlier run stopped."""
+def search(workspace: Workspace, searching: Searching, tracker: Tracker) -> None:
+    """Stage `search`: a strategy searches, with a record and a checkpoint per generation; goes on where an earlier run stopped."""
     run_dir, database = workspace.run_dir, workspace.database
-    evolution = Evolution(
-        database.space,
-        workspace.budget,
-        settings,
-        rng_initial=workspace.rng["initial"],
-        rng_mutation=workspace.rng["mutation"],
-        starts=_starts(workspace),
+    strategy = searching.make(
+        Problem(
+            database.space,
+            workspace.budget,
+            () if isinstance(workspace.method, ModuleMethod) else database.errors,
+            rng_initial=workspace.rng["initial"],
+            rng_mutation=workspace.rng["mutation"],
+            starts=tuple(_starts(workspace)),
+        )
     )
     metrics, state_path = run_dir / "metrics.jsonl", run_dir / "state.json"
     seconds_before = 0.0
     if state_path.exists():
-        seconds_before = go_on(state_path, evolution, workspace.rng["minibatch"], database=database.fingerprint)
-        truncate_records(metrics, evolution.generation - 1)
-        check_records(metrics, evolution, database.space)
-        logger.info("search: going on at generation %d of %d", evolution.generation, settings.generations)
+        seconds_before = go_on(
+            state_path, strategy, workspace.rng["minibatch"], database=database.fingerprint, strategy=searching.strategy
+        )
+        truncate_records(metrics, strategy.generation - 1)
+        check_records(metrics, strategy, database.space)
+        logger.info("search: going on at generation %d of %d", strategy.generation, searching.generations)
     else:
         metrics.unlink(missing_ok=True)
-    if not evolution.finished:
-        logger.info(
-            "search: %d generations, λ = %d, %.3g million candidate tokens in all",
-            settings.generations,
-            settings.num_offspring,
-            search_cost(settings) / 1e6,
-        )
+    if not strategy.finished:
+        logger.info("search: %s, %.3g million candidate tokens in all", searching.summary, search_cost(searching) / 1e6)
         fitness = make_fitness(workspace, workspace.rng["minibatch"])
         numbers = SearchMetrics(database.space, read_generations(metrics, database.space))
         held_out = _HeldOut(workspace)
@@ -66,7 +68,7 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
             seconds = seconds_before + time.monotonic() - started
             entry = {"schema": 1, **record.to_dict(), "seconds": seconds}
             every = workspace.settings.evaluation.every
-            if every and (record.generation % every == 0 or evolution.finished):
+            if every and (record.generation % every == 0 or record.milestone or strategy.finished):
                 entry["held_out"] = held_out(record.genome)
             append_record(metrics, entry)
             write_json(
@@ -75,7 +77,8 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
                     "schema": 1,
                     "database": database.fingerprint,
                     "asked": asked,
-                    "evolution": evolution.state(),
+                    **({} if searching.strategy == "evolution" else {"strategy": searching.strategy}),
+                    "evolution": {"schema": 1, **strategy.state()},  # of any strategy; the key is as old as the first
                     "rng_minibatch": workspace.rng["minibatch"].bit_generator.state,
                     "seconds": seconds,
                 },
@@ -85,23 +88,31 @@ def search(workspace: Workspace, settings: SearchSettings, tracker: Tracker) -> 
             live.show(entry, shown)
             stop_if_asked()
 
-        with LiveSearch(settings.generations, len(settings.stages), run_dir=run_dir) as live:
-            run_search(evolution, live.watching(fitness), on_generation=finish_generation)
+        num_stages = len(searching.stages) if isinstance(searching, SearchSettings) else None
+        with LiveSearch(searching.generations, num_stages, run_dir=run_dir) as live:
+            run_search(strategy, live.watching(fitness), on_generation=finish_generation)
     tracker.summarize(best_metrics(read_generations(metrics, database.space)))
     write_genome(
         run_dir / "genome.json",
         run_dir / "genome.txt",
         space=database.space,
-        genome=evolution.parent,
+        genome=strategy.parent,
         database=database.fingerprint,
         budget=workspace.budget,
     )
 
 
-def go_on(path: Path, evolution: Evolution, rng: np.random.Generator, *, database: str) -> float:
+def strategy_in(state: Mapping[str, Any]) -> Any:
+    """Return the name of the strategy whose state was saved."""
+    return state.get("strategy", "evolution")  # which is not written down
+
+
+def go_on(path: Path, search: Strategy, rng: np.random.Generator, *, database: str, strategy: str = "evolution") -> float:
     """Give a search and the generator of its minibatches the state that an earlier run saved; return the seconds that it took.
 
-    Args: database: fingerprint of the level database.
+    Args:
+        database: fingerprint of the level database.
+        strategy: name of the search's strategy.
 
     Raises: EvoPressError if the state is damaged, of a newer version, or of another search.
     """
@@ -111,8 +122,13 @@ def go_on(path: Path, evolution: Evolution, rng: np.random.Generator, *, databas
             f"the search in {path.parent} was made with level database {shown(state.get('database'))}, this one is {database}: "
             "start a new run, or give the settings that it had"
         )
+    if strategy_in(state) != strategy:
+        raise EvoPressError(
+            f"the search in {path.parent} was one by strategy {shown(strategy_in(state))}, this one is by {strategy}: start a new "
+            "run, or give the settings that it had"
+        )
     try:
-        evolution.restore(check_schema(state.get("evolution"), path, what="saved search", newest=1))
+        search.restore(check_schema(state.get("evolution"), path, what="saved search", newest=1))
         rng.bit_generator.state = state["rng_minibatch"]
         return float(state["seconds"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
@@ -121,13 +137,13 @@ def go_on(path: Path, evolution: Evolution, rng: np.random.Generator, *, databas
         ) from error
 
 
-def check_records(metrics: Path, evolution: Evolution, space: Space) -> None:
+def check_records(metrics: Path, search: Strategy, space: Space) -> None:
     """Raise EvoPressError if the records before a search's next generation are not all there; later ones do not count."""
-    count = sum(record["generation"] < evolution.generation for record in read_generations(metrics, space))
-    if count != evolution.generation:
+    count = sum(record["generation"] < search.generation for record in read_generations(metrics, space))
+    if count != search.generation:
         state = metrics.with_name("state.json")
         raise EvoPressError(
-            f"{metrics} has {count} records of the {evolution.generation} generations that {state} says are done: "
+            f"{metrics} has {count} records of the {search.generation} generations that {state} says are done: "
             f"restore it, or remove {state} to search again"
         )
 

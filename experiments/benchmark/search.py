@@ -19,7 +19,7 @@ from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import MinibatchFitness, base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import Evaluator, PopulationEvaluator
-from evopress.search.evolution import Evolution, Fitness, SearchSettings
+from evopress.search import Evolution, Fitness, SearchSettings
 from evopress.search.record import GenerationRecord
 from experiments.benchmark.levels import Searched, searched
 from experiments.benchmark.plain import StoredLogits

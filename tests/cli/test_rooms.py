@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "machine": set(),
     "settings": {"errors"},
     "run_folder": VOCABULARY | {"reporting"},
-    "config": {"settings", "errors", "run_folder"},
+    "config": {"settings", "errors", "run_folder", "search"},
     "command_line": {"settings"},
     "search": VOCABULARY,
     "reporting": VOCABULARY,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from evopress.reporting import account
-from evopress.search.evolution import Evolution, run_search
+from evopress.search import Evolution, run_search
 from evopress.units import Space
 
 

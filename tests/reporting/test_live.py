@@ -19,7 +19,7 @@ from evopress import progress
 from evopress.progress import StatusLine, on_terminal, track
 from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics
-from evopress.search.evolution import Evolution, run_search
+from evopress.search import Evolution, run_search
 from evopress.units import Space
 
 GENERATIONS = 5

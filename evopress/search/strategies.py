@@ -1,0 +1,34 @@
+"""The strategies by name: ours, and those that installed packages offer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evopress.errors import EvoPressError
+from evopress.registry import Registry
+from evopress.search.strategy import StrategySettings
+
+STRATEGIES: Registry[type[StrategySettings]] = Registry(
+    "search strategy",
+    {"evolution": "evopress.search.evolution:EvolutionStrategy"},
+    group="evopress.strategies",
+)
+"""A name to the dataclass of its settings, which Hydra gets as `search/strategy=NAME`."""
+
+
+def strategy_of(chosen: Any) -> StrategySettings:
+    """Return the settings of a strategy; None stands for the paper's.
+
+    Raises: EvoPressError if there is no such strategy, or the settings are of another one than they name.
+    """
+    if chosen is None:
+        return STRATEGIES.get("evolution", key="search.strategy.name")()
+    name = chosen.get("name") if isinstance(chosen, dict) else getattr(chosen, "name", None)
+    if not isinstance(name, str):
+        raise EvoPressError(f"search.strategy={chosen} names no strategy: choose one with search/strategy={'|'.join(STRATEGIES)}")
+    settings = STRATEGIES.get(name, key="search.strategy.name")
+    if not isinstance(chosen, settings):
+        raise EvoPressError(
+            f"search.strategy.name={name} stands over the settings of another strategy: choose it with search/strategy={name}"
+        )
+    return chosen

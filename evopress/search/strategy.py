@@ -1,0 +1,224 @@
+"""What a search strategy is: it asks about genomes and is told, by whoever runs it, until it has found one.
+
+There are two kinds of question. A `Question` asks for the fitness of genomes on so many tokens; an `Attribution` asks how much of
+one genome's fitness each unit holds. A strategy knows neither model nor text; `fitness/` answers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from evopress.errors import EvoPressError
+from evopress.search.record import GenerationRecord
+from evopress.units import Budget, Genome, Space
+
+if TYPE_CHECKING:
+    from evopress.search.evolution import SearchSettings
+
+logger = logging.getLogger(__name__)
+
+BACKWARD_TOKENS = 3
+"""What a token that goes forward and backward through the model counts as, in tokens that go forward."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Genomes whose fitness is asked for, all on the same minibatch."""
+
+    genomes: tuple[Genome, ...]
+    tokens: int
+    stage: int = 0
+    """Index of the stage of selection; -1 is the choice of the initial genome."""
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """A genome of which is asked what each unit holds of its fitness.
+
+    Unit u's weights are W + s (Q - W) with s = 1, Q its level's and W the dense model's. The answer has the derivative of the
+    fitness with respect to each unit's s, per predicted token: floats [sequences][units]. A unit at a level without error has 0.
+    """
+
+    genome: Genome
+    tokens: int
+    """Of all sequences together, at most."""
+    sequences: int = 16
+    """Into which the tokens are divided, at least; longer ones of the text are cut."""
+
+
+class Fitness(Protocol):
+    """Score genomes; lower is better."""
+
+    def __call__(self, genomes: Sequence[Genome], *, tokens: int) -> list[float]:
+        """Score all genomes on one fresh minibatch of `tokens` tokens, the same for all; drawing it is done here."""
+        ...
+
+
+Attribute = Callable[[Attribution], Sequence[Sequence[float]]]
+"""Answers an `Attribution` on fresh text; drawing it is done there."""
+
+
+class Strategy(Protocol):
+    """The state of a search, between `ask` and `tell`. What it counts as a generation is its own affair."""
+
+    @property
+    def initial_record(self) -> GenerationRecord | None:
+        """The record of generation 0 where that asks nothing, as long as no other generation has been finished."""
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether there is nothing more to ask."""
+
+    @property
+    def generation(self) -> int:
+        """Number of the generation that is asked about next; 0 is the choice of the initial genome."""
+
+    @property
+    def parent(self) -> Genome:
+        """The best genome so far, within the budget; there is one once generation 0 is finished."""
+
+    @property
+    def non_finite(self) -> int:
+        """Candidates so far that lost because their fitness was not a finite number."""
+
+    def ask(self) -> Question | Attribution:
+        """Return what to find out next; the same until it is answered by `tell`."""
+
+    def tell(self, answer: Any) -> GenerationRecord | None:
+        """Take the answer: fitnesses in the order of the genomes, or an attribution's floats.
+
+        Returns: the record, when the answer finishes a generation.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """Return, between generations, all that `restore` needs to go on, as JSON-able values.
+
+        It has the `generation` that is next, the `parent`, and the `settings` that `Searching.identity` returns.
+        """
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same search.
+
+        Raises: EvoPressError if it is of another search; ValueError or another error of Python's if it is damaged.
+        """
+
+
+@dataclass(frozen=True)
+class Asks:
+    """Something that a search asks, so many times."""
+
+    key: str
+    """The setting that gives the tokens: "search.tokens"."""
+    tokens: int
+    candidates: int = 1
+    times: int = 1
+    attribution: bool = False
+    initial: bool = False
+    """In generation 0, where the uniform genome does not keep the budget."""
+    milestone: bool = False
+    """See `GenerationRecord.milestone`."""
+
+    @property
+    def cost(self) -> int:
+        """Tokens in all, in tokens that go forward."""
+        return self.tokens * self.candidates * self.times * (BACKWARD_TOKENS if self.attribution else 1)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What there is to search, and what a strategy may use."""
+
+    space: Space
+    budget: Budget
+    errors: Sequence[Sequence[float]]
+    """errors[i][l] is the error of unit i at level l, as the level database has it; empty where it has none."""
+    rng_initial: np.random.Generator
+    """Draws what generation 0 chooses among, and nothing else."""
+    rng_mutation: np.random.Generator
+    """Draws everything after it."""
+    starts: tuple[Genome, ...] = ()
+    """Genomes within the budget that join the choice of the initial one."""
+
+
+class Searching(Protocol):
+    """The checked numbers of a search by one strategy."""
+
+    @property
+    def strategy(self) -> str:
+        """The strategy's name."""
+
+    @property
+    def generations(self) -> int:
+        """Generations after generation 0, at most."""
+
+    @property
+    def summary(self) -> str:
+        """Say what it will do: "150 generations, λ = 128"."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes two searches the same one, as it reads back from JSON."""
+
+    def asks(self, state: Mapping[str, Any] | None = None) -> list[Asks]:
+        """Return what is asked at most, from the beginning or from a state that `Strategy.state` returned."""
+
+    def make(self, problem: Problem) -> Strategy:
+        """Begin the search.
+
+        Raises: EvoPressError if the budget cannot be met, or the problem lacks what the strategy needs.
+        """
+
+
+class StrategySettings(Protocol):
+    """What the registry of strategies holds: a dataclass without arguments that must be given, `search.strategy` in the config."""
+
+    name: str
+
+    def searching(self, evolution: SearchSettings) -> Searching:
+        """Return the numbers of a search.
+
+        Args: evolution: those of the evolutionary one, the rest of `search`, for a strategy that has it inside.
+
+        Raises: EvoPressError if a number is out of range.
+        """
+
+
+def run_search(
+    strategy: Strategy,
+    fitness: Fitness,
+    *,
+    attribute: Attribute | None = None,
+    on_generation: Callable[[GenerationRecord], None] = lambda record: None,
+) -> Genome:
+    """Run a search to its end and return the best genome.
+
+    Args:
+        fitness: answers a `Question`.
+        attribute: answers an `Attribution`; None: nobody does.
+        on_generation: called with every record.
+
+    Raises: EvoPressError if an attribution is asked for and nobody answers, or from the strategy.
+    """
+    if strategy.initial_record is not None and strategy.generation == 1:
+        on_generation(strategy.initial_record)
+    while not strategy.finished:
+        question = strategy.ask()
+        if isinstance(question, Question):
+            record = strategy.tell(fitness(question.genomes, tokens=question.tokens))
+        elif attribute is None:
+            raise EvoPressError("the search asks for attributions, which nothing here answers: use another search/strategy")
+        else:
+            record = strategy.tell(attribute(question))
+        if record is not None:
+            on_generation(record)
+    if strategy.non_finite:
+        logger.warning(
+            "%d candidates of this search lost because their fitness was not a finite number; `non_finite` in the records says in "
+            "which generations",
+            strategy.non_finite,
+        )
+    return strategy.parent

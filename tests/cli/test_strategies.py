@@ -1,0 +1,109 @@
+"""Search strategies from the command line: the paper's by default, one that another package offers, and names that are wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+OUTSIDE = Path(__file__).parent.parent / "reference" / "random_search.py"
+STAGES = "stages=[database,search]"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Install a package that offers two strategies, one of which cannot be loaded."""
+    site = tmp_path / "site"
+    info = site / "strategies_of_others-2.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: strategies-of-others\nVersion: 2.0\n")
+    (info / "entry_points.txt").write_text(
+        "[evopress.strategies]\nrandom = others_random:RandomSearch\nbroken = others_gone:Gone\n"
+    )
+    shutil.copyfile(OUTSIDE, site / "others_random.py")
+    monkeypatch.syspath_prepend(site)
+    yield
+    sys.modules.pop("others_random", None)
+
+
+def test_a_strategy_of_another_package_searches_is_resumed_and_reported(
+    tiny: Callable[..., Any], offered: None, tmp_path: Path
+) -> None:
+    command = (
+        "search/strategy=random",
+        "search.strategy.candidates=3",
+        "evaluation.every=1",
+        "stages=[database,search,evaluate,report]",
+    )
+    outcome = tiny(*command)
+    assert outcome.code == 0, outcome.text
+    folder = tmp_path / "run"
+    assert "search: 3 times 3 random mixes" in outcome.text
+    assert [record["generation"] for record in records(folder)] == [0, 1, 2, 3]
+    assert read(folder / "state.json")["strategy"] == "random"
+    assert read(folder / "result.json")["search"]["generations"] == 3
+    assert (folder / "figures" / "convergence.png").exists() and (folder / "report.html").exists()
+
+    cut = tmp_path / "cut"
+    assert tiny(*command, "search.strategy.generations=1", folder=cut).code == 0
+    outcome = tiny(*command, folder=cut)
+    assert outcome.code == 0, outcome.text
+    assert "going on at generation 2 of 3" in outcome.text
+    assert (cut / "genome.json").read_bytes() == (folder / "genome.json").read_bytes()
+
+    refused = tiny(STAGES, folder=cut)
+    assert refused.code == 1 and "search.strategy 'random' there, 'evolution' here" in refused.errors[0], refused.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["search/strategy=annealing"], "search/strategy=annealing is not there: choose one of broken, evolution"),
+        (["search.strategy.name=annealing"], "search.strategy.name=annealing is unknown: choose one of evolution"),
+        (["search.strategy.name=random"], "choose it with search/strategy=random"),
+        (
+            ["search/strategy=broken"],
+            "the search strategy broken of package strategies-of-others 2.0 (others_gone:Gone) could not be",
+        ),
+        (["search/strategy=random", "search.strategy.token=3"], "token"),
+        (["search/strategy=random", "search.strategy.tokens=3000"], "search.strategy.tokens asks for a minibatch of 3000 tokens"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    arguments: list[str], sentence: str, tiny: Callable[..., Any], offered: None, tmp_path: Path
+) -> None:
+    outcome = tiny(STAGES, *arguments)
+    assert outcome.code == 1 and "Traceback" not in outcome.text, outcome.text
+    (error,) = outcome.errors
+    assert sentence in error
+    assert not (tmp_path / "run" / "state.json").exists()
+
+
+def test_a_run_of_an_earlier_version_goes_on(tiny: Callable[..., Any], evopress: Callable[..., Any], tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert tiny(STAGES, folder=whole).code == 0
+    outcome = tiny(STAGES, "search.generations=1")
+    assert outcome.code == 0, outcome.text
+    config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text())
+    assert config["search"].pop("strategy") == {"name": "evolution"}
+    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "strategy" not in read(folder / "state.json")
+    assert evopress(f"resume={folder}").code == 0
+    assert len(records(folder)) == 2, "it was finished and stays so"
+    outcome = evopress(f"resume={folder}", "search.generations=3")
+    assert outcome.code == 0, outcome.text
+    assert (folder / "genome.json").read_bytes() == (whole / "genome.json").read_bytes()
