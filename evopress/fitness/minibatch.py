@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evopress.data.minibatch import draw
 from evopress.errors import EvoPressError
+from evopress.fitness.attribution import attribute
 from evopress.fitness.measures import Measure, NegativeLogLikelihood
 from evopress.fitness.population import Evaluator, measure_sums
 from evopress.progress import track
@@ -35,6 +36,7 @@ class MinibatchFitness:
         base: Tensor,
         measure: Measure,
         chunk_tokens: int = 256,
+        max_tokens_in_flight: int = 4096,
     ) -> None:
         """Take the text and the base model's targets.
 
@@ -43,12 +45,14 @@ class MinibatchFitness:
             base: the base model's last hidden states [N, L, d], from `base_states`.
             rng: draws the minibatches and nothing else; its state is part of the search's state.
             measure: a measure with one number per token.
+            max_tokens_in_flight: of attributions; the evaluator has its own.
         """
         self.evaluator = evaluator
         self.sequences = sequences
         self.rng = rng
         self.measure = measure
         self.chunk_tokens = chunk_tokens
+        self.max_tokens_in_flight = max_tokens_in_flight
         self.base = base
         self._explained = False
 
@@ -69,6 +73,34 @@ class MinibatchFitness:
         if isinstance(self.measure, NegativeLogLikelihood):
             return [math.exp(mean) if mean < 700 else math.inf for mean in means]
         return means
+
+    def attribute(self, genome: Genome, *, tokens: int, sequences: int) -> list[list[float]]:
+        """Return what each unit holds of a genome's fitness on sequences of fresh text, floats [sequences][units].
+
+        The fitness here is the measure's mean, in nats per token also where the fitness is the perplexity. The sequences are drawn
+        without replacement and all cut to one length.
+
+        Args:
+            tokens: of all sequences together, at most.
+            sequences: into which they are divided, at least, as far as there are so many.
+
+        Raises: EvoPressError if a number is not finite.
+        """
+        available, longest = self.sequences.shape
+        count = min(max(sequences, -(-tokens // longest)), available)
+        length = min(tokens // count, longest)
+        if length < 2:
+            raise EvoPressError(f"{tokens} tokens of {count} sequences predict nothing: ask for at least 2 of each")
+        rows = self.rng.choice(available, size=count, replace=False).tolist()
+        return attribute(
+            self.evaluator.live,
+            genome,
+            self.sequences[rows, :length],
+            self.base[rows],
+            self.measure,
+            max_tokens_in_flight=self.max_tokens_in_flight,
+            chunk_tokens=self.chunk_tokens,
+        ).tolist()
 
     def _explain(self, genome: Genome, rows: list[int], ids: Tensor) -> None:
         """Say, the first time, where a genome's numbers stop being finite.

@@ -204,26 +204,32 @@ class BlockModel:
                 return caught[0]
         raise AssertionError("the decoder never called its first block")
 
-    @torch.no_grad()
-    def run(self, index: int, hidden: Tensor, *, fused: bool = False) -> Tensor:
+    def run(self, index: int, hidden: Tensor, *, fused: bool = False, gradients: bool = False) -> Tensor:
         """Run block `index` on hidden states [b, l, d] and return [b, l, d]; the block must be on the device.
 
-        Args: fused: through torch.compile, compiled once for all blocks; hooks on the block's modules are then not called.
+        Args:
+            fused: through torch.compile, compiled once for all blocks; hooks on the block's modules are then not called.
+            gradients: let torch record what is needed to go back.
         """
-        call = self._captured(hidden.shape[1])[index]
+        with torch.set_grad_enabled(gradients):
+            return self._run(index, hidden, fused=fused)
+
+    def _run(self, index: int, hidden: Tensor, *, fused: bool) -> Tensor:
+        with torch.no_grad():
+            call = self._captured(hidden.shape[1])[index]
         if fused and self._fused is None:
             self._fused = [torch.compile(block, dynamic=True) for block in self.blocks]
         block = self._fused[index] if fused and self._fused is not None else self.blocks[index]
         output = block(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    @torch.no_grad()
-    def finish(self, hidden: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, *, gradients: bool = False) -> Tensor:
         """Apply what follows the last block (final norm, OPT's projection): [b, l, d] to the last hidden state."""
-        for name in self.family.after_blocks:
-            module = getattr(self.decoder, name, None)
-            if module is not None:
-                hidden = module(hidden)
+        with torch.set_grad_enabled(gradients):
+            for name in self.family.after_blocks:
+                module = getattr(self.decoder, name, None)
+                if module is not None:
+                    hidden = module(hidden)
         return hidden
 
     def prepare(self, length: int) -> None:

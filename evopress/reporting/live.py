@@ -73,6 +73,16 @@ class LiveSearch:
 
         return cast(Fitness, watched)
 
+    def attributing(self, attribute: Callable[..., Any]) -> Callable[[Any], Any]:
+        """Return what answers a search's question for attributions by `attribute(genome, tokens=n, sequences=k)`; the line says so."""
+
+        def watched(question: Any) -> Any:
+            if self._line is not None:
+                self._line.show(detail=f"what each unit holds: {question.tokens:,} tokens")
+            return attribute(question.genome, tokens=question.tokens, sequences=question.sequences)
+
+        return watched
+
     def show(self, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Show a finished generation.
 

@@ -69,6 +69,7 @@ def make_fitness(workspace: Workspace, rng: np.random.Generator, num_sequences: 
         base=workspace.search_base[:num_sequences],
         measure=make_measure(settings, fused=workspace.fused),
         chunk_tokens=settings.chunk_tokens,
+        max_tokens_in_flight=settings.max_tokens_in_flight,
     )
 
 

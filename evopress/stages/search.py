@@ -90,7 +90,12 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker) -> None
 
         num_stages = len(searching.stages) if isinstance(searching, SearchSettings) else None
         with LiveSearch(searching.generations, num_stages, run_dir=run_dir) as live:
-            run_search(strategy, live.watching(fitness), on_generation=finish_generation)
+            run_search(
+                strategy,
+                live.watching(fitness),
+                attribute=live.attributing(fitness.attribute),
+                on_generation=finish_generation,
+            )
     tracker.summarize(best_metrics(read_generations(metrics, database.space)))
     write_genome(
         run_dir / "genome.json",

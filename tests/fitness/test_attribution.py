@@ -1,0 +1,134 @@
+"""What each unit holds of the fitness: block by block as by the whole model's gradients, and as by differences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from attribution_literal import attribute_by_differences, attribute_plainly
+
+from evopress.errors import EvoPressError
+from evopress.fitness.attribution import attribute
+from evopress.fitness.measures import KLDivergence, NegativeLogLikelihood, TopkKL
+from evopress.fitness.minibatch import MinibatchFitness, base_states
+from evopress.fitness.population import PopulationEvaluator
+from evopress.levels.build import ensure_database
+from evopress.levels.live import LiveModel
+from evopress.models.blocks import BlockModel
+from evopress.models.loading import load_pretrained
+from evopress.models.tiny import make_tiny
+
+MODELS = [("llama", False), ("llama", True), ("gemma2", True), ("qwen3", True), ("opt", True), ("phi3", False)]
+MEASURES = [KLDivergence(), KLDivergence(fused=True), TopkKL(5), NegativeLogLikelihood()]
+
+
+@dataclass(frozen=True)
+class Case:
+    live: LiveModel
+    ids: torch.Tensor
+    base: torch.Tensor
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda model: f"{model[0]}-{'tied' if model[1] else 'untied'}")
+def case(request, tmp_path_factory, build_settings, tokens, compressor) -> Case:
+    """A tiny model with levels of all of it, head and embedding too."""
+    folder = tmp_path_factory.mktemp("model") / "model"
+    make_tiny(folder, request.param[0], num_blocks=2, tied=request.param[1])
+    pretrained = load_pretrained(folder, dtype="float32")
+    blocks = BlockModel(pretrained.model, pretrained.family, include=("blocks", "head", "embedding"))
+    database, _ = ensure_database(build_settings(tmp_path_factory.mktemp("database")), blocks, tokens(6, 16), compressor)
+    live, ids = LiveModel(blocks, database), tokens(3, 12, seed=5)
+    return Case(live, ids, base_states(PopulationEvaluator(live), ids, batch_tokens=48))
+
+
+def genome_of(live) -> tuple[int, ...]:
+    return tuple((1 + 2 * index) % 3 for index in range(len(live.space)))
+
+
+def close(found, expected) -> None:
+    assert float((found - expected).abs().max()) < 1e-5 * max(float(expected.abs().max()), 1.0)
+    assert float(expected.abs().max()) > 1e-3, "there is something to attribute"
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=["kl", "fused", "topk_kl", "perplexity"])
+def test_block_by_block_equals_the_whole_model_s_gradients(case, measure, weights_digest) -> None:
+    case.live.blocks.model.get_output_embeddings().weight.requires_grad_()
+    genome, before = genome_of(case.live), weights_digest(case.live.blocks.model)
+    flags = [(p.requires_grad, None) for p in case.live.blocks.model.parameters()]
+    found = attribute(case.live, genome, case.ids, case.base, measure, max_tokens_in_flight=24, chunk_tokens=7)
+    plain = KLDivergence() if isinstance(measure, KLDivergence) else measure
+    close(found, attribute_plainly(case.live, genome, case.ids, plain))
+    assert weights_digest(case.live.blocks.model) == before
+    assert [(p.requires_grad, p.grad) for p in case.live.blocks.model.parameters()] == flags
+    assert not any(module._forward_hooks for module in case.live.blocks.model.modules())
+
+
+def test_the_attribution_is_the_derivative_in_the_scale_of_a_unit_s_error(live_model, tokens) -> None:
+    live, ids = live_model("llama", num_blocks=4), tokens(1, 12, seed=5)
+    base = base_states(PopulationEvaluator(live), ids, batch_tokens=48)
+    genome = genome_of(live)
+    found = attribute(live, genome, ids, base, KLDivergence())[0]
+    for unit in (0, 5, 9, 27):
+        expected = attribute_by_differences(live, genome, ids, KLDivergence(), unit, step=1e-3)
+        assert float(found[unit]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_how_it_is_cut_changes_only_rounding(live_model, tokens) -> None:
+    live, ids = live_model("llama", num_blocks=4), tokens(5, 12, seed=5)
+    base, genome = base_states(PopulationEvaluator(live), ids, batch_tokens=48), genome_of(live)
+    whole = attribute(live, genome, ids, base, KLDivergence())
+    pieces = attribute(live, genome, ids, base, KLDivergence(), max_tokens_in_flight=12, chunk_tokens=5)
+    close(pieces, whole)
+    alone = torch.cat([attribute(live, genome, ids[i : i + 1], base[i : i + 1], KLDivergence()) for i in range(5)])
+    close(alone, whole)
+    close(attribute(live, genome, ids[:, :8], base, KLDivergence()), attribute_plainly(live, genome, ids[:, :8], KLDivergence()))
+
+
+def test_a_unit_without_error_holds_nothing(live_model, tokens) -> None:
+    live, ids = live_model("llama", num_blocks=4), tokens(2, 12, seed=5)
+    base, genome = base_states(PopulationEvaluator(live), ids, batch_tokens=48), genome_of(live)
+
+    class DenseFirst(LiveModel):
+        """Level 0 is the dense weight."""
+
+        def _weight(self, unit, level, device):
+            if level:
+                return super()._weight(unit, level, device)
+            block = self.space.units[unit].block
+            return self._dense[block][unit - self._first[block]]
+
+    found = attribute(DenseFirst(live.blocks, live.database), genome, ids, base, KLDivergence())
+    zero = [index for index, level in enumerate(genome) if level == 0]
+    assert zero and bool((found[:, zero] == 0).all())
+    assert bool((found[:, [index for index, level in enumerate(genome) if level]] != 0).all())
+
+
+def test_the_minibatch_s_attributions_are_of_fresh_sequences_of_one_length(live_model, tokens) -> None:
+    live, sequences = live_model("llama", num_blocks=4), tokens(10, 16, seed=3)
+    base = base_states(PopulationEvaluator(live), sequences, batch_tokens=48)
+
+    def fitness(seed=0):
+        return MinibatchFitness(
+            PopulationEvaluator(live), sequences, base=base, rng=np.random.default_rng(seed), measure=KLDivergence()
+        )
+
+    first, genome = fitness(), genome_of(live)
+    cut = first.attribute(genome, tokens=32, sequences=4)
+    rows = np.random.default_rng(0).choice(10, size=4, replace=False).tolist()
+    close(torch.tensor(cut), attribute(live, genome, sequences[rows, :8], base[rows], KLDivergence()))
+    assert first.attribute(genome, tokens=32, sequences=4) != cut, "fresh ones"
+    assert fitness().attribute(genome, tokens=32, sequences=4) == cut, "drawn by the seed alone"
+    assert len(fitness().attribute(genome, tokens=64, sequences=2)) == 4, "whole sequences, so more of them"
+    assert len(fitness().attribute(genome, tokens=160, sequences=16)) == 10, "no more than there are"
+    with pytest.raises(EvoPressError, match="3 tokens of 2 sequences predict nothing"):
+        fitness().attribute(genome, tokens=3, sequences=2)
+
+
+def test_numbers_that_are_not_finite_are_told_with_the_unit(live_model, tokens) -> None:
+    live, ids = live_model("llama", num_blocks=4), tokens(2, 12, seed=5)
+    base = base_states(PopulationEvaluator(live), ids, batch_tokens=48)
+    base[1, 3] = torch.nan
+    with pytest.raises(EvoPressError, match=r"holds of the fitness is not a finite number on sequence 1"):
+        attribute(live, genome_of(live), ids, base, KLDivergence())
