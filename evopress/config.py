@@ -40,7 +40,12 @@ _SCHEMAS: dict[str, tuple[str, type]] = {
     "tracker": ("base_tracker", schema.TrackerSettings),
     "paths": ("base_paths", schema.PathsSettings),
 }
-METHODS: dict[str, type] = {"quant": schema.QuantSettings, "sparsity": schema.SparsitySettings, "drop": schema.DropSettings}
+METHODS: dict[str, type] = {
+    "quant": schema.QuantSettings,
+    "sparsity": schema.SparsitySettings,
+    "drop": schema.DropSettings,
+    "joint": schema.JointSettings,
+}
 """A method's name to the schema of its settings."""
 
 

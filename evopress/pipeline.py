@@ -85,8 +85,9 @@ def run(
     if not aside:
         (run_dir / FINISHED).unlink(missing_ok=True)
     tracker = make_tracker(settings.tracker)
-    key, target = ("sparsity", settings.sparsity) if settings.bits is None else ("bits", settings.bits)
-    name, group, tags = tracked_as(run_dir, method=settings.method.name, key=key, target=target or 0.0, seed=settings.seed)
+    targets = {"size": settings.size, "bits": settings.bits, "sparsity": settings.sparsity}
+    key, target = next((key, value) for key, value in targets.items() if value is not None)
+    name, group, tags = tracked_as(run_dir, method=settings.method.name, key=key, target=target, seed=settings.seed)
     tracker.start(
         config=config,
         run_dir=run_dir,

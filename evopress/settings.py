@@ -180,6 +180,23 @@ class QuantSettings(MethodSettings):
 
 
 @dataclass
+class JointSettings(QuantSettings):
+    """Quantized levels, weights as they are and dropped modules under one budget (not in the paper)."""
+
+    name: str = "joint"
+    levels: list[Any] = field(default_factory=lambda: ["dense", 8, 6, 5, 4, 3, 2])
+    include: list[str] = field(default_factory=lambda: ["blocks", "head", "embedding"])
+    granularity: str = "module"
+    """What can be dropped: module (attention and MLP on their own), block, or pair."""
+    exclude: list[Any] = field(default_factory=list)
+    """What must stay: as in method drop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _expect_one_of("method.granularity", self.granularity, ("module", "block", "pair"))
+
+
+@dataclass
 class SparsitySettings(MethodSettings):
     """Unstructured sparsity (paper section 4.2)."""
 
@@ -456,6 +473,12 @@ class RunSettings:
     """Average bits per weight asked for, codes only (method quant)."""
     sparsity: float | None = None
     """Share of weights or modules to remove, in (0, 1) (methods sparsity and drop)."""
+    size: Any = None
+    """Size of the whole model as stored: 60MB, 57MiB, or 2.25bpw, bits per weight of all weights (methods quant, in place of bits,
+    and joint)."""
+    limits: list[Any] = field(default_factory=list)
+    """Further limits: [{currency: bytes, total: 60MB}, {currency: modules, total: 52}], with kind: attention where units of one
+    kind count; currencies are bits, bytes, weights and modules."""
     seed: int = 0
     """Of every generator of the run."""
     threads: int | None = None
@@ -477,6 +500,15 @@ class RunSettings:
             self.stages = [stage for stage in self.stages if stage not in ("search", "refine")]
             if not self.stages:
                 raise EvoPressError(f"genome={self.genome} is given, so nothing is searched: name other stages, such as [evaluate]")
+        if self.size is not None:
+            self.size = str(self.size)
+            if isinstance(self.method, MethodSettings) and not isinstance(self.method, QuantSettings):
+                raise EvoPressError(
+                    f"size={self.size} means nothing to method {self.method.name}: leave it out, or choose method quant or joint"
+                )
+            self.bits = None  # the method's default; the size is the target
+        if isinstance(self.method, JointSettings) and self.bits is not None:
+            raise EvoPressError(f"bits={self.bits:g} means nothing to method joint: give size, such as size={self.bits:g}bpw")
         if isinstance(self.method, MethodSettings):
             key, value = ("sparsity", self.sparsity) if isinstance(self.method, QuantSettings) else ("bits", self.bits)
             if value is not None:

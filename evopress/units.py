@@ -1,12 +1,13 @@
-"""The vocabulary every room shares: units, their levels, genomes and the budget. Standard library only."""
+"""The vocabulary every room shares: units, their levels, the space of genomes, limits and the budget. Standard library only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 
+from evopress.currencies import Currency, own_currency
 from evopress.errors import EvoPressError
 
 Genome = tuple[int, ...]
@@ -23,11 +24,18 @@ class Level:
     label: str
     """Shown to people: "3 bits"."""
     cost: int
-    """What the level spends of the budget (quantization: bits x weights of the unit)."""
+    """What the level's source counts (quantization: bits x weights of the unit; pruning: weights kept; dropping: 1 where kept)."""
     key: str
     """The level's name in `genome.txt`, the file format of the authors' code (quantization: the bit width)."""
     stored_bits: int
     """Bits that storing the unit at this level takes, scales and zeros (or masks) included."""
+    source: str = ""
+    """What made it: "quant", "sparsity" or "drop"; see `currencies`."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether the unit is a module that is not there at this level."""
+        return self.source == "drop" and self.key == "drop"
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Space:
-    """All units of a model with their levels: what a genome is a point of."""
+    """All units of a model with their levels, priced in a currency: what a genome is a point of."""
 
     method: str
     units: tuple[Unit, ...]
+    currency: Currency | None = None
+    """What `cost` counts; None: the levels' own costs, which are all of one source."""
+    inside: tuple[int | None, ...] = ()
+    """Of every unit the index of the module that it lies in, where that can be dropped; what lies in a dropped one is free."""
 
     def __len__(self) -> int:
         return len(self.units)
@@ -72,27 +84,65 @@ class Space:
         """Weights in all units together."""
         return sum(unit.size for unit in self.units)
 
+    @cached_property
+    def words(self) -> Currency:
+        """The currency that tables and figures show: the one that the space is priced in."""
+        return self.currency or own_currency(self.method)
+
+    @cached_property
+    def prices(self) -> tuple[tuple[int, ...], ...]:
+        """What every level of every unit costs by itself, as prices[unit][level]."""
+        return self.prices_in(self.words)
+
+    def prices_in(self, currency: Currency) -> tuple[tuple[int, ...], ...]:
+        """Return what every level of every unit costs by itself in a currency."""
+        if currency not in self._prices:
+            self._prices[currency] = tuple(tuple(currency.price(unit, level) for level in unit.levels) for unit in self.units)
+        return self._prices[currency]
+
+    @cached_property
+    def _prices(self) -> dict[Currency, tuple[tuple[int, ...], ...]]:
+        return {}
+
+    def priced(self, currency: Currency | None) -> Space:
+        """Return the same units and levels, priced in a currency."""
+        return replace(self, currency=currency)
+
+    def is_gone(self, genome: Sequence[int], unit: int) -> bool:
+        """Tell whether a unit lies in a module that a genome drops, so that its level does not matter."""
+        module = self.inside[unit] if self.inside else None
+        return module is not None and self.units[module].levels[genome[module]].drops
+
+    def total(self, prices: Sequence[Sequence[int]], genome: Sequence[int], kind: str | None = None) -> int:
+        """Add up a genome's prices[unit][level], of all units or of one kind; what lies in a dropped module is free."""
+        chosen = zip(self.units, prices, genome, strict=True)
+        return sum(
+            of_unit[level]
+            for index, (unit, of_unit, level) in enumerate(chosen)
+            if kind in (None, unit.kind) and not (self.inside and self.is_gone(genome, index))
+        )
+
     def cost(self, genome: Sequence[int]) -> int:
         """Add up what a genome spends of the budget."""
-        return sum(unit.levels[level].cost for unit, level in zip(self.units, genome, strict=True))
+        return self.total(self.prices, genome)
 
-    def cost_of(self, kind: str, genome: Sequence[int]) -> int:
-        """Add up what a genome spends on the units of one kind."""
-        return sum(unit.levels[level].cost for unit, level in zip(self.units, genome, strict=True) if unit.kind == kind)
+    def cost_in(self, currency: Currency, genome: Sequence[int], kind: str | None = None) -> int:
+        """Add up what a genome costs in any currency, on all units or on those of one kind."""
+        return self.total(self.prices_in(currency), genome, kind)
 
     def stored_bits(self, genome: Sequence[int]) -> int:
         """Add up the bits that storing a genome's levels takes, metadata included."""
-        return sum(unit.levels[level].stored_bits for unit, level in zip(self.units, genome, strict=True))
+        return self.total(tuple(tuple(level.stored_bits for level in unit.levels) for unit in self.units), genome)
 
     @property
     def least_cost(self) -> int:
         """Cost with every unit at its most compressed level."""
-        return sum(unit.levels[-1].cost for unit in self.units)
+        return self.total(self.prices, tuple(len(unit.levels) - 1 for unit in self.units))
 
     @property
     def greatest_cost(self) -> int:
         """Cost with every unit at its least compressed level."""
-        return sum(unit.levels[0].cost for unit in self.units)
+        return self.total(self.prices, (0,) * len(self.units))
 
     def uniform(self, label: str) -> Genome | None:
         """Return the genome with every unit at the level of this label; None if a unit lacks it."""
@@ -119,21 +169,46 @@ class Space:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """A total that a genome may not exceed, beside the budget's own."""
+
+    total: int
+    """In whole numbers of the currency's prices."""
+    currency: Currency | None = None
+    """None: what the space is priced in."""
+    kind: str | None = None
+    """Units of which kind count; None: all."""
+
+    def spent(self, space: Space, genome: Sequence[int]) -> int:
+        """Return what a genome spends of it."""
+        return space.cost_in(self.currency or space.words, genome, self.kind)
+
+    def __str__(self) -> str:
+        counted = f"{self.currency.measure} " if self.currency is not None else ""
+        scale = 1 if self.currency is None else self.currency.scale
+        return f"{counted}{self.total // scale}{f' of {self.kind}' if self.kind else ''}"
+
+
+@dataclass(frozen=True)
 class Budget:
-    """The total cost that a genome may spend."""
+    """The total cost that a genome may spend, and what else limits it."""
 
     total: int
     target: float
     """What was asked for, in `measure`: 2.5."""
     measure: str
     """What the target counts: "bits per weight"."""
-    split: tuple[tuple[str, int], ...] = ()
-    """The part of the total that each kind of unit spends, where that is fixed too (as many attention as MLP modules)."""
+    limits: tuple[Limit, ...] = ()
+    """Further ones, in other currencies or of one kind of unit (as many attention as MLP modules)."""
 
     def met_by(self, space: Space, genome: Sequence[int]) -> bool:
-        """Tell whether a genome is within the total and spends on each kind what the split says."""
-        within = space.cost(genome) <= self.total
-        return within and all(space.cost_of(kind, genome) == part for kind, part in self.split)
+        """Tell whether a genome is within the total and all further limits."""
+        return space.cost(genome) <= self.total and all(limit.spent(space, genome) <= limit.total for limit in self.limits)
+
+    @property
+    def by_kind(self) -> dict[str, int]:
+        """The further limits that part the total between kinds of units, by kind."""
+        return {limit.kind: limit.total for limit in self.limits if limit.currency is None and limit.kind is not None}
 
     def check(self, space: Space) -> None:
         """Raise EvoPressError unless some genome of the space meets the budget and not all of them do trivially."""

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,12 @@ from evopress.levels.build import ensure_database
 from evopress.levels.calibration import complete_hessians
 from evopress.levels.hessians import HessianStore
 from evopress.levels.live import Live, LiveModel
-from evopress.levels.modules import LiveModules, ensure_modules
+from evopress.levels.modules import ensure_modules
 from evopress.levels.plan import BuildNeeds, BuildSettings, planned
 from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerprint
-from evopress.levels.union import LevelUnion
+from evopress.levels.union import Levels, LevelUnion, join, joint_fingerprint
 from evopress.machine import PeakMemory
-from evopress.methods import ModuleMethod, WeightMethod, make_method
+from evopress.methods import Rest, make_method
 from evopress.models.blocks import BlockModel, BlockShape
 from evopress.models.devices import begin_on
 from evopress.models.dropping import check_fields
@@ -115,32 +116,35 @@ class Workspace:
         """Raise EvoPressError if the settings do not fit the model; reads its config and the heads of its weight files alone."""
         config, fitness = self.model_source.config, self.settings.fitness
         self.model_source.check(kept_logits=fitness.k if fitness.name == "topk_kl" else None)
-        if isinstance(self.method, ModuleMethod):
-            self._plan(self.method)
+        if self.method.modules is not None:
+            self._planned_modules()
             if "export" in self.settings.stages:
                 check_fields(config, int(config["num_hidden_layers"]), family_of(config["model_type"]))
+        if self.method.weights is None:
             return
-        assert isinstance(self.method, WeightMethod)
         if (shapes := self.model_source.linear_shapes()) is None:
             return
-        compressor = self.method.compressor([math.prod(shape) for shape in shapes.values()], dtype_bits=16)
+        compressor = self.method.weights.compressor([math.prod(shape) for shape in shapes.values()], dtype_bits=16)
         for key, (rows, columns) in shapes.items():
             try:
                 compressor.levels((rows, columns))
             except EvoPressError as error:
                 raise EvoPressError(f"{key.removesuffix('.weight')}: {error}") from None
 
-    def _plan(self, method: ModuleMethod) -> Space:
-        """Return the units of a method that drops modules, their sizes missing, from the model's config alone."""
+    def _planned_modules(self) -> Space:
+        """Return the modules that the method can drop, their sizes missing, from the model's config alone."""
+        assert self.method.modules is not None
         config = self.model_source.config
         family = family_of(config["model_type"])
         prefix = f"{family.decoder}.{family.blocks}"
-        return method.space([BlockShape(f"{prefix}.{i}") for i in range(int(config["num_hidden_layers"]))], dtype_bits=16)
+        blocks = [BlockShape(f"{prefix}.{i}") for i in range(int(config["num_hidden_layers"]))]
+        return self.method.modules.space(blocks, dtype_bits=16)
 
     def generations(self, settings: RunSettings) -> int | None:
         """Return the generations that theory gives for a target on this model; None where the settings must say."""
-        method = make_method(settings)
-        return method.generations(self._plan(method)) if isinstance(method, ModuleMethod) else None
+        if self.method.weights is not None:
+            return None
+        return make_method(settings).generations(self._planned_modules())
 
     def read_text(self) -> None:
         """Read the text that the run's stages need, so that a lack of it shows before the model is loaded.
@@ -158,7 +162,7 @@ class Workspace:
         texts = {"calibration text": self.calibration_tokens}  # what the level database's fingerprint stands on
         if stages & {"baselines", "search"}:
             texts["search text"] = self.search_tokens
-        if "refine" in stages and isinstance(self.method, WeightMethod):
+        if "refine" in stages and self.refines:
             texts["refine text"] = self.refine_tokens
         if "evaluate" in stages or ("search" in stages and self.settings.evaluation.every):
             texts |= {f"held-out text {name}": tokens for name, tokens in self.evaluation_data.items()}
@@ -185,7 +189,7 @@ class Workspace:
     @cached_property
     def blocks(self) -> BlockModel:
         pretrained = self.pretrained
-        include = self.method.include if isinstance(self.method, WeightMethod) else (BLOCKS,)
+        include = (BLOCKS,) if self.method.weights is None else self.method.weights.include
         with _by_blocks(pretrained.family.name):
             blocks = BlockModel(
                 pretrained.model, pretrained.family, device=self.device, offload=self.settings.model.offload, include=include
@@ -224,13 +228,13 @@ class Workspace:
 
     def build_settings(self, name: str, compressor: Compressor) -> BuildSettings:
         """Return how `database_of` builds, without building."""
-        settings = self.settings
-        assert isinstance(self.method, WeightMethod)
+        settings, source = self.settings, self.method.weights
+        assert source is not None
         recipe = {
             **self._source_recipe,
             "method": name,
             "compressor": compressor.settings(),
-            "propagate": self.method.propagate,
+            "propagate": source.propagate,
         }
         if outside := [name for part in self.blocks.parts[len(self.blocks.blocks) :] for name in self.blocks.slots(part)]:
             recipe["outside"] = outside
@@ -239,7 +243,7 @@ class Workspace:
             method=name,
             model_name=self.pretrained.name,
             recipe=recipe,
-            propagate=self.method.propagate,
+            propagate=source.propagate,
             batch_tokens=settings.level_db.batch_tokens,
             activations=settings.level_db.activations,
             hessians=self.hessians if settings.level_db.keep_hessians else None,
@@ -282,51 +286,93 @@ class Workspace:
         """Where Hessians of dense activations are kept."""
         return HessianStore(self.database_root / self.pretrained.name / f"hessians-{fingerprint(self._source_recipe)}")
 
-    def _module_recipe(self, method: ModuleMethod) -> dict[str, Any]:
-        return {**self._model_recipe, "method": self.settings.method.name, **method.recipe()}
+    @property
+    def _modules_recipe(self) -> dict[str, Any]:
+        assert self.method.modules is not None
+        return {**self._model_recipe, "method": self.method.modules.name, **self.method.modules.recipe()}
 
     @property
     def database_fingerprint(self) -> str:
-        """The fingerprint that the run's level database has or will have, without building it."""
-        if isinstance(self.method, ModuleMethod):
-            return fingerprint(self._module_recipe(self.method))
-        return self.build_settings(self.settings.method.name, self.compressor).fingerprint
+        """The fingerprint that the run's levels have or will have, without building them."""
+        found = []
+        if self.method.weights is not None:
+            found.append(self.build_settings(self.method.weights.name, self.compressor).fingerprint)
+        if self.method.modules is not None:
+            found.append(fingerprint(self._modules_recipe))
+        return joint_fingerprint(found)
 
     @cached_property
-    def database(self) -> LevelDatabase:
-        """The run's level database, built first where it is missing."""
-        if isinstance(self.method, ModuleMethod):
-            database, self.database_reused = ensure_modules(
+    def database(self) -> Levels:
+        """The run's levels, of all its method's sources; built first where they are missing."""
+        parts: list[LevelDatabase] = []
+        if self.method.weights is not None:
+            database, self.database_reused = self.database_of(self.method.weights.name, self.compressor)
+            parts.append(database)
+        if self.method.modules is not None:
+            database, reused = ensure_modules(
                 self.database_root,
                 model_name=self.pretrained.name,
-                method=self.settings.method.name,
-                recipe=self._module_recipe(self.method),
-                space=self.method.space(self.blocks.shapes(), dtype_bits=8 * self.blocks.dtype.itemsize),
+                method=self.method.modules.name,
+                recipe=self._modules_recipe,
+                space=self._module_space(),
             )
-            return database
-        database, self.database_reused = self.database_of(self.settings.method.name, self.compressor)
-        return database
+            self.database_reused = reused and (self.database_reused or not parts)
+            parts.append(database)
+        if len(parts) == 1:
+            return replace(parts[0], currency=self.method.currency)
+        return LevelUnion(
+            parts, method=self.method.name, currency=self.method.currency, is_of_attention=self.blocks.is_of_attention
+        )
+
+    def _module_space(self) -> Space:
+        assert self.method.modules is not None
+        return self.method.modules.space(self.blocks.shapes(), dtype_bits=8 * self.blocks.dtype.itemsize)
 
     @cached_property
     def compressor(self) -> Compressor:
-        """What makes the levels of a method that compresses weights."""
-        assert isinstance(self.method, WeightMethod)
+        """What makes the levels of compressed weights."""
+        assert self.method.weights is not None
         sizes = [slot.weight.numel() for part in self.blocks.parts for slot in self.blocks.slots(part).values()]
-        return self.method.compressor(sizes, dtype_bits=8 * self.blocks.dtype.itemsize)
+        return self.method.weights.compressor(sizes, dtype_bits=8 * self.blocks.dtype.itemsize)
 
     def plan_database(self) -> tuple[Space, BuildNeeds | None]:
-        """Return the space of the run's level database and what is needed to build what is missing of it, without building.
+        """Return the space of the run's levels and what is needed to build what is missing of them, without building.
 
-        A method that drops modules needs nothing.
+        Modules that can be dropped need nothing.
         """
-        if isinstance(self.method, ModuleMethod):
-            return self.method.space(self.blocks.shapes(), dtype_bits=8 * self.blocks.dtype.itemsize), None
-        settings = self.build_settings(self.settings.method.name, self.compressor)
-        return planned(settings, self.blocks, self.calibration_tokens, self.compressor)
+        spaces, needs = [], None
+        if self.method.weights is not None:
+            settings = self.build_settings(self.method.weights.name, self.compressor)
+            space, needs = planned(settings, self.blocks, self.calibration_tokens, self.compressor)
+            spaces.append(space)
+        if self.method.modules is not None:
+            spaces.append(self._module_space())
+        if len(spaces) == 1:
+            return spaces[0].priced(self.method.currency), needs
+        joined, _ = join(
+            spaces, method=self.method.name, currency=self.method.currency, is_of_attention=self.blocks.is_of_attention
+        )
+        return joined, needs
+
+    @property
+    def refines(self) -> bool:
+        """Whether a found genome can be refined: all levels are of compressed weights."""
+        return self.method.weights is not None and self.method.modules is None
+
+    def budget_of(self, space: Space) -> Budget:
+        """Return what the target and the limits allow in a space of the run's units."""
+        return self.method.budget(space, self.rest_of(space))
+
+    def rest_of(self, space: Space) -> Rest:
+        """Return what of the model is no unit of a space."""
+        parameters = list(self.pretrained.model.parameters())
+        bits = 8 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        weights = sum(parameter.numel() for parameter in parameters)
+        return Rest(bits - 8 * space.size * self.blocks.dtype.itemsize, weights - space.size)
 
     @cached_property
     def budget(self) -> Budget:
-        budget = self.method.budget(self.database.space)
+        budget = self.budget_of(self.database.space)
         budget.check(self.database.space)
         return budget
 
@@ -374,11 +420,8 @@ class Workspace:
 
     @cached_property
     def live(self) -> Live:
-        if isinstance(self.method, ModuleMethod):
-            blocks, space = self.blocks, self.database.space
-            with _by_blocks(blocks.family.name):
-                return LiveModules(blocks, space)
-        return LiveModel(self.blocks, self.levels, cache_bytes=self.settings.level_db.cache_bytes)
+        with _by_blocks(self.blocks.family.name):
+            return LiveModel(self.blocks, self.levels, cache_bytes=self.settings.level_db.cache_bytes)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -392,7 +435,7 @@ class Workspace:
         """Whether elementwise work is fused: asked for, and possible here."""
         if not self.settings.fitness.compile:
             return False
-        if isinstance(self.method, ModuleMethod):
+        if self.method.modules is not None:
             logger.warning("fitness.compile=true is left off: where modules are dropped, every block would be compiled many times")
             return False
         return can_compile(self.device)
@@ -417,8 +460,7 @@ class Workspace:
     @property
     def other_bytes(self) -> int:
         """Bytes of everything that is no unit: norms, embedding and head unless these are included, each tied weight once."""
-        total = sum(parameter.numel() * parameter.element_size() for parameter in self.pretrained.model.parameters())
-        return total - self.database.space.size * self.blocks.dtype.itemsize
+        return self.rest_of(self.database.space).bits // 8
 
     def memory(self) -> dict[str, int]:
         """Return the run's peak of resident memory, where the system tells it, and of the device's where there is one, in bytes."""

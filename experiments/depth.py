@@ -93,9 +93,10 @@ class DepthModel:
     def evaluator(self, granularity: str) -> PopulationEvaluator:
         """Return the evaluator of genomes of a granularity."""
         from evopress.fitness.population import PopulationEvaluator
-        from evopress.levels.modules import LiveModules
+        from evopress.levels.live import LiveModel
+        from evopress.levels.modules import ModuleLevels
 
-        return PopulationEvaluator(LiveModules(self.blocks, self.space(granularity)), max_tokens_in_flight=BATCH_TOKENS)
+        return PopulationEvaluator(LiveModel(self.blocks, ModuleLevels(self.space(granularity))), max_tokens_in_flight=BATCH_TOKENS)
 
     def tokens(self, split: Split, count: int) -> Tensor:
         """Return the first `count` token ids of a split of python_docs, int64 [N, L]."""

@@ -54,7 +54,7 @@ def test_the_folder_loads_as_an_ordinary_checkpoint(family, dtype, live_model, g
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     state = model.state_dict()
     for unit, level in enumerate(mixed(live)):
-        decoded = live.database.read(unit, level).decode()
+        decoded = live.levels.read(unit, level).decode()
         assert torch.equal(state[f"{live.space.units[unit].name}.weight"], decoded)
     units = {f"{unit.name}.weight" for unit in live.space.units}
     for name, tensor in live.blocks.model.state_dict().items():
@@ -85,7 +85,7 @@ def test_an_older_export_is_replaced_whole(live_model, genome_files, tmp_path):
     assert not (folder / "of-the-old-one").exists()
     name = live.space.units[0].name
     weights = load_file(folder / "model.safetensors")
-    assert torch.equal(weights[f"{name}.weight"], live.database.read(0, 2).decode())
+    assert torch.equal(weights[f"{name}.weight"], live.levels.read(0, 2).decode())
 
 
 class BrokenError(Exception):

@@ -23,7 +23,8 @@ def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[
     Args:
         space: units and levels.
         budget: the total cost allowed.
-        errors: errors[i][l] is the error of unit i at level l (quantization: relative squared output error), finite.
+        errors: errors[i][l] is the error of unit i at level l (quantization: relative squared output error), finite. Modules that
+            could be dropped have none, and stay.
         group_by: None for one problem over all units; "size" for one per group of units with equal numbers of weights,
             each with its proportional part of the budget (the authors' `--group_by_numel`).
 
@@ -35,22 +36,23 @@ def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[
         raise EvoPressError(f'group_by is "{group_by}": expected "size", or nothing for one problem over all units')
     groups: dict[int, list[int]] = {}
     for index, unit in enumerate(space.units):
-        groups.setdefault(unit.size if group_by else 0, []).append(index)
+        if not any(level.drops for level in unit.levels):
+            groups.setdefault(unit.size if group_by else 0, []).append(index)
     genome = [0] * len(space)
     for members in groups.values():
         units = [space.units[index] for index in members]
         total = budget.total * sum(unit.size for unit in units) // space.size if group_by else budget.total
-        levels = _solve(units, total, [errors[index] for index in members])
+        levels = _solve(units, [space.prices[index] for index in members], total, [errors[index] for index in members])
         for index, level in zip(members, levels, strict=True):
             genome[index] = level
     return tuple(genome)
 
 
-def _solve(units: Sequence[Unit], total: int, errors: Sequence[Sequence[float]]) -> list[int]:
+def _solve(units: Sequence[Unit], prices: Sequence[Sequence[int]], total: int, errors: Sequence[Sequence[float]]) -> list[int]:
     """Solve one multiple-choice knapsack: one level for each unit, costs within `total`, least sum of errors."""
     # Cost above the most compressed level, in units of the greatest common divisor: small integers, exact in the solver.
-    extra = [[level.cost - unit.levels[-1].cost for level in unit.levels] for unit in units]
-    capacity = total - sum(unit.levels[-1].cost for unit in units)
+    extra = [[price - of_unit[-1] for price in of_unit] for of_unit in prices]
+    capacity = total - sum(of_unit[-1] for of_unit in prices)
     if capacity < 0:
         raise EvoPressError(
             f"a budget of {total} for {len(units)} units (first: {units[0].name}) is below their least cost "
@@ -74,7 +76,7 @@ def _solve(units: Sequence[Unit], total: int, errors: Sequence[Sequence[float]])
     assert result.success, f"a feasible knapsack was not solved: {result.message}"
     starts = np.flatnonzero(np.diff(owner, prepend=-1))
     levels = [int(np.argmax(part)) for part in np.split(result.x, starts[1:])]
-    assert sum(unit.levels[level].cost for unit, level in zip(units, levels, strict=True)) <= total
+    assert sum(of_unit[level] for of_unit, level in zip(prices, levels, strict=True)) <= total
     return levels
 
 

@@ -39,8 +39,8 @@ def all_genomes(space: Space, budget: Budget) -> Iterator[Genome]:
             return
         part = parts[len(genome)]
         possible = ways[len(genome) + 1][part]
-        for level, option in enumerate(space.units[len(genome)].levels):
-            if (rest := left[part] - option.cost) in possible:
+        for level, cost in enumerate(space.prices[len(genome)]):
+            if (rest := left[part] - cost) in possible:
                 yield from complete((*genome, level), left | {part: rest})
 
     if all(target in ways[0][part] for part, target in targets.items()):
@@ -108,19 +108,19 @@ def exhaustive(
 
 
 def _parts(space: Space, budget: Budget) -> tuple[list[str], dict[str, int]]:
-    """Return the part of the budget that each unit spends from, and each part's total; "" is what the split leaves over."""
-    split = dict(budget.split)
+    """Return the part of the budget that each unit spends from, and each part's total; "" is what these leave over."""
+    split = budget.by_kind
     return [unit.kind if unit.kind in split else "" for unit in space.units], split | {"": budget.total - sum(split.values())}
 
 
 def _ways(space: Space, parts: Sequence[str], targets: Mapping[str, int]) -> list[_Ways]:
     """Return, for every i, in how many ways the units from i on can spend what they may of each part."""
     ways: list[_Ways] = [{part: {0: 1} for part in targets}]
-    for unit, part in zip(reversed(space.units), reversed(parts), strict=True):
+    for prices, part in zip(reversed(space.prices), reversed(parts), strict=True):
         sums: dict[int, int] = {}
         for cost, number in ways[-1][part].items():
-            for level in unit.levels:
-                if (total := cost + level.cost) <= targets[part]:
+            for price in prices:
+                if (total := cost + price) <= targets[part]:
                     sums[total] = sums.get(total, 0) + number
         ways.append(ways[-1] | {part: sums})
     return ways[::-1]

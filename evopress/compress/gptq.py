@@ -146,11 +146,11 @@ class GPTQ:
     def levels(self, shape: tuple[int, int], *, unit: str = "") -> tuple[Level, ...]:
         """Return one level per bit width; raise EvoPressError if a group size does not divide the columns."""
         size = math.prod(shape)
-        levels = [Level(DENSE, self.dense_bits * size, DENSE, self.dense_bits * size)] if self.dense_bits else []
+        levels = [Level(DENSE, self.dense_bits * size, DENSE, self.dense_bits * size, source="quant")] if self.dense_bits else []
         scale_bits = torch.finfo(_SCALE_DTYPES[self.scale_dtype]).bits
         for b in self.bits:
             metadata = shape[0] * (shape[1] // self._group_size(b, shape[1])) * (scale_bits + _ZERO_BITS)
-            levels.append(Level(f"{b} bits", b * size, str(b), b * size + metadata))
+            levels.append(Level(f"{b} bits", b * size, str(b), b * size + metadata, source="quant"))
         return tuple(levels)
 
     def _group_size(self, bits: int, columns: int) -> int:

@@ -197,7 +197,7 @@ class PruneTo:
 
 
 def _level(size: int, kept: int, key: str, dtype_bits: int) -> Level:
-    return Level(label=f"{(size - kept) / size:.1%}", cost=kept, key=key, stored_bits=size + kept * dtype_bits)
+    return Level(label=f"{(size - kept) / size:.1%}", cost=kept, key=key, stored_bits=size + kept * dtype_bits, source="sparsity")
 
 
 def distribute(total: int, sizes: Sequence[int]) -> list[int]:

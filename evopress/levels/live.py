@@ -1,4 +1,4 @@
-"""Put levels into a live model and take them out again: weights here, dropped modules in `modules.py`."""
+"""Put levels of any source into a live model, whole or block by block, and take them out again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from evopress.errors import EvoPressError
+from evopress.levels.modules import ATTENTION, MLP, is_module, modules_of
 from evopress.levels.union import LevelSource
 from evopress.models.blocks import BlockModel
+from evopress.models.dropping import check_identity, drop, restore, without_dropped
 from evopress.units import Genome, Space
 
 
@@ -75,7 +77,7 @@ def part_held(live: Live, part: int | None, levels: Genome | None) -> Iterator[N
 
 
 def enough_to_keep(space: Space, itemsize: int) -> int:
-    """Return the bytes of decoded levels that are worth keeping: 256 MiB, or more where a block is larger.
+    """Return the bytes of decoded levels that are worth keeping: 256 MiB, or more where a block is larger; modules have none.
 
     A block at one genome differs from the block at the next in few units; the others should not be decoded again.
     """
@@ -86,76 +88,148 @@ def enough_to_keep(space: Space, itemsize: int) -> int:
 
 
 class LiveModel:
-    """A model whose units can be switched to levels of a database, block by block.
+    """A model whose units can be switched to levels, block by block: weights exchanged, modules dropped.
 
     Switching exchanges references: the dense weights stay where they are, untouched, and come back bit for bit. Levels travel to
     the compute device packed and are decoded there; decoded ones are kept, the least recently used given up first.
     """
 
-    def __init__(self, blocks: BlockModel, database: LevelSource, *, cache_bytes: int | None = None) -> None:
-        """Check that the database fits the model.
+    def __init__(self, blocks: BlockModel, levels: LevelSource, *, cache_bytes: int | None = None) -> None:
+        """Check that the levels fit the model, and where modules can be dropped, that a block without them is the identity.
 
         Args: cache_bytes: decoded levels to keep at most; None: see `enough_to_keep`.
 
-        Raises: EvoPressError if their units differ.
+        Raises: EvoPressError if the units differ, or it is not.
         """
         self.blocks = blocks
-        self.database = database
-        self.space = database.space
-        self._slots = [list(blocks.slots(index).values()) for index in blocks.parts]
-        names = [slot.name for slots in self._slots for slot in slots]
-        sizes = [slot.weight.numel() for slots in self._slots for slot in slots]
-        if names != [unit.name for unit in self.space.units] or sizes != [unit.size for unit in self.space.units]:
-            raise EvoPressError(f"the level database in {database.folder} is of another model: its units have other names or sizes")
+        self.levels = levels
+        self.space = levels.space
+        units = self.space.units
+        self._weights = [[i for i, unit in enumerate(units) if unit.block == part and not is_module(unit)] for part in blocks.parts]
+        self._modules = self._places_of_modules()
+        has_weights, has_modules = any(self._weights), bool(self._modules)
+        self._slots = [list(blocks.slots(part).values()) if has_weights else [] for part in blocks.parts]
+        self._check_weights()
         self._dense = [[slot.weight for slot in slots] for slots in self._slots]
-        self._first = [0]
-        for slots in self._slots:
-            self._first.append(self._first[-1] + len(slots))
+        self._free = self._inside_dropped() if has_weights and has_modules else {}
         self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._cache_bytes = enough_to_keep(self.space, blocks.dtype.itemsize) if cache_bytes is None else cache_bytes
         self._cached_bytes = 0
         self.num_loads = 0
         """Levels decoded so far."""
+        if has_modules:
+            check_identity(blocks)
+
+    def _check_weights(self) -> None:
+        found = [(slot.name, slot.weight.numel()) for slots in self._slots for slot in slots]
+        if found != [(unit.name, unit.size) for unit in self.space.units if not is_module(unit)]:
+            raise EvoPressError(
+                f"the level database in {self.levels.folder} is of another model: its units have other names or sizes"
+            )
+
+    def _places_of_modules(self) -> list[tuple[int, int]]:
+        """Return for every block the units that its attention and its MLP belong to; nothing where no module can be dropped."""
+        places = {module: i for i, unit in enumerate(self.space.units) for module in modules_of(unit)}
+        if not places:
+            return []
+        blocks = range(len(self.blocks.blocks))
+        if set(places) != {(block, kind) for block in blocks for kind in (ATTENTION, MLP)}:
+            raise EvoPressError(
+                f"the level database is of another model: its {sum(map(is_module, self.space.units))} units are not the modules of "
+                f"{len(blocks)} blocks"
+            )
+        return [(places[block, ATTENTION], places[block, MLP]) for block in blocks]
+
+    def _inside_dropped(self) -> dict[int, tuple[list[bool], list[bool]]]:
+        """Return for every block which of its weights lie in its attention, and which in its MLP."""
+        found = {}
+        for part in range(len(self.blocks.blocks)):
+            attention = [self.blocks.is_of_attention(slot.name) for slot in self._slots[part]]
+            found[part] = attention, [not inside for inside in attention]
+        return found
+
+    def dropped_in(self, genome: Genome, part: int) -> tuple[int, int]:
+        """Return whether a genome drops the attention and the MLP of a block, as 0 or 1 each; other parts have none."""
+        if part >= len(self._modules):
+            return 0, 0
+        units = self.space.units
+        attention, mlp = (int(units[i].levels[genome[i]].drops) for i in self._modules[part])
+        return attention, mlp
 
     def levels_in(self, genome: Genome | None, index: int) -> Genome | None:
-        """Return the levels of block `index`, or of a part outside the blocks; None stands for the dense model."""
-        return None if genome is None else genome[self._first[index] : self._first[index + 1]]
+        """Return the levels of the weights of a part, and whether its attention and MLP are dropped, 0 or 1 each.
+
+        The level of a weight in a dropped module is -1, whatever the genome says. None stands for the dense model.
+        """
+        if genome is None:
+            return None
+        weights = tuple(genome[i] for i in self._weights[index])
+        if not self._modules or index >= len(self._modules):
+            return weights
+        dropped = self.dropped_in(genome, index)
+        if not weights:
+            return dropped if any(dropped) else None
+        for gone, inside in zip(dropped, self._free[index], strict=True):
+            if gone:
+                weights = tuple(-1 if free else level for level, free in zip(weights, inside, strict=True))
+        return weights + dropped
 
     def set_block(self, index: int, levels: Sequence[int] | None) -> None:
-        """Give block `index` these levels, one per unit of the block, or its dense weights for None, on the device it is on."""
-        first = self._first[index]
+        """Give a part what `levels_in` returned, or its dense weights and all its modules for None, on the device it is on."""
         for i, slot in enumerate(self._slots[index]):
             device = slot.weight.device
-            weight = self._dense[index][i] if levels is None else self._weight(first + i, levels[i], device)
+            dense = levels is None or levels[i] < 0
+            weight = self._dense[index][i] if dense else self._weight(self._weights[index][i], levels[i], device)  # type: ignore[index]
             slot.put(weight.to(device))
+        if index < len(self._modules):
+            attention, mlp = (0, 0) if levels is None else levels[len(self._slots[index]) :]
+            drop(self.blocks.blocks[index], self.blocks.family, attention=bool(attention), mlp=bool(mlp))
 
     def restore_block(self, index: int) -> None:
-        """Give block `index` back the very weights that it came with, where they lay."""
+        """Give a part back the very weights and modules that it came with, where they lay."""
         for slot, weight in zip(self._slots[index], self._dense[index], strict=True):
             slot.put(weight)
+        if index < len(self._modules):
+            restore(self.blocks.blocks[index], self.blocks.family)
 
     def on_device(self, index: int) -> AbstractContextManager[nn.Module]:
         """See `Live`; dense weights that levels would replace are not carried there."""
-        return self.blocks.on_device(index, dense=False)
+        return self.blocks.on_device(index, dense=not self._slots[index])
 
     def skips(self, levels: Sequence[int] | None) -> bool:
-        """See `Live`; weights at any level have to be multiplied."""
-        return False
-
-    def written(self, genome: Genome) -> AbstractContextManager[None]:
-        """See `Live`."""
-        return self.applied(genome)
+        """See `Live`; weights at any level have to be multiplied, a block without attention and MLP has nothing to do."""
+        return bool(self._modules) and levels is not None and all(levels[-2:])
 
     def applied(self, genome: Genome | None) -> AbstractContextManager[None]:
-        """Hold the whole model at a genome; on leaving, every weight is the dense one again."""
+        """Hold the whole model at a genome; on leaving, every weight is the dense one again, and every module is back."""
         return held(self, genome)
+
+    @contextmanager
+    def written(self, genome: Genome) -> Iterator[None]:
+        """See `Live`. Where modules are dropped, see `without_dropped`."""
+        if not self._modules:
+            with self.applied(genome):
+                yield
+            return
+        self.space.check(genome)
+        dropped = [self.dropped_in(genome, index) for index in range(len(self.blocks.blocks))]
+        try:
+            for part in self.blocks.parts:
+                levels = self.levels_in(genome, part)
+                if self._slots[part] and levels is not None:
+                    self.set_block(part, (*levels[: len(self._slots[part])], *((0, 0) if part < len(self._modules) else ())))
+            with without_dropped(self.blocks, dropped):
+                yield
+        finally:
+            for part in self.blocks.parts:
+                self.restore_block(part)
 
     def _weight(self, unit: int, level: int, device: torch.device) -> Tensor:
         key = (unit, level)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        weight = self.database.read(unit, level, device).decode()
+        weight = self.levels.read(unit, level, device).decode()
         self._check_fits(unit, weight)
         self.num_loads += 1
         size = weight.numel() * weight.element_size()
@@ -169,10 +243,10 @@ class LiveModel:
 
     def _check_fits(self, unit: int, weight: Tensor) -> None:
         """Raise EvoPressError unless a decoded weight has the shape and dtype of the model's."""
-        block = self.space.units[unit].block
-        dense = self._dense[block][unit - self._first[block]]
+        part = self.space.units[unit].block
+        dense = self._dense[part][self._weights[part].index(unit)]
         if weight.shape != dense.shape or weight.dtype != dense.dtype:
             raise EvoPressError(
                 f"{self.space.units[unit].name} is {weight.dtype} {list(weight.shape)} in the level database but "
-                f"{dense.dtype} {list(dense.shape)} in the model: remove {self.database.folder}, it is then built again"
+                f"{dense.dtype} {list(dense.shape)} in the model: remove {self.levels.folder}, it is then built again"
             )

@@ -24,6 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evopress.compress.compressor import Compressed, Payload
+from evopress.compress.gptq import Dense, Quantized
+from evopress.compress.sparse import Sparse
+from evopress.currencies import Currency
 from evopress.errors import EvoPressError
 from evopress.files import canonical_json, is_sealed, seal, sha256_file, unreadable, write_atomically, write_bytes
 from evopress.json_files import parse_json, shown
@@ -33,6 +36,8 @@ from evopress.units import Level, Space, Unit
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+_SOURCES = {Quantized.codec: "quant", Dense.codec: "quant", Sparse.codec: "sparsity"}
+"""Codec to what makes levels of it; modules that are dropped have none."""
 _MANIFEST_BYTES = 256 * 2**20
 
 
@@ -218,7 +223,10 @@ def space_of(manifest: Mapping[str, Any]) -> Space:
             block=int(unit["block"]),
             kind=str(unit["kind"]),
             size=int(unit["size"]),
-            levels=tuple(Level(str(v["label"]), int(v["cost"]), str(v["key"]), int(v["stored_bits"])) for v in unit["levels"]),
+            levels=tuple(
+                Level(str(v["label"]), int(v["cost"]), str(v["key"]), int(v["stored_bits"]), _SOURCES.get(v.get("codec"), "drop"))
+                for v in unit["levels"]
+            ),
         )
         for unit in manifest["units"]
     )
@@ -231,9 +239,11 @@ class LevelDatabase:
 
     folder: Path
     manifest: dict[str, Any]
+    currency: Currency | None = None
+    """What its space is priced in; None: what its levels count by themselves."""
 
     @classmethod
-    def open(cls, folder: Path) -> LevelDatabase:
+    def open(cls, folder: Path, *, currency: Currency | None = None) -> LevelDatabase:
         """Open a database and check every file against the manifest.
 
         Raises: DamagedDatabaseError that names the file; EvoPressError for a newer schema.
@@ -241,7 +251,7 @@ class LevelDatabase:
         manifest = read_manifest(folder)
         for entry in manifest["files"]:
             check_block(folder, entry)
-        return cls(folder, manifest)
+        return cls(folder, manifest, currency)
 
     @property
     def fingerprint(self) -> str:
@@ -249,7 +259,13 @@ class LevelDatabase:
 
     @cached_property
     def space(self) -> Space:
-        return space_of(self.manifest)
+        return space_of(self.manifest).priced(self.currency)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What decides its content."""
+        recipe: dict[str, Any] = self.manifest["recipe"]
+        return recipe
 
     @cached_property
     def num_bytes(self) -> int:
@@ -258,8 +274,8 @@ class LevelDatabase:
 
     @cached_property
     def errors(self) -> list[list[float]]:
-        """Relative output error of every unit at every level, in database order."""
-        return [[float(level["error"]) for level in unit["levels"]] for unit in self.manifest["units"]]
+        """Relative output error of every unit at every level, in database order; 0 where modules are kept or dropped."""
+        return [[float(level.get("error", 0.0)) for level in unit["levels"]] for unit in self.manifest["units"]]
 
     @cached_property
     def _files(self) -> dict[int, Any]:

@@ -6,12 +6,18 @@ from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.methods.drop import Drop
-from evopress.methods.method import Method, ModuleMethod, WeightMethod
+from evopress.methods.joint import Joint
+from evopress.methods.method import Method, ModuleSource, Rest, WeightSource
 from evopress.methods.quant import Quantization
 from evopress.methods.sparsity import Sparsity
-from evopress.settings import DropSettings, QuantSettings, RunSettings, SparsitySettings
+from evopress.settings import DropSettings, JointSettings, QuantSettings, RunSettings, SparsitySettings
 
-_METHODS: dict[type, Any] = {QuantSettings: Quantization, SparsitySettings: Sparsity, DropSettings: Drop}
+_METHODS: dict[type, Any] = {
+    JointSettings: Joint,  # before what it is a kind of
+    QuantSettings: Quantization,
+    SparsitySettings: Sparsity,
+    DropSettings: Drop,
+}
 
 
 def make_method(settings: RunSettings) -> Method:
@@ -35,4 +41,4 @@ def make_method(settings: RunSettings) -> Method:
     raise EvoPressError(f"method {settings.method!r} is unknown")
 
 
-__all__ = ["Method", "ModuleMethod", "WeightMethod", "make_method"]
+__all__ = ["Method", "ModuleSource", "Rest", "WeightSource", "make_method"]

@@ -9,14 +9,92 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from evopress.currencies import num_modules
 from evopress.errors import EvoPressError
 from evopress.levels.modules import ATTENTION, BLOCK, DROP, KEEP, MLP, PAIR, dropped_modules
+from evopress.methods.method import NO_REST, Rest
+from evopress.methods.targets import check_targets, further_limits
 from evopress.models.blocks import BlockShape
 from evopress.settings import DropSettings, RunSettings
-from evopress.units import Budget, Genome, Level, Space, Unit
+from evopress.units import Budget, Genome, Level, Limit, Space, Unit
 
 _Place = tuple[str, int, str, int]
 """Name, first block, kind and number of weights of a unit."""
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Offers a level that keeps a module and one that drops it, without weights of its own; see `ModuleSource`."""
+
+    granularity: str = "module"
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """See `ModuleSource`."""
+        return "drop"
+
+    def recipe(self) -> dict[str, Any]:
+        """See `ModuleSource`."""
+        return {"granularity": self.granularity, "exclude": list(self.exclude)}
+
+    def space(self, blocks: Sequence[BlockShape], *, dtype_bits: int) -> Space:
+        """Return all units; those that are excluded have one level.
+
+        Raises: EvoPressError if pairs come out odd or an excluded name does not exist.
+        """
+        count = len(blocks)
+        if self.granularity == "pair" and count % 2:
+            raise EvoPressError(
+                f"the model has {count} blocks, an odd number, and method.granularity=pair drops two at a time: use "
+                "method.granularity=block"
+            )
+        places = self._places(blocks)
+        excluded = self._excluded(places, count)
+        units = []
+        for name, block, kind, size in places:
+            bits = size * dtype_bits
+            keep = Level(label=KEEP, cost=1, key=KEEP, stored_bits=bits, source="drop")
+            levels = (keep,) if name in excluded else (keep, Level(label=DROP, cost=0, key=DROP, stored_bits=0, source="drop"))
+            units.append(Unit(name=name, block=block, kind=kind, size=size, levels=levels))
+        return Space(method="drop", units=tuple(units))
+
+    @property
+    def width(self) -> int:
+        """Blocks in a unit that is a block or more."""
+        return 2 if self.granularity == "pair" else 1
+
+    def _places(self, blocks: Sequence[BlockShape]) -> list[_Place]:
+        """Return name, block, kind and number of weights of every unit."""
+        if self.granularity == "block":
+            return [(shape.name, index, BLOCK, shape.size) for index, shape in enumerate(blocks)]
+        if self.granularity == "pair":
+            return [(f"{blocks[i].name}-{i + 1}", i, PAIR, blocks[i].size + blocks[i + 1].size) for i in range(0, len(blocks), 2)]
+        return [
+            place
+            for index, shape in enumerate(blocks)
+            for place in (
+                (f"{shape.name}.attention", index, ATTENTION, shape.attention),
+                (f"{shape.name}.mlp", index, MLP, shape.mlp),
+            )
+        ]
+
+    def _excluded(self, places: Sequence[_Place], num_blocks: int) -> set[str]:
+        """Return the names of the units that `method.exclude` means."""
+        names = [name for name, *_ in places]
+        excluded: set[str] = set()
+        for entry in self.exclude:
+            if str(entry).isdigit():
+                found = {name for name, block, *_ in places if block <= int(entry) < block + self.width}
+            else:
+                found = {name for name in names if fnmatchcase(name, str(entry))}
+            if not found:
+                raise EvoPressError(
+                    f"method.exclude has {entry!r}, which is no unit of this model: give numbers of blocks from 0 to "
+                    f"{num_blocks - 1}, or names such as {names[0]}, wildcards included"
+                )
+            excluded |= found
+        return excluded
 
 
 @dataclass(frozen=True)
@@ -29,18 +107,44 @@ class Drop:
     """The search's: it must not trade attention for MLP modules where as many of each are to go."""
     scale: float = 1.0
     """Factor on the generations that theory gives."""
+    limits: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, run: RunSettings) -> Drop:
         """Take the method out of a run's settings; raise EvoPressError without a target."""
         if run.sparsity is None:
             raise EvoPressError("method drop needs a target: give sparsity=0.25, the share of blocks to drop")
-        return cls(run.method, run.sparsity, run.search.exchange, run.scale.depth_generations)
+        return cls(run.method, run.sparsity, run.search.exchange, run.scale.depth_generations, tuple(run.limits))
+
+    @property
+    def name(self) -> str:
+        """See `Method`."""
+        return "drop"
+
+    @property
+    def weights(self) -> None:
+        """Weights stay as they are."""
+        return None
+
+    @property
+    def modules(self) -> Drop:
+        """Modules, checked against the target."""
+        return self
+
+    @property
+    def currency(self) -> None:
+        """Units that are kept."""
+        return None
+
+    @property
+    def _source(self) -> Modules:
+        return Modules(self.settings.granularity, tuple(str(name) for name in self.settings.exclude))
 
     def check(self, *, searching: bool) -> None:
         """Refuse a sparsity outside (0, 1), and exchanges that cannot keep what the method promises."""
         if not 0.0 < self.sparsity < 1.0:
             raise EvoPressError(f"sparsity={self.sparsity:g} is out of range: expected a share of blocks in (0, 1), such as 0.25")
+        check_targets(None, self.limits)
         if not searching or self.settings.granularity != "module":
             return
         if self.settings.balanced and self.exchange != "name":
@@ -60,8 +164,8 @@ class Drop:
         return False
 
     def recipe(self) -> dict[str, Any]:
-        """Return what decides the space beside the model."""
-        return {"granularity": self.settings.granularity, "exclude": [str(name) for name in self.settings.exclude]}
+        """See `ModuleSource`."""
+        return self._source.recipe()
 
     def space(self, blocks: Sequence[BlockShape], *, dtype_bits: int) -> Space:
         """Return all units; those that are excluded have one level.
@@ -82,17 +186,10 @@ class Drop:
                 f"{what} blocks, an odd number, and method.granularity=pair drops two at a time: use method.granularity=block or "
                 "another sparsity"
             )
-        places = self._places(blocks)
-        excluded = self._excluded(places, count)
-        units = []
-        for name, block, kind, size in places:
-            bits = size * dtype_bits
-            keep = Level(label=KEEP, cost=1, key=KEEP, stored_bits=bits)
-            levels = (keep,) if name in excluded else (keep, Level(label=DROP, cost=0, key=DROP, stored_bits=0))
-            units.append(Unit(name=name, block=block, kind=kind, size=size, levels=levels))
-        space = Space(method="drop", units=tuple(units))
+        space = self._source.space(blocks, dtype_bits=dtype_bits)
+        units = space.units
         budget = self.budget(space)
-        for kind, kept in budget.split or (("", budget.total),):
+        for kind, kept in budget.by_kind.items() or (("", budget.total),):
             members = [unit for unit in units if kind in ("", unit.kind)]
             free = sum(len(unit.levels) > 1 for unit in members)
             if free < len(members) - kept:
@@ -102,23 +199,18 @@ class Drop:
                 )
         return space
 
-    @property
-    def _width(self) -> int:
-        """Blocks in a unit that is a block or more."""
-        return 2 if self.settings.granularity == "pair" else 1
-
     def num_dropped(self, num_blocks: int) -> int:
         """Return how many of so many blocks' attention modules, and MLPs, are dropped: the target, rounded down."""
         return math.floor(self.sparsity * num_blocks + 1e-9)
 
-    def budget(self, space: Space) -> Budget:
+    def budget(self, space: Space, rest: Rest = NO_REST) -> Budget:
         """Return the units that are kept, of each kind the same number where attention and MLP are dropped equally."""
         kinds = Counter(unit.kind for unit in space.units)
-        dropped = self.num_dropped(_num_modules(space) // 2) // self._width
-        split = tuple((kind, count - dropped) for kind, count in kinds.items())
-        total = sum(part for _, part in split)
-        fixed = split if len(split) > 1 and self.settings.balanced else ()
-        return Budget(total=total, target=self.sparsity, measure="depth sparsity", split=fixed)
+        dropped = self.num_dropped(_num_modules(space) // 2) // self._source.width
+        parts = tuple(Limit(count - dropped, kind=kind) for kind, count in kinds.items())
+        by_kind = parts if len(parts) > 1 and self.settings.balanced else ()
+        limits = (*by_kind, *further_limits(self.limits, space, rest))
+        return Budget(total=sum(part.total for part in parts), target=self.sparsity, measure="depth sparsity", limits=limits)
 
     def generations(self, space: Space) -> int:
         """Return k(n - k) / 1.5 times the scale, for k of n units of a kind that are dropped (paper appendix C, Table 8)."""
@@ -140,38 +232,6 @@ class Drop:
         """Return sparsity 0."""
         return {"sparsity": 0.0, "modules_dropped": 0}
 
-    def _places(self, blocks: Sequence[BlockShape]) -> list[_Place]:
-        """Return name, block, kind and number of weights of every unit."""
-        if self.settings.granularity == "block":
-            return [(shape.name, index, BLOCK, shape.size) for index, shape in enumerate(blocks)]
-        if self.settings.granularity == "pair":
-            return [(f"{blocks[i].name}-{i + 1}", i, PAIR, blocks[i].size + blocks[i + 1].size) for i in range(0, len(blocks), 2)]
-        return [
-            place
-            for index, shape in enumerate(blocks)
-            for place in (
-                (f"{shape.name}.attention", index, ATTENTION, shape.attention),
-                (f"{shape.name}.mlp", index, MLP, shape.mlp),
-            )
-        ]
-
-    def _excluded(self, places: Sequence[_Place], num_blocks: int) -> set[str]:
-        """Return the names of the units that `method.exclude` means."""
-        names = [name for name, *_ in places]
-        excluded: set[str] = set()
-        for entry in self.settings.exclude:
-            if str(entry).isdigit():
-                found = {name for name, block, *_ in places if block <= int(entry) < block + self._width}
-            else:
-                found = {name for name in names if fnmatchcase(name, str(entry))}
-            if not found:
-                raise EvoPressError(
-                    f"method.exclude has {entry!r}, which is no unit of this model: give numbers of blocks from 0 to "
-                    f"{num_blocks - 1}, or names such as {names[0]}, wildcards included"
-                )
-            excluded |= found
-        return excluded
-
 
 def _num_modules(space: Space) -> int:
-    return sum({ATTENTION: 1, MLP: 1, BLOCK: 2, PAIR: 4}[unit.kind] for unit in space.units)
+    return sum(num_modules(unit) for unit in space.units)

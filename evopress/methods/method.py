@@ -1,44 +1,37 @@
-"""What a compression method is to the pipeline. A new one costs a module here, a schema in `settings.py`, a YAML and a test."""
+"""What a compression method is to the pipeline: sources of levels, and a target that becomes a budget.
+
+A new one costs a module here, a schema in `settings.py`, a YAML and a test.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from evopress.compress.compressor import Compressor
+from evopress.currencies import Currency
 from evopress.models.blocks import BlockShape
 from evopress.units import Budget, Genome, Level, Space
 
 
-class Method(Protocol):
-    """A method with its target."""
+@dataclass(frozen=True)
+class Rest:
+    """What of a model is no unit: norms, and embedding and head unless these are included, each tied weight once."""
 
-    def check(self, *, searching: bool) -> None:
-        """Raise EvoPressError if no genome can meet the target, from settings alone, before any model work.
+    bits: int = 0
+    weights: int = 0
 
-        Args: searching: refuse also a target that leaves nothing to search.
-        """
+
+NO_REST = Rest()
+
+
+class WeightSource(Protocol):
+    """Offers levels that are compressed weights."""
 
     @property
-    def target_is_level(self) -> bool:
-        """Tell whether one level everywhere costs just what the target allows."""
-
-    def budget(self, space: Space) -> Budget:
-        """Return the total cost that the target allows."""
-
-    def uniform_name(self, level: Level) -> str:
-        """Name the row of the genome with this level everywhere."""
-
-    def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
-        """Return the columns of the result table that say what a genome spends."""
-
-    def dense_costs(self, bits: int) -> dict[str, Any]:
-        """Return the same columns for the dense model, whose weights have so many bits."""
-
-
-@runtime_checkable
-class WeightMethod(Method, Protocol):
-    """A method whose levels are compressed weights."""
+    def name(self) -> str:
+        """Begins the names of its level databases' folders."""
 
     @property
     def include(self) -> tuple[str, ...]:
@@ -59,9 +52,12 @@ class WeightMethod(Method, Protocol):
         """
 
 
-@runtime_checkable
-class ModuleMethod(Method, Protocol):
-    """A method whose levels keep or drop modules; its level database stores no weights."""
+class ModuleSource(Protocol):
+    """Offers levels that keep or drop modules; its level database stores no weights."""
+
+    @property
+    def name(self) -> str:
+        """Begins the names of its level databases' folders."""
 
     def space(self, blocks: Sequence[BlockShape], *, dtype_bits: int) -> Space:
         """Return all units with their levels.
@@ -71,8 +67,50 @@ class ModuleMethod(Method, Protocol):
         Raises: EvoPressError if the target or a setting does not fit the model.
         """
 
-    def generations(self, space: Space) -> int:
-        """Return how many generations theory gives for this target where the settings give none."""
-
     def recipe(self) -> dict[str, Any]:
         """Return what decides the space beside the model."""
+
+
+class Method(Protocol):
+    """A method with its target. The space of a run is the union of what its sources offer."""
+
+    @property
+    def name(self) -> str:
+        """As `+method=` takes it; the name of its spaces."""
+
+    @property
+    def weights(self) -> WeightSource | None:
+        """The source of compressed weights, if there is one."""
+
+    @property
+    def modules(self) -> ModuleSource | None:
+        """The source of modules that can be dropped, if there is one."""
+
+    @property
+    def currency(self) -> Currency | None:
+        """What the budget counts; None: the levels' own costs."""
+
+    def check(self, *, searching: bool) -> None:
+        """Raise EvoPressError if no genome can meet the target, from settings alone, before any model work.
+
+        Args: searching: refuse also a target that leaves nothing to search.
+        """
+
+    @property
+    def target_is_level(self) -> bool:
+        """Tell whether one level everywhere costs just what the target allows."""
+
+    def budget(self, space: Space, rest: Rest = NO_REST) -> Budget:
+        """Return the total cost that the target allows, and its further limits."""
+
+    def generations(self, space: Space) -> int | None:
+        """Return how many generations theory gives for this target; None where the settings must say."""
+
+    def uniform_name(self, level: Level) -> str:
+        """Name the row of the genome with this level everywhere."""
+
+    def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
+        """Return the columns of the result table that say what a genome spends."""
+
+    def dense_costs(self, bits: int) -> dict[str, Any]:
+        """Return the same columns for the dense model, whose weights have so many bits."""

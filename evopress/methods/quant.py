@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evopress.compress.compressor import Compressor
 from evopress.compress.gptq import DENSE, GPTQ
+from evopress.currencies import Currency, own_currency
 from evopress.errors import EvoPressError
+from evopress.methods.method import NO_REST, Rest
+from evopress.methods.targets import BYTES, check_targets, further_limits, size_budget
 from evopress.settings import QuantSettings, RunSettings
 from evopress.units import Budget, Genome, Level, Space
 
@@ -22,14 +25,39 @@ class Quantization:
     """See `Method`."""
 
     settings: QuantSettings
-    bits: float
+    bits: float | None
+    """Average bits per weight; None: the size is the target."""
+    size: str | None = None
+    limits: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, run: RunSettings) -> Quantization:
         """Take the method out of a run's settings; raise EvoPressError without a target."""
-        if run.bits is None:
-            raise EvoPressError("method quant needs a target: give bits=2.5, the average number of bits per weight")
-        return cls(run.method, run.bits)
+        if run.bits is None and run.size is None:
+            raise EvoPressError(
+                "method quant needs a target: give bits=2.5, the average number of bits per weight, or size=60MB of the whole model"
+            )
+        return cls(run.method, run.bits, run.size, tuple(run.limits))
+
+    @property
+    def name(self) -> str:
+        """See `Method`."""
+        return "quant"
+
+    @property
+    def weights(self) -> Quantization:
+        """GPTQ levels."""
+        return self
+
+    @property
+    def modules(self) -> None:
+        """Modules stay."""
+        return None
+
+    @property
+    def currency(self) -> Currency | None:
+        """Bits, as the paper counts them; bytes where the target is a size."""
+        return None if self.size is None else BYTES
 
     def compressor(self, sizes: Sequence[int], *, dtype_bits: int) -> Compressor:
         """Return GPTQ as the settings say; sizes do not matter to it."""
@@ -49,7 +77,7 @@ class Quantization:
 
     @property
     def include(self) -> tuple[str, ...]:
-        """See `WeightMethod.include`."""
+        """See `WeightSource.include`."""
         return tuple(self.settings.include)
 
     @property
@@ -64,6 +92,10 @@ class Quantization:
 
     def check(self, *, searching: bool) -> None:
         """Refuse bits outside the levels, and at their ends too if there is to be a search."""
+        check_targets(self.size, self.limits)
+        if self.bits is None:
+            self.compressor((), dtype_bits=16)
+            return
         widths = [_WIDEST if level == DENSE else level for level in self.settings.levels]
         least, most = min(widths), max(widths)
         if not least <= self.bits <= most:
@@ -81,9 +113,18 @@ class Quantization:
             )
         self.compressor((), dtype_bits=16)
 
-    def budget(self, space: Space) -> Budget:
-        """Return floor(bits · Σ weights)."""
-        return Budget(total=math.floor(self.bits * space.size), target=self.bits, measure="bits per weight")
+    def budget(self, space: Space, rest: Rest = NO_REST) -> Budget:
+        """Return floor(bits · Σ weights), or what the size leaves for the units."""
+        if self.size is not None:
+            budget = size_budget(self.size, space, rest)
+        else:
+            assert self.bits is not None
+            budget = Budget(total=math.floor(self.bits * space.size), target=self.bits, measure="bits per weight")
+        return replace(budget, limits=further_limits(self.limits, space, rest))
+
+    def generations(self, space: Space) -> None:
+        """The settings say."""
+        return
 
     def uniform_name(self, level: Level) -> str:
         """Return "uniform_3" for 3 bits."""
@@ -92,7 +133,7 @@ class Quantization:
     def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
         """Return the columns of the result table that say what a genome spends."""
         return {
-            "bits_per_weight": space.cost(genome) / space.size,
+            "bits_per_weight": space.cost_in(own_currency("quant"), genome) / space.size,
             "bits_per_weight_with_metadata": space.stored_bits(genome) / space.size,
         }
 

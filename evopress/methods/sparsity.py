@@ -12,6 +12,8 @@ from evopress.compress.sparse import check_step, derive_step, kept_at
 from evopress.compress.sparsegpt import SparseGPT
 from evopress.compress.wanda import Wanda
 from evopress.errors import EvoPressError
+from evopress.methods.method import NO_REST, Rest
+from evopress.methods.targets import check_targets, further_limits
 from evopress.settings import RunSettings, SparsitySettings
 from evopress.units import Budget, Genome, Level, Space
 
@@ -22,21 +24,43 @@ class Sparsity:
 
     settings: SparsitySettings
     sparsity: float
+    limits: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, run: RunSettings) -> Sparsity:
         """Take the method out of a run's settings; raise EvoPressError without a target."""
         if run.sparsity is None:
             raise EvoPressError("method sparsity needs a target: give sparsity=0.7, the share of weights to prune")
-        return cls(run.method, run.sparsity)
+        return cls(run.method, run.sparsity, tuple(run.limits))
+
+    @property
+    def name(self) -> str:
+        """See `Method`."""
+        return "sparsity"
+
+    @property
+    def weights(self) -> Sparsity:
+        """Pruned weights."""
+        return self
+
+    @property
+    def modules(self) -> None:
+        """Modules stay."""
+        return None
+
+    @property
+    def currency(self) -> None:
+        """Weights kept."""
+        return None
 
     def check(self, *, searching: bool) -> None:
         """Refuse a sparsity outside (0, 1) and settings out of range."""
+        check_targets(None, self.limits)
         self.compressor((), dtype_bits=16)
 
     @property
     def include(self) -> tuple[str, ...]:
-        """See `WeightMethod.include`."""
+        """See `WeightSource.include`."""
         return tuple(self.settings.include)
 
     @property
@@ -69,10 +93,15 @@ class Sparsity:
             block_size=s.block_size,
         )
 
-    def budget(self, space: Space) -> Budget:
+    def budget(self, space: Space, rest: Rest = NO_REST) -> Budget:
         """Return the weights that uniform sparsity keeps."""
         total = sum(kept_at(unit.size, self.sparsity) for unit in space.units)
-        return Budget(total=total, target=self.sparsity, measure="sparsity")
+        limits = further_limits(self.limits, space, rest)
+        return Budget(total=total, target=self.sparsity, measure="sparsity", limits=limits)
+
+    def generations(self, space: Space) -> None:
+        """The settings say."""
+        return
 
     def uniform_name(self, level: Level) -> str:
         """Return "uniform" for the target's level."""

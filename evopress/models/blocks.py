@@ -126,6 +126,11 @@ class BlockModel:
             return {slot.name: slot}
         return {name: Slot(name, name.rsplit(".", 1)[-1], linear) for name, linear in self.linears(part).items()}
 
+    def is_of_attention(self, name: str) -> bool:
+        """Tell whether a block's slot of this name lies in the attention, not in the MLP."""
+        inner = name.removeprefix(f"{self._prefix}.").partition(".")[2]
+        return inner.startswith(f"{self.family.attention}.")
+
     def shapes(self) -> list[BlockShape]:
         """Return the names and sizes of all blocks."""
         return [

@@ -1,20 +1,23 @@
 """Let a transformer block skip its attention, its MLP, or both: they then add nothing to the residual stream and are not run.
 
 A module's forward is replaced by one that returns zeros without memory of their own; the norms around it are passed through; a
-block without attention and MLP returns what enters it.
+block without attention and MLP returns what enters it. Their levels are in `levels/modules.py`.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from evopress.errors import EvoPressError
 from evopress.json_files import shown
+from evopress.models.blocks import BlockModel
 from evopress.models.families import Family
 
 _OF_THE_MODEL = re.compile(r"(architectures|id2label|label2id|.*_token_ids?|.*_tokens|.*_words_ids|keys_to_ignore_at_inference)")
@@ -95,3 +98,61 @@ def shortened(config: Any, kept: Sequence[int], num_blocks: int, family: Family)
         new.max_window_layers = sum(index < full for index in kept)
     new.num_hidden_layers = len(kept)
     return new
+
+
+@contextmanager
+def without_dropped(blocks: BlockModel, dropped: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Hold a model as it is written to a checkpoint: blocks that are dropped whole left out, singly dropped modules zeroed.
+
+    A dropped attention or MLP of a block that stays has an output projection of zeros, so that any engine computes what the
+    search measured, though not any faster. The blocks that stay are numbered anew, and fields of the configuration with one
+    entry per block are cut.
+
+    Args: dropped: for every block whether its attention and its MLP are dropped, as 0 or 1 each.
+    """
+    family = blocks.family
+    kept = [index for index, both in enumerate(dropped) if not all(both)]
+    zeroed = [
+        blocks.blocks[index].get_submodule(name)
+        for index in kept
+        for gone, name in zip(dropped[index], (family.attention_output, family.mlp_output), strict=True)
+        if gone
+    ]
+    parameters = [parameter for module in zeroed for parameter in module.parameters()]
+    data = [parameter.data for parameter in parameters]
+    model: Any = blocks.model
+    config, all_blocks = model.config, blocks.decoder.get_submodule(family.blocks)
+    try:
+        for parameter in parameters:
+            parameter.data = torch.zeros_like(parameter.data)
+        model.config = shortened(config, kept, len(dropped), family)
+        setattr(blocks.decoder, family.blocks, nn.ModuleList(blocks.blocks[index] for index in kept))
+        yield
+    finally:
+        setattr(blocks.decoder, family.blocks, all_blocks)
+        model.config = config
+        for parameter, before in zip(parameters, data, strict=True):
+            parameter.data = before
+
+
+def check_identity(blocks: BlockModel) -> None:
+    """Raise EvoPressError unless a block without attention and MLP returns what enters it."""
+    hidden = torch.linspace(-1.0, 1.0, 4 * blocks.hidden_size, device=blocks.device).reshape(1, 4, -1).to(blocks.dtype)
+    blocks.prepare(4)
+    block, family = blocks.blocks[0], blocks.family
+    handles = [block.get_submodule(name).register_forward_hook(_zeroed) for name in (family.attention, family.mlp)]
+    try:
+        with blocks.on_device(0):
+            same = torch.equal(blocks.run(0, hidden), hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not same:
+        raise EvoPressError(
+            "a block of this model changes its input even without attention and MLP (it normalises the residual stream): "
+            "modules of it cannot be dropped, choose another model or method"
+        )
+
+
+def _zeroed(module: nn.Module, args: Any, output: Any) -> Any:
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from evopress.currencies import num_modules
 from evopress.errors import EvoPressError
 from evopress.json_files import shown
 from evopress.units import Space, Unit
@@ -29,7 +30,7 @@ def levels_of_words(path: Path, text: str, space: Space) -> Iterator[tuple[str, 
 
     Raises: EvoPressError if a word is unknown, their number is not that of the blocks, or the method's units cannot be dropped so.
     """
-    if space.method != "drop":
+    if not all(num_modules(unit) for unit in space.units):
         raise EvoPressError(f"{path} names dropped modules but this run's method is {space.method}: use it with +method=drop")
     words = text.split()
     blocks = max(unit.block + _width(unit) for unit in space.units)

@@ -30,30 +30,28 @@ _MOST_LABELS = 8
 
 
 def measure_name(space: Space) -> str:
-    """Say what `measure` measures with this method."""
-    return {"quant": "bits per weight", "sparsity": "sparsity", "drop": "share of modules dropped"}.get(
-        space.method, "cost per weight"
-    )
+    """Say what `measure` measures in this space."""
+    return space.words.measure
 
 
 def measure(space: Space, cost: float, size: int) -> float:
     """Return what a cost means to people: per weight, or the share that is not kept of the weights or modules."""
-    return 1.0 - cost / size if space.method in ("sparsity", "drop") else cost / size
+    return space.words.measured(cost, size)
 
 
 def measured_size(space: Space, unit: Unit) -> int:
-    """Return what a unit counts in `measure`: its weights, or what it costs where it is kept."""
-    return unit.levels[0].cost if space.method == "drop" else unit.size
+    """Return what a unit counts in `measure`: its weights, or its modules."""
+    return space.words.of(unit)
 
 
 def averages(space: Space, genome: Genome, *, by: str) -> dict[Any, float]:
     """Return the `measure` of each kind (`by="kind"`) or block (`by="block"`), in order of first appearance."""
     totals: dict[Any, list[int]] = {}
-    for unit, level in zip(space.units, genome, strict=True):
+    for index, (unit, level) in enumerate(zip(space.units, genome, strict=True)):
         total = totals.setdefault(getattr(unit, by), [0, 0])
-        total[0] += unit.levels[level].cost
+        total[0] += 0 if space.is_gone(genome, index) else space.prices[index][level]
         total[1] += measured_size(space, unit)
-    return {key: measure(space, cost, size) for key, (cost, size) in totals.items()}
+    return {key: measure(space, cost, size) for key, (cost, size) in totals.items() if size}
 
 
 def convergence(
@@ -164,18 +162,21 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
     by_label = len(labels) <= _MOST_LABELS
     image = np.full((len(rows), len(columns)), np.nan)
     keys: dict[tuple[int, int], str] = {}
-    for cell, unit, level in zip(cells, space.units, genome, strict=True):
+    for index, (cell, unit, level) in enumerate(zip(cells, space.units, genome, strict=True)):
         place = rows.index(cell), len(blocks) if unit.is_outside else blocks.index(unit.block)
-        value = measure(space, unit.levels[level].cost, measured_size(space, unit))
+        size = measured_size(space, unit)
+        value = measure(space, space.prices[index][level], size) if size else float(level)
         image[place] = labels.index(unit.levels[level].label) if by_label else value
-        keys[place] = unit.levels[level].key if by_label else f"{100 * value:.0f}" if space.method == "sparsity" else f"{value:.2g}"
+        keys[place] = unit.levels[level].key if by_label else f"{100 * value:.0f}" if space.words.taken_away else f"{value:.2g}"
+        if space.is_gone(genome, index):  # its module is dropped
+            image[place], keys[place] = np.nan, ""
 
     width = min(0.34 * len(columns), 16)
     figure = new_figure(max(6, width + 2.8), min(max(2.4, 0.34 * len(rows) + 1.5), 40))
     axis = figure.subplots()
     # Pale is little kept, dark is much; the palest end of the map is left out so that a level never looks like no unit.
     pale_to_dark = colormaps["viridis_r"](np.linspace(0.06, 1, len(labels) if by_label else 256))
-    dark_first = by_label or space.method == "sparsity"  # labels, and sparsities, begin with much kept
+    dark_first = by_label or space.words.taken_away  # labels, and sparsities, begin with much kept
     colours = ListedColormap(pale_to_dark[::-1] if dark_first else pale_to_dark)
     least, most = np.nanmin(image), np.nanmax(image)
     room = max(0.05 - (most - least) / 2, 0.0)  # a uniform genome is no range of colours
@@ -204,7 +205,7 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
         spine.set_visible(False)
     axis.set_xlabel("transformer block")
     average = measure(space, space.cost(genome), sum(measured_size(space, unit) for unit in space.units))
-    percent = not by_label and space.method == "sparsity"
+    percent = not by_label and space.words.taken_away
     if percent:
         axis.set_title(f"Sparsity of each unit in percent ({100 * average:.4g}% on average)")
     else:
@@ -293,5 +294,6 @@ def _ordered_labels(space: Space) -> list[str]:
     costs: dict[str, list[float]] = {}
     for unit in space.units:
         for level in unit.levels:
-            costs.setdefault(level.label, []).append(level.cost / unit.size)
+            cost = level.cost if space.currency is None else level.stored_bits
+            costs.setdefault(level.label, []).append(cost / max(unit.size, 1))
     return sorted(costs, key=lambda label: -sum(costs[label]) / len(costs[label]))

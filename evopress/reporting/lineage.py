@@ -17,16 +17,11 @@ Record = Mapping[str, Any]
 UP, DOWN = COLOURS[0], COLOURS[1]
 _MOST_NAMES = 64
 """Above so many units the rows are named by their blocks."""
-_WORDS = {
-    "quant": ("more bits", "fewer bits"),
-    "sparsity": ("less sparse", "sparser"),
-    "drop": ("kept again", "dropped"),
-}
 
 
 def words(space: Space) -> tuple[str, str]:
     """Say what a unit becomes that a switch puts up (less compressed), and down."""
-    return _WORDS.get(space.method, ("less compressed", "more compressed"))
+    return space.words.less, space.words.more
 
 
 def lineage_figures(records: Sequence[Record], space: Space, folder: Path, *, fitness: str = "kl") -> list[Path]:
@@ -139,7 +134,7 @@ def lineage(records: Sequence[Record], space: Space, folder: Path) -> list[Path]
     edges = [*generations, generations[-1] + 1]
     figure = new_figure(12, min(max(4.6, 0.13 * len(blocks) + 3.2), 14))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(max(2.0, 0.12 * len(blocks)), 1))
-    less_compressed = colormaps["RdBu" if space.method not in ("sparsity", "drop") else "RdBu_r"]  # blue has gained
+    less_compressed = colormaps["RdBu_r" if space.words.taken_away else "RdBu"]  # blue has gained
     mesh = top.pcolormesh(edges, np.arange(len(blocks) + 1) - 0.5, change, cmap=less_compressed, vmin=-most, vmax=most)
     mesh.set(edgecolor="face", linewidth=0.4)  # no hairlines between cells of an SVG
     top.invert_yaxis()

@@ -141,13 +141,11 @@ def final_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def levels_table(space: Space, genome: Genome) -> tuple[list[str], list[list[Any]]]:
     """Return the columns and rows of the table `levels`: one row per unit."""
-    rows = [
-        [
-            *(unit.name, unit.block, unit.kind, unit.levels[level].label),
-            measure(space, unit.levels[level].cost, measured_size(space, unit)),
-        ]
-        for unit, level in zip(space.units, space.check(genome), strict=True)
-    ]
+    rows = []
+    for index, (unit, level) in enumerate(zip(space.units, space.check(genome), strict=True)):
+        size = measured_size(space, unit)
+        value = measure(space, space.prices[index][level], size) if size else None
+        rows.append([unit.name, unit.block, unit.kind, unit.levels[level].label, value])
     return ["unit", "block", "kind", "level", measure_name(space)], rows
 
 

@@ -155,8 +155,10 @@ def write_genome(
         "database": database,
         "units": [{"name": name, "level": index, "label": level.label, "cost": level.cost} for name, index, level in chosen],
         "budget": budget.total if isinstance(budget, Budget) else budget,
-        "cost": space.cost(genome),
+        "cost": sum(level.cost for _, _, level in chosen),
     }
+    if space.currency is not None:
+        document |= {"currency": space.currency.name, "spent": space.cost(genome)}
     write_bytes(path_txt, "".join(f"{name}: {level.key}\n" for name, _, level in chosen).encode())
     write_json(path_json, document)
 

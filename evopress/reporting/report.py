@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from evopress.currencies import num_modules
 from evopress.reporting import account
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.figures import averages, measure, measure_name, measured_size
@@ -88,7 +89,7 @@ def _asked(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], spac
     sought = {
         "model": ("model.name", "model.path", "model.id", "model"),
         "method": ("method.name", "method"),
-        "target": ("bits", "sparsity"),
+        "target": ("size", "bits", "sparsity"),
         "scale": ("scale.name", "scale"),
         "data": ("data.name", "data.source", "data"),
         "fitness": ("fitness.name", "fitness"),
@@ -134,17 +135,17 @@ def _task(asked: Mapping[str, Any], records: Sequence[Mapping[str, Any]], space:
 
 def _extremes(space: Space, genome: Genome, config: Mapping[str, Any]) -> str:
     """Name the blocks and kinds that kept most and least, or what was dropped."""
-    if space.method == "drop":
+    if all(num_modules(unit) for unit in space.units):
         dropped: dict[str, list[str]] = {}
         for unit, level in zip(space.units, space.check(genome), strict=True):
-            if unit.levels[level].cost == 0:
+            if unit.levels[level].drops:
                 dropped.setdefault(unit.kind, []).append(str(unit.block))
         return paragraph(" ".join(f"Dropped, {kind}: {', '.join(blocks)}." for kind, blocks in dropped.items()))
     said = []
     for by, name in (("block", "block"), ("kind", "")):
         inside = {getattr(unit, by) for unit in space.units if by == "kind" or not unit.is_outside}
         values = {key: value for key, value in averages(space, genome, by=by).items() if key in inside}
-        most_first = sorted(values, key=lambda key: values[key], reverse=space.method != "sparsity")
+        most_first = sorted(values, key=lambda key: values[key], reverse=not space.words.taken_away)
         if len(most_first) >= 4:
             few = min(3, len(most_first) // 2)
             named = [f"{name} {key} ({values[key]:.3g})".strip() for key in most_first]
@@ -178,7 +179,8 @@ def _kinds(space: Space, genome: Genome, records: Sequence[Mapping[str, Any]]) -
     body = []
     for kind, count in counts.items():
         cells = [escape(kind), str(sum(count.values())), f"{weights[kind]:,}", *(str(count.get(label, "")) for label in used)]
-        body.append(([*cells, f"{average[kind]:.3f}", *(map(str, balance[kind]) if switched else ())], ""))
+        shown = f"{average[kind]:.3f}" if kind in average else ""
+        body.append(([*cells, shown, *(map(str, balance[kind]) if switched else ())], ""))
     total = [str(sum(unit.levels[level].label == label for unit, level in zip(space.units, genome, strict=True))) for label in used]
     whole = measure(space, space.cost(genome), sum(measured_size(space, unit) for unit in space.units))
     sums = [str(sum(pair[side] for pair in balance.values())) for side in (0, 1)] if switched else []

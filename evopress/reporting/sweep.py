@@ -42,16 +42,17 @@ def experiment_name(run_dir: Path) -> str | None:
     return found[1] if found else None
 
 
-def tracked_as(run_dir: Path, *, method: str, key: str, target: float, seed: int) -> tuple[str, str, list[str]]:
+def tracked_as(run_dir: Path, *, method: str, key: str, target: float | str, seed: int) -> tuple[str, str, list[str]]:
     """Return what a run is called by trackers: its name ("quant-2.5-seed0"), its group, and its tags but for the experiment.
 
     Jobs of a sweep are of one group and have their folder's name beside, where that says more than the seed; other runs of one
     method and target are of one group.
 
-    Args: key: what the target is of, "bits" or "sparsity".
+    Args: key: what the target is of, "bits", "sparsity" or "size".
     """
-    of, job = f"{method}-{target:g}", job_name(run_dir)
+    said = target if isinstance(target, str) else f"{target:g}"
+    of, job = f"{method}-{said}", job_name(run_dir)
     name = f"{of}-seed{seed}"
     if job is not None and not _SEED.fullmatch(job):
         name += f" {job}"
-    return name, sweep_name(run_dir) or of, [method, f"{key}={target:g}"]
+    return name, sweep_name(run_dir) or of, [method, f"{key}={said}"]

@@ -8,7 +8,7 @@ rules serve bit widths, sparsities and dropped modules.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,8 +38,7 @@ class StepCosts:
     @classmethod
     def of(cls, space: Space) -> StepCosts:
         """Tabulate the steps of a space."""
-        costs = [[level.cost for level in unit.levels] for unit in space.units]
-        steps = [tuple(a - b for a, b in itertools.pairwise(unit)) for unit in costs]
+        steps = [tuple(a - b for a, b in itertools.pairwise(prices)) for prices in space.prices]
         return cls(less=tuple((0, *step) for step in steps), more=tuple((*step, 0) for step in steps))
 
 
@@ -136,7 +135,7 @@ class RepairedExchange:
     """
 
     def __init__(self, space: Space, budget: Budget) -> None:
-        self._costs = [[level.cost for level in unit.levels] for unit in space.units]
+        self._costs = space.prices
         self._steps = StepCosts.of(space)
         self._budget = budget.total
 
@@ -160,13 +159,116 @@ class RepairedExchange:
         return True
 
 
+class Spending:
+    """What a list of levels spends of every limit, kept up to date while units move one by one.
+
+    What lies in a dropped module is free, so the cost of a module's step depends on the levels of what lies in it.
+    """
+
+    def __init__(self, space: Space, budget: Budget, levels: list[int]) -> None:
+        """Take `levels`, which only `move` may change from now on."""
+        self.levels = levels
+        self._space = space
+        self._totals = [budget.total, *(limit.total for limit in budget.limits)]
+        tables = [space.prices]
+        for limit in budget.limits:
+            prices = space.prices_in(limit.currency or space.words)
+            counted = [limit.kind in (None, unit.kind) for unit in space.units]
+            tables.append(tuple(p if here else (0,) * len(p) for p, here in zip(prices, counted, strict=True)))
+        self._tables = tables
+        self._members: dict[int, list[int]] = {}
+        for index, module in enumerate(space.inside):
+            if module is not None:
+                self._members.setdefault(module, []).append(index)
+        self._spent = [space.total(table, levels) for table in tables]
+
+    @property
+    def exceeded(self) -> list[int]:
+        """The limits that are exceeded, 0 being the budget's own total."""
+        return [i for i, (spent, total) in enumerate(zip(self._spent, self._totals, strict=True)) if spent > total]
+
+    def can_move(self, unit: int, by: int) -> bool:
+        """Tell whether a unit that is there has a level so many levels further."""
+        return 0 <= self.levels[unit] + by < len(self._space.units[unit].levels) and not self._space.is_gone(self.levels, unit)
+
+    def step(self, unit: int, by: int) -> list[int]:
+        """Return what moving a unit that is there adds to every limit."""
+        options, old = self._space.units[unit].levels, self.levels[unit]
+        new = old + by
+        before, after = options[old].drops, options[new].drops
+        added = []
+        for table in self._tables:
+            cost = table[unit][new] - table[unit][old]
+            if before != after:
+                cost += (-1 if after else 1) * sum(table[member][self.levels[member]] for member in self._members.get(unit, ()))
+            added.append(cost)
+        return added
+
+    def fits(self, added: Sequence[int]) -> bool:
+        """Tell whether all limits are kept with so much more."""
+        return all(s + a <= total or a <= 0 for s, a, total in zip(self._spent, added, self._totals, strict=True))
+
+    def move(self, unit: int, by: int) -> None:
+        """Move a unit that is there."""
+        added = self.step(unit, by)
+        self._spent = [s + a for s, a in zip(self._spent, added, strict=True)]
+        self.levels[unit] += by
+
+    def fill(self, rng: np.random.Generator, *, but: Collection[int] = ()) -> int:
+        """Make random units less compressed, each by one level, as far as the limits allow it; return how many."""
+        moved = 0
+        for unit in rng.permutation(len(self.levels)).tolist():
+            if unit not in but and self.can_move(unit, -1) and self.fits(self.step(unit, -1)):
+                self.move(unit, -1)
+                moved += 1
+        return moved
+
+
+class FittingExchange:
+    """Move one unit one level, and others the other way: as many as it takes to keep all limits, or as many as then fit.
+
+    For costs that do not balance exactly: levels as stored, modules beside weights, several limits. A dropped module pays for many
+    weights' levels, one that is taken back is paid for by many. What lies in a dropped module does not move.
+    """
+
+    def __init__(self, space: Space, budget: Budget) -> None:
+        self._space, self._budget = space, budget
+
+    def __call__(self, levels: list[int], num_switches: int, rng: np.random.Generator) -> bool:
+        spending = Spending(self._space, self._budget, levels)
+        return all(self._exchange(spending, rng) for _ in range(num_switches))
+
+    def _exchange(self, spending: Spending, rng: np.random.Generator) -> bool:
+        by = 1 if rng.random() < 0.5 else -1
+        movable = [unit for unit in range(len(self._space)) if spending.can_move(unit, by)]
+        if not movable:
+            return False
+        moved = {_draw(movable, rng)}
+        spending.move(next(iter(moved)), by)
+        while exceeded := spending.exceeded:
+            helpful = [
+                unit
+                for unit in range(len(self._space))
+                if unit not in moved and spending.can_move(unit, 1) and any(spending.step(unit, 1)[i] < 0 for i in exceeded)
+            ]
+            if not helpful:
+                return False
+            spending.move(unit := _draw(helpful, rng), 1)
+            if not spending.can_move(unit, 1):
+                moved.add(unit)
+        gained = spending.fill(rng, but=moved)
+        return gained > 0 or by < 0  # what is compressed is compressed for something
+
+
 EXCHANGES: dict[str, Callable[[Space, Budget], Exchange]] = {
     "size": lambda space, budget: GroupSwitch(space, lambda unit: unit.size),
     "name": lambda space, budget: GroupSwitch(space, lambda unit: unit.kind),
     "any": lambda space, budget: ExactExchange(space),
     "none": RepairedExchange,
+    "fit": FittingExchange,
 }
-"""The values of `exchange`: between units of equal size, of equal kind, any that balance exactly, any repaired to fit."""
+"""The values of `exchange`: between units of equal size, of equal kind, any that balance exactly, any repaired to fit; fit: any,
+whatever the costs and limits, modules beside weights too."""
 
 
 class Deviation:
@@ -194,6 +296,11 @@ def make_exchange(name: str, space: Space, budget: Budget) -> Exchange:
     """Build the exchange rule of this name; raise EvoPressError if there is none."""
     if name not in EXCHANGES:
         raise EvoPressError(f'exchange "{name}" is unknown: choose one of {", ".join(EXCHANGES)}')
+    if name != "fit" and (space.inside or len(budget.by_kind) < len(budget.limits)):
+        raise EvoPressError(
+            f"search.exchange={name} keeps one total of costs that add up, but here modules hold other units or there are further "
+            "limits: use search.exchange=fit"
+        )
     return EXCHANGES[name](space, budget)
 
 

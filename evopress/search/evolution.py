@@ -160,8 +160,8 @@ class Evolution:
                     f"a genome to start from costs {space.cost(genome)}, more than the budget {budget.total}: leave it out"
                 )
             if not budget.met_by(space, genome):
-                split = ", ".join(f"{part} of {kind}" for kind, part in budget.split)
-                raise EvoPressError(f"a genome to start from does not keep the budget's split ({split}): leave it out")
+                limits = ", ".join(map(str, budget.limits))
+                raise EvoPressError(f"a genome to start from does not keep the budget's further limits ({limits}): leave it out")
         if (uniform := uniform_genome(space, budget)) is not None and not self._starts:
             self.initial_record = self._finish(uniform, fitness=None, accepted=False, parent_fitness=None)
 

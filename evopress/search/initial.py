@@ -5,10 +5,12 @@ Source: paper, section 3 ("For initialization ...") and the sampling of Algorith
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from evopress.errors import EvoPressError
-from evopress.search.constraint import StepCosts
+from evopress.search.constraint import Spending, StepCosts
 from evopress.units import Budget, Genome, Space
 
 
@@ -36,13 +38,60 @@ def random_mix(space: Space, budget: Budget, rng: np.random.Generator) -> Genome
     Raises: EvoPressError if no genome meets the budget.
     """
     genome = [0] * len(space)
-    for kind, total in budget.split or ((None, budget.total),):
+    if space.inside or len(budget.by_kind) < len(budget.limits):
+        return _fitting_mix(space, budget, rng)
+    for kind, total in budget.by_kind.items() or ((None, budget.total),):
         members = [index for index, unit in enumerate(space.units) if kind in (None, unit.kind)]
-        part = Space(space.method, tuple(space.units[index] for index in members))
+        part = _part(space, members)
         mix = _mix(part, Budget(total, budget.target, budget.measure), rng)
         for index, level in zip(members, mix, strict=True):
             genome[index] = level
     return tuple(genome)
+
+
+def _part(space: Space, members: Sequence[int]) -> Space:
+    """Return some units as a space of their own, in which nothing lies in anything."""
+    return Space(space.method, tuple(space.units[index] for index in members), space.currency)
+
+
+def _fitting_mix(space: Space, budget: Budget, rng: np.random.Generator) -> Genome:
+    """Draw a random mix where modules hold other units, or there are several limits.
+
+    Modules are dropped, random ones, where a limit asks for it or the units that stay cannot pay for themselves; those are then
+    mixed as ever, and what is left over is spent.
+
+    Raises: EvoPressError if no genome meets the limits.
+    """
+    modules = [index for index, unit in enumerate(space.units) if any(level.drops for level in unit.levels)]
+    weights = [index for index in range(len(space)) if index not in modules]
+    levels = [len(unit.levels) - 1 for unit in space.units]
+    for index in modules:
+        levels[index] = 0
+    spending = Spending(space, budget, levels)
+    order = iter(rng.permutation(modules).tolist() if modules else [])
+    while exceeded := spending.exceeded:
+        module = next(order, None)
+        if module is None:
+            raise EvoPressError(
+                f"no genome found meets target {budget.target:g} {budget.measure}"
+                f"{''.join(f', {limit}' for limit in budget.limits)}: raise one of them or add more compressed levels"
+            )
+        if any(spending.step(module, 1)[i] < 0 for i in exceeded):
+            spending.move(module, 1)
+    there = [index for index in weights if not space.is_gone(levels, index)]
+    part, total = _part(space, there), budget.total - sum(space.prices[index][levels[index]] for index in modules)
+    if there and total < part.greatest_cost:
+        mix = _mix(part, Budget(total, budget.target, budget.measure), rng)
+    else:
+        mix = [0] * len(there)
+    for index, level in zip(there, mix, strict=True):
+        levels[index] = level
+    spending = Spending(space, budget, levels)
+    for index in rng.permutation(there).tolist():  # further limits on weights
+        while spending.exceeded and spending.can_move(index, 1):
+            spending.move(index, 1)
+    spending.fill(rng, but=modules)
+    return tuple(levels)
 
 
 def _mix(space: Space, budget: Budget, rng: np.random.Generator) -> list[int]:
@@ -103,5 +152,5 @@ def initial_candidates(space: Space, budget: Budget, *, num_candidates: int, rng
 def _neighbour_above(space: Space, budget: Budget, index: int) -> int:
     """Find a unit's most compressed level that costs at least the budget's average per weight; 0 if none does."""
     unit = space.units[index]
-    dear = [i for i, level in enumerate(unit.levels) if level.cost * space.size >= budget.total * unit.size]
+    dear = [i for i, cost in enumerate(space.prices[index]) if cost * space.size >= budget.total * unit.size]
     return dear[-1] if dear else 0

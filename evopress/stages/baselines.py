@@ -25,7 +25,6 @@ from evopress.fitness.measures import KLDivergence, Measure, NegativeLogLikeliho
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.json_files import shown
 from evopress.levels.store import LevelDatabase
-from evopress.methods import WeightMethod
 from evopress.reporting.records import read_document, write_json
 from evopress.settings import FitnessSettings
 from evopress.stages.depth import rank_blocks, search_all
@@ -86,6 +85,8 @@ def what_decides_fitness(workspace: Workspace, *, text: bool = True) -> dict[str
         **({"search text": tokens_digest(workspace.search_tokens)[:16]} if text else {}),
         "bits": settings.bits,
         "sparsity": settings.sparsity,
+        "size": settings.size,
+        "limits": settings.limits,
     }
 
 
@@ -159,8 +160,8 @@ def find_owl(workspace: Workspace) -> tuple[Genome, LevelDatabase]:
     from the Hessians that the first left behind; the grid's best is that with the least perplexity on calibration text.
     """
     settings, blocks = workspace.settings, workspace.blocks
-    assert isinstance(workspace.method, WeightMethod)
-    pruner = workspace.method.compressor((), dtype_bits=8 * blocks.dtype.itemsize)
+    assert workspace.method.weights is not None
+    pruner = workspace.method.weights.compressor((), dtype_bits=8 * blocks.dtype.itemsize)
     assert settings.sparsity is not None and isinstance(pruner, SparsityLevels)
     hessians = workspace.complete_hessians()
     num_blocks = len(blocks.blocks)

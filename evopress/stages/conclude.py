@@ -13,7 +13,6 @@ from evopress.evaluation.zero_shot import ZeroShot, load_tasks, measure_zero_sho
 from evopress.export import export_checkpoint
 from evopress.files import make_folder
 from evopress.levels.modules import dropped_modules
-from evopress.methods import ModuleMethod
 from evopress.reporting import figures, tables
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.dropped import dropped_modules_figure
@@ -177,7 +176,7 @@ def export(workspace: Workspace, *, command: str) -> None:
             "base_model": workspace.pretrained.name,
             "base_model_digest": workspace.pretrained.digest,
             "level_database": database.fingerprint,
-            "recipe": database.manifest["recipe"],
+            "recipe": database.recipe,
             **({} if given is None else {"genome": given.name}),
             **workspace.method.costs(space, genome),
             **({"left_out": list(left_out)} if left_out else {}),
@@ -247,10 +246,10 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
         if given is not None:
             others.setdefault(given.name, given.genome)
         others = {name: other for name, other in others.items() if not name.startswith("uniform_") and name != shown_as}
-        if isinstance(workspace.method, ModuleMethod):
+        if workspace.method.modules is not None:
             dropped = {name: dropped_modules(union, each) for name, each in {**others, shown_as: genome}.items()}
             pictures += dropped_modules_figure(dropped, len(workspace.blocks.blocks), run_dir / "figures")
-        else:
+        if workspace.method.weights is not None:
             pictures += figures.level_profile(union, {**others, shown_as: genome}, run_dir / "figures")
         pictures += lineage_figures(records, database.space, run_dir / "figures", fitness=settings.fitness.name)
     if rows:

@@ -148,7 +148,7 @@ def search_all(workspace: Workspace, make_fitness: Callable[[Workspace, np.rando
         {
             "tokens": tokens_digest(workspace.search_tokens[:rows]),
             "fitness": [settings.fitness.name, settings.fitness.k],
-            "budget": [budget.total, *map(list, budget.split)],
+            "budget": [budget.total, *map(list, budget.by_kind.items())],
         }
     )
     path = workspace.database.folder / f"exhaustive-{digits}.jsonl"

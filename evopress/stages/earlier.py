@@ -72,7 +72,7 @@ def refuse_other_work(workspace: Workspace, searching: Searching) -> None:
 
 def _check_search(workspace: Workspace, searching: Searching, space: Space) -> None:
     """Raise EvoPressError if the saved search is not the one that would go on, tried on a search that nobody runs."""
-    path, budget = workspace.run_dir / STATE, workspace.method.budget(space)
+    path, budget = workspace.run_dir / STATE, workspace.budget_of(space)
     if "search" in workspace.settings.stages:
         rng = [copy.deepcopy(workspace.rng["minibatch"]) for _ in range(3)]
         no_errors = tuple((0.0,) * len(unit.levels) for unit in space.units)

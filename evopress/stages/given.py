@@ -13,7 +13,6 @@ from evopress.baselines.uniform import uniform_genomes
 from evopress.errors import EvoPressError
 from evopress.files import given_path
 from evopress.json_files import clip, shown
-from evopress.methods import ModuleMethod
 from evopress.reporting.records import read_document, read_genome, write_genome
 from evopress.settings import RunSettings
 from evopress.stages.baselines import stored_baselines
@@ -100,7 +99,7 @@ def find_genome(workspace: Workspace, given: str, *, key: str = "genome") -> Giv
     if given in baselines:
         return Given(given, baselines[given], space)
     refuse_missing(workspace, [(key, given)], baselines, database.space)
-    assert not isinstance(method, ModuleMethod)
+    assert method.weights is not None
     if given == "dp":
         return Given(given, dynamic_programming(database.space, workspace.budget, database.errors), database.space)
     return Given(given, uniform_genomes(database.space, method.uniform_name)[given], database.space)
@@ -114,7 +113,7 @@ def refuse_missing(workspace: Workspace, given: Sequence[tuple[str, str]], basel
         space: units and levels that the level database has, or will have.
     """
     made: list[str] = []
-    if not isinstance(workspace.method, ModuleMethod):
+    if workspace.method.weights is not None:
         made = [*uniform_genomes(space, workspace.method.uniform_name), "dp"]
     for key, name in given:
         if file_of(name, key) is None and name not in (*baselines, *made):

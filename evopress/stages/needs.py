@@ -18,7 +18,6 @@ from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.levels.live import enough_to_keep
 from evopress.levels.plan import BuildNeeds
-from evopress.methods import ModuleMethod
 from evopress.reporting.records import read_json
 from evopress.search.initial import uniform_genome
 from evopress.search.strategy import BACKWARD_TOKENS, Asks, Searching
@@ -75,7 +74,7 @@ class Planner:
         self.searching, self.asks, self.speed = searching, asks, speed
         self.settings = workspace.settings
         self.num_blocks = len(workspace.blocks.blocks)
-        self.modules = isinstance(workspace.method, ModuleMethod)
+        self.modules = workspace.method.weights is None
         self.kept = 0  # bytes of the dense model's states on held-out text
         self.based = False  # whether an earlier stage computed the dense model's states of the search text
 
@@ -185,7 +184,7 @@ class Planner:
     def _refine(self) -> Needs:
         """Calibration text twice through each block; a candidate of every block through it and those after it."""
         zero = 0.0 if self.speed else None
-        if self.modules:
+        if not self.workspace.refines:
             return Needs("refine", "nothing: modules are dropped", seconds=zero)
         if (steps := self._refined_before()) is not None:
             return Needs("refine", f"done: {steps} blocks", seconds=zero)
@@ -267,7 +266,7 @@ class Planner:
             count = len(names) + ("uniform" in names and self.budget.total != self.space.greatest_cost)
         elif (folder / "baselines.json").exists():
             count = len(read_baselines(folder / "baselines.json")["genomes"])
-        refined = "refine" in self.settings.stages and not self.modules
+        refined = "refine" in self.settings.stages and self.workspace.refines
         count += (self.settings.genome is not None) + refined
         return count + ("search" in self.settings.stages or (folder / "genome.json").exists())
 

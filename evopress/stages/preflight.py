@@ -73,7 +73,7 @@ def preflight(workspace: Workspace, searching: Searching) -> Plan:
         numbers are not finite.
     """
     space, build = workspace.plan_database()
-    budget = workspace.method.budget(space)
+    budget = workspace.budget_of(space)
     budget.check(space)
     baselines = workspace.settings.baselines
     if "baselines" in workspace.settings.stages and "exhaustive" in baselines.names:
@@ -213,8 +213,8 @@ def _device_free(device: torch.device) -> int:
 
 def _check(plan: Plan, workspace: Workspace, build: BuildNeeds | None) -> None:
     """Raise EvoPressError if a stage needs more than there is."""
-    if build is not None and build.units:
-        check_room(workspace.build_settings(workspace.settings.method.name, workspace.compressor), build)
+    if build is not None and build.units and workspace.method.weights is not None:
+        check_room(workspace.build_settings(workspace.method.weights.name, workspace.compressor), build)
     for folders, free in _disks(_folders(workspace)):
         sizes = {needs.stage: size for needs in plan.stages if (size := sum(needs.disk.get(folder, 0) for folder in folders))}
         if sum(sizes.values()) * 1.02 > free:

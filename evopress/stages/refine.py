@@ -16,7 +16,6 @@ from evopress.fitness.minibatch import base_states
 from evopress.fitness.suffix import SuffixLoss
 from evopress.levels.refine import RefineSettings, ensure_refined, folder_of, inexact_units, refined_units, steps_of
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase
-from evopress.methods import WeightMethod
 from evopress.reporting.records import read_genome, read_json, write_json
 from evopress.stages.given import take_best_so_far
 from evopress.stages.results import read_result
@@ -33,7 +32,7 @@ def refuse_without_genome(workspace: Workspace) -> None:
     """Raise EvoPressError if there is no genome to refine and none will be found: before any model work."""
     stages = workspace.settings.stages
     begun = (workspace.run_dir / "state.json").exists()
-    if "refine" in stages and "search" not in stages and not begun and isinstance(workspace.method, WeightMethod):
+    if "refine" in stages and "search" not in stages and not begun and workspace.refines:
         _genome_file(workspace)
 
 
@@ -42,11 +41,12 @@ def refine(workspace: Workspace) -> None:
 
     Skipped, and said, where there is nothing to gain: modules are dropped, or every unit is at a level that is its weight itself.
     """
-    if not isinstance(workspace.method, WeightMethod):
-        logger.info("refine: method %s stores no weights, so there is nothing to refine", workspace.settings.method.name)
+    if not workspace.refines:
+        why = "stores no weights" if workspace.method.weights is None else "drops modules, which the second pass does not know yet"
+        logger.info("refine: method %s %s, so there is nothing to refine", workspace.method.name, why)
         return
     take_best_so_far(workspace)
-    path, database = _genome_file(workspace), workspace.database
+    path, database = _genome_file(workspace), _database(workspace)
     genome = read_genome(path, database.space, database=database.fingerprint)
     if not inexact_units(database, genome):
         logger.info("refine: every unit is at a level that is its weight itself, so there is nothing to refine")
@@ -75,6 +75,11 @@ def refine(workspace: Workspace) -> None:
     result = read_result(workspace.run_dir)
     result["refine"] = summary
     write_json(workspace.run_dir / "result.json", result)
+
+
+def _database(workspace: Workspace) -> LevelDatabase:
+    assert isinstance(workspace.database, LevelDatabase), "what is refined is of one source"
+    return workspace.database
 
 
 def summary_of(refined: LevelDatabase) -> dict[str, Any]:
@@ -131,7 +136,7 @@ def refined_levels(workspace: Workspace, genome: Genome) -> LevelDatabase | None
         recipe = refined.manifest["recipe"]
         if (recipe.get("database"), recipe.get("genome")) != (database.fingerprint, list(genome)):
             logger.info("%s is of another genome or level database, so it is left out: %s", folder, _AGAIN)
-        elif refined.space.units != refined_units(database, genome):
+        elif refined.space.units != refined_units(_database(workspace), genome):
             raise EvoPressError(f"{folder} has other units or levels than the genome: {_AGAIN}")
         else:
             return refined

@@ -97,7 +97,7 @@ def switching(bench: Bench) -> Iterator[Row]:
     """Part f: a block's levels from packed codes, cold and warm, against tensors from files that the system has at hand."""
     found = searched("quant", bench.subject, bench.size, bench.scratch)
     assert isinstance(found.live, LiveModel)
-    source, space, blocks = found.live.database, found.live.space, bench.subject.blocks
+    source, space, blocks = found.live.levels, found.live.space, bench.subject.blocks
     indices = range(min(bench.size.switch_blocks, len(blocks.blocks)))
     genome: Genome = tuple(i % len(unit.levels) for i, unit in enumerate(space.units))
     keys = {unit.name: unit.levels[level].key for unit, level in zip(space.units, genome, strict=True)}

@@ -20,7 +20,7 @@ from evopress.compress.one_level import OneLevel
 from evopress.compress.sparse import Sparse, SparsityLevels, derive_step, lowest, to_float32
 from evopress.levels.build import ensure_database
 from evopress.levels.live import Live, LiveModel
-from evopress.levels.modules import LiveModules
+from evopress.levels.modules import ModuleLevels
 from evopress.levels.plan import BuildSettings, plan_space
 from evopress.levels.store import LevelDatabase
 from evopress.levels.union import LevelSource
@@ -121,7 +121,7 @@ def searched(method: str, subject: Subject, size: Size, scratch: Path, *, cache_
     if method == "drop":
         drop = Drop(DropSettings(), size.depth, exchange="name")
         space = drop.space(blocks.shapes(), dtype_bits=dtype_bits)
-        return Searched(LiveModules(blocks, space), drop.budget(space))
+        return Searched(LiveModel(blocks, ModuleLevels(space)), drop.budget(space))
     compressor: Compressor
     if method == "quant":
         compressor = RoundToNearest(size.group_size)

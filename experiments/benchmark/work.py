@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from evopress.levels.live import Live
-from evopress.levels.modules import LiveModules
+from evopress.levels.modules import is_module
 from evopress.models.blocks import BlockModel
 from evopress.units import Genome
 
@@ -113,7 +113,7 @@ def search_work(live: Live, questions: Sequence[Question], *, sequence_length: i
         runs, num_final = distinct_states(live, question.genomes)
         for index, states in enumerate(runs):
             for levels in states:
-                dropped = levels if isinstance(live, LiveModules) and levels is not None else (0, 0)
+                dropped = levels if is_module(live.space.units[0]) and levels is not None else (0, 0)
                 work += block_work(blocks, index, lengths, attention=not dropped[0], mlp=not dropped[1])
         predicted = sum(count * (length - 1) for count, length in lengths)
         work.append(head_work(blocks, predicted).times(num_final + 1))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from evopress.baselines.exhaustive import all_genomes, count_genomes, exhaustive
 from evopress.errors import EvoPressError
-from evopress.units import Budget, Level, Space, Unit
+from evopress.units import Budget, Genome, Level, Limit, Space, Unit
 
 
 def drop_space(*kinds, cost=1) -> Space:
@@ -16,7 +16,7 @@ def drop_space(*kinds, cost=1) -> Space:
 
 
 def keep(total, *split) -> Budget:
-    return Budget(total, 0.25, "sparsity", split)
+    return Budget(total, 0.25, "sparsity", tuple(Limit(part, kind=kind) for kind, part in split))
 
 
 PAIRS = drop_space(*["pair"] * 6)
@@ -42,9 +42,14 @@ def test_any_small_space_equals_brute_force(data):
     genomes = list(itertools.product(*(range(len(unit.levels)) for unit in units)))
     aim = data.draw(st.sampled_from(genomes))  # a budget that is met, mostly
     slack = data.draw(st.sampled_from([0, 0, 0, 1]))
-    split = tuple((kind, space.cost_of(kind, aim)) for kind in data.draw(st.sets(st.sampled_from("abc"))))
-    budget = Budget(space.cost(aim) + slack, 0.5, "share", split)
-    expected = [genome for genome in genomes if space.cost(genome) == budget.total and budget.met_by(space, genome)]
+    kinds = data.draw(st.sets(st.sampled_from("abc")))
+    limits = tuple(Limit(space.total(space.prices, aim, kind), kind=kind) for kind in kinds)
+    budget = Budget(space.cost(aim) + slack, 0.5, "share", limits)
+
+    def spends_it_all(genome: Genome) -> bool:
+        return space.cost(genome) == budget.total and all(limit.spent(space, genome) == limit.total for limit in limits)
+
+    expected = [genome for genome in genomes if spends_it_all(genome)]
     assert list(all_genomes(space, budget)) == expected  # `product` is lexicographic
     assert count_genomes(space, budget) == len(expected)
     assert slack or aim in expected

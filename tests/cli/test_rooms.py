@@ -13,10 +13,11 @@ import pytest
 import evopress.__main__
 
 PACKAGE = Path(evopress.__main__.__file__).parent
-VOCABULARY = {"units", "errors", "files", "json_files", "progress", "registry"}
+VOCABULARY = {"units", "currencies", "errors", "files", "json_files", "progress", "registry"}
 MAY_IMPORT = {
     "errors": set(),
-    "units": {"errors"},
+    "currencies": {"errors"},
+    "units": {"currencies", "errors"},
     "files": {"errors"},
     "json_files": {"errors"},
     "progress": set(),

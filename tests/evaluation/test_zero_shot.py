@@ -17,7 +17,7 @@ from evopress.evaluation import zero_shot
 from evopress.evaluation.zero_shot import PAPER_TASKS, TaskScore, ZeroShot, check_tasks, load_tasks, measure_zero_shot
 from evopress.export import export_checkpoint
 from evopress.levels.live import LiveModel
-from evopress.levels.modules import LiveModules
+from evopress.levels.modules import ModuleLevels
 from evopress.methods.drop import Drop
 from evopress.models import attention
 from evopress.models.tiny import byte_tokenizer
@@ -184,7 +184,7 @@ def test_a_question_with_a_token_beyond_the_embedding_is_refused(tasks_path):
 def test_so_they_are_where_modules_are_dropped(tiny_blocks, tasks_path, tmp_path, monkeypatch):
     blocks = tiny_blocks(num_blocks=3)
     method = Drop(DropSettings(), sparsity=0.5, exchange="name")
-    live = LiveModules(blocks, method.space(blocks.shapes(), dtype_bits=32))
+    live = LiveModel(blocks, ModuleLevels(method.space(blocks.shapes(), dtype_bits=32)))
     genomes = {"dense": None, "first attention": (1, 0, 0, 0, 0, 0), "a whole block": (0, 1, 1, 1, 0, 0)}
     compare_with_lm_eval(live, genomes, tasks_path, tmp_path, monkeypatch)
 
@@ -215,7 +215,7 @@ def test_the_model_is_the_dense_one_again_and_no_generator_is_touched(
 ):
     caplog.set_level(logging.INFO)
     live = live_model()
-    live = LiveModel(tiny_blocks(num_blocks=4), live.database)
+    live = LiveModel(tiny_blocks(num_blocks=4), live.levels)
     model, tokenizer = live.blocks.model, byte_tokenizer()
     assert model.config._attn_implementation == attention.NAME
     before = weights_digest(model), tokenizer.pad_token, model.config._attn_implementation

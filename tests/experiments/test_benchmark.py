@@ -23,7 +23,6 @@ from evopress.compress.sparsegpt import sparsegpt
 from evopress.errors import EvoPressError
 from evopress.fitness.population import PopulationEvaluator
 from evopress.levels.live import LiveModel
-from evopress.levels.modules import LiveModules
 from evopress.models.blocks import BlockModel
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import forward, growth, measure, plain, profiling, search, sweeps, tables, targets, work
@@ -154,7 +153,7 @@ def test_distinct_states_are_those_that_the_evaluator_runs(bench: Bench, method:
         expected += tokens * sum(len(states) for states in runs)
         assert 1 < num_final <= len(set(question.genomes))
     assert evaluator.num_block_tokens == expected
-    assert isinstance(found.live, LiveModules if method == "drop" else LiveModel)
+    assert isinstance(found.live, LiveModel)
 
 
 def test_dropped_modules_need_no_operations(bench: Bench) -> None:

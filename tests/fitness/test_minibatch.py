@@ -70,7 +70,7 @@ def test_base_states_that_are_not_finite_are_refused(tiny_blocks, live, sequence
     from evopress.levels.live import LiveModel
 
     blocks = tiny_blocks("llama", num_blocks=4)
-    broken = LiveModel(blocks, live.database)
+    broken = LiveModel(blocks, live.levels)
     blocks.model.get_input_embeddings().weight.data[int(sequences[3, 2])] = float("nan")
     with pytest.raises(EvoPressError, match=r"not finite on sequences \d to \d"):
         base_states(PopulationEvaluator(broken), sequences, batch_tokens=32)

@@ -47,7 +47,7 @@ def test_new_weights_are_in_their_block_alone(judged):
     suffix = made(worst)
     for index in range(4):
         units = range(index * per_block, (index + 1) * per_block)
-        weights = {live.space.units[i].name: live.database.read(i, 0).decode() for i in units}
+        weights = {live.space.units[i].name: live.levels.read(i, 0).decode() for i in units}
         mixed = best[: (index + 1) * per_block] + worst[(index + 1) * per_block :]
         assert suffix.loss(index, weights) == pytest.approx(whole(mixed), rel=1e-5)
         part = dict(list(weights.items())[:1])  # of one unit; the others stay at the genome

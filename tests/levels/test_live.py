@@ -29,7 +29,7 @@ def test_a_genome_applied_and_left_restores_every_byte(family, dtype, live_model
     genome = mixed(live)
     with live.applied(genome):
         for unit, (linear, level) in enumerate(zip(linears, genome, strict=True)):
-            assert torch.equal(linear.weight, live.database.read(unit, level).decode())
+            assert torch.equal(linear.weight, live.levels.read(unit, level).decode())
             assert linear.weight.dtype == getattr(torch, dtype)
         assert weights_digest(live.blocks.model) != before
     assert weights_digest(live.blocks.model) == before
@@ -44,8 +44,8 @@ def test_an_exception_inside_restores_every_byte_too(live, weights_digest):
 
 
 def test_a_failing_read_in_the_middle_restores_every_byte(live, weights_digest, monkeypatch):
-    fresh = LiveModel(live.blocks, live.database)
-    before, read, count = weights_digest(live.blocks.model), type(live.database).read, 0
+    fresh = LiveModel(live.blocks, live.levels)
+    before, read, count = weights_digest(live.blocks.model), type(live.levels).read, 0
 
     def failing(database, unit, level, *device):
         nonlocal count
@@ -54,7 +54,7 @@ def test_a_failing_read_in_the_middle_restores_every_byte(live, weights_digest, 
             raise BrokenError
         return read(database, unit, level, *device)
 
-    monkeypatch.setattr(type(live.database), "read", failing)
+    monkeypatch.setattr(type(live.levels), "read", failing)
     with pytest.raises(BrokenError), fresh.applied(mixed(live)):
         pass
     assert weights_digest(live.blocks.model) == before
@@ -96,7 +96,7 @@ def test_tied_embeddings_are_untouched(family, live_model):
 
 def test_the_cache_stays_within_its_bound_and_gives_up_the_least_recently_used(live):
     block_bytes = sum(linear.weight.numel() * 4 for linear in live.blocks.linears(0).values())
-    small = LiveModel(live.blocks, live.database, cache_bytes=block_bytes)
+    small = LiveModel(live.blocks, live.levels, cache_bytes=block_bytes)
     for seed in range(4):
         with small.applied(mixed(live, seed)):
             held = sum(weight.numel() * weight.element_size() for weight in small._cache.values())
@@ -114,7 +114,7 @@ def test_the_cache_stays_within_its_bound_and_gives_up_the_least_recently_used(l
 
 def test_a_weight_used_again_outlives_one_used_before_it(live):
     size = live.blocks.linears(0)["model.layers.0.self_attn.q_proj"].weight.numel() * 4
-    two = LiveModel(live.blocks, live.database, cache_bytes=2 * size)
+    two = LiveModel(live.blocks, live.levels, cache_bytes=2 * size)
 
     def loads(level):
         before = two.num_loads
@@ -125,12 +125,12 @@ def test_a_weight_used_again_outlives_one_used_before_it(live):
 
 
 def test_no_cache_reads_every_time(live):
-    none = LiveModel(live.blocks, live.database, cache_bytes=0)
+    none = LiveModel(live.blocks, live.levels, cache_bytes=0)
     for _ in range(2):
         with none.applied(mixed(live)):
             pass
     assert none.num_loads == 2 * len(live.space)
-    cached = LiveModel(live.blocks, live.database)
+    cached = LiveModel(live.blocks, live.levels)
     for _ in range(2):
         with cached.applied(mixed(live)):
             pass
@@ -140,14 +140,14 @@ def test_no_cache_reads_every_time(live):
 @pytest.mark.parametrize("family", ["phi3", "opt"])
 def test_a_database_of_another_model_is_refused(family, live, tiny_blocks):
     with pytest.raises(EvoPressError, match="of another model"):
-        LiveModel(tiny_blocks(family, num_blocks=4), live.database)
+        LiveModel(tiny_blocks(family, num_blocks=4), live.levels)
 
 
 def test_a_database_of_a_model_of_other_widths_is_refused(live, tiny_blocks, monkeypatch):
     blocks = tiny_blocks("llama", num_blocks=4)
     blocks.linears(2)["model.layers.2.mlp.up_proj"].weight.data = torch.zeros(80, 32)
     with pytest.raises(EvoPressError, match="of another model"):
-        LiveModel(blocks, live.database)
+        LiveModel(blocks, live.levels)
 
 
 def test_a_database_with_other_levels_still_applies(tmp_path, live, build_settings, tokens):

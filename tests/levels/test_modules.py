@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from evopress.errors import EvoPressError
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator
-from evopress.levels.modules import ATTENTION, MLP, LiveModules, dropped_modules, ensure_modules, modules_of
+from evopress.levels.live import LiveModel
+from evopress.levels.modules import ATTENTION, MLP, ModuleLevels, dropped_modules, ensure_modules, modules_of
 from evopress.levels.store import LevelDatabase
 from evopress.methods.drop import Drop
 from evopress.models.blocks import BlockModel
@@ -71,7 +72,7 @@ def test_a_dropped_module_is_one_whose_output_is_zero(tmp_path: Path, family: st
     blocks = load(tmp_path, family)
     dense = logits(blocks.model)
     space = space_of(blocks)
-    live = LiveModules(blocks, space)
+    live = LiveModel(blocks, ModuleLevels(space))
     expected = [with_zeroed_outputs(blocks, dropped_modules(space, genome)) for genome in GENOMES]
     for genome, literal in zip(GENOMES, expected, strict=True):
         with live.applied(genome):
@@ -88,7 +89,7 @@ def test_a_dropped_module_is_one_whose_output_is_zero(tmp_path: Path, family: st
 
 def test_what_is_dropped_is_not_run(tmp_path: Path) -> None:
     blocks = load(tmp_path, "llama")
-    live = LiveModules(blocks, space_of(blocks))
+    live = LiveModel(blocks, ModuleLevels(space_of(blocks)))
     ran: list[str] = []
     for name, module in blocks.model.named_modules():
         if isinstance(module, torch.nn.Linear) or name.endswith("layernorm"):
@@ -107,7 +108,7 @@ def test_what_is_dropped_is_not_run(tmp_path: Path) -> None:
 def test_units_of_each_granularity_stand_for_all_modules(tmp_path: Path, granularity: str) -> None:
     blocks = load(tmp_path, "llama", num_blocks=4)
     space = space_of(blocks, granularity)
-    LiveModules(blocks, space)  # checks that they fit
+    LiveModel(blocks, ModuleLevels(space))  # checks that they fit
     every = [module for unit in space.units for module in modules_of(unit)]
     assert sorted(every) == sorted((block, kind) for block in range(4) for kind in (ATTENTION, MLP))
     total = sum(parameter.numel() for block in blocks.blocks for parameter in block.parameters())
@@ -118,7 +119,7 @@ def test_units_of_each_granularity_stand_for_all_modules(tmp_path: Path, granula
 def test_a_space_of_another_model_is_refused(tmp_path: Path) -> None:
     space = space_of(load(tmp_path, "llama", num_blocks=4))
     with pytest.raises(EvoPressError, match="of another model"):
-        LiveModules(load(tmp_path, "qwen2", num_blocks=3), space)
+        LiveModel(load(tmp_path, "qwen2", num_blocks=3), ModuleLevels(space))
 
 
 def test_a_model_that_normalises_its_residual_stream_is_refused(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_a_model_that_normalises_its_residual_stream_is_refused(tmp_path: Path) 
     for block in blocks.blocks:
         block.do_layer_norm_before = False  # as in OPT-350m
     with pytest.raises(EvoPressError, match="normalises the residual stream"):
-        LiveModules(blocks, space_of(blocks))
+        LiveModel(blocks, ModuleLevels(space_of(blocks)))
     assert not any("forward" in module.__dict__ for module in blocks.model.modules())
 
 
@@ -134,7 +135,7 @@ def test_a_model_that_normalises_its_residual_stream_is_refused(tmp_path: Path) 
 @pytest.mark.parametrize("genome", [(1, 1, 0, 0, 0, 0), (0, 1, 1, 1, 1, 0), (1, 0, 0, 1, 0, 0)], ids=["whole", "mixed", "single"])
 def test_a_written_checkpoint_computes_what_the_live_model_does(tmp_path: Path, family: str, genome: Genome) -> None:
     blocks = load(tmp_path, family)
-    live = LiveModules(blocks, space_of(blocks))
+    live = LiveModel(blocks, ModuleLevels(space_of(blocks)))
     before = {name: tensor.clone() for name, tensor in blocks.model.state_dict().items()}
     config = blocks.model.config.to_dict()
     with live.applied(genome):

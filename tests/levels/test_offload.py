@@ -5,7 +5,7 @@ import torch
 
 from evopress.fitness.population import PopulationEvaluator
 from evopress.levels.live import LiveModel, enough_to_keep
-from evopress.levels.modules import LiveModules
+from evopress.levels.modules import ModuleLevels
 from evopress.methods.drop import Drop
 from evopress.settings import DropSettings
 
@@ -72,16 +72,16 @@ def test_modules_are_dropped_from_blocks_that_are_carried(carried, tokens, monke
     blocks = dense.blocks
     space = Drop(DropSettings(), sparsity=0.5, exchange="name").space(blocks.shapes(), dtype_bits=32)
     ids, genome = tokens(2, 12), (1, 0, 0, 1, 1, 1)[: len(space)]
-    found = PopulationEvaluator(LiveModules(blocks, space)).final_states([genome], ids)[1]
+    found = PopulationEvaluator(LiveModel(blocks, ModuleLevels(space))).final_states([genome], ids)[1]
     monkeypatch.setattr(blocks, "offload", False)
-    assert torch.equal(found[0], PopulationEvaluator(LiveModules(blocks, space)).final_states([genome], ids)[1][0])
+    assert torch.equal(found[0], PopulationEvaluator(LiveModel(blocks, ModuleLevels(space))).final_states([genome], ids)[1][0])
 
 
 def test_levels_are_decoded_where_they_are_used(live_model):
     live = live_model("llama", num_blocks=2)
-    packed = live.database.read(0, 0, "meta")
+    packed = live.levels.read(0, 0, "meta")
     assert packed.codes.is_meta and packed.decode().is_meta
-    assert LiveModel(live.blocks, live.database)._weight(0, 0, torch.device("meta")).is_meta
+    assert LiveModel(live.blocks, live.levels)._weight(0, 0, torch.device("meta")).is_meta
 
 
 def test_a_whole_block_is_worth_keeping(live_model):

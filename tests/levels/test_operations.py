@@ -71,7 +71,7 @@ def test_a_stage_loads_each_level_that_it_needs_once_and_reads_no_other_byte(
     live_model: Any, tokens: Any, monkeypatch: Any
 ) -> None:
     live = live_model("llama", num_blocks=4)
-    database, space = live.database, live.space
+    database, space = live.levels, live.space
     parent = tuple(i % 3 for i in range(len(space)))
     genomes = [parent]
     for unit in (2, 9, 9, 16, 23, 27):  # single switches, two of them in one unit

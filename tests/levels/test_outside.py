@@ -177,7 +177,7 @@ def test_a_genome_applied_and_left_restores_every_byte(live, weights_digest):
     genome = random_genomes(live, 1, seed=2)[0]
     with live.applied(genome):
         for index, unit in enumerate(live.space.units):
-            expected = live.database.read(index, genome[index]).decode()
+            expected = live.levels.read(index, genome[index]).decode()
             assert torch.equal(blocks.model.get_submodule(unit.name).weight, expected)
         assert is_tied(blocks) == (blocks.head_part == blocks.embedding_part)
         assert weights_digest(blocks.model) != before
@@ -217,13 +217,13 @@ def test_files_of_the_blocks_are_those_of_a_database_of_blocks_alone(live, load,
     )
     database, _ = ensure_database(build_settings(tmp_path), alone, ids, compressor)
     for index in range(NUM_BLOCKS):
-        assert (database.folder / block_file(index)).read_bytes() == (live.database.folder / block_file(index)).read_bytes()
+        assert (database.folder / block_file(index)).read_bytes() == (live.levels.folder / block_file(index)).read_bytes()
     assert len(list(database.folder.glob("block-*"))) == NUM_BLOCKS
 
 
 def test_the_heads_hessian_is_of_the_last_hidden_states_as_propagated(live, ids):
     """The stored error is tr(E H Eᵀ) / tr(W H Wᵀ), or the part of it that a tied weight has as a head."""
-    blocks, database = live.blocks, live.database
+    blocks, database = live.blocks, live.levels
     part = blocks.head_part
     unit = next(i for i, unit in enumerate(live.space.units) if unit.block == part)
     through = tuple(1 if u.block < NUM_BLOCKS else None for u in live.space.units)  # "3" is what activations leave through
@@ -287,13 +287,13 @@ def test_parts_that_are_damaged_alone_are_built_again_with_the_same_bytes(
     last = len(live.blocks.parts) - 1
     lost = {min(index, last) for index in lost}
     settings = build_settings(tmp_path)
-    shutil.copytree(live.database.folder, settings.folder)
+    shutil.copytree(live.levels.folder, settings.folder)
     for index in lost:
         path = settings.folder / block_file(index)
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     _, reused = ensure_database(settings, live.blocks, ids, compressor)
     assert not reused
-    for path in live.database.folder.iterdir():
+    for path in live.levels.folder.iterdir():
         assert (settings.folder / path.name).read_bytes() == path.read_bytes(), path.name
 
 
@@ -330,7 +330,7 @@ def test_a_build_that_was_cut_off_goes_on(finished, load, build_settings, tmp_pa
 
 def test_a_database_of_other_parts_is_refused(live, load):
     with pytest.raises(EvoPressError, match="is of another model"):
-        LiveModel(load(include=(BLOCKS,)), live.database)
+        LiveModel(load(include=(BLOCKS,)), live.levels)
 
 
 def test_what_the_parts_need_is_counted(load, build_settings, tmp_path, ids, compressor):

@@ -116,7 +116,7 @@ def test_an_unbalanced_search_trades_attention_for_mlp_modules() -> None:
     method = method_of(balanced=False, exchange="any")
     space = space_of(method)
     budget = method.budget(space)
-    assert budget.split == () and budget.total == 60 - 14
+    assert budget.limits == () and budget.total == 60 - 14
     rng = np.random.default_rng(0)
     genome = random_mix(space, budget, rng)
     counts = set()

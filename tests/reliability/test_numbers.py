@@ -169,7 +169,7 @@ def test_a_level_that_is_not_finite_is_named_once_with_its_sequence(
 ) -> None:  # fmt: skip
     live = live_model("llama")
     base = base_states(PopulationEvaluator(live), sequences, batch_tokens=64)
-    broken = LiveModel(live.blocks, live.database)
+    broken = LiveModel(live.blocks, live.levels)
     decoded = LiveModel._weight
     monkeypatch.setattr(
         LiveModel, "_weight", lambda self, unit, level, device: decoded(self, unit, level, device) * (NAN if level == 2 else 1.0)
@@ -194,7 +194,7 @@ def test_a_dense_model_that_is_not_finite_is_named_with_its_sequence(
     base = base_states(PopulationEvaluator(live), sequences, batch_tokens=64)
     blocks = tiny_blocks("llama", num_blocks=4)
     blocks.model.lm_head.weight.data[7] = 3e38
-    fitness = fitness_on(LiveModel(blocks, live.database), sequences, base)
+    fitness = fitness_on(LiveModel(blocks, live.levels), sequences, base)
     with pytest.raises(
         EvoPressError, match=r"logits are not finite on search sequence \d, first the logits: check the model's weights"
     ):

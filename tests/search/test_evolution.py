@@ -9,7 +9,7 @@ from toy_search import SETTINGS
 
 from evopress.errors import EvoPressError
 from evopress.search import EXCHANGES, Evolution, SearchSettings, Stage, run_search
-from evopress.units import Budget, Genome, Level, Space, Unit
+from evopress.units import Budget, Genome, Level, Limit, Space, Unit
 
 SIZES = (8, 3, 3, 1, 1, 8, 3, 3, 1, 1, 8, 8)
 
@@ -291,9 +291,9 @@ def test_a_start_that_breaks_the_budgets_split_is_refused():
     keep, drop = Level("keep", 1, "keep", 16), Level("drop", 0, "drop", 0)
     units = [Unit(f"{i}.{kind}", i, kind, 4, (keep, drop)) for i in range(3) for kind in ("attention", "mlp")]
     space = Space("drop", tuple(units))
-    budget = Budget(4, 1 / 3, "depth sparsity", split=(("attention", 2), ("mlp", 2)))
+    budget = Budget(4, 1 / 3, "depth sparsity", limits=(Limit(2, kind="attention"), Limit(2, kind="mlp")))
     settings = SearchSettings(3, 2, (Stage(8, 1),), 2, 8, 1, "constant", "name")
     rngs = {"rng_initial": np.random.default_rng(0), "rng_mutation": np.random.default_rng(1)}
     Evolution(space, budget, settings, **rngs, starts=[(1, 0, 0, 1, 0, 0)])
-    with pytest.raises(EvoPressError, match=r"split \(2 of attention, 2 of mlp\)"):
+    with pytest.raises(EvoPressError, match=r"limits \(2 of attention, 2 of mlp\)"):
         Evolution(space, budget, settings, **rngs, starts=[(1, 0, 1, 0, 0, 0)])

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from evopress.errors import EvoPressError
 from evopress.search import initial_candidates, random_mix, random_mixes, uniform_genome
-from evopress.units import Budget, Level, Space, Unit
+from evopress.units import Budget, Level, Limit, Space, Unit
 
 SIZES = (8, 3, 3, 1, 1) * 4
 
@@ -109,19 +109,19 @@ def drop_space(num_blocks=8, stuck=()):
 
 def test_a_mix_keeps_the_part_of_each_kind():
     space = drop_space(stuck={(0, "attention"), (5, "mlp")})
-    budget = Budget(11, 0.3, "depth sparsity", split=(("attention", 6), ("mlp", 5)))
+    budget = Budget(11, 0.3, "depth sparsity", limits=(Limit(6, kind="attention"), Limit(5, kind="mlp")))
     seen = set()
     for seed in range(200):
         genome = random_mix(space, budget, np.random.default_rng(seed))
         assert budget.met_by(space, genome)
-        assert (space.cost_of("attention", genome), space.cost_of("mlp", genome)) == (6, 5)
+        assert (space.total(space.prices, genome, "attention"), space.total(space.prices, genome, "mlp")) == (6, 5)
         seen.update(i for i, level in enumerate(genome) if level)
     assert seen == set(range(16)) - {0, 11}  # whatever may be dropped is dropped sometimes
 
 
 def test_another_split_of_the_same_total_does_not_meet_the_budget():
     space = drop_space(2)
-    budget = Budget(2, 0.5, "depth sparsity", split=(("attention", 1), ("mlp", 1)))
+    budget = Budget(2, 0.5, "depth sparsity", limits=(Limit(1, kind="attention"), Limit(1, kind="mlp")))
     assert budget.met_by(space, (1, 0, 0, 1))
     assert not budget.met_by(space, (1, 0, 1, 0))
     assert Budget(2, 0.5, "depth sparsity").met_by(space, (1, 0, 1, 0))

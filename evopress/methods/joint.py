@@ -1,0 +1,97 @@
+"""One budget for everything: quantized weights, weights as they are and dropped modules in one space, under the size of the file.
+
+Not in the paper, which searches one kind of level at a time. A level's cost is what storing it takes; what lies in a dropped module
+is free, so that its bytes can go to what stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from evopress.currencies import CURRENCIES, Currency
+from evopress.errors import EvoPressError
+from evopress.levels.modules import dropped_modules
+from evopress.methods.drop import Modules
+from evopress.methods.method import NO_REST, Rest
+from evopress.methods.quant import Quantization
+from evopress.methods.targets import BYTES, check_targets, further_limits, size_budget
+from evopress.settings import JointSettings, RunSettings
+from evopress.units import Budget, Genome, Level, Space
+
+
+@dataclass(frozen=True)
+class Joint:
+    """See `Method`."""
+
+    settings: JointSettings
+    size: str
+    exchange: str
+    limits: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, run: RunSettings) -> Joint:
+        """Take the method out of a run's settings; raise EvoPressError without a target."""
+        if run.size is None:
+            raise EvoPressError(
+                "method joint needs a target: give size=60MB, of the whole model, or size=2.25bpw, bits per weight of all weights"
+            )
+        return cls(run.method, run.size, run.search.exchange, tuple(run.limits))
+
+    @property
+    def name(self) -> str:
+        """See `Method`."""
+        return "joint"
+
+    @property
+    def weights(self) -> Quantization:
+        """GPTQ levels, from the database that method quant has with the same settings."""
+        return Quantization(self.settings, bits=None, size=self.size)
+
+    @property
+    def modules(self) -> Modules:
+        """Attention and MLP modules, or whole blocks."""
+        return Modules(self.settings.granularity, tuple(str(name) for name in self.settings.exclude))
+
+    @property
+    def currency(self) -> Currency:
+        """Bytes as stored."""
+        return BYTES
+
+    def check(self, *, searching: bool) -> None:
+        """Refuse sizes and limits that are none, and exchanges that cannot keep them."""
+        check_targets(self.size, self.limits)
+        if searching and self.exchange != "fit":
+            raise EvoPressError(
+                f"search.exchange={self.exchange} cannot trade modules for levels: method joint needs search.exchange=fit"
+            )
+        self.weights.compressor((), dtype_bits=16)
+
+    @property
+    def target_is_level(self) -> bool:
+        """The size lies between levels."""
+        return False
+
+    def budget(self, space: Space, rest: Rest = NO_REST) -> Budget:
+        """Return what the size leaves for the units."""
+        return replace(size_budget(self.size, space, rest), limits=further_limits(self.limits, space, rest))
+
+    def generations(self, space: Space) -> None:
+        """The settings say."""
+        return
+
+    def uniform_name(self, level: Level) -> str:
+        """Return "uniform_3" for 3 bits."""
+        return f"uniform_{level.key}"
+
+    def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
+        """Return the bits of codes and as stored, per weight of all units, and the number of modules that are dropped."""
+        return {
+            "bits_per_weight": space.cost_in(CURRENCIES["bits"], genome) / space.size,
+            "bits_per_weight_with_metadata": space.stored_bits(genome) / space.size,
+            "modules_dropped": len(dropped_modules(space, genome)),
+        }
+
+    def dense_costs(self, bits: int) -> dict[str, Any]:
+        """Return the same columns for the dense model."""
+        return {"bits_per_weight": float(bits), "bits_per_weight_with_metadata": float(bits), "modules_dropped": 0}

@@ -1,0 +1,93 @@
+"""Targets beside the average bits and the sparsity: the size of the whole model, and further limits.
+
+size=60MB  size=57MiB  size=2.25bpw
+limits=[{currency: modules, total: 52}, {currency: bytes, total: 60MB}]
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from evopress.currencies import CURRENCIES, Currency, currency_of
+from evopress.errors import EvoPressError
+from evopress.methods.method import Rest
+from evopress.units import Budget, Limit, Space
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)")
+_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+BYTES = CURRENCIES["bytes"]
+
+
+def size_budget(size: str, space: Space, rest: Rest) -> Budget:
+    """Return the budget of a model whose file has so many bytes, or so many bits a weight of all its weights.
+
+    Raises: EvoPressError if the size is not one, or what is no unit is larger.
+    """
+    number, unit = parsed_size(size)
+    weights = space.size + rest.weights
+    bits = math.floor(number * weights) if unit == "bpw" else math.floor(number * _BYTES[unit]) * 8
+    if bits < rest.bits:
+        raise EvoPressError(
+            f"size={size} is less than the {rest.bits / 8e6:.4g} MB of what is no unit (norms, and embedding and head unless "
+            "method.include has them): raise it, or include them"
+        )
+    return Budget(
+        total=bits - rest.bits, target=number, measure="bits per weight of all" if unit == "bpw" else unit.upper().replace("I", "i")
+    )
+
+
+def check_targets(size: str | None, limits: Sequence[Any]) -> None:
+    """Raise EvoPressError if a size or a limit is not one."""
+    if size is not None:
+        parsed_size(size)
+    for entry in limits:
+        checked_limit(entry)
+
+
+def parsed_size(size: str) -> tuple[float, str]:
+    """Return number and unit of a size; the unit is "bpw" or one of bytes, in small letters.
+
+    Raises: EvoPressError if it is not one.
+    """
+    found = _SIZE.fullmatch(str(size).strip())
+    unit = found[2].lower() if found else ""
+    if found is None or unit not in (*_BYTES, "bpw") or not float(found[1]) > 0.0:
+        raise EvoPressError(f"size={size} is no size: give one such as 60MB, 57MiB, or 2.25bpw (bits per weight, of all weights)")
+    return float(found[1]), unit
+
+
+def further_limits(asked: Sequence[Any], space: Space, rest: Rest) -> tuple[Limit, ...]:
+    """Return the limits that the settings name beside the target."""
+    limits = []
+    for entry in asked:
+        currency, total, kind = checked_limit(entry)
+        in_bits = isinstance(total, str)
+        count = size_budget(str(total), space, rest).total if in_bits else math.floor(float(total)) * currency.scale
+        if kind is not None and not any(unit.kind == kind for unit in space.units):
+            kinds = ", ".join(dict.fromkeys(unit.kind for unit in space.units))
+            raise EvoPressError(f"limits has the kind {kind!r:.100}, which no unit is of: choose one of {kinds}, or leave it out")
+        limits.append(Limit(count, currency, kind))
+    return tuple(limits)
+
+
+def checked_limit(entry: Any) -> tuple[Currency, str | float, str | None]:
+    """Return currency, total and kind of one of `limits`; a total that is text is a size.
+
+    Raises: EvoPressError if it is not {currency, total} or {currency, total, kind}.
+    """
+    if not isinstance(entry, dict) or not {"currency", "total"} <= set(entry) <= {"currency", "total", "kind"}:
+        raise EvoPressError(
+            f"limits has {entry!r:.200}: expected {{currency: bytes, total: 60MB}} or {{currency: modules, total: 52}}, with kind: "
+            "where units of one kind count"
+        )
+    currency, total = currency_of(str(entry["currency"])), entry["total"]
+    if isinstance(total, str):
+        if currency is not BYTES:
+            raise EvoPressError(f"limits has {total!r:.100} {currency.name}: expected a number, sizes are of the currency bytes")
+        parsed_size(total)
+    elif isinstance(total, bool) or not isinstance(total, int | float) or not total >= 0:
+        raise EvoPressError(f"limits has the total {total!r:.100} of {currency.name}: expected a number of at least 0")
+    return currency, total, entry.get("kind")
