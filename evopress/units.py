@@ -210,19 +210,26 @@ class Budget:
         """The further limits that part the total between kinds of units, by kind."""
         return {limit.kind: limit.total for limit in self.limits if limit.currency is None and limit.kind is not None}
 
+    @staticmethod
+    def _shown(space: Space, cost: int) -> str:
+        """Say a cost as the target is said: per weight, or in bytes."""
+        if space.words.scale == 8:
+            return f"{cost / 8e6:.4g} MB beside what is no unit"
+        return f"{cost / space.size:g}"
+
     def check(self, space: Space) -> None:
         """Raise EvoPressError unless some genome of the space meets the budget and not all of them do trivially."""
         if self.total < space.least_cost:
             first = space.units[0]
-            least = space.least_cost / space.size
+            least = self._shown(space, space.least_cost)
             raise EvoPressError(
                 f"target {self.target:g} {self.measure} is below what the {len(space)} units can reach "
-                f"(least {least:g}; first: {first.name}, least {first.levels[-1].label}): "
+                f"(least {least}; first: {first.name}, least {first.levels[-1].label}): "
                 "add a more compressed level or raise the target"
             )
         if self.total > space.greatest_cost:
-            most = space.greatest_cost / space.size
+            most = self._shown(space, space.greatest_cost)
             raise EvoPressError(
-                f"target {self.target:g} {self.measure} is above the least compressed level ({most:g}): "
+                f"target {self.target:g} {self.measure} is above the least compressed level ({most}): "
                 "add a less compressed level or lower the target"
             )

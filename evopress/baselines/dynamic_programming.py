@@ -48,6 +48,12 @@ def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[
     return tuple(genome)
 
 
+def least_with_modules(space: Space) -> int:
+    """Return what the cheapest genome costs that drops no module; where none can be dropped, the cheapest at all."""
+    genome = [0 if any(level.drops for level in unit.levels) else len(unit.levels) - 1 for unit in space.units]
+    return space.cost(genome)
+
+
 def _solve(units: Sequence[Unit], prices: Sequence[Sequence[int]], total: int, errors: Sequence[Sequence[float]]) -> list[int]:
     """Solve one multiple-choice knapsack: one level for each unit, costs within `total`, least sum of errors."""
     # Cost above the most compressed level, in units of the greatest common divisor: small integers, exact in the solver.

@@ -232,7 +232,7 @@ def level_profile(space: Space, genomes: Mapping[str, Genome], folder: Path) -> 
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     open_frame(left)
     open_frame(right)
-    kinds = list(dict.fromkeys(unit.kind for unit in space.units))
+    kinds = list(dict.fromkeys(unit.kind for unit in space.units if measured_size(space, unit)))
     bar = 0.8 / max(len(genomes), 1)
     looks = styles(genomes)
     for index, (name, genome) in enumerate(genomes.items()):

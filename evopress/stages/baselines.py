@@ -14,7 +14,7 @@ import numpy as np
 
 from evopress.baselines.best_of_random import best_of_random
 from evopress.baselines.block_importance import RANKINGS
-from evopress.baselines.dynamic_programming import dynamic_programming
+from evopress.baselines.dynamic_programming import dynamic_programming, least_with_modules
 from evopress.baselines.owl import GRID, MULTIPLES, outlier_ratios, owl_kept
 from evopress.baselines.uniform import uniform_genomes
 from evopress.compress.sparse import PruneTo, SparsityLevels
@@ -138,7 +138,12 @@ def find_baselines(workspace: Workspace) -> None:
         )
         found[f"best_of_{settings.num_random}"] = genome
     if "dp" in settings.names:
-        found["dp"] = dynamic_programming(space, budget, workspace.database.errors)
+        if least_with_modules(space) > budget.total:
+            logger.info(
+                "baseline dp is left out: it keeps all modules, whose weights take more than the target at their last levels"
+            )
+        else:
+            found["dp"] = dynamic_programming(space, budget, workspace.database.errors)
     further: list[str] = []
     orders: dict[str, list[int]] = {}
     if ranked := [name for name in settings.names if name in RANKINGS]:

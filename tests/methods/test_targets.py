@@ -1,0 +1,109 @@
+"""Sizes and limits as the settings give them."""
+
+from typing import Any
+
+import pytest
+
+from evopress.currencies import CURRENCIES
+from evopress.errors import EvoPressError
+from evopress.methods import Rest, make_method
+from evopress.methods.targets import further_limits, parsed_size, size_budget
+from evopress.settings import JointSettings, QuantSettings, RunSettings, SearchConfig, SparsitySettings
+from evopress.units import Level, Space, Unit
+
+SPACE = Space("quant", (Unit("a", 0, "q_proj", 1000, (Level("8 bits", 8000, "8", 8500, "quant"),)),), CURRENCIES["bytes"])
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("1500", None),
+        ("1500B", 1500 * 8),
+        ("1.5kB", 1500 * 8),
+        (" 1.5 KB ", 1500 * 8),
+        ("2KiB", 2048 * 8),
+        ("4bpw", 4 * 1200),  # of all weights: the units' 1,000 and 200 others
+        ("3.999bpw", 4798),  # rounded down
+    ],
+)
+def test_sizes_are_bits_of_the_whole_model_less_what_is_no_unit(size: str, expected: int | None) -> None:
+    rest = Rest(bits=3200, weights=200)
+    if expected is None:
+        with pytest.raises(EvoPressError, match="is no size: give one such as 60MB"):
+            size_budget(size, SPACE, rest)
+        return
+    assert size_budget(size, SPACE, rest).total == expected - 3200
+
+
+@pytest.mark.parametrize("size", ["", "MB", "-3MB", "0MB", "nanMB", "3XB", "3 MB GB", "1e400MB", "inf"])
+def test_what_is_no_size_is_refused(size: str) -> None:
+    with pytest.raises(EvoPressError, match="is no size"):
+        parsed_size(size)
+
+
+def test_a_size_below_what_is_no_unit_is_refused() -> None:
+    with pytest.raises(EvoPressError, match=r"size=1kB is less than the 0\.002 MB of what is no unit"):
+        size_budget("1kB", SPACE, Rest(bits=16_000, weights=1000))
+
+
+def test_limits_are_read() -> None:
+    asked = [
+        {"currency": "modules", "total": 52},
+        {"currency": "bytes", "total": "2kB"},
+        {"currency": "bytes", "total": 2000},
+        {"currency": "bits", "total": 7.9, "kind": "q_proj"},
+    ]
+    limits = further_limits(asked, SPACE, Rest(bits=800))
+    assert [limit.total for limit in limits] == [52, 16_000 - 800, 16_000, 7]
+    assert [str(limit) for limit in limits[::3]] == ["share of modules dropped 52", "bits per weight 7 of q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("60MB", "expected {currency: bytes, total: 60MB}"),
+        ({"currency": "bytes"}, "expected {currency: bytes, total: 60MB}"),
+        ({"currency": "bytes", "total": 1, "of": 2}, "expected {currency: bytes, total: 60MB}"),
+        ({"currency": "euro", "total": 1}, "the currency 'euro', which is unknown: choose one of bits, bytes, weights, modules"),
+        ({"currency": "bits", "total": "60MB"}, "expected a number, sizes are of the currency bytes"),
+        ({"currency": "bytes", "total": "60"}, "is no size"),
+        ({"currency": "bytes", "total": -1}, "expected a number of at least 0"),
+        ({"currency": "bytes", "total": True}, "expected a number of at least 0"),
+        ({"currency": "bytes", "total": float("nan")}, "expected a number of at least 0"),
+        ({"currency": "bytes", "total": 1, "kind": "v_proj"}, "the kind 'v_proj', which no unit is of: choose one of q_proj"),
+    ],
+)
+def test_what_is_no_limit_is_refused(limit: Any, expected: str) -> None:
+    with pytest.raises(EvoPressError) as refused:
+        further_limits([limit], SPACE, Rest())
+    assert expected in str(refused.value)
+
+
+def run(method: Any, **settings: Any) -> RunSettings:
+    return RunSettings(method=method, search=SearchConfig(exchange=settings.pop("exchange", "fit")), **settings)
+
+
+def test_the_size_takes_the_place_of_the_bits() -> None:
+    method = make_method(run(QuantSettings(), bits=3.0, size="2kB"))
+    assert method.currency is CURRENCIES["bytes"]
+    assert method.budget(SPACE, Rest(bits=1000)).total == 15_000
+    assert make_method(run(QuantSettings(), bits=3.0)).currency is None
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "expected"),
+    [
+        (JointSettings(), {}, "method joint needs a target: give size=60MB"),
+        (JointSettings(), {"bits": 2.5}, "bits=2.5 means nothing to method joint: give size, such as size=2.5bpw"),
+        (JointSettings(), {"sparsity": 0.5, "size": "1MB"}, "sparsity=0.5 means nothing to method joint"),
+        (JointSettings(), {"size": "lots"}, "size=lots is no size"),
+        (JointSettings(), {"size": "1MB", "exchange": "any"}, "search.exchange=any cannot trade modules for levels"),
+        (JointSettings(), {"size": "1MB", "limits": [3]}, "limits has 3: expected {currency: bytes"),
+        (SparsitySettings(), {"sparsity": 0.5, "size": "1MB"}, "size=1MB means nothing to method sparsity"),
+        (QuantSettings(), {}, "give bits=2.5, the average number of bits per weight, or size=60MB of the whole model"),
+    ],
+)
+def test_targets_that_do_not_fit_the_method_are_refused(method: Any, settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(EvoPressError) as refused:
+        make_method(run(method, **settings))
+    assert expected in str(refused.value)
