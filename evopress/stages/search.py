@@ -15,7 +15,6 @@ from evopress.endings import stop_if_asked
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.json_files import check_schema, clip, shown
-from evopress.methods import ModuleMethod
 from evopress.reporting.generations import read_generations
 from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics, best_metrics
@@ -40,7 +39,7 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker) -> None
         Problem(
             database.space,
             workspace.budget,
-            () if isinstance(workspace.method, ModuleMethod) else database.errors,
+            () if workspace.method.weights is None else database.errors,
             rng_initial=workspace.rng["initial"],
             rng_mutation=workspace.rng["mutation"],
             starts=tuple(_starts(workspace)),
