@@ -74,7 +74,7 @@ class LiveSearch:
         return cast(Fitness, watched)
 
     def attributing(self, attribute: Callable[..., Any]) -> Callable[[Any], Any]:
-        """Return what answers a search's question for attributions by `attribute(genome, tokens=n, sequences=k)`; the line says so."""
+        """Return what answers a question for attributions by `attribute(genome, tokens=n, sequences=k)`; the line says so."""
 
         def watched(question: Any) -> Any:
             if self._line is not None:

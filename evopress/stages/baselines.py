@@ -139,9 +139,7 @@ def find_baselines(workspace: Workspace) -> None:
         found[f"best_of_{settings.num_random}"] = genome
     if "dp" in settings.names:
         if least_with_modules(space) > budget.total:
-            logger.info(
-                "baseline dp is left out: it keeps all modules, whose weights take more than the target at their last levels"
-            )
+            logger.info("baseline dp is left out: it keeps all modules, whose weights take more than the target allows")
         else:
             found["dp"] = dynamic_programming(space, budget, workspace.database.errors)
     further: list[str] = []
