@@ -97,9 +97,9 @@ def test_a_unit_without_error_holds_nothing(live_model, tokens) -> None:
             if level:
                 return super()._weight(unit, level, device)
             block = self.space.units[unit].block
-            return self._dense[block][unit - self._first[block]]
+            return self._dense[block][self._weights[block].index(unit)]
 
-    found = attribute(DenseFirst(live.blocks, live.database), genome, ids, base, KLDivergence())
+    found = attribute(DenseFirst(live.blocks, live.levels), genome, ids, base, KLDivergence())
     zero = [index for index, level in enumerate(genome) if level == 0]
     assert zero and bool((found[:, zero] == 0).all())
     assert bool((found[:, [index for index, level in enumerate(genome) if level]] != 0).all())
