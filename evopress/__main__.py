@@ -26,7 +26,7 @@ from yaml import YAMLError
 
 from evopress import command_line, machine, run_folder
 from evopress import config as configuration
-from evopress.earlier_versions import defaults_of
+from evopress.earlier_versions import as_written_now, defaults_of
 from evopress.endings import exit_code, is_out_of_memory, of_the_disk, stopping_at_signals
 from evopress.errors import EvoPressError
 from evopress.files import explained, given_path
@@ -69,8 +69,9 @@ def main() -> None:
         sys.exit(0)
     try:
         with stopping_at_signals():
-            if flag := command_line.refused_flag(sys.argv[1:], configuration.options()):
-                raise EvoPressError(flag)
+            if sentence := command_line.refused(sys.argv[1:], configuration.options()):
+                raise EvoPressError(sentence)
+            sys.argv[1:] = command_line.with_numbers_shown(sys.argv[1:])
             sys.argv[1:] = [
                 argument if argument.startswith("resume=") else command_line.prepared([argument])[0] for argument in sys.argv[1:]
             ]
@@ -169,7 +170,9 @@ def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
         if not earlier:  # killed while Hydra wrote it
             raise EvoPressError(f"the run in {folder} was stopped before it began: give its whole command with {shlex.quote(here)}")
     later = {argument.split("=", 1)[0] for argument in arguments}
-    kept = [override for override in earlier if override.split("=", 1)[0] not in later | {"resume", "stages", "dry_run"}]
+    kept = [
+        override for override in as_written_now(earlier) if override.split("=", 1)[0] not in later | {"resume", "stages", "dry_run"}
+    ]
     given = [argument for argument in arguments if not argument.startswith("resume=")]
     kept = [*command_line.prepared(kept), *_defaults_then(folder, given=[*kept, *given])]
     # hydra.mode: also where the experiment is a sweep
@@ -274,11 +277,11 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     given = HydraConfig.get().overrides
     overrides = [*(each for each in given.hydra if each.startswith("hydra.searchpath=")), *given.task]
     there = run_folder.holds_a_run(run_dir)
-    documents = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": overrides}
+    settings = configuration.to_settings(config)
+    documents = {"config": configuration.with_numbers(config), "hydra": HydraConfig.instance().cfg, "overrides": overrides}
     composed = {f"{name}.yaml": OmegaConf.to_yaml(document) for name, document in documents.items()}
     if not there:
         run_folder.keep_config(run_dir, composed)
-    settings = configuration.to_settings(config)
     # Imported here: `--help`, shell completion and configuration errors need no torch.
     import torch
     import transformers

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ NOT_BY_DEFAULT = ("method", "debug", "experiment")
 """Groups that are not in the defaults list, so that they are written with a plus."""
 _HELP = "`python -m evopress --help` lists them"
 _EXPECTED = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "bool": "true or false"}
+_ELEMENT = re.compile(r"\+*(search\.(?:tokens|survivors))\.\d+=")
 _TILDE = re.compile(r"(?<=[=\[,])~(?=/|[\w.-]+/|$)[^,\[\]{}'\"]*")
 """An unquoted path that begins with `~`: a value, or an element of a list or a sweep."""
 
@@ -45,14 +47,27 @@ def _home() -> str:
         return "~"
 
 
-def refused_flag(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> str | None:
-    """Return the sentence for a setting that is written as a flag, `--bits 2.5`; None: there is none."""
+def with_numbers_shown(arguments: Sequence[str]) -> list[str]:
+    """Let `--cfg job` show what will be used, the numbers of the scale among it, as Hydra's `--resolve` does."""
+    shows = any(flag in ("--cfg=job", "-c=job", "-cjob") for flag in arguments) or any(
+        flag in ("--cfg", "-c") and of == "job" for flag, of in pairwise(arguments)
+    )
+    return [*arguments, "--resolve"] if shows and "--resolve" not in arguments else list(arguments)
+
+
+def refused(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> str | None:
+    """Return the sentence for what Hydra has no good words for; None: there is none.
+
+    That is a setting that is written as a flag, `--bits 2.5`, and one element of a list that a scale makes.
+    """
     known = {*_settings(), *groups}
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("--") and (name := name.replace("-", "_")) in known:
             plus = "+" if name in NOT_BY_DEFAULT else ""
             return f"{argument} is no flag: settings are written key=value, {plus}{name}={value if equals else '...'}"
+        if found := _ELEMENT.match(argument):
+            return f"{argument} is one element of a list that the scale makes: write all of it, {found[1]}=[...]"
     return None
 
 

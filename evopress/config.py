@@ -40,6 +40,15 @@ _SCHEMAS: dict[str, tuple[str, type]] = {
     "tracker": ("base_tracker", schema.TrackerSettings),
     "paths": ("base_paths", schema.PathsSettings),
 }
+_AT_SCALE = {
+    "search": {name: f"${{at_scale:{name}}}" for name in ("generations", "num_offspring", "survivors", "tokens", "initial_tokens")},
+    "scale": {
+        "random_tokens": "${number_at_scale:16384,${scale.tokens},0.125}",
+        "baseline_tokens": "${number_at_scale:131072,${scale.tokens},0.03125}",
+    },
+}
+"""What a scale makes of the paper's numbers, unless a YAML or the command line says otherwise: that is taken as it is."""
+_FACTORS = {"num_offspring": "offspring", "survivors": "offspring", "initial_tokens": "tokens"}
 METHODS: dict[str, type] = {
     "quant": schema.QuantSettings,
     "sparsity": schema.SparsitySettings,
@@ -91,11 +100,16 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="base_run", node=RunSettings)
     for group, (name, node) in _SCHEMAS.items():
-        store.store(group=group, name=name, node=node)
+        schema_of_group = OmegaConf.structured(node)
+        for key, value in _AT_SCALE.get(group, {}).items():
+            schema_of_group[key] = value
+        store.store(group=group, name=name, node=schema_of_group)
     for method, node in METHODS.items():
         store.store(group="method", name=f"base_{method}", node=node)
     _register_strategies(store)
-    OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
+    OmegaConf.register_new_resolver("at_scale", _at_scale, replace=True)
+    OmegaConf.register_new_resolver("number_at_scale", schema.at_scale, replace=True)
+    OmegaConf.register_new_resolver("scaled", _scaled, replace=True)  # in configs of earlier versions
     OmegaConf.register_new_resolver("stages_by_default", lambda refine: schema.stages_by_default(refine=refine), replace=True)
 
 
@@ -116,8 +130,17 @@ def _job_folder(overrides: Sequence[str], sweep: str) -> str:
     return job_folder(list(overrides), Path(sweep))
 
 
+def _at_scale(key: str, *, _root_: DictConfig) -> Any:
+    """Return `${at_scale:tokens}`: what the scale makes of the search's paper numbers of that name; ours where there are none."""
+    paper, factor = _root_.search.paper[key], _root_.scale[_FACTORS.get(key, key)]
+    least = _root_.search.least.get(key)
+    if paper is None:
+        return getattr(schema.SearchConfig(), key)
+    return schema.all_at_scale(paper, factor, least) if OmegaConf.is_list(paper) else schema.at_scale(paper, factor, least or 0.0)
+
+
 def _scaled(value: int, factor: float, least: int = 1) -> int:
-    """Return `${scaled:value,factor,least}`: a number of the paper's Table 8 times a factor of the scale, not below `least`."""
+    """Return `${scaled:value,factor,least}`, what the YAMLs of earlier versions have: never below the number `least`."""
     return max(round(value * factor), min(least, value))
 
 
@@ -158,6 +181,16 @@ def at_paper_scale(config: DictConfig) -> RunSettings:
     OmegaConf.set_readonly(other, False)
     other.scale = OmegaConf.merge(OmegaConf.structured(schema.ScaleSettings), paper)
     return to_settings(other)
+
+
+def with_numbers(config: DictConfig) -> DictConfig:
+    """Return a composed config in which what a scale makes of the paper's numbers stands as numbers."""
+    other = copy.deepcopy(config)
+    OmegaConf.set_readonly(other, False)
+    for group, scaled in _AT_SCALE.items():
+        for key in scaled:
+            other[group][key] = config[group][key]
+    return other
 
 
 def plain_dict(config: DictConfig) -> dict[str, Any]:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _METHOD = {"recipe": "paper", "symmetric": False, "group_sizes": {}, "tolerance": 0.02, "include": ["blocks"]}
 """Settings of a method that weights are compressed by, with the value that they had before they were settings."""
 _MODEL = {"bos": "auto"}
 _DATA = {"chat_template": "auto"}
+
+_MUTATION = re.compile(r"\+*search/mutation=(min_uniform|constant)_(\d+)")
+_FIRST_STAGE = re.compile(r"\+*search/first_stage=(\d+)_tokens")
+
+
+def as_written_now(overrides: Sequence[str]) -> list[str]:
+    """Return overrides with values in the place of options that only named points of the sweeps of Tables 4 and 5."""
+    written = []
+    for override in overrides:
+        if found := _MUTATION.fullmatch(override):
+            written += [f"search.distribution={found[1]}", f"search.max_switches={found[2]}"]
+        elif found := _FIRST_STAGE.fullmatch(override):
+            written += [f"search.paper.tokens=[{found[1]},8192]", "search.least.tokens=[0.125,0.125]"]
+        else:
+            written.append(override)
+    return written
 
 
 def without_later(values: dict[str, Any]) -> dict[str, Any]:

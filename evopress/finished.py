@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 FINISHED = "finished.json"
 _NOT_COUNTED = ("stages", "resume", "dry_run", "refine")
 """Settings that change no result; `refine` stands beside the digest, since earlier versions had no such stage."""
+_SAID_ELSEWHERE = {"scale": ("refine", "refine_tokens", "random_tokens", "baseline_tokens"), "search": ("paper", "least")}
+"""Settings that only decide what others are by default."""
 
 
 def finish(workspace: Workspace, done: Collection[str], earlier: Mapping[str, Any]) -> None:
@@ -132,6 +134,7 @@ def contents(workspace: Workspace, stages: Collection[str]) -> dict[str, str]:
 def settings_digest(settings: RunSettings) -> str:
     """Return a digest of all settings that decide a result; as earlier versions made it where nothing else is asked for."""
     values = without_later({key: value for key, value in asdict(settings).items() if key not in _NOT_COUNTED})
-    for key in ("refine", "refine_tokens"):  # they only say what `refine` and the stages are
-        values["scale"].pop(key, None)
+    for group, keys in _SAID_ELSEWHERE.items():
+        for key in keys:
+            values[group].pop(key, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -285,6 +286,38 @@ class FitnessSettings:
 
 
 @dataclass
+class PaperNumbers:
+    """A row of the paper's Table 8, which a scale multiplies; None where a row says nothing."""
+
+    generations: int | None = None
+    num_offspring: int | None = None
+    survivors: list[int] | None = None
+    tokens: list[int] | None = None
+    initial_tokens: int | None = None
+
+
+@dataclass
+class LeastShares:
+    """What share of the paper's numbers is left at any scale; 0: one."""
+
+    num_offspring: float = 0.0
+    survivors: list[float] = field(default_factory=list)
+    """Per stage of selection; 0 where none is given."""
+    tokens: list[float] = field(default_factory=list)
+    initial_tokens: float = 0.0
+
+
+def at_scale(number: int, factor: float, least: float = 0.0) -> int:
+    """Return a number of the paper's times a factor of the scale, not below a share of it, nor below 1."""
+    return max(round(number * factor), round(number * least), 1)
+
+
+def all_at_scale(numbers: Sequence[int], factor: float, least: Sequence[float]) -> list[int]:
+    """Return numbers per stage of selection at a scale; where there is no share, it is 0."""
+    return [at_scale(number, factor, share) for number, share in zip(numbers, [*least, *[0.0] * len(numbers)], strict=False)]
+
+
+@dataclass
 class SearchConfig:
     """The search: numbers of the evolutionary one (paper, Algorithm 1 and Table 8), and the strategy."""
 
@@ -314,6 +347,9 @@ class SearchConfig:
     """Greatest sum of those deviations; None: any."""
     strategy: Any = None
     """What searches, `search/strategy=NAME`, with its own settings; None: evolution, the paper's."""
+    paper: PaperNumbers = field(default_factory=PaperNumbers)
+    """What the numbers above are at scale=paper; at another scale they follow from it, where they are not given."""
+    least: LeastShares = field(default_factory=LeastShares)
 
     def __post_init__(self) -> None:
         _expect(self.num_offspring <= 100_000, "search.num_offspring", self.num_offspring, "at most 100000")
@@ -377,6 +413,10 @@ class ScaleSettings:
     refine: bool = False
     """Whether the stage refine is among the stages where `stages` names none."""
     refine_tokens: int = 16384
+    random_tokens: int = 16384
+    """Tokens that choose among random mixes (method quant)."""
+    baseline_tokens: int = 131072
+    """Calibration tokens of OWL's choice, and of scoring blocks."""
 
 
 @dataclass

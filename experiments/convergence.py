@@ -37,8 +37,8 @@ from evopress.reporting.records import read_records
 from evopress.reporting.tables import display_name, is_found, number
 from experiments.commands import of_sweep
 from experiments.specs import SPECS, Spec
-from experiments.sweeps import Job, Sweep, describe, expected_jobs, read_sweep
-from experiments.tables import SEED, Group, Table, Values, write_csv
+from experiments.sweeps import Job, Sweep, describe
+from experiments.tables import SEED, Group, Table, Values, sweep_of, write_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -185,7 +185,7 @@ def make_figures(experiment: str, *, root: Path, out: Path) -> tuple[Sweep, list
 
     Raises: EvoPressError if no search of it has measured anything, or the jobs do not belong together.
     """
-    spec, sweep = SPECS[experiment], _sweep(root, experiment)
+    spec, sweep = SPECS[experiment], sweep_of(experiment, root)
     if not curves(sweep, spec):
         raise EvoPressError(
             f"no finished search in {root / experiment} has held-out measurements: run python -m evopress +experiment={experiment} "
@@ -226,16 +226,12 @@ def draw_sweep(sweep: Sweep, spec: Spec, out: Path, *, beside: Mapping[str, Curv
     return paths
 
 
-def _sweep(root: Path, experiment: str) -> Sweep:
-    return read_sweep(root / experiment, expected_jobs(experiment))
-
-
 def _companion(experiment: str, root: Path) -> dict[str, Curve]:
     """Return the curve that another sweep lends, by its name; nothing where there is none, or that sweep has not been run."""
     if experiment not in COMPANIONS:
         return {}
     name, other, variant = COMPANIONS[experiment]
-    lent = [variants[variant] for variants in curves(_sweep(root, other), SPECS[other]).values() if variant in variants]
+    lent = [variants[variant] for variants in curves(sweep_of(other, root), SPECS[other]).values() if variant in variants]
     return {name: lent[0]} if lent else {}
 
 

@@ -34,6 +34,18 @@ def by_axis(key: str, name: str = "{}") -> Callable[[Mapping[str, str], str], st
     return variant
 
 
+def by_mutation(axes: Mapping[str, str], row: str) -> str | None:
+    """Compare searches by how many level switches an offspring has, as the paper's Table 4 does: the constant 1 is there once."""
+    name = f"{axes['search.distribution']}_{axes['search.max_switches']}"
+    return None if name == "min_uniform_1" else name if row == "evopress" else row if row == "dense" else None
+
+
+def by_first_stage(axes: Mapping[str, str], row: str) -> str | None:
+    """Compare searches by the tokens of their first stage at the paper's scale: "[512,8192]" becomes "512_tokens"."""
+    first = axes["search.paper.tokens"].strip("[]").partition(",")[0]
+    return f"{first}_tokens" if row == "evopress" else row if row == "dense" else None
+
+
 def by_fitness(axes: Mapping[str, str], row: str) -> str | None:
     """Compare searches by what they minimised, and with the uniform genome."""
     name = axes["fitness.name"]
@@ -65,12 +77,12 @@ SPECS = {
     "table3": Spec("Table 3: 3 bits per weight", variant=without_level),
     "table4": Spec(
         "Table 4: how many level switches an offspring has",
-        variant=by_axis("search/mutation"),
+        variant=by_mutation,
         reference="min_uniform_3",
     ),
     "table5": Spec(
         "Table 5: tokens in the first stage of selection",
-        variant=by_axis("search/first_stage"),
+        variant=by_first_stage,
         reference="512_tokens",
         settings=("search.num_offspring", "search.tokens"),
     ),

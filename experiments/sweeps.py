@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from evopress.config import config_folder, register
+from evopress.earlier_versions import as_written_now
 from evopress.errors import EvoPressError
 from evopress.reporting.jobs import NOT_COMPARED, read_jobs
 from evopress.reporting.records import read_json
@@ -29,7 +30,7 @@ class Job:
 
     folder: Path
     axes: dict[str, str]
-    """What was swept, as typed: "sparsity" to "0.7", "search/mutation" (a config group) to "constant_3"."""
+    """What was swept, as typed: "sparsity" to "0.7", "search" (a config group) to "super_fast"."""
     config: dict[str, Any]
     result: dict[str, Any]
     environment: dict[str, Any]
@@ -137,7 +138,7 @@ def describe(axes: Mapping[str, str]) -> str:
 
 def setting(job: Job, key: str) -> Any:
     """Return a setting of a job with its interpolations resolved: "search.tokens" as the numbers that were used."""
-    register()  # of `scaled`
+    register()  # of what scales numbers
     value = OmegaConf.select(OmegaConf.create(job.config), key)
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
@@ -152,7 +153,8 @@ def _read_job(folder: Path, keys: Sequence[str]) -> Job:
     config = OmegaConf.load(folder / ".hydra" / "config.yaml")
     assert isinstance(config, DictConfig)
     parser = OverridesParser.create()
-    overrides = [parser.parse_override(str(line)) for line in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
+    lines = as_written_now([str(line) for line in OmegaConf.load(folder / ".hydra" / "overrides.yaml")])
+    overrides = [parser.parse_override(line) for line in lines]
     typed = {override.key_or_group: override.get_value_element_as_str().strip("'\"") for override in overrides}
     axes = {key: typed[key] if key in typed else _chosen(folder, config, key) for key in keys}
     environment = folder / "environment.json"
@@ -169,22 +171,21 @@ def _read_job(folder: Path, keys: Sequence[str]) -> Job:
 
 def _chosen(folder: Path, config: DictConfig, key: str) -> str:
     """Return what a job that was not told has for an axis: its setting, or the option of a config group."""
-    if "/" not in key and not OmegaConf.is_config(chosen := OmegaConf.select(config, key)):
-        return str(chosen)
-    path = folder / ".hydra" / "hydra.yaml"
-    choices = OmegaConf.select(OmegaConf.load(path), "hydra.runtime.choices") if path.is_file() else None
-    if not choices or key not in choices:
+    path, parent = folder / ".hydra" / "hydra.yaml", key.rpartition(".")[0]
+    if "/" not in key and (not parent or OmegaConf.select(config, parent) is not None):
+        chosen = OmegaConf.select(config, key)
+        return f"[{','.join(map(str, chosen))}]" if OmegaConf.is_list(chosen) else str(chosen)
+    options = OmegaConf.select(OmegaConf.load(path), "hydra.runtime.choices") if path.is_file() else None
+    written = as_written_now([f"{group}={option}" for group, option in (options or {}).items()])
+    choices = {group: option for group, _, option in (line.partition("=") for line in written)}
+    if key not in choices:
         raise EvoPressError(f"{folder / '.hydra'} does not say which {key} it is")
-    return str(choices[key])
+    return choices[key]
 
 
 def _decided(key: str) -> set[str]:
-    """Return the settings that an axis decides: itself, or what the options of a config group set."""
-    if "/" not in key:
-        return {key}
-    package = key.rpartition("/")[0].replace("/", ".")  # where such options go: search/mutation to search
-    options = [OmegaConf.load(path) for path in (config_folder() / key).glob("*.yaml")]
-    return {f"{package}.{name!s}" for option in options if isinstance(option, DictConfig) for name in option}
+    """Return the settings that an axis decides: itself, and the number that a scale makes of the paper's."""
+    return {key, key.replace("search.paper.", "search.")}
 
 
 def _check_alike(jobs: Sequence[Job], keys: Sequence[str]) -> None:

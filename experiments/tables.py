@@ -198,6 +198,11 @@ def render(sweep: Sweep, spec: Spec, paper: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def sweep_of(experiment: str, root: Path) -> Sweep:
+    """Read the jobs of an experiment; those that its table has no row for need not be there."""
+    return read_sweep(root / experiment, [job for job in expected_jobs(experiment) if SPECS[experiment].variant(job, "evopress")])
+
+
 def make_table(experiment: str, *, root: Path, out: Path) -> Sweep:
     """Read a sweep and write its table.
 
@@ -208,7 +213,7 @@ def make_table(experiment: str, *, root: Path, out: Path) -> Sweep:
     Raises: EvoPressError if no job has finished, or the jobs do not belong together.
     """
     spec, folder = SPECS[experiment], root / experiment
-    sweep = read_sweep(folder, expected_jobs(experiment))
+    sweep = sweep_of(experiment, root)
     if not sweep.jobs:
         raise EvoPressError(f"no finished job lies in {folder}: run python -m evopress +experiment={experiment} first")
     table = Table(sweep.jobs, spec)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from evopress.earlier_versions import defaults_of, without_later
+from evopress.earlier_versions import as_written_now, defaults_of, without_later
 from evopress.settings import QuantSettings, RunSettings
 
 PAPER = {"recipe": "paper"}
@@ -46,3 +46,12 @@ def test_the_defaults_of_an_earlier_run_are_its_own() -> None:
     assert defaults_of(config | {"model": {"dtype": "auto", "bos": "auto"}}) == {}
     assert defaults_of({}) == {}
     assert defaults_of(config | {"scale": {"name": "small"}})["scale.refine"] is False, "it is not refined unless asked now"
+
+
+def test_options_that_only_named_values_are_written_as_values() -> None:
+    typed = ["search/mutation=constant_15", "+search/first_stage=64_tokens", "seed=1", "search=super_fast"]
+    assert as_written_now(typed) == [
+        *("search.distribution=constant", "search.max_switches=15"),
+        *("search.paper.tokens=[64,8192]", "search.least.tokens=[0.125,0.125]"),
+        *("seed=1", "search=super_fast"),
+    ]

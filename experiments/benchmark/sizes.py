@@ -5,7 +5,6 @@ Nothing here needs Hydra, so that a machine without it (one with a GPU, lent for
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 from evopress.errors import EvoPressError
 from evopress.search.evolution import SearchSettings
 from evopress.search.selection import Stage
+from evopress.settings import all_at_scale, at_scale
 
 FOLDER = Path(__file__).parent / "sizes"
 CONF = Path(__file__).resolve().parents[2] / "conf"
 ROWS = {"depth_pruning": "drop", "unstructured_sparsity": "sparsity", "quantization": "quant", "super_fast": "quant"}
 """Table 8's rows to the method that each is measured with."""
-_SCALED = re.compile(r"\$\{scaled:(\d+),\$\{scale\.(\w+)\}(?:,(\d+))?\}")
 
 
 @dataclass(frozen=True)
@@ -134,12 +133,14 @@ def table8(row: str, size: Size) -> SearchSettings:
     Source: conf/search/<row>.yaml with conf/scale/<scale>.yaml, as `python -m evopress search=<row> scale=<scale>` composes them.
     """
     scale = _read(CONF / "scale" / f"{size.scale}.yaml")
-    values = {key: _resolved(value, scale) for key, value in _read(CONF / "search" / f"{row}.yaml").items()}
-    tokens = [max(count // size.shrink, 8) for count in values["tokens"]]
+    values = _read(CONF / "search" / f"{row}.yaml")
+    paper, least = values["paper"], values["least"]
+    survivors = all_at_scale(paper["survivors"], scale["offspring"], least.get("survivors", []))
+    tokens = all_at_scale(paper["tokens"], scale["tokens"], least["tokens"])
     return SearchSettings(
         generations=size.generations,
-        num_offspring=values["num_offspring"],
-        stages=tuple(Stage(count, survivors) for count, survivors in zip(tokens, values["survivors"], strict=True)),
+        num_offspring=at_scale(paper["num_offspring"], scale["offspring"], least["num_offspring"]),
+        stages=tuple(Stage(max(count // size.shrink, 8), num) for count, num in zip(tokens, survivors, strict=True)),
         initial_candidates=1,
         initial_tokens=1,
         max_switches=values.get("max_switches", 3),
@@ -157,14 +158,3 @@ def _read(path: Path) -> dict[str, Any]:
         raise EvoPressError(f"{path} cannot be read ({error.strerror}): run the benchmark from a clone") from None
     assert isinstance(values, dict)
     return values
-
-
-def _resolved(value: Any, scale: Mapping[str, Any]) -> Any:
-    """Resolve `${scaled:value,${scale.factor},least}` as the resolver in `evopress.config` does, lists included."""
-    if isinstance(value, list):
-        return [_resolved(item, scale) for item in value]
-    found = _SCALED.fullmatch(value) if isinstance(value, str) else None
-    if found is None:
-        return value
-    whole, least = int(found[1]), int(found[3] or 1)
-    return max(round(whole * float(scale[found[2]])), min(least, whole))

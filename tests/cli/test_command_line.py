@@ -98,3 +98,10 @@ def test_schemas_are_not_offered_as_options(group: str) -> None:
     offered = loader.get_group_options(group)
     assert offered == sorted(configuration.options()[group])
     assert not [name for name in offered if name.startswith("base_")]
+
+
+def test_an_element_of_a_list_that_a_scale_makes_is_refused(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    outcome = evopress("+method=quant", "search.tokens.0=64")
+    sentence = "search.tokens.0=64 is one element of a list that the scale makes: write all of it, search.tokens=[...]"
+    assert (outcome.code, outcome.errors) == (1, [f"error: {sentence}"])
+    assert not list(tmp_path.iterdir())

@@ -95,6 +95,66 @@ def test_search_at_the_papers_scale_is_table_8(row: str, composed: Callable[...,
         assert (search.initial_candidates, search.initial_tokens) == INITIAL[row]
 
 
+AT_SCALE = {
+    # generations, offspring, survivors, tokens, initial candidates and their tokens, baselines' tokens
+    ("quant", "mini"): (36, 16, [2, 1, 1], [256, 1024, 4096], 32, 1024, 2048),
+    ("quant", "small"): (100, 32, [4, 1, 1], [256, 2048, 16384], 32, 2048, 2048),
+    ("quant", "paper"): (150, 128, [16, 4, 1], [2048, 16384, 131072], 32, 16384, 16384),
+    ("sparsity", "mini"): (96, 8, [2, 1, 1], [256, 1024, 2048], 32, 2048, 4096),
+    ("sparsity", "small"): (267, 16, [2, 1, 1], [256, 2048, 8192], 32, 2048, 16384),
+    ("sparsity", "paper"): (400, 64, [8, 2, 1], [2048, 16384, 65536], 32, 2048, 131072),
+    ("drop", "mini"): (None, 16, [2, 1], [256, 1024], 64, 512, 4096),
+    ("drop", "small"): (None, 16, [2, 1], [256, 4096], 64, 512, 16384),
+    ("drop", "paper"): (None, 32, [2, 1], [2048, 32768], 64, 2048, 131072),
+    ("super_fast", "mini"): (96, 8, [1, 1], [256, 2048], 32, 2048, 2048),
+    ("super_fast", "small"): (267, 8, [1, 1], [256, 2048], 32, 2048, 2048),
+    ("super_fast", "paper"): (400, 16, [1, 1], [512, 8192], 32, 2048, 16384),
+}
+"""A method, or the row super_fast for quantization, and a scale: what earlier versions had there."""
+TEXT_AT_SCALE = {
+    "mini": (32768, 20480, 16384, 1024),
+    "small": (131072, 131072, 65536, 16384),
+    "paper": (8388608, 524288, 524288, 131072),
+}
+"""Calibration, search and evaluation tokens, and those of the second pass."""
+
+
+@pytest.mark.parametrize(("what", "scale"), AT_SCALE, ids=" ".join)
+def test_every_scale_is_what_it_was(what: str, scale: str, composed: Callable[..., DictConfig]) -> None:
+    """In the settings, and as numbers in what `--cfg job` and the run folder show."""
+    typed = ["+method=quant", "search=super_fast"] if what == "super_fast" else [f"+method={what}"]
+    config = composed(*typed, f"scale={scale}")
+    shown = configuration.with_numbers(config)
+    result = configuration.to_settings(config)
+    search, baselines, data = result.search, result.baselines, result.data
+    names = {"quant": "random_tokens", "sparsity": "owl_tokens", "drop": "importance_tokens", "super_fast": "random_tokens"}
+    numbers = (search.generations, search.num_offspring, search.survivors, search.tokens)
+    assert (*numbers, search.initial_candidates, search.initial_tokens, getattr(baselines, names[what])) == AT_SCALE[what, scale]
+    text = (data.calibration_tokens, data.search_tokens, data.evaluation_tokens, result.refine.tokens)
+    assert text == TEXT_AT_SCALE[scale]
+    keys = ("generations", "num_offspring", "survivors", "tokens")
+    assert tuple(OmegaConf.to_container(shown.search)[key] for key in keys) == numbers
+
+
+def test_the_job_is_shown_with_its_numbers(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    for flags in (["--cfg", "job"], ["-c", "job"], ["--cfg=job"]):
+        outcome = evopress("+method=quant", "scale=small", "search.num_offspring=7", *flags)
+        config = OmegaConf.create(outcome.text)
+        assert outcome.code == 0 and "${" not in outcome.text
+        assert (config.search.num_offspring, config.search.survivors, config.data.search_tokens) == (7, [4, 1, 1], 131072)
+    assert not list(tmp_path.iterdir())
+
+
+def test_factors_and_the_papers_numbers_may_be_given(settings: Callable[..., RunSettings]) -> None:
+    """A factor of the scale, or a number of the paper's; what is given plainly is never scaled."""
+    assert settings("scale.tokens=0.5").search.tokens == [1024, 8192, 65536]
+    assert settings("search.paper.tokens=[1024,8192]", "search.survivors=[1,1]", "search.least.tokens=[1.0]").search.tokens == [
+        1024,
+        256,
+    ]
+    assert settings("search.num_offspring=128", "search.tokens=[2048,16384,131072]").search.num_offspring == 128
+
+
 def test_table_8_is_complete() -> None:
     assert {option for group, option in OPTIONS if group == "search"} == set(TABLE_8)
 

@@ -31,3 +31,21 @@ def test_an_earlier_run_keeps_its_recipe(tiny: Callable[..., Any], evopress: Cal
     assert json.loads((folder / "genome.json").read_text())["database"] == database
     refused = evopress(f"resume={folder}", "stages=[search,report]", "method.recipe=best")
     assert refused.code == 1 and "level database" in refused.errors[0]
+
+
+def test_an_earlier_run_may_name_points_of_a_sweep_as_options(
+    tiny: Callable[..., Any], evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    """`search/mutation=constant_7` in its overrides, where a version of today has two values."""
+    folder, point = tmp_path / "run", ("search.distribution=constant", "search.max_switches=7")
+    stages = "stages=[database,search]"
+    assert tiny(*point, stages).code == 0
+    kept = json.loads((folder / ".hydra" / "overrides.json").read_text())
+    kept["overrides"] = ["search/mutation=constant_7", *(override for override in kept["overrides"] if override not in point)]
+    write_json(folder / ".hydra" / "overrides.json", kept)
+    again = evopress(f"resume={folder}", stages)
+    assert again.code == 0, again.text
+    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert (config.search.distribution, config.search.max_switches) == ("constant", 7)
+    refused = evopress(f"resume={folder}", stages, "search.max_switches=3")
+    assert refused.code == 1 and "max_switches" in refused.errors[0]

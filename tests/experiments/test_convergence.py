@@ -167,9 +167,9 @@ def test_lines_are_of_the_curves_text(tmp_path: Path) -> None:
 
 def test_a_half_finished_sweep_gives_what_there_is(tmp_path: Path) -> None:
     root = tmp_path / "table4"
-    write_search(root, {"search/mutation": "constant_1", "seed": 0}, [4.0, 2.0])
-    write_search(root, {"search/mutation": "constant_1", "seed": 1}, [5.0, 3.0], finished=False)
-    write_search(root, {"search/mutation": "constant_3", "seed": 0}, [None, None])
+    write_search(root, {"search.distribution": "constant", "search.max_switches": 1, "seed": 0}, [4.0, 2.0])
+    write_search(root, {"search.distribution": "constant", "search.max_switches": 1, "seed": 1}, [5.0, 3.0], finished=False)
+    write_search(root, {"search/mutation": "constant_3", "seed": 0}, [None, None])  # as earlier versions wrote it
     sweep, paths = make_figures("table4", root=tmp_path, out=tmp_path / "out")
     assert list(curves(sweep, SPECS["table4"])[()]) == ["constant_1"]
     assert [path.name for path in paths] == ["convergence.csv", "convergence.png", "convergence.svg"]

@@ -265,33 +265,42 @@ def test_variants_may_be_what_was_swept(tmp_path: Path) -> None:
     assert table.order((), "held-out KL") == "16 < 4"
 
 
-def write_table_5(root: Path, stages: dict[str, int], *, typed: bool = True, **search: Any) -> None:
-    """Write three seeds of first stages with so many tokens each, the numbers as unresolved as Hydra writes them."""
-    for index, (stage, tokens) in enumerate(stages.items()):
+def write_table_5(root: Path, stages: list[int], *, typed: bool = True, earlier: bool = False, **search: Any) -> None:
+    """Write three seeds of first stages with so many tokens each, as this version or an earlier one writes them."""
+    for index, tokens in enumerate(stages):
         for seed in range(3):
-            overrides = [f"search/first_stage={stage}"] * typed + [f"seed={seed}", "+experiment=table5"]
-            config = {"num_offspring": 16, "tokens": [f"${{scaled:{tokens},${{scale.tokens}},8}}", 1024], **search}
+            axis = f"search/first_stage={tokens}_tokens" if earlier else f"search.paper.tokens=[{tokens},8192]"
+            config: dict[str, Any] = {
+                "num_offspring": 16,
+                "tokens": [tokens // 8, 1024],
+                "paper": {"tokens": [tokens, 8192]},
+                **search,
+            }
+            if earlier:  # unresolved, and a config group
+                config |= {"tokens": [f"${{scaled:{tokens},${{scale.tokens}},8}}", 1024]}
+                del config["paper"]
             job = write_job(
                 root / "table5",
-                f"{stage}-{seed}",
-                overrides,
+                f"{tokens}_tokens-{seed}",
+                [axis] * typed + [f"seed={seed}", "+experiment=table5"],
                 [DENSE, row("evopress", 0.5 + index / 10 + seed / 100, 8.0 + index)],
                 scale={"name": "mini", "tokens": 0.125},
                 search=config,
             )
-            choices = {"hydra": {"runtime": {"choices": {"search/first_stage": stage}}}}
+            choices = {"hydra": {"runtime": {"choices": {"search/first_stage": f"{tokens}_tokens"} if earlier else {}}}}
             (job / ".hydra" / "hydra.yaml").write_text(OmegaConf.to_yaml(choices), encoding="utf-8")
 
 
 @pytest.mark.parametrize("typed", [True, False])
-def test_an_axis_may_be_a_config_group(typed: bool, tmp_path: Path) -> None:
-    """Table 5: rows by the option's name, with the numbers that it came to; what it decides may differ between jobs."""
-    write_table_5(tmp_path, {"64_tokens": 64, "512_tokens": 512, "1024_tokens": 1024}, typed=typed)
+@pytest.mark.parametrize("earlier", [True, False])
+def test_an_axis_may_be_a_list_that_decides_another(earlier: bool, typed: bool, tmp_path: Path) -> None:
+    """Table 5: rows by the paper's tokens, with the numbers that they came to, which may differ between jobs."""
+    write_table_5(tmp_path, [64, 512, 1024], typed=typed, earlier=earlier)
     out = tmp_path / "out"
     out.mkdir()
     (out / "paper.csv").write_bytes((EXPERIMENTS / "table5" / "paper.csv").read_bytes())
     found = make_table("table5", root=tmp_path, out=out)
-    assert {axes["search/first_stage"] for axes in found.missing} == {"256_tokens", "128_tokens"}
+    assert {axes["search.paper.tokens"] for axes in found.missing} == {"[256,8192]", "[128,8192]"}
     text = (out / "table.md").read_text(encoding="utf-8")
     assert line_of(text, "method")[:3] == ["method", "search.num_offspring", "search.tokens"]
     names = ["dense", "1024 tokens", "512 tokens", "64 tokens"]  # in the experiment's order
@@ -303,20 +312,42 @@ def test_an_axis_may_be_a_config_group(typed: bool, tmp_path: Path) -> None:
     assert "- Ours, by held-out KL: 64 tokens < 512 tokens < 1024 tokens.\n" in text
 
 
-def test_what_a_config_group_does_not_decide_must_be_alike(tmp_path: Path) -> None:
-    write_table_5(tmp_path, {"512_tokens": 512})
-    write_table_5(tmp_path, {"64_tokens": 64}, num_offspring=8)
+def test_what_an_axis_does_not_decide_must_be_alike(tmp_path: Path) -> None:
+    write_table_5(tmp_path, [512])
+    write_table_5(tmp_path, [64], num_offspring=8)
     with pytest.raises(EvoPressError, match=r"search\.num_offspring is 16 in .*512_tokens-0 and 8 in .*64_tokens-0"):
         make_table("table5", root=tmp_path, out=tmp_path / "out")
 
 
 def test_a_job_that_does_not_say_its_option_is_left_out(tmp_path: Path) -> None:
-    write_table_5(tmp_path, {"512_tokens": 512}, typed=False)
+    write_table_5(tmp_path, [512], typed=False, earlier=True)
     (tmp_path / "table5" / "512_tokens-1" / ".hydra" / "hydra.yaml").unlink()
     found = read_sweep(tmp_path / "table5", expected_jobs("table5"))
     assert len(found.jobs) == 2
     ((folder, reason),) = found.unfinished
-    assert folder.name == "512_tokens-1" and "does not say which search/first_stage it is" in reason
+    assert folder.name == "512_tokens-1" and "does not say which search.paper.tokens it is" in reason
+
+
+def write_table_4(root: Path, *, earlier: bool) -> None:
+    """Write a whole sweep of Table 4: seven rows in an earlier version, and a point without a row now."""
+    for job in expected_jobs("table4"):
+        name = f"{job['search.distribution']}_{job['search.max_switches']}"
+        if earlier and name == "min_uniform_1":
+            continue
+        axis = [f"search/mutation={name}"] if earlier else [f"{key}={value}" for key, value in job.items() if key != "seed"]
+        write_job(root / "table4", f"{name}_seed-{job['seed']}", [*axis, f"seed={job['seed']}"], [DENSE, row("evopress", 0.5, 8.0)])
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_table_4_has_seven_rows(earlier: bool, tmp_path: Path) -> None:
+    write_table_4(tmp_path, earlier=earlier)
+    found = make_table("table4", root=tmp_path, out=tmp_path)
+    rows = [line.split(" | ")[0].strip("| ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows == [
+        *("method", "---", "dense", "min uniform 3", "min uniform 7", "min uniform 15"),
+        *("constant 1", "constant 3", "constant 7", "constant 15"),
+    ]
+    assert not found.missing and not found.unfinished
 
 
 def test_an_axis_that_was_not_typed_is_read_from_the_config(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def job(folder: Path, sweep: Path, *overrides: str) -> Path:
 
 def test_a_job_of_a_named_sweep(tmp_path: Path) -> None:
     sweep = tmp_path / "multirun" / "table4"
-    folder = job(sweep / "min_uniform_3_seed-0", sweep, "search/mutation=min_uniform_3", "seed=0", "+experiment=table4")
+    folder = job(sweep / "min_uniform_3_seed-0", sweep, "search.max_switches=3", "seed=0", "+experiment=table4")
     assert sweep_folder(folder) == sweep
     assert (sweep_name(folder), job_name(folder), experiment_name(folder)) == ("table4", "min_uniform_3_seed-0", "table4")
 

@@ -206,7 +206,7 @@ def test_jobs_of_a_sweep_are_a_group_tagged_by_their_table(tmp_path: Path, monke
     job = tmp_path / "multirun" / "table4" / "constant_3_seed-1"
     (job / ".hydra").mkdir(parents=True)
     (job.parent / "multirun.yaml").touch()
-    (job / ".hydra" / "overrides.yaml").write_text("- search/mutation=constant_3\n- seed=1\n- +experiment=table4\n")
+    (job / ".hydra" / "overrides.yaml").write_text("- search.max_switches=3\n- seed=1\n- +experiment=table4\n")
     asked = started(job, monkeypatch)
     assert (asked["group"], asked["name"], asked["tags"]) == ("table4", "constant_3_seed-1", ["quant", "table4"])
     asked = started(job, monkeypatch, name="mine", group="ours", tags=["a", "table4"])
