@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
+from evopress.baselines.baseline import Baseline, Pass, Planned, Problem, check_minibatch
 from evopress.errors import EvoPressError
 from evopress.search import Fitness, random_mixes, select_fittest
+from evopress.settings import RunSettings
 from evopress.units import Budget, Genome, Space
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BestOfRandom(Baseline):
+    """The fittest of some random mixes."""
+
+    num_candidates: int
+    tokens: int
+
+    def check(self, run: RunSettings) -> None:
+        """See `Baseline`."""
+        check_minibatch(run, "baselines.random_tokens", self.tokens)
+
+    def passes(self, plan: Planned) -> list[Pass]:
+        """See `Baseline`."""
+        return [Pass(self.num_candidates, self.tokens, on_search_text=True)]
+
+    def find(self, problem: Problem) -> dict[str, Genome]:
+        """See `Baseline`."""
+        logger.info("best of %d random: %d tokens each", self.num_candidates, self.tokens)
+        genome, _ = best_of_random(
+            problem.space,
+            problem.budget,
+            problem.fitness(),
+            num_candidates=self.num_candidates,
+            tokens=self.tokens,
+            rng=problem.rng,
+        )
+        return {f"best_of_{self.num_candidates}": genome}
 
 
 def best_of_random(

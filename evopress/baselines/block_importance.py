@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from evopress.baselines.baseline import MODULES, Baseline, Pass, Planned, Problem
+from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
+from evopress.levels.modules import PAIR, modules_of
 from evopress.models.blocks import BlockModel
 from evopress.progress import track
+from evopress.settings import RunSettings
+from evopress.units import Genome, Space
 
 Span = tuple[int, int]
 """(start, stop): blocks start to stop - 1."""
@@ -47,6 +53,107 @@ RANKINGS = {
     "l2_normalized": Ranking("l2_normalized"),
 }
 """The baselines by name. `sliding_window` ranks whole removals, one span each (see `windows`); the others rank single spans."""
+
+
+@dataclass(frozen=True)
+class RankedBlocks(Baseline):
+    """Drops the blocks that a ranking puts first, attention and MLP together, as many as the target says (paper, Table 13).
+
+    The sliding window has no order. Scores are kept beside the run's manifest, so that another sparsity or seed finds them there.
+    """
+
+    name: str
+    """A key of RANKINGS."""
+    tokens: int
+    """Calibration tokens that blocks are scored on."""
+    serves = (MODULES,)
+
+    def check(self, run: RunSettings) -> None:
+        """See `Baseline`."""
+        length, most = run.model.sequence_length, run.data.calibration_tokens
+        if not length <= self.tokens <= most:
+            raise EvoPressError(
+                f"baselines.importance_tokens={self.tokens} is out of range: expected one sequence ({length}) to "
+                f"data.calibration_tokens={most}; change one of them"
+            )
+
+    def passes(self, plan: Planned) -> list[Pass]:
+        """See `Baseline`."""
+        by_removal = RANKINGS[self.name].score in ("perplexity", "kl")
+        return [Pass(len(spans_of(plan.space)) + 1 if by_removal else 1, self.tokens, shared="scores of blocks")]
+
+    def find(self, problem: Problem) -> dict[str, Genome]:
+        """See `Baseline`."""
+        space = problem.space
+        spans = spans_of(space)
+        count = (len(space) - problem.budget.total) * len(spans) // len(space)
+        stuck = {unit.block for unit in space.units if len(unit.levels) == 1}
+        excluded = {i for i, (start, stop) in enumerate(spans) if stuck & set(range(start, stop))}
+        if len(spans) - len(excluded) < count:
+            raise EvoPressError(
+                f"method.exclude leaves {len(spans) - len(excluded)} whole blocks for baselines that drop {count}: exclude fewer, "
+                f"or leave {self.name} out of baselines.names"
+            )
+        scores = _Scores(problem, spans, self.tokens)
+        if self.name == "sliding_window":
+            joined = windows(spans, count, excluded=excluded)
+            best = removal_order(self.name, scores.of_windows(list(joined)))[0]
+            return {self.name: without(space, [spans[i] for i in list(joined.values())[best]])}
+        ranking = RANKINGS[self.name].score
+        values = scores.of_removal(ranking) if ranking in ("perplexity", "kl") else scores.of_activations(ranking)
+        order = removal_order(self.name, values, excluded=excluded)
+        problem.note_order(self.name, [spans[i][0] for i in order])
+        return {self.name: without(space, [spans[i] for i in order[:count]])}
+
+
+class _Scores:
+    """The scores of a model's blocks on calibration text, measured when they are first asked for and kept in a file."""
+
+    def __init__(self, problem: Problem, spans: Sequence[Span], tokens: int) -> None:
+        text = problem.calibration_tokens
+        self._text = text[: max(tokens // text.shape[1], 1)]
+        self._problem, self._spans = problem, list(spans)
+        self._kept = problem.kept("scores", {"tokens": tokens_digest(self._text), "spans": self._spans})
+
+    def _get(self, key: str, measure: Callable[[], dict[str, list[float]]]) -> dict[str, list[float]]:
+        if key not in self._kept:
+            self._kept[key] = measure()
+        stored: dict[str, list[Any]] = self._kept[key]  # what is not finite is null in the file
+        return {name: [math.inf if x is None else x for x in values] for name, values in stored.items()}
+
+    def of_activations(self, score: str) -> list[float]:
+        """Return what one pass of the dense model says of every span."""
+        return self._get("activations", lambda: self._measured(self._spans))[score]
+
+    def of_windows(self, joined: Sequence[Span]) -> list[float]:
+        """Return the cosine similarity over every window."""
+        key = "windows " + " ".join(f"{start}-{stop - 1}" for start, stop in joined)
+        return self._get(key, lambda: self._measured(joined))["cosine_similarity"]
+
+    def of_removal(self, score: str) -> list[float]:
+        """Return the perplexity, or the KL divergence, of the model without each span."""
+        return self._get("removal", self._removed)[score]
+
+    def _measured(self, spans: Sequence[Span]) -> dict[str, list[float]]:
+        return measure_spans(self._problem.blocks, self._text, spans, batch_tokens=self._problem.batch_tokens)
+
+    def _removed(self) -> dict[str, list[float]]:
+        genomes = [without(self._problem.space, [span]) for span in self._spans]
+        scores = self._problem.measure(genomes, self._text, what="scoring blocks by their removal")
+        return {"perplexity": [score.perplexity for score in scores], "kl": [score.kl for score in scores]}
+
+
+def spans_of(space: Space) -> list[Span]:
+    """Return the runs of blocks that are ranked: single blocks, or pairs where units are pairs."""
+    width = 2 if space.units[0].kind == PAIR else 1
+    blocks = {block for unit in space.units for block, _ in modules_of(unit)}
+    return [(start, start + width) for start in range(0, len(blocks), width)]
+
+
+def without(space: Space, spans: Sequence[Span]) -> Genome:
+    """Return the genome that drops these runs of blocks and nothing else."""
+    gone = {block for start, stop in spans for block in range(start, stop)}
+    return tuple(len(unit.levels) - 1 if unit.block in gone else 0 for unit in space.units)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ knapsack, solved exactly as an integer program.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -13,8 +14,24 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from evopress.baselines.baseline import WEIGHTS, Baseline, Problem
 from evopress.errors import EvoPressError
 from evopress.units import Budget, Genome, Space, Unit
+
+logger = logging.getLogger(__name__)
+
+
+class DynamicProgramming(Baseline):
+    """The levels with the least sum of errors."""
+
+    serves = (WEIGHTS,)
+
+    def find(self, problem: Problem) -> dict[str, Genome]:
+        """See `Baseline`."""
+        if least_with_modules(problem.space) > problem.budget.total:
+            logger.info("baseline dp is left out: it keeps all modules, whose weights take more than the target allows")
+            return {}
+        return {"dp": dynamic_programming(problem.space, problem.budget, problem.errors)}
 
 
 def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[float]], *, group_by: str | None = None) -> Genome:

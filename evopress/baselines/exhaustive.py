@@ -9,15 +9,78 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+
+from evopress.baselines.baseline import MODULES, Baseline, Pass, Planned, Problem, check_minibatch
+from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.progress import track
+from evopress.search import Fitness
+from evopress.settings import RunSettings
 from evopress.units import Budget, Genome, Space
 
 logger = logging.getLogger(__name__)
 
 _Ways = dict[str, dict[int, int]]
 """Part of the budget to total cost to the number of ways in which the units of that part can cost it."""
+
+
+_BATCH = 64
+"""Genomes that are evaluated together."""
+
+
+@dataclass(frozen=True)
+class Exhaustive(Baseline):
+    """The fittest of all genomes on the first search tokens; goes on where an earlier exhaustive search stopped."""
+
+    tokens: int | None
+    """Search tokens that every genome is measured on; None: all."""
+    limit: int
+    serves = (MODULES,)
+
+    def check(self, run: RunSettings) -> None:
+        """See `Baseline`."""
+        if self.tokens is not None:
+            check_minibatch(run, "baselines.exhaustive_tokens", self.tokens)
+
+    def passes(self, plan: Planned) -> list[Pass]:
+        """See `Baseline`."""
+        count = min(count_genomes(plan.space, plan.budget), self.limit)
+        return [Pass(count, self.tokens or plan.search_tokens, on_search_text=True, together=_BATCH)]
+
+    def find(self, problem: Problem) -> dict[str, Genome]:
+        """Raise EvoPressError if there are more genomes than the limit."""
+        budget, text = problem.budget, problem.search_tokens
+        length = text.shape[1]
+        rows = len(text) if self.tokens is None else max(self.tokens // length, 1)
+        about = {
+            "tokens": tokens_digest(text[:rows]),
+            "fitness": problem.what_fitness_is,
+            "budget": [budget.total, *map(list, budget.by_kind.items())],
+        }
+        records = problem.records("exhaustive", about)
+        known = {
+            tuple(map(int, genome)): float(fitness)
+            for record in records
+            for genome, fitness in zip(record["genomes"], record["fitnesses"], strict=True)
+            if fitness is not None
+        }
+
+        def keep(measured: dict[Genome, float]) -> None:
+            genomes = ["".join(map(str, genome)) for genome in measured]
+            records.add({"genomes": genomes, "fitnesses": list(measured.values())})
+
+        fitness: Fitness | None = None
+
+        def fitness_of(genomes: Sequence[Genome]) -> list[float]:
+            nonlocal fitness
+            fitness = fitness or problem.fitness(np.random.default_rng(0), num_sequences=rows)
+            return list(fitness(genomes, tokens=rows * length))
+
+        best, _ = exhaustive(problem.space, budget, fitness_of, limit=self.limit, batch=_BATCH, known=known, on_batch=keep)
+        return {"exhaustive": best}
 
 
 def count_genomes(space: Space, budget: Budget) -> int:

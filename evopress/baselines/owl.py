@@ -6,16 +6,23 @@ Source: OWL (arXiv:2310.05175) as the paper uses it (section 4.2): the same spar
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 from torch import Tensor
 
-from evopress.compress.sparse import kept_at
+from evopress.baselines.baseline import WEIGHTS, Baseline, Pass, Planned, Problem
+from evopress.compress.sparse import PruneTo, SparsityLevels, kept_at
 from evopress.compress.wanda import wanda_scores
 from evopress.errors import EvoPressError
+from evopress.settings import RunSettings
+from evopress.units import Genome
+
+logger = logging.getLogger(__name__)
 
 LAMBDAS = (0.02, 0.05, 0.08, 0.1, 0.2)
 """λ of the paper's grid: greatest deviation from the target, in sparsity."""
@@ -23,6 +30,75 @@ MULTIPLES = (3.0, 5.0, 7.0, 10.0)
 """M of the paper's grid: an outlier is above M times the mean."""
 GRID = tuple(product(LAMBDAS, MULTIPLES))
 """All pairs (λ, M), in the order of the authors' files."""
+
+
+@dataclass(frozen=True)
+class Owl(Baseline):
+    """OWL's best genome over the paper's grid, in levels of the run's database followed by those of a second one.
+
+    The outlier ratios and the second database, pruned as the first is, come from the Hessians that the first left behind; the best
+    of the grid is that with the least perplexity on calibration text.
+    """
+
+    tokens: int
+    """Calibration tokens whose perplexity chooses."""
+    serves = (WEIGHTS,)
+    not_counted = "its own levels"
+
+    def check(self, run: RunSettings) -> None:
+        """See `Baseline`."""
+        if run.method.name != "sparsity":
+            raise EvoPressError(f"baseline owl is of method sparsity, not {run.method.name}: leave it out of baselines.names")
+        if run.method.include != ["blocks"]:
+            raise EvoPressError(
+                f"baseline owl divides sparsity over blocks, not over what lies outside them (method.include="
+                f"{run.method.include}): leave it out of baselines.names, or include blocks alone"
+            )
+        if not run.level_db.keep_hessians:
+            raise EvoPressError(
+                "baseline owl needs the Hessians kept: set level_db.keep_hessians=true, or leave it out of baselines.names"
+            )
+        if not 2 <= self.tokens <= run.data.calibration_tokens:
+            raise EvoPressError(
+                f"baselines.owl_tokens={self.tokens} is out of range: expected 2 to data.calibration_tokens="
+                f"{run.data.calibration_tokens}; change one of them"
+            )
+
+    def passes(self, plan: Planned) -> list[Pass]:
+        """See `Baseline`."""
+        return [Pass(len(GRID) + 1, self.tokens)]
+
+    def find(self, problem: Problem) -> dict[str, Genome]:
+        """See `Baseline`."""
+        blocks, hessians, pruner = problem.blocks, problem.hessians(), problem.compressor()
+        assert isinstance(pruner, SparsityLevels)
+        num_blocks = len(blocks.blocks)
+        logger.info("OWL: a grid of %d", len(GRID))
+        linears = [blocks.linears(index) for index in range(num_blocks)]
+        ratios = []
+        for index in range(num_blocks):
+            stored = hessians.read(index)
+            H = [stored.hessians[stored.owners[name]] for name in linears[index]]
+            ratios.append(outlier_ratios([linear.weight.detach() for linear in linears[index].values()], H))
+        sizes = [[linear.weight.numel() for linear in block.values()] for block in linears]
+        names = [name for block in linears for name in block]
+        kept_by_pair = []
+        for lambda_, multiple in GRID:
+            column = MULTIPLES.index(multiple)
+            kept = owl_kept([ratio[column] for ratio in ratios], sizes, sparsity=problem.budget.target, lambda_=lambda_)
+            kept_by_pair.append([count for block in kept for count in block])
+        choices = {name: sorted({kept[i] for kept in kept_by_pair}, reverse=True) for i, name in enumerate(names)}
+        levels = problem.add_levels("owl", PruneTo(pruner=pruner, kept=choices))
+        genomes = [
+            levels.genome_of_last(tuple(choices[name].index(count) for name, count in zip(names, kept, strict=True)))
+            for kept in kept_by_pair
+        ]
+        text = problem.calibration_tokens
+        scores = problem.measure(genomes, text[: max(self.tokens // text.shape[1], 1)], what="OWL's grid")
+        best = min(range(len(GRID)), key=lambda i: scores[i].perplexity)
+        lambda_, multiple = GRID[best]
+        logger.info("OWL: λ = %g, M = %g is best on calibration text (perplexity %.2f)", lambda_, multiple, scores[best].perplexity)
+        return {"owl": genomes[best]}
 
 
 def outlier_ratios(weights: Sequence[Tensor], hessians: Sequence[Tensor], multiples: Sequence[float] = MULTIPLES) -> list[float]:

@@ -4,8 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from evopress.baselines.baseline import WEIGHTS, Baseline, Planned, Problem
 from evopress.search.initial import one_level
 from evopress.units import Genome, Level, Space
+
+
+class Uniform(Baseline):
+    """The uniform genomes on either side of the budget, or the one that costs exactly as much."""
+
+    serves = (WEIGHTS,)
+
+    def num_genomes(self, plan: Planned) -> int:
+        """See `Baseline`."""
+        return 1 + (plan.budget.total != plan.space.greatest_cost)
+
+    def find(self, problem: Problem) -> dict[str, Genome]:
+        """See `Baseline`."""
+        space, total = problem.space, problem.budget.total
+        uniform = uniform_genomes(space, problem.uniform_name)
+        costs = {name: space.cost(genome) for name, genome in uniform.items()}
+        within = max((name for name in costs if costs[name] <= total), key=costs.__getitem__, default=None)
+        above = min((name for name in costs if costs[name] > total), key=costs.__getitem__, default=None)
+        exact = within is not None and costs[within] == total
+        return {name: uniform[name] for name in ((within,) if exact else (above, within)) if name is not None}
 
 
 def uniform_genomes(space: Space, name: Callable[[Level], str] = lambda level: f"uniform_{level.key}") -> dict[str, Genome]:

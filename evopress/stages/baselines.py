@@ -5,31 +5,31 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from evopress.baselines.best_of_random import best_of_random
-from evopress.baselines.block_importance import RANKINGS
-from evopress.baselines.dynamic_programming import dynamic_programming, least_with_modules
-from evopress.baselines.owl import GRID, MULTIPLES, outlier_ratios, owl_kept
-from evopress.baselines.uniform import uniform_genomes
-from evopress.compress.sparse import PruneTo, SparsityLevels
+from evopress.baselines.named import make_baselines
+from evopress.compress.compressor import Compressor
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
-from evopress.evaluation.heldout import measure_held_out
+from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.fitness.measures import KLDivergence, Measure, NegativeLogLikelihood, TopkKL
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.json_files import shown
-from evopress.levels.store import LevelDatabase
-from evopress.reporting.records import read_document, write_json
+from evopress.levels.hessians import HessianStore
+from evopress.levels.locking import alone_in
+from evopress.levels.store import fingerprint
+from evopress.levels.union import LevelUnion
+from evopress.models.blocks import BlockModel
+from evopress.reporting.records import append_record, read_document, read_records, write_json
 from evopress.settings import FitnessSettings
-from evopress.stages.depth import rank_blocks, search_all
 from evopress.stages.results import read_result
-from evopress.units import Genome, Space
+from evopress.units import Budget, Genome, Level, Space
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,10 @@ def baselines_as_asked(workspace: Workspace) -> dict[str, Any] | None:
 
 
 def _asked(workspace: Workspace) -> dict[str, Any]:
-    return {**what_decides_fitness(workspace), **asdict(workspace.settings.baselines)}
+    baselines = asdict(workspace.settings.baselines)
+    if not baselines["options"]:
+        del baselines["options"]  # earlier versions had none
+    return {**what_decides_fitness(workspace), **baselines}
 
 
 def find_baselines(workspace: Workspace) -> None:
@@ -122,100 +125,160 @@ def find_baselines(workspace: Workspace) -> None:
             logger.info("baselines: already found in %s", path)
             return
         logger.info("baselines: those in %s were found with other settings; they are found again", path)
-    space, budget = workspace.database.space, workspace.budget
     found: dict[str, Genome] = {}
-    if "uniform" in settings.names:
-        found |= _nearest_uniform(workspace)
-    if "best_of_random" in settings.names:
-        logger.info("best of %d random: %d tokens each", settings.num_random, settings.random_tokens)
-        genome, _ = best_of_random(
-            space,
-            budget,
-            make_fitness(workspace, workspace.rng["random_minibatch"]),
-            num_candidates=settings.num_random,
-            tokens=settings.random_tokens,
-            rng=workspace.rng["random"],
-        )
-        found[f"best_of_{settings.num_random}"] = genome
-    if "dp" in settings.names:
-        if least_with_modules(space) > budget.total:
-            logger.info("baseline dp is left out: it keeps all modules, whose weights take more than the target allows")
-        else:
-            found["dp"] = dynamic_programming(space, budget, workspace.database.errors)
     further: list[str] = []
     orders: dict[str, list[int]] = {}
-    if ranked := [name for name in settings.names if name in RANKINGS]:
-        genomes, orders = rank_blocks(workspace, ranked)
-        found |= genomes
-    if "exhaustive" in settings.names:
-        found["exhaustive"] = search_all(workspace, make_fitness)
-    if "owl" in settings.names:
-        found["owl"], database = find_owl(workspace)
-        further.append(database.folder.name)
+    for name, baseline in make_baselines(settings).items():
+        problem = RunProblem(workspace, name)
+        genomes = baseline.find(problem)
+        further += problem.further
+        orders |= problem.orders
+        space = workspace.levels.space if further else workspace.database.space
+        for row, genome in genomes.items():
+            if row in found:
+                raise EvoPressError(
+                    f"the baseline {name} gives a row {row!r}, which there is already: leave it out of baselines.names"
+                )
+            found[row] = space.check(genome)
     stored = {"schema": 1, "database": workspace.database.fingerprint, "asked": _asked(workspace), "further": further}
     write_json(path, {**stored, "genomes": {name: list(genome) for name, genome in found.items()}, "orders": orders})
 
 
-def find_owl(workspace: Workspace) -> tuple[Genome, LevelDatabase]:
-    """Return OWL's best genome over the paper's grid, in levels of the run's database followed by those of a second one.
+class RunProblem:
+    """A run as one of its baselines sees it; see `Problem`."""
 
-    Source: OWL (arXiv:2310.05175) as in paper section 4.2. The outlier ratios and the second database, pruned as the first is, come
-    from the Hessians that the first left behind; the grid's best is that with the least perplexity on calibration text.
-    """
-    settings, blocks = workspace.settings, workspace.blocks
-    assert workspace.method.weights is not None
-    pruner = workspace.method.weights.compressor((), dtype_bits=8 * blocks.dtype.itemsize)
-    assert settings.sparsity is not None and isinstance(pruner, SparsityLevels)
-    hessians = workspace.complete_hessians()
-    num_blocks = len(blocks.blocks)
-    logger.info("OWL: a grid of %d", len(GRID))
-    linears = [blocks.linears(index) for index in range(num_blocks)]
-    ratios = []
-    for index in range(num_blocks):
-        stored = hessians.read(index)
-        H = [stored.hessians[stored.owners[name]] for name in linears[index]]
-        ratios.append(outlier_ratios([linear.weight.detach() for linear in linears[index].values()], H))
-    sizes = [[linear.weight.numel() for linear in block.values()] for block in linears]
-    names = [name for block in linears for name in block]
-    kept_by_pair = []
-    for lambda_, multiple in GRID:
-        column = MULTIPLES.index(multiple)
-        kept = owl_kept([ratio[column] for ratio in ratios], sizes, sparsity=settings.sparsity, lambda_=lambda_)
-        kept_by_pair.append([count for block in kept for count in block])
-    choices = {name: sorted({kept[i] for kept in kept_by_pair}, reverse=True) for i, name in enumerate(names)}
-    database, _ = workspace.database_of("owl", PruneTo(pruner=pruner, kept=choices))
-    workspace.add_levels([database.folder.name])
-    union = workspace.levels
-    genomes = [
-        union.genome_of_last(tuple(choices[name].index(count) for name, count in zip(names, kept, strict=True)))
-        for kept in kept_by_pair
-    ]
-    length = workspace.calibration_tokens.shape[1]
-    sequences = workspace.calibration_tokens[: max(settings.baselines.owl_tokens // length, 1)]
-    fitness = settings.fitness
-    scores = measure_held_out(
-        workspace.evaluator,
-        genomes,
-        sequences,
-        batch_tokens=fitness.max_tokens_in_flight,
-        chunk_tokens=fitness.chunk_tokens,
-        what="OWL's grid",
-    )
-    best = min(range(len(GRID)), key=lambda i: scores[i].perplexity)
-    lambda_, multiple = GRID[best]
-    logger.info("OWL: λ = %g, M = %g is best on calibration text (perplexity %.2f)", lambda_, multiple, scores[best].perplexity)
-    return genomes[best], database
+    def __init__(self, workspace: Workspace, baseline: str) -> None:
+        """Show a run to a baseline, by its name."""
+        self._workspace = workspace
+        self.further: list[str] = []
+        """Folders of the level databases that it added."""
+        self.orders: dict[str, list[int]] = {}
+        """What it noted, by row."""
+        if baseline == "best_of_random":
+            self.rng, self._minibatch_rng = workspace.rng["random"], workspace.rng["random_minibatch"]
+        else:  # its own, whatever other baselines draw
+            seeds = np.random.SeedSequence([workspace.settings.seed, *baseline.encode()]).spawn(2)
+            self.rng, self._minibatch_rng = (np.random.default_rng(seed) for seed in seeds)
+
+    @property
+    def space(self) -> Space:
+        return self._workspace.database.space
+
+    @property
+    def budget(self) -> Budget:
+        return self._workspace.budget
+
+    @property
+    def errors(self) -> Sequence[Sequence[float]]:
+        return self._workspace.database.errors
+
+    @property
+    def calibration_tokens(self) -> Tensor:
+        return self._workspace.calibration_tokens
+
+    @property
+    def search_tokens(self) -> Tensor:
+        return self._workspace.search_tokens
+
+    @property
+    def blocks(self) -> BlockModel:
+        return self._workspace.blocks
+
+    @property
+    def batch_tokens(self) -> int:
+        return self._workspace.settings.fitness.max_tokens_in_flight
+
+    @property
+    def what_fitness_is(self) -> list[Any]:
+        fitness = self._workspace.settings.fitness
+        return [fitness.name, fitness.k]
+
+    def fitness(self, rng: np.random.Generator | None = None, *, num_sequences: int | None = None) -> MinibatchFitness:
+        return make_fitness(self._workspace, rng or self._minibatch_rng, num_sequences)
+
+    def measure(self, genomes: Sequence[Genome], tokens: Tensor, *, what: str) -> list[Scores]:
+        fitness = self._workspace.settings.fitness
+        return measure_held_out(
+            self._workspace.evaluator,
+            genomes,
+            tokens,
+            batch_tokens=fitness.max_tokens_in_flight,
+            chunk_tokens=fitness.chunk_tokens,
+            what=what,
+        )
+
+    def uniform_name(self, level: Level) -> str:
+        return self._workspace.method.uniform_name(level)
+
+    def compressor(self) -> Compressor:
+        weights = self._workspace.method.weights
+        assert weights is not None
+        return weights.compressor((), dtype_bits=8 * self._workspace.blocks.dtype.itemsize)
+
+    def hessians(self) -> HessianStore:
+        return self._workspace.complete_hessians()
+
+    def add_levels(self, name: str, compressor: Compressor) -> LevelUnion:
+        database, _ = self._workspace.database_of(name, compressor)
+        self._workspace.add_levels([database.folder.name])
+        self.further.append(database.folder.name)
+        return self._workspace.levels
+
+    def note_order(self, name: str, order: Sequence[int]) -> None:
+        self.orders[name] = list(order)
+
+    def kept(self, name: str, about: Mapping[str, Any]) -> KeptNumbers:
+        return KeptNumbers(self._workspace.database.folder / f"{name}-{fingerprint(about)}.json")
+
+    def records(self, name: str, about: Mapping[str, Any]) -> KeptRecords:
+        return KeptRecords(self._workspace.database.folder / f"{name}-{fingerprint(about)}.jsonl")
 
 
-def _nearest_uniform(workspace: Workspace) -> dict[str, Genome]:
-    """Return the uniform genomes on either side of the budget, or the one that costs exactly as much."""
-    space, total = workspace.database.space, workspace.budget.total
-    uniform = uniform_genomes(space, workspace.method.uniform_name)
-    costs = {name: space.cost(genome) for name, genome in uniform.items()}
-    within = max((name for name in costs if costs[name] <= total), key=costs.__getitem__, default=None)
-    above = min((name for name in costs if costs[name] > total), key=costs.__getitem__, default=None)
-    exact = within is not None and costs[within] == total
-    return {name: uniform[name] for name in ((within,) if exact else (above, within)) if name is not None}
+class KeptNumbers(MutableMapping[str, Any]):
+    """Numbers in a JSON file, which is written whenever one is set; a damaged file is one without numbers."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what there is."""
+        self._path, self._known = path, {"schema": 1}
+        try:
+            if path.exists():
+                self._known = read_document(path, what="file of scores")
+        except EvoPressError as error:
+            logger.warning("%s (here the scores are measured again)", error)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._known[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._known[key] = value
+        self._write()
+
+    def __delitem__(self, key: str) -> None:
+        del self._known[key]
+        self._write()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def _write(self) -> None:
+        with alone_in(self._path.parent):  # another run may be at work with the same database
+            write_json(self._path, self._known)
+
+
+class KeptRecords:
+    """Records in a file, a line each; see `Records`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(read_records(self._path))
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        append_record(self._path, {"schema": 1, **record})
 
 
 def stored_baselines(workspace: Workspace) -> tuple[dict[str, Genome], Space]:

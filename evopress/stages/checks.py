@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from evopress.baselines.block_importance import RANKINGS
+from evopress.baselines.baseline import MODULES, WEIGHTS, check_minibatch
+from evopress.baselines.named import BASELINES, make_baselines, names_serving
 from evopress.data.special_tokens import ids_beyond
 from evopress.errors import EvoPressError
 from evopress.evaluation import zero_shot
@@ -15,30 +16,15 @@ from evopress.search.strategy import Searching
 from evopress.settings import DropSettings, RunSettings, SearchConfig
 from evopress.workspace import Workspace
 
-WEIGHT_BASELINES = ("uniform", "best_of_random", "dp", "owl")
-MODULE_BASELINES = ("best_of_random", *RANKINGS, "exhaustive")
-"""Of method drop."""
-
 
 def check_names(settings: RunSettings) -> None:
-    """Raise EvoPressError for baselines that do not exist."""
-    known = MODULE_BASELINES if isinstance(settings.method, DropSettings) else WEIGHT_BASELINES
+    """Raise EvoPressError for baselines that do not exist, or not for this method."""
+    kind = MODULES if isinstance(settings.method, DropSettings) else WEIGHTS
     for name in settings.baselines.names:
-        if name not in known:
+        if name not in BASELINES or kind not in make_baselines(settings.baselines, [name])[name].serves:
             raise EvoPressError(
-                f"baselines.names has {name!r}, which method {settings.method.name} has not: choose among {', '.join(known)}"
-            )
-    if "owl" in settings.baselines.names:
-        if settings.method.name != "sparsity":
-            raise EvoPressError(f"baseline owl is of method sparsity, not {settings.method.name}: leave it out of baselines.names")
-        if settings.method.include != ["blocks"]:
-            raise EvoPressError(
-                f"baseline owl divides sparsity over blocks, not over what lies outside them (method.include="
-                f"{settings.method.include}): leave it out of baselines.names, or include blocks alone"
-            )
-        if not settings.level_db.keep_hessians:
-            raise EvoPressError(
-                "baseline owl needs the Hessians kept: set level_db.keep_hessians=true, or leave it out of baselines.names"
+                f"baselines.names has {name!r}, which method {settings.method.name} has not: choose among "
+                f"{', '.join(names_serving(kind))}"
             )
 
 
@@ -79,27 +65,10 @@ def check_tokens(settings: RunSettings) -> None:
             f"search/strategy={search.strategy.name} compares sequences of the search text, which has one: raise "
             f"data.search_tokens={data.search_tokens} to at least two of model.sequence_length={length}"
         )
-    if "best_of_random" in settings.baselines.names:
-        minibatches.append(("baselines.random_tokens", settings.baselines.random_tokens))
-    if "owl" in settings.baselines.names and not 2 <= settings.baselines.owl_tokens <= data.calibration_tokens:
-        raise EvoPressError(
-            f"baselines.owl_tokens={settings.baselines.owl_tokens} is out of range: expected 2 to data.calibration_tokens="
-            f"{data.calibration_tokens}; change one of them"
-        )
-    ranked, count = set(settings.baselines.names) & set(RANKINGS), settings.baselines.importance_tokens
-    if ranked and not length <= count <= data.calibration_tokens:
-        raise EvoPressError(
-            f"baselines.importance_tokens={count} is out of range: expected one sequence ({length}) to "
-            f"data.calibration_tokens={data.calibration_tokens}; change one of them"
-        )
-    if "exhaustive" in settings.baselines.names and settings.baselines.exhaustive_tokens is not None:
-        minibatches.append(("baselines.exhaustive_tokens", settings.baselines.exhaustive_tokens))
     for key, count in minibatches:
-        if not 2 <= count <= available:
-            raise EvoPressError(
-                f"{key} asks for a minibatch of {count} tokens: expected 2 to {available}, the search text (data.search_tokens) in "
-                f"sequences of {length}; change one of them"
-            )
+        check_minibatch(settings, key, count)
+    for baseline in make_baselines(settings.baselines).values():
+        baseline.check(settings)
 
 
 def searching(config: SearchConfig, *, derived: int | None = None) -> Searching:

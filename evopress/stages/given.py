@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evopress.baselines.dynamic_programming import dynamic_programming
+from evopress.baselines.named import BASELINES
 from evopress.baselines.uniform import uniform_genomes
 from evopress.errors import EvoPressError
 from evopress.files import given_path
@@ -16,12 +17,10 @@ from evopress.json_files import clip, shown
 from evopress.reporting.records import read_document, read_genome, write_genome
 from evopress.settings import RunSettings
 from evopress.stages.baselines import stored_baselines
-from evopress.stages.checks import MODULE_BASELINES, WEIGHT_BASELINES
 from evopress.units import Genome, Space
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
-_FOUND = {*WEIGHT_BASELINES, *MODULE_BASELINES, "evopress"}
 _FORMATS = (
     "a genome.json or genome.txt, or a file of the authors' code (`name: level` lines; one word per block for dropped modules)"
 )
@@ -50,7 +49,7 @@ def file_of(given: str, key: str) -> Path | None:
 
     Raises: EvoPressError if it is neither.
     """
-    if given in _FOUND or re.fullmatch(r"(uniform|best_of)(_[\w.%-]+)?", given):
+    if given == "evopress" or given in BASELINES or re.fullmatch(r"(uniform|best_of)(_[\w.%-]+)?", given):
         return None
     path = given_path(given, key)
     if path.is_dir():

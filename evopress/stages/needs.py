@@ -7,13 +7,12 @@ buffers take, beside the model. What is there already counts as done.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evopress.baselines.block_importance import RANKINGS
-from evopress.baselines.exhaustive import count_genomes
-from evopress.baselines.owl import GRID
+from evopress.baselines.baseline import Baseline, Pass, Planned
+from evopress.baselines.named import make_baselines
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.levels.live import enough_to_keep
@@ -23,7 +22,6 @@ from evopress.search.initial import uniform_genome
 from evopress.search.strategy import BACKWARD_TOKENS, Asks, Searching
 from evopress.settings import STAGES
 from evopress.stages.baselines import baselines_as_asked, read_baselines
-from evopress.stages.depth import spans_of
 from evopress.stages.probe import Speed
 from evopress.units import Budget, Space
 from evopress.workspace import MOST_KEPT_BYTES, Workspace
@@ -120,21 +118,25 @@ class Planner:
         if baselines_as_asked(self.workspace) is not None:
             return Needs("baselines", "found before", seconds=0.0 if self.speed else None)
         needs = Needs("baselines", ", ".join(settings.names) or "none", seconds=0.0 if self.speed else None)
-        if "best_of_random" in settings.names:
-            self._base(needs)
-            self._score(needs, settings.num_random, settings.random_tokens)
-        if "owl" in settings.names:
-            self._score(needs, len(GRID) + 1, settings.owl_tokens)
-            needs.what += " (its own levels not counted)"
-        if ranked := set(settings.names) & set(RANKINGS):
-            by_removal = any(RANKINGS[name].score in ("perplexity", "kl") for name in ranked)
-            self._score(needs, len(spans_of(self.space)) + 1 if by_removal else 1, settings.importance_tokens)
-        if "exhaustive" in settings.names:
-            self._base(needs)
-            count = min(count_genomes(self.space, self.budget), settings.exhaustive_limit)
-            self._score(needs, count, settings.exhaustive_tokens or self.workspace.search_tokens.numel(), together=64)
+        baselines = make_baselines(settings).values()
+        for each in self._passes(baselines):
+            if each.on_search_text:
+                self._base(needs)
+            self._score(needs, each.genomes, each.tokens, together=each.together)
+        for what in (baseline.not_counted for baseline in baselines if baseline.not_counted):
+            needs.what += f" ({what} not counted)"
         self._hold(needs, settings.num_random, settings.random_tokens)
         return needs
+
+    def _passes(self, baselines: Iterable[Baseline]) -> list[Pass]:
+        """Return the passes of baselines, of those that are made once the one with the most genomes."""
+        passes = [each for baseline in baselines for each in baseline.passes(self._planned)]
+        most = {each.shared: each for each in sorted(passes, key=lambda each: each.genomes)}
+        return [each for each in passes if each.shared is None or each is most[each.shared]]
+
+    @property
+    def _planned(self) -> Planned:
+        return Planned(self.space, self.budget, search_tokens=self.workspace.search_tokens.numel())
 
     def _search(self) -> Needs:
         searching, asks, zero = self.searching, self.asks or (), 0.0 if self.speed else None
@@ -260,10 +262,9 @@ class Planner:
 
     def _num_genomes(self) -> int:
         """Return how many genomes will be there to evaluate."""
-        folder, names = self.workspace.run_dir, self.settings.baselines.names
-        count = 0
+        folder, count = self.workspace.run_dir, 0
         if "baselines" in self.settings.stages:
-            count = len(names) + ("uniform" in names and self.budget.total != self.space.greatest_cost)
+            count = sum(baseline.num_genomes(self._planned) for baseline in make_baselines(self.settings.baselines).values())
         elif (folder / "baselines.json").exists():
             count = len(read_baselines(folder / "baselines.json")["genomes"])
         refined = "refine" in self.settings.stages and self.workspace.refines

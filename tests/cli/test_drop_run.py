@@ -92,8 +92,8 @@ def test_the_exhaustive_optimum_is_nowhere_beaten_on_its_own_text(drop: Callable
 def test_scores_are_measured_once(drop: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = "stages=[database,baselines]"
     assert drop("hydra.run.dir=first", stages).code == 0
-    monkeypatch.setattr("evopress.stages.depth.measure_spans", lambda *a, **k: pytest.fail("measured again"))
-    monkeypatch.setattr("evopress.stages.depth.measure_held_out", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr("evopress.baselines.block_importance.measure_spans", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr("evopress.stages.baselines.measure_held_out", lambda *a, **k: pytest.fail("measured again"))
     assert drop("hydra.run.dir=second", stages).code == 0
     others = "baselines.names=[" + ",".join(name for name in RANKED if name != "sliding_window") + "]"
     assert drop("hydra.run.dir=third", stages, "sparsity=0.5", others).code == 0  # another target has other windows only

@@ -68,3 +68,17 @@ def test_a_broken_package_is_one_sentence_before_any_work(
         "error: the text source lines of package my_text 1.0 (my_text:Lines) could not be loaded (ModuleNotFoundError: "
         "No module named 'no_such_module'): repair that package, or choose another data.source"
     ]
+
+
+def test_a_baseline_from_outside_is_a_row_and_a_start(
+    install: Callable[..., Path], tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    blocks = examples("A baseline of your own")
+    installed(blocks, install)
+    (names,) = re.findall(r"'(baselines\.names=.*?)'", blocks["sh"])
+    outcome = tiny(names, "search.starts=[deeper]", "stages=[database,baselines,search,evaluate]")
+    assert outcome.code == 0, outcome.text
+    row = {row["name"]: row for row in json.loads((tmp_path / "run" / "result.json").read_text())["rows"]}["deeper"]
+    levels = json.loads((tmp_path / "run" / "baselines.json").read_text())["genomes"]["deeper"]
+    assert row["bits_per_weight"] <= 3.5 and row["kl"] > 0
+    assert levels == sorted(levels) and levels[0] < levels[-1]  # the last blocks most

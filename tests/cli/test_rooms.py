@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "fitness": VOCABULARY | {"compress", "models", "data", "levels"},
     "evaluation": VOCABULARY | {"compress", "models", "data", "levels", "fitness"},
     "export": VOCABULARY | {"compress", "models", "data", "levels", "fitness"},
-    "baselines": VOCABULARY | {"compress", "models", "data", "levels", "fitness", "search"},
+    "baselines": VOCABULARY | {"compress", "models", "data", "levels", "fitness", "search", "settings"},
 }
 """A room to the rooms beside itself that it may import; what is not named here (pipeline and above) may import any."""
 ONLY_IN = {

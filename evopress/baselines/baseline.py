@@ -1,0 +1,187 @@
+"""What a baseline is: what it says before a run begins, what it may look at, and what it gives back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from evopress.compress.compressor import Compressor
+from evopress.errors import EvoPressError
+from evopress.levels.hessians import HessianStore
+from evopress.models.blocks import BlockModel
+from evopress.search import Fitness
+from evopress.settings import RunSettings
+from evopress.units import Budget, Genome, Level, Space
+
+WEIGHTS, MODULES = "weights", "modules"
+"""What levels may be of: compressed weights, or modules that are kept or dropped."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Genomes that a baseline measures on text, for the plan of a run."""
+
+    genomes: int
+    tokens: int
+    """Of each genome."""
+    on_search_text: bool = False
+    """By the run's fitness, for which the dense model's states there are needed."""
+    together: int | None = None
+    """Genomes that are measured at a time; None: all."""
+    shared: str | None = None
+    """Of passes with this name, only the one with the most genomes is made: its numbers are kept."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known of a problem before anything is built."""
+
+    space: Space
+    budget: Budget
+    search_tokens: int
+    """Tokens of the search text."""
+
+
+class Measured(Protocol):
+    """A genome's numbers on given text."""
+
+    @property
+    def kl(self) -> float:
+        """Nats per token, KL(dense ‖ compressed)."""
+
+    @property
+    def perplexity(self) -> float:
+        """Of the compressed model."""
+
+
+class Levels(Protocol):
+    """The run's levels, followed by further ones."""
+
+    def genome_of_last(self, genome: Genome) -> Genome:
+        """Turn a genome of the last database into one of all."""
+
+
+class Problem(Protocol):
+    """What a baseline may look at; each part is made when it is first asked for."""
+
+    @property
+    def space(self) -> Space:
+        """Units and the run's levels."""
+
+    @property
+    def budget(self) -> Budget:
+        """What a genome may cost."""
+
+    @property
+    def errors(self) -> Sequence[Sequence[float]]:
+        """errors[i][l] is the error of unit i at level l, where levels are compressed weights."""
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """The baseline's own generator, for candidates."""
+
+    @property
+    def calibration_tokens(self) -> Tensor:
+        """Token ids int64 [N, L]."""
+
+    @property
+    def search_tokens(self) -> Tensor:
+        """Token ids int64 [N, L]."""
+
+    @property
+    def blocks(self) -> BlockModel:
+        """The dense model; to be left as it is."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per pass over the blocks."""
+
+    @property
+    def what_fitness_is(self) -> list[Any]:
+        """What decides the fitness beside text and target, as values JSON can hold."""
+
+    def fitness(self, rng: np.random.Generator | None = None, *, num_sequences: int | None = None) -> Fitness:
+        """Return the run's fitness on the search text, or its first sequences.
+
+        Args: rng: draws the minibatches; None: a generator of the baseline's own.
+        """
+
+    def measure(self, genomes: Sequence[Genome], tokens: Tensor, *, what: str) -> Sequence[Measured]:
+        """Measure genomes on sequences int64 [N, L], all on the same tokens; `what` names the progress bar."""
+
+    def uniform_name(self, level: Level) -> str:
+        """Name the row of the genome with this level everywhere."""
+
+    def compressor(self) -> Compressor:
+        """Return what makes the run's levels, whatever the units' sizes."""
+
+    def hessians(self) -> HessianStore:
+        """Return the Hessians of dense activations, computed first where they are missing."""
+
+    def add_levels(self, name: str, compressor: Compressor) -> Levels:
+        """Build further levels, or reuse them, and put them after the run's own; genomes may count them from then on.
+
+        Args: name: begins the name of their database's folder.
+        """
+
+    def note_order(self, name: str, order: Sequence[int]) -> None:
+        """Keep the order in which a row's baseline would remove blocks, for the results."""
+
+    def kept(self, name: str, about: Mapping[str, Any]) -> MutableMapping[str, Any]:
+        """Return numbers that runs of the same model and text share, in a file that each item is written to when it is set.
+
+        Args: about: what decides the numbers, beside the level database.
+        """
+
+    def records(self, name: str, about: Mapping[str, Any]) -> Records:
+        """Return what `kept` does where numbers come one after the other: an interrupted run goes on with them."""
+
+
+class Records(Protocol):
+    """Records in a file, each written when it is added."""
+
+    def __iter__(self) -> Any:
+        """Read what there is."""
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Append one."""
+
+
+class Baseline(ABC):
+    """A way to choose levels that the search is compared with. Only `find` must be written."""
+
+    serves: Collection[str] = (WEIGHTS, MODULES)
+    """What levels it can choose."""
+    not_counted: str | None = None
+    """What its passes leave out: "its own levels"."""
+
+    def check(self, run: RunSettings) -> None:  # noqa: B027
+        """Raise EvoPressError if the settings do not allow it; before any model work."""
+
+    def passes(self, plan: Planned) -> Iterable[Pass]:
+        """Return what it measures, for the plan of the run."""
+        return ()
+
+    def num_genomes(self, plan: Planned) -> int:
+        """Return how many rows it gives."""
+        return 1
+
+    @abstractmethod
+    def find(self, problem: Problem) -> dict[str, Genome]:
+        """Return genomes by the names of their rows."""
+
+
+def check_minibatch(run: RunSettings, key: str, tokens: int) -> None:
+    """Raise EvoPressError unless a minibatch of so many tokens can be drawn from the search text; `key` names the setting."""
+    length = run.model.sequence_length
+    available = run.data.search_tokens // length * length
+    if not 2 <= tokens <= available:
+        raise EvoPressError(
+            f"{key} asks for a minibatch of {tokens} tokens: expected 2 to {available}, the search text (data.search_tokens) in "
+            f"sequences of {length}; change one of them"
+        )

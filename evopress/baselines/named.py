@@ -1,0 +1,84 @@
+"""The baselines by the names of `baselines.names`: ours, and those of installed packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import signature
+from typing import Any
+
+from evopress.baselines.baseline import Baseline
+from evopress.baselines.best_of_random import BestOfRandom
+from evopress.baselines.block_importance import RANKINGS, RankedBlocks
+from evopress.baselines.dynamic_programming import DynamicProgramming
+from evopress.baselines.exhaustive import Exhaustive
+from evopress.baselines.owl import Owl
+from evopress.baselines.uniform import Uniform
+from evopress.errors import EvoPressError
+from evopress.registry import Registry
+from evopress.settings import BaselinesSettings
+
+_OWN: dict[str, Callable[..., Baseline]] = {
+    "uniform": Uniform,
+    "best_of_random": BestOfRandom,
+    "dp": DynamicProgramming,
+    **{name: partial(RankedBlocks, name) for name in RANKINGS},
+    "exhaustive": Exhaustive,
+    "owl": Owl,
+}
+BASELINES: Registry[Callable[..., Baseline]] = Registry("baseline", _OWN, group="evopress.baselines")
+"""What makes a baseline, called with its options as keywords."""
+_KINDS = (Uniform, BestOfRandom, DynamicProgramming, RankedBlocks, Exhaustive, Owl)
+"""The order of the rows; those of other packages come last."""
+
+
+def names_serving(kind: str) -> list[str]:
+    """Return the names of our baselines that choose among levels of a kind, and of all those of other packages."""
+    classes: dict[str, Any] = {name: getattr(make, "func", make) for name, make in _OWN.items()}
+    ours = [name for name, made in classes.items() if kind in made.serves]
+    return [*ours, *(name for name in BASELINES if name not in _OWN)]
+
+
+def make_baselines(settings: BaselinesSettings, names: Sequence[str] | None = None) -> dict[str, Baseline]:
+    """Make the baselines that the settings name, in the order of their rows.
+
+    Args: names: make these instead.
+
+    Raises: EvoPressError if there is none of a name, or it does not take its options.
+    """
+    made = {name: _make(name, settings) for name in (settings.names if names is None else names)}
+    kinds = {name: type(baseline) for name, baseline in made.items()}
+    places = {name: _KINDS.index(kind) if kind in _KINDS else len(_KINDS) for name, kind in kinds.items()}
+    return {name: made[name] for name in sorted(made, key=places.__getitem__)}
+
+
+def _make(name: str, settings: BaselinesSettings) -> Baseline:
+    make, options = BASELINES.get(name, key="baselines.names"), _options(name, settings)
+    try:
+        signature(make).bind(**options)
+    except TypeError as error:
+        raise EvoPressError(
+            f"the baseline {name} does not take what baselines.options gives it, {options} ({error}): "
+            f"its options are {signature(make)}"
+        ) from None
+    baseline = make(**options)
+    if not isinstance(baseline, Baseline):
+        raise EvoPressError(
+            f"baselines.names has {name!r}, which is a {type(baseline).__name__} and no evopress.baselines.baseline.Baseline: "
+            "leave it out"
+        )
+    return baseline
+
+
+def _options(name: str, settings: BaselinesSettings) -> dict[str, Any]:
+    """Return what the settings tell a baseline."""
+    told: dict[str, Any] = {}
+    if name == "best_of_random":
+        told = {"num_candidates": settings.num_random, "tokens": settings.random_tokens}
+    elif name == "owl":
+        told = {"tokens": settings.owl_tokens}
+    elif name == "exhaustive":
+        told = {"tokens": settings.exhaustive_tokens, "limit": settings.exhaustive_limit}
+    elif name in RANKINGS:
+        told = {"tokens": settings.importance_tokens}
+    return told | settings.options.get(name, {})
