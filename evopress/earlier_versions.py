@@ -8,6 +8,7 @@ from typing import Any
 
 _METHOD = {"recipe": "paper", "symmetric": False, "group_sizes": {}, "tolerance": 0.02, "include": ["blocks"]}
 """Settings of a method that weights are compressed by, with the value that they had before they were settings."""
+_RUN: dict[str, Any] = {"genome": None, "size": None, "limits": []}
 _MODEL = {"bos": "auto"}
 _DATA = {"chat_template": "auto"}
 
@@ -34,8 +35,7 @@ def without_later(values: dict[str, Any]) -> dict[str, Any]:
     def earlier(group: str, later: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in values[group].items() if key not in later or value != later[key]}
 
-    if values.get("genome") is None:
-        values = {key: value for key, value in values.items() if key != "genome"}
+    values = {key: value for key, value in values.items() if key not in _RUN or value != _RUN[key]}
     if (values["search"].get("strategy") or {"name": "evolution"}) == {"name": "evolution"}:
         values = {**values, "search": {key: value for key, value in values["search"].items() if key != "strategy"}}
     return {**values, "model": earlier("model", _MODEL), "data": earlier("data", _DATA), "method": earlier("method", _METHOD)}
