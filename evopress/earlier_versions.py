@@ -10,7 +10,7 @@ _METHOD = {"recipe": "paper", "symmetric": False, "group_sizes": {}, "tolerance"
 """Settings of a method that weights are compressed by, with the value that they had before they were settings."""
 _RUN: dict[str, Any] = {"genome": None, "size": None, "limits": []}
 _MODEL = {"bos": "auto"}
-_DATA = {"chat_template": "auto"}
+_DATA: dict[str, Any] = {"chat_template": "auto", "options": {}}
 
 _MUTATION = re.compile(r"\+*search/mutation=(min_uniform|constant)_(\d+)")
 _FIRST_STAGE = re.compile(r"\+*search/first_stage=(\d+)_tokens")
