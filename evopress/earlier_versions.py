@@ -11,6 +11,7 @@ _METHOD = {"recipe": "paper", "symmetric": False, "group_sizes": {}, "tolerance"
 _RUN: dict[str, Any] = {"genome": None, "size": None, "limits": []}
 _MODEL = {"bos": "auto"}
 _DATA: dict[str, Any] = {"chat_template": "auto", "options": {}}
+_BASELINES: dict[str, Any] = {"options": {}}
 
 _MUTATION = re.compile(r"\+*search/mutation=(min_uniform|constant)_(\d+)")
 _FIRST_STAGE = re.compile(r"\+*search/first_stage=(\d+)_tokens")
@@ -38,7 +39,8 @@ def without_later(values: dict[str, Any]) -> dict[str, Any]:
     values = {key: value for key, value in values.items() if key not in _RUN or value != _RUN[key]}
     if (values["search"].get("strategy") or {"name": "evolution"}) == {"name": "evolution"}:
         values = {**values, "search": {key: value for key, value in values["search"].items() if key != "strategy"}}
-    return {**values, "model": earlier("model", _MODEL), "data": earlier("data", _DATA), "method": earlier("method", _METHOD)}
+    groups = {"model": _MODEL, "data": _DATA, "method": _METHOD, "baselines": _BASELINES}
+    return values | {group: earlier(group, later) for group, later in groups.items()}
 
 
 def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
