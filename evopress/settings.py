@@ -191,6 +191,8 @@ class JointSettings(QuantSettings):
     """What can be dropped: module (attention and MLP on their own), block, or pair."""
     exclude: list[Any] = field(default_factory=list)
     """What must stay: as in method drop."""
+    dropped: list[Any] = field(default_factory=list)
+    """What is gone from the start, such as what a depth pruning run has found; named as in exclude."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,7 +41,7 @@ def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[
         space: units and levels.
         budget: the total cost allowed.
         errors: errors[i][l] is the error of unit i at level l (quantization: relative squared output error), finite. Modules that
-            could be dropped have none, and stay.
+            could be dropped have none, and stay; what lies in one that is gone from the start keeps its first level.
         group_by: None for one problem over all units; "size" for one per group of units with equal numbers of weights,
             each with its proportional part of the budget (the authors' `--group_by_numel`).
 
@@ -51,11 +51,11 @@ def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[
     _check_errors(space, errors)
     if group_by not in (None, "size"):
         raise EvoPressError(f'group_by is "{group_by}": expected "size", or nothing for one problem over all units')
+    genome = [0] * len(space)
     groups: dict[int, list[int]] = {}
     for index, unit in enumerate(space.units):
-        if not any(level.drops for level in unit.levels):
+        if not any(level.drops for level in unit.levels) and not space.is_gone(genome, index):
             groups.setdefault(unit.size if group_by else 0, []).append(index)
-    genome = [0] * len(space)
     for members in groups.values():
         units = [space.units[index] for index in members]
         total = budget.total * sum(unit.size for unit in units) // space.size if group_by else budget.total

@@ -28,6 +28,8 @@ class Modules:
 
     granularity: str = "module"
     exclude: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    """What is gone from the start; named as in `exclude`."""
 
     @property
     def name(self) -> str:
@@ -36,12 +38,13 @@ class Modules:
 
     def recipe(self) -> dict[str, Any]:
         """See `ModuleSource`."""
-        return {"granularity": self.granularity, "exclude": list(self.exclude)}
+        gone = {"dropped": list(self.dropped)} if self.dropped else {}
+        return {"granularity": self.granularity, "exclude": list(self.exclude), **gone}
 
     def space(self, blocks: Sequence[BlockShape], *, dtype_bits: int) -> Space:
-        """Return all units; those that are excluded have one level.
+        """Return all units; those that are excluded, or gone from the start, have one level.
 
-        Raises: EvoPressError if pairs come out odd or an excluded name does not exist.
+        Raises: EvoPressError if pairs come out odd, a name does not exist, or a unit is both excluded and gone.
         """
         count = len(blocks)
         if self.granularity == "pair" and count % 2:
@@ -50,12 +53,16 @@ class Modules:
                 "method.granularity=block"
             )
         places = self._places(blocks)
-        excluded = self._excluded(places, count)
+        excluded = self._named(self.exclude, places, count, "exclude")
+        gone = self._named(self.dropped, places, count, "dropped")
+        if both := sorted(excluded & gone):
+            raise EvoPressError(f"method.exclude keeps {both[0]}, which method.dropped drops: leave it out of one of them")
         units = []
         for name, block, kind, size in places:
             bits = size * dtype_bits
             keep = Level(label=KEEP, cost=1, key=KEEP, stored_bits=bits, source="drop")
-            levels = (keep,) if name in excluded else (keep, Level(label=DROP, cost=0, key=DROP, stored_bits=0, source="drop"))
+            drop = Level(label=DROP, cost=0, key=DROP, stored_bits=0, source="drop")
+            levels = (keep,) if name in excluded else (drop,) if name in gone else (keep, drop)
             units.append(Unit(name=name, block=block, kind=kind, size=size, levels=levels))
         return Space(method="drop", units=tuple(units))
 
@@ -79,22 +86,22 @@ class Modules:
             )
         ]
 
-    def _excluded(self, places: Sequence[_Place], num_blocks: int) -> set[str]:
-        """Return the names of the units that `method.exclude` means."""
+    def _named(self, entries: Sequence[str], places: Sequence[_Place], num_blocks: int, key: str) -> set[str]:
+        """Return the names of the units that a setting such as `method.exclude` means."""
         names = [name for name, *_ in places]
-        excluded: set[str] = set()
-        for entry in self.exclude:
+        meant: set[str] = set()
+        for entry in entries:
             if str(entry).isdigit():
                 found = {name for name, block, *_ in places if block <= int(entry) < block + self.width}
             else:
                 found = {name for name in names if fnmatchcase(name, str(entry))}
             if not found:
                 raise EvoPressError(
-                    f"method.exclude has {entry!r}, which is no unit of this model: give numbers of blocks from 0 to "
+                    f"method.{key} has {entry!r}, which is no unit of this model: give numbers of blocks from 0 to "
                     f"{num_blocks - 1}, or names such as {names[0]}, wildcards included"
                 )
-            excluded |= found
-        return excluded
+            meant |= found
+        return meant
 
 
 @dataclass(frozen=True)

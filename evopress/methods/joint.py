@@ -51,7 +51,8 @@ class Joint:
     @property
     def modules(self) -> Modules:
         """Attention and MLP modules, or whole blocks."""
-        return Modules(self.settings.granularity, tuple(str(name) for name in self.settings.exclude))
+        s = self.settings
+        return Modules(s.granularity, tuple(map(str, s.exclude)), tuple(map(str, s.dropped)))
 
     @property
     def currency(self) -> Currency:

@@ -76,7 +76,7 @@ def _fitting_mix(space: Space, budget: Budget, rng: np.random.Generator) -> Geno
                 f"no genome found meets target {budget.target:g} {budget.measure}"
                 f"{''.join(f', {limit}' for limit in budget.limits)}: raise one of them or add more compressed levels"
             )
-        if any(spending.step(module, 1)[i] < 0 for i in exceeded):
+        if spending.can_move(module, 1) and any(spending.step(module, 1)[i] < 0 for i in exceeded):
             spending.move(module, 1)
     there = [index for index in weights if not space.is_gone(levels, index)]
     part, total = _part(space, there), budget.total - sum(space.prices[index][levels[index]] for index in modules)

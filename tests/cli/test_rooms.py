@@ -89,6 +89,16 @@ def test_the_rules_name_rooms_that_exist() -> None:
     assert set().union(*ONLY_IN.values()) <= rooms
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) in ("reporting", "export")], ids=str)
+def test_what_shows_results_asks_the_currency_and_never_the_method(path: Path) -> None:
+    """A space says what it counts and in which words; its method's name is written to files and read back, and no more."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Compare) and any(
+            isinstance(part, ast.Attribute) and part.attr == "method" for part in ast.walk(node)
+        ):
+            assert path.name == "records.py", f"{path}:{node.lineno} asks for a method"
+
+
 def test_search_has_no_torch() -> None:
     assert [path for path in FILES if room_of(path) == "search" and any(n.split(".")[0] == "torch" for n in imports(path))] == []
 

@@ -1,5 +1,6 @@
 """Sizes and limits as the settings give them."""
 
+import re
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from evopress.currencies import CURRENCIES
 from evopress.errors import EvoPressError
 from evopress.methods import Rest, make_method
 from evopress.methods.targets import further_limits, parsed_size, size_budget
+from evopress.models.blocks import BlockShape
 from evopress.settings import JointSettings, QuantSettings, RunSettings, SearchConfig, SparsitySettings
 from evopress.units import Level, Space, Unit
 
@@ -88,6 +90,19 @@ def test_the_size_takes_the_place_of_the_bits() -> None:
     assert method.currency is CURRENCIES["bytes"]
     assert method.budget(SPACE, Rest(bits=1000)).total == 15_000
     assert make_method(run(QuantSettings(), bits=3.0)).currency is None
+
+
+def test_modules_can_be_gone_from_the_start() -> None:
+    blocks = [BlockShape(f"m.{i}", attention=3, mlp=4, size=7) for i in range(3)]
+    modules = make_method(run(JointSettings(dropped=["m.1.mlp", 2], exclude=[0]), size="1kB")).modules
+    space = modules.space(blocks, dtype_bits=16)
+    levels = {unit.name: [level.key for level in unit.levels] for unit in space.units}
+    assert levels["m.1.mlp"] == levels["m.2.attention"] == levels["m.2.mlp"] == ["drop"]
+    assert levels["m.0.mlp"] == ["keep"] and levels["m.1.attention"] == ["keep", "drop"]
+    assert modules.recipe() != make_method(run(JointSettings(exclude=[0]), size="1kB")).modules.recipe()
+    for dropped, expected in ((["m.9.*"], "method.dropped has 'm.9.*'"), ([0], "method.exclude keeps m.0.attention")):
+        with pytest.raises(EvoPressError, match=re.escape(expected)):
+            make_method(run(JointSettings(dropped=dropped, exclude=[0]), size="1kB")).modules.space(blocks, dtype_bits=16)
 
 
 @pytest.mark.parametrize(

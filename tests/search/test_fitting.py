@@ -1,6 +1,7 @@
 """Modules beside weights and several limits: what lies in a dropped module is free, and no limit is ever exceeded."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,6 +140,20 @@ def test_dynamic_programming_keeps_all_modules():
         key=lambda g: sum(errors[i][level] for i, level in enumerate(g)),
     )
     assert sum(errors[i][genome[i]] for i in range(5)) == pytest.approx(sum(errors[i][level] for i, level in enumerate(best)))
+
+
+def test_what_is_gone_from_the_start_costs_nothing_and_stays_gone():
+    space = joint_space(3)
+    units = tuple(replace(u, levels=u.levels[1:]) if u.name in ("0.mlp", "2.attention") else u for u in space.units)
+    space = replace(space, units=units)
+    errors = [[index / 10 for index in range(len(unit.levels))] for unit in space.units]
+    budget = Budget(space.cost((0,) * len(space)) * 2 // 3, 1.0, "MB")
+    genome, rng = dynamic_programming(space, budget, errors), np.random.default_rng(0)
+    assert budget.met_by(space, genome) and genome[1] == genome[4] == 0  # 0.down_proj and 2.o_proj, whose level does not matter
+    assert space.cost(genome) > budget.total - 8  # what they do not spend, others do
+    for found in (random_mix(space, budget, rng), LevelSwitch(space, budget, exchange="fit")(genome, rng)):
+        assert budget.met_by(space, found)
+        assert [found[i] for i, unit in enumerate(space.units) if len(unit.levels) == 1] == [0, 0]
 
 
 def test_a_joint_space_has_no_uniform_genome():
