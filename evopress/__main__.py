@@ -71,7 +71,7 @@ def main() -> None:
         with stopping_at_signals():
             if sentence := command_line.refused(sys.argv[1:], configuration.options()):
                 raise EvoPressError(sentence)
-            sys.argv[1:] = command_line.with_numbers_shown(sys.argv[1:])
+            sys.argv[1:] = command_line.with_numbers_shown(command_line.with_plus(sys.argv[1:]))
             sys.argv[1:] = [
                 argument if argument.startswith("resume=") else command_line.prepared([argument])[0] for argument in sys.argv[1:]
             ]
@@ -224,7 +224,7 @@ def _task(config: DictConfig) -> float:
     folder = _linked.get(folder, folder)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        with run_folder.log_of_refusals_taken_back(folder):
+        with run_folder.refusals_taken_back(folder):
             return _run(config, folder)
     except KeyboardInterrupt as stop:
         _say_error(f"interrupted; go on with: {_to_go_on(folder, multirun=multirun)}")
@@ -298,7 +298,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     settings = fitted(settings)
     if HydraConfig.get().mode == RunMode.MULTIRUN and set(settings.stages) <= set(finished.stages_done(settings, run_dir)):
         logger.info("finished before, so not run again: %s (to run it again, remove the folder)", _shown(run_dir))
-        return finished.held_out_kl(run_dir)
+        return finished.best_fitness(run_dir)
     with run_folder.held(run_dir):
         environment = machine.describe(torch.get_num_threads())
         if not there:

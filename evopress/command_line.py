@@ -18,6 +18,7 @@ NOT_BY_DEFAULT = ("method", "debug", "experiment")
 _HELP = "`python -m evopress --help` lists them"
 _EXPECTED = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "bool": "true or false"}
 _ELEMENT = re.compile(r"\+*(search\.(?:tokens|survivors))\.\d+=")
+_WITHOUT_PLUS = re.compile(rf"({'|'.join(NOT_BY_DEFAULT)})=\w")
 _TILDE = re.compile(r"(?<=[=\[,])~(?=/|[\w.-]+/|$)[^,\[\]{}'\"]*")
 """An unquoted path that begins with `~`: a value, or an element of a list or a sweep."""
 
@@ -45,6 +46,13 @@ def _home() -> str:
         return str(Path.home())
     except RuntimeError:  # nobody's: left as it is
         return "~"
+
+
+def with_plus(arguments: Sequence[str]) -> list[str]:
+    """Let `method=quant` mean `+method=quant`, since there is no other by default; beside an experiment it means that one's."""
+    chosen = any(argument.lstrip("+").startswith("experiment=") for argument in arguments)
+    found = [_WITHOUT_PLUS.match(argument) for argument in arguments]
+    return [f"+{each}" if of and not (chosen and of[1] == "method") else each for each, of in zip(arguments, found, strict=True)]
 
 
 def with_numbers_shown(arguments: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
+
+_MADE_BY_DEFAULT = re.compile(r"multirun|debug|\d{4}-\d\d-\d\d")
+"""Folders around a run's that nobody named."""
 
 
 def sha256_file(path: Path) -> str:
@@ -136,3 +140,13 @@ def is_sealed(record: Mapping[str, Any]) -> bool:
 def _digest(record: Mapping[str, Any]) -> str:
     """SHA-256 over an object's content without the digest itself."""
     return hashlib.sha256(canonical_json({key: record[key] for key in record if key != "digest"}).encode()).hexdigest()
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder of a run or a sweep if nothing is in it, and the empty ones around it that nobody named."""
+    with suppress(OSError):  # something is in it
+        folder.rmdir()
+        for parent in folder.parents:
+            if not _MADE_BY_DEFAULT.fullmatch(parent.name):
+                break
+            parent.rmdir()

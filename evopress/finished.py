@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from evopress.earlier_versions import without_later
 from evopress.errors import EvoPressError
 from evopress.files import sha256_file
 from evopress.levels.store import MANIFEST
-from evopress.reporting.jobs import own_row
-from evopress.reporting.records import read_document, read_json, write_json
+from evopress.reporting.records import read_document, read_json, read_records, write_json
+from evopress.reporting.tables import number
 from evopress.settings import STAGES, RunSettings
 from evopress.stages.given import file_of
 from evopress.stages.results import read_result
@@ -85,10 +86,16 @@ def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
     return [stage for stage in known if stage != "evaluate" or result.get("rows")]
 
 
-def held_out_kl(run_dir: Path) -> float:
-    """Return the held-out KL of the found genome, or of the one that was given, NaN if it was not measured."""
-    kl = (own_row(read_result(run_dir)) or {}).get("kl")
-    return float("nan") if kl is None else float(kl)
+def best_fitness(run_dir: Path) -> float:
+    """Return the fitness of what a search found, on search text: that of its last generation; NaN if there was no search.
+
+    It is what a sweeper may tune by. Nothing of the text that results are measured on goes into it.
+    """
+    with suppress(EvoPressError):
+        records = read_records(run_dir / "metrics.jsonl")
+        if records and (fitness := number(records[-1].get("fitness"))) is not None:
+            return float(fitness)
+    return float("nan")
 
 
 def _of_database(result: Mapping[str, Any]) -> dict[str, Any]:

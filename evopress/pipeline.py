@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evopress.finished import FINISHED, finish, held_out_kl, read_finished, stages_done
+from evopress.finished import FINISHED, best_fitness, finish, read_finished, stages_done
 from evopress.progress import duration
 from evopress.reporting.generations import read_generations
 from evopress.reporting.metrics import search_history
@@ -42,7 +42,7 @@ def run(
     environment: dict[str, Any],
     paper: RunSettings | None = None,
 ) -> float:
-    """Run the stages that the settings name and return the found genome's held-out KL (NaN if it was not measured).
+    """Run the stages that the settings name and return the fitness of what was found, on search text (NaN without a search).
 
     With `dry_run` it stops before the first of them, having said what they will take.
 
@@ -117,7 +117,7 @@ def run(
     if not aside:
         finish(workspace, done, earlier)
     logger.info("done in %s: %s", duration(time.monotonic() - started), run_dir)
-    return held_out_kl(run_dir)
+    return best_fitness(run_dir)
 
 
 def _paper_cost(workspace: Workspace, paper: RunSettings) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from evopress.errors import EvoPressError
-from evopress.files import explained, write_bytes
+from evopress.files import explained, remove_empty, write_bytes
 from evopress.reporting.records import read_document, write_json
 
 LOCK = ".lock"
@@ -136,19 +136,32 @@ def _overrides_in(folder: Path) -> list[str] | None:
 
 
 @contextmanager
-def log_of_refusals_taken_back(folder: Path) -> Iterator[None]:
-    """Let the log of an earlier run be what it was if another one is refused its folder; enter before anything is logged."""
-    sizes = {path: path.stat().st_size for path in folder.glob("*.log")} if holds_a_run(folder) else {}
+def refusals_taken_back(folder: Path) -> Iterator[None]:
+    """Let a folder be what it was if a run is refused it, with the log that it had, or not there; enter before any logging."""
+    sizes = {path: path.stat().st_size for path in folder.glob("*.log")}
+    there = {path.name for path in folder.glob("*") if sizes.get(path) != 0}  # Hydra has made an empty log
     settings = folder / _OVERRIDES
     before = _changed(settings)
     try:
         yield
-    except Exception:
+    except Exception as error:
         if _changed(settings) == before:  # it never began
             for path, size in sizes.items():
                 with suppress(OSError):
                     os.truncate(path, size)
+            if isinstance(error, EvoPressError):
+                _remove_made(folder, there)
         raise
+
+
+def _remove_made(folder: Path, there: Collection[str]) -> None:
+    """Remove what a refused run has made in a folder beside what was there, and the folder if nothing else is in it."""
+    for name in (".hydra", "environment.json", LOCK, *(path.name for path in folder.glob("*.log"))):
+        if name not in there:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            with suppress(OSError):
+                (folder / name).unlink()
+    remove_empty(folder)
 
 
 def _changed(path: Path) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from evopress.errors import EvoPressError
-from evopress.files import write_bytes
+from evopress.files import remove_empty, write_bytes
 from evopress.json_files import load_json
 from evopress.reporting.records import read_document, write_json
 from evopress.reporting.tables import number, significant
@@ -51,8 +51,9 @@ class JobsTable:
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         """Begin a sweep in the folder that the config names."""
-        global _begun
+        global _begun, _fresh
         _begun = Path(str(config.hydra.sweep.dir))
+        _fresh = not _begun.exists()
         shutil.rmtree(_begun / FAILED, ignore_errors=True)
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
@@ -67,13 +68,21 @@ class JobsTable:
 
 _begun: Path | None = None
 """The sweep of this process whose jobs have not been shown."""
+_fresh = False
+"""Whether its folder was not there before."""
 
 
 def show_jobs() -> None:
     """Print the jobs of the sweep that this process began, once, and write them into its folder; without a sweep nothing."""
     global _begun
     folder, _begun = _begun, None
-    if folder is None or not (jobs := read_jobs(folder)):
+    if folder is None:
+        return
+    if not (jobs := read_jobs(folder)):
+        if _fresh:  # no job of it began: what Hydra wrote of the sweep goes, and its folder if nothing else is in it
+            with suppress(OSError):
+                (folder / "multirun.yaml").unlink()
+            remove_empty(folder)
         return
     with suppress(EvoPressError):  # a full disk was told by the jobs
         write_bytes(folder / "jobs.csv", as_csv(jobs).encode())

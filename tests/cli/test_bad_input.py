@@ -254,9 +254,7 @@ def test_no_method(evopress: Callable[..., Any]) -> None:
 COMMANDS = {
     # what Hydra would refuse in words of its own
     "a method that is none": (["+method=spqr"], ["method=spqr", "drop, quant, sparsity"]),
-    "a method without its plus": (["method=quant", "bits=2.5"], ["method=quant lacks its plus", "+method=quant"]),
     "a method without a name": (["method=", "bits=2.5"], ["method= names no option", "+method=sparsity"]),
-    "an experiment without its plus": (["+method=quant", "experiment=table4"], ["lacks its plus", "+experiment=table4"]),
     "two methods": (["+method=quant", "+method=drop"], ["method is chosen twice"]),
     "two methods in one": (["+method=quant,drop"], ["several values", "-m"]),
     "a misspelt key": (["+method=quant", "bit=2.5"], ["bit is no setting", "did you mean bits?"]),

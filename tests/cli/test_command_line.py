@@ -105,3 +105,22 @@ def test_an_element_of_a_list_that_a_scale_makes_is_refused(evopress: Callable[.
     sentence = "search.tokens.0=64 is one element of a list that the scale makes: write all of it, search.tokens=[...]"
     assert (outcome.code, outcome.errors) == (1, [f"error: {sentence}"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["method=quant", "bits=3"], ["+method=quant", "bits=3"]),
+        (["+method=quant", "debug=tiny"], ["+method=quant", "+debug=tiny"]),
+        (["-m", "method=quant,drop"], ["-m", "+method=quant,drop"]),
+        (["+experiment=table4", "method=quant"], ["+experiment=table4", "method=quant"]),  # in the place of the experiment's
+        (["method=", "method.levels=[3,2]", "hydra.run.dir=a=b"], ["method=", "method.levels=[3,2]", "hydra.run.dir=a=b"]),
+    ],
+)
+def test_a_plus_may_be_left_out(typed: list[str], meant: list[str]) -> None:
+    assert command_line.with_plus(typed) == meant
+
+
+def test_a_method_without_its_plus(evopress: Callable[..., Any]) -> None:
+    with_it, without = (evopress(f"{plus}method=sparsity", "sparsity=0.6", "--cfg", "job") for plus in ("+", ""))
+    assert (without.code, without.text) == (0, with_it.text)

@@ -325,7 +325,6 @@ def test_settings_are_plain_dataclasses(settings: Callable[..., RunSettings]) ->
         ("+method=quant", "model=llama4"),
         ("+method=quant", "search=quantisation"),
         ("+method=prune",),
-        ("method=quant",),
         ("+method=quant", "bits=[2"),
     ],
     ids=" ".join,
