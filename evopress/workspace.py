@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from evopress.compress.compressor import Compressor
-from evopress.data.opening import RunText
+from evopress.data.opening import GivenText, RunText
 from evopress.data.tokens import tokens_digest
 from evopress.endings import is_out_of_memory
 from evopress.errors import EvoPressError
@@ -72,8 +72,21 @@ def _by_blocks(family: str) -> Iterator[None]:
 class Workspace:
     """Opens what a run's stages ask for, once."""
 
-    def __init__(self, settings: RunSettings, run_dir: Path) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        run_dir: Path,
+        *,
+        model: ModelSource | None = None,
+        text: RunText | GivenText | None = None,
+        blocks: BlockModel | None = None,
+    ) -> None:
         """Check what can be checked before any model work.
+
+        Args:
+            model: a model that is there already; None: the one that the settings name.
+            text: text that is there already; None: what the settings name.
+            blocks: that model block by block, where it has been opened already.
 
         Raises: EvoPressError if the target, a setting, the device or a folder does not fit.
         """
@@ -97,7 +110,7 @@ class Workspace:
         self._further: list[str] = []
         self._held_out_base: Tensor | None = None
         self._refined: LevelDatabase | None = None
-        self.text = RunText(
+        self.text = text or RunText(
             settings.data,
             settings.evaluation,
             settings.model,
@@ -106,7 +119,8 @@ class Workspace:
             cache=self.cache,
         )
         self.text.check_files()
-        self.model_source = ModelSource(settings.model, cache=self.cache, device=self.device, dtype=self.dtype)
+        self.model_source = model or ModelSource(settings.model, cache=self.cache, device=self.device, dtype=self.dtype)
+        self._given_blocks = blocks
         self._check_model()
         seeds = np.random.SeedSequence(settings.seed).spawn(len(_STREAMS))
         self.rng = {name: np.random.default_rng(seed) for name, seed in zip(_STREAMS, seeds, strict=True)}
@@ -188,6 +202,8 @@ class Workspace:
 
     @cached_property
     def blocks(self) -> BlockModel:
+        if self._given_blocks is not None:
+            return self._given_blocks
         pretrained = self.pretrained
         include = (BLOCKS,) if self.method.weights is None else self.method.weights.include
         with _by_blocks(pretrained.family.name):
@@ -259,7 +275,7 @@ class Workspace:
                 "tokens_sha256": tokens_digest(tokens),
                 "num_sequences": tokens.shape[0],
                 "sequence_length": tokens.shape[1],
-                "source": self.text.own_source.name,
+                "source": self.text.name,
                 **({"leading": list(self.text.leading_ids)} if self.text.leading_ids else {}),
             },
         }

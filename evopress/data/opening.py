@@ -1,4 +1,4 @@
-"""The text of a run as token sequences: its own source in three splits, and further held-out sets."""
+"""The text of a run as token sequences: its own source in three splits, and further held-out sets; or what is there already."""
 
 from __future__ import annotations
 
@@ -71,6 +71,11 @@ class RunText:
     def own_source(self) -> TextSource:
         """What calibrates, is searched on and, first of all held-out text, evaluates."""
         return self.source(self._data.source)
+
+    @property
+    def name(self) -> str:
+        """What the run's own text is called."""
+        return self.own_source.name
 
     @property
     def _chat(self) -> ChatTemplate:
@@ -170,3 +175,31 @@ class RunText:
         """Held-out text by data set, the run's own first."""
         count = self._data.evaluation_tokens
         return {name: self.tokens("evaluation", count, source) for name, source in self.evaluation_sources.items()}
+
+
+class GivenText:
+    """Token sequences that are there already; see `RunText`, whose place they take."""
+
+    name = "given"
+    leading_ids: tuple[int, ...] = ()
+
+    def __init__(self, calibration: Tensor, search: Tensor | None = None) -> None:
+        """Take sequences, token ids int64 [N, L].
+
+        Args: search: what a search draws its minibatches from; None: there will be none.
+        """
+        self.calibration, self._search = calibration, search
+        self.evaluation: dict[str, Tensor] = {}
+
+    @property
+    def search(self) -> Tensor:
+        """Token ids int64 [N, L]."""
+        assert self._search is not None, "no search text was given"
+        return self._search
+
+    def after_search(self, num_tokens: int) -> Tensor:
+        """Refuse: nothing is known of what comes after the search text."""
+        raise EvoPressError(f"there is no text after the search text to refine by ({num_tokens} tokens were asked for)")
+
+    def check_files(self) -> None:
+        """Do nothing: there are no files."""

@@ -164,18 +164,50 @@ def _read_sequences(
         for ids in document:
             stream.extend(ids)
             if len(stream) >= needed:
-                text = torch.tensor(stream[:needed], dtype=torch.int64).view(num_sequences, taken)
-                return (
-                    torch.cat([torch.tensor(leading, dtype=torch.int64).expand(num_sequences, -1), text], dim=1)
-                    if leading
-                    else text
-                )
+                return _in_sequences(stream, shape, leading)
     at_most = len(stream) // taken * length if leading else len(stream)
     beside = f", {len(leading)} of each put there by the tokenizer" if leading else ""
     raise EvoPressError(
         f"the {split} split of {source.name} has {len(stream)} tokens but {needed} are needed "
         f"({num_sequences} sequences of {length}{beside}): ask for at most {at_most} {split} tokens or give more text"
     )
+
+
+def _in_sequences(stream: array[int], shape: tuple[int, int], leading: tuple[int, ...]) -> Tensor:
+    """Cut a stream's first ids into sequences, int64 [N, L], each of which begins with the leading ones."""
+    num_sequences, length = shape
+    taken = length - len(leading)
+    text = torch.tensor(stream[: num_sequences * taken], dtype=torch.int64).view(num_sequences, taken)
+    if not leading:
+        return text
+    return torch.cat([torch.tensor(leading, dtype=torch.int64).expand(num_sequences, -1), text], dim=1)
+
+
+def sequences_of(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    separator: str | None = END_OF_TEXT,
+    bos: str = "auto",
+) -> Tensor:
+    """Return all the sequences that documents fill, int64 [N, L]; otherwise as `token_sequences`.
+
+    Raises: EvoPressError if they fill none.
+    """
+    separator_id, leading = _separator_id(tokenizer, separator), leading_ids(tokenizer, bos)
+    stream = array("q")
+    for document in _documents_ids(((text,) for text in texts), tokenizer):
+        if stream and separator_id is not None:
+            stream.append(separator_id)
+        for ids in document:
+            stream.extend(ids)
+    count = len(stream) // max(sequence_length - len(leading), 1)
+    if not count:
+        raise EvoPressError(
+            f"the text has {len(stream)} tokens, which fill no sequence of {sequence_length}: give more text or shorter sequences"
+        )
+    return _in_sequences(stream, (count, sequence_length), leading)
 
 
 def _documents_ids(streams: Iterator[Iterable[str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Iterator[list[int]]]:

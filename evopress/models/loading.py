@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -139,6 +140,24 @@ def _check_shards(folder: Path, files: set[str]) -> None:
                 f"{folder / INDEX} says that {shown(name)} is in {shown(shard)}, which is no safetensors file of {folder}: fetch "
                 "the checkpoint again"
             )
+
+
+def take_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> Pretrained:
+    """Take a model that is loaded already; it is put into evaluation mode, and its parameters ask for no gradients any more.
+
+    Its digest is one over its config and its weights as they are in memory.
+
+    Raises: EvoPressError if its family is not known.
+    """
+    config = model.config.to_dict()
+    family = family_of(str(config.get("model_type", "")))
+    model.eval()
+    model.requires_grad_(False)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for key, tensor in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return Pretrained(model, tokenizer, family, safe_name(name), Path(config.get("_name_or_path") or "."), digest.hexdigest())
 
 
 def read_config(folder: Path) -> dict[str, Any]:

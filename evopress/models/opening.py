@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -73,12 +74,10 @@ def fitted(settings: RunSettings) -> RunSettings:
     config = read_config(folder)
     changes: dict[str, Any] = {}
     if model.sequence_length == AUTO:
-        positions = config.get("max_position_embeddings")
-        changes["sequence_length"] = min(_SEQUENCE_LENGTH, positions) if isinstance(positions, int) else _SEQUENCE_LENGTH
+        changes["sequence_length"] = longest_sequence(config)
     linears = tuple(f".{name}.weight" for name in family_of(config["model_type"]).linears)
     tensors = stored_tensors(loaded_files(folder, find_weights(folder)))
-    common = math.gcd(*(tensor.shape[1] for name, tensor in tensors.items() if name.endswith(linears) and len(tensor.shape) == 2))
-    size = next((size for size in range(_GROUP_SIZE, _LEAST_GROUP_SIZE - 1, -1) if common % size == 0), None)
+    size = greatest_group(tensor.shape[1] for name, tensor in tensors.items() if name.endswith(linears) and len(tensor.shape) == 2)
     if model.group_size == AUTO:
         changes["group_size"] = size
     if grouped:
@@ -86,6 +85,18 @@ def fitted(settings: RunSettings) -> RunSettings:
     said = {f"model.{key}": value for key, value in changes.items()} | ({"method.group_size": size} if grouped else {})
     logger.info("from the model: %s", ", ".join(f"{key}={'null' if value is None else value}" for key, value in said.items()))
     return replace(settings, model=replace(model, **changes), method=method)
+
+
+def longest_sequence(config: Mapping[str, Any]) -> int:
+    """Return the sequence length that "auto" stands for: 4096, or as many as the model has positions for."""
+    positions = config.get("max_position_embeddings")
+    return min(_SEQUENCE_LENGTH, positions) if isinstance(positions, int) else _SEQUENCE_LENGTH
+
+
+def greatest_group(widths: Iterable[int]) -> int | None:
+    """Return the group size that "auto" stands for: the greatest up to 128 that divides all widths; None below 16."""
+    common = math.gcd(*widths)
+    return next((size for size in range(_GROUP_SIZE, _LEAST_GROUP_SIZE - 1, -1) if common % size == 0), None)
 
 
 class ModelSource:
@@ -102,6 +113,15 @@ class ModelSource:
         """
         self._settings, self._device, self._dtype = settings, device, dtype
         self.folder = find_model(settings, cache)
+
+    @classmethod
+    def of(cls, pretrained: Pretrained, settings: ModelSettings) -> ModelSource:
+        """Take a model that is loaded already, in whatever dtype and wherever it is."""
+        source = cls.__new__(cls)
+        source._settings, source._dtype, source._device = settings, settings.dtype, pretrained.model.device
+        source.folder = pretrained.folder
+        vars(source).update(pretrained=pretrained, tokenizer=pretrained.tokenizer, config=pretrained.model.config.to_dict())
+        return source
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -133,6 +153,9 @@ class ModelSource:
         """Return the shapes of the blocks' linear weights by their names, from the heads of the files; None: a file is damaged."""
         shapes: dict[str, tuple[int, ...]] = {}
         linears = tuple(f".{name}.weight" for name in family_of(self.config["model_type"]).linears)
+        if "pretrained" in self.__dict__:
+            parameters = self.pretrained.model.named_parameters()
+            return {name: tuple(parameter.shape) for name, parameter in parameters if name.endswith(linears)}
         for path in find_weights(self.folder):
             try:
                 with safe_open(path, framework="pt") as file:

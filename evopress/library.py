@@ -1,0 +1,355 @@
+"""EvoPress as a library: a loaded model and text go in, a genome, numbers and a checkpoint come out.
+
+    model = evopress.load_model("/models/mine")
+    levels = evopress.build_levels(model, calibration, bits=2.5)
+    found = evopress.search(levels, text, generations=50)
+    print(evopress.evaluate(levels, held_out, found))
+    evopress.export(levels, found, "checkpoint")
+
+The parts are those of a run (`python -m evopress`), and equal settings and text give the same genome.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from evopress.data.opening import GivenText
+from evopress.data.special_tokens import check_embedded
+from evopress.data.tokens import sequences_of
+from evopress.errors import EvoPressError
+from evopress.evaluation.heldout import Scores, measure_held_out
+from evopress.export import export_checkpoint
+from evopress.models.loading import DTYPES, pick_device, take_model
+from evopress.models.opening import ModelSource, greatest_group, longest_sequence, pick_dtype
+from evopress.reporting.generations import read_generations
+from evopress.reporting.records import write_genome
+from evopress.reporting.tracker import NullTracker
+from evopress.settings import (
+    AUTO,
+    DataSettings,
+    DropSettings,
+    EvaluationSettings,
+    FitnessSettings,
+    JointSettings,
+    LevelDatabaseSettings,
+    ModelSettings,
+    PathsSettings,
+    QuantSettings,
+    RunSettings,
+    SearchConfig,
+    SparsitySettings,
+)
+from evopress.stages.checks import check_strategy, check_tokens, searching
+from evopress.stages.search import search as run_the_search
+from evopress.units import Genome, Space
+from evopress.workspace import Workspace
+
+BUILTIN = ("smollm2_135m", "tiny")
+METHODS: dict[str, type] = {"quant": QuantSettings, "sparsity": SparsitySettings, "drop": DropSettings, "joint": JointSettings}
+_EXCHANGES = {"drop": "name", "joint": "fit"}
+"""As the methods' configs choose: attention for attention, and whatever fits the size."""
+Text = Sequence[str] | Tensor
+"""Documents, or token ids int64 [N, L], which are taken as they are."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model with its tokenizer, and how it is to be read."""
+
+    source: ModelSource
+    settings: ModelSettings
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model."""
+        return self.source.pretrained.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return self.source.tokenizer
+
+    def sequences(self, text: Text) -> Tensor:
+        """Return text as token ids int64 [N, L], all sequences that it fills.
+
+        Raises: EvoPressError if it fills none, or has a token that the model lacks.
+        """
+        settings = self.settings
+        if isinstance(text, str):
+            raise EvoPressError("the text is one string: give a list of documents, or token ids")
+        if isinstance(text, Tensor):
+            if text.dim() != 2 or text.dtype != torch.int64 or not text.numel():
+                raise EvoPressError(f"the token ids are {text.dtype} {list(text.shape)}: give int64 [sequences, tokens]")
+            sequences = text.cpu()
+        else:
+            sequences = sequences_of(
+                text,
+                self.tokenizer,
+                sequence_length=settings.sequence_length,
+                separator=settings.separator,
+                bos=settings.bos,
+            )
+        if (rows := self.source.embedding_rows) is not None:
+            check_embedded(sequences, self.tokenizer, num_rows=rows, what="the text", separator=settings.separator)
+        return sequences
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A model's level database, with the target that a search of it has."""
+
+    model: Model
+    settings: RunSettings
+    workspace: Workspace
+    folder: Path
+    """Where the levels lie."""
+    kept: Any = None
+    """What removes a temporary folder when nothing needs it any more."""
+
+    @property
+    def space(self) -> Space:
+        """Units and levels: what a genome is a point of."""
+        return self.workspace.database.space
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found."""
+
+    genome: Genome
+    fitness: float
+    """On the last stage's minibatch of the last generation; lower is better."""
+    folder: Path
+    """Its run folder: genome.json, metrics.jsonl, and what a search needs to go on."""
+    records: list[dict[str, Any]] = field(repr=False)
+    """One per generation, as in metrics.jsonl."""
+    kept: Any = field(default=None, repr=False)
+
+
+def load_model(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: str = AUTO,
+    device: str = AUTO,
+    sequence_length: int | str = AUTO,
+    separator: str | None = "eos",
+    bos: str = AUTO,
+    offload: bool = False,
+    cache: str | Path = "~/.cache/evopress",
+) -> Model:
+    """Take a model: one that transformers has loaded, or the folder or hub id of one.
+
+    A loaded model stays where it is, in its dtype. It is put into evaluation mode, and its parameters ask for no gradients any
+    more. What a search or an evaluation changes in it is taken back.
+
+    Args:
+        model: the model, a folder, a hub id, or "smollm2_135m".
+        tokenizer: of a loaded model.
+        dtype: of a model that is loaded here: float32, bfloat16 or float16; auto: bfloat16 where the machine multiplies it.
+        device: auto, cpu, cuda or cuda:N, for a model that is loaded here.
+        sequence_length: tokens per sequence of text; auto: 4096, or as many as the model has positions for.
+        separator: token between documents; "eos": the tokenizer's end of text; None: nothing.
+        bos: what sequences begin with: auto: what the tokenizer puts before a text; true, false.
+        offload: keep blocks in host memory and move one at a time to the device.
+        cache: folder for models that are converted.
+
+    Raises: EvoPressError if there is no such model, or its family is not known.
+    """
+    given: dict[str, Any] = {"separator": separator, "bos": bos, "offload": offload, "sequence_length": sequence_length}
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise EvoPressError("the model has no tokenizer: give load_model(model, tokenizer)")
+        names = {value: key for key, value in DTYPES.items()}
+        if model.dtype not in names:
+            raise EvoPressError(f"the model is {model.dtype}: load it as one of {', '.join(DTYPES)}")
+        pretrained = take_model(model, tokenizer, name=str(model.config.name_or_path or model.config.model_type))
+        settings = ModelSettings(**given, dtype=names[model.dtype], device=str(model.device), group_size=None)
+        source = ModelSource.of(pretrained, settings)
+    else:
+        where: dict[str, Any] = (
+            {"builtin": str(model)} if str(model) in BUILTIN and not Path(model).exists() else {"path": str(model)}
+        )
+        device = str(pick_device(device))
+        dtype = pick_dtype(dtype, torch.device(device))
+        settings = ModelSettings(**given, **where, dtype=dtype, device=device, group_size=None)
+        source = ModelSource(settings, cache=Path(cache).expanduser(), device=torch.device(device), dtype=dtype)
+    if settings.sequence_length == AUTO:
+        settings = replace(settings, sequence_length=longest_sequence(source.config))
+    settings.group_size = greatest_group(shape[1] for shape in (source.linear_shapes() or {}).values())
+    return Model(source, settings)
+
+
+def build_levels(
+    model: Model,
+    text: Text,
+    *,
+    method: str = "quant",
+    bits: float | None = None,
+    sparsity: float | None = None,
+    size: str | None = None,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> Levels:
+    """Build the levels of a model, or reuse those in the folder.
+
+    Args:
+        text: for calibration.
+        method: quant, sparsity, drop or joint.
+        bits: average bits per weight asked for (quant).
+        sparsity: share of weights or modules to remove (sparsity, drop).
+        size: of all weights, "60MB" or "2.25bpw" (quant, joint).
+        folder: where levels are kept; None: in a temporary folder, as long as the result lives.
+        settings: the method's own, such as levels=[4, 3, 2] or recipe="paper"; see docs/methods.md.
+
+    Raises: EvoPressError if a setting is unknown, out of range or does not fit the model, or the target cannot be met.
+    """
+    if method not in METHODS:
+        raise EvoPressError(f"method={method} is unknown: choose one of {', '.join(METHODS)}")
+    if issubclass(METHODS[method], QuantSettings):
+        settings.setdefault("group_size", model.settings.group_size)
+    calibration = model.sequences(text)
+    kept = tempfile.TemporaryDirectory(prefix="evopress-") if folder is None else None
+    root = Path(kept.name if kept is not None else str(folder)).expanduser()
+    run = RunSettings(
+        model=replace(model.settings, sequence_length=calibration.shape[1]),
+        data=_data(calibration, calibration),
+        method=_made(METHODS[method], settings, what=f"method {method}"),
+        level_db=LevelDatabaseSettings(root=str(root)),
+        evaluation=EvaluationSettings(every=0),
+        paths=PathsSettings(cache=str(root)),
+        bits=bits,
+        sparsity=sparsity,
+        size=size,
+        stages=["database"],
+    )
+    workspace = Workspace(run, root, model=model.source, text=GivenText(calibration))
+    _ = workspace.database, workspace.budget  # built, and checked against the target
+    return Levels(model, run, workspace, root, kept)
+
+
+def search(
+    levels: Levels,
+    text: Text,
+    *,
+    fitness: str = "kl",
+    seed: int = 0,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> Found:
+    """Search the levels for the genome that keeps the target and is closest to the dense model.
+
+    Args:
+        text: what minibatches are drawn from.
+        fitness: kl, topk_kl or perplexity.
+        seed: of every generator.
+        folder: run folder, in which a search that was interrupted goes on; None: a temporary one.
+        settings: the search's own: generations=50, num_offspring=16, survivors=[4, 1], tokens=[2048, 16384], starts=["dp"] and
+            what else `SearchConfig` has.
+
+    Raises: EvoPressError if a setting is unknown or out of range, or there is too little text.
+    """
+    if exchange := _EXCHANGES.get(levels.settings.method.name):
+        settings.setdefault("exchange", exchange)
+    tokens = levels.model.sequences(text)
+    calibration = levels.workspace.calibration_tokens
+    kept = tempfile.TemporaryDirectory(prefix="evopress-") if folder is None else None
+    run_dir = Path(kept.name if kept is not None else str(folder)).expanduser()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    run = replace(
+        levels.settings,
+        model=replace(levels.model.settings, sequence_length=tokens.shape[1]),
+        data=_data(calibration, tokens),
+        search=_made(SearchConfig, settings, what="search"),
+        fitness=_made(FitnessSettings, {"name": fitness}, what="fitness"),
+        seed=seed,
+        stages=["database", "search"],
+    )
+    check_strategy(run)
+    check_tokens(run)
+    workspace = Workspace(
+        run, run_dir, model=levels.model.source, text=GivenText(calibration, tokens), blocks=levels.workspace.blocks
+    )
+    run_the_search(workspace, searching(run.search, derived=workspace.generations(run)), NullTracker())
+    records = read_generations(run_dir / "metrics.jsonl", workspace.database.space)
+    return Found(tuple(records[-1]["genome"]), float(records[-1]["fitness"]), run_dir, records, kept)
+
+
+def evaluate(levels: Levels, text: Text, genome: Genome | Found | None = None) -> Scores:
+    """Measure a genome, or the dense model, on held-out text: KL divergence to the dense model, perplexity, top-1 agreement.
+
+    Raises: EvoPressError if the genome does not fit the levels, or there is too little text.
+    """
+    fitness = levels.settings.fitness
+    (scores,) = measure_held_out(
+        levels.workspace.evaluator,
+        [None if genome is None else _genome(levels, genome)],
+        levels.model.sequences(text),
+        batch_tokens=fitness.max_tokens_in_flight,
+        chunk_tokens=fitness.chunk_tokens,
+    )
+    return scores
+
+
+def export(levels: Levels, genome: Genome | Found, folder: str | Path) -> Path:
+    """Write the model at a genome as a checkpoint that transformers loads, replacing an older one; return its folder.
+
+    Raises: EvoPressError if the genome does not fit the levels, or the folder cannot be written.
+    """
+    workspace, genome, space = levels.workspace, _genome(levels, genome), levels.space
+    fingerprint, pretrained = workspace.database.fingerprint, workspace.pretrained
+    with tempfile.TemporaryDirectory(prefix="evopress-") as scratch:
+        files = (Path(scratch, "genome.json"), Path(scratch, "genome.txt"))
+        write_genome(*files, space=space, genome=genome, database=fingerprint, budget=workspace.budget)
+        return export_checkpoint(
+            Path(folder).expanduser(),
+            live=workspace.live,
+            model=pretrained.model,
+            tokenizer=pretrained.tokenizer,
+            genome=genome,
+            genome_files=files,
+            provenance={
+                "schema": 1,
+                "made_by": "evopress",
+                "base_model": pretrained.name,
+                "base_model_digest": pretrained.digest,
+                "level_database": fingerprint,
+                "recipe": dict(workspace.database.recipe),
+                **workspace.method.costs(space, genome),
+            },
+        )
+
+
+def _genome(levels: Levels, genome: Genome | Found) -> Genome:
+    return levels.space.check(genome.genome if isinstance(genome, Found) else genome)
+
+
+def _data(calibration: Tensor, search: Tensor) -> DataSettings:
+    """Return the settings that say how much text there is."""
+    return DataSettings(
+        source="given",
+        calibration_tokens=calibration.numel(),
+        search_tokens=search.numel(),
+        evaluation_tokens=search.numel(),
+    )
+
+
+def _made(schema: type, settings: dict[str, Any], *, what: str) -> Any:
+    """Make a dataclass of settings; sequences may be tuples.
+
+    Raises: EvoPressError for a setting that it has not.
+    """
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    known = [name for name in signature(schema).parameters if name != "name" or schema is FitnessSettings]
+    if unknown := [key for key in settings if key not in known]:
+        raise EvoPressError(f"{what} has no setting {unknown[0]}: choose among {', '.join(known)}")
+    return schema(**settings)

@@ -1,0 +1,139 @@
+"""EvoPress as a library: the guide's example, the same genome as the program's, and a model that is given back as it was."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import evopress
+from evopress.data.opening import RunText
+from evopress.errors import EvoPressError
+from evopress.settings import DataSettings, EvaluationSettings, ModelSettings
+
+GUIDE = Path(__file__).parents[1] / "docs" / "library.md"
+SMALL = {
+    "generations": 3,
+    "num_offspring": 4,
+    "survivors": [2, 1],
+    "tokens": [64, 128],
+    "initial_candidates": 4,
+    "initial_tokens": 128,
+}
+
+
+def example() -> str:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return block
+
+
+def test_the_guides_example_runs(
+    tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights_digest: Callable[..., str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"PATH": str(tiny_folder())}
+    exec(compile(example(), str(GUIDE), "exec"), names)
+    levels, found = names["levels"], names["found"]
+    assert levels.space.cost(found.genome) <= 2.5 * levels.space.size
+    untouched = AutoModelForCausalLM.from_pretrained(tiny_folder())
+    assert weights_digest(names["network"]) == weights_digest(untouched)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    assert json.loads((tmp_path / "checkpoint" / "genome.json").read_text())["cost"] == levels.space.cost(found.genome)
+    ids = torch.arange(32)[None] % 50
+    assert not torch.allclose(exported(ids).logits, untouched(ids).logits, atol=1e-3)
+    dense, at_genome = evopress.evaluate(levels, names["text"][40:60]), evopress.evaluate(levels, names["text"][40:60], found)
+    assert dense.kl == 0.0 < at_genome.kl and dense.top1_agreement == 1.0
+    assert len(example().splitlines()) <= 12
+
+
+def test_the_program_finds_the_same_genome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
+    settings = [f"search.{key}={json.dumps(value).replace(' ', '')}" for key, value in SMALL.items()]
+    command = ["+method=quant", "bits=3.5", "+debug=tiny", "stages=[database,search]", "evaluation.every=0", "seed=3", *settings]
+    command = [sys.executable, "-m", "evopress", *command, f"hydra.run.dir={tmp_path / 'run'}"]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=300, capture_output=True)
+    there = json.loads((tmp_path / "run" / "genome.json").read_text())
+
+    cache = tmp_path / "cache"
+    model = evopress.load_model("tiny", dtype="float32", device="cpu", sequence_length=64, cache=cache)
+    data = DataSettings(source="python_docs", calibration_tokens=1024, search_tokens=2048)
+    text = RunText(
+        data,
+        EvaluationSettings(),
+        ModelSettings(sequence_length=64),
+        tokenizer=lambda: model.tokenizer,
+        embedding_rows=lambda: None,
+        cache=cache,
+    )
+    levels = evopress.build_levels(model, text.calibration, bits=3.5, group_size=16)
+    found = evopress.search(levels, text.search, seed=3, **SMALL)
+    assert list(found.genome) == [unit["level"] for unit in there["units"]]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["fitness"] for record in found.records] == [record["fitness"] for record in records]
+
+
+def test_the_rooms_that_share_a_name_with_the_library_are_both() -> None:
+    code = (
+        "import sys, evopress; from evopress.search.evolution import Evolution; import evopress.search.evolution as module; "
+        "assert callable(evopress.search) and evopress.search.Evolution is Evolution is module.Evolution; "
+        "assert 'torch' not in sys.modules and set(evopress.__all__) <= {*dir(evopress), *evopress.__all__}; "
+        "from evopress import Space, build_levels, evaluate, export, load_model, search; "
+        "assert all(map(callable, (Space, build_levels, evaluate, export, load_model, search))); "
+        "import evopress.library as library; assert evopress.load_model is library.load_model"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        evopress.nothing  # noqa: B018
+
+
+@pytest.fixture
+def model(tiny_folder: Callable[..., Path]) -> Any:
+    return evopress.load_model(tiny_folder(), dtype="float32", device="cpu", sequence_length=32)
+
+
+def test_what_cannot_be_is_one_sentence(model: Any, tiny_folder: Callable[..., Path]) -> None:
+    text = ["Some words to calibrate on. " * 40]
+    with pytest.raises(EvoPressError, match=r"^method=quantum is unknown: choose one of quant, sparsity, drop, joint$"):
+        evopress.build_levels(model, text, method="quantum", bits=3)
+    with pytest.raises(EvoPressError, match=r"^method quant has no setting bit: choose among recipe, levels, "):
+        evopress.build_levels(model, text, bits=3, bit=3)
+    with pytest.raises(EvoPressError, match=r"method quant needs a target"):
+        evopress.build_levels(model, text)
+    with pytest.raises(EvoPressError, match=r"^the text is one string: give a list"):
+        evopress.build_levels(model, text[0], bits=3)
+    with pytest.raises(EvoPressError, match=r"^the text has 5 tokens, which fill no sequence of 32: give more text"):
+        evopress.build_levels(model, ["short"], bits=3)
+    with pytest.raises(EvoPressError, match=r"^the token ids are torch\.float32 \[2, 2\]: give int64"):
+        evopress.build_levels(model, torch.ones(2, 2), bits=3)
+    with pytest.raises(EvoPressError, match=r"^the model has no tokenizer: give load_model\(model, tokenizer\)$"):
+        evopress.load_model(AutoModelForCausalLM.from_pretrained(tiny_folder()))
+    with pytest.raises(EvoPressError, match=r"is not a folder|not a folder: give"):
+        evopress.load_model("/no/such/model")
+
+
+def test_a_search_refuses_unknown_settings_and_too_little_text(model: Any) -> None:
+    text = ["Some words to calibrate on. " * 40]
+    levels = evopress.build_levels(model, text, bits=3, levels=(4, 3, 2))
+    with pytest.raises(EvoPressError, match=r"^search has no setting offspring: choose among generations, num_offspring"):
+        evopress.search(levels, text, offspring=3)
+    with pytest.raises(EvoPressError, match=r"asks for a minibatch of 2048 tokens: expected 2 to "):
+        evopress.search(levels, text, generations=2)
+    with pytest.raises(EvoPressError, match=r"^the genome has 1 levels but the level database has 14 units"):
+        evopress.evaluate(levels, text, (0,))
+
+
+def test_modules_are_dropped_by_the_same_calls(model: Any, tmp_path: Path) -> None:
+    text = ["Some words to calibrate on, and a few more of them. " * 40]
+    levels = evopress.build_levels(model, text, method="drop", sparsity=0.5)
+    found = evopress.search(levels, text, folder=tmp_path / "run", **(SMALL | {"generations": 2}))
+    assert levels.space.cost(found.genome) == 2 and (tmp_path / "run" / "genome.json").exists()
+    tokenizer: Any = AutoTokenizer.from_pretrained(model.source.folder)
+    assert evopress.evaluate(levels, text, found).num_tokens == len(tokenizer(text[0])["input_ids"]) // 32 * 31
