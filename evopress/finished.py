@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 FINISHED = "finished.json"
 _NOT_COUNTED = ("stages", "resume", "dry_run", "refine")
 """Settings that change no result; `refine` stands beside the digest, since earlier versions had no such stage."""
-_SAID_ELSEWHERE = {"scale": ("refine", "refine_tokens", "random_tokens", "baseline_tokens"), "search": ("paper", "least")}
+_SAID_ELSEWHERE = {
+    "scale": ("refine", "refine_tokens", "random_tokens", "baseline_tokens", "attribution_tokens", "screen_tokens"),
+    "search": ("paper", "least"),
+}
 """Settings that only decide what others are by default."""
 
 

@@ -421,6 +421,10 @@ class ScaleSettings:
     """Tokens that choose among random mixes (method quant)."""
     baseline_tokens: int = 131072
     """Calibration tokens of OWL's choice, and of scoring blocks."""
+    attribution_tokens: int = 65536
+    """Of one round of the guided search."""
+    screen_tokens: int = 32768
+    """Of its proposals."""
 
 
 @dataclass

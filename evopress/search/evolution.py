@@ -115,6 +115,7 @@ class Evolution:
         rng_mutation: draws the offspring and nothing else.
         mutation: makes an offspring; by default the `LevelSwitch` that the settings describe.
         starts: genomes within the budget that join the initial candidates, such as a baseline's (not in the paper).
+        parent: a genome within the budget to go on from: generation 0 is left out (not in the paper).
 
     Raises: EvoPressError if the budget cannot be met or a setting is out of range.
     """
@@ -129,6 +130,7 @@ class Evolution:
         rng_mutation: np.random.Generator,
         mutation: Mutation | None = None,
         starts: Sequence[Genome] = (),
+        parent: Genome | None = None,
     ) -> None:
         budget.check(space)
         self._space, self._budget, self._settings = space, budget, settings
@@ -162,7 +164,9 @@ class Evolution:
             if not budget.met_by(space, genome):
                 limits = ", ".join(map(str, budget.limits))
                 raise EvoPressError(f"a genome to start from does not keep the budget's further limits ({limits}): leave it out")
-        if (uniform := uniform_genome(space, budget)) is not None and not self._starts:
+        if parent is not None:
+            self._finish(parent, fitness=None, accepted=False, parent_fitness=None)
+        elif (uniform := uniform_genome(space, budget)) is not None and not self._starts:
             self.initial_record = self._finish(uniform, fitness=None, accepted=False, parent_fitness=None)
 
     @property

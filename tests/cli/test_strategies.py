@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+
+import evopress.stages.search as program_search
+from evopress.errors import EvoPressError
 
 OUTSIDE = Path(__file__).parent.parent / "reference" / "random_search.py"
 STAGES = "stages=[database,search]"
@@ -107,3 +111,77 @@ def test_a_run_of_an_earlier_version_goes_on(tiny: Callable[..., Any], evopress:
     outcome = evopress(f"resume={folder}", "search.generations=3")
     assert outcome.code == 0, outcome.text
     assert (folder / "genome.json").read_bytes() == (whole / "genome.json").read_bytes()
+
+
+@pytest.mark.parametrize("method", [("+method=quant", "bits=2.5"), ("+method=sparsity", "sparsity=0.7")], ids=["quant", "sparsity"])
+def test_guided_searches_and_a_killed_run_ends_with_the_same_genome(
+    method: tuple[str, ...], evopress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (*method, "+debug=tiny", STAGES, "search/strategy=guided", "search.strategy.generations_after=2")
+
+    def run(folder: Path, *more: str) -> Any:
+        return evopress(*command, f"hydra.run.dir={folder}", *more)
+
+    whole = run(tmp_path / "whole")
+    assert whole.code == 0, whole.text
+    assert "search: at most 5 guided rounds, then 2 generations, λ = 4" in whole.text
+    assert re.search(r"search +at most 7 of 7 generations", whole.text)
+    made = records(tmp_path / "whole")
+    rounds = [record for record in made if "details" in record]
+    assert [record["generation"] for record in made] == list(range(len(made))) and len(made) == 1 + len(rounds) + 2
+    assert rounds[0]["accepted"] and rounds[0]["tokens"] == 3 * 512 + 128 * rounds[0]["stages"][0]["num_candidates"]
+    assert all(record["held_out"] for record in rounds), "measured after every round"
+    assert rounds[0]["held_out"]["kl"] < made[0]["held_out"]["kl"]
+    budget = read(tmp_path / "whole" / "genome.json")["budget"]
+    assert all(record["cost"] <= budget for record in made)
+
+    stop = [2]
+    finish = program_search.write_json
+
+    def killed(path: Path, value: Any) -> None:
+        finish(path, value)
+        if path.name == "state.json":
+            stop[0] -= 1
+            if not stop[0]:
+                raise EvoPressError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program_search, "write_json", killed)
+        assert run(tmp_path / "cut").code == 1
+    assert len(records(tmp_path / "cut")) == 2
+    again = evopress(f"resume={tmp_path / 'cut'}")
+    assert again.code == 0, again.text
+    assert "going on at generation 2 of 7" in again.text
+    assert (tmp_path / "cut" / "genome.json").read_bytes() == (tmp_path / "whole" / "genome.json").read_bytes()
+    for mine, theirs in zip(records(tmp_path / "cut"), made, strict=True):
+        assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ("+method=drop", "sparsity=0.5"),
+            "search/strategy=guided needs the errors of levels, which modules that are kept or dropped",
+        ),
+        (
+            ("+method=quant", "bits=2.5", "fitness.evaluator=plain"),
+            "search/strategy=guided runs blocks alone, which fitness.evaluator=plain",
+        ),
+        (("+method=quant", "bits=2.5", "search.strategy.changes=[0]"), "search.strategy.changes=[0] is out of range"),
+        (("+method=quant", "bits=2.5", "search.max_level=2"), "knows no such bounds"),
+        (("+method=quant", "bits=2.5", "search.strategy.attribution_tokens=4096"), "asks for a minibatch of 4096 tokens"),
+        (
+            ("+method=quant", "bits=2.5", "data.search_tokens=32", "model.sequence_length=32"),
+            "compares sequences of the search text",
+        ),
+    ],
+)
+def test_where_guided_cannot_search_is_one_sentence(
+    arguments: tuple[str, ...], sentence: str, evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    outcome = evopress(*arguments, "+debug=tiny", "search/strategy=guided", f"hydra.run.dir={tmp_path / 'run'}")
+    assert outcome.code == 1 and "Traceback" not in outcome.text, outcome.text
+    (error,) = outcome.errors
+    assert sentence in error
+    assert not (tmp_path / "run" / "state.json").exists()

@@ -1,0 +1,344 @@
+"""The guided search: its two steps against their slow twins, the search on problems whose best genome is known, and killed runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from guided_literal import best_of_all, shrunk
+
+from evopress.currencies import currency_of
+from evopress.errors import EvoPressError
+from evopress.search import Attribution, Problem, Question, SearchSettings, Stage, run_search
+from evopress.search.guided import GuidedStrategy, sensitivities
+from evopress.search.program import limits_around
+from evopress.units import Budget, Genome, Level, Space, Unit
+
+EVOLUTION = SearchSettings(9, 4, (Stage(8, 2), Stage(16, 1)), 3, 8, 3, "min_uniform", "any")
+NUMBERS = GuidedStrategy(rounds=5, attribution_tokens=64, attribution_sequences=8, screen_tokens=32, changes=[3, 1])
+
+
+class Additive:
+    """The fitness is Σ c_u e_u(l_u), of which a unit's attribution is twice its part; both with noise, if any."""
+
+    def __init__(self, space: Space, *, noise: float = 0.0, seed: int = 0, interaction: float = 0.0) -> None:
+        rng = np.random.default_rng(seed)
+        self.space = space
+        self.errors = [
+            [4.0 ** -int(level.key) * factor for level in unit.levels]
+            for unit, factor in zip(space.units, rng.uniform(0.5, 2, len(space)), strict=True)
+        ]
+        self.weights = rng.lognormal(sigma=1.0, size=len(space))
+        self.noise, self.interaction, self.rng = noise, interaction, np.random.default_rng(seed + 1)
+        self.asked: list[Any] = []
+
+    def parts(self, genome: Genome) -> np.ndarray:
+        return self.weights * np.array([errors[level] for errors, level in zip(self.errors, genome, strict=True)])
+
+    def exact(self, genome: Genome) -> float:
+        parts = self.parts(genome)
+        return float(parts.sum() + self.interaction * parts.sum() ** 2)
+
+    def __call__(self, genomes, *, tokens):
+        self.asked.append((len(genomes), tokens))
+        shared = self.noise * self.rng.normal()
+        return [self.exact(genome) * (1 + shared) for genome in genomes]
+
+    def attribute(self, question: Attribution) -> list[list[float]]:
+        self.asked.append(question)
+        noise = self.noise * self.rng.normal(size=(question.sequences, len(self.space)))
+        return (2 * self.parts(question.genome) * (1 + noise)).tolist()
+
+
+def problem_of(space, budget, errors, *, seed: int = 0, starts=()) -> Problem:
+    rng_initial, rng_mutation = np.random.default_rng(seed).spawn(2)
+    return Problem(space, budget, errors, rng_initial=rng_initial, rng_mutation=rng_mutation, starts=starts)
+
+
+def run(strategy, toy) -> tuple[Genome, list[dict]]:
+    records: list[dict] = []
+    best = run_search(strategy, toy, attribute=toy.attribute, on_generation=lambda record: records.append(record.to_dict()))
+    return best, records
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shrinkage_is_as_the_note_has_it(seed) -> None:
+    rng = np.random.default_rng(seed)
+    kinds = ["q"] * 4 + ["v"] * 5 + ["down"] * 3
+    held = rng.lognormal(size=12) * (1 + 0.4 * rng.normal(size=(6, 12)))
+    errors = rng.uniform(0.01, 0.2, size=12)
+    assert sensitivities(held, errors, kinds) == pytest.approx(shrunk(held.tolist(), errors.tolist(), kinds), rel=1e-9)
+
+
+def test_what_is_certain_is_kept_and_what_is_noise_is_the_kind_s() -> None:
+    errors, kinds = np.full(4, 0.1), ["q"] * 4
+    certain = np.tile([1.0, 2.0, 3.0, 2.0], (8, 1))
+    assert sensitivities(certain, errors, kinds) == pytest.approx([5, 10, 15, 10])
+    rng = np.random.default_rng(0)
+    noise = 2.0 + rng.normal(size=(8, 4))
+    found = sensitivities(noise, errors, kinds)
+    assert np.ptp(found) < 0.5 * np.ptp(noise.mean(axis=0) / errors / 2)
+    assert found.mean() == pytest.approx(noise.mean() / 0.2, rel=1e-2)
+
+
+def test_no_sensitivity_is_without_a_floor_and_units_without_error_get_their_kind_s() -> None:
+    held = np.tile([4.0, -2.0, 0.0, -1.0, -1.0], (4, 1))
+    found = sensitivities(held, np.array([0.1, 0.1, 0.0, 0.1, 0.1]), ["q", "q", "q", "v", "v"])
+    assert bool((found > 0).all())
+    assert found[1] == pytest.approx(0.1 * found[2]) and found[2] == pytest.approx(5.0)  # 2 / 0.2 / 2
+    assert found[3] == found[4] < 1e-2 * found[2]
+    assert sensitivities(np.zeros((4, 2)), np.zeros(2), ["q", "v"]).tolist() == [0.5, 0.5], "nothing is known: plain errors"
+
+
+@pytest.mark.parametrize("bits", [2.5, 3.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_on_an_additive_problem_it_ends_at_the_best_genome(quant_space, budget_of, seed, bits) -> None:
+    space = quant_space((3, 1, 1, 3, 3, 1), bits=(4, 3, 2), kinds=("q", "v", "v", "q", "q", "v"))
+    toy, budget = Additive(space, seed=seed), budget_of(space, bits)
+    numbers = replace(NUMBERS, changes=[])
+    best, records = run(numbers.searching(EVOLUTION).make(problem_of(space, budget, toy.errors)), toy)
+    values = [[w * e for e in errors] for w, errors in zip(toy.weights, toy.errors, strict=True)]
+    cheapest = (2,) * len(space)
+    ((prices, left),) = limits_around(space, budget, cheapest, range(len(space)))
+    expected = best_of_all(prices, left, values)
+    assert toy.exact(best) == pytest.approx(expected, rel=1e-9)
+    assert len(records) <= 3, "one round to find it, one that finds nothing better"
+    assert records[-1]["accepted"] is False and all(record["cost"] <= budget.total for record in records)
+
+
+def test_a_round_asks_one_attribution_and_one_screen_and_counts_three_for_one(quant_space, budget_of) -> None:
+    space = quant_space((3, 1, 1, 3, 3, 1) * 2, kinds=("q", "v", "v", "q", "q", "v") * 2)
+    toy, budget = Additive(space), budget_of(space, 2.5)
+    settings = NUMBERS.searching(EVOLUTION)
+    _, records = run(settings.make(problem_of(space, budget, toy.errors)), toy)
+    attribution, screen = toy.asked[:2]
+    assert attribution == Attribution(tuple(records[0]["genome"]), 64, 8)
+    proposals = records[1]["details"]["proposals"]
+    assert screen == (1 + len(proposals), 32)
+    assert [proposal["most_changes"] for proposal in proposals] == [None, 3], "one change alone saves nothing"
+    assert all(p["changes"] <= (p["most_changes"] or len(space)) for p in proposals) and all(p["expected"] < 0 for p in proposals)
+    assert records[1]["tokens"] == 3 * 64 + 32 * (1 + len(proposals))
+    assert records[1]["evaluations"] == 2 + len(proposals)
+    assert records[1]["switches"] == [
+        [i, a, b] for i, (a, b) in enumerate(zip(records[0]["genome"], records[1]["genome"], strict=True)) if a != b
+    ]
+    assert records[1]["details"]["held"] == pytest.approx(toy.parts(tuple(records[0]["genome"])), abs=1e-8)
+    assert records[0]["fitness"] is None and "details" not in records[0]
+    spent = sum(ask.cost for ask in settings.asks())
+    assert records[-1]["tokens"] <= spent == 5 * (3 * 64 + 4 * 32)
+
+
+def test_where_the_free_solution_is_worse_few_changes_win(quant_space, budget_of) -> None:
+    space = quant_space((1,) * 12, bits=(4, 3, 2), kinds=("q",) * 12)
+    toy, budget = Additive(space), budget_of(space, 3.0)
+    start = (1,) * 12
+
+    def far_is_bad(genomes, *, tokens):
+        return [
+            toy.exact(genome) + (1.0 if sum(a != b for a, b in zip(genome, start, strict=True)) > 3 else 0.0) for genome in genomes
+        ]
+
+    records = []
+    numbers = replace(NUMBERS, rounds=1)
+    run_search(
+        numbers.searching(EVOLUTION).make(problem_of(space, budget, toy.errors)),
+        far_is_bad,
+        attribute=toy.attribute,
+        on_generation=records.append,
+    )
+    assert records[0].genome == start and records[1].accepted
+    few = next(p for p in records[1].details["proposals"] if p["most_changes"] == 3)
+    assert len(records[1].switches) == few["changes"] == 2, "one up, one down"
+
+
+def test_a_tie_stays_with_the_current_genome_and_ends_the_rounds(quant_space, budget_of) -> None:
+    space = quant_space((1,) * 8, bits=(4, 3, 2), kinds=("q",) * 8)
+    toy, budget = Additive(space), budget_of(space, 3.0)
+    strategy = NUMBERS.searching(EVOLUTION).make(problem_of(space, budget, toy.errors))
+    records = []
+    run_search(strategy, lambda genomes, *, tokens: [1.0] * len(genomes), attribute=toy.attribute, on_generation=records.append)
+    assert [record.accepted for record in records] == [False, False]
+    assert strategy.finished and strategy.parent == (1,) * 8
+    assert not any(ask.times for ask in NUMBERS.searching(EVOLUTION).asks(strategy.state()))
+
+
+def test_a_genome_that_cannot_be_bettered_is_not_screened(quant_space, budget_of) -> None:
+    space = quant_space((1,) * 4, bits=(4, 3, 2), kinds=("q",) * 4)
+    toy = Additive(space)
+    toy.weights, toy.errors = np.ones(4), [[0.1, 0.2, 0.4]] * 4
+    best, records = run(NUMBERS.searching(EVOLUTION).make(problem_of(space, budget_of(space, 3.0), toy.errors)), toy)
+    assert best == (1,) * 4 and len(records) == 2
+    assert [type(asked) for asked in toy.asked] == [Attribution]
+    assert records[1]["fitness"] is None and records[1]["details"]["proposals"] == []
+
+
+def test_sensitivities_are_averaged_over_the_last_rounds(quant_space, budget_of) -> None:
+    space = quant_space((1,) * 12, bits=(4, 3, 2), kinds=("q",) * 12)
+    toy = Additive(space, noise=0.3, interaction=3.0)
+    strategy = replace(NUMBERS, averaged=2).searching(EVOLUTION).make(problem_of(space, budget_of(space, 2.5), toy.errors))
+    seen = []
+    run_search(strategy, toy, attribute=toy.attribute, on_generation=lambda record: seen.append(strategy.state()["sensitivities"]))
+    assert [len(each) for each in seen[:3]] == [0, 1, 2] and all(len(each) == 2 for each in seen[3:])
+    assert all(b[0] == a[-1] for a, b in itertools.pairwise(seen[1:]))
+
+
+def test_given_starts_are_chosen_from_on_the_screen_s_tokens(quant_space, budget_of) -> None:
+    space = quant_space((1,) * 8, bits=(4, 3, 2), kinds=("q",) * 8)
+    toy, budget = Additive(space, seed=3), budget_of(space, 3.0)
+    order = np.argsort(-toy.weights)
+    start = tuple(0 if unit in order[:4] else 2 for unit in range(8))
+    settings = NUMBERS.searching(EVOLUTION)
+    strategy = settings.make(problem_of(space, budget, toy.errors, starts=(start,)))
+    assert strategy.initial_record is None and strategy.ask() == Question(((1,) * 8, start), 32, stage=-1)
+    _, records = run(strategy, toy)
+    assert tuple(records[0]["genome"]) == min(((1,) * 8, start), key=toy.exact) and records[0]["fitness"] is not None
+    with pytest.raises(EvoPressError, match="does not keep the budget"):
+        settings.make(problem_of(space, budget, toy.errors, starts=((0,) * 8,)))
+
+
+@pytest.mark.parametrize("after", [0, 4])
+def test_evolution_goes_on_from_the_genome_that_was_found(quant_space, budget_of, after) -> None:
+    space = quant_space((3, 1, 1, 3, 3, 1) * 2, kinds=("q", "v", "v", "q", "q", "v") * 2)
+    toy, budget = Additive(space, interaction=2.0), budget_of(space, 2.5)
+    settings = replace(NUMBERS, generations_after=after).searching(EVOLUTION)
+    best, records = run(settings.make(problem_of(space, budget, toy.errors)), toy)
+    rounds = 1 + max(record["generation"] for record in records if "details" in record)
+    assert [record["generation"] for record in records] == list(range(rounds + after))
+    assert all(a["tokens"] <= b["tokens"] and a["evaluations"] <= b["evaluations"] for a, b in itertools.pairwise(records))
+    assert records[-1]["tokens"] == sum(3 * a.tokens if isinstance(a, Attribution) else a[0] * a[1] for a in toy.asked)
+    assert toy.exact(best) <= toy.exact(tuple(records[rounds - 1]["genome"]))
+    assert tuple(records[-1]["genome"]) == best
+
+
+@pytest.mark.parametrize("stop", range(9))
+def test_a_search_that_is_killed_after_any_generation_ends_with_the_same_genome(quant_space, budget_of, stop) -> None:
+    space = quant_space((3, 1, 1, 3, 3, 1) * 2, kinds=("q", "v", "v", "q", "q", "v") * 2)
+    budget, settings = budget_of(space, 2.5), replace(NUMBERS, generations_after=4).searching(EVOLUTION)
+    toy = Additive(space, noise=0.2, interaction=2.0)
+    whole, records = run(settings.make(problem_of(space, budget, toy.errors)), toy)
+    assert len(records) > 6
+
+    again, states = Additive(space, noise=0.2, interaction=2.0), []
+    cut = settings.make(problem_of(space, budget, toy.errors))
+
+    def stopping(record):
+        states.append((record.generation, cut.state(), again.rng.bit_generator.state))
+        if record.generation == min(stop, len(records) - 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_search(cut, again, attribute=again.attribute, on_generation=stopping)
+    generation, state, noise = states[-1]
+    later = settings.make(problem_of(space, budget, toy.errors, seed=7))
+    later.restore(json.loads(json.dumps(state)))
+    third = Additive(space, noise=0.2, interaction=2.0)
+    third.rng.bit_generator.state = noise
+    best, rest = run(later, third)
+    assert best == whole and rest == records[generation + 1 :]
+    left = sum(ask.cost for ask in settings.asks(state))
+    assert left >= records[-1]["tokens"] - records[generation]["tokens"]
+
+
+def test_a_finished_search_goes_on_when_more_is_asked_for(quant_space, budget_of) -> None:
+    space = quant_space((3, 1, 1, 3, 3, 1) * 2, kinds=("q", "v", "v", "q", "q", "v") * 2)
+    toy, budget = Additive(space, interaction=2.0), budget_of(space, 2.5)
+    short = replace(NUMBERS, rounds=1).searching(EVOLUTION).make(problem_of(space, budget, toy.errors))
+    run(short, toy)
+    longer = replace(NUMBERS, rounds=3, generations_after=2).searching(EVOLUTION)
+    strategy = longer.make(problem_of(space, budget, toy.errors))
+    strategy.restore(json.loads(json.dumps(short.state())))
+    assert strategy.generation == 2 and not strategy.finished
+    _, records = run(strategy, toy)
+    assert records[-1]["generation"] >= 4
+
+    with pytest.raises(EvoPressError, match=r"screen_tokens 32 there, 16 here"):
+        replace(NUMBERS, screen_tokens=16).searching(EVOLUTION).make(problem_of(space, budget, toy.errors)).restore(short.state())
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"rounds": -1}, "search.strategy.rounds=-1"),
+        ({"attribution_sequences": 1}, "search.strategy.attribution_sequences=1"),
+        ({"changes": [3, 0]}, "search.strategy.changes="),
+        ({"averaged": 0}, "search.strategy.averaged=0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(changed, sentence) -> None:
+    with pytest.raises(EvoPressError, match=sentence.replace(".", r"\.")):
+        replace(NUMBERS, **changed).searching(EVOLUTION)
+
+
+def test_bounds_of_evolution_are_refused() -> None:
+    with pytest.raises(EvoPressError, match=r"max_level=2 .* leave them null"):
+        NUMBERS.searching(replace(EVOLUTION, max_level=2))
+
+
+def test_what_the_answers_lack_is_told(quant_space, budget_of) -> None:
+    space = quant_space((1,) * 8, bits=(4, 3, 2), kinds=("q",) * 8)
+    toy, budget, settings = Additive(space), budget_of(space, 3.0), NUMBERS.searching(EVOLUTION)
+    for wrong in ([[1.0] * 8], [[1.0] * 7] * 3, [[float("nan")] * 8] * 3):
+        strategy = settings.make(problem_of(space, budget, toy.errors))
+        strategy.ask()
+        with pytest.raises(EvoPressError, match="the attribution returned"):
+            strategy.tell(wrong)
+    strategy = settings.make(problem_of(space, budget, toy.errors))
+    strategy.tell(toy.attribute(strategy.ask()))
+    with pytest.raises(EvoPressError, match="returned 1 numbers for"):
+        strategy.tell([1.0])
+    with pytest.raises(EvoPressError, match="not a finite number"):
+        strategy.tell([float("nan")] * len(strategy.ask().genomes))
+    with pytest.raises(EvoPressError, match="there are errors of 0 units but 8 units"):
+        settings.make(problem_of(space, budget, ()))
+    with pytest.raises(EvoPressError, match=r"the errors of blocks\.2\.q are .* use search/strategy=evolution"):
+        settings.make(problem_of(space, budget, [*toy.errors[:2], [1.0, float("nan"), 1.0], *toy.errors[3:]]))
+
+
+def test_a_proposal_that_is_not_finite_loses_and_is_counted(quant_space, budget_of) -> None:
+    space = quant_space((1,) * 12, bits=(4, 3, 2), kinds=("q",) * 12)
+    toy, budget = Additive(space), budget_of(space, 3.0)
+    strategy = replace(NUMBERS, rounds=1).searching(EVOLUTION).make(problem_of(space, budget, toy.errors))
+    strategy.tell(toy.attribute(strategy.ask()))
+    values = [2.0, float("nan"), *[1.0] * (len(strategy.ask().genomes) - 2)]
+    chosen = strategy.ask().genomes[2]
+    record = strategy.tell(values)
+    assert (record.genome, record.non_finite, strategy.non_finite) == (chosen, 1, 1)
+
+
+def joint_space() -> Space:
+    """Two modules that can be dropped, with two weights in each."""
+    keep = (Level("keep", 1, "keep", 0, "drop"), Level("drop", 0, "drop", 0, "drop"))
+    units = [Unit(f"blocks.{i}.mlp", i, "mlp", 0, keep) for i in range(2)]
+    bits = tuple(Level(f"{b} bits", b, str(b), b, "quant") for b in (4, 3, 2))
+    units += [Unit(f"blocks.{i // 2}.{kind}", i // 2, kind, 1, bits) for i, kind in enumerate(("up", "down") * 2)]
+    return Space("joint", tuple(units), currency_of("bits"), (None, None, 0, 0, 1, 1))
+
+
+def test_modules_of_which_no_error_tells_stay(budget_of) -> None:
+    space = joint_space()
+    errors = [[0.0, 0.0]] * 2 + [[0.1, 0.2, 0.4]] * 4
+    held = np.array([0.0, 0.0, 4.0, 1.0, 1.0, 1.0])
+
+    def attribute(question):
+        return [(held * [level + 1 for level in question.genome]).tolist()] * 4
+
+    def fitness(genomes, *, tokens):
+        return [
+            float(sum(h * errors[u][level] for u, (h, level) in enumerate(zip(held, genome, strict=True)))) for genome in genomes
+        ]
+
+    strategy = NUMBERS.searching(EVOLUTION).make(problem_of(space, Budget(12, 3.0, "bits per weight"), errors))
+    best = run_search(strategy, fitness, attribute=attribute)
+    assert best[:2] == (0, 0) and best[2] == 0 and space.cost(best) <= 12
+
+    dropped = NUMBERS.searching(EVOLUTION).make(problem_of(space, Budget(6, 1.5, "bits per weight"), errors))
+    asked = dropped.ask()
+    assert isinstance(asked, Question) and asked.stage == -1, "no genome with all modules is within the budget"
+    assert all(any(genome[:2]) and space.cost(genome) <= 6 for genome in asked.genomes)
+    found = run_search(dropped, fitness, attribute=attribute)
+    gone = found.index(1)
+    assert gone < 2 and all(found[2 + 2 * gone + i] == dropped.state()["found"][2 + 2 * gone + i] for i in range(2))
