@@ -25,7 +25,7 @@ from evopress.units import Genome, Space, Unit
 Cell = tuple[str, int]
 """A row of the heat map: a kind, and which of several units of that kind in one block."""
 
-_MOST_LABELS = 8
+_MOST_LABELS = 10
 """Above so many level labels the heat map's colours are a continuous scale."""
 
 
@@ -167,7 +167,9 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
         size = measured_size(space, unit)
         value = measure(space, space.prices[index][level], size) if size else float(level)
         image[place] = labels.index(unit.levels[level].label) if by_label else value
-        keys[place] = unit.levels[level].key if by_label else f"{100 * value:.0f}" if space.words.taken_away else f"{value:.2g}"
+        key = unit.levels[level].key
+        short = key if len(key) <= 2 else "×" if unit.levels[level].drops else ""
+        keys[place] = short if by_label else f"{100 * value:.0f}" if space.words.taken_away else f"{value:.2g}"
         if space.is_gone(genome, index):  # its module is dropped
             image[place], keys[place] = np.nan, ""
 
