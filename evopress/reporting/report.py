@@ -84,6 +84,9 @@ def write_report(
     write_page(path, title=title, parts=parts)
 
 
+_OF_EVOLUTION = ("generations", "offspring", "survivors", "tokens per stage")
+
+
 def _asked(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], space: Space | None) -> str:
     """Say what a run was asked for, and show the few settings that say it; others are in the whole config."""
     sought = {
@@ -93,6 +96,7 @@ def _asked(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], spac
         "scale": ("scale.name", "scale"),
         "data": ("data.name", "data.source", "data"),
         "fitness": ("fitness.name", "fitness"),
+        "strategy": ("search.strategy.name",),
         "generations": ("search.generations",),
         "offspring": ("search.num_offspring",),
         "survivors": ("search.survivors",),
@@ -111,6 +115,10 @@ def _asked(config: Mapping[str, Any], records: Sequence[Mapping[str, Any]], spac
             break
     if not asked:
         return ""
+    if asked.get("strategy", "evolution") == "evolution":
+        asked.pop("strategy", None)  # the numbers below are its own
+    else:
+        asked = {name: value for name, value in asked.items() if name not in _OF_EVOLUTION}
     words = details("words used on this page", pairs(_WORDS))
     return paragraph(_task(asked, records, space)) + pairs(asked) + words
 
