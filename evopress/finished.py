@@ -90,14 +90,15 @@ def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
 
 
 def best_fitness(run_dir: Path) -> float:
-    """Return the fitness of what a search found, on search text: that of its last generation; NaN if there was no search.
+    """Return the fitness of what a search found, on search text: of the last generation that measured it; else NaN.
 
     It is what a sweeper may tune by. Nothing of the text that results are measured on goes into it.
     """
     with suppress(EvoPressError):
         records = read_records(run_dir / "metrics.jsonl")
-        if records and (fitness := number(records[-1].get("fitness"))) is not None:
-            return float(fitness)
+        for record in reversed(records):  # one that asked nothing left the genome as it was
+            if (fitness := number(record.get("fitness"))) is not None:
+                return float(fitness)
     return float("nan")
 
 

@@ -67,9 +67,11 @@ def test_what_came_later_counts_where_it_asks_for_something_else() -> None:
     assert settings_digest(replace(run_settings("quant"), stages=["report"], dry_run=True, resume="x")) == PINNED["quant"]
 
 
-@pytest.mark.parametrize(("fitnesses", "best"), [([2.0, 1.5], 1.5), ([0.0], 0.0), ([2.0, None], math.nan), ([], math.nan)])
+@pytest.mark.parametrize(
+    ("fitnesses", "best"), [([2.0, 1.5], 1.5), ([0.0], 0.0), ([2.0, None], 2.0), ([None], math.nan), ([], math.nan)]
+)
 def test_a_job_returns_the_fitness_of_what_it_found(fitnesses: list[float | None], best: float, tmp_path: Path) -> None:
-    """On search text; what was measured on held-out text is never looked at."""
+    """On search text; what was measured on held-out text is never looked at. A generation that asked nothing changed nothing."""
     records = [{"generation": i, "fitness": value, "held_out": {"kl": 9.0}} for i, value in enumerate(fitnesses)]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     (tmp_path / "result.json").write_text(json.dumps({"schema": 1, "rows": [{"name": "evopress", "kl": 9.0}]}))
