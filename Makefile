@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format types golden smoke clean
+.PHONY: help install demo test test-all lint format types golden smoke docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,10 @@ format: $(STAMP) ## rewrite the code as ruff likes it
 
 golden: $(STAMP) ## rewrite the pinned search trace; review its diff like code
 	$(BIN)/python tests/golden/rewrite.py
+
+docs: $(STAMP) ## the guides as a site, in build/docs (needs mkdocs-material from the package registry)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/mkdocs build --quiet --config-file docs/mkdocs.yml
 
 clean: ## remove caches and builds; keep .venv, run folders and the level databases
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -13,12 +13,14 @@ from typing import Any
 
 from evopress.settings import DropSettings, QuantSettings, RunSettings, SparsitySettings
 
-NOT_BY_DEFAULT = ("method", "debug", "experiment")
+NOT_BY_DEFAULT = ("method", "debug", "experiment", "hparams_search")
 """Groups that are not in the defaults list, so that they are written with a plus."""
 _HELP = "`python -m evopress --help` lists them"
 _EXPECTED = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "bool": "true or false"}
 _ELEMENT = re.compile(r"\+*(search\.(?:tokens|survivors))\.\d+=")
 _WITHOUT_PLUS = re.compile(rf"({'|'.join(NOT_BY_DEFAULT)})=\w")
+_EXTRAS = {"optuna": "optuna", "joblib": "joblib", "submitit_slurm": "slurm", "ray": "ray"}
+"""An option of one of Hydra's groups to the extra of ours that brings it."""
 _TILDE = re.compile(r"(?<=[=\[,])~(?=/|[\w.-]+/|$)[^,\[\]{}'\"]*")
 """An unquoted path that begins with `~`: a value, or an element of a list or a sweep."""
 
@@ -120,6 +122,8 @@ def _no_option(found: re.Match[str], error: Exception, groups: Mapping[str, Sequ
     near = get_close_matches(option, options, n=1)
     plus = "+" if group in NOT_BY_DEFAULT else ""
     what = f"{group}={option}" if group else option
+    if group.startswith("hydra/") and (extra := _EXTRAS.get(option)):
+        return f"{what} needs a plugin that is not installed: pip install 'evopress[{extra}]'"
     if not options:
         return f"{what} is not among the configurations: {_HELP}"
     meant = f"did you mean {near[0]}? There is" if near else "choose one of"

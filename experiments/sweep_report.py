@@ -93,6 +93,23 @@ def _write_page(sweep: Sweep, spec: Spec, out: Path, *, curves: Sequence[Path], 
     return path
 
 
+class SweepPage:
+    """Hydra's callback, hydra/callbacks=page: write a sweep's tables, figures and page into its folder when it ends."""
+
+    def on_multirun_end(self, config: Any, **_: Any) -> None:
+        """Write them, as far as jobs have finished."""
+        folder = Path(str(config.hydra.sweep.dir))
+        try:
+            print(f"the sweep's page: {make_report_of(folder, out=folder)[1]}", flush=True)
+        except EvoPressError as error:
+            print(f"no page of the sweep: {error}", flush=True)
+
+    def _nothing(self, **_: Any) -> None:
+        """Single runs and jobs have reports of their own."""
+
+    on_multirun_start = on_run_start = on_run_end = on_job_start = on_job_end = on_compose_config = _nothing
+
+
 _CURVES = "Lines are means over seeds, bands their range; curves and lines are of one held-out text."
 
 

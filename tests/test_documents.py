@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -81,6 +82,14 @@ def _first_of_a_sweep(argument: str) -> str:
 def test_commands_of_experiments_are_there(document: str, command: str) -> None:
     module = command.split()[2]
     assert "NAME" in module or importlib.util.find_spec(module) is not None
+
+
+def test_the_site_has_every_guide() -> None:
+    """`make docs`, as far as it can be checked without mkdocs."""
+    site = yaml.safe_load((ROOT / "docs" / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = [path for entry in site["nav"] for path in entry.values()]
+    assert sorted(named) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    assert "docs:" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_results_in_the_tree_are_small() -> None:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from evopress.errors import EvoPressError
 from evopress.reporting.jobs import note_failure
-from experiments.sweep_report import make_report_of
+from experiments.sweep_report import SweepPage, make_report_of
 from experiments.sweeps import any_sweep
 from experiments.tables import make_table_of
 
@@ -75,6 +75,14 @@ def test_tables_go_into_the_folder(sweep: Path) -> None:
     assert "failed: the disk is full: free some space" in text and "not finished" in text
     rows = list(csv.DictReader((sweep / "results.csv").read_text(encoding="utf-8").splitlines()))
     assert {(row["bits"], row["method"]) for row in rows} >= {("2.5", "evopress"), ("3", "dp")}
+
+
+def test_the_page_is_written_when_a_sweep_ends(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the callback `hydra/callbacks=page`; a sweep that has nothing to show says so."""
+    for folder in (sweep, sweep / "empty"):
+        SweepPage().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}))
+    assert (sweep / "report.html").is_file() and not (sweep / "empty").exists()
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["the sweep's page", "no page of the sweep"]
 
 
 def test_the_page_goes_into_the_folder(sweep: Path) -> None:
