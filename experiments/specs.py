@@ -71,6 +71,7 @@ def any_spec(title: str, axes: Sequence[str]) -> Spec:
 
 SPECS = {
     "demo": Spec("The demo: 2.5 bits per weight", apart=("dense", "uniform_3")),  # uniform_3 spends more
+    "demo_evolution": Spec("The demo with the paper's search: 2.5 bits per weight", apart=("dense", "uniform_3")),
     "demo_paper": Spec("The demo on the paper's levels: 2.5 bits per weight", apart=("dense", "uniform_3")),
     "demo_dp_start": Spec("The demo, started from dynamic programming"),
     "table2_sparsity": Spec("Table 2: 70% unstructured sparsity", group=("sparsity",)),
