@@ -35,7 +35,7 @@ class Level:
     @property
     def drops(self) -> bool:
         """Whether the unit is a module that is not there at this level."""
-        return self.source == "drop" and self.key == "drop"
+        return self.key == "drop"
 
 
 @dataclass(frozen=True)
