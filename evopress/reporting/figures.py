@@ -127,6 +127,8 @@ def convergence(
             axis.set_xlabel(x_name)
             if shown is not None:
                 axis.xaxis.set_major_formatter(shown)
+            if x_name == "generation":
+                axis.xaxis.get_major_locator().set_params(integer=True)
             seen += drawn.seen
         row_axes[0].set_ylabel(y_names[name])
         if seen and min(seen) > 0 and max(seen) > 4 * min(seen):
