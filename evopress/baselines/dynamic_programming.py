@@ -1,7 +1,7 @@
 """The baseline of SPDY: levels that minimise the sum of the units' own errors within the budget.
 
 Source: SPDY (Frantar & Alistarh, 2022) without its second, random search; paper, section 4.3. A multiple-choice
-knapsack, solved exactly as an integer program.
+knapsack, solved exactly as an integer program (`search/program.py`).
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import logging
 import math
 from collections.abc import Sequence
 
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
-
 from evopress.baselines.baseline import WEIGHTS, Baseline, Problem
 from evopress.errors import EvoPressError
+from evopress.search.program import best_genome
 from evopress.units import Budget, Genome, Space, Unit
 
 logger = logging.getLogger(__name__)
@@ -71,36 +68,15 @@ def least_with_modules(space: Space) -> int:
     return space.cost(genome)
 
 
-def _solve(units: Sequence[Unit], prices: Sequence[Sequence[int]], total: int, errors: Sequence[Sequence[float]]) -> list[int]:
+def _solve(units: Sequence[Unit], prices: Sequence[Sequence[int]], total: int, errors: Sequence[Sequence[float]]) -> Genome:
     """Solve one multiple-choice knapsack: one level for each unit, costs within `total`, least sum of errors."""
-    # Cost above the most compressed level, in units of the greatest common divisor: small integers, exact in the solver.
-    extra = [[price - of_unit[-1] for price in of_unit] for of_unit in prices]
-    capacity = total - sum(of_unit[-1] for of_unit in prices)
-    if capacity < 0:
+    genome = best_genome([(prices, total)], errors)
+    if genome is None:
         raise EvoPressError(
             f"a budget of {total} for {len(units)} units (first: {units[0].name}) is below their least cost "
-            f"{total - capacity}: add a more compressed level, raise the target, or leave group_by empty"
+            f"{sum(of_unit[-1] for of_unit in prices)}: add a more compressed level, raise the target, or leave group_by empty"
         )
-    divisor = math.gcd(*(cost for costs in extra for cost in costs)) or 1
-    costs = np.array([cost // divisor for unit_costs in extra for cost in unit_costs], dtype=np.float64)
-    objective = np.array([error for unit_errors in errors for error in unit_errors], dtype=np.float64)
-    # The solver stops at an absolute gap of 1e-6: make that small against every difference that matters.
-    objective = objective / (np.abs(objective).max() or 1.0) * 1e4
-    owner = np.repeat(np.arange(len(units)), [len(unit.levels) for unit in units])
-    columns = np.arange(len(costs))
-    one_level_each = csr_array((np.ones(len(costs)), (owner, columns)), shape=(len(units), len(costs)))
-    result = milp(
-        objective,
-        integrality=np.ones(len(costs)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_level_each, 1, 1), LinearConstraint(costs[None, :], ub=capacity // divisor)],
-        options={"mip_rel_gap": 0.0},
-    )
-    assert result.success, f"a feasible knapsack was not solved: {result.message}"
-    starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    levels = [int(np.argmax(part)) for part in np.split(result.x, starts[1:])]
-    assert sum(of_unit[level] for of_unit, level in zip(prices, levels, strict=True)) <= total
-    return levels
+    return genome
 
 
 def _check_errors(space: Space, errors: Sequence[Sequence[float]]) -> None:
