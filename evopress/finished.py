@@ -19,14 +19,15 @@ from evopress.levels.store import MANIFEST
 from evopress.reporting.records import read_document, read_json, read_records, write_json
 from evopress.reporting.tables import number
 from evopress.settings import STAGES, RunSettings
+from evopress.stages.exports import EXPORTED_BEFORE, exports_asked
 from evopress.stages.given import file_of
 from evopress.stages.results import read_result
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 FINISHED = "finished.json"
-_NOT_COUNTED = ("stages", "resume", "dry_run", "refine")
-"""Settings that change no result; `refine` stands beside the digest, since earlier versions had no such stage."""
+_NOT_COUNTED = ("stages", "resume", "dry_run", "refine", "export", "export_options")
+"""Settings that change no result; `refine` and what is exported stand beside the digest, since earlier versions had no such."""
 _SAID_ELSEWHERE = {
     "scale": ("refine", "refine_tokens", "random_tokens", "baseline_tokens", "attribution_tokens", "screen_tokens"),
     "search": ("paper", "least"),
@@ -52,7 +53,18 @@ def finish(workspace: Workspace, done: Collection[str], earlier: Mapping[str, An
     }
     if "refine" in stages:
         finished["refine"] = asdict(settings.refine) if "refine" in settings.stages else earlier.get("refine")
+    if "export" in stages:
+        there = _exported(earlier) if done and "export" in earlier.get("stages", ()) else {}
+        exported = {**there, **(exports_asked(settings) if "export" in settings.stages else {})}
+        if exported != EXPORTED_BEFORE:
+            finished["exports"] = exported
     write_json(workspace.run_dir / FINISHED, finished)
+
+
+def _exported(finished: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a finished run has exported, name to options."""
+    exported = finished.get("exports", EXPORTED_BEFORE)
+    return exported if isinstance(exported, dict) else {}
 
 
 def read_finished(run_dir: Path) -> dict[str, Any]:
@@ -86,6 +98,9 @@ def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
         return []
     if "refine" in settings.stages and finished.get("refine") != asdict(settings.refine):
         known = [stage for stage in known if stage not in STAGES[STAGES.index("refine") :]]
+    there, asked = _exported(finished), exports_asked(settings)
+    if "export" in settings.stages and any(there.get(name) != options for name, options in asked.items()):
+        known = [stage for stage in known if stage != "export"]
     return [stage for stage in known if stage != "evaluate" or result.get("rows")]
 
 

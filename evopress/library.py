@@ -27,7 +27,8 @@ from evopress.data.special_tokens import check_embedded
 from evopress.data.tokens import sequences_of
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
-from evopress.export import export_checkpoint
+from evopress.export.exporter import Export, write_export
+from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.models.loading import DTYPES, pick_device, take_model
 from evopress.models.opening import ModelSource, greatest_group, longest_sequence, pick_dtype
 from evopress.reporting.generations import read_generations
@@ -49,6 +50,7 @@ from evopress.settings import (
     SparsitySettings,
 )
 from evopress.stages.checks import check_strategy, check_tokens, searching
+from evopress.stages.exports import forms_of, licence_of
 from evopress.stages.search import search as run_the_search
 from evopress.units import Genome, Space
 from evopress.workspace import Workspace
@@ -300,23 +302,33 @@ def evaluate(levels: Levels, text: Text, genome: Genome | Found | None = None) -
     return scores
 
 
-def export(levels: Levels, genome: Genome | Found, folder: str | Path) -> Path:
-    """Write the model at a genome as a checkpoint that transformers loads, replacing an older one; return its folder.
+def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format: str = DEQUANTIZED, **options: Any) -> Path:
+    """Write the model at a genome, replacing an older folder; return the folder.
 
-    Raises: EvoPressError if the genome does not fit the levels, or the folder cannot be written.
+    Args:
+        format: dequantized, a checkpoint that transformers loads; mlx; what installed packages offer (docs/exports.md).
+        options: the format's own, such as scales="float32".
+
+    Raises: EvoPressError if the genome does not fit the levels or the format, or the folder cannot be written.
     """
     workspace, genome, space = levels.workspace, _genome(levels, genome), levels.space
     fingerprint, pretrained = workspace.database.fingerprint, workspace.pretrained
+    exporter = make_exporters([format], {format: options})[format]
+    forms = forms_of(workspace, space, genome)
+    exporter.check(workspace.model_source.config, forms)
     with tempfile.TemporaryDirectory(prefix="evopress-") as scratch:
         files = (Path(scratch, "genome.json"), Path(scratch, "genome.txt"))
         write_genome(*files, space=space, genome=genome, database=fingerprint, budget=workspace.budget)
-        return export_checkpoint(
-            Path(folder).expanduser(),
+        what = Export(
             live=workspace.live,
+            levels=workspace.levels,
             model=pretrained.model,
             tokenizer=pretrained.tokenizer,
             genome=genome,
-            genome_files=files,
+            forms=forms,
+            base=pretrained.name,
+            licence=licence_of(pretrained.folder),
+            files=files,
             provenance={
                 "schema": 1,
                 "made_by": "evopress",
@@ -325,8 +337,10 @@ def export(levels: Levels, genome: Genome | Found, folder: str | Path) -> Path:
                 "level_database": fingerprint,
                 "recipe": dict(workspace.database.recipe),
                 **workspace.method.costs(space, genome),
+                **({} if format == DEQUANTIZED else {"export": {"format": format, "options": options}}),
             },
         )
+        return write_export(exporter, Path(folder).expanduser(), what)
 
 
 def _genome(levels: Levels, genome: Genome | Found) -> Genome:

@@ -21,8 +21,9 @@ from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
 from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.checks import check_names, check_questions, check_strategy, check_tasks, check_tokens, search_cost, searching
-from evopress.stages.conclude import evaluate, export, report
+from evopress.stages.conclude import evaluate, report
 from evopress.stages.earlier import refuse_other_settings, refuse_other_work
+from evopress.stages.exports import export, exporters_of, refuse_unfit_formats
 from evopress.stages.given import check_given
 from evopress.stages.preflight import preflight
 from evopress.stages.refine import refine, refuse_without_genome
@@ -59,6 +60,7 @@ def run(
     check_strategy(settings)
     check_tokens(settings)
     check_tasks(settings)
+    exporters_of(settings)
     started = time.monotonic()
     workspace = Workspace(settings, run_dir)
     numbers = searching(settings.search, derived=workspace.generations(settings))
@@ -74,6 +76,7 @@ def run(
     refuse_other_settings(workspace, numbers)
     refuse_without_genome(workspace)
     refuse_other_work(workspace, numbers)
+    refuse_unfit_formats(workspace)
     plan = preflight(workspace, numbers)
     if settings.dry_run:
         logger.info("dry run: nothing was built or searched; leave dry_run out to run it")

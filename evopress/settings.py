@@ -536,6 +536,10 @@ class RunSettings:
     """Say what the stages will take and stop there."""
     resume: str | None = None
     """Run folder to go on with; its own settings are used, later ones on the command line win."""
+    export: list[str] = field(default_factory=lambda: ["dequantized"])
+    """Formats of the stage export: dequantized, a checkpoint that transformers loads; mlx; those of installed packages."""
+    export_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What exporters are told, by name and keyword (`+export_options.mlx.scales=float32`)."""
     genome: str | None = None
     """What is evaluated, exported and reported instead of a search's result: a file, uniform_3, dp or another baseline."""
 
@@ -565,5 +569,7 @@ class RunSettings:
                 )
         for stage in self.stages:
             _expect_one_of("stages", stage, STAGES)
+        if "export" in self.stages and not self.export:
+            raise EvoPressError("export is empty: name a format, such as export=[dequantized], or leave export out of stages")
         _expect(self.seed >= 0, "seed", self.seed, "0 or more")
         _expect(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null for torch's choice")

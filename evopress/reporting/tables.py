@@ -158,6 +158,7 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
         column("modules dropped", lambda row: row.get("modules_dropped"), "{:.0f}".format),
         column("size MB if packed", lambda row: _megabytes(row.get("bytes")), "{:.1f}".format),
         column("checkpoint MB", lambda row: _megabytes(row.get("checkpoint_bytes")), "{:.1f}".format),
+        *(column(f"{name} MB", partial(_exported_megabytes, name=name), "{:.1f}".format) for name in _inner_keys(rows, "exports")),
         *on_each_text("held-out KL", "kl", significant, min),
         *on_each_text("top-1 agreement", "top1_agreement", "{:.4f}".format, max),
     ]
@@ -239,6 +240,11 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join([*map(aligned, lines), rule, *map(aligned, cells)])
 
 
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Return the rows as a Markdown table, rounded for people."""
+    return _markdown(rows, results_columns(rows))
+
+
 def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     lines = [
         ["name", *(column.header for column in columns)],
@@ -255,6 +261,12 @@ def _no_pipes(cell: str) -> str:
 def _megabytes(value: Any) -> float | None:
     count = number(value)
     return None if count is None else count / 1e6
+
+
+def _exported_megabytes(row: Row, name: str) -> float | None:
+    """Return what a row's genome takes in an exported format."""
+    export = _inner(row, "exports", name)
+    return _megabytes(export.get("bytes")) if isinstance(export, Mapping) else None
 
 
 def _inner(row: Row, outer: str, key: str) -> Any:

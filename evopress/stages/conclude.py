@@ -1,17 +1,14 @@
-"""Stages `evaluate`, `export` and `report`: measure on held-out text, write the checkpoint, tables, figures and the page."""
+"""Stages `evaluate` and `report`: measure on held-out text, write tables, figures and the page."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, scores_by_data_set
 from evopress.evaluation.zero_shot import ZeroShot, load_tasks, measure_zero_shot
-from evopress.export import export_checkpoint
-from evopress.files import make_folder
 from evopress.levels.modules import dropped_modules
 from evopress.reporting import figures, tables
 from evopress.reporting.curve import held_out_curve
@@ -19,12 +16,13 @@ from evopress.reporting.dropped import dropped_modules_figure
 from evopress.reporting.generations import read_generations
 from evopress.reporting.lineage import lineage_figures
 from evopress.reporting.metrics import baseline_lines, best_metrics, final_metrics, levels_table, switches_table
-from evopress.reporting.records import read_genome, write_genome, write_json
+from evopress.reporting.records import read_genome, write_json
 from evopress.reporting.report import headline, write_report
 from evopress.reporting.tracker import Tracker
 from evopress.stages.baselines import stored_baselines
-from evopress.stages.given import Given, find_genome, take_best_so_far
-from evopress.stages.refine import is_refined, refined_levels, summary_of
+from evopress.stages.exports import add_sizes
+from evopress.stages.given import named_genome, take_best_so_far
+from evopress.stages.refine import refined_levels
 from evopress.stages.results import read_result
 from evopress.stages.search import as_held_out, held_out_in_search
 from evopress.units import Genome
@@ -40,7 +38,7 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     """
     run_dir, database = workspace.run_dir, workspace.database
     take_best_so_far(workspace)
-    given = _given(workspace)
+    given = named_genome(workspace)
     baselines, space = stored_baselines(workspace)
     genomes: dict[str, Genome | None] = {"dense": None, **baselines}
     if (run_dir / "genome.json").exists():
@@ -77,7 +75,7 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
                 **(answers[name].as_row(answers["dense"]) if answers else {}),
             }
         )
-    _add_checkpoint(rows, run_dir)
+    add_sizes(rows, workspace, given)
     result: dict[str, Any] = {"schema": 1, "rows": rows}
     records = read_generations(run_dir / "metrics.jsonl", database.space)
     if records:
@@ -117,17 +115,6 @@ def _measured(scores: Mapping[str, Scores]) -> dict[str, Any]:
     }
 
 
-def _add_checkpoint(rows: Sequence[dict[str, Any]], run_dir: Path) -> None:
-    """Put the bytes of the exported checkpoint's weight files into the row that it was written from, if it is of that genome."""
-    folder, ours = run_dir / "checkpoint", run_dir / "genome.json"
-    if not (folder / ours.name).is_file() or (folder / ours.name).read_bytes() != ours.read_bytes():
-        return
-    name = "evopress_refined" if is_refined(folder) else "evopress"
-    for row in rows:
-        if row["name"] == name:
-            row["checkpoint_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None]) -> dict[str, ZeroShot]:
     """Let the model at named genomes answer the tasks that the settings name; none: nothing."""
     evaluation = workspace.settings.evaluation
@@ -144,90 +131,13 @@ def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None]) -> di
     )
 
 
-def export(workspace: Workspace, *, command: str) -> None:
-    """Stage `export`: write a genome as a checkpoint that transformers loads.
-
-    It is the found one, refined where it has been; the best so far of a search that was cut off; or the one that is given.
-    """
-    run_dir, database = workspace.run_dir, workspace.database
-    take_best_so_far(workspace)
-    refuse_nothing_to_export(workspace)
-    if (given := _given(workspace)) is not None:
-        files, genome, space, refined = _write_given(workspace, given), given.genome, given.space, None
-    else:
-        files, space = run_dir, database.space
-        genome = read_genome(run_dir / "genome.json", space, database=database.fingerprint)
-        refined = refined_levels(workspace, genome)
-    left_out = workspace.pretrained.left_out
-    written = genome
-    if refined is not None:
-        written, _ = workspace.add_refined(refined)
-    folder = export_checkpoint(
-        files / "checkpoint",
-        live=workspace.live,
-        model=workspace.pretrained.model,
-        tokenizer=workspace.pretrained.tokenizer,
-        genome=written,
-        genome_files=(files / "genome.json", files / "genome.txt"),
-        provenance={
-            "schema": 1,
-            "made_by": "evopress",
-            "command": command,
-            "base_model": workspace.pretrained.name,
-            "base_model_digest": workspace.pretrained.digest,
-            "level_database": database.fingerprint,
-            "recipe": database.recipe,
-            **({} if given is None else {"genome": given.name}),
-            **workspace.method.costs(space, genome),
-            **({"left_out": list(left_out)} if left_out else {}),
-            **({} if refined is None else {"refined": {"fingerprint": refined.fingerprint, **summary_of(refined)}}),
-        },
-    )
-    result = read_result(run_dir)
-    if result.get("rows"):
-        _add_checkpoint(result["rows"], run_dir)
-        write_json(run_dir / "result.json", result)
-    gone = f" (without the further head, {len(left_out)} tensors that begin with {left_out[0]})" if left_out else ""
-    logger.info("checkpoint: %s%s", folder, gone)
-
-
-def refuse_nothing_to_export(workspace: Workspace) -> None:
-    """Raise EvoPressError if no genome is given and no search has left one, or its best so far, in the folder."""
-    run_dir = workspace.run_dir
-    if workspace.settings.genome is None and not any((run_dir / name).exists() for name in ("genome.json", "state.json")):
-        raise EvoPressError(
-            f"there is no genome.json in {run_dir} to export: run the stage search first, at least its first generation, or "
-            "give one with genome=FILE"
-        )
-
-
-def _given(workspace: Workspace) -> Given | None:
-    """Return the genome that the settings name instead of a search's; None: they name none."""
-    name = workspace.settings.genome
-    return None if name is None else find_genome(workspace, name)
-
-
-def _write_given(workspace: Workspace, given: Given) -> Path:
-    """Write a given genome in our formats, and return its folder; a search's own genome and checkpoint stay."""
-    folder = make_folder(workspace.run_dir / "genomes" / given.folder)
-    write_genome(
-        folder / "genome.json",
-        folder / "genome.txt",
-        space=given.space,
-        genome=given.genome,
-        database=workspace.database.fingerprint,
-        budget=workspace.budget,
-    )
-    return folder
-
-
 def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> None:
     """Stage `report`: tables, figures and one HTML page; prints the table."""
     settings, run_dir, database = workspace.settings, workspace.run_dir, workspace.database
     result, records = read_result(run_dir), read_generations(run_dir / "metrics.jsonl", database.space)
     rows = result.get("rows", [])
     take_best_so_far(workspace)
-    given = _given(workspace)
+    given = named_genome(workspace)
     genome, space, title = None, database.space, f"{workspace.budget.target:g} {workspace.budget.measure}"
     checkpoint = run_dir / "checkpoint"
     pictures: list[Path] = []

@@ -10,7 +10,7 @@ from evopress.reporting.generations import read_generations
 from evopress.reporting.records import read_document, read_genome
 from evopress.search.strategy import Problem, Searching
 from evopress.stages.baselines import baselines_as_asked, changes, read_baselines, what_decides_fitness
-from evopress.stages.conclude import refuse_nothing_to_export
+from evopress.stages.exports import refuse_nothing_to_export
 from evopress.stages.given import refuse_missing
 from evopress.stages.results import read_result
 from evopress.stages.search import check_records, go_on, strategy_in

@@ -104,6 +104,12 @@ def find_genome(workspace: Workspace, given: str, *, key: str = "genome") -> Giv
     return Given(given, uniform_genomes(database.space, method.uniform_name)[given], database.space)
 
 
+def named_genome(workspace: Workspace) -> Given | None:
+    """Return the genome that the settings name instead of a search's; None: they name none."""
+    name = workspace.settings.genome
+    return None if name is None else find_genome(workspace, name)
+
+
 def refuse_missing(workspace: Workspace, given: Sequence[tuple[str, str]], baselines: Collection[str], space: Space) -> None:
     """Raise EvoPressError if a name is none of the baselines that there are, nor of a genome that is made when it is asked for.
 

@@ -1,0 +1,137 @@
+"""What an exporter is: it says what its format cannot hold, how large its file will be, and writes it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from evopress.files import explained
+from evopress.levels.live import Live
+from evopress.levels.store import os_error
+from evopress.levels.union import LevelSource
+from evopress.units import Genome, Level, Unit
+
+INTEGERS, SPARSE, DENSE, DROPPED, KEPT = "integers", "sparse", "dense", "dropped", "kept"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a unit is stored at one of its levels, which is known before the level is built."""
+
+    unit: str
+    """Its name."""
+    label: str
+    """Its level's, for people: "3 bits"."""
+    kind: str
+    """INTEGERS with scales and zeros, SPARSE, DENSE (the weight as it is), or, of modules, DROPPED or KEPT."""
+    bits: int = 0
+    """Of an integer."""
+    group_size: int = 0
+    """Columns that share a scale and a zero."""
+
+    def __str__(self) -> str:
+        groups = f" in groups of {self.group_size}" if self.group_size else ""
+        return f"{self.unit} at {self.label}{groups}"
+
+
+def form_of(unit: Unit, level: Level, columns: int, compressor: Mapping[str, Any]) -> Form:
+    """Return how a unit is stored at a level.
+
+    Args:
+        columns: of its weight; nothing for modules.
+        compressor: the settings of what makes the levels, as a level database's recipe has them.
+    """
+    if level.source == "drop":
+        return Form(unit.name, level.label, DROPPED if level.drops else KEPT)
+    if level.source == "quant" and level.key == DENSE:
+        return Form(unit.name, level.label, DENSE)
+    if level.source == "quant" and level.key.isdecimal():
+        own = compressor.get("group_sizes") or {}
+        group_size = int(own.get(level.key) or compressor.get("group_size") or columns)
+        return Form(unit.name, level.label, INTEGERS, int(level.key), group_size)
+    return Form(unit.name, level.label, SPARSE)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported: a model at a genome, and what goes into the folder beside its weights."""
+
+    live: Live
+    levels: LevelSource
+    """Where the genome's levels are read as stored, packed."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    genome: Genome
+    forms: tuple[Form, ...] = ()
+    """Of every unit of the genome's space, at its level."""
+    base: str = "the base model"
+    """Name of the model that was compressed."""
+    licence: str | None = None
+    """Of the base model, where it says so."""
+    command: str = ""
+    """That made it."""
+    table: str = ""
+    """What it was measured at, in Markdown."""
+    files: tuple[Path, ...] = ()
+    """Copied into the folder: the genome."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What the weights come from, written as `evopress.json`."""
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """Writes one format. Made by its factory with the format's options as keywords."""
+
+    def check(self, config: Mapping[str, Any], forms: Iterable[Form]) -> None:
+        """Raise EvoPressError, in one sentence, if the format cannot hold a model of this kind or one of these forms.
+
+        Called before any work with all that a search may choose, and again with what it chose.
+
+        Args: config: the model's own config.json.
+        """
+
+    def num_bytes(self, export: Export) -> int | None:
+        """Return the bytes that `write` will put into its weight file, to the byte, without writing it; None: not known."""
+
+    def write(self, folder: Path, export: Export) -> None:
+        """Fill an empty folder: weights, configuration, tokenizer. Genome and provenance are added to it."""
+
+
+def write_export(exporter: Exporter, folder: Path, export: Export) -> Path:
+    """Let an exporter write a folder beside its place and rename it, so that it is there whole or not at all; an older one goes.
+
+    Raises: EvoPressError if the disk is full or the folder cannot be written.
+    """
+
+    def fill(scratch: Path) -> None:
+        exporter.write(scratch, export)
+        for path in export.files:
+            shutil.copy2(path, scratch / path.name)
+        (scratch / "evopress.json").write_text(json.dumps(export.provenance, indent=2) + "\n", encoding="utf-8")
+
+    return write_whole(folder, fill)
+
+
+def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """Let `fill` fill an empty folder that then takes the place of `folder`."""
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        fill(scratch)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    except OSError as error:
+        raise explained(error, folder) from error
+    except SafetensorError as error:
+        raise explained(os_error(error), folder) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder

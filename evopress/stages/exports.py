@@ -1,0 +1,244 @@
+"""Stage `export`: write a genome in the formats that the settings name; refuse before any work what one of them cannot hold."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from evopress.baselines.uniform import uniform_genomes
+from evopress.errors import EvoPressError
+from evopress.export.exporter import Export, Exporter, Form, form_of, write_export
+from evopress.export.named import DEQUANTIZED, make_exporters
+from evopress.files import make_folder
+from evopress.levels.modules import is_module
+from evopress.reporting.records import read_genome, read_json, write_genome, write_json
+from evopress.reporting.tables import markdown_table
+from evopress.settings import RunSettings
+from evopress.stages.given import Given, file_of, named_genome, take_best_so_far
+from evopress.stages.refine import is_refined, refined_levels, summary_of
+from evopress.stages.results import read_result
+from evopress.units import Genome, Space
+from evopress.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+EXPORTED_BEFORE: dict[str, Any] = {DEQUANTIZED: {}}
+"""What this stage of earlier versions wrote, name to options."""
+_LICENCE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)", re.MULTILINE)
+_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
+_MOST_CARD_CHARACTERS = 2**16
+
+
+def exporters_of(settings: RunSettings) -> dict[str, Exporter]:
+    """Return the exporters that the settings name, none where nothing is exported.
+
+    Raises: EvoPressError if there is none of a name, or it does not take its options.
+    """
+    return make_exporters(settings.export, settings.export_options) if "export" in settings.stages else {}
+
+
+def refuse_unfit_formats(workspace: Workspace) -> None:
+    """Raise EvoPressError if a format cannot hold what may be exported: the genome where it is known, else any of the space.
+
+    Builds nothing; the model is loaded for it.
+    """
+    exporters = exporters_of(workspace.settings)
+    if not set(exporters) - {DEQUANTIZED}:
+        return
+    space, _ = workspace.plan_database()
+    genome = _known_genome(workspace, space)
+    forms = list(_all_forms(workspace, space)) if genome is None else forms_of(workspace, space, genome)
+    for exporter in exporters.values():
+        exporter.check(workspace.model_source.config, forms)
+
+
+def _known_genome(workspace: Workspace, space: Space) -> Genome | None:
+    """Return the genome that will be exported; None: it is not known yet."""
+    given, found = workspace.settings.genome, workspace.run_dir / "genome.json"
+    if given is None:
+        return read_genome(found, space) if found.exists() and "search" not in workspace.settings.stages else None
+    if (path := file_of(given, "genome")) is not None:
+        return read_genome(path, space)
+    if workspace.method.weights is None:
+        return None
+    return uniform_genomes(space, workspace.method.uniform_name).get(given)
+
+
+def forms_of(workspace: Workspace, space: Space, genome: Genome) -> tuple[Form, ...]:
+    """Return how every unit is stored at its level of a genome."""
+    describe = _described(workspace)
+    return tuple(describe(unit, unit.levels[level]) for unit, level in zip(space.units, genome, strict=True))
+
+
+def _all_forms(workspace: Workspace, space: Space) -> Iterator[Form]:
+    describe = _described(workspace)
+    return (describe(unit, level) for unit in space.units for level in unit.levels)
+
+
+def _described(workspace: Workspace) -> Any:
+    """Return what tells a unit's form at a level."""
+    blocks = workspace.blocks
+    columns = {name: slot.weight.shape[1] for part in blocks.parts for name, slot in blocks.slots(part).items()}
+    compressor = {} if workspace.method.weights is None else workspace.compressor.settings()
+    return lambda unit, level: form_of(unit, level, 0 if is_module(unit) else columns[unit.name], compressor)
+
+
+def export(workspace: Workspace, *, command: str) -> None:
+    """Stage `export`: write a genome in every format that `export` names.
+
+    It is the found one, refined where it has been; the best so far of a search that was cut off; or the one that is given.
+    """
+    run_dir, database, pretrained = workspace.run_dir, workspace.database, workspace.pretrained
+    take_best_so_far(workspace)
+    refuse_nothing_to_export(workspace)
+    if (given := named_genome(workspace)) is not None:
+        files, genome, space, refined = _write_given(workspace, given), given.genome, given.space, None
+    else:
+        files, space = run_dir, database.space
+        genome = read_genome(run_dir / "genome.json", space, database=database.fingerprint)
+        refined = refined_levels(workspace, genome)
+    written = genome
+    if refined is not None:
+        written, _ = workspace.add_refined(refined)
+    left_out = pretrained.left_out
+    what = Export(
+        live=workspace.live,
+        levels=workspace.levels,
+        model=pretrained.model,
+        tokenizer=pretrained.tokenizer,
+        genome=written,
+        forms=forms_of(workspace, workspace.levels.space, written),
+        base=pretrained.name,
+        licence=licence_of(pretrained.folder),
+        command=command,
+        files=(files / "genome.json", files / "genome.txt"),
+        provenance={
+            "schema": 1,
+            "made_by": "evopress",
+            "command": command,
+            "base_model": pretrained.name,
+            "base_model_digest": pretrained.digest,
+            "level_database": database.fingerprint,
+            "recipe": database.recipe,
+            **({} if given is None else {"genome": given.name}),
+            **workspace.method.costs(space, genome),
+            **({"left_out": list(left_out)} if left_out else {}),
+            **({} if refined is None else {"refined": {"fingerprint": refined.fingerprint, **summary_of(refined)}}),
+        },
+    )
+    exporters = exporters_of(workspace.settings)
+    for exporter in exporters.values():
+        exporter.check(workspace.model_source.config, what.forms)
+    row = _row(workspace, space, genome, name=given.name if given else "evopress" if refined is None else "evopress_refined")
+    gone = f" (without the further head, {len(left_out)} tensors that begin with {left_out[0]})" if left_out else ""
+    for name, exporter in exporters.items():
+        if name == DEQUANTIZED:
+            logger.info("checkpoint: %s%s", write_export(exporter, files / "checkpoint", what), gone)
+            continue
+        size = exporter.num_bytes(what)
+        sizes = {} if size is None else {"bytes": size}
+        told = {"format": name, "options": dict(workspace.settings.export_options.get(name, {})), **sizes}
+        in_table = {**row, "exports": {name: sizes}} if sizes else row
+        folder = write_export(
+            exporter,
+            files / "exports" / name,
+            replace(what, table=markdown_table([in_table]), provenance={**what.provenance, "export": told}),
+        )
+        logger.info("%s: %s%s%s", name, folder, f", {size / 1e6:.1f} MB of weights" if size else "", gone)
+    result = read_result(run_dir)
+    if result.get("rows"):
+        add_sizes(result["rows"], workspace, given)
+    if own := _sizes(run_dir):
+        result["exports"] = own
+    if result.keys() - {"schema"}:
+        write_json(run_dir / "result.json", result)
+
+
+def _row(workspace: Workspace, space: Space, genome: Genome, *, name: str) -> dict[str, Any]:
+    """Return a genome's row: as it was measured, or else what it takes."""
+    found = next((row for row in read_result(workspace.run_dir).get("rows", []) if row["name"] == name), None)
+    if found is not None:
+        return found
+    size = workspace.other_bytes + (space.stored_bits(genome) + 7) // 8
+    return {"name": name, **workspace.method.costs(space, genome), "bytes": size}
+
+
+def add_sizes(rows: Sequence[dict[str, Any]], workspace: Workspace, given: Given | None) -> None:
+    """Put the bytes of what was exported into the rows that it was written from: the checkpoint's weight files, other formats'."""
+    run_dir = workspace.run_dir
+    by_name = {row["name"]: row for row in rows}
+    for row in rows:
+        row.pop("exports", None)
+    if given is not None and given.name in by_name and (sizes := _sizes(run_dir / "genomes" / given.folder)):
+        by_name[given.name]["exports"] = sizes
+    ours = run_dir / "genome.json"
+    for folder in (run_dir / "checkpoint", *sorted((run_dir / "exports").glob("*"))):
+        if not (folder / ours.name).is_file() or (folder / ours.name).read_bytes() != ours.read_bytes():
+            continue
+        name = "evopress_refined" if is_refined(folder) else "evopress"
+        if name not in by_name:
+            continue
+        row = by_name[name]
+        if folder.name == "checkpoint":
+            row["checkpoint_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        else:
+            row.setdefault("exports", {})[folder.name] = {"bytes": _size(folder)}
+
+
+def _sizes(files: Path) -> dict[str, Any]:
+    """Return the bytes of what lies in a folder's `exports`, by format."""
+    return {folder.name: {"bytes": _size(folder)} for folder in sorted((files / "exports").glob("*")) if folder.is_dir()}
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of an exported folder's weights, as its exporter said, or else of all that is in it."""
+    try:
+        return int(read_json(folder / "evopress.json")["export"]["bytes"])
+    except (EvoPressError, OSError, KeyError, TypeError, ValueError):
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def licence_of(folder: Path) -> str | None:
+    """Return the licence that a model's folder names, in our provenance or at the head of its model card; None: neither."""
+    try:
+        stated = read_json(folder / "provenance.json").get("license") if (folder / "provenance.json").is_file() else None
+        if isinstance(stated, str):
+            return stated
+        with (folder / "README.md").open(encoding="utf-8", errors="replace") as file:
+            head = _FRONT_MATTER.match(file.read(_MOST_CARD_CHARACTERS))
+    except (EvoPressError, OSError, AttributeError):
+        return None
+    found = _LICENCE.search(head[1]) if head else None
+    return found[1] if found else None
+
+
+def refuse_nothing_to_export(workspace: Workspace) -> None:
+    """Raise EvoPressError if no genome is given and no search has left one, or its best so far, in the folder."""
+    run_dir = workspace.run_dir
+    if workspace.settings.genome is None and not any((run_dir / name).exists() for name in ("genome.json", "state.json")):
+        raise EvoPressError(
+            f"there is no genome.json in {run_dir} to export: run the stage search first, at least its first generation, or "
+            "give one with genome=FILE"
+        )
+
+
+def _write_given(workspace: Workspace, given: Given) -> Path:
+    """Write a given genome in our formats, and return its folder; a search's own genome and checkpoint stay."""
+    folder = make_folder(workspace.run_dir / "genomes" / given.folder)
+    write_genome(
+        folder / "genome.json",
+        folder / "genome.txt",
+        space=given.space,
+        genome=given.genome,
+        database=workspace.database.fingerprint,
+        budget=workspace.budget,
+    )
+    return folder
+
+
+def exports_asked(settings: RunSettings) -> Mapping[str, Any]:
+    """Return what is exported, name to options, as `finished.json` keeps it."""
+    return {name: dict(settings.export_options.get(name, {})) for name in sorted(settings.export)}

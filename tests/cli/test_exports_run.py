@@ -1,0 +1,124 @@
+"""The stage export in other formats: beside a finished run, refused before any work, from an installed package."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "exports.md").read_text(encoding="utf-8")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished_32(invoked: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run whose groups MLX holds, up to its evaluation and checkpoint."""
+    cwd = tmp_path_factory.mktemp("groups_of_32")
+    few = ("baselines.names=[uniform]", "evaluation.every=0", "stages=[database,baselines,search,evaluate,export]")
+    outcome = invoked("model.group_size=32", "hydra.run.dir=run", *few, cwd=cwd)
+    assert outcome.code == 0, outcome.text
+    return Path(cwd / "run")
+
+
+@pytest.fixture
+def copied(finished_32: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_32, tmp_path / "run"))
+
+
+def test_a_finished_run_is_exported_once_more(copied: Path, evopress: Callable[..., Any]) -> None:
+    before = contents(copied)
+    told = json.loads(before["finished.json"])
+    assert "exports" not in told
+    outcome = evopress("resume=run", "stages=[export]", "export=[mlx]")
+    assert outcome.code == 0, outcome.text
+    after, folder = contents(copied), copied / "exports" / "mlx"
+    assert {path for path in before if path.startswith("checkpoint/") and after[path] != before[path]} == set()
+    finished = json.loads(after["finished.json"])
+    assert finished == {**told, "exports": {"dequantized": {}, "mlx": {}}}  # the settings' digest among it
+    assert [path.name for path in copied.joinpath("exports").iterdir()] == ["mlx"]
+    size = (folder / "model.safetensors").stat().st_size
+    result = json.loads(after["result.json"])
+    assert result["exports"] == {"mlx": {"bytes": size}}
+    (row,) = [row for row in result["rows"] if row["name"] == "evopress"]
+    assert row["exports"] == result["exports"] and row["checkpoint_bytes"] > 0
+    assert not any("exports" in row for row in result["rows"] if row["name"] != "evopress")
+    assert json.loads((folder / "evopress.json").read_text())["export"] == {"format": "mlx", "options": {}, "bytes": size}
+    assert (folder / "genome.json").read_bytes() == before["genome.json"]
+    card = (folder / "README.md").read_text()
+    assert f"{row['perplexity']['python_docs']:.2f}" in card and f"| {size / 1e6:.1f} |" in card and "mlx MB" in card
+
+
+def test_exact_scales_of_a_named_genome(copied: Path, evopress: Callable[..., Any]) -> None:
+    own = "+export_options.mlx.scales=float32"
+    outcome = evopress("resume=run", "stages=[evaluate,export]", "export=[mlx]", "genome=uniform_3", own)
+    assert outcome.code == 0, outcome.text
+    assert not (copied / "exports").exists()
+    with safe_open(copied / "genomes" / "uniform_3" / "exports" / "mlx" / "model.safetensors", framework="np") as file:
+        assert {str(file.get_tensor(key).dtype) for key in file.keys() if key.endswith(".scales")} == {"float32"}  # noqa: SIM118
+    rows = {row["name"]: row for row in json.loads((copied / "result.json").read_text())["rows"]}
+    assert rows["uniform_3"]["exports"]["mlx"]["bytes"] > 0 and "exports" not in rows["evopress"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["export=[mlx]"], "at 6 bits in groups of 16: MLX has groups of 32, 64, 128; set method.group_size"),
+        (["export=[mlx]", "method.levels=[7,4,3,2]", "method.group_size=32"], "at 7 bits in groups of 32: MLX has 1, 2, 3"),
+        (["export=[ml]"], "export=ml is unknown: choose one of dequantized, mlx"),
+        (["export=[]"], "export is empty"),
+        (["export=mlx"], "write 'export=[mlx]'"),
+        (["+export_options.mlx.scales=float32"], "export=['dequantized'] does not name"),
+        (["export=[mlx]", "+export_options.mlx.bits=3"], "the exporter mlx does not take"),
+        (["export=[mlx]", "+export_options.mlx.scales=bfloat16"], "choose float16 or float32"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_before_anything_is_built(
+    arguments: list[str], sentence: str, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evopress.workspace.ensure_database", lambda *a, **k: pytest.fail("levels were built"))
+    outcome = tiny(*arguments, "method.propagate_bits=4")
+    assert outcome.code == 1 and len(outcome.errors) == 1 and sentence in outcome.errors[0], outcome.text
+    assert not (tmp_path / "run").exists()
+
+
+def test_sparse_levels_are_refused(sparse: Callable[..., Any]) -> None:
+    outcome = sparse("export=[mlx]")
+    assert outcome.code == 1 and "cannot hold sparse weights" in outcome.errors[0], outcome.text
+
+
+def test_a_genome_that_fits_is_exported_though_other_levels_would_not(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    levels = ("method.levels=[7,4]", "method.propagate_bits=4", "method.group_size=32", "stages=[export]", "export=[mlx]")
+    common = ("+method=quant", "bits=4.5", "+debug=tiny", f"hydra.run.dir={tmp_path / 'run'}", *levels)
+    outcome = evopress(*common, "genome=uniform_4")
+    assert outcome.code == 0, outcome.text
+    assert (tmp_path / "run" / "genomes" / "uniform_4" / "exports" / "mlx" / "model.safetensors").is_file()
+    refused = evopress(*common, "genome=uniform_7")
+    assert refused.code == 1 and "7 bits" in refused.errors[0]
+
+
+def test_an_exporter_from_outside_writes_its_folder(
+    copied: Path, evopress: Callable[..., Any], install: Callable[..., Path]
+) -> None:
+    """The example of docs/exports.md."""
+    section = GUIDE.split("## A format of your own\n", 1)[1]
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL))
+    (group,) = re.findall(r'entry-points\."([\w.]+)"', blocks["toml"])
+    ((name, point),) = re.findall(r'^(\w+) = "([\w.:]+)"$', blocks["toml"], flags=re.MULTILINE)
+    install(point.partition(":")[0], {name: point}, blocks["python"], group=group)
+    (asked,) = re.findall(r"'(export=.*?)'", blocks["sh"])
+    outcome = evopress("resume=run", "stages=[export]", asked)
+    assert outcome.code == 0, outcome.text
+    lines = (copied / "exports" / name / "levels.tsv").read_text().splitlines()
+    units = json.loads((copied / "genome.json").read_text())["units"]
+    assert [line.split("\t")[0] for line in lines] == [unit["name"] for unit in units]
+    written = sum(path.stat().st_size for path in (copied / "exports" / name).iterdir())
+    assert json.loads((copied / "result.json").read_text())["exports"] == {name: {"bytes": written}}

@@ -1,0 +1,288 @@
+"""The MLX format: decoded by a literal twin of MLX's own, and, where mlx-lm is installed, run by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mlx_literal import dequantize
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evopress.errors import EvoPressError
+from evopress.export.exporter import INTEGERS, SPARSE, Export, Form, write_export
+from evopress.export.mlx import MLX, MODEL_TYPES, engine_config
+from evopress.levels.modules import is_module
+
+FILE = "model.safetensors"
+
+
+def decoded(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return all weights of an exported folder as a checkpoint has them, decoded by the twin and rounded to a dtype."""
+    layers, tensors = json.loads((folder / "config.json").read_text())["quantization"], load_file(folder / FILE)
+    state = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part in ("scales", "biases"):
+            continue
+        if part == "weight" and f"{module}.scales" in tensors:
+            parts = [tensors[f"{module}.{part}"].numpy() for part in ("weight", "scales", "biases")]
+            tensor = torch.from_numpy(dequantize(*parts, **layers[module])).to(dtype)
+        state[name] = tensor
+    return state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_weight_is_what_its_payload_decodes_to(
+    model_type: str, dtype: torch.dtype, exported: Callable[..., Export], tmp_path: Path
+) -> None:
+    export = exported(model_type, dtype=dtype)
+    before = {name: tensor.clone() for name, tensor in export.model.state_dict().items()}
+    state = decoded(write_export(MLX(scales="float32"), tmp_path / "mlx", export), dtype)
+    units = {}
+    for index, (unit, level) in enumerate(zip(export.live.space.units, export.genome, strict=True)):
+        units[f"{unit.name}.weight"] = export.levels.read(index, level).decode()
+    assert len(units) >= 12 and set(units) <= set(state)
+    for name, weight in units.items():
+        assert torch.equal(state[name], weight), name
+    tied = {"lm_head.weight"} if export.model.config.tie_word_embeddings else set()
+    assert set(state) == set(before) - tied
+    for name in set(state) - set(units):
+        assert torch.equal(state[name], before[name]) and state[name].dtype == dtype, name
+    assert all(torch.equal(tensor, before[name]) for name, tensor in export.model.state_dict().items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_and_embedding_are_units_like_any_other(tied: bool, exported: Callable[..., Export], tmp_path: Path) -> None:
+    export = exported(tied=tied, include=("blocks", "head", "embedding"))
+    folder = write_export(MLX(scales="float32"), tmp_path / "mlx", export)
+    layers, state = json.loads((folder / "config.json").read_text())["quantization"], decoded(folder, torch.float32)
+    assert ("lm_head.weight" in state) is not tied
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is tied
+    names = {unit.name for unit in export.live.space.units if unit.is_outside}
+    assert names == ({"model.embed_tokens"} if tied else {"model.embed_tokens", "lm_head"})
+    for index, unit in enumerate(export.live.space.units):
+        if unit.is_outside:
+            assert unit.name in layers
+            assert torch.equal(state[f"{unit.name}.weight"], export.levels.read(index, export.genome[index]).decode())
+
+
+DROPPED = [(0, "attention"), (1, "attention"), (1, "mlp"), (2, "mlp")]
+
+
+@pytest.mark.parametrize("scales", ["float16", "float32"])
+@pytest.mark.parametrize(
+    "given", [{}, {"tied": True, "include": ("blocks", "embedding")}, {"dropped": DROPPED}, {"model_type": "gemma2"}], ids=str
+)
+def test_the_size_is_known_to_the_byte(scales: str, given: dict[str, Any], exported: Callable[..., Export], tmp_path: Path) -> None:
+    export, exporter = exported(**given), MLX(scales=scales)
+    said = exporter.num_bytes(export)
+    assert not list(tmp_path.iterdir())
+    assert (write_export(exporter, tmp_path / "mlx", export) / FILE).stat().st_size == said
+
+
+def test_float16_takes_as_many_bits_as_a_database_and_differs_by_less_than_the_card_says(
+    exported: Callable[..., Export], tmp_path: Path
+) -> None:
+    export = exported()
+    folders = [write_export(MLX(scales=scales), tmp_path / scales, export) for scales in ("float16", "float32")]
+    half, whole = (decoded(folder, torch.float32) for folder in folders)
+    said = float((folders[0] / "README.md").read_text().split("more than ")[1].split(" of a step")[0])
+    assert 0 < said <= 2**-11 * 258  # the largest zero that was made up is 257
+    groups, worst = 0, 0.0
+    for index, (unit, level) in enumerate(zip(export.live.space.units, export.genome, strict=True)):
+        payload: Any = export.levels.read(index, level)
+        if not hasattr(payload, "scales"):
+            continue
+        groups += payload.scales.numel()
+        step = payload.scales.float().repeat_interleave(payload.codes.shape[1] // payload.scales.shape[1], dim=1)
+        off = (half[f"{unit.name}.weight"] - whole[f"{unit.name}.weight"]).abs()
+        worst = max(worst, float((off / step)[step > 0].max()))
+    assert said / 2 < worst <= said * 1.06  # said with two digits
+    sizes = [num_data(folder / FILE) for folder in folders]
+    assert sizes[1] - sizes[0] == 4 * groups
+
+
+def num_data(path: Path) -> int:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    assert length % 8 == 0  # so that tensors lie at even places
+    return path.stat().st_size - 8 - length
+
+
+def test_the_file_and_its_config_say_what_mlx_lm_asks(exported: Callable[..., Export], tmp_path: Path) -> None:
+    export = replace(exported(), licence="Apache-2.0", command="python -m evopress x", table="| name |", provenance={"a": 1})
+    folder = write_export(MLX(), tmp_path / "mlx", export)
+    with safe_open(folder / FILE, framework="np") as file:
+        assert file.metadata() == {"format": "mlx"}
+    header = json.loads((folder / FILE).read_bytes()[8:].split(b"}}")[0] + b"}}")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"] and config["quantization"]["mode"] == "affine"
+    for index, (unit, form) in enumerate(zip(export.live.space.units, export.forms, strict=True)):
+        rows, columns = export.levels.read(index, export.genome[index]).decode().shape
+        entry = header[f"{unit.name}.weight"]
+        if form.kind != INTEGERS:
+            assert unit.name not in config["quantization"] and entry["dtype"] == "F32"
+            continue
+        assert config["quantization"][unit.name] == {"group_size": form.group_size, "bits": form.bits}
+        assert entry["dtype"] == "U32" and entry["shape"] == [rows, columns * form.bits // 32]
+        for part in ("scales", "biases"):
+            assert header[f"{unit.name}.{part}"]["dtype"] == "F16"
+            assert header[f"{unit.name}.{part}"]["shape"] == [rows, columns // form.group_size]
+    card = (folder / "README.md").read_text()
+    for said in ("license: apache-2.0", "mlx_lm.generate --model .", "| name |", "`python -m evopress x`", "base_model: tiny"):
+        assert said in card
+    assert AutoTokenizer.from_pretrained(folder)("ab", add_special_tokens=False)["input_ids"]
+    assert json.loads((folder / "evopress.json").read_text()) == {"a": 1}
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+
+
+def test_the_rotary_embedding_is_told_where_mlx_lm_reads_it(exported: Callable[..., Export]) -> None:
+    """It would take 10,000 and no scaling, without a word."""
+    plain = engine_config(exported(config={"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}).model, {})
+    assert plain["rope_theta"] == 5e5 and plain["rope_scaling"] is None and "quantization" not in plain
+    scaled = engine_config(exported(config={"rope_parameters": {**LLAMA3, "rope_theta": 1e6}}).model, {})
+    assert scaled["rope_theta"] == 1e6 and scaled["rope_scaling"] == {**LLAMA3, "type": "llama3"}
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    gemma = engine_config(exported("gemma3_text", config={"rope_parameters": rope}).model, {})
+    assert (gemma["rope_theta"], gemma["rope_local_base_freq"]) == (1e6, 2e4)
+    assert gemma["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 8.0}
+
+
+def test_gemma_3_is_told_which_blocks_have_full_attention(exported: Callable[..., Export]) -> None:
+    sliding, full = "sliding_attention", "full_attention"
+    for kinds, every in (([sliding, full, sliding], 2), ([sliding] * 3, 4), ([full] * 3, 1)):
+        config = engine_config(exported("gemma3_text", config={"layer_types": kinds}).model, {})
+        assert config["sliding_window_pattern"] == every
+    with pytest.raises(EvoPressError, match=r"of whose blocks \[0\] have full attention"):
+        engine_config(exported("gemma3_text", config={"layer_types": [full, sliding, sliding]}).model, {})
+
+
+def test_dropped_blocks_are_left_out_and_dropped_modules_are_zeros_of_two_bits(
+    exported: Callable[..., Export], tmp_path: Path, ids: torch.Tensor
+) -> None:
+    export = exported(dropped=DROPPED)
+    with export.live.applied(export.genome):
+        expected = export.model(input_ids=ids, use_cache=False).logits
+    folder = write_export(MLX(scales="float32"), tmp_path / "mlx", export)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2 and export.model.config.num_hidden_layers == 3
+    zeros = [f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"]
+    zeros += [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")]
+    state = decoded(folder, torch.float32)
+    for name in zeros:
+        assert config["quantization"][name] == {"group_size": 128, "bits": 2} and not state[f"{name}.weight"].any()
+    kept = [unit.name for unit in export.live.space.units if not is_module(unit)]
+    assert sum(name.endswith("proj.weight") for name in state) == len(kept) * 2 // 3
+    configuration = type(export.model.config)(**{**config, "quantization_config": None, "quantization": None})
+    model = AutoModelForCausalLM.from_config(configuration).eval()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "sentence"),
+    [
+        (Form("a.q_proj", "7 bits", INTEGERS, 7, 64), "a.q_proj at 7 bits in groups of 64: MLX has 1, 2, 3, 4, 5, 6, 8 bits"),
+        (Form("a.q_proj", "4 bits", INTEGERS, 4, 16), "a.q_proj at 4 bits in groups of 16: MLX has groups of 32, 64, 128"),
+        (Form("a.q_proj", "4 bits", INTEGERS, 4, 576), "groups of 576"),
+        (Form("a.q_proj", "-1", SPARSE), r"sparse weights \(a.q_proj at -1\)"),
+    ],
+)
+def test_what_mlx_cannot_hold_is_refused(form: Form, sentence: str) -> None:
+    MLX().check({"model_type": "llama"}, [Form("a", "4 bits", INTEGERS, 4, 64)])
+    with pytest.raises(EvoPressError, match=sentence):
+        MLX().check({"model_type": "llama"}, [form])
+
+
+def test_models_that_mlx_lm_does_not_know_and_other_dtypes_are_refused() -> None:
+    with pytest.raises(EvoPressError, match="a model of type opt, which mlx-lm does not know"):
+        MLX().check({"model_type": "opt"}, [])
+    with pytest.raises(EvoPressError, match="scales=bfloat16 is unknown"):
+        MLX(scales="bfloat16")
+
+
+def test_biases_that_float16_cannot_hold_are_refused_and_leave_nothing(exported: Callable[..., Export], tmp_path: Path) -> None:
+    export = exported()
+    read = export.levels.read
+
+    class Large:
+        folder, space = export.levels.folder, export.levels.space
+
+        def read(self, unit: int, level: int, device: Any = "cpu") -> Any:
+            payload: Any = read(unit, level)
+            return (
+                replace(payload, scales=payload.scales * 60000, zeros=payload.zeros * 100) if hasattr(payload, "zeros") else payload
+            )
+
+    with pytest.raises(EvoPressError, match="too large for float16"):
+        write_export(MLX(), tmp_path / "mlx", replace(export, levels=Large()))
+    assert list(tmp_path.iterdir()) == []
+
+
+RUN = """
+import sys
+import mlx.core as mx
+import numpy as np
+from pathlib import Path
+from mlx_lm.utils import load_model
+mx.set_default_device(mx.cpu)
+model, config = load_model(Path(sys.argv[1]))
+ids = np.load(sys.argv[2])
+np.save(sys.argv[3], np.array(model(mx.array(ids)).astype(mx.float32)))
+"""
+
+
+@pytest.mark.skipif(find_spec("mlx_lm") is None, reason="mlx-lm is not installed: pip install 'mlx[cpu]' mlx-lm")
+@pytest.mark.parametrize("scales", ["float16", "float32"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"model_type": model_type} for model_type in MODEL_TYPES),
+        {"tied": True, "include": ("blocks", "embedding")},
+        {"dropped": DROPPED},
+        {"config": {"rope_parameters": {**LLAMA3, "rope_theta": 1e6}}},
+    ],
+    ids=str,
+)
+def test_mlx_lm_computes_what_was_searched(
+    given: dict[str, Any], scales: str, exported: Callable[..., Export], ids: torch.Tensor, tmp_path: Path
+) -> None:
+    export = exported(**given)
+    with export.live.applied(export.genome):
+        expected = export.model(input_ids=ids, use_cache=False).logits
+    folder = write_export(MLX(scales=scales), tmp_path / "mlx", export)
+    np.save(tmp_path / "ids.npy", ids.numpy())
+    command = [sys.executable, "-c", RUN, str(folder), str(tmp_path / "ids.npy"), str(tmp_path / "logits.npy")]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    logits = torch.from_numpy(np.load(tmp_path / "logits.npy"))
+    kl = (
+        torch.nn.functional.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none")
+        .sum(-1)
+        .mean()
+    )
+    assert float(kl) < (1e-3 if scales == "float16" else 1e-7)
