@@ -261,11 +261,11 @@ def _pattern(layer_types: Sequence[str]) -> int:
     Raises: EvoPressError if that does not say which blocks do.
     """
     full = [index for index, kind in enumerate(layer_types) if kind == "full_attention"]
-    every = full[0] + 1 if full else len(layer_types) + 1
-    if full != list(range(every - 1, len(layer_types), every)):
+    every = full[0] + 1 if full else 0
+    if not every or full != list(range(every - 1, len(layer_types), every)):
         raise EvoPressError(
-            f"export=[mlx] cannot hold this model, of whose blocks {full} have full attention: mlx-lm gives it to every n-th; "
-            "use export=[dequantized]"
+            f"export=[mlx] cannot hold this model, of whose blocks {full} have full attention: mlx-lm gives it to every n-th, and "
+            "needs one that has it; use export=[dequantized]"
         )
     return every
 

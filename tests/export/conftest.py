@@ -75,7 +75,11 @@ def exported() -> Callable[..., Export]:
     ) -> Export:
         configuration = tiny_config(model_type, num_blocks=3, tied=tied)
         sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "head_dim": 64, "num_key_value_heads": 1}
-        configuration = type(configuration)(**{**configuration.to_dict(), **sizes, **(config or {})})
+        own = {
+            "gemma2": {"sliding_window": 512},  # mlx-lm has none for it
+            "gemma3_text": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+        }
+        configuration = type(configuration)(**{**configuration.to_dict(), **sizes, **own.get(model_type, {}), **(config or {})})
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(configuration, dtype=dtype).eval().requires_grad_(False)
         for parameter in model.parameters():
