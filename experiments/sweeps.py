@@ -172,9 +172,10 @@ def _read_job(folder: Path, keys: Sequence[str]) -> Job:
 def _chosen(folder: Path, config: DictConfig, key: str) -> str:
     """Return what a job that was not told has for an axis: its setting, or the option of a config group."""
     path, parent = folder / ".hydra" / "hydra.yaml", key.rpartition(".")[0]
-    if "/" not in key and (not parent or OmegaConf.select(config, parent) is not None):
-        chosen = OmegaConf.select(config, key)
-        return f"[{','.join(map(str, chosen))}]" if OmegaConf.is_list(chosen) else str(chosen)
+    is_setting = "/" not in key and (not parent or OmegaConf.select(config, parent) is not None)
+    chosen = OmegaConf.select(config, key) if is_setting else None
+    if is_setting and not OmegaConf.is_dict(chosen):  # which is a group
+        return f"[{','.join(map(str, chosen or ()))}]" if OmegaConf.is_list(chosen) else str(chosen)
     options = OmegaConf.select(OmegaConf.load(path), "hydra.runtime.choices") if path.is_file() else None
     written = as_written_now([f"{group}={option}" for group, option in (options or {}).items()])
     choices = {group: option for group, _, option in (line.partition("=") for line in written)}

@@ -96,8 +96,9 @@ class Modules:
             else:
                 found = {name for name in names if fnmatchcase(name, str(entry))}
             if not found:
+                shown = entry if entry.isdigit() else repr(entry)
                 raise EvoPressError(
-                    f"method.{key} has {entry!r}, which is no unit of this model: give numbers of blocks from 0 to "
+                    f"method.{key} has {shown}, which is no unit of this model: give numbers of blocks from 0 to "
                     f"{num_blocks - 1}, or names such as {names[0]}, wildcards included"
                 )
             meant |= found

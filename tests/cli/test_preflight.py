@@ -266,7 +266,8 @@ def planner(device: str, *, offload: bool = False, evaluator: str = "population"
             sparsity=None,
             genome=None,
         ),
-        method=None,
+        method=SimpleNamespace(weights=object()),
+        refines=True,
     )
     return preflight.Planner(workspace, space, None, None, None, None, None)  # type: ignore[arg-type]
 
