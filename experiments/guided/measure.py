@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from experiments.single_runs import evopress, folder_name, why_it_failed
 
 FOLDER = Path(__file__).parent
 RUNS = Path("multirun/guided")
@@ -30,16 +30,6 @@ ROWS: dict[str, list[str]] = {
 """A row to the overrides that make it."""
 BUDGETS = (2.5, 3.0)
 SEEDS = (0, 1, 2)
-
-
-def evopress(folder: Path, *arguments: str) -> bool:
-    """Run, or go on with, one job; tell whether it ended well. What it says goes to a file beside its folder."""
-    if (folder / "finished.json").exists():
-        return True
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "evopress", *arguments, f"hydra.run.dir={folder}"]
-    with folder.with_name(f"{folder.name}.log").open("a", encoding="utf-8") as log:
-        return subprocess.run(command, stdout=log, stderr=log, check=False).returncode == 0
 
 
 def row_of(folder: Path) -> dict[str, Any]:
@@ -64,13 +54,12 @@ def rows(names: Sequence[str], budgets: Sequence[float], seeds: Sequence[int], f
     for seed in seeds:
         for budget in budgets:
             for name in names:
-                folder = RUNS / f"{name.replace(', ', '-').replace(' ', '-')}-{budget:g}-seed-{seed}"
+                folder = RUNS / f"{folder_name(name)}-{budget:g}-seed-{seed}"
                 row: dict[str, Any] = {"row": name, "budget": budget, "seed": seed}
                 if evopress(folder, *common, f"bits={budget:g}", f"seed={seed}", *ROWS[name]):
                     yield {**row, **row_of(folder)}
                 else:
-                    lines = folder.with_name(f"{folder.name}.log").read_text(encoding="utf-8").splitlines()
-                    yield {**row, "failed": next((line for line in reversed(lines) if line.startswith("error")), "see its log")}
+                    yield {**row, "failed": why_it_failed(folder)}
 
 
 def main() -> None:
