@@ -26,7 +26,7 @@ from evopress import settings as schema
 from evopress.errors import EvoPressError
 from evopress.run_folder import job_folder
 from evopress.search.strategies import STRATEGIES
-from evopress.settings import RunSettings
+from evopress.settings import METHODS, RunSettings
 
 logger = logging.getLogger(__name__)
 _SCHEMAS: dict[str, tuple[str, type]] = {
@@ -49,13 +49,6 @@ _AT_SCALE = {
 }
 """What a scale makes of the paper's numbers, unless a YAML or the command line says otherwise: that is taken as it is."""
 _FACTORS = {"num_offspring": "offspring", "survivors": "offspring", "initial_tokens": "tokens"}
-METHODS: dict[str, type] = {
-    "quant": schema.QuantSettings,
-    "sparsity": schema.SparsitySettings,
-    "drop": schema.DropSettings,
-    "joint": schema.JointSettings,
-}
-"""A method's name to the schema of its settings."""
 
 
 def config_folder() -> Path:

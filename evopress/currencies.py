@@ -70,7 +70,7 @@ class Currency:
 
 
 def _coded_bits(unit: PricedUnit, level: PricedLevel) -> int:
-    return level.cost if level.source == QUANT else level.stored_bits
+    return level.stored_bits if level.source in (SPARSITY, DROP) else level.cost
 
 
 def _weights(unit: PricedUnit, level: PricedLevel) -> int:

@@ -27,7 +27,7 @@ from evopress.data.special_tokens import check_embedded
 from evopress.data.tokens import sequences_of
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
-from evopress.export.exporter import Export, write_export
+from evopress.export.exporter import write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.models.loading import DTYPES, pick_device, take_model
 from evopress.models.opening import ModelSource, greatest_group, longest_sequence, pick_dtype
@@ -36,27 +36,24 @@ from evopress.reporting.records import write_genome
 from evopress.reporting.tracker import NullTracker
 from evopress.settings import (
     AUTO,
+    METHODS,
     DataSettings,
-    DropSettings,
     EvaluationSettings,
     FitnessSettings,
-    JointSettings,
     LevelDatabaseSettings,
     ModelSettings,
     PathsSettings,
     QuantSettings,
     RunSettings,
     SearchConfig,
-    SparsitySettings,
 )
 from evopress.stages.checks import check_strategy, check_tokens, searching
-from evopress.stages.exports import forms_of, licence_of
+from evopress.stages.exports import forms_of, what_is_exported
 from evopress.stages.search import search as run_the_search
 from evopress.units import Genome, Space
 from evopress.workspace import Workspace
 
 BUILTIN = ("smollm2_135m", "tiny")
-METHODS: dict[str, type] = {"quant": QuantSettings, "sparsity": SparsitySettings, "drop": DropSettings, "joint": JointSettings}
 _EXCHANGES = {"drop": "name", "joint": "fit"}
 """As the methods' configs choose: attention for attention, and whatever fits the size."""
 Text = Sequence[str] | Tensor
@@ -312,34 +309,13 @@ def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format
     Raises: EvoPressError if the genome does not fit the levels or the format, or the folder cannot be written.
     """
     workspace, genome, space = levels.workspace, _genome(levels, genome), levels.space
-    fingerprint, pretrained = workspace.database.fingerprint, workspace.pretrained
     exporter = make_exporters([format], {format: options})[format]
-    forms = forms_of(workspace, space, genome)
-    exporter.check(workspace.model_source.config, forms)
+    exporter.check(workspace.model_source.config, forms_of(workspace, space, genome))
     with tempfile.TemporaryDirectory(prefix="evopress-") as scratch:
         files = (Path(scratch, "genome.json"), Path(scratch, "genome.txt"))
-        write_genome(*files, space=space, genome=genome, database=fingerprint, budget=workspace.budget)
-        what = Export(
-            live=workspace.live,
-            levels=workspace.levels,
-            model=pretrained.model,
-            tokenizer=pretrained.tokenizer,
-            genome=genome,
-            forms=forms,
-            base=pretrained.name,
-            licence=licence_of(pretrained.folder),
-            files=files,
-            provenance={
-                "schema": 1,
-                "made_by": "evopress",
-                "base_model": pretrained.name,
-                "base_model_digest": pretrained.digest,
-                "level_database": fingerprint,
-                "recipe": dict(workspace.database.recipe),
-                **workspace.method.costs(space, genome),
-                **({} if format == DEQUANTIZED else {"export": {"format": format, "options": options}}),
-            },
-        )
+        write_genome(*files, space=space, genome=genome, database=workspace.database.fingerprint, budget=workspace.budget)
+        told = {} if format == DEQUANTIZED else {"export": {"format": format, "options": options}}
+        what = what_is_exported(workspace, genome, files=files, told={**workspace.method.costs(space, genome), **told})
         return write_export(exporter, Path(folder).expanduser(), what)
 
 

@@ -9,6 +9,7 @@ import importlib
 import logging
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from inspect import signature
 from typing import Any, Generic, TypeVar
 
 from evopress.errors import EvoPressError
@@ -73,6 +74,25 @@ class Registry(Generic[Part]):
                 f"repair that package, or choose another {key}"
             ) from error
         return loaded
+
+    def make(self, name: str, options: Mapping[str, Any], *, key: str, told_by: str) -> Any:
+        """Call the part of this name with its options, where the parts are factories that take keywords.
+
+        Args:
+            key: the setting that names it, for errors: "data.source".
+            told_by: the setting that the options come from, for errors: "data.options".
+
+        Raises: EvoPressError as `get`, and if it does not take these options.
+        """
+        make: Any = self.get(name, key=key)
+        try:
+            signature(make).bind(**options)
+        except TypeError as error:
+            raise EvoPressError(
+                f"the {self.kind} {name} does not take what {told_by} gives it, {dict(options)} ({error}): "
+                f"its options are {signature(make)}"
+            ) from None
+        return make(**options)
 
     @staticmethod
     def _load_own(part: str | Part) -> Part:

@@ -241,6 +241,15 @@ class DropSettings(MethodSettings):
         _expect_one_of("method.granularity", self.granularity, ("module", "block", "pair"))
 
 
+METHODS: dict[str, type[MethodSettings]] = {
+    "quant": QuantSettings,
+    "sparsity": SparsitySettings,
+    "drop": DropSettings,
+    "joint": JointSettings,
+}
+"""A method's name to the schema of its settings."""
+
+
 @dataclass
 class LevelDatabaseSettings:
     """Where the level database lies and how it is built and read."""

@@ -29,7 +29,7 @@ from evopress.fitness.population import Evaluator, PopulationEvaluator
 from evopress.levels.build import ensure_database
 from evopress.levels.calibration import complete_hessians
 from evopress.levels.hessians import HessianStore
-from evopress.levels.live import Live, LiveModel
+from evopress.levels.live import LiveModel
 from evopress.levels.modules import ensure_modules
 from evopress.levels.plan import BuildNeeds, BuildSettings, planned
 from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerprint
@@ -435,7 +435,7 @@ class Workspace:
             self.__dict__.pop(made, None)
 
     @cached_property
-    def live(self) -> Live:
+    def live(self) -> LiveModel:
         with _by_blocks(self.blocks.family.name):
             return LiveModel(self.blocks, self.levels, cache_bytes=self.settings.level_db.cache_bytes)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from inspect import signature
 from typing import Any
 
 from evopress.baselines.baseline import Baseline
@@ -53,15 +52,7 @@ def make_baselines(settings: BaselinesSettings, names: Sequence[str] | None = No
 
 
 def _make(name: str, settings: BaselinesSettings) -> Baseline:
-    make, options = BASELINES.get(name, key="baselines.names"), _options(name, settings)
-    try:
-        signature(make).bind(**options)
-    except TypeError as error:
-        raise EvoPressError(
-            f"the baseline {name} does not take what baselines.options gives it, {options} ({error}): "
-            f"its options are {signature(make)}"
-        ) from None
-    baseline = make(**options)
+    baseline = BASELINES.make(name, _options(name, settings), key="baselines.names", told_by="baselines.options")
     if not isinstance(baseline, Baseline):
         raise EvoPressError(
             f"baselines.names has {name!r}, which is a {type(baseline).__name__} and no evopress.baselines.baseline.Baseline: "

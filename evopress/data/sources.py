@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from inspect import signature
 from typing import Any, Literal, Protocol, get_args
 
 from evopress.errors import EvoPressError
@@ -57,15 +56,7 @@ def make_source(name: str, options: Mapping[str, Any], *, key: str) -> TextSourc
 
     Raises: EvoPressError if there is none of that name, it does not take these options, or it is no text source.
     """
-    make = TEXT_SOURCES.get(name, key=key)
-    try:
-        signature(make).bind(**options)
-    except TypeError as error:
-        raise EvoPressError(
-            f"the text source {name} does not take what data.options gives it, {dict(options)} ({error}): "
-            f"its options are {signature(make)}"
-        ) from None
-    source = make(**options)
+    source: TextSource = TEXT_SOURCES.make(name, options, key=key, told_by="data.options")
     if lacking := [member for member in ("name", "documents", "identity") if not hasattr(source, member)]:
         raise EvoPressError(f"{key}={name} is no text source: it lacks {', '.join(lacking)}; choose another")
     return source

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evopress.export.exporter import Export, Form, write_export
-from evopress.levels.live import Live, LiveModel
+from evopress.levels.live import LiveModel
 from evopress.units import Genome
 
 
@@ -34,7 +34,7 @@ class Dequantized:
 def export_checkpoint(
     folder: Path,
     *,
-    live: Live,
+    live: LiveModel,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     genome: Genome,
@@ -49,6 +49,5 @@ def export_checkpoint(
 
     Raises: EvoPressError if the disk is full or the folder cannot be written.
     """
-    assert isinstance(live, LiveModel)
-    export = Export(live, live.levels, model, tokenizer, genome, files=genome_files, provenance=provenance)
+    export = Export(live, model, tokenizer, genome, files=genome_files, provenance=provenance)
     return write_export(Dequantized(), folder, export)

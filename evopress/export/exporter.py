@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evopress.files import explained
-from evopress.levels.live import Live
+from evopress.levels.live import LiveModel
 from evopress.levels.store import os_error
 from evopress.levels.union import LevelSource
 from evopress.units import Genome, Level, Unit
@@ -63,9 +63,7 @@ def form_of(unit: Unit, level: Level, columns: int, compressor: Mapping[str, Any
 class Export:
     """What is exported: a model at a genome, and what goes into the folder beside its weights."""
 
-    live: Live
-    levels: LevelSource
-    """Where the genome's levels are read as stored, packed."""
+    live: LiveModel
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     genome: Genome
@@ -83,6 +81,11 @@ class Export:
     """Copied into the folder: the genome."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What the weights come from, written as `evopress.json`."""
+
+    @property
+    def levels(self) -> LevelSource:
+        """Where the genome's levels are read as stored, packed."""
+        return self.live.levels
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -226,13 +226,9 @@ def _shape_of(export: Export) -> Iterator[None]:
     An attention or MLP that alone is dropped stays in its place: its linears are zeros of 2 bits, or, where no group of MLX's
     divides their rows, its output projection is zeros and the others are dense.
     """
-    blocks = export.live.blocks
-    gone = dropped_modules(export.live.space, export.genome)
-    if not gone:
-        yield
-        return
-    dropped = [(int((index, ATTENTION) in gone), int((index, MLP) in gone)) for index in range(len(blocks.blocks))]
-    with without_dropped(blocks, dropped):
+    live = export.live
+    dropped = [live.dropped_in(export.genome, index) for index in range(len(live.blocks.blocks))]
+    with without_dropped(live.blocks, dropped) if any(map(any, dropped)) else nullcontext():
         yield
 
 

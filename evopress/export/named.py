@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from inspect import signature
 from typing import Any
 
 from evopress.errors import EvoPressError
@@ -34,15 +33,7 @@ def make_exporters(names: Sequence[str], options: Mapping[str, Mapping[str, Any]
 
 
 def _make(name: str, options: Mapping[str, Any]) -> Exporter:
-    make = EXPORTERS.get(name, key="export")
-    try:
-        signature(make).bind(**options)
-    except TypeError as error:
-        raise EvoPressError(
-            f"the exporter {name} does not take what export_options gives it, {dict(options)} ({error}): its options are "
-            f"{signature(make)}"
-        ) from None
-    exporter = make(**options)
+    exporter = EXPORTERS.make(name, options, key="export", told_by="export_options")
     if not isinstance(exporter, Exporter):
         raise EvoPressError(
             f"export has {name!r}, which is a {type(exporter).__name__} without check, num_bytes and write: leave it out"

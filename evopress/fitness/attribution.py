@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from evopress.errors import EvoPressError
 from evopress.fitness.measures import KLDivergence, Measure
 from evopress.levels.live import Live, part_held
+from evopress.levels.refine import block_at
 from evopress.models.blocks import Head
 from evopress.models.slots import Slot
 from evopress.units import Genome
@@ -91,17 +92,12 @@ class _Pass:
         with part_held(self.live, self.blocks.embedding_part, self._levels(self.blocks.embedding_part)):
             states = [torch.cat([self.blocks.embed(self.ids[part]).cpu() for part in self.parts])]
         for index in range(len(self.blocks.blocks)):
-            levels = self._levels(index)
-            if self.live.skips(levels):
+            if self.live.skips(self._levels(index)):
                 states.append(states[-1])
                 continue
-            with self.live.on_device(index):
-                try:
-                    self.live.set_block(index, levels)
-                    inputs = (states[-1][part].to(self.blocks.device) for part in self.parts)
-                    states.append(torch.cat([self.blocks.run(index, hidden).cpu() for hidden in inputs]))
-                finally:
-                    self.live.restore_block(index)
+            with block_at(self.live, index, self.genome, {}):
+                inputs = (states[-1][part].to(self.blocks.device) for part in self.parts)
+                states.append(torch.cat([self.blocks.run(index, hidden).cpu() for hidden in inputs]))
         return states
 
     def _head(self, states: Tensor) -> Tensor:

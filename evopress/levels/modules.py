@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.compress.compressor import Payload
+from evopress.currencies import num_modules
 from evopress.files import make_folder
 from evopress.levels.locking import alone_in, clear
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase, fingerprint, write_manifest
@@ -25,7 +26,7 @@ KEEP, DROP = "keep", "drop"
 
 def is_module(unit: Unit) -> bool:
     """Tell whether a unit stands for modules that are kept or dropped, not for a weight."""
-    return unit.kind in (ATTENTION, MLP, BLOCK, PAIR)
+    return num_modules(unit) > 0
 
 
 def modules_of(unit: Unit) -> tuple[tuple[int, str], ...]:

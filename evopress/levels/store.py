@@ -243,7 +243,7 @@ class LevelDatabase:
     """What its space is priced in; None: what its levels count by themselves."""
 
     @classmethod
-    def open(cls, folder: Path, *, currency: Currency | None = None) -> LevelDatabase:
+    def open(cls, folder: Path) -> LevelDatabase:
         """Open a database and check every file against the manifest.
 
         Raises: DamagedDatabaseError that names the file; EvoPressError for a newer schema.
@@ -251,7 +251,7 @@ class LevelDatabase:
         manifest = read_manifest(folder)
         for entry in manifest["files"]:
             check_block(folder, entry)
-        return cls(folder, manifest, currency)
+        return cls(folder, manifest)
 
     @property
     def fingerprint(self) -> str:

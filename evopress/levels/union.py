@@ -16,7 +16,7 @@ import torch
 from evopress.compress.compressor import Payload
 from evopress.currencies import Currency
 from evopress.errors import EvoPressError
-from evopress.levels.modules import ATTENTION, is_module, modules_of
+from evopress.levels.modules import ATTENTION, MLP, is_module, modules_of
 from evopress.levels.store import fingerprint
 from evopress.units import Genome, Space, Unit
 
@@ -90,7 +90,7 @@ def join(
     if not inside and weights and (modules := {place: i for i, unit in enumerate(units.values()) for place in modules_of(unit)}):
         assert is_of_attention is not None, "modules beside weights"
         inside = tuple(
-            None if is_module(unit) else modules.get((unit.block, ATTENTION if is_of_attention(unit.name) else "mlp"))
+            None if is_module(unit) else modules.get((unit.block, ATTENTION if is_of_attention(unit.name) else MLP))
             for unit in units.values()
         )
     joined = Space(method or spaces[0].method, tuple(units.values()), currency or spaces[0].currency, inside)

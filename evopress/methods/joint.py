@@ -6,16 +6,16 @@ is free, so that its bytes can go to what stays.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from evopress.currencies import CURRENCIES, Currency
+from evopress.currencies import Currency
 from evopress.errors import EvoPressError
 from evopress.levels.modules import dropped_modules
 from evopress.methods.drop import Modules
 from evopress.methods.method import NO_REST, Rest
 from evopress.methods.quant import Quantization
-from evopress.methods.targets import BYTES, check_targets, further_limits, size_budget
+from evopress.methods.targets import BYTES
 from evopress.settings import JointSettings, RunSettings
 from evopress.units import Budget, Genome, Level, Space
 
@@ -46,7 +46,7 @@ class Joint:
     @property
     def weights(self) -> Quantization:
         """GPTQ levels, from the database that method quant has with the same settings."""
-        return Quantization(self.settings, bits=None, size=self.size)
+        return Quantization(self.settings, bits=None, size=self.size, limits=self.limits)
 
     @property
     def modules(self) -> Modules:
@@ -61,12 +61,11 @@ class Joint:
 
     def check(self, *, searching: bool) -> None:
         """Refuse sizes and limits that are none, and exchanges that cannot keep them."""
-        check_targets(self.size, self.limits)
         if searching and self.exchange != "fit":
             raise EvoPressError(
                 f"search.exchange={self.exchange} cannot trade modules for levels: method joint needs search.exchange=fit"
             )
-        self.weights.compressor((), dtype_bits=16)
+        self.weights.check(searching=searching)
 
     @property
     def target_is_level(self) -> bool:
@@ -75,7 +74,7 @@ class Joint:
 
     def budget(self, space: Space, rest: Rest = NO_REST) -> Budget:
         """Return what the size leaves for the units."""
-        return replace(size_budget(self.size, space, rest), limits=further_limits(self.limits, space, rest))
+        return self.weights.budget(space, rest)
 
     def generations(self, space: Space) -> None:
         """The settings say."""
@@ -83,16 +82,12 @@ class Joint:
 
     def uniform_name(self, level: Level) -> str:
         """Return "uniform_3" for 3 bits."""
-        return f"uniform_{level.key}"
+        return self.weights.uniform_name(level)
 
     def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
         """Return the bits of codes and as stored, per weight of all units, and the number of modules that are dropped."""
-        return {
-            "bits_per_weight": space.cost_in(CURRENCIES["bits"], genome) / space.size,
-            "bits_per_weight_with_metadata": space.stored_bits(genome) / space.size,
-            "modules_dropped": len(dropped_modules(space, genome)),
-        }
+        return {**self.weights.costs(space, genome), "modules_dropped": len(dropped_modules(space, genome))}
 
     def dense_costs(self, bits: int) -> dict[str, Any]:
         """Return the same columns for the dense model."""
-        return {"bits_per_weight": float(bits), "bits_per_weight_with_metadata": float(bits), "modules_dropped": 0}
+        return {**self.weights.dense_costs(bits), "modules_dropped": 0}

@@ -9,7 +9,7 @@ from typing import Any
 
 from evopress.compress.compressor import Compressor
 from evopress.compress.gptq import DENSE, GPTQ
-from evopress.currencies import Currency, own_currency
+from evopress.currencies import CURRENCIES, Currency
 from evopress.errors import EvoPressError
 from evopress.methods.method import NO_REST, Rest
 from evopress.methods.targets import BYTES, check_targets, further_limits, size_budget
@@ -133,7 +133,7 @@ class Quantization:
     def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
         """Return the columns of the result table that say what a genome spends."""
         return {
-            "bits_per_weight": space.cost_in(own_currency("quant"), genome) / space.size,
+            "bits_per_weight": space.cost_in(CURRENCIES["bits"], genome) / space.size,
             "bits_per_weight_with_metadata": space.stored_bits(genome) / space.size,
         }
 

@@ -183,9 +183,14 @@ class Spending:
         self._spent = [space.total(table, levels) for table in tables]
 
     @property
+    def left(self) -> list[int]:
+        """What each limit leaves, the budget's own total first; below 0 where it is exceeded."""
+        return [total - spent for spent, total in zip(self._spent, self._totals, strict=True)]
+
+    @property
     def exceeded(self) -> list[int]:
         """The limits that are exceeded, 0 being the budget's own total."""
-        return [i for i, (spent, total) in enumerate(zip(self._spent, self._totals, strict=True)) if spent > total]
+        return [i for i, left in enumerate(self.left) if left < 0]
 
     def can_move(self, unit: int, by: int) -> bool:
         """Tell whether a unit that is there has a level so many levels further."""
@@ -206,7 +211,7 @@ class Spending:
 
     def fits(self, added: Sequence[int]) -> bool:
         """Tell whether all limits are kept with so much more."""
-        return all(s + a <= total or a <= 0 for s, a, total in zip(self._spent, added, self._totals, strict=True))
+        return all(more <= left or more <= 0 for more, left in zip(added, self.left, strict=True))
 
     def move(self, unit: int, by: int) -> None:
         """Move a unit that is there."""

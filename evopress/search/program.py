@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 
+from evopress.search.constraint import Spending
 from evopress.units import Budget, Genome, Space
 
 Prices = Sequence[Sequence[int]]
@@ -20,13 +20,9 @@ def limits_around(space: Space, budget: Budget, genome: Genome, units: Sequence[
     Exact as long as the other units stay, and what of a unit costs does not depend on the level of another.
     """
 
-    def row(spent: Callable[[Genome], int], total: int) -> tuple[Prices, int]:
-        own = spent(genome)
-        options = [[(*genome[:i], level, *genome[i + 1 :]) for level in range(len(space.units[i].levels))] for i in units]
-        return [[spent(other) - own for other in others] for others in options], total - own
-
-    further = [row(partial(limit.spent, space), limit.total) for limit in budget.limits]
-    return [row(space.cost, budget.total), *further]
+    spending = Spending(space, budget, list(genome))
+    steps = [[spending.step(i, level - genome[i]) for level in range(len(space.units[i].levels))] for i in units]
+    return [([[step[limit] for step in of_unit] for of_unit in steps], left) for limit, left in enumerate(spending.left)]
 
 
 def best_genome(

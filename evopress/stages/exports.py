@@ -86,12 +86,45 @@ def _described(workspace: Workspace) -> Any:
     return lambda unit, level: form_of(unit, level, 0 if is_module(unit) else columns[unit.name], compressor)
 
 
+def what_is_exported(
+    workspace: Workspace, genome: Genome, *, files: tuple[Path, ...], told: Mapping[str, Any], command: str = ""
+) -> Export:
+    """Return the model at a genome of all its levels, with what goes beside its weights.
+
+    Args:
+        files: copied into the folder: the genome.
+        told: what its provenance says beside the model and the levels.
+    """
+    database, pretrained = workspace.database, workspace.pretrained
+    return Export(
+        live=workspace.live,
+        model=pretrained.model,
+        tokenizer=pretrained.tokenizer,
+        genome=genome,
+        forms=forms_of(workspace, workspace.levels.space, genome),
+        base=pretrained.name,
+        licence=licence_of(pretrained.folder),
+        command=command,
+        files=files,
+        provenance={
+            "schema": 1,
+            "made_by": "evopress",
+            **({"command": command} if command else {}),
+            "base_model": pretrained.name,
+            "base_model_digest": pretrained.digest,
+            "level_database": database.fingerprint,
+            "recipe": dict(database.recipe),
+            **told,
+        },
+    )
+
+
 def export(workspace: Workspace, *, command: str) -> None:
     """Stage `export`: write a genome in every format that `export` names.
 
     It is the found one, refined where it has been; the best so far of a search that was cut off; or the one that is given.
     """
-    run_dir, database, pretrained = workspace.run_dir, workspace.database, workspace.pretrained
+    run_dir, database = workspace.run_dir, workspace.database
     take_best_so_far(workspace)
     refuse_nothing_to_export(workspace)
     if (given := named_genome(workspace)) is not None:
@@ -103,26 +136,13 @@ def export(workspace: Workspace, *, command: str) -> None:
     written = genome
     if refined is not None:
         written, _ = workspace.add_refined(refined)
-    left_out = pretrained.left_out
-    what = Export(
-        live=workspace.live,
-        levels=workspace.levels,
-        model=pretrained.model,
-        tokenizer=pretrained.tokenizer,
-        genome=written,
-        forms=forms_of(workspace, workspace.levels.space, written),
-        base=pretrained.name,
-        licence=licence_of(pretrained.folder),
-        command=command,
+    left_out = workspace.pretrained.left_out
+    what = what_is_exported(
+        workspace,
+        written,
         files=(files / "genome.json", files / "genome.txt"),
-        provenance={
-            "schema": 1,
-            "made_by": "evopress",
-            "command": command,
-            "base_model": pretrained.name,
-            "base_model_digest": pretrained.digest,
-            "level_database": database.fingerprint,
-            "recipe": database.recipe,
+        command=command,
+        told={
             **({} if given is None else {"genome": given.name}),
             **workspace.method.costs(space, genome),
             **({"left_out": list(left_out)} if left_out else {}),

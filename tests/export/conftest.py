@@ -99,7 +99,7 @@ def exported() -> Callable[..., Export]:
                 forms.append(Form(unit.name, "dense", DENSE))
             else:
                 forms.append(Form(unit.name, f"{WIDTHS[level][0]} bits", INTEGERS, *WIDTHS[level]))
-        return Export(LiveModel(blocks, levels), levels, model, byte_tokenizer(), genome, tuple(forms), base="tiny")
+        return Export(LiveModel(blocks, levels), model, byte_tokenizer(), genome, tuple(forms), base="tiny")
 
     return make
 
