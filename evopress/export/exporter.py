@@ -35,6 +35,10 @@ class Form:
     """Of an integer."""
     group_size: int = 0
     """Columns that share a scale and a zero."""
+    symmetric: bool = False
+    """Every zero is the middle code."""
+    scale_dtype: str = "float16"
+    """Of the stored scales."""
 
     def __str__(self) -> str:
         groups = f" in groups of {self.group_size}" if self.group_size else ""
@@ -55,7 +59,8 @@ def form_of(unit: Unit, level: Level, columns: int, compressor: Mapping[str, Any
     if level.source == "quant" and level.key.isdecimal():
         own = compressor.get("group_sizes") or {}
         group_size = int(own.get(level.key) or compressor.get("group_size") or columns)
-        return Form(unit.name, level.label, INTEGERS, int(level.key), group_size)
+        symmetric, scale_dtype = bool(compressor.get("symmetric")), str(compressor.get("scale_dtype", "float16"))
+        return Form(unit.name, level.label, INTEGERS, int(level.key), group_size, symmetric, scale_dtype)
     return Form(unit.name, level.label, SPARSE)
 
 
