@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from evopress.compress.compressor import Payload
-from evopress.compress.gptq import Dense, Quantized
+from evopress.compress.gptq import Quantized
 from evopress.errors import EvoPressError
 from evopress.export.card import model_card
 from evopress.export.exporter import INTEGERS, SPARSE, Export, Form
 from evopress.export.tensors_file import Entry, Section, num_bytes, write_sections
+from evopress.export.written import Weight, in_order, shape_of, weights_of, zeros_in
 from evopress.levels.codec import pack_bits
-from evopress.levels.modules import ATTENTION, MLP, dropped_modules, is_module
-from evopress.models.blocks import BlockModel
-from evopress.models.dropping import without_dropped
 
 logger = logging.getLogger(__name__)
 BITS, GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -90,13 +85,13 @@ class MLX:
 
     def num_bytes(self, export: Export) -> int:
         """See `Exporter`."""
-        with _shape_of(export):
+        with shape_of(export):
             return num_bytes(self._sections(export, _Rounding())[0], _METADATA)
 
     def write(self, folder: Path, export: Export) -> None:
-        """Write weights, config, tokenizer and model card; see `_shape_of` for modules that are dropped."""
+        """Write weights, config, tokenizer and model card; see `written` for modules that are dropped."""
         rounding = _Rounding()
-        with _shape_of(export):
+        with shape_of(export):
             sections, layers = self._sections(export, rounding)
             config = engine_config(export.model, layers)
             write_sections(folder / "model.safetensors", sections, _METADATA)
@@ -126,50 +121,29 @@ class MLX:
 
         The model is to be in the shape in which it is written.
         """
-        blocks, model, space = export.live.blocks, export.model, export.live.space
-        gone = dropped_modules(space, export.genome)
-        names = {id(module): name for name, module in model.named_modules()}
-        slots = {name: slot for part in blocks.parts for name, slot in blocks.slots(part).items()}
         sections: dict[str, Section] = {}
         layers: dict[str, dict[str, int]] = {}
-
-        def put(name: str, shape: Sequence[int], form: Form, read: Callable[[], Payload]) -> None:
-            if form.kind == INTEGERS:
-                layers[name] = {"group_size": form.group_size, "bits": form.bits}
-                sections[f"{name}.weight"] = self._packed(name, shape, form, read, rounding)
+        for weight in weights_of(export, zeros=zeros_in(GROUPS, 2)):
+            if weight.form.kind == INTEGERS:
+                layers[weight.name] = {"group_size": weight.form.group_size, "bits": weight.form.bits}
+                sections[f"{weight.name}.weight"] = self._packed(weight, rounding)
             else:
-                entry = Entry(f"{name}.weight", model.dtype, tuple(shape))
-                sections[entry.name] = Section((entry,), lambda: [_dense(read(), form)])
+                sections[f"{weight.name}.weight"] = weight.dense_section(export.model.dtype)
+        return in_order(export.model, sections), layers
 
-        for index, (unit, form) in enumerate(zip(space.units, export.forms, strict=True)):
-            if is_module(unit) or (name := names.get(id(slots[unit.name].module))) is None:  # in a block that is gone
-                continue
-            if unit.is_outside or (unit.block, _module_of(blocks, unit.name)) not in gone:
-                put(name, slots[unit.name].weight.shape, form, partial(export.levels.read, index, export.genome[index]))
-        for block in range(len(blocks.blocks)):
-            for inner, linear in blocks.linears(block).items():
-                name, columns = names.get(id(linear)), linear.weight.shape[1]
-                group_size = next((size for size in reversed(GROUPS) if columns % size == 0), None)
-                if name and group_size and (block, _module_of(blocks, inner)) in gone:
-                    form = Form(name, "zeros", INTEGERS, 2, group_size)
-                    put(name, linear.weight.shape, form, partial(_zeros, linear.weight.shape, group_size))
-        return list(_in_order(model, sections)), layers
-
-    def _packed(self, name: str, shape: Sequence[int], form: Form, read: Callable[[], Payload], rounding: _Rounding) -> Section:
-        rows, columns = shape
-        groups = columns // form.group_size
+    def _packed(self, weight: Weight, rounding: _Rounding) -> Section:
+        rows, columns = weight.shape
+        groups = columns // weight.form.group_size
         entries = (
-            Entry(f"{name}.weight", torch.uint32, (rows, columns * form.bits // 32)),
-            Entry(f"{name}.scales", self._dtype, (rows, groups)),
-            Entry(f"{name}.biases", self._dtype, (rows, groups)),
+            Entry(f"{weight.name}.weight", torch.uint32, (rows, columns * weight.form.bits // 32)),
+            Entry(f"{weight.name}.scales", self._dtype, (rows, groups)),
+            Entry(f"{weight.name}.biases", self._dtype, (rows, groups)),
         )
 
         def make() -> list[Tensor]:
-            payload = read()
-            if not isinstance(payload, Quantized) or payload.bits != form.bits:
-                raise EvoPressError(f"{form} is stored otherwise in the level database: remove it, and it is built again")
+            payload = weight.integers()
             words = pack_bits(payload.codes, payload.bits).view(torch.uint32).reshape(rows, -1)
-            return [words, *self._scales_and_biases(payload, str(form), rounding)]
+            return [words, *self._scales_and_biases(payload, str(weight.form), rounding)]
 
         return Section(entries, make)
 
@@ -186,50 +160,6 @@ class MLX:
         for code in (0, 2**payload.bits - 1):  # what is off grows with the code, from one end to the other
             rounding.worst = max(rounding.worst, float(((off[0] * code + off[1]).abs() / step).masked_fill(scales == 0, 0.0).max()))
         return stored
-
-
-def _dense(payload: Payload, form: Form) -> Tensor:
-    if not isinstance(payload, Dense):
-        raise EvoPressError(f"{form} is stored otherwise in the level database: remove it, and it is built again")
-    return payload.weight
-
-
-def _module_of(blocks: BlockModel, name: str) -> str:
-    return ATTENTION if blocks.is_of_attention(name) else MLP
-
-
-def _zeros(shape: Sequence[int], group_size: int) -> Quantized:
-    """Return what stands in the place of a dropped module's linear: zeros, of 2 bits."""
-    rows, columns = shape
-    scales = torch.zeros(rows, columns // group_size, dtype=torch.float16)
-    return Quantized(torch.zeros(rows, columns, dtype=torch.uint8), scales, scales.to(torch.int16), 2, torch.float16)
-
-
-def _in_order(model: nn.Module, sections: Mapping[str, Section]) -> Iterator[Section]:
-    """Yield a section for everything that the model has, in its order, a tied weight once; what has no section is as it is."""
-    seen: set[int] = set()
-    everything = {**dict(model.named_parameters(remove_duplicate=False)), **model.state_dict(keep_vars=True)}
-    for name, tensor in everything.items():
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        if name in sections:
-            yield sections[name]
-        else:
-            yield Section((Entry(name, tensor.dtype, tuple(tensor.shape)),), lambda tensor=tensor: [tensor.data])  # type: ignore[misc]
-
-
-@contextmanager
-def _shape_of(export: Export) -> Iterator[None]:
-    """Hold the model without the blocks that are dropped whole, those that stay numbered anew.
-
-    An attention or MLP that alone is dropped stays in its place: its linears are zeros of 2 bits, or, where no group of MLX's
-    divides their rows, its output projection is zeros and the others are dense.
-    """
-    live = export.live
-    dropped = [live.dropped_in(export.genome, index) for index in range(len(live.blocks.blocks))]
-    with without_dropped(live.blocks, dropped) if any(map(any, dropped)) else nullcontext():
-        yield
 
 
 def engine_config(model: Any, layers: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:

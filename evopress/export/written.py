@@ -1,0 +1,133 @@
+"""What of a model at a genome is written: its weights under their names in the file, each read as it is stored, in its turn.
+
+Blocks that are dropped whole are left out, those that stay are numbered anew. An attention or MLP that alone is dropped stays in
+its place: its linears are integers that are all zeros, or, where no group of the format divides their rows, its output projection
+is dense zeros and the others are as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from evopress.compress.compressor import Payload
+from evopress.compress.gptq import Dense, Quantized
+from evopress.errors import EvoPressError
+from evopress.export.exporter import INTEGERS, Export, Form
+from evopress.export.tensors_file import Entry, Section
+from evopress.levels.modules import ATTENTION, MLP, dropped_modules, is_module
+from evopress.models.blocks import BlockModel
+from evopress.models.dropping import without_dropped
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that will be written."""
+
+    name: str
+    """Of its module, in the model as it is written."""
+    shape: tuple[int, int]
+    form: Form
+    read: Callable[[], Payload]
+    """Reads it from the level database, packed."""
+
+    def integers(self) -> Quantized:
+        """Read a weight of integers.
+
+        Raises: EvoPressError if it is stored otherwise than its form says.
+        """
+        payload = self.read()
+        if not isinstance(payload, Quantized) or payload.bits != self.form.bits:
+            raise EvoPressError(f"{self.form} is stored otherwise in the level database: remove it, and it is built again")
+        return payload
+
+    def dense_section(self, dtype: torch.dtype) -> Section:
+        """Return what writes a weight as it is, in a dtype."""
+        return Section((Entry(f"{self.name}.weight", dtype, self.shape),), lambda: [self._dense().to(dtype)])
+
+    def _dense(self) -> torch.Tensor:
+        payload = self.read()
+        if not isinstance(payload, Dense):
+            raise EvoPressError(f"{self.form} is stored otherwise in the level database: remove it, and it is built again")
+        return payload.weight
+
+
+@contextmanager
+def shape_of(export: Export) -> Iterator[None]:
+    """Hold the model in the shape in which it is written: without the blocks that are dropped whole."""
+    live = export.live
+    dropped = [live.dropped_in(export.genome, index) for index in range(len(live.blocks.blocks))]
+    with without_dropped(live.blocks, dropped) if any(map(any, dropped)) else nullcontext():
+        yield
+
+
+def weights_of(export: Export, *, zeros: Callable[[int], Form | None]) -> list[Weight]:
+    """Return the weights that a genome says something of, in no order; the model is to be in the shape in which it is written.
+
+    Args: zeros: the form of a dropped module's linear, by its columns; None: the format has no group for it.
+    """
+    blocks, space = export.live.blocks, export.live.space
+    gone = dropped_modules(space, export.genome)
+    names = {id(module): name for name, module in export.model.named_modules()}
+    slots = {name: slot for part in blocks.parts for name, slot in blocks.slots(part).items()}
+    found = []
+    for index, (unit, form) in enumerate(zip(space.units, export.forms, strict=True)):
+        if is_module(unit) or (name := names.get(id(slots[unit.name].module))) is None:  # in a block that is gone
+            continue
+        if unit.is_outside or (unit.block, _module_of(blocks, unit.name)) not in gone:
+            rows, columns = slots[unit.name].weight.shape
+            found.append(Weight(name, (rows, columns), form, partial(export.levels.read, index, export.genome[index])))
+    for block in range(len(blocks.blocks)):
+        for inner, linear in blocks.linears(block).items():
+            name, (rows, columns) = names.get(id(linear)), linear.weight.shape
+            if name and (block, _module_of(blocks, inner)) in gone and (form := zeros(columns)) is not None:
+                found.append(Weight(name, (rows, columns), form, partial(_zeros, rows, columns, form)))
+    return found
+
+
+def in_order(model: nn.Module, sections: Mapping[str, Section], *, dtype: torch.dtype | None = None) -> list[Section]:
+    """Return a section for everything that the model has, in its order, a tied weight once; what has none is as it is.
+
+    Args:
+        sections: by the name of the parameter in whose place they are.
+        dtype: of what has none; None: its own.
+    """
+    seen: set[int] = set()
+    found = []
+    everything = {**dict(model.named_parameters(remove_duplicate=False)), **model.state_dict(keep_vars=True)}
+    for name, tensor in everything.items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if name in sections:
+            found.append(sections[name])
+            continue
+        kept = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+        found.append(
+            Section((Entry(name, kept, tuple(tensor.shape)),), lambda tensor=tensor, kept=kept: [tensor.data.to(kept)])  # type: ignore[misc]
+        )
+    return found
+
+
+def zeros_in(groups: Sequence[int], bits: int) -> Callable[[int], Form | None]:
+    """Return what gives a dropped module's linear its form: integers of so many bits in the largest group that divides its rows."""
+
+    def form_of(columns: int) -> Form | None:
+        group_size = next((size for size in sorted(groups, reverse=True) if columns % size == 0), None)
+        return None if group_size is None else Form("a dropped module", "zeros", INTEGERS, bits, group_size)
+
+    return form_of
+
+
+def _module_of(blocks: BlockModel, name: str) -> str:
+    return ATTENTION if blocks.is_of_attention(name) else MLP
+
+
+def _zeros(rows: int, columns: int, form: Form) -> Quantized:
+    scales = torch.zeros(rows, columns // form.group_size, dtype=torch.float16)
+    return Quantized(torch.zeros(rows, columns, dtype=torch.uint8), scales, scales.to(torch.int16), form.bits, torch.float16)
