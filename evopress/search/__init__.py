@@ -7,7 +7,7 @@ from evopress.search.mutation import DISTRIBUTIONS, LevelSwitch, Mutation, offsp
 from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.selection import Stage, check_stages, select_fittest
 from evopress.search.strategies import STRATEGIES, strategy_of
-from evopress.search.strategy import Asks, Attribution, Fitness, Problem, Question, Searching, Strategy, run_search
+from evopress.search.strategy import Asks, Attribution, Fitness, Neighbour, Problem, Question, Searching, Strategy, run_search
 
 __all__ = [
     "DISTRIBUTIONS",
@@ -22,6 +22,7 @@ __all__ = [
     "GenerationRecord",
     "LevelSwitch",
     "Mutation",
+    "Neighbour",
     "Problem",
     "Question",
     "SearchSettings",

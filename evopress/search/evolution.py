@@ -16,6 +16,7 @@ from evopress.errors import EvoPressError
 from evopress.search.constraint import Deviation
 from evopress.search.initial import initial_candidates, uniform_genome
 from evopress.search.mutation import LevelSwitch, Mutation, offspring
+from evopress.search.neighbour import genomes_from_neighbour
 from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.selection import Stage, check_stages, select_fittest
 from evopress.search.strategy import Asks, Problem, Question
@@ -89,7 +90,7 @@ class SearchSettings:
             self,
             rng_initial=problem.rng_initial,
             rng_mutation=problem.rng_mutation,
-            starts=problem.starts,
+            starts=(*problem.starts, *genomes_from_neighbour(problem)),
         )
 
 

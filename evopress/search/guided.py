@@ -18,6 +18,7 @@ import numpy as np
 from evopress.errors import EvoPressError
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.search.initial import random_mixes, uniform_genome
+from evopress.search.neighbour import genomes_from_neighbour
 from evopress.search.program import best_genome, limits_around
 from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.selection import select_fittest
@@ -146,7 +147,7 @@ class Guided:
         self._evolution: Evolution | None = None
         self.initial_record: GenerationRecord | None = None
         """The record of generation 0, where nothing was given to choose from."""
-        own = self._own_starts()
+        own = (*self._own_starts(), *self._from_neighbour())
         self._candidates = tuple(dict.fromkeys((*own, *(problem.space.check(genome) for genome in problem.starts))))
         for genome in self._candidates:
             if not problem.budget.met_by(problem.space, genome):
@@ -277,6 +278,24 @@ class Guided:
             return [genome]
         count = self._settings.evolution.initial_candidates
         return random_mixes(space, budget, num_candidates=count, rng=self._problem.rng_initial)
+
+    def _from_neighbour(self) -> list[Genome]:
+        """Return genomes made of what was found at another budget, and take over the mean of the sensitivities found there.
+
+        They are the neighbour's, moved to this budget, and the best by those sensitivities; without any, the errors stand for them.
+        """
+        neighbour = self._problem.neighbour
+        if neighbour is None:
+            return []
+        found = np.asarray(neighbour.state.get("sensitivities", ()), dtype=np.float64).reshape(-1, len(self._problem.space))
+        values = self._errors
+        if len(found):
+            learnt = np.exp(np.log(found).mean(axis=0))
+            self._sensitivities = [learnt.tolist()]
+            values = [weight * of_unit for weight, of_unit in zip(learnt, self._errors, strict=True)]
+        genomes = list(genomes_from_neighbour(self._problem, [of_unit.tolist() for of_unit in values]))
+        free = self._best(self._problem.space.check(neighbour.genome), values)
+        return [*genomes, *([] if free is None or not self._problem.budget.met_by(self._problem.space, free) else [free])]
 
     def _best(self, around: Genome, values: Sequence[np.ndarray], most_changes: int | None = None) -> Genome | None:
         """Return the genome with the least sum of values that a genome can become by changes of weights; modules stay."""

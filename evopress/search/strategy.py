@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -130,6 +130,15 @@ class Asks:
 
 
 @dataclass(frozen=True)
+class Neighbour:
+    """What a search by the same strategy has found in the same space at another budget."""
+
+    genome: Genome
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """As `Strategy.state` returned it at the end."""
+
+
+@dataclass(frozen=True)
 class Problem:
     """What there is to search, and what a strategy may use."""
 
@@ -143,6 +152,8 @@ class Problem:
     """Draws everything after it."""
     starts: tuple[Genome, ...] = ()
     """Genomes within the budget that join the choice of the initial one."""
+    neighbour: Neighbour | None = None
+    """What was found at another budget, to begin from; a strategy uses of it what it can."""
 
 
 class Searching(Protocol):
