@@ -1,80 +1,204 @@
-"""The guided search against evolution on the same levels: held-out KL, perplexity and tokens, over budgets and seeds.
+"""The guided search against evolution on the same levels: held-out KL, perplexity and tokens, over budgets, levels and seeds.
 
-    python -m experiments.guided.measure                                # all rows, 2.5 and 3 bits, three seeds: hours on 2 cores
-    python -m experiments.guided.measure --rows guided --budgets 2.5 --seeds 0 -- threads=1
+    python -m experiments.guided.measure                                # quant, all rows, three seeds: hours on 2 cores
+    python -m experiments.guided.measure --jobs 12                      # on a GPU: minutes
+    python -m experiments.guided.measure --method sparsity --targets 0.7
+    python -m experiments.guided.measure --rows guided --targets 2.5 --seeds 0 -- threads=1
+    python -m experiments.guided.measure --draw                         # the figures, from curves.csv
 
-Runs lie in `multirun/guided/`, are gone on with where they were cut off, and `results.csv` is written anew after each. What follows
-`--` is given to every run.
+Runs lie in `multirun/guided/` and are gone on with where they were cut off. `results.csv` has how each ended, `curves.csv` the
+held-out KL after every generation and round; both keep the rows of earlier calls. What follows `--` is given to every run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from experiments.single_runs import evopress, folder_name, why_it_failed
+from evopress.reporting.curve import held_out_curve
+from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, open_frame, save, show_tokens
+from evopress.reporting.records import read_json, read_records
+from experiments.single_runs import SingleRun, evopress_all, folder_name, why_it_failed
 
 FOLDER = Path(__file__).parent
 RUNS = Path("multirun/guided")
-ROWS: dict[str, list[str]] = {
-    "dp": ["genome=dp", "stages=[database,evaluate]"],
-    "evolution from dp": ["search.starts=[dp]", "search.exchange=any"],
-    "guided": ["search/strategy=guided"],
-    "guided, then evolution": ["search/strategy=guided", "search.strategy.generations_after=9", "search.exchange=any"],
+KEYS = ["method", "recipe", "target", "row", "seed"]
+AFTER = "search.strategy.generations_after=9"
+GUIDED = "search/strategy=guided"
+FROM_DP = "search.starts=[dp]"
+NO_SEARCH = ("stages=[database,baselines,evaluate]",)
+ROWS: dict[str, dict[str, list[str]]] = {
+    "quant": {
+        "baselines": ["baselines.names=[uniform,dp]", *NO_SEARCH],
+        "evolution": [],
+        "evolution from dp": [FROM_DP, "search.exchange=any"],
+        "guided": [GUIDED, FROM_DP],
+        "guided, then evolution": [GUIDED, FROM_DP, AFTER, "search.exchange=any"],
+    },
+    "sparsity": {
+        "baselines": ["baselines.names=[uniform,dp]", *NO_SEARCH],
+        "evolution": [],
+        "evolution from dp": [FROM_DP],
+        "guided": [GUIDED],
+        "guided from dp": [GUIDED, FROM_DP],
+        "guided, then evolution": [GUIDED, AFTER],
+    },
+    "drop": {
+        "baselines": ["baselines.names=[shortgpt,sliding_window,weighted_cosine]", *NO_SEARCH],
+        "evolution": [],
+        "guided": [GUIDED],
+        "guided, then evolution": [GUIDED, AFTER],
+    },
 }
-"""A row to the overrides that make it."""
-BUDGETS = (2.5, 3.0)
-SEEDS = (0, 1, 2)
+"""By method: a row to the overrides that make it. Baselines have a row each, and are the same for every seed."""
+TARGETS: dict[str, tuple[float, ...]] = {
+    "quant": (2.25, 2.5, 3, 3.5),
+    "sparsity": (0.5, 0.6, 0.7),
+    "drop": (0.125, 0.25, 0.375, 0.5),
+}
+_UNITS = {"quant": " bits", "sparsity": " sparse", "drop": " dropped"}
+_TARGET = {"quant": "bits", "sparsity": "sparsity", "drop": "sparsity"}
 
 
-def row_of(folder: Path) -> dict[str, Any]:
-    """Return what a finished run has to say: its genome's measures, and what the search cost."""
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    names = ("evopress", "dp")
-    row = next(row for name in names for row in result["rows"] if row["name"] == name)
+def runs(
+    method: str,
+    recipes: Sequence[str],
+    names: Sequence[str],
+    targets: Sequence[float],
+    seeds: Sequence[int],
+    further: Sequence[str],
+) -> Iterator[SingleRun]:
+    """Yield a run per recipe of levels, target, row and seed."""
+    common = [f"+method={method}", "tracker=none", "baselines.names=[]", "stages=[database,search,evaluate]", "evaluation.every=1"]
+    for recipe in recipes:
+        levels = [f"method.recipe={recipe}"] if recipe else []
+        for seed in seeds:
+            for target in targets:
+                for name in names:
+                    if name == "baselines" and seed != seeds[0]:
+                        continue
+                    labels = dict(zip(KEYS, (method, recipe, target, name, seed), strict=True))
+                    folder = RUNS / folder_name("-".join(str(label) for label in labels.values() if label != ""))
+                    given = [*common, *levels, f"{_TARGET[method]}={target:g}", f"seed={seed}", *ROWS[method][name], *further]
+                    yield SingleRun(folder, tuple(given), labels)
+
+
+def ends(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield what a finished run says of its genome, or of each of its baselines: the measures, and what the search cost."""
+    result = read_json(folder / "result.json")
     search = result.get("search", {})
-    return {
-        "bits": row["bits_per_weight"],
-        "held_out_kl": row["kl"],
-        "perplexity": next(iter(row["perplexity"].values())),
-        "top1_agreement": row["top1_agreement"],
-        "tokens": search.get("tokens", 0),
-        "generations": search.get("generations", 0),
-    }
+    for row in result["rows"]:
+        if row["name"] != "dense":
+            yield {
+                **({} if row["name"] == "evopress" else {"row": row["name"]}),
+                "bits": row.get("bits_per_weight"),
+                "bytes": row.get("bytes"),
+                "held_out_kl": row["kl"],
+                "perplexity": next(iter(row["perplexity"].values())),
+                "top1_agreement": row["top1_agreement"],
+                "tokens": search.get("tokens", 0),
+                "generations": search.get("generations", 0),
+                "seconds": search.get("seconds", 0),
+            }
 
 
-def rows(names: Sequence[str], budgets: Sequence[float], seeds: Sequence[int], further: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield a row per name, budget and seed; one whose run failed has a sentence instead of numbers."""
-    common = ["+method=quant", "tracker=none", "baselines.names=[]", "stages=[database,search,evaluate]", *further]
-    for seed in seeds:
-        for budget in budgets:
-            for name in names:
-                folder = RUNS / f"{folder_name(name)}-{budget:g}-seed-{seed}"
-                row: dict[str, Any] = {"row": name, "budget": budget, "seed": seed}
-                if evopress(folder, *common, f"bits={budget:g}", f"seed={seed}", *ROWS[name]):
-                    yield {**row, **row_of(folder)}
-                else:
-                    yield {**row, "failed": why_it_failed(folder)}
+def curve(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the held-out KL after every generation or round of a run, and the tokens spent until then."""
+    if not (folder / "metrics.jsonl").exists():
+        return
+    rows = read_json(folder / "result.json")["rows"]
+    for record in held_out_curve(list(read_records(folder / "metrics.jsonl")), rows).records:
+        if record.get("held_out"):
+            yield {"generation": record["generation"], "tokens": record["tokens"], "held_out_kl": record["held_out"]["kl"]}
+
+
+def table(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean over seeds and the range of each row's held-out KL, and its tokens, by method, recipe, target and row."""
+    by = results.groupby(KEYS[:4], dropna=False, sort=False)
+    kl = by.held_out_kl
+    found = pd.DataFrame({"KL": kl.mean(), "least": kl.min(), "most": kl.max(), "perplexity": by.perplexity.mean()})
+    return found.assign(tokens=by.tokens.mean().round().astype(int), seeds=kl.count()).reset_index()
+
+
+def draw(curves: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw held-out KL against tokens, a panel per target, a curve per row and seed: one picture per method and recipe."""
+    files = []
+    for (method, recipe), of_method in curves.groupby(["method", "recipe"]):
+        unit = _UNITS[str(method)]
+        targets, names = sorted(of_method.target.unique()), list(dict.fromkeys(of_method.row))
+        figure = new_figure(3.1 * len(targets) + 0.4, 3.2)
+        for panel, target in zip(figure.subplots(1, len(targets), squeeze=False)[0], targets, strict=True):
+            lines = {}
+            for (name, _), points in of_method[of_method.target == target].groupby(["row", "seed"], sort=False):
+                look = names.index(name)
+                (lines[name],) = panel.plot(points.tokens, points.held_out_kl, color=COLOURS[look], linestyle=STYLES[look], lw=1.2)
+            panel.set(title=f"{target:g}{unit}", xlabel="tokens")
+            panel.xaxis.set_major_formatter(show_tokens)
+            log_scale(panel)
+            open_frame(panel)
+        figure.axes[0].set_ylabel(f"held-out KL, a line per seed, {recipe} levels" if recipe else "held-out KL, a line per seed")
+        figure.axes[0].legend(lines.values(), lines.keys(), frameon=False, fontsize=8)
+        files += save(figure, folder, f"curves-{method}{f'-{recipe}' if recipe else ''}")
+    return files
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Return the rows of a CSV that was written here."""
+    return pd.read_csv(path).assign(recipe=lambda rows: rows.recipe.fillna(""))
+
+
+def merged(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows to a CSV, in place of those that it has of the same runs."""
+    if not rows:
+        return
+    new = pd.DataFrame(rows)
+    if path.exists():
+        old, seen = read(path), set(new[KEYS].itertuples(index=False, name=None))
+        new = pd.concat([old[[key not in seen for key in old[KEYS].itertuples(index=False, name=None)]], new])
+    new.sort_values(KEYS, kind="stable").to_csv(path, index=False, float_format="%.6g")
 
 
 def main() -> None:
+    """Run what is missing, write what was found, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--results", type=Path, default=FOLDER / "results.csv")
+    parser.add_argument("--method", default="quant", choices=list(ROWS))
+    parser.add_argument("--recipes", nargs="+", default=None, help="paper, best, or both (default); method drop has none")
+    parser.add_argument("--rows", nargs="+", default=None)
+    parser.add_argument("--targets", nargs="+", type=float, default=None)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="at once")
+    parser.add_argument("--results", type=Path, default=FOLDER / "results.csv", help="curves.csv goes beside it")
+    parser.add_argument("--draw", action="store_true", help="draw curves.csv, run nothing")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
-    arguments = parser.parse_args()
-    found: list[dict[str, Any]] = []
-    for row in rows(arguments.rows, arguments.budgets, arguments.seeds, arguments.further):
-        found.append(row)
-        pd.DataFrame(found).to_csv(arguments.results, index=False)
-        print(row, flush=True)
+    asked = parser.parse_args()
+    curves_at = asked.results.with_name("curves.csv")
+    if not asked.draw:
+        names = asked.rows or list(ROWS[asked.method])
+        if unknown := [name for name in names if name not in ROWS[asked.method]]:
+            parser.error(
+                f"--rows {unknown[0]!r} is unknown for method {asked.method}: choose among {', '.join(ROWS[asked.method])}"
+            )
+        recipes = [""] if asked.method == "drop" else asked.recipes or ["best", "paper"]
+        all_runs = list(runs(asked.method, recipes, names, asked.targets or TARGETS[asked.method], asked.seeds, asked.further))
+        found: list[dict[str, Any]] = []
+        points: list[dict[str, Any]] = []
+        for run, well in evopress_all(all_runs, at_once=asked.jobs):
+            if not well:
+                print(f"{run.folder.name}: {why_it_failed(run.folder)}", flush=True)
+                continue
+            found += [{**run.labels, **end} for end in ends(run.folder)]
+            points += [{**run.labels, **point} for point in curve(run.folder)]
+            print(found[-1], flush=True)
+            merged(asked.results, found)
+            merged(curves_at, points)
+        if asked.results.exists():
+            print(table(read(asked.results)).to_string(index=False, float_format="%.3f"))
+    for file in draw(read(curves_at), curves_at.parent):
+        print(file)
 
 
 if __name__ == "__main__":

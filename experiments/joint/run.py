@@ -1,6 +1,7 @@
 """One size, three ways to reach it: bit widths alone, modules first and bit widths then, or both in one space.
 
     python -m experiments.joint.run                                     # three sizes, three seeds: hours on 2 cores
+    python -m experiments.joint.run --jobs 12                           # on a GPU: minutes
     python -m experiments.joint.run --sizes 50MB --seeds 0 -- search.generations=12 threads=1
 
 All searches evaluate the same number of candidate tokens and start from dynamic programming's genome where it is within the size.
@@ -13,12 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from experiments.single_runs import evopress, folder_name, why_it_failed
+from experiments.single_runs import SingleRun, evopress, evopress_all, folder_name, why_it_failed
 
 FOLDER = Path(__file__).parent
 RUNS = Path("multirun/joint")
@@ -48,7 +50,7 @@ def arguments_of(way: str, size: str, common: list[str], seed: int) -> list[str]
     if way == "joint":
         return joint
     found = RUNS / f"drop-seed-{seed}"
-    if not evopress(found, "+method=drop", f"sparsity={SHARE}", "baselines.names=[]", "stages=[database,search]", *common):
+    if not (found / "finished.json").exists():
         return None
     dropped, kept = dropped_by(found)
     return [*joint, f"method.dropped=[{','.join(dropped)}]", f"method.exclude=[{','.join(kept)}]"]
@@ -62,21 +64,28 @@ def has_run(folder: Path, arguments: list[str]) -> bool:
     return _ABOVE_THE_SIZE in why_it_failed(folder) and evopress(folder, *arguments, *stages)
 
 
-def rows(sizes: list[str], seeds: list[int], further: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield a row per way, size and seed, those that cannot reach the size with a sentence instead of numbers."""
-    for seed in seeds:
-        common = ["tracker=none", "evaluation.every=0", f"seed={seed}", *further]
-        for size in sizes:
-            for way in WAYS:
-                folder = RUNS / f"{folder_name(way)}-{size}-seed-{seed}"
-                arguments = arguments_of(way, size, common, seed)
-                row: dict[str, Any] = {"size": size, "seed": seed, "way": way}
-                if arguments is None:
-                    yield row | {"said": why_it_failed(RUNS / f"drop-seed-{seed}")}
-                elif not has_run(folder, arguments):
-                    yield row | {"said": why_it_failed(folder)}
-                else:
-                    yield from (row | found for found in rows_of(folder))
+def rows(sizes: list[str], seeds: list[int], further: list[str], *, at_once: int) -> Iterator[dict[str, Any]]:
+    """Yield rows of every way, size and seed; those that cannot reach the size have a sentence instead of numbers."""
+    common = {seed: ["tracker=none", "evaluation.every=0", f"seed={seed}", *further] for seed in seeds}
+    drop = ["+method=drop", f"sparsity={SHARE}", "baselines.names=[]", "stages=[database,search]"]
+    first = [SingleRun(RUNS / f"drop-seed-{seed}", (*drop, *common[seed])) for seed in seeds]
+    for run, well in evopress_all(first, at_once=at_once):
+        print(f"{run.folder.name}: {'done' if well else why_it_failed(run.folder)}", flush=True)
+
+    def one(asked: tuple[int, str, str]) -> list[dict[str, Any]]:
+        seed, size, way = asked
+        folder = RUNS / f"{folder_name(way)}-{size}-seed-{seed}"
+        arguments = arguments_of(way, size, common[seed], seed)
+        row: dict[str, Any] = {"size": size, "seed": seed, "way": way}
+        if arguments is None:
+            return [row | {"said": why_it_failed(RUNS / f"drop-seed-{seed}")}]
+        if not has_run(folder, arguments):
+            return [row | {"said": why_it_failed(folder)}]
+        return [row | found for found in rows_of(folder)]
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for found in pool.map(one, [(seed, size, way) for seed in seeds for size in sizes for way in WAYS]):
+            yield from found
 
 
 def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
@@ -99,11 +108,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="at once")
     parser.add_argument("--results", type=Path, default=FOLDER / "results.csv")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
     asked = parser.parse_args()
     found: list[dict[str, Any]] = []
-    for row in rows(asked.sizes, asked.seeds, asked.further):
+    for row in rows(asked.sizes, asked.seeds, asked.further, at_once=asked.jobs):
         found.append(row)
         pd.DataFrame(found).to_csv(asked.results, index=False, float_format="%.6g")
         print(row, flush=True)

@@ -67,7 +67,8 @@ def measure(row: str, overrides: list[str], *, seed: int) -> list[dict[str, Any]
         tokens = workspace.calibration_tokens
         if seed:
             order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
-            workspace.__dict__["calibration_tokens"] = tokens[order]
+            vars(workspace.text)["calibration"] = tokens[order]
+            assert torch.equal(workspace.calibration_tokens, tokens[order])
         _ = workspace.blocks
         started = time.monotonic()
         database = workspace.database
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, default=FOLDER / "results.csv")
+    parser.add_argument("further", nargs="*", help="overrides for every row, after --")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -118,7 +120,7 @@ def main() -> None:
             if any(record["recipe"] == row and record["seed"] == seed for record in done):
                 continue
             started = time.monotonic()
-            done += measure(row, ROWS[row], seed=seed)
+            done += measure(row, [*ROWS[row], *arguments.further], seed=seed)
             pd.DataFrame(done).to_csv(arguments.out, index=False, float_format="%.6g")
             shown = {record["model"]: round(record["kl"], 4) for record in done[-8:]}
             print(f"{row}, seed {seed}: {shown}, database {done[-1]['database_seconds']:.0f} s", flush=True)

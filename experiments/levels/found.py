@@ -1,0 +1,85 @@
+"""What a found model gains by the second pass along it, and what one costs whose head and embedding are compressed too.
+
+    python -m experiments.levels.found                   # hours on 2 cores
+    python -m experiments.levels.found --jobs 12         # on a GPU: minutes
+    python -m experiments.levels.found --rows whole --bits 2.5 --seeds 0 -- threads=1
+
+The second pass is measured at 2.25, 2.5 and 3 bits, models that are compressed whole at 2.5, 3 and 4.
+Runs lie in `multirun/found/` and are gone on with where they were cut off; `found.csv` beside this file is written anew after each.
+What follows `--` is given to every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from evopress.reporting.records import read_json
+from experiments.single_runs import SingleRun, evopress_all, why_it_failed
+
+TABLE = Path(__file__).with_suffix(".csv")
+RUNS = Path("multirun/found")
+LEVELS = "method.levels=[dense,8,6,5,4,3,2]"
+ROWS: dict[str, tuple[tuple[float, ...], list[str]]] = {
+    "second pass": ((2.25, 2.5, 3), ["stages=[database,search,refine,evaluate]", "refine.tokens=4096"]),
+    "whole": ((2.5, 3, 4), [LEVELS, "method.include=[blocks,head,embedding]", "stages=[database,search,evaluate,export]"]),
+}
+"""A row to the bits per weight it is measured at, and the overrides that make it."""
+
+
+def runs(names: Sequence[str], bits: Sequence[float] | None, seeds: Sequence[int], further: Sequence[str]) -> Iterator[SingleRun]:
+    """Yield a run per row, bits per weight and seed."""
+    common = ["+method=quant", "search/strategy=guided", "search.starts=[dp]", "baselines.names=[]", "tracker=none", *further]
+    for name in names:
+        at, overrides = ROWS[name]
+        for target in bits or at:
+            for seed in seeds:
+                folder = RUNS / f"{name.replace(' ', '-')}-{target:g}-{seed}"
+                given = (*common, *overrides, f"bits={target:g}", f"seed={seed}")
+                yield SingleRun(folder, given, {"row": name, "target": target, "seed": seed})
+
+
+def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the measures of a finished run's models; what was exported, in bytes, beside them."""
+    result = read_json(folder / "result.json")
+    checkpoint = folder / "checkpoint"
+    exported = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else None
+    for row in result["rows"]:
+        if row["name"] == "dense":
+            continue
+        yield {
+            "model": row["name"],
+            **{key: row[key] for key in ("bits_per_weight", "bytes", "kl", "top1_agreement")},
+            "perplexity": next(iter(row["perplexity"].values())),
+            "checkpoint_bytes": exported,
+            **{f"refine_{key}": value for key, value in result.get("refine", {}).items() if row["name"] != "evopress"},
+        }
+
+
+def main() -> None:
+    """Run what is missing and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--bits", nargs="+", type=float, default=None)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="at once")
+    parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("further", nargs="*", help="overrides for every run, after --")
+    asked = parser.parse_args()
+    found: list[dict[str, Any]] = []
+    for run, well in evopress_all(runs(asked.rows, asked.bits, asked.seeds, asked.further), at_once=asked.jobs):
+        if not well:
+            print(f"{run.folder.name}: {why_it_failed(run.folder)}", flush=True)
+            continue
+        found += [{**run.labels, **row} for row in rows_of(run.folder)]
+        frame = pd.DataFrame(found).sort_values(["row", "target", "seed"], kind="stable")
+        frame.to_csv(asked.out, index=False, float_format="%.6g")
+        print(frame.tail(2).to_string(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
