@@ -303,7 +303,7 @@ def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format
     """Write the model at a genome, replacing an older folder; return the folder.
 
     Args:
-        format: dequantized, a checkpoint that transformers loads; mlx; what installed packages offer (docs/exports.md).
+        format: dequantized, a checkpoint that transformers loads; mlx; gguf; what installed packages offer (docs/exports.md).
         options: the format's own, such as scales="float32".
 
     Raises: EvoPressError if the genome does not fit the levels or the format, or the folder cannot be written.

@@ -546,7 +546,7 @@ class RunSettings:
     resume: str | None = None
     """Run folder to go on with; its own settings are used, later ones on the command line win."""
     export: list[str] = field(default_factory=lambda: ["dequantized"])
-    """Formats of the stage export: dequantized, a checkpoint that transformers loads; mlx; those of installed packages."""
+    """Formats of the stage export: dequantized, a checkpoint that transformers loads; mlx; gguf; those of installed packages."""
     export_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What exporters are told, by name and keyword (`+export_options.mlx.scales=float32`)."""
     genome: str | None = None

@@ -12,7 +12,11 @@ from evopress.registry import Registry
 DEQUANTIZED = "dequantized"
 EXPORTERS: Registry[Callable[..., Exporter]] = Registry(
     "exporter",
-    {DEQUANTIZED: "evopress.export.checkpoint:Dequantized", "mlx": "evopress.export.mlx:MLX"},
+    {
+        DEQUANTIZED: "evopress.export.checkpoint:Dequantized",
+        "mlx": "evopress.export.mlx:MLX",
+        "gguf": "evopress.export.gguf:GGUF",
+    },
     group="evopress.exporters",
 )
 """What makes an exporter, called with its options as keywords."""

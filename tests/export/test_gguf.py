@@ -1,0 +1,349 @@
+"""The GGUF format: decoded by the `gguf` package, and, where its library is installed, run by llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp_engine
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from evopress.compress.gptq import Quantized
+from evopress.errors import EvoPressError
+from evopress.export.exporter import INTEGERS, SPARSE, Export, Form, write_export
+from evopress.export.gguf import FILE, GGUF, as_blocks, type_of
+from evopress.export.gguf_model import ARCHITECTURES, frequency_factors
+from evopress.export.gguf_tokenizer import add_tokenizer, split_name
+from evopress.models.tiny import byte_tokenizer
+
+
+def decoded(path: Path, export: Export) -> dict[str, Tensor]:
+    """Return the weights under their names in the model, rows in their order there, in float32, by the gguf package."""
+    config = export.model.config
+    name_of = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]], 3)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    state = {}
+    for name in export.model.state_dict():
+        if (tensor := found.get(name_of.get_name(name, try_suffixes=(".weight", ".bias")))) is None:
+            continue
+        weight = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2], 0)
+        if heads and ARCHITECTURES[config.model_type] == "LLAMA":
+            weight = weight.reshape(heads, -1, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+        state[name] = torch.from_numpy(weight)
+    assert len(state) == len(found) - ("rope_freqs.weight" in found)
+    return state
+
+
+def with_biases(export: Export) -> Export:
+    for name, parameter in export.model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.1)
+    return export
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+BIASED = {"config": {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "given"),
+    [
+        ("llama", BIASED),
+        ("mistral", {"dtype": torch.bfloat16}),
+        ("qwen2", {"include": ("blocks", "head", "embedding")}),
+        ("qwen3", {"tied": True, "include": ("blocks", "embedding"), "dtype": torch.float16}),
+    ],
+)
+def test_every_weight_is_what_its_payload_decodes_to_and_the_size_is_known(
+    model_type: str, given: dict[str, Any], exported: Callable[..., Export], tmp_path: Path
+) -> None:
+    export, exporter = with_biases(exported(model_type, **given)), GGUF(exact=True)
+    exporter.check(export.model.config.to_dict(), [])
+    before = {name: tensor.clone() for name, tensor in export.model.state_dict().items()}
+    said = exporter.num_bytes(export)
+    assert not list(tmp_path.iterdir())
+    path = write_export(exporter, tmp_path / "gguf", export) / FILE
+    assert path.stat().st_size == said
+    state, units = decoded(path, export), {}
+    for index, (unit, level) in enumerate(zip(export.live.space.units, export.genome, strict=True)):
+        units[f"{unit.name}.weight"] = export.levels.read(index, level).decode()
+    tied = {"lm_head.weight"} if given.get("tied") else set()
+    assert set(state) == set(before) - tied and set(units) <= set(state)
+    for name, weight in state.items():
+        assert torch.equal(weight.to(export.model.dtype), units.get(name, before[name])), name
+    assert all(torch.equal(tensor, before[name]) for name, tensor in export.model.state_dict().items())
+
+
+def payload(bits: int, zeros: tuple[int, int], *, group_size: int, columns: int) -> Quantized:
+    """Return integers of all codes whose zeros lie between two, both ends among them."""
+    rng = torch.Generator().manual_seed(bits)
+    shape = (4, columns // group_size)
+    drawn = torch.randint(zeros[0], zeros[1] + 1, shape, generator=rng)
+    drawn[0, 0], drawn[1, 0] = zeros
+    codes = torch.randint(2**bits, (4, columns), generator=rng)
+    codes[:, 0], codes[:, 1] = 0, 2**bits - 1
+    scales = (0.5 + torch.rand(shape, generator=rng)) * 0.01
+    return Quantized(codes.to(torch.uint8), scales.to(torch.float16), drawn.to(torch.int16), bits, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("bits", "zeros", "sizes", "exact", "expected"),
+    [
+        (2, (0, 3), (32, 64), False, "Q4_0"),
+        (3, (0, 7), (64, 128), False, "Q4_0"),
+        (3, (-2, 7), (32, 32), False, "Q4_1"),  # a step of 9
+        (3, (-2, 7), (32, 32), True, "Q5_0"),
+        (4, (8, 8), (64, 128), False, "Q4_0"),
+        (4, (0, 15), (64, 128), False, "Q4_1"),
+        (4, (0, 15), (64, 128), True, "Q5_0"),
+        (5, (16, 16), (64, 64), False, "Q5_0"),
+        (5, (0, 31), (64, 64), False, "Q5_1"),
+        (5, (0, 31), (64, 64), True, "Q8_0"),
+        (6, (0, 63), (64, 64), False, "Q8_0"),
+        (7, (0, 127), (64, 64), False, "Q8_0"),
+        (8, (128, 128), (64, 64), False, "Q8_0"),
+        (8, (0, 255), (64, 64), False, None),
+        (2, (0, 15), (256, 512), False, "Q2_K"),
+        (2, (0, 15), (128, 512), False, "Q4_1"),  # a K type's scales are multiples of one
+        (3, (4, 4), (256, 512), False, "Q3_K"),
+        (3, (0, 7), (512, 512), False, "Q4_K"),
+        (4, (0, 63), (256, 256), False, "Q4_K"),
+        (5, (0, 63), (256, 256), False, "Q5_K"),
+        (6, (32, 32), (256, 256), False, "Q6_K"),
+        (4, (0, 15), (48, 96), False, None),
+    ],
+)
+def test_the_smallest_type_that_holds_the_integers_is_taken(
+    bits: int, zeros: tuple[int, int], sizes: tuple[int, int], exact: bool, expected: str | None
+) -> None:
+    integers = payload(bits, zeros, group_size=sizes[0], columns=sizes[1])
+    of = type_of(integers, exact=exact)
+    assert (of and of.name) == expected
+    if of is None:
+        return
+    found = gguf.quants.dequantize(of.pack(as_blocks(integers, of)).numpy(), gguf.GGMLQuantizationType[of.name])
+    off = (torch.from_numpy(found) - integers.decode()).abs()
+    steps = (off.reshape(4, -1, sizes[0]) / integers.scales.float().unsqueeze(2)).max()
+    assert steps == 0.0 if of.mins != (1, 1) else 0.0 < steps <= 2**-11 * max(map(abs, zeros))
+
+
+def test_scales_that_float16_does_not_hold_have_no_type() -> None:
+    integers = payload(3, (0, 7), group_size=32, columns=32)
+    assert type_of(replace(integers, scales=integers.scales.float())) is not None
+    assert type_of(replace(integers, scales=integers.scales.float() * 1.0001)) is None
+
+
+def test_minima_are_rounded_by_what_the_card_says(exported: Callable[..., Export], tmp_path: Path) -> None:
+    export = exported()
+    folder = write_export(GGUF(), tmp_path / "gguf", replace(export, licence="Apache-2.0", table="| name |"))
+    card = (folder / "README.md").read_text()
+    for said in ("license: apache-2.0", f"llama-server -m {FILE}", "| name |", "as Q4_1", "as Q5_1", "as Q8_0"):
+        assert said in card
+    said, worst = float(card.split("more than ")[1].split(" of a step")[0]), 0.0
+    state = decoded(folder / FILE, export)
+    for index, unit in enumerate(export.live.space.units):
+        stored: Any = export.levels.read(index, export.genome[index])
+        off = (state[f"{unit.name}.weight"] - stored.decode()).abs()
+        if isinstance(stored, Quantized):
+            step = stored.scales.float().repeat_interleave(off.shape[1] // stored.scales.shape[1], dim=1)
+            worst = max(worst, float((off / step).max()))
+        else:
+            assert not off.any()
+    assert said * 0.9 < worst <= said * 1.06  # said with two digits
+
+
+DROPPED = [(0, "attention"), (1, "attention"), (1, "mlp"), (2, "mlp")]
+
+
+def test_dropped_blocks_are_left_out_and_dropped_modules_are_zeros(exported: Callable[..., Export], tmp_path: Path) -> None:
+    export = exported(dropped=DROPPED)
+    path = write_export(GGUF(exact=True), tmp_path / "gguf", export) / FILE
+    assert path.stat().st_size == GGUF(exact=True).num_bytes(export)
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["llama.block_count"].contents() == 2
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert {name.split(".")[1] for name in tensors if name.startswith("blk.")} == {"0", "1"}
+    gone = [f"blk.0.attn_{part}.weight" for part in ("q", "k", "v", "output")]
+    gone += [f"blk.1.ffn_{part}.weight" for part in ("gate", "up", "down")]
+    for name in gone:
+        assert not gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type).any()
+        assert tensors[name].tensor_type.name == ("Q2_K" if name == "blk.1.ffn_down.weight" else "Q4_0")
+    kept = next(i for i, unit in enumerate(export.live.space.units) if unit.name == "model.layers.2.self_attn.v_proj")
+    found = gguf.quants.dequantize(tensors["blk.1.attn_v.weight"].data, tensors["blk.1.attn_v.weight"].tensor_type)
+    assert np.array_equal(found, export.levels.read(kept, export.genome[kept]).decode().numpy())
+
+
+def test_matrices_that_are_no_units_take_the_dtype_that_is_asked_for(exported: Callable[..., Export], tmp_path: Path) -> None:
+    path = write_export(GGUF(dense="float16"), tmp_path / "gguf", exported()) / FILE
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == "F16"
+    assert kinds["output_norm.weight"] == kinds["blk.0.attn_norm.weight"] == "F32"
+
+
+@pytest.mark.parametrize(
+    ("form", "sentence"),
+    [
+        (
+            Form("a.q_proj", "4 bits", INTEGERS, 4, 16),
+            "4 bits in groups of 16: GGUF has a scale for 32 weights; set method.group_size",
+        ),
+        (Form("a.q_proj", "8 bits", INTEGERS, 8, 64), "8 bits in groups of 64: .* set method.symmetric=true, or leave 8 out"),
+        (Form("a.q_proj", "4 bits", INTEGERS, 4, 64, False, "float32"), "with float32 scales: set method.scale_dtype=float16"),
+        (Form("a.q_proj", "-1", SPARSE), r"sparse weights \(a.q_proj at -1\)"),
+    ],
+)
+def test_levels_that_gguf_cannot_hold_are_refused(form: Form, sentence: str) -> None:
+    GGUF().check({"model_type": "llama"}, [Form("a", "8 bits", INTEGERS, 8, 64, True)])
+    with pytest.raises(EvoPressError, match=sentence):
+        GGUF().check({"model_type": "llama"}, [form])
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"model_type": "gemma2"}, "of type gemma2: it knows llama, mistral, qwen2, qwen3"),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rotary embedding \(dynamic\)"),
+        (
+            {"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}},
+            r"\(yarn with mscale\)",
+        ),
+    ],
+)
+def test_models_that_llama_cpp_computes_otherwise_are_refused(config: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(EvoPressError, match=sentence):
+        GGUF().check(config, [])
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(EvoPressError, match="dense=int8 is unknown: choose float32, float16, bfloat16"):
+        GGUF(dense="int8")
+    with pytest.raises(EvoPressError, match="exact=1 is neither"):
+        GGUF(exact=1)  # type: ignore[arg-type]
+
+
+def test_llama_3_divides_frequencies_as_transformers_does(exported: Callable[..., Export]) -> None:
+    config = exported(config={"rope_parameters": LLAMA3}).model.config
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = LLAMA3["rope_theta"] ** (-torch.arange(0, 64, 2) / 64)  # type: ignore[operator]
+    found = frequency_factors(config.to_dict())
+    assert found is not None and len(found.unique()) > 3
+    assert torch.allclose(plain / found, scaled, rtol=1e-5)
+
+
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"), [(LLAMA_3, "llama-bpe"), (LLAMA_3.replace("{1,3}", ""), "qwen2"), (TEKKEN, "tekken"), (r"\w+", None)]
+)
+def test_how_text_is_split_has_a_name(pattern: str, name: str | None) -> None:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    steps = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, byte_level]
+    if name is not None:
+        assert split_name(steps) == name
+        return
+    with pytest.raises(EvoPressError, match=r"splits text by Split and ByteLevel as this one does: name it, such as"):
+        split_name(steps)
+
+
+def test_smollm2_and_gpt_2_split_text_by_digits_or_not() -> None:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    assert split_name([byte_level]) == "gpt-2"
+    assert split_name([{"type": "Digits", "individual_digits": True}, byte_level]) == "smollm"
+    with pytest.raises(EvoPressError, match="by ByteLevel as"):
+        split_name([{**byte_level, "add_prefix_space": True}])
+
+
+def metadata(tokenizer: Any, path: Path, **options: Any) -> dict[str, Any]:
+    writer = gguf.GGUFWriter(path, "llama")
+    add_tokenizer(writer, tokenizer, **options)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return {key.removeprefix("tokenizer.ggml."): field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+
+
+def characters() -> PreTrainedTokenizerFast:
+    """Return a tokenizer as Llama 2 and Mistral have it: merges of characters, bytes for what has no token."""
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "ab", "a", "b", "▁", "▁ab"]
+    merges = [("▁", "a"), ("a", "b"), ("▁a", "b"), ("▁", "ab")]
+    model = models.BPE(
+        {token: i for i, token in enumerate(vocabulary)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def test_a_tokenizer_of_characters_has_scores_for_merges(tmp_path: Path) -> None:
+    found = metadata(characters(), tmp_path / FILE, vocabulary=300)
+    assert found["model"] == "llama" and found["add_space_prefix"] is True and found["add_bos_token"] is False
+    tokens, scores, types = found["tokens"], found["scores"], found["token_type"]
+    assert tokens[:3] == ["<unk>", "<s>", "</s>"] and types[:4] == [2, 3, 3, 6] and tokens[299] == "[PAD299]" and types[299] == 5
+    score = dict(zip(tokens, scores, strict=True))
+    assert score["▁a"] > score["ab"] > score["▁ab"] > score["b"] and types[tokens.index("▁ab")] == 1
+
+
+def test_a_byte_level_tokenizer_has_its_special_tokens_and_its_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["hello"])
+    tokenizer.chat_template = "{{ messages }}"
+    found = metadata(tokenizer, tmp_path / FILE, vocabulary=260)
+    assert (found["model"], found["pre"], found["eos_token_id"]) == ("gpt2", "gpt-2", 0)
+    assert (found["token_type"][0], found["token_type"][1], found["token_type"][257]) == (3, 1, 4) and found["tokens"][
+        257
+    ] == "hello"
+    assert found["tokenizer.chat_template"] == "{{ messages }}" and "bos_token_id" not in found
+    assert metadata(tokenizer, tmp_path / "named.gguf", vocabulary=260, pre="falcon")["pre"] == "falcon"
+    with pytest.raises(EvoPressError, match=r"token 257 \('hello'\) of the tokenizer, since the embedding has 257 rows"):
+        metadata(tokenizer, tmp_path / "small.gguf", vocabulary=257)
+
+
+@pytest.mark.skipif(not llama_cpp_engine.is_there(), reason=f"needs {', '.join(llama_cpp_engine.NEEDED)}")
+@pytest.mark.parametrize(
+    ("model_type", "given"),
+    [("llama", BIASED), ("qwen2", {}), ("qwen3", {"tied": True}), ("mistral", {"dropped": DROPPED})],
+)
+def test_llama_cpp_computes_what_was_measured(
+    model_type: str, given: dict[str, Any], exported: Callable[..., Export], ids: Tensor, tmp_path: Path
+) -> None:
+    export = with_biases(exported(model_type, **given))
+    path = write_export(GGUF(exact=True), tmp_path / "gguf", export) / FILE
+    texts = ["ab 12", "Hello,\n  world"]
+    (tmp_path / "in.json").write_text(json.dumps({"tokens": ids.tolist(), "texts": texts}))
+    command = [sys.executable, llama_cpp_engine.__file__, str(path), str(tmp_path / "in.json"), str(tmp_path / "out.json")]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["texts"] == [export.tokenizer(text)["input_ids"] for text in texts]
+    with export.live.applied(export.genome), torch.no_grad():
+        ours = export.model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
+    theirs = torch.tensor(found["logits"], dtype=torch.float64).log_softmax(-1)
+    divergence = float((ours.exp() * (ours - theirs)).sum(-1).mean())
+    assert divergence < 2e-3  # it rounds activations to 8 bits; a wrong order of heads' rows gives 0.1 and more
