@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_METHOD = {"recipe": "paper", "symmetric": False, "group_sizes": {}, "tolerance": 0.02, "include": ["blocks"]}
+_METHOD = {"recipe": "paper", "symmetric": False, "group_sizes": {}, "tolerance": 0.02, "zeros": "any", "include": ["blocks"]}
 """Settings of a method that weights are compressed by, with the value that they had before they were settings."""
 _RUN: dict[str, Any] = {"genome": None, "size": None, "limits": []}
 _MODEL = {"bos": "auto"}
@@ -39,6 +39,8 @@ def without_later(values: dict[str, Any]) -> dict[str, Any]:
     values = {key: value for key, value in values.items() if key not in _RUN or value != _RUN[key]}
     if (values["search"].get("strategy") or {"name": "evolution"}) == {"name": "evolution"}:
         values = {**values, "search": {key: value for key, value in values["search"].items() if key != "strategy"}}
+    if values["method"].get("scale_dtype") == "auto":
+        values = {**values, "method": {**values["method"], "scale_dtype": "float16"}}
     groups = {"model": _MODEL, "data": _DATA, "method": _METHOD, "baselines": _BASELINES}
     return values | {group: earlier(group, later) for group, later in groups.items()}
 

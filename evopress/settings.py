@@ -153,8 +153,10 @@ class QuantSettings(MethodSettings):
     """Share of the Hessian's mean diagonal added to its diagonal, in (0, 1)."""
     block_size: int = 128
     """Columns per lazy update."""
-    scale_dtype: str = "float16"
-    """float16 or float32, of the stored scales."""
+    zeros: str = "any"
+    """any, or codes: every zero is one of its grid's codes, for formats that pack it as one; `engine` can ask for codes, too."""
+    scale_dtype: str = AUTO
+    """float16, bfloat16 or float32, of the stored scales; auto: float16, or what `engine` keeps as it is."""
     propagate_bits: int | None = 4
     """Activations leave a block through this level while the database is built; None: through the dense block."""
     include: list[str] = field(default_factory=lambda: ["blocks"])

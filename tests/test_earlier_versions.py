@@ -24,7 +24,15 @@ def test_what_earlier_versions_did_is_left_out() -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"recipe": "best"}, {"symmetric": True}, {"group_sizes": {2: 32}}, {"tolerance": 0.1}, {"include": ["blocks", "head"]}],
+    [
+        {"recipe": "best"},
+        {"symmetric": True},
+        {"zeros": "codes"},
+        {"scale_dtype": "float32"},
+        {"group_sizes": {2: 32}},
+        {"tolerance": 0.1},
+        {"include": ["blocks", "head"]},
+    ],
 )
 def test_what_they_did_not_do_counts(changed: dict[str, object]) -> None:
     assert without_later(values(**{**PAPER, **changed}))["method"] != without_later(values(**PAPER))["method"]

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from evopress.compress.compressor import Compressed, Compressor, Payload, with_errors
 from evopress.compress.descent import descend
-from evopress.compress.grid import Grid, fit_grid, fit_range, round_in_place, symmetric_grid
+from evopress.compress.grid import Grid, fit_range, round_in_place, spanning
 from evopress.compress.hessian import inverse_factor
 from evopress.compress.one_level import OneLevel
 from evopress.compress.order import group_order
 from evopress.errors import EvoPressError
 from evopress.units import Level
 
-_SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _ZERO_BITS = 16
 RECIPES = ("paper", "best")
+ZEROS = ("any", "codes")
 DENSE = "dense"
 """Label and key of the level that is the weight as it is."""
 FitGrid = Callable[[Tensor, int], Grid]
@@ -41,7 +42,7 @@ class Quantized:
     codes: Tensor
     """uint8 [R, C], each below 2^bits."""
     scales: Tensor
-    """float16 or float32 [R, G]."""
+    """float16, bfloat16 or float32 [R, G]."""
     zeros: Tensor
     """int16 [R, G]."""
     bits: int
@@ -96,6 +97,8 @@ class GPTQ:
     """paper or best."""
     symmetric: bool = False
     """Every zero is its grid's middle code, for engines that take no other."""
+    zeros: str = "any"
+    """any, or codes: every zero is one of its grid's codes, for formats that pack it as one."""
     group_sizes: Mapping[int, int] = field(default_factory=dict)
     """Bit width to its own group size, where it is not `group_size`."""
     tolerance: float = 0.02
@@ -128,6 +131,8 @@ class GPTQ:
             raise EvoPressError(f"method.block_size {self.block_size} must be positive: the paper uses 128")
         if self.scale_dtype not in _SCALE_DTYPES:
             raise EvoPressError(f"method.scale_dtype {self.scale_dtype!r} is unknown: choose {' or '.join(_SCALE_DTYPES)}")
+        if self.zeros not in ZEROS:
+            raise EvoPressError(f"method.zeros={self.zeros} is unknown: choose {' or '.join(ZEROS)}")
         if self.recipe not in RECIPES:
             raise EvoPressError(f"method.recipe={self.recipe} is unknown: choose {' or '.join(RECIPES)}")
 
@@ -141,6 +146,8 @@ class GPTQ:
         for later in ("symmetric", "group_sizes", "dense_bits"):
             if not settings[later]:
                 del settings[later]
+        if self.zeros == "any":
+            del settings["zeros"]
         return settings | {"bits": list(self.bits), "compressor": "gptq", "numerics": 1}
 
     def levels(self, shape: tuple[int, int], *, unit: str = "") -> tuple[Level, ...]:
@@ -244,13 +251,15 @@ class GPTQ:
 
     def _fit(self, U: Tensor, maxq: Tensor, group_size: int) -> FitGrid:
         """Return how a group's grid is fitted when the sweep reaches it."""
-        scale_dtype = _SCALE_DTYPES[self.scale_dtype]
+        grid: dict[str, Any] = {
+            "symmetric": self.symmetric,
+            "zero_codes": self.zeros == "codes",
+            "scale_dtype": _SCALE_DTYPES[self.scale_dtype],
+        }
         if self.recipe == "best":
             weights = U.diagonal() ** -2.0
-            return lambda group, first: fit_range(
-                group, weights[first : first + group_size], maxq, symmetric=self.symmetric, scale_dtype=scale_dtype
-            )
-        return whole_range(maxq, symmetric=self.symmetric, scale_dtype=scale_dtype)
+            return lambda group, first: fit_range(group, weights[first : first + group_size], maxq, **grid)
+        return whole_range(maxq, **grid)
 
     def _slices(self, weights: Mapping[str, Tensor], bits: Sequence[int], columns: int) -> list[list[tuple[str, int, int, int]]]:
         """Split (unit, rows, bits) into sweeps that fit `slice_bytes`; each entry is (name, first row, end row, bits)."""
@@ -284,9 +293,11 @@ def _joined(first: Quantized, second: Quantized) -> Quantized:
     )
 
 
-def whole_range(maxq: Tensor, *, symmetric: bool = False, scale_dtype: torch.dtype = torch.float16) -> FitGrid:
+def whole_range(
+    maxq: Tensor, *, symmetric: bool = False, zero_codes: bool = False, scale_dtype: torch.dtype = torch.float16
+) -> FitGrid:
     """Return the paper's way to fit a group's grid: from its minimum to its maximum."""
-    span = symmetric_grid if symmetric else fit_grid
+    span = spanning(symmetric=symmetric, zero_codes=zero_codes)
     return lambda group, first: span(group.amin(0), group.amax(0), maxq, scale_dtype=scale_dtype)
 
 

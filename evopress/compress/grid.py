@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +24,9 @@ class Grid:
     """float32 integers within ±ZERO_LIMIT; not confined to 0..maxq, as the range need not contain 0."""
 
 
-def fit_grid(low: Tensor, high: Tensor, maxq: Tensor, *, scale_dtype: torch.dtype = torch.float16) -> Grid:
+def fit_grid(
+    low: Tensor, high: Tensor, maxq: Tensor, *, zero_codes: bool = False, scale_dtype: torch.dtype = torch.float16
+) -> Grid:
     """Span the grid from the least to the greatest weight of each row's group.
 
     Source: GPTQ's asymmetric quantizer without its grid search, as the paper uses it (section 4.3). Differs from it: a group of
@@ -31,8 +35,11 @@ def fit_grid(low: Tensor, high: Tensor, maxq: Tensor, *, scale_dtype: torch.dtyp
     Args:
         low, high: float32 [R], minimum and maximum of the group.
         maxq: float32 [R], 2^bits - 1.
+        zero_codes: zeros are codes too, 0..maxq: the range is widened to contain 0 where it does not.
         scale_dtype: dtype in which scales are stored.
     """
+    if zero_codes:
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     # Beyond this ratio the zero would leave int16: widen such far-off, narrow ranges to contain 0.
     far = torch.minimum(low.abs(), high.abs()) > (high - low) * (ZERO_LIMIT / 2) / maxq
     far &= (low * high > 0) & (high > low)
@@ -43,6 +50,8 @@ def fit_grid(low: Tensor, high: Tensor, maxq: Tensor, *, scale_dtype: torch.dtyp
     scale = _storable(torch.where(scale == 0, torch.ones_like(scale), scale), scale_dtype)
     zero = torch.round(-low / scale)
     zero = torch.where(constant, (low < 0).to(zero.dtype), zero)
+    if zero_codes:
+        zero = torch.minimum(zero, maxq)  # a scale is rounded
     return Grid(scale=scale, zero=zero.clamp(-ZERO_LIMIT, ZERO_LIMIT))
 
 
@@ -58,8 +67,19 @@ def symmetric_grid(low: Tensor, high: Tensor, maxq: Tensor, *, scale_dtype: torc
     return Grid(scale=_storable(scale, scale_dtype), zero=torch.floor((maxq + 1.0) / 2.0))
 
 
+def spanning(*, symmetric: bool, zero_codes: bool) -> Callable[..., Grid]:
+    """Return what spans a grid over a range: `symmetric_grid`, or `fit_grid` with zeros that are codes or may be any number."""
+    return symmetric_grid if symmetric else partial(fit_grid, zero_codes=zero_codes)
+
+
 def fit_range(
-    group: Tensor, weights: Tensor, maxq: Tensor, *, symmetric: bool = False, scale_dtype: torch.dtype = torch.float16
+    group: Tensor,
+    weights: Tensor,
+    maxq: Tensor,
+    *,
+    symmetric: bool = False,
+    zero_codes: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
 ) -> Grid:
     """Choose among ranges, from the whole to a part that depends on the bit width, the one with the least weighted squared error.
 
@@ -72,8 +92,9 @@ def fit_range(
             cannot make up for.
         maxq: float32 [R], 2^bits - 1.
         symmetric: zeros in the middle of the grid, see `symmetric_grid`.
+        zero_codes: see `fit_grid`.
     """
-    span = symmetric_grid if symmetric else fit_grid
+    span = spanning(symmetric=symmetric, zero_codes=zero_codes)
     low, high = group.amin(0), group.amax(0)
     least = 1.0 - 1.2 * (maxq + 1.0).rsqrt()  # of the whole range: 0.40 at 2 bits, 0.58 at 3, 0.70, 0.79, 0.85 at 6
     best: Grid | None = None

@@ -39,6 +39,12 @@ class Form:
     """Every zero is the middle code."""
     scale_dtype: str = "float16"
     """Of the stored scales."""
+    rows: int = 0
+    columns: int = 0
+    outside: bool = False
+    """It is the embedding or the head."""
+    tied: str = ""
+    """Name of the unit that gives this weight and others one level."""
 
     def __str__(self) -> str:
         groups = f" in groups of {self.group_size}" if self.group_size else ""
@@ -60,7 +66,18 @@ def form_of(unit: Unit, level: Level, columns: int, compressor: Mapping[str, Any
         own = compressor.get("group_sizes") or {}
         group_size = int(own.get(level.key) or compressor.get("group_size") or columns)
         symmetric, scale_dtype = bool(compressor.get("symmetric")), str(compressor.get("scale_dtype", "float16"))
-        return Form(unit.name, level.label, INTEGERS, int(level.key), group_size, symmetric, scale_dtype)
+        return Form(
+            unit.name,
+            level.label,
+            INTEGERS,
+            int(level.key),
+            group_size,
+            symmetric,
+            scale_dtype,
+            rows=unit.size // columns,
+            columns=columns,
+            outside=unit.is_outside,
+        )
     return Form(unit.name, level.label, SPARSE)
 
 

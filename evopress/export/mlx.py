@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from evopress.compress.gptq import Quantized
+from evopress.engines import ENGINES
 from evopress.errors import EvoPressError
 from evopress.export.card import model_card
-from evopress.export.exporter import INTEGERS, SPARSE, Export, Form
-from evopress.export.tensors_file import Entry, Section, num_bytes, write_sections
-from evopress.export.written import Weight, in_order, shape_of, weights_of, zeros_in
+from evopress.export.exporter import INTEGERS, Export, Form
+from evopress.export.rules import refuse_unfit
+from evopress.export.tensors_file import Entry, Section, num_bytes
+from evopress.export.written import Weight, in_order, shape_of, weights_of, write_model, zeros_in
 from evopress.levels.codec import pack_bits
 
 logger = logging.getLogger(__name__)
-BITS, GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
-"""What MLX has kernels for."""
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
 """Of the architectures that EvoPress knows, those that mlx-lm knows."""
 _SCALES = {"float16": torch.float16, "float32": torch.float32}
@@ -67,21 +67,7 @@ class MLX:
                 f"export=[mlx] cannot hold a model of type {model_type}, which mlx-lm does not know (it knows "
                 f"{', '.join(MODEL_TYPES)}): use export=[dequantized]"
             )
-        for form in forms:
-            if form.kind == SPARSE:
-                raise EvoPressError(f"export=[mlx] cannot hold sparse weights ({form}): use export=[dequantized]")
-            if form.kind != INTEGERS:
-                continue
-            if form.bits not in BITS:
-                raise EvoPressError(
-                    f"export=[mlx] cannot hold {form}: MLX has {', '.join(map(str, BITS))} bits; leave {form.bits} out of "
-                    "method.levels, or use export=[dequantized]"
-                )
-            if form.group_size not in GROUPS:
-                raise EvoPressError(
-                    f"export=[mlx] cannot hold {form}: MLX has groups of {', '.join(map(str, GROUPS))}; set method.group_size to "
-                    "one of them, or use export=[dequantized]"
-                )
+        refuse_unfit(ENGINES["mlx"], forms, asked="export=[mlx]", otherwise="use export=[dequantized]")
 
     def num_bytes(self, export: Export) -> int:
         """See `Exporter`."""
@@ -93,12 +79,7 @@ class MLX:
         rounding = _Rounding()
         with shape_of(export):
             sections, layers = self._sections(export, rounding)
-            config = engine_config(export.model, layers)
-            write_sections(folder / "model.safetensors", sections, _METADATA)
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            if export.model.can_generate():
-                export.model.generation_config.save_pretrained(folder)
-        export.tokenizer.save_pretrained(folder)
+            write_model(folder, export, sections, engine_config(export.model, layers), _METADATA)
         if self._dtype == torch.float16:
             exactness = (
                 "Scales and biases are float16: no weight differs from the one that was measured by more than "
@@ -123,7 +104,7 @@ class MLX:
         """
         sections: dict[str, Section] = {}
         layers: dict[str, dict[str, int]] = {}
-        for weight in weights_of(export, zeros=zeros_in(GROUPS, 2)):
+        for weight in weights_of(export, zeros=zeros_in(ENGINES["mlx"].groups, 2)):
             if weight.form.kind == INTEGERS:
                 layers[weight.name] = {"group_size": weight.form.group_size, "bits": weight.form.bits}
                 sections[f"{weight.name}.weight"] = self._packed(weight, rounding)

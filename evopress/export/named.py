@@ -16,6 +16,8 @@ EXPORTERS: Registry[Callable[..., Exporter]] = Registry(
         DEQUANTIZED: "evopress.export.checkpoint:Dequantized",
         "mlx": "evopress.export.mlx:MLX",
         "gguf": "evopress.export.gguf:GGUF",
+        "compressed_tensors": "evopress.export.compressed_tensors:CompressedTensors",
+        "gptq": "evopress.export.gptq:GPTQFiles",
     },
     group="evopress.exporters",
 )

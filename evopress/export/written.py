@@ -7,10 +7,13 @@ is dense zeros and the others are as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,10 +22,12 @@ from evopress.compress.compressor import Payload
 from evopress.compress.gptq import Dense, Quantized
 from evopress.errors import EvoPressError
 from evopress.export.exporter import INTEGERS, Export, Form
-from evopress.export.tensors_file import Entry, Section
+from evopress.export.tensors_file import Entry, Section, write_sections
 from evopress.levels.modules import ATTENTION, MLP, dropped_modules, is_module
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import without_dropped
+
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,9 @@ def weights_of(export: Export, *, zeros: Callable[[int], Form | None]) -> list[W
             found.append(Weight(name, (rows, columns), form, partial(export.levels.read, index, export.genome[index])))
     for block in range(len(blocks.blocks)):
         for inner, linear in blocks.linears(block).items():
-            name, (rows, columns) = names.get(id(linear)), linear.weight.shape
-            if name and (block, _module_of(blocks, inner)) in gone and (form := zeros(columns)) is not None:
-                found.append(Weight(name, (rows, columns), form, partial(_zeros, rows, columns, form)))
+            written, (rows, columns) = names.get(id(linear)), linear.weight.shape
+            if written and (block, _module_of(blocks, inner)) in gone and (as_zeros := zeros(columns)) is not None:
+                found.append(Weight(written, (rows, columns), as_zeros, partial(_zeros, rows, columns, as_zeros)))
     return found
 
 
@@ -112,6 +117,28 @@ def in_order(model: nn.Module, sections: Mapping[str, Section], *, dtype: torch.
             Section((Entry(name, kept, tuple(tensor.shape)),), lambda tensor=tensor, kept=kept: [tensor.data.to(kept)])  # type: ignore[misc]
         )
     return found
+
+
+def write_model(
+    folder: Path, export: Export, sections: Sequence[Section], config: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """Write weights, configuration and tokenizer; the model is to be in the shape in which it is written."""
+    write_sections(folder / WEIGHTS, sections, metadata)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if export.model.can_generate():
+        export.model.generation_config.save_pretrained(folder)
+    export.tokenizer.save_pretrained(folder)
+
+
+def hub_config(model: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the config.json that transformers writes of a model in a dtype, without what says how its weights are packed."""
+    config = {key: value for key, value in json.loads(model.config.to_json_string()).items() if key != "quantization_config"}
+    return config | {"architectures": [type(model).__name__], "dtype": str(dtype).removeprefix("torch.")}
+
+
+def unquantized(model: nn.Module, packed: Collection[str]) -> list[str]:
+    """Return the names of a model's linears that are not packed, in its order."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
 
 
 def zeros_in(groups: Sequence[int], bits: int) -> Callable[[int], Form | None]:

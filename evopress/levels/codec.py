@@ -80,7 +80,7 @@ def _decode_quantized(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) ->
     groups = tensors["scales"].shape[-1] if tensors["scales"].dim() == 2 else 0
     if groups < 1 or columns % groups:
         raise ValueError(f"scales are {list(tensors['scales'].shape)}, which divide no [{rows}, {columns}]")
-    _check_tensor("scales", tensors["scales"], (rows, groups), (torch.float16, torch.float32))
+    _check_tensor("scales", tensors["scales"], (rows, groups), (torch.float16, torch.bfloat16, torch.float32))
     _check_tensor("zeros", tensors["zeros"], (rows, groups), (torch.int16,))
     codes = unpack_bits(tensors["codes"], bits, rows * columns).reshape(rows, columns)
     return Quantized(codes, tensors["scales"], tensors["zeros"], bits, _DTYPES[meta["dtype"]])

@@ -13,7 +13,7 @@ from evopress.currencies import CURRENCIES, Currency
 from evopress.errors import EvoPressError
 from evopress.methods.method import NO_REST, Rest
 from evopress.methods.targets import BYTES, check_targets, further_limits, size_budget
-from evopress.settings import QuantSettings, RunSettings
+from evopress.settings import AUTO, QuantSettings, RunSettings
 from evopress.units import Budget, Genome, Level, Space
 
 _WIDEST = 32
@@ -72,7 +72,8 @@ class Quantization:
             group_size=s.group_size,
             damping=s.damping,
             block_size=s.block_size,
-            scale_dtype=s.scale_dtype,
+            zeros=s.zeros,
+            scale_dtype="float16" if s.scale_dtype == AUTO else s.scale_dtype,
         )
 
     @property

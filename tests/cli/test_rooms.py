@@ -14,10 +14,11 @@ import pytest
 import evopress.__main__
 
 PACKAGE = Path(evopress.__main__.__file__).parent
-VOCABULARY = {"units", "currencies", "errors", "files", "json_files", "progress", "registry"}
+VOCABULARY = {"units", "currencies", "engines", "errors", "files", "json_files", "progress", "registry"}
 MAY_IMPORT = {
     "errors": set(),
     "currencies": {"errors"},
+    "engines": {"errors"},
     "units": {"currencies", "errors"},
     "files": {"errors"},
     "json_files": {"errors"},

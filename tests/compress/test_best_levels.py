@@ -171,6 +171,20 @@ def test_symmetric_grids_have_their_zero_in_the_middle(recipe, H):
 
 
 @pytest.mark.parametrize("recipe", ["paper", "best"])
+def test_zeros_that_are_codes_and_scales_of_bfloat16(recipe, H):
+    """Groups that lie on one side of 0 are where they would not be."""
+    W = weight(8, 48).abs() + 0.3
+    grids = {"recipe": recipe, "group_size": 16, "scale_dtype": "bfloat16"}
+    loose, kept = (GPTQ(bits=(8, 5, 2), zeros=zeros, **grids).compress({"w": W}, H)["w"] for zeros in ("any", "codes"))
+    assert all((result.payload.zeros < 0).any() for result in loose)
+    for result, bits in zip(kept, (8, 5, 2), strict=True):
+        zeros, scales = result.payload.zeros, result.payload.scales
+        assert ((zeros >= 0) & (zeros < 2**bits)).all() and result.error < 0.2
+        assert scales.dtype == torch.bfloat16 and (scales > 0).all()
+    assert "zeros" not in GPTQ().settings() and GPTQ(zeros="codes").settings()["zeros"] == "codes"
+
+
+@pytest.mark.parametrize("recipe", ["paper", "best"])
 def test_levels_may_have_group_sizes_of_their_own(recipe, H):
     W = weight(8, 48)
     mixed = GPTQ(bits=(4, 3, 2), group_size=16, group_sizes={2: 8, 3: 8}, recipe=recipe)

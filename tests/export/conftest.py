@@ -23,18 +23,23 @@ from evopress.units import Level, Space, Unit
 
 WIDTHS = ((8, 32), (6, 64), (5, 128), (4, 32), (3, 64), (2, 128), (1, 32), (4, 128))
 """Bits and group size of the made-up levels; the last one is the weight as it is."""
+PACKED = ((8, 32), (7, 64), (6, 64), (5, 128), (4, 32), (3, 64), (2, 128))
+"""Those of formats that pack zeros as codes and have no 1 bit."""
+_TOGETHER = ("q_proj k_proj v_proj qkv_proj", "o_proj out_proj", "gate_proj up_proj gate_up_proj fc1", "down_proj fc2")
+"""Kinds of units that vLLM runs as one."""
 
 
 class MadeUp:
     """A level source: random codes, scales and zeros, the same ones whenever they are read."""
 
-    def __init__(self, blocks: BlockModel, *, dropping: bool) -> None:
+    def __init__(self, blocks: BlockModel, *, dropping: bool, packed: bool = False) -> None:
+        self.widths, self.packed = PACKED if packed else WIDTHS, packed
         self._weights = {name: slot.weight.clone() for part in blocks.parts for name, slot in blocks.slots(part).items()}
         self.folder = Path("made-up")
         units, inside = [], []
         for part in blocks.parts:
             for name, slot in blocks.slots(part).items():
-                levels = [Level(f"{bits} bits", bits, str(bits), bits, "quant") for bits, _ in WIDTHS]
+                levels = [Level(f"{bits} bits", bits, str(bits), bits, "quant") for bits, _ in self.widths]
                 levels.append(Level("dense", 32, "dense", 32, "quant"))
                 units.append(Unit(name, part, slot.kind, slot.weight.numel(), tuple(levels)))
                 module = None if part >= len(blocks.blocks) else 2 * part + (not blocks.is_of_attention(name))
@@ -48,16 +53,21 @@ class MadeUp:
 
     def read(self, unit: int, level: int, device: Any = "cpu") -> Payload:
         weight = self._weights[self.space.units[unit].name]
-        if level == len(WIDTHS):
+        if level == len(self.widths):
             return Dense(weight)
-        bits, group_size = WIDTHS[level]
+        bits, group_size = self.widths[level]
         rows, columns = weight.shape
         rng = torch.Generator().manual_seed(1000 * unit + level)
         shape = (rows, columns // group_size)
         scales = (0.5 + torch.rand(shape, generator=rng)) * 0.1 / 2**bits
-        zeros = torch.randint(-2, 2**bits + 2, shape, generator=rng)  # GPTQ's are not always codes
+        least, end = (0, 2**bits) if self.packed else (-2, 2**bits + 2)  # GPTQ's are not always codes
+        zeros = torch.randint(least, end, shape, generator=rng)
         codes = torch.randint(2**bits, (rows, columns), generator=rng)
         return Quantized(codes.to(torch.uint8), scales.to(torch.float16), zeros.to(torch.int16), bits, weight.dtype)
+
+
+def _place(kind: str) -> int:
+    return next(place for place, kinds in enumerate(_TOGETHER) if kind in kinds.split())
 
 
 @pytest.fixture
@@ -72,6 +82,7 @@ def exported() -> Callable[..., Export]:
         include: Sequence[str] = ("blocks",),
         dropped: Sequence[tuple[int, str]] | None = None,
         config: dict[str, Any] | None = None,
+        packed: bool = False,
     ) -> Export:
         configuration = tiny_config(model_type, num_blocks=3, tied=tied)
         sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "head_dim": 64, "num_key_value_heads": 1}
@@ -86,19 +97,26 @@ def exported() -> Callable[..., Export]:
             if parameter.ndim == 2:
                 parameter.data.normal_(std=0.15)
         blocks = BlockModel(model, family_of(model_type), include=include)
-        levels = MadeUp(blocks, dropping=dropped is not None)
-        genome = tuple(
-            int((unit.block, unit.kind) in (dropped or ())) if is_module(unit) else i % (len(WIDTHS) + 1)
-            for i, unit in enumerate(levels.space.units)
-        )
+        levels = MadeUp(blocks, dropping=dropped is not None, packed=packed)
+        widths = levels.widths
+
+        def level_of(index: int, unit: Unit) -> int:
+            if is_module(unit):
+                return int((unit.block, unit.kind) in (dropped or ()))
+            if packed:  # weights that run as one have one level
+                index = len(widths) if unit.is_outside else 4 * unit.block + _place(unit.kind)
+            return index % (len(widths) + 1)
+
+        genome = tuple(level_of(i, unit) for i, unit in enumerate(levels.space.units))
         forms = []
         for unit, level in zip(levels.space.units, genome, strict=True):
             if is_module(unit):
                 forms.append(Form(unit.name, "", (KEPT, DROPPED)[level]))
-            elif level == len(WIDTHS):
+            elif level == len(widths):
                 forms.append(Form(unit.name, "dense", DENSE))
             else:
-                forms.append(Form(unit.name, f"{WIDTHS[level][0]} bits", INTEGERS, *WIDTHS[level]))
+                rows, columns = blocks.slots(unit.block)[unit.name].weight.shape
+                forms.append(Form(unit.name, f"{widths[level][0]} bits", INTEGERS, *widths[level], rows=rows, columns=columns))
         return Export(LiveModel(blocks, levels), model, byte_tokenizer(), genome, tuple(forms), base="tiny")
 
     return make

@@ -35,7 +35,7 @@ def test_extreme_codes_and_shapes_survive(bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize(("rows", "columns", "group_size"), [(5, 24, 8), (3, 15, 5), (7, 9, None)])
 def test_a_payload_comes_back_bit_for_bit(dtype, scale_dtype, rows, columns, group_size):
     W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)

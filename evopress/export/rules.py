@@ -1,0 +1,80 @@
+"""What of an engine's rules a model breaks, in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from evopress.engines import Engine
+from evopress.errors import EvoPressError
+from evopress.export.exporter import DENSE, INTEGERS, SPARSE, Form
+
+
+def refuse_unfit(engine: Engine, forms: Iterable[Form], *, asked: str, otherwise: str) -> None:
+    """Raise EvoPressError if an engine cannot run one of these forms, or weights that it runs as one may differ.
+
+    Args:
+        forms: of every unit at its level, or at each level that it may get.
+        asked: the setting that asks for the engine: "export=[mlx]".
+        otherwise: what to do if the rule is not to be kept: "use export=[dequantized]".
+    """
+    tied: dict[tuple[str, str], dict[str, list[Form]]] = {}
+    for form in forms:
+        if form.kind == SPARSE:
+            raise EvoPressError(f"{asked} cannot hold sparse weights ({form}): {otherwise}")
+        if form.kind == INTEGERS:
+            _refuse_integers(engine, form, asked=asked, otherwise=otherwise)
+        module, _, kind = form.unit.rpartition(".")
+        if form.kind in (INTEGERS, DENSE) and (name := next((n for n, kinds in engine.ties.items() if kind in kinds), None)):
+            tied.setdefault((module, name), {}).setdefault(form.unit, []).append(form)
+    for (_, name), members in tied.items():
+        _refuse_untied(engine, name, list(members.values()), asked=asked, otherwise=otherwise)
+
+
+def _refuse_integers(engine: Engine, form: Form, *, asked: str, otherwise: str) -> None:
+    if form.bits not in engine.bits:
+        raise EvoPressError(
+            f"{asked} cannot hold {form}: {engine.title} has {', '.join(map(str, engine.bits))} bits; leave {form.bits} out of "
+            f"method.levels, or {otherwise}"
+        )
+    if form.outside and not engine.outside:
+        raise EvoPressError(
+            f"{asked} cannot hold {form}: {engine.title} has no integers outside the blocks; set method.include=[blocks], or "
+            f"{otherwise}"
+        )
+    if form.group_size not in engine.groups and not (engine.whole_rows and form.group_size == form.columns):
+        rows = ", or whole rows" if engine.whole_rows else ""
+        raise EvoPressError(
+            f"{asked} cannot hold {form}: {engine.title} has groups of {', '.join(map(str, engine.groups))}{rows}; set "
+            f"method.group_size to one of them, or {otherwise}"
+        )
+    if form.scale_dtype not in engine.scale_dtypes:
+        known = " or ".join(engine.scale_dtypes)
+        raise EvoPressError(
+            f"{asked} cannot hold {form}, whose scales are {form.scale_dtype}: {engine.title} has {known}; set method.scale_dtype "
+            f"to it, or {otherwise}"
+        )
+    if engine.rows_in_words and (form.rows % 32 or form.columns % 32):
+        raise EvoPressError(
+            f"{asked} cannot hold {form}, which is [{form.rows}, {form.columns}]: {engine.title} packs integers in words of 32 "
+            f"bits, so both have to be multiples of 32; {otherwise}"
+        )
+
+
+def _refuse_untied(engine: Engine, name: str, members: list[list[Form]], *, asked: str, otherwise: str) -> None:
+    """Refuse weights that run as one and have, or may get, different levels."""
+    schemes = {(form.kind, form.bits, form.group_size, form.symmetric) for forms in members for form in forms}
+    ties = {form.tied for forms in members for form in forms}
+    if len(schemes) == 1 or (len(ties) == 1 and ties != {""}):
+        return
+    kinds = [forms[0].unit.rpartition(".")[2] for forms in members]
+    alone = all(len(forms) == 1 for forms in members)
+    if alone:
+        first = members[0][0]
+        other = next(forms[0] for forms in members if (forms[0].kind, forms[0].bits) != (first.kind, first.bits))
+        what = f"{first} beside {other}"
+    else:
+        what = f"{members[0][0].unit} and {', '.join(kinds[1:])} at levels of their own"
+    raise EvoPressError(
+        f"{asked} cannot hold {what}: {engine.title} runs {', '.join(kinds)} as one, {name}, with the bits of the first; "
+        f"search with engine={engine.name}, which gives them one level, or {otherwise}"
+    )
