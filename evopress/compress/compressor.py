@@ -68,6 +68,19 @@ class Compressor(Protocol):
         """Return everything that decides the result, for the database's fingerprint; JSON values only."""
 
 
+def sweep_bytes(device: torch.device) -> int:
+    """Return the working memory of one sweep where nothing else is asked for, in bytes.
+
+    On a GPU a sweep is as many launches per column whatever its rows, so that it takes a quarter of what is free, up to 4 GiB. On a
+    CPU 256 MiB are enough.
+    """
+    if device.type != "cuda":
+        return 256 * 2**20
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(min(free // 4, 4 * 2**30), 256 * 2**20)
+
+
 def with_errors(payloads: Sequence[Payload], W: Tensor, H: Tensor, *, damping: float = 0.0, name: str = "") -> list[Compressed]:
     """Add each level's relative output error ‖XE‖² / ‖XW‖² = tr(E H Eᵀ) / tr(W H Wᵀ), E = W - decoded; ‖XW‖² is computed once.
 

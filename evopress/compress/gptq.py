@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from evopress.compress.compressor import Compressed, Compressor, Payload, with_errors
+from evopress.compress.compressor import Compressed, Compressor, Payload, sweep_bytes, with_errors
 from evopress.compress.descent import descend
 from evopress.compress.grid import Grid, fit_range, round_in_place, spanning
 from evopress.compress.hessian import inverse_factor
@@ -91,8 +91,8 @@ class GPTQ:
     block_size: int = 128
     """Columns per lazy update; changes speed, and the result only by rounding."""
     scale_dtype: str = "float16"
-    slice_bytes: int = 256 * 2**20
-    """Working memory of one sweep; more rows than fit are swept in slices. Does not change the result."""
+    slice_bytes: int | None = None
+    """Working memory of one sweep; more rows than fit are swept in slices. Does not change the result. None: see `sweep_bytes`."""
     recipe: str = "paper"
     """paper or best."""
     symmetric: bool = False
@@ -220,7 +220,8 @@ class GPTQ:
         U, damping = inverse_factor(H, damping=self.damping)
         place = order.argsort()  # of a column in the order
         place_of_group = place[::group_size] // group_size
-        for rows in self._slices(originals, bits, len(H)):
+        room = sweep_bytes(H.device) if self.slice_bytes is None else self.slice_bytes
+        for rows in self._slices(originals, bits, len(H), room):
             Wt = torch.cat([originals[name][start:stop].T for name, start, stop, _ in rows], dim=1)  # [C, stacked rows]
             Wt = Wt[order] if best else Wt
             widths = torch.cat([torch.full((stop - start,), b) for _, start, stop, b in rows])
@@ -261,12 +262,14 @@ class GPTQ:
             return lambda group, first: fit_range(group, weights[first : first + group_size], maxq, **grid)
         return whole_range(maxq, **grid)
 
-    def _slices(self, weights: Mapping[str, Tensor], bits: Sequence[int], columns: int) -> list[list[tuple[str, int, int, int]]]:
-        """Split (unit, rows, bits) into sweeps that fit `slice_bytes`; each entry is (name, first row, end row, bits)."""
+    def _slices(
+        self, weights: Mapping[str, Tensor], bits: Sequence[int], columns: int, slice_bytes: int
+    ) -> list[list[tuple[str, int, int, int]]]:
+        """Split (unit, rows, bits) into sweeps that fit so many bytes; each entry is (name, first row, end row, bits)."""
         # Per stacked row: the weight and the input copy (float32), codes (uint8), and the errors of one block of columns. Descent
         # holds codes, errors and slopes as well, and a copy of each when rows are done.
         per_column = 9 if self.recipe == "paper" else 32
-        room = max(self.slice_bytes // (columns * per_column + self.block_size * 8), 1)
+        room = max(slice_bytes // (columns * per_column + self.block_size * 8), 1)
         slices: list[list[tuple[str, int, int, int]]] = [[]]
         free = room
         for name, W in weights.items():

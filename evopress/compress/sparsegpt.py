@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evopress.compress.alps import regularized, walk
-from evopress.compress.compressor import Compressed, with_errors
+from evopress.compress.compressor import Compressed, sweep_bytes, with_errors
 from evopress.compress.hessian import damp, inverse_factor
 from evopress.compress.sparse import Sparse, SparsityLevels, distribute, lowest, to_float32
 from evopress.errors import EvoPressError
@@ -34,9 +34,9 @@ class SparseGPT(SparsityLevels):
     """Share of H's mean diagonal added to its diagonal, in (0, 1)."""
     block_size: int = 128
     """recipe=paper: columns that are masked together, and per lazy update."""
-    slice_bytes: int = 256 * 2**20
+    slice_bytes: int | None = None
     """recipe=paper: working memory of one sweep; what does not fit is swept in slices, no less than one level of one unit at a
-    time. Changes the result only by rounding."""
+    time. Changes the result only by rounding. None: see `sweep_bytes`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +67,7 @@ def sparsegpt(
     *,
     damping: float = 0.01,
     block_size: int = 128,
-    slice_bytes: int = 256 * 2**20,
+    slice_bytes: int | None = None,
 ) -> dict[str, Sequence[Compressed]]:
     """Prune weights that share one input to any numbers of kept weights, those left making up for those pruned.
 
@@ -87,7 +87,7 @@ def sparsegpt(
     originals, payloads = _begun(weights, H, kept)
     jobs = [(name, count) for name in weights for count in dict.fromkeys(kept[name]) if count not in payloads[name]]
     # Per stacked row: the weight (float32), the mask, and scores, factors and errors of one block of columns.
-    room = slice_bytes // (H.shape[0] * 5 + block_size * 12)
+    room = (sweep_bytes(H.device) if slice_bytes is None else slice_bytes) // (H.shape[0] * 5 + block_size * 12)
     for part in _slices(jobs, {name: len(W) for name, W in originals.items()}, room):
         Wt = torch.cat([originals[name].T for name, _ in part], dim=1)  # [C, stacked rows]
         rows = [len(originals[name]) for name, _ in part]

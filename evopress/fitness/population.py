@@ -140,10 +140,12 @@ def measure_sums(
     Returns: sums float64 [genomes, measures] on the host, and the number of tokens summed over.
     """
     end_of, ends, chunks = _by_chunks(evaluator, genomes, ids, base, measure, chunk_tokens)
-    sums = torch.zeros(ends, len(measure.names), dtype=torch.float64)
+    # Sums stay where the measures are: reading one makes the host wait for the device.
+    sums: list[Tensor | None] = [None] * ends
     for i, _, values in chunks:
-        sums[i] += values.sum(-1, dtype=torch.float64).cpu()
-    return sums[end_of], ids[:, 1:].numel()
+        part, so_far = values.sum(-1, dtype=torch.float64), sums[i]
+        sums[i] = part if so_far is None else so_far + part
+    return torch.stack([total for total in sums if total is not None]).cpu()[end_of], ids[:, 1:].numel()
 
 
 def measure_sequences(

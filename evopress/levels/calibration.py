@@ -21,8 +21,13 @@ from evopress.compress.hessian import HessianSum
 from evopress.errors import EvoPressError
 from evopress.files import explained, make_folder, temporary_beside
 from evopress.levels.hessians import BlockHessians, HessianStore
+from evopress.levels.passage import Passage, room_for_activations
 from evopress.models.blocks import BlockModel
 from evopress.progress import track
+
+
+class _AllSeen(Exception):
+    """All inputs of a block have been seen, so that its forward may end."""
 
 
 def complete_hessians(
@@ -50,13 +55,13 @@ def complete_hessians(
 
 
 def activations_of(folder: Path, where: str, blocks: BlockModel, tokens: Tensor, batch: int) -> Tensor:
-    """Return the hidden states that enter the first block, [N, L, d], in host memory or in a file that nobody else sees."""
+    """Return the hidden states that enter the first block, [N, L, d], in memory or in a file that nobody else sees."""
     shape = (*tokens.shape, blocks.hidden_size)
     if where == "disk":
         count = tokens.numel() * blocks.hidden_size
         buffer = _mapped(temporary_beside(folder / "activations"), count, blocks.dtype).reshape(shape)
     else:
-        buffer = torch.empty(shape, dtype=blocks.dtype)
+        buffer = room_for_activations(shape, blocks.dtype, blocks.device)
     finite = []
     for start in range(0, len(tokens), batch):
         embedded = blocks.embed(tokens[start : start + batch])
@@ -72,7 +77,8 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int,
 
     Linears that are handed the same tensor (q, k and v; gate and up) share the first one's Hessian.
 
-    Args: advance: replace the activations by what the dense block makes of them, in the same forward.
+    Args: advance: replace the activations by what the dense block makes of them, in the same forward. Otherwise the forward ends,
+        from the second batch on, with the last of these inputs: what the block would make of it is nobody's.
 
     Raises: EvoPressError if an activation is not finite, with the unit's name and the first sequences.
     """
@@ -92,18 +98,23 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int,
                 # OPT hands its MLP [b·l, d]; n counts sequences, so give them back their axis.
                 X = x.reshape(len(current), -1, x.shape[-1])
                 sums.setdefault(name, HessianSum(x.shape[-1], device=x.device)).add(X)
+                if not advance and start and len(alive) == len(sums):
+                    raise _AllSeen
 
         return hook
 
     handles = [module.register_forward_pre_hook(caught(name)) for name, module in linears.items()]
     finite: list[Tensor] = []  # what is not finite inside a block is not so where it ends; read once, so that no batch waits for it
     try:
-        for start in range(0, len(buffer), batch):
-            current = buffer[start : start + batch].to(blocks.device)
-            output = blocks.run(index, current)
+        passage = Passage(buffer, batch, blocks.device)
+        for start, current in passage:
+            try:
+                output = blocks.run(index, current)
+            except _AllSeen:
+                output = alive[-1][1]
             finite.append(torch.isfinite(output).all())
             if advance:
-                buffer[start : start + batch] = output.to(buffer.device)
+                passage.put(start, output)
             alive.clear()
     finally:
         for handle in handles:
@@ -137,8 +148,8 @@ def head_hessian(blocks: BlockModel, buffer: Tensor, batch: int) -> BlockHessian
     (name,) = blocks.slots(blocks.head_part)
     total: HessianSum | None = None
     finite = []
-    for start in range(0, len(buffer), batch):
-        last = blocks.finish(buffer[start : start + batch].to(blocks.device))
+    for _, current in Passage(buffer, batch, blocks.device):
+        last = blocks.finish(current)
         finite.append(torch.isfinite(last).all())
         total = HessianSum(last.shape[-1], device=last.device) if total is None else total
         total.add(last)
@@ -159,10 +170,11 @@ def propagate(blocks: BlockModel, index: int, buffer: Tensor, batch: int, decode
         for name, weight in decoded.items():
             linears[name].weight.data = weight.to(blocks.device)
         finite = []
-        for start in range(0, len(buffer), batch):
-            output = blocks.run(index, buffer[start : start + batch].to(blocks.device))
+        passage = Passage(buffer, batch, blocks.device)
+        for start, current in passage:
+            output = blocks.run(index, current)
             finite.append(torch.isfinite(output).all())
-            buffer[start : start + batch] = output.to(buffer.device)
+            passage.put(start, output)
     finally:
         for name, weight in dense.items():
             linears[name].weight.data = weight

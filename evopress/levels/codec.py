@@ -30,7 +30,12 @@ class Codec:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes uint8 (any shape, each below 2^bits) into uint8 [ceil(numel · bits / 8)], least significant bit first."""
+    """Pack codes uint8 (any shape, each below 2^bits) into uint8 [ceil(numel · bits / 8)] on the host, least significant bit first.
+
+    Codes on a GPU are packed there: fewer bytes travel, and the host is slower at it.
+    """
+    if codes.device.type == "cuda":
+        return pack_words(codes, bits).cpu()
     flat = codes.reshape(-1).cpu().numpy()
     if bits == 8:
         return torch.from_numpy(flat.copy())
@@ -43,6 +48,17 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         words = even | odd << np.uint64(bits * width // 8)
     packed = words.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, :bits]
     return torch.from_numpy(np.ascontiguousarray(packed).reshape(-1)[: -(-flat.size * bits // 8)].copy())
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes as `pack_bits` does, to the same bytes, by operations of torch: on the codes' device."""
+    flat = codes.reshape(-1)
+    if bits == 8:
+        return flat.clone()
+    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
+    for width, low in ((8, 0x00FF00FF00FF00FF), (16, 0x0000FFFF0000FFFF), (32, 0x00000000FFFFFFFF)):
+        words = words & low | (words >> width & low) << bits * width // 8
+    return words.view(torch.uint8).reshape(-1, 8)[:, :bits].reshape(-1)[: -(-flat.numel() * bits // 8)].clone()
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:

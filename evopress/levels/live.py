@@ -76,15 +76,17 @@ def part_held(live: Live, part: int | None, levels: Genome | None) -> Iterator[N
         live.restore_block(part)
 
 
-def enough_to_keep(space: Space, itemsize: int) -> int:
+def enough_to_keep(space: Space, itemsize: int, device: torch.device | None = None) -> int:
     """Return the bytes of decoded levels that are worth keeping: 256 MiB, or more where a block is larger; modules have none.
 
-    A block at one genome differs from the block at the next in few units; the others should not be decoded again.
+    A block at one genome differs from the block at the next in few units; the others should not be decoded again. A GPU keeps an
+    eighth of what it has free: what is not decoded again is not read from the disk again either.
     """
     sizes: dict[int, int] = {}
     for unit in space.units:
         sizes[unit.block] = sizes.get(unit.block, 0) + unit.size * itemsize
-    return max(2**28, 2 * max(sizes.values(), default=0))
+    spare = torch.cuda.mem_get_info(device)[0] // 8 if device is not None and device.type == "cuda" else 0
+    return max(2**28, 2 * max(sizes.values(), default=0), spare)
 
 
 class LiveModel:
@@ -113,7 +115,7 @@ class LiveModel:
         self._dense = [[slot.weight for slot in slots] for slots in self._slots]
         self._free = self._inside_dropped() if has_weights and has_modules else {}
         self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-        self._cache_bytes = enough_to_keep(self.space, blocks.dtype.itemsize) if cache_bytes is None else cache_bytes
+        self._cache_bytes = enough_to_keep(self.space, blocks.dtype.itemsize, blocks.device) if cache_bytes is None else cache_bytes
         self._cached_bytes = 0
         self.num_loads = 0
         """Levels decoded so far."""

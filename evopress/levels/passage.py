@@ -1,0 +1,88 @@
+"""Activations on their way through a block and back, in batches: the next one travels to the device while the present is computed.
+
+Where the device has room they stay there. Otherwise they lie in the host's memory, pinned where there is a GPU, so that copies
+neither wait nor are waited for; or in a mapped file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+SHARE_OF_DEVICE = 0.4
+"""Of a GPU's free memory that activations may take; the Hessians, the sweeps and a forward need the rest."""
+
+
+def room_for_activations(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised tensor: on a GPU where it has room, else in the host's memory, pinned where there is a GPU."""
+    if device.type != "cuda":
+        return torch.empty(shape, dtype=dtype)
+    count = 1
+    for size in shape:
+        count *= size
+    if count * dtype.itemsize <= SHARE_OF_DEVICE * free_bytes(device):
+        return torch.empty(shape, dtype=dtype, device=device)
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError:  # the system allows no more of it
+        return torch.empty(shape, dtype=dtype)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that this process may still take of a GPU: free ones, and those that torch holds without need."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+class Passage:
+    """One walk over activations [N, L, d]: iterate for batches on the device, `put` what becomes of each in its place.
+
+    What was put is in its place when the iteration has ended, not before.
+    """
+
+    def __init__(self, buffer: Tensor, batch: int, device: torch.device) -> None:
+        """Take the activations, wherever they are.
+
+        Args:
+            batch: sequences at a time.
+            device: where blocks are computed.
+        """
+        self.buffer, self.batch, self.device = buffer, batch, device
+        overlapped = device.type == "cuda" and not buffer.is_cuda and buffer.is_pinned()
+        self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if overlapped else None
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        starts = range(0, len(self.buffer), self.batch)
+        if self._streams is None:
+            for start in starts:
+                yield start, self.buffer[start : start + self.batch].to(self.device)
+            return
+        incoming, outgoing = self._streams
+        present = torch.cuda.current_stream(self.device)
+        ahead = self._fetch(0, incoming)
+        for start in starts:
+            present.wait_stream(incoming)
+            current = ahead
+            current.record_stream(present)
+            if start + self.batch < len(self.buffer):
+                ahead = self._fetch(start + self.batch, incoming)
+            yield start, current
+        outgoing.synchronize()
+
+    def _fetch(self, start: int, stream: torch.cuda.Stream) -> Tensor:
+        with torch.cuda.stream(stream):
+            return self.buffer[start : start + self.batch].to(self.device, non_blocking=True)
+
+    def put(self, start: int, output: Tensor) -> None:
+        """Put the output of a batch, [b, L, d], in the place of its input."""
+        place = self.buffer[start : start + self.batch]
+        if self._streams is None:
+            place.copy_(output)
+            return
+        _, outgoing = self._streams
+        outgoing.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(outgoing):
+            place.copy_(output, non_blocking=True)
+        output.record_stream(outgoing)
