@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -175,6 +174,8 @@ def main() -> None:
         gc.collect()
         rows += sweeps(blocks, dict(found.hessians), dict(found.owners))
         rows += divergence(blocks, length)
+    import pandas as pd  # not on every machine that only measures
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     table = pd.DataFrame(rows).assign(device=name)
     if device.type == "cuda":
