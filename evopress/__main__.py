@@ -323,7 +323,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
                 paper=replace(configuration.at_paper_scale(config), model=settings.model, method=settings.method),
             )
         except Exception as error:
-            if (run_dir / "state.json").exists():
+            if any((*run_dir.glob("state.json"), *run_dir.glob("points/*/state.json"))):
                 error.add_note(f"what the search has done is kept; go on with: {_to_go_on(run_dir)}")
             raise
 

@@ -6,9 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_METHOD = {"recipe": "paper", "symmetric": False, "group_sizes": {}, "tolerance": 0.02, "zeros": "any", "include": ["blocks"]}
+_METHOD = {
+    "recipe": "paper",
+    "symmetric": False,
+    "group_sizes": {},
+    "tolerance": 0.02,
+    "zeros": "any",
+    "include": ["blocks"],
+    "centre": None,
+}
 """Settings of a method that weights are compressed by, with the value that they had before they were settings."""
-_RUN: dict[str, Any] = {"genome": None, "size": None, "limits": []}
+_RUN: dict[str, Any] = {"genome": None, "size": None, "limits": [], "budgets": [], "pick": None}
 _MODEL = {"bos": "auto"}
 _DATA: dict[str, Any] = {"chat_template": "auto", "options": {}}
 _BASELINES: dict[str, Any] = {"options": {}}

@@ -24,6 +24,17 @@ from evopress.stages.checks import check_names, check_questions, check_strategy,
 from evopress.stages.conclude import evaluate, report
 from evopress.stages.earlier import refuse_other_settings, refuse_other_work
 from evopress.stages.exports import export, exporters_of, refuse_unfit_formats
+from evopress.stages.front import (
+    check_stages,
+    evaluate_all,
+    find_all_baselines,
+    left_to_the_picked,
+    open_points,
+    picked,
+    refuse_other_points,
+    report_all,
+    search_all,
+)
 from evopress.stages.given import check_given
 from evopress.stages.preflight import preflight
 from evopress.stages.refine import refine, refuse_without_genome
@@ -45,7 +56,8 @@ def run(
 ) -> float:
     """Run the stages that the settings name and return the fitness of what was found, on search text (NaN without a search).
 
-    With `dry_run` it stops before the first of them, having said what they will take.
+    With `dry_run` it stops before the first of them, having said what they will take. With several budgets the stages are those of
+    `stages/front.py`; with `pick` the run is that of one of them.
 
     Args:
         begin: called when nothing can be refused any more, before the first change of what an earlier run left in the folder.
@@ -54,6 +66,10 @@ def run(
         environment: versions and machine, for the report.
         paper: the same run at the paper's size, to say what that would cost.
     """
+    if settings.pick is not None:
+        point, run_dir = picked(settings, run_dir)
+        settings, targets = point.settings, ("bits", "sparsity", "size")
+        config = {**config, **{key: getattr(settings, key) for key in targets}, "budgets": []}
     check_names(settings)
     check_given(settings)
     searching(settings.search, derived=1 if isinstance(settings.method, DropSettings) else None)
@@ -61,23 +77,30 @@ def run(
     check_tokens(settings)
     check_tasks(settings)
     exporters_of(settings)
+    if settings.budgets:
+        check_stages(settings)
     started = time.monotonic()
     workspace = Workspace(settings, run_dir)
+    points = open_points(workspace) if settings.budgets else []
     numbers = searching(settings.search, derived=workspace.generations(settings))
     if "search" in settings.stages:
         logger.info(
-            "scale %s: the search evaluates %.3g million candidate tokens%s",
+            "scale %s: the search evaluates %.3g million candidate tokens%s%s",
             settings.scale.name,
-            search_cost(numbers) / 1e6,
-            f" (scale=paper: {_paper_cost(workspace, paper) / 1e6:.3g} million)" if paper else "",
+            sum(search_cost(each.searching) for each in points) / 1e6 if points else search_cost(numbers) / 1e6,
+            f" at {len(points)} budgets" if points else "",
+            f" (scale=paper: {_paper_cost(workspace, paper) * max(len(points), 1) / 1e6:.3g} million)" if paper else "",
         )
     workspace.read_text()
     check_questions(workspace)
     refuse_other_settings(workspace, numbers)
-    refuse_without_genome(workspace)
-    refuse_other_work(workspace, numbers)
-    refuse_unfit_formats(workspace)
-    plan = preflight(workspace, numbers)
+    if points:
+        refuse_other_points(points)
+    else:
+        refuse_without_genome(workspace)
+        refuse_other_work(workspace, numbers)
+        refuse_unfit_formats(workspace)
+    plan = preflight(workspace, numbers, [(each.workspace, each.searching) for each in points])
     if settings.dry_run:
         logger.info("dry run: nothing was built or searched; leave dry_run out to run it")
         return float("nan")
@@ -88,8 +111,9 @@ def run(
     if not aside:
         (run_dir / FINISHED).unlink(missing_ok=True)
     tracker = make_tracker(settings.tracker)
-    targets = {"size": settings.size, "bits": settings.bits, "sparsity": settings.sparsity}
-    key, target = next((key, value) for key, value in targets.items() if value is not None)
+    asked = {"budgets": "+".join(each.name for each in points) or None, "size": settings.size}
+    asked |= {"bits": settings.bits, "sparsity": settings.sparsity}
+    key, target = next((key, value) for key, value in asked.items() if value is not None)
     name, group, tags = tracked_as(run_dir, method=settings.method.name, key=key, target=target, seed=settings.seed)
     tracker.start(
         config=config,
@@ -110,6 +134,15 @@ def run(
         "export": lambda: export(workspace, command=command),
         "report": lambda: report(workspace, tracker, config=config, command=command, environment=environment),
     }
+    if points:
+        work |= {
+            "baselines": lambda: find_all_baselines(points),
+            "search": lambda: search_all(points),
+            "evaluate": lambda: evaluate_all(workspace, points, tracker),
+            "refine": lambda: left_to_the_picked(workspace, "refine"),
+            "export": lambda: left_to_the_picked(workspace, "export"),
+            "report": lambda: report_all(workspace, tracker, config=config, command=command, environment=environment),
+        }
     try:
         for stage in STAGES:
             if stage in settings.stages:

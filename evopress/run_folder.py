@@ -42,7 +42,7 @@ def held(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise explained(error, folder / LOCK) from error
     try:
-        for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp"), *folder.glob("points/*/.*.tmp")):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -58,8 +58,8 @@ def holds_a_run(folder: Path) -> bool:
 
 
 def looks_aside(folder: Path, overrides: Sequence[str]) -> bool:
-    """Tell whether a run that is resumed names a genome that is not its own: it is for that command alone."""
-    genomes = [override for override in overrides if override.startswith("genome=")]
+    """Tell whether a run that is resumed names a genome that is not its own, or one of its budgets: for that command alone."""
+    genomes = [override for override in overrides if override.startswith(("genome=", "pick="))]
     return bool(genomes) and genomes[-1] not in (_overrides_in(folder) or [])
 
 

@@ -220,11 +220,15 @@ class SparsitySettings(MethodSettings):
     """sparsegpt, recipe=paper: columns that are masked together."""
     include: list[str] = field(default_factory=lambda: ["blocks"])
     """As in method quant."""
+    centre: float | None = None
+    """Sparsity in the middle of the levels, in (0, 1); None: the target, or the middle one of several budgets."""
 
     def __post_init__(self) -> None:
         _expect_one_of("method.compressor", self.compressor, ("sparsegpt", "wanda", "magnitude"))
         _expect_one_of("method.recipe", self.recipe, ("paper", "best"))
         check_include(self.include)
+        within = self.centre is None or 0.0 < self.centre < 1.0
+        _expect(within, "method.centre", self.centre, "a share of weights in (0, 1), or null for the target")
 
 
 @dataclass
@@ -535,6 +539,11 @@ class RunSettings:
     size: Any = None
     """Size of the whole model as stored: 60MB, 57MiB, or 2.25bpw, bits per weight of all weights (methods quant, in place of bits,
     and joint)."""
+    budgets: list[Any] = field(default_factory=list)
+    """Several targets in place of one, searched in one run: [2.25,2.5,3], bits or sparsities as the method has them, or sizes."""
+    pick: Any = None
+    """Budget of a run with several (resume=RUN): what the stages do is done to what was found there, as if it had been a run of its
+    own."""
     limits: list[Any] = field(default_factory=list)
     """Further limits: [{currency: bytes, total: 60MB}, {currency: modules, total: 52}], with kind: attention where units of one
     kind count; currencies are bits, bytes, weights and modules."""
@@ -563,6 +572,7 @@ class RunSettings:
             self.stages = [stage for stage in self.stages if stage not in ("search", "refine")]
             if not self.stages:
                 raise EvoPressError(f"genome={self.genome} is given, so nothing is searched: name other stages, such as [evaluate]")
+        self._check_budgets()
         if self.size is not None:
             self.size = str(self.size)
             if isinstance(self.method, MethodSettings) and not isinstance(self.method, QuantSettings):
@@ -584,3 +594,12 @@ class RunSettings:
             raise EvoPressError("export is empty: name a format, such as export=[dequantized], or leave export out of stages")
         _expect(self.seed >= 0, "seed", self.seed, "0 or more")
         _expect(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null for torch's choice")
+
+    def _check_budgets(self) -> None:
+        """Let several budgets stand in the place of the one target, which a method may have by default."""
+        if not self.budgets:
+            return
+        for key in ("size", "genome"):
+            if getattr(self, key) is not None:
+                raise EvoPressError(f"{key}={getattr(self, key)} and budgets={self.budgets} are both given: leave one of them out")
+        self.bits = self.sparsity = None

@@ -80,6 +80,7 @@ class Workspace:
         model: ModelSource | None = None,
         text: RunText | GivenText | None = None,
         blocks: BlockModel | None = None,
+        beside: Workspace | None = None,
     ) -> None:
         """Check what can be checked before any model work.
 
@@ -87,12 +88,16 @@ class Workspace:
             model: a model that is there already; None: the one that the settings name.
             text: text that is there already; None: what the settings name.
             blocks: that model block by block, where it has been opened already.
+            beside: of a run with the same model, text and levels at another target, with which everything opened is shared.
 
         Raises: EvoPressError if the target, a setting, the device or a folder does not fit.
         """
         self.settings = settings
         self.run_dir = run_dir
-        self._peak = PeakMemory()
+        self._peak = PeakMemory() if beside is None else beside._peak
+        self._beside = beside
+        if beside is not None:
+            model, text = beside.model_source, beside.text
         self.method = make_method(settings)
         self.device = pick_device(settings.model.device)
         begin_on(self.device)
@@ -110,7 +115,7 @@ class Workspace:
         self._further: list[str] = []
         self._held_out_base: Tensor | None = None
         self._refined: LevelDatabase | None = None
-        self.text = text or RunText(
+        self.text: RunText | GivenText = text or RunText(
             settings.data,
             settings.evaluation,
             settings.model,
@@ -119,7 +124,9 @@ class Workspace:
             cache=self.cache,
         )
         self.text.check_files()
-        self.model_source = model or ModelSource(settings.model, cache=self.cache, device=self.device, dtype=self.dtype)
+        self.model_source: ModelSource = model or ModelSource(
+            settings.model, cache=self.cache, device=self.device, dtype=self.dtype
+        )
         self._given_blocks = blocks
         self._check_model()
         seeds = np.random.SeedSequence(settings.seed).spawn(len(_STREAMS))
@@ -202,6 +209,8 @@ class Workspace:
 
     @cached_property
     def blocks(self) -> BlockModel:
+        if self._beside is not None:
+            return self._beside.blocks
         if self._given_blocks is not None:
             return self._given_blocks
         pretrained = self.pretrained
@@ -300,6 +309,8 @@ class Workspace:
     @cached_property
     def hessians(self) -> HessianStore:
         """Where Hessians of dense activations are kept."""
+        if self._beside is not None:
+            return self._beside.hessians
         return HessianStore(self.database_root / self.pretrained.name / f"hessians-{fingerprint(self._source_recipe)}")
 
     @property
@@ -320,6 +331,8 @@ class Workspace:
     @cached_property
     def database(self) -> Levels:
         """The run's levels, of all its method's sources; built first where they are missing."""
+        if self._beside is not None:
+            return self._beside.database
         parts: list[LevelDatabase] = []
         if self.method.weights is not None:
             database, self.database_reused = self.database_of(self.method.weights.name, self.compressor)
@@ -395,6 +408,8 @@ class Workspace:
     @cached_property
     def levels(self) -> LevelUnion:
         """The run's levels, followed by those of the databases that `add_levels` named, and the ones that `add_refined` gave."""
+        if (other := self._with_its_levels) is not None:
+            return other.levels
         refined = [] if self._refined is None else [self._refined]
         return LevelUnion([self.database, *self.open_databases(self._further), *refined])
 
@@ -430,17 +445,26 @@ class Workspace:
             self._levels_changed()
         return self.levels.genome_of_last((0,) * len(refined.space)), self.levels.space
 
+    @property
+    def _with_its_levels(self) -> Workspace | None:
+        """The run that this one is beside, as long as it has all its levels."""
+        return None if self._further or self._refined is not None else self._beside
+
     def _levels_changed(self) -> None:
         for made in ("levels", "live", "evaluator"):
             self.__dict__.pop(made, None)
 
     @cached_property
     def live(self) -> LiveModel:
+        if (other := self._with_its_levels) is not None:
+            return other.live
         with _by_blocks(self.blocks.family.name):
             return LiveModel(self.blocks, self.levels, cache_bytes=self.settings.level_db.cache_bytes)
 
     @cached_property
     def evaluator(self) -> Evaluator:
+        if (other := self._with_its_levels) is not None:
+            return other.evaluator
         fitness = self.settings.fitness
         if fitness.evaluator == "plain":
             return PlainEvaluator(self.live, max_tokens_in_flight=fitness.max_tokens_in_flight)
@@ -459,6 +483,8 @@ class Workspace:
     @cached_property
     def search_base(self) -> Tensor:
         """The dense model's last hidden states on the search text, [N, L, d]."""
+        if self._beside is not None:
+            return self._beside.search_base
         return base_states(self.evaluator, self.search_tokens, batch_tokens=self.settings.fitness.max_tokens_in_flight)
 
     def held_out_base(self, count: int) -> Tensor | None:
@@ -466,6 +492,8 @@ class Workspace:
 
         None where they are more than is kept: they are then computed with every measurement.
         """
+        if self._beside is not None:
+            return self._beside.held_out_base(count)
         sequences = next(iter(self.evaluation_data.values()))[:count]
         if sequences.numel() * self.blocks.hidden_size * self.blocks.dtype.itemsize > MOST_KEPT_BYTES:
             return None

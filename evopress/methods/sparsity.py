@@ -64,9 +64,14 @@ class Sparsity:
         return tuple(self.settings.include)
 
     @property
+    def centre(self) -> float:
+        """Sparsity in the middle of the levels."""
+        return self.sparsity if self.settings.centre is None else self.settings.centre
+
+    @property
     def target_is_level(self) -> bool:
-        """Every unit has a level at the target."""
-        return True
+        """Every unit has a level at the centre."""
+        return self.sparsity == self.centre
 
     @property
     def propagate(self) -> None:
@@ -76,15 +81,15 @@ class Sparsity:
     def compressor(self, sizes: Sequence[int], *, dtype_bits: int) -> Compressor:
         """Return the pruner that the settings name, its step derived from the units' sizes where none is given."""
         s = self.settings
-        step = s.step if s.step is not None else derive_step(sizes, self.sparsity, s.num_levels) if sizes else 1
+        step = s.step if s.step is not None else derive_step(sizes, self.centre, s.num_levels) if sizes else 1
         if sizes:
-            check_step(sizes, sparsity=self.sparsity, step=step)
+            check_step(sizes, sparsity=self.centre, step=step)
         if s.compressor == "magnitude":
-            return Magnitude(sparsity=self.sparsity, step=step, num_levels=s.num_levels, dtype_bits=dtype_bits)
+            return Magnitude(sparsity=self.centre, step=step, num_levels=s.num_levels, dtype_bits=dtype_bits)
         if s.compressor == "wanda":
-            return Wanda(sparsity=self.sparsity, step=step, num_levels=s.num_levels, dtype_bits=dtype_bits)
+            return Wanda(sparsity=self.centre, step=step, num_levels=s.num_levels, dtype_bits=dtype_bits)
         return SparseGPT(
-            sparsity=self.sparsity,
+            sparsity=self.centre,
             step=step,
             num_levels=s.num_levels,
             dtype_bits=dtype_bits,
@@ -105,7 +110,7 @@ class Sparsity:
 
     def uniform_name(self, level: Level) -> str:
         """Return "uniform" for the target's level."""
-        return "uniform" if level.key == "0" else f"uniform_{level.label}"
+        return "uniform" if level.key == "0" and self.target_is_level else f"uniform_{level.label}"
 
     def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
         """Return the share of weights pruned, and how many are kept."""

@@ -17,7 +17,8 @@ from evopress.methods.method import Rest
 from evopress.units import Budget, Limit, Space
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)")
-_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+BYTES_OF = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+"""A unit of sizes, in small letters, to its bytes."""
 BYTES = CURRENCIES["bytes"]
 
 
@@ -28,7 +29,7 @@ def size_budget(size: str, space: Space, rest: Rest) -> Budget:
     """
     number, unit = parsed_size(size)
     weights = space.size + rest.weights
-    bits = math.floor(number * weights) if unit == "bpw" else math.floor(number * _BYTES[unit]) * 8
+    bits = math.floor(number * weights) if unit == "bpw" else math.floor(number * BYTES_OF[unit]) * 8
     if bits < rest.bits:
         raise EvoPressError(
             f"size={size} is less than the {rest.bits / 8e6:.4g} MB of what is no unit (norms, and embedding and head unless "
@@ -54,7 +55,7 @@ def parsed_size(size: str) -> tuple[float, str]:
     """
     found = _SIZE.fullmatch(str(size).strip())
     unit = found[2].lower() if found else ""
-    if found is None or unit not in (*_BYTES, "bpw") or not float(found[1]) > 0.0:
+    if found is None or unit not in (*BYTES_OF, "bpw") or not float(found[1]) > 0.0:
         raise EvoPressError(f"size={size} is no size: give one such as 60MB, 57MiB, or 2.25bpw (bits per weight, of all weights)")
     return float(found[1]), unit
 

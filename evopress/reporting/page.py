@@ -27,6 +27,8 @@ CAPTIONS = {
     "budget is kept.",
     "selection": "Every stage of every generation has tokens of its own, so the lines jump; only the last stage's winner and "
     "parent are measured on the same tokens.",
+    "front": "Each point is a whole compressed model, what the search found at one budget; the thin lines are what it is compared "
+    "with, at the same budgets. All are measured on the same held-out text.",
     "lineage": "The parent of each generation against the initial genome, block by block: blue has gained, red has given. Below, "
     "the number of units in which it differs from the first and from the last genome.",
 }

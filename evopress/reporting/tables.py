@@ -67,15 +67,19 @@ class Column:
 
 
 def display_name(name: str) -> str:
-    """Return a row's name as people read it: "best_of_32" becomes "best of 32"; a file, which has its folder's name, stays."""
+    """Return a row's name as people read it: "best_of_32" becomes "best of 32", "dp@2.5" "DP at 2.5"; files stay."""
     if "/" in name:
         return name
+    name, at, budget = name.partition("@")
+    if at:
+        return f"{display_name(name)} at {budget}"
     name, plus, more = name.partition("+")
     return _NAMES.get(name, name.replace("_", " ")) + (f" + {more.replace('_', ' ')}" if plus else "")
 
 
 def is_found(name: str) -> bool:
     """Tell whether a row is what the run found, "evopress" or "evopress_refined", and no baseline."""
+    name = name.partition("@")[0]
     return name.partition("+")[0] == "evopress" or name == "evopress_refined"
 
 

@@ -25,7 +25,7 @@ from evopress.stages.given import named_genome, take_best_so_far
 from evopress.stages.refine import refined_levels
 from evopress.stages.results import read_result
 from evopress.stages.search import as_held_out, held_out_in_search
-from evopress.units import Genome
+from evopress.units import Genome, Space
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,36 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
             genomes["evopress_refined"], space = workspace.add_refined(refined)
     if given is not None:
         genomes.setdefault(given.name, given.genome)
+    rows = measured_rows(workspace, genomes, space)
+    add_sizes(rows, workspace, given)
+    result: dict[str, Any] = {"schema": 1, "rows": rows}
+    records = read_generations(run_dir / "metrics.jsonl", database.space)
+    if records:
+        result["search"] = {key: records[-1][key] for key in ("tokens", "seconds", "evaluations")}
+        result["search"]["generations"] = records[-1]["generation"]
+    told = read_result(run_dir)
+    told.pop("genome", None)
+    if "evopress_refined" not in genomes:
+        told.pop("refine", None)  # of another genome
+    result |= {key: value for key, value in told.items() if key not in result}
+    if given is not None:
+        result["genome"] = given.name
+    result["memory"] = workspace.memory()
+    write_json(run_dir / "result.json", result)
+    frame = tables.results_frame(rows)
+    tracker.table("results", list(frame.columns), frame.to_numpy().tolist())
+    lines, axes = baseline_lines(held_out_curve(records, rows))
+    tracker.lines(lines, axes=axes)
+    tracker.summarize({**best_metrics(records), **final_metrics(rows)})
+
+
+def measured_rows(workspace: Workspace, genomes: Mapping[str, Genome | None], space: Space) -> list[dict[str, Any]]:
+    """Measure genomes on held-out text, and return a row for each: what it spends and how good it is.
+
+    Args:
+        genomes: by name; None is the dense model, there where tasks are answered.
+        space: whose levels they count.
+    """
     data_sets = workspace.evaluation_data
     count = sum(sequences.numel() for sequences in data_sets.values())
     logger.info("evaluation: %d models on %d tokens of %s", len(genomes), count, ", ".join(data_sets))
@@ -75,26 +105,7 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
                 **(answers[name].as_row(answers["dense"]) if answers else {}),
             }
         )
-    add_sizes(rows, workspace, given)
-    result: dict[str, Any] = {"schema": 1, "rows": rows}
-    records = read_generations(run_dir / "metrics.jsonl", database.space)
-    if records:
-        result["search"] = {key: records[-1][key] for key in ("tokens", "seconds", "evaluations")}
-        result["search"]["generations"] = records[-1]["generation"]
-    told = read_result(run_dir)
-    told.pop("genome", None)
-    if "evopress_refined" not in genomes:
-        told.pop("refine", None)  # of another genome
-    result |= {key: value for key, value in told.items() if key not in result}
-    if given is not None:
-        result["genome"] = given.name
-    result["memory"] = workspace.memory()
-    write_json(run_dir / "result.json", result)
-    frame = tables.results_frame(rows)
-    tracker.table("results", list(frame.columns), frame.to_numpy().tolist())
-    lines, axes = baseline_lines(held_out_curve(records, rows))
-    tracker.lines(lines, axes=axes)
-    tracker.summarize({**best_metrics(records), **final_metrics(rows)})
+    return rows
 
 
 def _measured(scores: Mapping[str, Scores]) -> dict[str, Any]:

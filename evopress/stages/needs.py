@@ -67,6 +67,8 @@ class Planner:
         searching: Searching,
         asks: Sequence[Asks] | None,
         speed: Speed | None,
+        *,
+        based: bool = False,
     ) -> None:
         self.workspace, self.space, self.budget, self.build = workspace, space, budget, build
         self.searching, self.asks, self.speed = searching, asks, speed
@@ -74,7 +76,9 @@ class Planner:
         self.num_blocks = len(workspace.blocks.blocks)
         self.modules = workspace.method.weights is None
         self.kept = 0  # bytes of the dense model's states on held-out text
-        self.based = False  # whether an earlier stage computed the dense model's states of the search text
+        self.based = (
+            based  # whether an earlier stage, or the run of another budget, computed the dense model's states of the search text
+        )
 
     def stages(self) -> Iterator[Needs]:
         """Yield what every stage that will run takes, in their order; a level database that is missing is built for any of them."""

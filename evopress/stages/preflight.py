@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,32 +64,69 @@ class Plan:
         logger.info("%s took %s%s", stage, duration(time.monotonic() - started), said)
 
 
-def preflight(workspace: Workspace, searching: Searching) -> Plan:
+def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple[Workspace, Searching]] = ()) -> Plan:
     """Print what the run's stages will take, and check it against what there is; changes nothing but the model's place.
 
-    Args: searching: the search's numbers.
+    Args:
+        searching: the search's numbers.
+        points: the runs of several budgets with the numbers of their searches, in place of the run's own.
 
     Raises: EvoPressError if the disk, the memory or the device has too little, the budget leaves nothing to search, or the model's
         numbers are not finite.
     """
     space, build = workspace.plan_database()
-    budget = workspace.budget_of(space)
-    budget.check(space)
-    baselines = workspace.settings.baselines
-    if "baselines" in workspace.settings.stages and "exhaustive" in baselines.names:
-        count_to_measure(space, budget, limit=baselines.exhaustive_limit)
-    check_levels(workspace.settings, space)
+    runs = [(run, numbers, run.budget_of(space)) for run, numbers in points or [(workspace, searching)]]
+    for run, _, budget in runs:
+        budget.check(space)
+        baselines = run.settings.baselines
+        if "baselines" in run.settings.stages and "exhaustive" in baselines.names:
+            count_to_measure(space, budget, limit=baselines.exhaustive_limit)
+        check_levels(run.settings, space)
     _check_finite(workspace)
-    asks = None if "search" not in workspace.settings.stages else _asks(workspace, searching)
-    if asks and searching.generations and isinstance(searching, SearchSettings):
-        check_switches(space, budget, searching)
+    asked = []
+    for run, numbers, budget in runs:
+        asks = None if "search" not in run.settings.stages else _asks(run, numbers)
+        if asks and numbers.generations and isinstance(numbers, SearchSettings):
+            check_switches(space, budget, numbers)
+        asked.append(asks)
+    if any(asked) and searching.generations and isinstance(searching, SearchSettings):
         _say_what_stays(space, workspace.settings.search.exchange)
     speed = _probe(workspace, build)
-    planner = Planner(workspace, space, budget, build, searching, asks, speed)
-    plan = Plan(tuple(planner.stages()), speed, planner.built_first)
+    planners = [
+        Planner(run, space, budget, build, numbers, asks, speed, based=place > 0)
+        for place, ((run, numbers, budget), asks) in enumerate(zip(runs, asked, strict=True))
+    ]
+    plan = Plan(together([list(planner.stages()) for planner in planners]), speed, planners[0].built_first)
     logger.info("what this run will take, beside the model:\n%s", plan_table(plan, workspace))
     _check(plan, workspace, build)
     return plan
+
+
+def together(runs: Sequence[Sequence[Needs]]) -> tuple[Needs, ...]:
+    """Add up what the same stages of several runs take, which share a level database and are evaluated all at once."""
+    if len(runs) == 1:
+        return tuple(runs[0])
+    found = []
+    for stage, *others in zip(*runs, strict=True):
+        if stage.stage not in ("database", "report"):
+            disk: dict[Path, int] = {}
+            for needs in (stage, *others):
+                for folder, size in needs.disk.items():
+                    disk[folder] = disk.get(folder, 0) + size
+            seconds = [needs.seconds for needs in (stage, *others)]
+            at_once = sum if stage.stage == "evaluate" else max
+            stage = replace(
+                stage,
+                what=f"{len(runs)} budgets: {stage.what}",
+                tokens=sum(needs.tokens for needs in (stage, *others)),
+                block_tokens=sum(needs.block_tokens for needs in (stage, *others)),
+                disk=disk,
+                memory=at_once([needs.memory for needs in (stage, *others)]),
+                device=at_once([needs.device for needs in (stage, *others)]),
+                seconds=None if None in seconds else sum(each for each in seconds if each is not None),
+            )
+        found.append(stage)
+    return tuple(found)
 
 
 def check_switches(space: Space, budget: Budget, searching: SearchSettings) -> None:

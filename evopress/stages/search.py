@@ -22,7 +22,7 @@ from evopress.reporting.records import append_record, read_document, truncate_re
 from evopress.reporting.tracker import Tracker
 from evopress.search.evolution import SearchSettings
 from evopress.search.record import GenerationRecord
-from evopress.search.strategy import Problem, Searching, Strategy, run_search
+from evopress.search.strategy import Neighbour, Problem, Searching, Strategy, run_search
 from evopress.stages.baselines import make_fitness, what_decides_fitness
 from evopress.stages.checks import search_cost
 from evopress.stages.given import find_genome
@@ -32,8 +32,11 @@ from evopress.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 
-def search(workspace: Workspace, searching: Searching, tracker: Tracker) -> None:
-    """Stage `search`: a strategy searches, with a record and a checkpoint per generation; goes on where an earlier run stopped."""
+def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neighbour: Neighbour | None = None) -> None:
+    """Stage `search`: a strategy searches, with a record and a checkpoint per generation; goes on where an earlier run stopped.
+
+    Args: neighbour: what was found at another budget, to begin from.
+    """
     run_dir, database = workspace.run_dir, workspace.database
     strategy = searching.make(
         Problem(
@@ -43,6 +46,7 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker) -> None
             rng_initial=workspace.rng["initial"],
             rng_mutation=workspace.rng["mutation"],
             starts=tuple(_starts(workspace)),
+            neighbour=neighbour,
         )
     )
     metrics, state_path = run_dir / "metrics.jsonl", run_dir / "state.json"

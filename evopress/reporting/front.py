@@ -1,0 +1,226 @@
+"""Show the front of a run with several budgets: what each size costs in quality, as numbers, words, a figure and a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from evopress.files import write_bytes
+from evopress.reporting import account
+from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, log_scale, new_figure, open_frame, save, styles
+from evopress.reporting.findings import compared
+from evopress.reporting.page import code, details, json_text, pairs, paragraph, pictures, section, table, write_page
+from evopress.reporting.tables import display_name, held_out_kl, number, results_columns, significant
+
+Row = Mapping[str, Any]
+
+
+def front_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the found row of every budget with what its search took, in the order of `result.json`; none where it has none."""
+    rows = {row.get("name"): row for row in result.get("rows") or []}
+    front = result.get("front")
+    points = [point for point in front if isinstance(point, Mapping)] if isinstance(front, list) else []
+    return [{**rows[point["row"]], "spent": point} for point in points if point.get("row") in rows]
+
+
+def write_front(front: Sequence[Row], path: Path) -> None:
+    """Write `front.csv`: a line for each budget, what it spends, how good it is, what its search took and where its genome is."""
+    columns = results_columns(front)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    spent = ("tokens", "seconds", "evaluations")
+    writer.writerow(["budget", *(column.header for column in columns), *(f"search {key}" for key in spent), "genome"])
+    for index, row in enumerate(front):
+        values = [column.values[index] for column in columns] + [row["spent"].get(key) for key in spent]
+        genome = f"points/{row['budget']}/genome.json"
+        writer.writerow([row["budget"], *("" if value is None else value for value in values), genome])
+    write_bytes(path, text.getvalue().encode())
+
+
+def best_baseline(rows: Sequence[Row], point: Row) -> Row | None:
+    """Return the row with the least held-out KL among what was compared at a point's budget and spends no more."""
+    size = number(point.get("bytes"))
+    others = [
+        row
+        for row in rows
+        if row.get("name") not in ("dense", point["name"])
+        and not str(row.get("name")).startswith("evopress")
+        and row.get("budget", point["budget"]) == point["budget"]
+        and held_out_kl(row)[1] is not None
+        and (size is None or (number(row.get("bytes")) or 0) <= size * 1.002)
+    ]
+    return min(others, key=lambda row: held_out_kl(row)[1] or 0.0, default=None)
+
+
+def front_words(rows: Sequence[Row], front: Sequence[Row]) -> str:
+    """Say in words what the front shows: its ends, and at each budget who is best."""
+    measured = [row for row in front if held_out_kl(row)[1] is not None]
+    if not measured:
+        return "Nothing has been measured on held-out text yet."
+    first, last = measured[0], measured[-1]
+    sentence = f"Held-out KL is {_kl(first)} nats per token at {first['budget']}{_megabytes(first)}"
+    if len(measured) > 1:
+        sentence += f" and {_kl(last)} at {last['budget']}{_megabytes(last)}"
+    sentences = [f"{sentence}."]
+    for row in measured:
+        best = best_baseline(rows, row)
+        if best is not None:
+            told = compared("EvoPress", row, display_name(str(best["name"])), best)
+            sentences.append(
+                f"At {row['budget']} it is {_kl(row)}, and {_kl(best)} with {display_name(str(best['name']))}: {told}."
+            )
+    return " ".join([*sentences, "One run, one seed: another seed finds other genomes."])
+
+
+def front_figure(rows: Sequence[Row], front: Sequence[Row], folder: Path, *, measure: str) -> list[Path]:
+    """Draw held-out KL, perplexity and top-1 agreement against the size if packed, for what was found and what it is compared with.
+
+    Args: measure: what the budgets count, in words.
+
+    Returns: the paths of `front.png` and `front.svg`.
+    """
+    families: dict[str, list[Row]] = {"evopress": list(front)}
+    for row in rows:
+        name = str(row.get("name")).partition("@")[0]
+        if name not in ("dense", "evopress"):
+            families.setdefault("uniform" if name.startswith("uniform") else name, []).append(row)
+    texts = list(dict.fromkeys(key for row in front for key in row.get("perplexity") or {}))
+    dense = next((row for row in rows if row.get("name") == "dense"), {})
+    panels: list[tuple[str, Any]] = [("held-out KL (nats per token)", lambda row: held_out_kl(row)[1])]
+    panels += [(f"perplexity, {text}", lambda row, text=text: (row.get("perplexity") or {}).get(text)) for text in texts[:1]]
+    panels.append(("top-1 agreement with the dense model", lambda row: row.get("top1_agreement")))
+    figure = new_figure(4.3 * len(panels), 4.6)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    looks = styles(families)
+    for axis, (title, value) in zip(axes, panels, strict=True):
+        seen: list[float] = []
+        for name, members in families.items():
+            points = sorted(
+                (size / 1e6, shown, str(row.get("budget", "")))
+                for row in members
+                if (size := number(row.get("bytes"))) is not None and (shown := number(value(row))) is not None
+            )
+            if not points:
+                continue
+            ours, look = name == "evopress", looks[name]
+            style = {"linewidth": 2.2, "zorder": 4} if ours else {"linewidth": 1.1, "alpha": 0.85}
+            axis.plot(
+                [x for x, _, _ in points],
+                [y for _, y, _ in points],
+                color=COLOURS[look],
+                linestyle="-" if ours else STYLES[look],
+                marker=MARKERS[look],
+                markersize=6.5 if ours else 4.5,
+                label=display_name(name),
+                **style,
+            )
+            seen += [y for _, y, _ in points]
+            below = title.startswith("top-1")  # beside the line, which rises there and falls elsewhere
+            for x, y, budget in points if ours else ():
+                place = {"xytext": (6, -11 if below else 5), "textcoords": "offset points"}
+                axis.annotate(budget, (x, y), fontsize=9, color=COLOURS[look], zorder=5, **place)
+        if (whole := number(value(dense))) is not None and title.startswith("perplexity"):
+            axis.axhline(whole, color="#555555", linestyle=":", linewidth=1.2, label=f"dense: {significant(whole)}")
+            seen.append(whole)
+        open_frame(axis)
+        if not title.startswith("top-1") and seen and min(seen) > 0 and max(seen) > 3 * min(seen):
+            log_scale(axis)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("size if packed (MB)")
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        shown_handles, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, shown_handles, strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+    figure.suptitle(f"What each size costs in quality; the numbers at the points are budgets ({measure})", fontsize=12)
+    return save(figure, folder, "front")
+
+
+def write_front_report(
+    path: Path,
+    *,
+    title: str,
+    config: Mapping[str, Any],
+    result: Mapping[str, Any],
+    rows: Sequence[Row],
+    front: Sequence[Row],
+    figures: Sequence[Path],
+    command: str,
+    environment: Mapping[str, Any],
+) -> None:
+    """Write the page of a run with several budgets; arguments as of `write_report`.
+
+    Raises: EvoPressError if the file cannot be written.
+    """
+    shown = pictures(figures)
+    picked = str(front[-1]["budget"]) if front else "2.5"
+    asked = {
+        "budgets": ", ".join(str(row["budget"]) for row in front),
+        "method": (config.get("method") or {}).get("name"),
+        "strategy": ((config.get("search") or {}).get("strategy") or {}).get("name", "evolution"),
+        "scale": (config.get("scale") or {}).get("name"),
+        "fitness": (config.get("fitness") or {}).get("name"),
+        "seed": config.get("seed"),
+    }
+    parts = [
+        section("What was asked", pairs(asked)),
+        section("The front", paragraph(front_words(rows, front), kind="lead") + shown.get("front", "") + _front_table(rows, front)),
+        section("All that was measured", details("every row", _table(rows))),
+        section(
+            "Take one of them",
+            code(f"python -m evopress resume=RUN_FOLDER pick={picked} 'stages=[export]'")
+            + paragraph(
+                "Without stages it is also measured again and gets a page of its own, with what its search did; all of it lies in "
+                f"points/{picked} of the run folder."
+            ),
+        ),
+        section("What it cost", account.costs(result, [])),
+        section("Run it again", code(command)),
+        section("Environment", pairs({key: value for key, value in environment.items() if key != "schema"})),
+        section("Configuration", details("the whole composed config", code(json_text(config))) if config else ""),
+    ]
+    write_page(path, title=title, parts=parts)
+
+
+def _front_table(rows: Sequence[Row], front: Sequence[Row]) -> str:
+    if not front:
+        return ""
+    columns = results_columns(front)
+    body = []
+    for index, row in enumerate(front):
+        best, tokens = best_baseline(rows, row), number(row["spent"].get("tokens"))
+        cells = [escape(str(row["budget"])), *(escape(column.cell(index)) for column in columns)]
+        cells += [
+            "" if tokens is None else f"{tokens:,.0f}",
+            "" if best is None else f"{escape(display_name(str(best['name'])))}: {_kl(best)}",
+        ]
+        body.append((cells, ""))
+    headers = ["budget", *(escape(column.header) for column in columns), "tokens of the search", "best baseline's KL"]
+    note = (
+        "KL: nats per token against the dense model on held-out text; ppl: perplexity; both lower is better. Size if packed: of a "
+        "file that holds every level as the level database stores it. Tokens of a search count those that go backward three times."
+    )
+    return table(headers, body) + paragraph(note, kind="note")
+
+
+def _table(rows: Sequence[Row]) -> str:
+    columns = results_columns(rows)
+    body = [
+        ([escape(display_name(str(row.get("name", "")))), *(escape(column.cell(index)) for column in columns)], "")
+        for index, row in enumerate(rows)
+    ]
+    return table(["", *(escape(column.header) for column in columns)], body) if rows else ""
+
+
+def _kl(row: Row) -> str:
+    value = held_out_kl(row)[1]
+    return "" if value is None else significant(value)
+
+
+def _megabytes(row: Row) -> str:
+    size = number(row.get("bytes"))
+    return "" if size is None else f" ({size / 1e6:.1f} MB if packed)"

@@ -1,0 +1,233 @@
+"""Several budgets in one run: a search for each, begun from its neighbour's genome, then one table, one figure, one page.
+
+A point is the run of one budget in a folder of its own inside the run's, over the same model, text and levels; so it can be picked
+and gone on with as if it had been a run by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from evopress.errors import EvoPressError
+from evopress.files import make_folder
+from evopress.methods.points import Point, point_at, points_of
+from evopress.reporting import tables
+from evopress.reporting.front import front_figure, front_rows, front_words, write_front, write_front_report
+from evopress.reporting.generations import read_generations
+from evopress.reporting.metrics import final_metrics
+from evopress.reporting.records import read_document, read_genome, write_json
+from evopress.reporting.tracker import NullTracker, Tracker
+from evopress.search.strategy import Neighbour, Searching
+from evopress.settings import RunSettings
+from evopress.stages.baselines import find_baselines, stored_baselines
+from evopress.stages.checks import searching
+from evopress.stages.conclude import measured_rows
+from evopress.stages.earlier import refuse_other_settings, refuse_other_work
+from evopress.stages.given import take_best_so_far
+from evopress.stages.results import read_result
+from evopress.stages.search import search
+from evopress.units import Genome
+from evopress.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+POINTS = "points"
+"""Folder of the points inside a run's."""
+_FOR_ONE = ("refine", "export")
+"""Stages that are for one genome."""
+
+
+@dataclass(frozen=True)
+class PointRun:
+    """The run of one budget."""
+
+    name: str
+    workspace: Workspace
+    searching: Searching
+
+    @property
+    def is_found(self) -> bool:
+        """Tell whether a search has left a genome, or its best so far."""
+        return any((self.workspace.run_dir / name).exists() for name in ("genome.json", "state.json"))
+
+    @property
+    def total(self) -> int:
+        """What the budget allows."""
+        return self.workspace.budget.total
+
+    def genome(self) -> Genome:
+        """Read what was found."""
+        database = self.workspace.database
+        return read_genome(self.workspace.run_dir / "genome.json", database.space, database=database.fingerprint)
+
+
+def check_stages(settings: RunSettings) -> None:
+    """Raise EvoPressError if all that a run with several budgets is to do is for one genome."""
+    if set(settings.stages) <= set(_FOR_ONE):
+        raise EvoPressError(
+            f"stages=[{','.join(settings.stages)}] is for one genome, and budgets={settings.budgets} have one each: name one of "
+            "them with pick=, such as resume=RUN pick=2.5"
+        )
+
+
+def picked(settings: RunSettings, run_dir: Path) -> tuple[Point, Path]:
+    """Return the point that `pick` names, and its folder.
+
+    Raises: EvoPressError if nothing was searched there.
+    """
+    if not settings.budgets:
+        raise EvoPressError(f"pick={settings.pick} names a budget of a run with several: give it with resume=RUN, of such a run")
+    point = point_at(settings, settings.pick)
+    folder = run_dir / POINTS / point.name
+    if not any((folder / name).exists() for name in ("genome.json", "state.json")):
+        there = sorted(path.name for path in (run_dir / POINTS).glob("*") if (path / "genome.json").exists())
+        raise EvoPressError(
+            f"pick={settings.pick} was not searched in {run_dir} ({', '.join(there) or 'nothing was'}): run the stage search "
+            "first, or add it to budgets"
+        )
+    return point, folder
+
+
+def open_points(workspace: Workspace) -> list[PointRun]:
+    """Return the runs of all budgets, from the least compressed to the most; nothing is opened that the run itself has not."""
+    return [_open(workspace, point) for point in points_of(workspace.settings)]
+
+
+def _open(workspace: Workspace, point: Point) -> PointRun:
+    stages = [stage for stage in point.settings.stages if stage not in _FOR_ONE]
+    settings = replace(point.settings, stages=stages)
+    run = Workspace(settings, workspace.run_dir / POINTS / point.name, beside=workspace)
+    return PointRun(point.name, run, searching(settings.search, derived=run.generations(settings)))
+
+
+def refuse_other_points(points: Sequence[PointRun]) -> None:
+    """Raise EvoPressError if what an earlier run left of a point is not this one's; otherwise as the two for one budget."""
+    for point in points:
+        refuse_other_settings(point.workspace, point.searching)
+    for point in points:
+        refuse_other_work(point.workspace, point.searching)
+
+
+def find_all_baselines(points: Sequence[PointRun]) -> None:
+    """Stage `baselines`: those of every budget."""
+    for point in points:
+        make_folder(point.workspace.run_dir)
+        find_baselines(point.workspace)
+
+
+def search_all(points: Sequence[PointRun]) -> None:
+    """Stage `search`: search at every budget, from the genome of the nearest that was searched before it."""
+    found: list[PointRun] = []
+    for number, point in enumerate(points, start=1):
+        near = min(found, key=lambda other: abs(other.total - point.total), default=None)
+        begun = "" if near is None else f", from what was found at {near.name}"
+        logger.info("budget %s, %d of %d%s", point.name, number, len(points), begun)
+        search_one(point, near)
+        found.append(point)
+
+
+def search_one(point: PointRun, near: PointRun | None) -> None:
+    """Search at one budget, or do nothing where that is done."""
+    make_folder(point.workspace.run_dir)
+    search(point.workspace, point.searching, NullTracker(), neighbour=None if near is None else _as_neighbour(near))
+
+
+def _as_neighbour(point: PointRun) -> Neighbour:
+    path = point.workspace.run_dir / "state.json"
+    state = read_document(path, what="saved search").get("evolution", {}) if path.exists() else {}
+    return Neighbour(point.genome(), state)
+
+
+def evaluate_all(workspace: Workspace, points: Sequence[PointRun], tracker: Tracker) -> None:
+    """Stage `evaluate`: measure the dense model, and what was found and compared at every budget, on held-out text."""
+    space = workspace.database.space
+    genomes: dict[str, Genome | None] = {"dense": None}
+    budgets: dict[str, str] = {}
+    apart: list[dict[str, Any]] = []
+    found = []
+    for point in points:
+        take_best_so_far(point.workspace)
+        others: dict[str, Genome] = {}
+        baselines, union = stored_baselines(point.workspace)
+        if (point.workspace.run_dir / "genome.json").exists():
+            found.append(point)
+            baselines = {"evopress": point.genome(), **baselines}
+        for name, genome in baselines.items():
+            own = name if name.startswith("uniform") and genomes.get(name, genome) == genome else f"{name}@{point.name}"
+            if own != name:
+                budgets[own] = point.name
+            if all(level < len(unit.levels) for unit, level in zip(space.units, genome, strict=True)):
+                genomes[own] = genome
+            else:  # levels that this budget's baselines alone have
+                others[own] = genome
+        if others:
+            apart += measured_rows(point.workspace, {"dense": None, **others}, union)[1:]
+    rows = measured_rows(workspace, genomes, space) + apart
+    for row in rows:
+        if row["name"] in budgets:
+            row["budget"] = budgets[row["name"]]
+    places = {point.name: place for place, point in enumerate(points)}
+    rows.sort(key=lambda row: places[row["budget"]] if "budget" in row else -1)
+    front = [{"budget": point.name, "row": f"evopress@{point.name}", **_spent(point)} for point in found]
+    result: dict[str, Any] = {"schema": 1, "rows": rows, "front": front}
+    if front:
+        result["search"] = {
+            key: sum(each.get(key) or 0 for each in front) for key in ("tokens", "seconds", "evaluations", "generations")
+        }
+    result |= {key: value for key, value in read_result(workspace.run_dir).items() if key not in result}
+    result["memory"] = workspace.memory()
+    write_json(workspace.run_dir / "result.json", result)
+    frame = tables.results_frame(rows)
+    tracker.table("results", list(frame.columns), frame.to_numpy().tolist())
+    tracker.summarize(final_metrics(rows))
+
+
+def _spent(point: PointRun) -> dict[str, Any]:
+    """Return what the search at a budget took."""
+    records = read_generations(point.workspace.run_dir / "metrics.jsonl", point.workspace.database.space)
+    if not records:
+        return {}
+    spent = {key: records[-1][key] for key in ("tokens", "seconds", "evaluations")}
+    return {**spent, "generations": records[-1]["generation"]}
+
+
+def left_to_the_picked(workspace: Workspace, stage: str) -> None:
+    """Say how a stage that is for one genome is done."""
+    last = points_of(workspace.settings)[-1].name
+    logger.info("%s: left to the budget that is picked, such as resume=%s pick=%s", stage, workspace.run_dir, last)
+
+
+def report_all(
+    workspace: Workspace, tracker: Tracker, *, config: Mapping[str, Any], command: str, environment: Mapping[str, Any]
+) -> None:
+    """Stage `report`: `front.csv`, table, figure and page; prints the table."""
+    run_dir = workspace.run_dir
+    result = read_result(run_dir)
+    rows, front = result.get("rows", []), front_rows(result)
+    said = front_words(rows, front)
+    pictures: list[Path] = []
+    if rows:
+        tables.write_tables(rows, run_dir, said=said)
+    if front:
+        write_front(front, run_dir / "front.csv")
+        pictures = front_figure(rows, front, run_dir / "figures", measure=workspace.database.space.words.measure)
+    write_front_report(
+        run_dir / "report.html",
+        title=f"{workspace.pretrained.name}, {workspace.settings.method.name} at {len(front)} budgets",
+        config=config,
+        result=result,
+        rows=rows,
+        front=front,
+        figures=pictures,
+        command=command,
+        environment=environment,
+    )
+    for path in pictures:
+        if path.suffix == ".png":
+            tracker.figure(path.stem, path)
+    if rows:
+        print(f"\n{tables.format_table(rows)}\n\n{said}", flush=True)
+    print(f"report: {run_dir / 'report.html'}", flush=True)

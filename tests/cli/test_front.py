@@ -1,0 +1,171 @@
+"""Several budgets in one run: a genome each, the front, picking one, and runs that were cut off."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import evopress.pipeline as pipeline
+import evopress.stages.search as search_stage
+from evopress import config as configuration
+from evopress.errors import EvoPressError
+from evopress.models.opening import fitted
+from evopress.run_folder import looks_aside
+from evopress.settings import RunSettings
+
+NAMES = ["4", "2.5"]
+SEARCH = ["database", "search"]
+
+
+def settings_of(*overrides: str) -> RunSettings:
+    configuration.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(configuration.config_folder())):
+        config = compose("config", overrides=[*overrides, "+debug=tiny", "evaluation.every=0"])
+    return fitted(configuration.to_settings(config))
+
+
+def run(settings: RunSettings, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    pipeline.run(settings, folder, config={"bits": 3.0}, command="", environment={})
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def genomes(folder: Path) -> dict[str, Any]:
+    return {path.parent.name: read(path)["units"] for path in sorted(folder.glob("points/*/genome.json"))}
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def paths(cache: Path) -> list[str]:
+    return [f"paths.cache={cache}"]
+
+
+@pytest.fixture(scope="module")
+def asked(paths: list[str]) -> RunSettings:
+    guided = ["search/strategy=guided", "search.strategy.rounds=2", "search.strategy.generations_after=1"]
+    return settings_of("+method=quant", "budgets=[2.5,4]", "baselines.names=[uniform,dp]", *guided, *paths)
+
+
+@pytest.fixture(scope="module")
+def front(asked: RunSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A front of two budgets with all its stages."""
+    folder = tmp_path_factory.mktemp("front")
+    run(asked, folder)
+    return folder
+
+
+@pytest.fixture
+def copied(front: Path, tmp_path: Path) -> Path:
+    shutil.copytree(front, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_every_budget_has_a_genome_within_it_begun_from_the_one_before(front: Path) -> None:
+    result = read(front / "result.json")
+    rows = {row["name"]: row for row in result["rows"]}
+    for name in NAMES:
+        assert rows[f"evopress@{name}"]["bits_per_weight"] <= float(name) + 1e-9
+        first = json.loads((front / "points" / name / "metrics.jsonl").read_text().splitlines()[0])
+        assert (first["fitness"] is None) is (name == "4"), "the other chooses between its own start and the neighbour's"
+    assert [point["budget"] for point in result["front"]] == NAMES
+    assert result["search"]["tokens"] == sum(point["tokens"] for point in result["front"])
+    assert {"dense", "uniform_4", "uniform_2", "dp@4", "dp@2.5"} <= set(rows) and "uniform_4@2.5" not in rows
+
+
+def test_the_front_is_a_table_a_figure_and_a_page(front: Path) -> None:
+    lines = list(csv.DictReader((front / "front.csv").open()))
+    assert [line["budget"] for line in lines] == NAMES
+    sizes, kls = ([float(line[key]) for line in lines] for key in ("size MB if packed", "held-out KL python_docs"))
+    assert sizes == sorted(sizes, reverse=True) and kls == sorted(kls)
+    assert all((front / line["genome"]).is_file() and float(line["ppl python_docs"]) > 1 for line in lines)
+    page = (front / "report.html").read_text()
+    assert 'alt="front"' in page and "pick=2.5" in page and "EvoPress at 2.5" in page
+    assert "At 2.5 it is" in (front / "results.md").read_text()
+
+
+def test_a_point_is_picked_and_the_front_stays(asked: RunSettings, copied: Path) -> None:
+    before = contents(copied)
+    run(replace(asked, pick="2.50", stages=["export"]), copied)
+    point = copied / "points" / "2.5"
+    assert read(point / "checkpoint" / "evopress.json")["bits_per_weight"] <= 2.5 and list(point.glob("checkpoint/*.safetensors"))
+    assert read(point / "finished.json")["stages"] == ["export"]
+    for changed, sentence in (
+        ({"pick": 3.5}, r"pick=3.5 was not searched in .* \(2.5, 4\)"),
+        ({"stages": ["export"]}, "is for one genome"),
+        ({"pick": 3, "budgets": [], "bits": 3.0}, "names a budget of a run with several"),
+    ):
+        with pytest.raises(EvoPressError, match=sentence):
+            run(replace(asked, **changed), copied)
+    after = contents(copied)
+    assert {path: after[path] for path in before} == before, "what the run had is as it was"
+    assert looks_aside(copied, ["pick=2.5"]), "and its overrides stay those that it has"
+
+
+def test_a_front_that_is_killed_again_and_again_ends_with_the_same_genomes(
+    asked: RunSettings, front: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, made, begun = 0, search_stage.make_fitness, []
+
+    def stop() -> None:
+        nonlocal count
+        count += 1
+        if count % 3 == 0:
+            raise KeyboardInterrupt
+
+    def counting(workspace: Any, *rest: Any) -> Any:
+        begun.append(workspace.run_dir.name)
+        return made(workspace, *rest)
+
+    monkeypatch.setattr(search_stage, "stop_if_asked", stop)
+    monkeypatch.setattr(search_stage, "make_fitness", counting)
+    kills = 0
+    while kills < 9:
+        try:
+            run(replace(asked, stages=SEARCH), tmp_path / "run")
+            break
+        except KeyboardInterrupt:
+            kills += 1
+    assert kills >= 2 and genomes(tmp_path / "run") == genomes(front)
+    for name in NAMES:
+        there, here = ((folder / "points" / name / "metrics.jsonl").read_text() for folder in (front, tmp_path / "run"))
+        assert [json.loads(line)["genome"] for line in here.splitlines()] == [
+            json.loads(line)["genome"] for line in there.splitlines()
+        ]
+    assert len(set(begun)) == 2 and begun == sorted(begun, key=NAMES.index), "none is begun again once the next has begun"
+
+
+def test_a_further_budget_is_searched_alone_and_other_settings_are_refused(asked: RunSettings, copied: Path) -> None:
+    with pytest.raises(EvoPressError, match=r"had other settings \(seed 0 there, 1 here\)"):
+        run(replace(asked, seed=1, stages=SEARCH), copied)
+    before = genomes(copied)
+    run(replace(asked, budgets=[4, 2.5, 3.5], stages=SEARCH), copied)
+    after = genomes(copied)
+    assert sorted(after) == ["2.5", "3.5", "4"] and {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("+method=sparsity", "budgets=[0.5,0.6]"), ("+method=drop", "budgets=[0.25,0.5]", "method.granularity=module")],
+    ids=["sparsity", "drop"],
+)
+def test_other_methods_have_fronts_too(
+    overrides: tuple[str, ...], paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Callable[..., Path]
+) -> None:
+    settings = settings_of(*overrides, f"model.path={tiny_folder(num_blocks=4)}", "search.generations=2", *paths)
+    run(replace(settings, stages=SEARCH), tmp_path / "run")
+    found = genomes(tmp_path / "run")
+    assert len(found) == 2 and len({str(units) for units in found.values()}) == 2
