@@ -94,7 +94,7 @@ class Workspace:
         """
         self.settings = settings
         self.run_dir = run_dir
-        self._peak = PeakMemory() if beside is None else beside._peak
+        self._peak: PeakMemory = PeakMemory() if beside is None else beside._peak
         self._beside = beside
         if beside is not None:
             model, text = beside.model_source, beside.text
