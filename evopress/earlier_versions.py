@@ -60,10 +60,14 @@ def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns: settings by their dotted keys; none for a run of this version.
     """
-    model, data, method = (config.get(group) or {} for group in ("model", "data", "method"))
+    model, data, method, search = (config.get(group) or {} for group in ("model", "data", "method", "search"))
+    strategy = search.get("strategy") or {"name": "evolution"}
+    had: dict[str, Any] = {}
+    if method.get("name") in ("quant", "sparsity") and isinstance(strategy, Mapping) and strategy.get("name") == "evolution":
+        had["search/strategy"] = "evolution"
     if "bos" in model:
-        return {}
-    had = {
+        return had
+    had |= {
         f"{group}.{key}": values[key]
         for group, values, key in (("model", model, "dtype"), ("data", data, "calibration_tokens"))
         if key in values

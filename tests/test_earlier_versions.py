@@ -48,10 +48,14 @@ def test_the_defaults_of_an_earlier_run_are_its_own() -> None:
         "model.dtype": "bfloat16",
         "data.calibration_tokens": 16384,
         "method.recipe": "paper",
+        "search/strategy": "evolution",
     }
     assert "method.recipe" not in defaults_of(config | {"method": {"name": "drop"}})
     assert defaults_of(config | {"method": {"name": "sparsity"}})["method.recipe"] == "paper"
-    assert defaults_of(config | {"model": {"dtype": "auto", "bos": "auto"}}) == {}
+    now = {"model": {"dtype": "auto", "bos": "auto"}}
+    assert defaults_of(config | now) == {"search/strategy": "evolution"}, "it was every method's, and is not any more"
+    assert defaults_of(config | now | {"search": {"strategy": {"name": "guided"}}}) == {}
+    assert defaults_of({"method": {"name": "drop"}} | now) == {}
     assert defaults_of({}) == {}
     assert defaults_of(config | {"scale": {"name": "small"}})["scale.refine"] is False, "it is not refined unless asked now"
 

@@ -29,27 +29,28 @@ RUNS = Path("multirun/guided")
 KEYS = ["method", "recipe", "target", "row", "seed"]
 AFTER = "search.strategy.generations_after=9"
 GUIDED = "search/strategy=guided"
+EVOLUTION = "search/strategy=evolution"
 FROM_DP = "search.starts=[dp]"
 NO_SEARCH = ("stages=[database,baselines,evaluate]",)
 ROWS: dict[str, dict[str, list[str]]] = {
     "quant": {
         "baselines": ["baselines.names=[uniform,dp]", *NO_SEARCH],
-        "evolution": [],
-        "evolution from dp": [FROM_DP, "search.exchange=any"],
+        "evolution": [EVOLUTION],
+        "evolution from dp": [EVOLUTION, FROM_DP, "search.exchange=any"],
         "guided": [GUIDED, FROM_DP],
         "guided, then evolution": [GUIDED, FROM_DP, AFTER, "search.exchange=any"],
     },
     "sparsity": {
         "baselines": ["baselines.names=[uniform,dp]", *NO_SEARCH],
-        "evolution": [],
-        "evolution from dp": [FROM_DP],
+        "evolution": [EVOLUTION],
+        "evolution from dp": [EVOLUTION, FROM_DP],
         "guided": [GUIDED],
         "guided from dp": [GUIDED, FROM_DP],
         "guided, then evolution": [GUIDED, AFTER],
     },
     "drop": {
         "baselines": ["baselines.names=[shortgpt,sliding_window,weighted_cosine]", *NO_SEARCH],
-        "evolution": [],
+        "evolution": [EVOLUTION],
         "guided": [GUIDED],
         "guided, then evolution": [GUIDED, AFTER],
     },

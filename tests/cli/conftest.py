@@ -16,8 +16,8 @@ import torch
 
 import evopress.__main__ as program
 
-TINY = ("+method=quant", "bits=3.5", "+debug=tiny")
-SPARSE = ("+method=sparsity", "sparsity=0.5", "+debug=tiny")
+TINY = ("+method=quant", "bits=3.5", "+debug=tiny", "search/strategy=evolution")
+SPARSE = ("+method=sparsity", "sparsity=0.5", "+debug=tiny", "search/strategy=evolution")
 
 
 @dataclass(frozen=True)

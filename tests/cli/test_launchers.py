@@ -44,7 +44,7 @@ def needs(plugin: str) -> pytest.MarkDecorator:
 def sweep(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Sweep two targets of the tiny model, with a cache of their own, in a process of its own."""
     few = ("baselines.names=[]", "stages=[database,search,evaluate]")
-    command = [sys.executable, "-m", "evopress", "-m", "+method=quant", "+debug=tiny", *few, "hydra.sweep.dir=sweep", *arguments]
+    command = [sys.executable, "-m", "evopress", "-m", "+method=quant", "+debug=tiny", "search/strategy=evolution", *few, "hydra.sweep.dir=sweep", *arguments]
     environment = os.environ | {
         "EVOPRESS_CACHE": str(cwd / "cache"),
         "PYTHONPATH": os.pathsep.join([str(cwd), *filter(None, sys.path)]),
@@ -145,7 +145,7 @@ def test_presets_are_those_of_the_plugins(preset: str, target: str, values: dict
 
 
 def test_a_plugin_that_is_not_there_is_told_by_name(evopress: Callable[..., Any]) -> None:
-    outcome = evopress("-m", "+method=quant", "+debug=tiny", "hydra/launcher=elsewhere")
+    outcome = evopress("-m", "+method=quant", "+debug=tiny", "search/strategy=evolution", "hydra/launcher=elsewhere")
     assert outcome.code == 1
     assert "hydra/launcher=elsewhere is not there" in outcome.text
     assert "local" in outcome.text and "slurm" in outcome.text

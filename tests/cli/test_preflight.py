@@ -58,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_dry_run_says_what_every_stage_takes_and_leaves_nothing(
     method: str, evopress: Callable[..., Any], tmp_path: Path
 ) -> None:
-    outcome = evopress(*METHODS[method], "+debug=tiny", DRY, "hydra.run.dir=run", f"level_db.root={tmp_path / 'levels'}")
+    outcome = evopress(*METHODS[method], "+debug=tiny", "search/strategy=evolution", DRY, "hydra.run.dir=run", f"level_db.root={tmp_path / 'levels'}")
     assert outcome.code == 0, outcome.text
     table = rows(outcome.text)
     assert list(table) == ["database", "baselines", "search", "evaluate", "export", "report", "all"]
@@ -127,7 +127,7 @@ def test_a_run_goes_on_in_the_folder_of_a_dry_one(tiny: Callable[..., Any], evop
 
 
 def test_a_dry_sweep_is_not_taken_for_a_finished_one(evopress: Callable[..., Any], tmp_path: Path) -> None:
-    sweep = ("-m", *METHODS["quant"], "+debug=tiny", "seed=0,1", "stages=[database]", "hydra.sweep.dir=sweep")
+    sweep = ("-m", *METHODS["quant"], "+debug=tiny", "search/strategy=evolution", "seed=0,1", "stages=[database]", "hydra.sweep.dir=sweep")
     outcome = evopress(*sweep, DRY)
     assert outcome.code == 0, outcome.text
     assert outcome.text.count("what this run will take") == 2
@@ -152,7 +152,7 @@ def test_times_are_estimated_from_a_probe(
     measure = preflight.measure_speed
     monkeypatch.setattr(preflight, "measure_speed", lambda *args, **options: speeds.append(measure(*args, **options)) or speeds[-1])
     stages = "stages=[search,evaluate]"
-    outcome = evopress(*METHODS[method], "+debug=tiny", stages, "hydra.run.dir=run", f"level_db.root={tmp_path / 'levels'}")
+    outcome = evopress(*METHODS[method], "+debug=tiny", "search/strategy=evolution", stages, "hydra.run.dir=run", f"level_db.root={tmp_path / 'levels'}")
     assert outcome.code == 0, outcome.text
     (speed,) = speeds
     assert min(speed.block, speed.head, speed.reference) > 0
@@ -377,7 +377,7 @@ def test_too_little_memory_for_the_self_check_is_told_as_that(tiny: Callable[...
 
 
 def test_a_budget_that_leaves_no_switch_is_refused_before_the_database(evopress: Callable[..., Any], tmp_path: Path) -> None:
-    arguments = ("+method=drop", "sparsity=0.5", "+debug=tiny", "method.exclude=[0]", f"level_db.root={tmp_path / 'levels'}")
+    arguments = ("+method=drop", "sparsity=0.5", "+debug=tiny", "search/strategy=evolution", "method.exclude=[0]", f"level_db.root={tmp_path / 'levels'}")
     refused(evopress(*arguments), "found no other genome", "4 units", "choose a target")
     assert not list((tmp_path / "levels").rglob("manifest.json"))
     outcome = evopress(*arguments, "stages=[database]")
@@ -419,6 +419,6 @@ def test_a_model_without_a_yaml_says_what_was_taken_from_it(
 ) -> None:
     amounts = [f"data.{split}_tokens=2048" for split in ("calibration", "search", "evaluation")]
     model = ("model=local", f"model.path={tiny_folder()}", "model.dtype=float32", "model.device=cpu", *amounts)
-    outcome = evopress("+method=quant", "bits=3.5", "+debug=tiny", *model, DRY, "hydra.run.dir=run")
+    outcome = evopress("+method=quant", "bits=3.5", "+debug=tiny", "search/strategy=evolution", *model, DRY, "hydra.run.dir=run")
     assert outcome.code == 0, outcome.text
     assert "from the model: model.sequence_length=512, model.group_size=32, method.group_size=32" in outcome.text

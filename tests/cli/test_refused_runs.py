@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-TINY = ("+method=quant", "+debug=tiny")
+TINY = ("+method=quant", "+debug=tiny", "search/strategy=evolution")
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from tally import record
 SHORT = "stages=[database,baselines,search,evaluate]"
 SECOND = "stages=[database,baselines,search,refine,evaluate,export]"
 CASES = {
-    "quant": ("+method=quant", "bits=3.5", "+debug=tiny"),
-    "quant at a level": ("+method=quant", "bits=3", "+debug=tiny", "method.propagate_bits=null", "level_db.activations=disk"),
-    "sparsity": ("+method=sparsity", "sparsity=0.5", "+debug=tiny"),
-    "refined": ("+method=quant", "bits=3.5", "+debug=tiny", "scale.refine=true", "baselines.names=[dp]"),
+    "quant": ("+method=quant", "bits=3.5", "+debug=tiny", "search/strategy=evolution"),
+    "quant at a level": ("+method=quant", "bits=3", "+debug=tiny", "search/strategy=evolution", "method.propagate_bits=null", "level_db.activations=disk"),
+    "sparsity": ("+method=sparsity", "sparsity=0.5", "+debug=tiny", "search/strategy=evolution"),
+    "refined": ("+method=quant", "bits=3.5", "+debug=tiny", "search/strategy=evolution", "scale.refine=true", "baselines.names=[dp]"),
     "drop": (
-        *("+method=drop", "sparsity=0.34", "+debug=tiny", "model.path=../six", "model.separator=null"),
+        *("+method=drop", "sparsity=0.34", "+debug=tiny", "search/strategy=evolution", "model.path=../six", "model.separator=null"),
         "baselines.names=[best_of_random,shortgpt,sliding_window,shortened_llama,exhaustive]",
     ),
 }
