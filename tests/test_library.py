@@ -57,7 +57,16 @@ def test_the_guides_example_runs(
 def test_the_program_finds_the_same_genome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
     settings = [f"search.{key}={json.dumps(value).replace(' ', '')}" for key, value in SMALL.items()]
-    command = ["+method=quant", "bits=3.5", "+debug=tiny", "search/strategy=evolution", "stages=[database,search]", "evaluation.every=0", "seed=3", *settings]
+    command = [
+        "+method=quant",
+        "bits=3.5",
+        "+debug=tiny",
+        "search/strategy=evolution",
+        "stages=[database,search]",
+        "evaluation.every=0",
+        "seed=3",
+        *settings,
+    ]
     command = [sys.executable, "-m", "evopress", *command, f"hydra.run.dir={tmp_path / 'run'}"]
     subprocess.run(command, check=True, cwd=tmp_path, timeout=300, capture_output=True)
     there = json.loads((tmp_path / "run" / "genome.json").read_text())

@@ -158,7 +158,16 @@ def test_files_of_every_kind_are_evaluated(
     ]
     method = ("+method=sparsity", "sparsity=0.5") if given == "sparse" else ("+method=quant", "bits=3.5")
     fewer = ["method.levels=[5,4,3,2]"] if given == "checkpoint" else []
-    outcome = evopress(*method, "+debug=tiny", "search/strategy=evolution", "hydra.run.dir=run", f"genome={path}", FEW, *fewer, "stages=[database,evaluate]")
+    outcome = evopress(
+        *method,
+        "+debug=tiny",
+        "search/strategy=evolution",
+        "hydra.run.dir=run",
+        f"genome={path}",
+        FEW,
+        *fewer,
+        "stages=[database,evaluate]",
+    )
     assert outcome.code == 0, outcome.text
     (found,) = (
         each for each in json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["rows"] if "/" in each["name"]
@@ -171,7 +180,9 @@ def test_files_of_every_kind_are_evaluated(
 def test_words_per_block_drop_modules(evopress: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "drop.txt").write_text("attn\nmlp\n", encoding="utf-8")
     few = (FEW, "stages=[database,evaluate,export]")
-    outcome = evopress("+method=drop", "sparsity=0.5", "+debug=tiny", "search/strategy=evolution", "hydra.run.dir=run", "genome=drop.txt", *few)
+    outcome = evopress(
+        "+method=drop", "sparsity=0.5", "+debug=tiny", "search/strategy=evolution", "hydra.run.dir=run", "genome=drop.txt", *few
+    )
     assert outcome.code == 0, outcome.text
     assert row(tmp_path / "run", f"{tmp_path.name}/drop.txt")["modules_dropped"] == 2
     (folder,) = (tmp_path / "run" / "genomes").iterdir()

@@ -44,7 +44,18 @@ def needs(plugin: str) -> pytest.MarkDecorator:
 def sweep(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Sweep two targets of the tiny model, with a cache of their own, in a process of its own."""
     few = ("baselines.names=[]", "stages=[database,search,evaluate]")
-    command = [sys.executable, "-m", "evopress", "-m", "+method=quant", "+debug=tiny", "search/strategy=evolution", *few, "hydra.sweep.dir=sweep", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "evopress",
+        "-m",
+        "+method=quant",
+        "+debug=tiny",
+        "search/strategy=evolution",
+        *few,
+        "hydra.sweep.dir=sweep",
+        *arguments,
+    ]
     environment = os.environ | {
         "EVOPRESS_CACHE": str(cwd / "cache"),
         "PYTHONPATH": os.pathsep.join([str(cwd), *filter(None, sys.path)]),

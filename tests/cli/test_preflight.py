@@ -58,7 +58,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_dry_run_says_what_every_stage_takes_and_leaves_nothing(
     method: str, evopress: Callable[..., Any], tmp_path: Path
 ) -> None:
-    outcome = evopress(*METHODS[method], "+debug=tiny", "search/strategy=evolution", DRY, "hydra.run.dir=run", f"level_db.root={tmp_path / 'levels'}")
+    outcome = evopress(
+        *METHODS[method],
+        "+debug=tiny",
+        "search/strategy=evolution",
+        DRY,
+        "hydra.run.dir=run",
+        f"level_db.root={tmp_path / 'levels'}",
+    )
     assert outcome.code == 0, outcome.text
     table = rows(outcome.text)
     assert list(table) == ["database", "baselines", "search", "evaluate", "export", "report", "all"]
@@ -127,7 +134,15 @@ def test_a_run_goes_on_in_the_folder_of_a_dry_one(tiny: Callable[..., Any], evop
 
 
 def test_a_dry_sweep_is_not_taken_for_a_finished_one(evopress: Callable[..., Any], tmp_path: Path) -> None:
-    sweep = ("-m", *METHODS["quant"], "+debug=tiny", "search/strategy=evolution", "seed=0,1", "stages=[database]", "hydra.sweep.dir=sweep")
+    sweep = (
+        "-m",
+        *METHODS["quant"],
+        "+debug=tiny",
+        "search/strategy=evolution",
+        "seed=0,1",
+        "stages=[database]",
+        "hydra.sweep.dir=sweep",
+    )
     outcome = evopress(*sweep, DRY)
     assert outcome.code == 0, outcome.text
     assert outcome.text.count("what this run will take") == 2
@@ -152,7 +167,14 @@ def test_times_are_estimated_from_a_probe(
     measure = preflight.measure_speed
     monkeypatch.setattr(preflight, "measure_speed", lambda *args, **options: speeds.append(measure(*args, **options)) or speeds[-1])
     stages = "stages=[search,evaluate]"
-    outcome = evopress(*METHODS[method], "+debug=tiny", "search/strategy=evolution", stages, "hydra.run.dir=run", f"level_db.root={tmp_path / 'levels'}")
+    outcome = evopress(
+        *METHODS[method],
+        "+debug=tiny",
+        "search/strategy=evolution",
+        stages,
+        "hydra.run.dir=run",
+        f"level_db.root={tmp_path / 'levels'}",
+    )
     assert outcome.code == 0, outcome.text
     (speed,) = speeds
     assert min(speed.block, speed.head, speed.reference) > 0
@@ -377,7 +399,14 @@ def test_too_little_memory_for_the_self_check_is_told_as_that(tiny: Callable[...
 
 
 def test_a_budget_that_leaves_no_switch_is_refused_before_the_database(evopress: Callable[..., Any], tmp_path: Path) -> None:
-    arguments = ("+method=drop", "sparsity=0.5", "+debug=tiny", "search/strategy=evolution", "method.exclude=[0]", f"level_db.root={tmp_path / 'levels'}")
+    arguments = (
+        "+method=drop",
+        "sparsity=0.5",
+        "+debug=tiny",
+        "search/strategy=evolution",
+        "method.exclude=[0]",
+        f"level_db.root={tmp_path / 'levels'}",
+    )
     refused(evopress(*arguments), "found no other genome", "4 units", "choose a target")
     assert not list((tmp_path / "levels").rglob("manifest.json"))
     outcome = evopress(*arguments, "stages=[database]")

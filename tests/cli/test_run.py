@@ -486,7 +486,9 @@ def test_without_a_key_a_run_is_tracked_offline(tiny: Callable[..., Any], monkey
 
 
 def test_a_sweep_goes_on_after_a_job_that_fails(evopress: Callable[..., Any], cache: Path, tmp_path: Path) -> None:
-    outcome = evopress("-m", "+method=quant", "bits=9,3.5,3", "+debug=tiny", "search/strategy=evolution", SEARCH, "evaluation.every=0")
+    outcome = evopress(
+        "-m", "+method=quant", "bits=9,3.5,3", "+debug=tiny", "search/strategy=evolution", SEARCH, "evaluation.every=0"
+    )
     assert outcome.code == 1
     assert "Traceback" not in outcome.text
     (sentence,) = outcome.errors
@@ -503,7 +505,9 @@ def test_a_sweep_goes_on_after_a_job_that_fails(evopress: Callable[..., Any], ca
 
 
 def test_a_sweep_over_seeds(evopress: Callable[..., Any], finished: Any, tmp_path: Path) -> None:
-    outcome = evopress("-m", "+method=quant", "bits=3.5", "+debug=tiny", "search/strategy=evolution", "seed=0,1", SEARCH, "hydra.sweep.dir=sweep")
+    outcome = evopress(
+        "-m", "+method=quant", "bits=3.5", "+debug=tiny", "search/strategy=evolution", "seed=0,1", SEARCH, "hydra.sweep.dir=sweep"
+    )
     assert outcome.code == 0, outcome.text
     jobs = [tmp_path / "sweep" / f"bits=3.5,debug=tiny,method=quant,seed={seed}" for seed in (0, 1)]
     assert records(jobs[0]) == records(finished.folder)  # a job is the run of its own, whatever ran before it

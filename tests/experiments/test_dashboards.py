@@ -67,7 +67,9 @@ def tracked(folder: Path, *overrides: str) -> Recorder:
     """Run the program on the tiny model and return what its tracker was told."""
     configuration.register()
     with initialize_config_dir(version_base="1.3", config_dir=str(configuration.config_folder())):
-        config = compose("config", overrides=[*overrides, "+debug=tiny", "search/strategy=evolution", f"paths.cache={folder / 'cache'}"])
+        config = compose(
+            "config", overrides=[*overrides, "+debug=tiny", "search/strategy=evolution", f"paths.cache={folder / 'cache'}"]
+        )
     recorder = Recorder()
     (folder / "run").mkdir()
     with pytest.MonkeyPatch.context() as patch:

@@ -18,9 +18,23 @@ SHORT = "stages=[database,baselines,search,evaluate]"
 SECOND = "stages=[database,baselines,search,refine,evaluate,export]"
 CASES = {
     "quant": ("+method=quant", "bits=3.5", "+debug=tiny", "search/strategy=evolution"),
-    "quant at a level": ("+method=quant", "bits=3", "+debug=tiny", "search/strategy=evolution", "method.propagate_bits=null", "level_db.activations=disk"),
+    "quant at a level": (
+        "+method=quant",
+        "bits=3",
+        "+debug=tiny",
+        "search/strategy=evolution",
+        "method.propagate_bits=null",
+        "level_db.activations=disk",
+    ),
     "sparsity": ("+method=sparsity", "sparsity=0.5", "+debug=tiny", "search/strategy=evolution"),
-    "refined": ("+method=quant", "bits=3.5", "+debug=tiny", "search/strategy=evolution", "scale.refine=true", "baselines.names=[dp]"),
+    "refined": (
+        "+method=quant",
+        "bits=3.5",
+        "+debug=tiny",
+        "search/strategy=evolution",
+        "scale.refine=true",
+        "baselines.names=[dp]",
+    ),
     "drop": (
         *("+method=drop", "sparsity=0.34", "+debug=tiny", "search/strategy=evolution", "model.path=../six", "model.separator=null"),
         "baselines.names=[best_of_random,shortgpt,sliding_window,shortened_llama,exhaustive]",
