@@ -16,7 +16,15 @@ _METHOD = {
     "centre": None,
 }
 """Settings of a method that weights are compressed by, with the value that they had before they were settings."""
-_RUN: dict[str, Any] = {"genome": None, "size": None, "limits": [], "budgets": [], "pick": None}
+_RUN: dict[str, Any] = {
+    "genome": None,
+    "size": None,
+    "limits": [],
+    "budgets": [],
+    "pick": None,
+    "max_kl": None,
+    "min_agreement": None,
+}
 _MODEL = {"bos": "auto"}
 _DATA: dict[str, Any] = {"chat_template": "auto", "options": {}}
 _BASELINES: dict[str, Any] = {"options": {}}

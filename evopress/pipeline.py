@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.finished import FINISHED, best_fitness, finish, read_finished, stages_done
+from evopress.methods.points import has_limit, has_points
 from evopress.progress import duration
 from evopress.reporting.generations import read_generations
 from evopress.reporting.metrics import search_history
@@ -39,6 +40,7 @@ from evopress.stages.given import check_given
 from evopress.stages.preflight import preflight
 from evopress.stages.refine import refine, refuse_without_genome
 from evopress.stages.search import search
+from evopress.stages.smallest import budgets_to_try, export_smallest, find_smallest, likely_tries
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -77,30 +79,33 @@ def run(
     check_tokens(settings)
     check_tasks(settings)
     exporters_of(settings)
-    if settings.budgets:
+    if has_points(settings):
         check_stages(settings)
     started = time.monotonic()
     workspace = Workspace(settings, run_dir)
-    points = open_points(workspace) if settings.budgets else []
+    points = open_points(workspace) if has_points(settings) else []
     numbers = searching(settings.search, derived=workspace.generations(settings))
     if "search" in settings.stages:
         logger.info(
             "scale %s: the search evaluates %.3g million candidate tokens%s%s",
             settings.scale.name,
-            sum(search_cost(each.searching) for each in points) / 1e6 if points else search_cost(numbers) / 1e6,
-            f" at {len(points)} budgets" if points else "",
-            f" (scale=paper: {_paper_cost(workspace, paper) * max(len(points), 1) / 1e6:.3g} million)" if paper else "",
+            search_cost(numbers) / 1e6,
+            " at each budget" if has_points(settings) else "",
+            f" (scale=paper: {_paper_cost(workspace, paper) / 1e6:.3g} million)" if paper else "",
         )
     workspace.read_text()
     check_questions(workspace)
     refuse_other_settings(workspace, numbers)
-    if points:
+    if has_points(settings):
         refuse_other_points(points)
     else:
         refuse_without_genome(workspace)
         refuse_other_work(workspace, numbers)
+    if not settings.budgets or has_limit(settings):
         refuse_unfit_formats(workspace)
-    plan = preflight(workspace, numbers, [(each.workspace, each.searching) for each in points])
+    tried = budgets_to_try(workspace) if has_limit(settings) else []
+    planned = likely_tries(workspace, tried) if tried and ("search" in settings.stages or not points) else points
+    plan = preflight(workspace, numbers, [(each.workspace, each.searching) for each in planned])
     if settings.dry_run:
         logger.info("dry run: nothing was built or searched; leave dry_run out to run it")
         return float("nan")
@@ -111,7 +116,8 @@ def run(
     if not aside:
         (run_dir / FINISHED).unlink(missing_ok=True)
     tracker = make_tracker(settings.tracker)
-    asked = {"budgets": "+".join(each.name for each in points) or None, "size": settings.size}
+    asked: dict[str, Any] = {"max_kl": settings.max_kl, "min_agreement": settings.min_agreement}
+    asked |= {"budgets": "+".join(each.name for each in points) or None, "size": settings.size}
     asked |= {"bits": settings.bits, "sparsity": settings.sparsity}
     key, target = next((key, value) for key, value in asked.items() if value is not None)
     name, group, tags = tracked_as(run_dir, method=settings.method.name, key=key, target=target, seed=settings.seed)
@@ -134,13 +140,15 @@ def run(
         "export": lambda: export(workspace, command=command),
         "report": lambda: report(workspace, tracker, config=config, command=command, environment=environment),
     }
-    if points:
+    if has_points(settings):
         work |= {
-            "baselines": lambda: find_all_baselines(points),
-            "search": lambda: search_all(points),
+            "baselines": lambda: find_all_baselines([] if has_limit(settings) else points),
+            "search": lambda: find_smallest(workspace, tried, points) if has_limit(settings) else search_all(points),
             "evaluate": lambda: evaluate_all(workspace, points, tracker),
             "refine": lambda: left_to_the_picked(workspace, "refine"),
-            "export": lambda: left_to_the_picked(workspace, "export"),
+            "export": lambda: (
+                export_smallest(workspace, command=command) if has_limit(settings) else left_to_the_picked(workspace, "export")
+            ),
             "report": lambda: report_all(workspace, tracker, config=config, command=command, environment=environment),
         }
     try:

@@ -541,6 +541,11 @@ class RunSettings:
     and joint)."""
     budgets: list[Any] = field(default_factory=list)
     """Several targets in place of one, searched in one run: [2.25,2.5,3], bits or sparsities as the method has them, or sizes."""
+    max_kl: float | None = None
+    """In place of a target: the smallest model whose KL divergence on search text, nats per token, is at most this; found by
+    bisection, among `budgets` where they are given."""
+    min_agreement: float | None = None
+    """In place of a target: the smallest model whose most likely next token is the dense model's this often on search text."""
     pick: Any = None
     """Budget of a run with several (resume=RUN): what the stages do is done to what was found there, as if it had been a run of its
     own."""
@@ -596,10 +601,26 @@ class RunSettings:
         _expect(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null for torch's choice")
 
     def _check_budgets(self) -> None:
-        """Let several budgets stand in the place of the one target, which a method may have by default."""
-        if not self.budgets:
+        """Let several budgets, or what is to be kept, stand in the place of the one target, which a method may have by default."""
+        kept = {key: getattr(self, key) for key in ("max_kl", "min_agreement") if getattr(self, key) is not None}
+        if len(kept) > 1:
+            raise EvoPressError(
+                f"max_kl={self.max_kl} and min_agreement={self.min_agreement} are both given: leave one of them out"
+            )
+        _expect(self.max_kl is None or self.max_kl > 0, "max_kl", self.max_kl, "more than 0 nats per token")
+        agreement = self.min_agreement
+        _expect(agreement is None or 0 < agreement < 1, "min_agreement", agreement, "a share of tokens in (0, 1), such as 0.9")
+        given = {"budgets": self.budgets, **kept} if self.budgets else kept
+        if not given:
             return
         for key in ("size", "genome"):
             if getattr(self, key) is not None:
-                raise EvoPressError(f"{key}={getattr(self, key)} and budgets={self.budgets} are both given: leave one of them out")
-        self.bits = self.sparsity = None
+                what = next(f"{name}={value}" for name, value in given.items())
+                instead = f", or choose among sizes, budgets=[{self.size}]" if key == "size" and not self.budgets else ""
+                raise EvoPressError(f"{key}={getattr(self, key)} and {what} are both given: leave one of them out{instead}")
+        if not self.budgets and isinstance(self.method, DropSettings):
+            what = next(f"{name}={value}" for name, value in kept.items())
+            raise EvoPressError(f"{what} with method drop needs budgets to choose among: give such as budgets=[0.125,0.25,0.375]")
+        self.bits = None
+        if self.budgets or not isinstance(self.method, SparsitySettings):
+            self.sparsity = None

@@ -8,7 +8,7 @@ from evopress.errors import EvoPressError
 from evopress.methods.drop import Drop
 from evopress.methods.joint import Joint
 from evopress.methods.method import Method, ModuleSource, Rest, WeightSource
-from evopress.methods.points import has_points, points_of
+from evopress.methods.points import any_point, has_points, points_of
 from evopress.methods.quant import Quantization
 from evopress.methods.sparsity import Sparsity
 from evopress.settings import DropSettings, JointSettings, QuantSettings, RunSettings, SparsitySettings
@@ -24,13 +24,13 @@ _METHODS: dict[type, Any] = {
 def make_method(settings: RunSettings) -> Method:
     """Return the run's method, checked against its target.
 
-    With several budgets it is the method of the first, and all are checked.
+    With several budgets it is the method of the first, and all are checked; where they are to be tried, of any.
 
     Raises: EvoPressError if the target is missing or cannot be met, or the search's bounds do not fit it.
     """
     if has_points(settings):
-        first, *_ = [make_method(point.settings) for point in points_of(settings)]
-        return first
+        checked = [make_method(point.settings) for point in points_of(settings)]
+        return checked[0] if checked else make_method(any_point(settings))
     for schema, method in _METHODS.items():
         if isinstance(settings.method, schema):
             made: Method = method.of(settings)

@@ -6,14 +6,20 @@ budgets=[40MB,60MB]    sizes (quant, joint)
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from evopress.errors import EvoPressError
+from evopress.methods.method import Rest
 from evopress.methods.targets import BYTES_OF, parsed_size
 from evopress.settings import JointSettings, QuantSettings, RunSettings, SparsitySettings
+from evopress.units import Space
 
+_BIT_STEP, _SPARSITY_STEP = 1 / 16, 1 / 80
+_ONE: dict[str, Any] = {"budgets": [], "pick": None, "max_kl": None, "min_agreement": None}
 _SUCH = "give numbers such as [2.25,2.5,3], or sizes such as [40MB,60MB]"
 
 
@@ -28,8 +34,44 @@ class Point:
 
 
 def has_points(settings: RunSettings) -> bool:
-    """Tell whether a run has several budgets."""
-    return bool(settings.budgets)
+    """Tell whether a run has several budgets, given or to be tried."""
+    return bool(settings.budgets) or has_limit(settings)
+
+
+def has_limit(settings: RunSettings) -> bool:
+    """Tell whether a run is to find the smallest model that keeps something."""
+    return settings.max_kl is not None or settings.min_agreement is not None
+
+
+def any_point(settings: RunSettings) -> RunSettings:
+    """Return the settings of a run with one budget, the first that is given, or any: for what does not depend on it."""
+    if settings.budgets:
+        return points_of(settings)[0].settings
+    if isinstance(settings.method, JointSettings):
+        return point_at(settings, "1TB").settings
+    if isinstance(settings.method, QuantSettings):
+        widths = [16 if level == "dense" else level for level in settings.method.levels]
+        return point_at(settings, (min(widths) + max(widths)) / 2).settings
+    return point_at(settings, 0.5 if settings.sparsity is None else settings.sparsity).settings
+
+
+def grid(settings: RunSettings, space: Space, rest: Rest) -> list[Point]:
+    """Return the budgets that are tried: those that are given, or all multiples of a step between the space's ends.
+
+    The steps are 1/16 bit, of weights that are units or, where sizes are counted, of all; and 1/80 of sparsity.
+    """
+    if settings.budgets:
+        return points_of(settings)
+    least, most = space.least_cost, space.greatest_cost
+    if isinstance(settings.method, SparsitySettings):
+        ends, step, suffix = (1 - most / space.size, 1 - least / space.size), _SPARSITY_STEP, ""
+    elif isinstance(settings.method, JointSettings):
+        weights = space.size + rest.weights
+        ends, step, suffix = ((rest.bits + least) / weights, (rest.bits + most) / weights), _BIT_STEP, "bpw"
+    else:
+        ends, step, suffix = (least / space.size, most / space.size), _BIT_STEP, ""
+    found = [round(number * step, 6) for number in range(math.floor(ends[0] / step) + 1, math.ceil(ends[1] / step))]
+    return in_order(point_at(settings, f"{value:g}{suffix}") for value in found)
 
 
 def points_of(settings: RunSettings) -> list[Point]:
@@ -45,7 +87,12 @@ def points_of(settings: RunSettings) -> list[Point]:
         raise EvoPressError(
             f"budgets={settings.budgets} mixes bits, bits per weight of all (bpw) and bytes: give all in one of them"
         )
-    return sorted(points.values(), key=_spent, reverse=True)
+    return in_order(points.values())
+
+
+def in_order(points: Iterable[Point]) -> list[Point]:
+    """Return points from the least compressed to the most."""
+    return sorted(points, key=_spent, reverse=True)
 
 
 def point_at(settings: RunSettings, budget: Any) -> Point:
@@ -61,11 +108,13 @@ def point_at(settings: RunSettings, budget: Any) -> Point:
         targets["bits" if isinstance(method, QuantSettings) else "sparsity"] = number
     if isinstance(method, SparsitySettings):
         method = replace(method, centre=_centre(settings))
-    return Point(name, replace(settings, method=method, budgets=[], pick=None, **targets))
+    return Point(name, replace(settings, **_ONE, method=method, **targets))
 
 
 def _centre(settings: RunSettings) -> float | None:
     """Return the sparsity in the middle of the levels that all budgets share."""
+    if not settings.budgets and settings.method.centre is None:
+        return settings.sparsity
     given = sorted(number for number, size in map(_parsed, settings.budgets) if size is None)
     return settings.method.centre if settings.method.centre is not None or not given else given[len(given) // 2]
 

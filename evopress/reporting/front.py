@@ -17,6 +17,8 @@ from evopress.reporting.page import code, details, json_text, pairs, paragraph, 
 from evopress.reporting.tables import display_name, held_out_kl, number, results_columns, significant
 
 Row = Mapping[str, Any]
+_NEAR = 0.97
+"""Least share of a point's bytes that a genome takes to be compared with it."""
 
 
 def front_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -42,7 +44,7 @@ def write_front(front: Sequence[Row], path: Path) -> None:
 
 
 def best_baseline(rows: Sequence[Row], point: Row) -> Row | None:
-    """Return the row with the least held-out KL among what was compared at a point's budget and spends no more."""
+    """Return the row with the least held-out KL of what was compared and spends what a point does, or a few percent less."""
     size = number(point.get("bytes"))
     others = [
         row
@@ -51,13 +53,16 @@ def best_baseline(rows: Sequence[Row], point: Row) -> Row | None:
         and not str(row.get("name")).startswith("evopress")
         and row.get("budget", point["budget"]) == point["budget"]
         and held_out_kl(row)[1] is not None
-        and (size is None or (number(row.get("bytes")) or 0) <= size * 1.002)
+        and (size is None or _NEAR * size <= (number(row.get("bytes")) or 0) <= size * 1.002)
     ]
     return min(others, key=lambda row: held_out_kl(row)[1] or 0.0, default=None)
 
 
-def front_words(rows: Sequence[Row], front: Sequence[Row]) -> str:
-    """Say in words what the front shows: its ends, and at each budget who is best."""
+def front_words(rows: Sequence[Row], front: Sequence[Row], kept: Mapping[str, Any] | None = None) -> str:
+    """Say in words what the front shows: its ends, and at each budget who is best.
+
+    Args: kept: what the smallest model had to keep, and which it is.
+    """
     measured = [row for row in front if held_out_kl(row)[1] is not None]
     if not measured:
         return "Nothing has been measured on held-out text yet."
@@ -65,7 +70,7 @@ def front_words(rows: Sequence[Row], front: Sequence[Row]) -> str:
     sentence = f"Held-out KL is {_kl(first)} nats per token at {first['budget']}{_megabytes(first)}"
     if len(measured) > 1:
         sentence += f" and {_kl(last)} at {last['budget']}{_megabytes(last)}"
-    sentences = [f"{sentence}."]
+    sentences = [*([_answer(front, kept)] if kept else []), f"{sentence}."]
     for row in measured:
         best = best_baseline(rows, row)
         if best is not None:
@@ -76,10 +81,33 @@ def front_words(rows: Sequence[Row], front: Sequence[Row]) -> str:
     return " ".join([*sentences, "One run, one seed: another seed finds other genomes."])
 
 
-def front_figure(rows: Sequence[Row], front: Sequence[Row], folder: Path, *, measure: str) -> list[Path]:
+def _answer(front: Sequence[Row], kept: Mapping[str, Any]) -> str:
+    """Say which is the smallest that keeps what was asked for, on search text, and what it has on held-out text."""
+    of_kl = "max_kl" in kept
+    key, name, asked = (
+        ("kl", "KL", f"at most {kept['max_kl']:g}")
+        if of_kl
+        else ("top1_agreement", "top-1 agreement", f"at least {kept['min_agreement']:g}")
+    )
+    there: Mapping[str, Any] = next((entry for entry in kept["tried"] if entry["budget"] == kept["answer"]), {})
+    row = next((row for row in front if row["budget"] == kept["answer"]), {})
+    held_out = held_out_kl(row)[1] if of_kl else number(row.get("top1_agreement"))
+    searched = sum(entry["budget"] in {row["budget"] for row in front} for entry in kept["tried"])
+    sentence = (
+        f"Of {searched} budgets that were searched, {kept['answer']} is the smallest whose {name} is {asked} on search text: "
+    )
+    sentence += f"{significant(there[key])} on {there['num_tokens']:,} tokens" if there else "measured before"
+    return f"{sentence}, and {significant(held_out)} on held-out text." if held_out is not None else f"{sentence}."
+
+
+def front_figure(
+    rows: Sequence[Row], front: Sequence[Row], folder: Path, *, measure: str, kept: Mapping[str, Any] | None = None
+) -> list[Path]:
     """Draw held-out KL, perplexity and top-1 agreement against the size if packed, for what was found and what it is compared with.
 
-    Args: measure: what the budgets count, in words.
+    Args:
+        measure: what the budgets count, in words.
+        kept: what the smallest model had to keep, which is drawn, and which it is, which is ringed.
 
     Returns: the paths of `front.png` and `front.svg`.
     """
@@ -123,6 +151,13 @@ def front_figure(rows: Sequence[Row], front: Sequence[Row], folder: Path, *, mea
             for x, y, budget in points if ours else ():
                 place = {"xytext": (6, -11 if below else 5), "textcoords": "offset points"}
                 axis.annotate(budget, (x, y), fontsize=9, color=COLOURS[look], zorder=5, **place)
+        limit = (kept or {}).get("max_kl" if title.startswith("held-out KL") else "min_agreement")
+        if limit is not None and not title.startswith("perplexity"):
+            axis.axhline(limit, color="#555555", linestyle="--", linewidth=1.0, label=f"asked for: {limit:g}")
+        answer = (kept or {}).get("answer")
+        for row in front:
+            if row["budget"] == answer and (shown := number(value(row))) is not None:
+                axis.plot([(number(row.get("bytes")) or 0) / 1e6], [shown], "o", markersize=14, fillstyle="none", color=COLOURS[0])
         if (whole := number(value(dense))) is not None and title.startswith("perplexity"):
             axis.axhline(whole, color="#555555", linestyle=":", linewidth=1.2, label=f"dense: {significant(whole)}")
             seen.append(whole)
@@ -157,9 +192,11 @@ def write_front_report(
     Raises: EvoPressError if the file cannot be written.
     """
     shown = pictures(figures)
-    picked = str(front[-1]["budget"]) if front else "2.5"
+    kept = result.get("kept")
+    picked = str(kept["answer"] if kept else front[-1]["budget"] if front else "2.5")
     asked = {
         "budgets": ", ".join(str(row["budget"]) for row in front),
+        **({key: kept[key] for key in ("max_kl", "min_agreement") if key in kept} if kept else {}),
         "method": (config.get("method") or {}).get("name"),
         "strategy": ((config.get("search") or {}).get("strategy") or {}).get("name", "evolution"),
         "scale": (config.get("scale") or {}).get("name"),
@@ -168,7 +205,9 @@ def write_front_report(
     }
     parts = [
         section("What was asked", pairs(asked)),
-        section("The front", paragraph(front_words(rows, front), kind="lead") + shown.get("front", "") + _front_table(rows, front)),
+        section(
+            "The front", paragraph(front_words(rows, front, kept), kind="lead") + shown.get("front", "") + _front_table(rows, front)
+        ),
         section("All that was measured", details("every row", _table(rows))),
         section(
             "Take one of them",

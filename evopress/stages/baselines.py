@@ -25,6 +25,7 @@ from evopress.levels.hessians import HessianStore
 from evopress.levels.locking import alone_in
 from evopress.levels.store import fingerprint
 from evopress.levels.union import LevelUnion
+from evopress.methods.points import has_limit
 from evopress.models.blocks import BlockModel
 from evopress.reporting.records import append_record, read_document, read_records, write_json
 from evopress.settings import FitnessSettings
@@ -40,7 +41,9 @@ _DATABASE = re.compile("[a-z]+-[0-9a-f]{16}")
 def build_database(workspace: Workspace) -> None:
     """Stage `database`: build what is missing of the level database, or reuse it."""
     started = time.monotonic()
-    database, _ = workspace.database, workspace.budget
+    database = workspace.database
+    if not has_limit(workspace.settings):
+        workspace.budget.check(database.space)
     result = read_result(workspace.run_dir)
     result["database"] = {
         "path": str(database.folder),

@@ -14,7 +14,7 @@ from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.files import make_folder
-from evopress.methods.points import Point, point_at, points_of
+from evopress.methods.points import Point, has_limit, has_points, in_order, point_at, points_of
 from evopress.reporting import tables
 from evopress.reporting.front import front_figure, front_rows, front_words, write_front, write_front_report
 from evopress.reporting.generations import read_generations
@@ -66,7 +66,7 @@ class PointRun:
 
 def check_stages(settings: RunSettings) -> None:
     """Raise EvoPressError if all that a run with several budgets is to do is for one genome."""
-    if set(settings.stages) <= set(_FOR_ONE):
+    if set(settings.stages) <= set(_FOR_ONE) and not has_limit(settings):
         raise EvoPressError(
             f"stages=[{','.join(settings.stages)}] is for one genome, and budgets={settings.budgets} have one each: name one of "
             "them with pick=, such as resume=RUN pick=2.5"
@@ -78,7 +78,7 @@ def picked(settings: RunSettings, run_dir: Path) -> tuple[Point, Path]:
 
     Raises: EvoPressError if nothing was searched there.
     """
-    if not settings.budgets:
+    if not has_points(settings):
         raise EvoPressError(f"pick={settings.pick} names a budget of a run with several: give it with resume=RUN, of such a run")
     point = point_at(settings, settings.pick)
     folder = run_dir / POINTS / point.name
@@ -92,12 +92,23 @@ def picked(settings: RunSettings, run_dir: Path) -> tuple[Point, Path]:
 
 
 def open_points(workspace: Workspace) -> list[PointRun]:
-    """Return the runs of all budgets, from the least compressed to the most; nothing is opened that the run itself has not."""
-    return [_open(workspace, point) for point in points_of(workspace.settings)]
+    """Return the runs of all budgets, from the least compressed to the most; nothing is opened that the run itself has not.
+
+    Where budgets are to be tried, those of the ones that an earlier run has tried.
+    """
+    settings = workspace.settings
+    if not has_limit(settings):
+        return [open_point(workspace, point) for point in points_of(settings)]
+    names = (path.name for path in (workspace.run_dir / POINTS).glob("*") if (path / "genome.json").exists())
+    return [open_point(workspace, point) for point in in_order(point_at(settings, name) for name in names)]
 
 
-def _open(workspace: Workspace, point: Point) -> PointRun:
-    stages = [stage for stage in point.settings.stages if stage not in _FOR_ONE]
+def open_point(workspace: Workspace, point: Point, *, all_stages: bool = False) -> PointRun:
+    """Return the run of one budget.
+
+    Args: all_stages: with those that are for one genome.
+    """
+    stages = [stage for stage in point.settings.stages if all_stages or stage not in _FOR_ONE] or ["report"]
     settings = replace(point.settings, stages=stages)
     run = Workspace(settings, workspace.run_dir / POINTS / point.name, beside=workspace)
     return PointRun(point.name, run, searching(settings.search, derived=run.generations(settings)))
@@ -196,8 +207,7 @@ def _spent(point: PointRun) -> dict[str, Any]:
 
 def left_to_the_picked(workspace: Workspace, stage: str) -> None:
     """Say how a stage that is for one genome is done."""
-    last = points_of(workspace.settings)[-1].name
-    logger.info("%s: left to the budget that is picked, such as resume=%s pick=%s", stage, workspace.run_dir, last)
+    logger.info("%s: left to the budget that is picked, resume=%s pick=BUDGET", stage, workspace.run_dir)
 
 
 def report_all(
@@ -207,13 +217,15 @@ def report_all(
     run_dir = workspace.run_dir
     result = read_result(run_dir)
     rows, front = result.get("rows", []), front_rows(result)
-    said = front_words(rows, front)
+    said = front_words(rows, front, result.get("kept"))
     pictures: list[Path] = []
     if rows:
         tables.write_tables(rows, run_dir, said=said)
     if front:
         write_front(front, run_dir / "front.csv")
-        pictures = front_figure(rows, front, run_dir / "figures", measure=workspace.database.space.words.measure)
+        pictures = front_figure(
+            rows, front, run_dir / "figures", measure=workspace.database.space.words.measure, kept=result.get("kept")
+        )
     write_front_report(
         run_dir / "report.html",
         title=f"{workspace.pretrained.name}, {workspace.settings.method.name} at {len(front)} budgets",

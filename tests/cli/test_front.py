@@ -18,6 +18,7 @@ import evopress.stages.search as search_stage
 from evopress import config as configuration
 from evopress.errors import EvoPressError
 from evopress.models.opening import fitted
+from evopress.reporting.front import front_rows, front_words
 from evopress.run_folder import looks_aside
 from evopress.settings import RunSettings
 
@@ -169,3 +170,32 @@ def test_other_methods_have_fronts_too(
     run(replace(settings, stages=SEARCH), tmp_path / "run")
     found = genomes(tmp_path / "run")
     assert len(found) == 2 and len({str(units) for units in found.values()}) == 2
+
+
+def test_the_smallest_model_that_keeps_a_kl_is_found_by_bisection_and_exported(asked: RunSettings, tmp_path: Path) -> None:
+    """Of four budgets two or three are searched; another limit searches only what it lacks."""
+    ask = replace(asked, budgets=[4, 3.5, 3, 2.5], max_kl=0.015, stages=[*SEARCH, "evaluate", "export"])
+    run(ask, tmp_path / "run")
+    told = read(tmp_path / "run" / "front.json")
+    kls = {entry["budget"]: entry["kl"] for entry in told["tried"]}
+    assert list(kls) == ["4", "3", "3.5"] and told["answer"] == min(name for name, kl in kls.items() if kl <= 0.015)
+    assert [entry["keeps"] for entry in told["tried"]] == [kl <= 0.015 for kl in kls.values()]
+    assert (tmp_path / "run" / "points" / told["answer"] / "checkpoint").is_dir()
+    result = read(tmp_path / "run" / "result.json")
+    assert result["kept"]["answer"] == told["answer"] and [point["budget"] for point in result["front"]] == ["4", "3.5", "3"]
+    said = front_words(result["rows"], front_rows(result), result["kept"])
+    assert f"{told['answer']} is the smallest whose KL is at most 0.015 on search text" in said and "on held-out text" in said
+    before = contents(tmp_path / "run" / "points")
+    run(replace(ask, max_kl=2 * kls["3"], stages=SEARCH), tmp_path / "run")
+    again = read(tmp_path / "run" / "front.json")
+    assert again["answer"] in ("3", "2.5") and again["tried"][:2] == [{**each, "keeps": True} for each in told["tried"][:2]]
+    after = contents(tmp_path / "run" / "points")
+    assert {path: after[path] for path in before if path.name != "genome.json"} == {
+        path: data for path, data in before.items() if path.name != "genome.json"
+    }
+
+
+def test_what_no_budget_keeps_is_one_sentence_before_anything_is_searched(asked: RunSettings, tmp_path: Path) -> None:
+    with pytest.raises(EvoPressError, match="max_kl=1e-09 is kept by no budget: with every unit at its least compressed level"):
+        run(replace(asked, budgets=[], max_kl=1e-9, stages=SEARCH), tmp_path / "run")
+    assert not (tmp_path / "run" / "points").exists()

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     | {"endings", "compress", "models", "data", "levels", "fitness", "search", "settings"}
     | {"methods", "workspace", "baselines", "evaluation", "export", "reporting"},
     "finished": VOCABULARY | {"earlier_versions", "data", "levels", "reporting", "settings", "stages", "workspace"},
-    "pipeline": VOCABULARY | {"finished", "reporting", "settings", "stages", "workspace"},
+    "pipeline": VOCABULARY | {"finished", "methods", "reporting", "settings", "stages", "workspace"},
     "library": VOCABULARY | {"models", "data", "evaluation", "export", "reporting", "settings", "stages", "workspace"},
 }
 """A room to the rooms beside itself that it may import; what is not named here (the entry point, launching) may import any."""

@@ -9,10 +9,14 @@ import pytest
 
 from evopress.errors import EvoPressError
 from evopress.methods import make_method
-from evopress.methods.points import point_at, points_of
-from evopress.settings import DropSettings, JointSettings, QuantSettings, RunSettings, SparsitySettings
+from evopress.methods.method import Rest
+from evopress.methods.points import grid, point_at, points_of
+from evopress.settings import DropSettings, JointSettings, QuantSettings, RunSettings, SearchConfig, SparsitySettings
+from evopress.units import Level, Space, Unit
 
 QUANT, JOINT, PRUNED, DROP = QuantSettings(group_size=16), JointSettings(group_size=16), SparsitySettings(), DropSettings()
+
+FIT = SearchConfig(exchange="fit")
 
 
 @pytest.mark.parametrize(
@@ -73,3 +77,40 @@ def test_sparsities_share_the_levels_around_the_middle_one() -> None:
     assert [method.target_is_level for method in methods] == [False, True, False]
     centred = RunSettings(method=replace(PRUNED, centre=0.7), budgets=[0.5, 0.6])
     assert {point.settings.method.centre for point in points_of(centred)} == {0.7}
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "first", "last", "count"),
+    [
+        (QUANT, {}, "5.9375", "2.0625", 63),
+        (JOINT, {"search": FIT}, "6.0625bpw", "2.25bpw", 62),
+        (PRUNED, {"sparsity": 0.7}, "0.5", "0.75", 21),
+    ],
+)
+def test_budgets_that_are_tried_lie_between_the_ends_of_the_space(
+    method: Any, target: dict[str, Any], first: str, last: str, count: int
+) -> None:
+    run = RunSettings(method=method, max_kl=0.1, **target)
+    make_method(run)
+    levels = [(bits, bits * 100) for bits in (6, 5, 4, 3, 2)]
+    if method is PRUNED:
+        levels = [(round(100 * (1 - kept)), round(100 * kept)) for kept in (0.51, 0.4, 0.3, 0.24)]
+    unit = Unit("blocks.0.q", 0, "q", 100, tuple(Level(f"{name}", cost, f"{name}", cost) for name, cost in levels))
+    points = grid(run, Space(method.name, (unit,)), Rest(bits=32, weights=4))
+    assert [points[0].name, points[-1].name, len(points)] == [first, last, count]
+    assert not any(point.settings.max_kl for point in points)
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "sentence"),
+    [
+        (QUANT, {"max_kl": 0.1, "min_agreement": 0.9}, "both given"),
+        (QUANT, {"max_kl": 0.0}, "max_kl=0.0 is out of range"),
+        (QUANT, {"min_agreement": 1.5}, "min_agreement=1.5 is out of range"),
+        (QUANT, {"max_kl": 0.1, "size": "60MB"}, r"choose among sizes, budgets=\[60MB\]"),
+        (DROP, {"max_kl": 0.1, "sparsity": 0.25}, "needs budgets to choose among"),
+    ],
+)
+def test_what_cannot_be_kept_is_one_sentence(method: Any, asked: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(EvoPressError, match=sentence):
+        RunSettings(method=method, **asked)
