@@ -346,4 +346,4 @@ def test_llama_cpp_computes_what_was_measured(
         ours = export.model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
     theirs = torch.tensor(found["logits"], dtype=torch.float64).log_softmax(-1)
     divergence = float((ours.exp() * (ours - theirs)).sum(-1).mean())
-    assert divergence < 2e-3  # it rounds activations to 8 bits; a wrong order of heads' rows gives 0.1 and more
+    assert divergence < 2e-3  # it rounds activations to 8 bits; a wrong order of heads' rows gives 0.06
