@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _METHOD = {
+    "grid": "integers",
     "recipe": "paper",
     "symmetric": False,
     "group_sizes": {},

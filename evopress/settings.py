@@ -139,8 +139,10 @@ class QuantSettings(MethodSettings):
     name: str = "quant"
     recipe: str = "best"
     """How levels are made: best (fitted to the layer's outputs) or paper (section 4.3); see `GPTQ`."""
+    grid: str = "integers"
+    """What a level's numbers lie on: integers (codes with a scale and a zero per group) or gguf (the types of GGUF files)."""
     levels: list[Any] = field(default_factory=lambda: [6, 5, 4, 3, 2])
-    """Bit widths, descending; before them may stand dense, the weight as it is."""
+    """Bit widths, descending, or names of GGUF's types; before them may stand dense, the weight as it is."""
     group_size: Any = 128
     """Columns that share a scale and a zero; None: one group per row; auto: as of the model."""
     group_sizes: dict[int, int] = field(default_factory=dict)
@@ -167,8 +169,13 @@ class QuantSettings(MethodSettings):
             _expect_int("method.group_size", self.group_size, "null or auto")
         if not self.levels:
             raise EvoPressError("method.levels is empty: give bit widths in descending order, such as [4, 3, 2]")
+        _expect_one_of("method.grid", self.grid, ("integers", "gguf"))
         for level in self.levels:
-            if type(level) is not int and level != "dense":
+            if self.grid == "gguf" and type(level) is int:
+                raise EvoPressError(
+                    f"method.levels has {level}, expected names of GGUF's types such as [Q6_K,Q4_K]: +method=gguf names them all"
+                )
+            if self.grid == "integers" and type(level) is not int and level != "dense":
                 raise EvoPressError(
                     f"method.levels has {level!r}, expected a bit width from 1 to 8 or dense: change it or leave it out"
                 )

@@ -48,15 +48,15 @@ def descend(
     error = torch.addcmul(Wt, steps, scales.repeat_interleave(group_size, 0), value=-1.0)  # E
     slope = H @ error  # H E, half of what the error falls by with each weight
     scale, low, high = scales.clone(), -zeros, maxq - zeros
-    before = _energies(error, slope)
+    before = energies(error, slope)
     for _ in range(max_passes):
         for group in range(groups):
             here = slice(group * group_size, (group + 1) * group_size)
-            moved = _codes_of_group(H[here, here], steps[here], slope[here], scale[group], low[group], high[group])
+            moved = codes_of_group(H[here, here], steps[here], slope[here], scale[group], low[group], high[group])
             moved += _scale_of_group(H[here, here], steps[here], slope[here], moved, scale[group], scale_dtype)
             error[here] += moved
             slope.addmm_(H[:, here], moved)
-        after = _energies(error, slope)
+        after = energies(error, slope)
         going = (before - after) > tolerance * before
         codes[:, rows] = steps + (-low).repeat_interleave(group_size, 0)
         scales[:, rows] = scale
@@ -66,12 +66,12 @@ def descend(
         steps, error, slope, scale, low, high = (part[:, going] for part in (steps, error, slope, scale, low, high))
 
 
-def _energies(error: Tensor, slope: Tensor) -> Tensor:
+def energies(error: Tensor, slope: Tensor) -> Tensor:
     """Return e H eᵀ of every row, [R]."""
     return torch.linalg.vecdot(error, slope, dim=0)
 
 
-def _codes_of_group(H: Tensor, steps: Tensor, slope: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def codes_of_group(H: Tensor, steps: Tensor, slope: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Move every code of a group, one column after the other, to the best one given all others.
 
     Args:

@@ -151,7 +151,8 @@ class GGUFType:
 
 
 def _bytes_of(halves: Tensor) -> Tensor:
-    return halves.to(torch.float16).reshape(-1, 1).contiguous().view(torch.uint8)
+    flat = halves.to(torch.float16).reshape(-1).clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).reshape(-1, 2)
 
 
 def _halves_of(packed: Tensor) -> Tensor:

@@ -182,13 +182,7 @@ class GPTQ:
 
     def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
         """Quantize every weight at every bit width; see `Compressor.compress`."""
-        dead = H.diagonal() == 0
-        originals = {name: W.to(H.device, torch.float32, copy=True) for name, W in weights.items()}
-        for W in originals.values():
-            W[:, dead] = 0.0
-        if not all(bool(torch.isfinite(W).all()) for W in originals.values()):
-            broken = next(name for name, W in originals.items() if not bool(torch.isfinite(W).all()))
-            raise EvoPressError(f"the weight of {broken} is not finite: fetch the checkpoint again")
+        originals = uncompressed(weights, H)
         damping = 0.0
         payloads: dict[str, dict[int, Quantized]] = {name: {} for name in weights}
         for group_size in dict.fromkeys(self._group_size(b, len(H)) for b in self.bits):
@@ -284,6 +278,21 @@ class GPTQ:
                         slices.append([])
                         free = room
         return [rows for rows in slices if rows]
+
+
+def uncompressed(weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Tensor]:
+    """Return copies of weights, float32 [R, C] on the Hessian's device, columns that are never active set to 0.
+
+    Raises: EvoPressError if a weight is not finite, with its name.
+    """
+    dead = H.diagonal() == 0
+    originals = {name: W.to(H.device, torch.float32, copy=True) for name, W in weights.items()}
+    for W in originals.values():
+        W[:, dead] = 0.0
+    if not all(bool(torch.isfinite(W).all()) for W in originals.values()):
+        broken = next(name for name, W in originals.items() if not bool(torch.isfinite(W).all()))
+        raise EvoPressError(f"the weight of {broken} is not finite: fetch the checkpoint again")
+    return originals
 
 
 def _joined(first: Quantized, second: Quantized) -> Quantized:

@@ -12,13 +12,14 @@ from typing import Any, Protocol, runtime_checkable
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from evopress.compress.gguf_types import GGUF_TYPES
 from evopress.files import explained
 from evopress.levels.live import LiveModel
 from evopress.levels.store import os_error
 from evopress.levels.union import LevelSource
 from evopress.units import Genome, Level, Unit
 
-INTEGERS, SPARSE, DENSE, DROPPED, KEPT = "integers", "sparse", "dense", "dropped", "kept"
+INTEGERS, GGUF_TYPE, SPARSE, DENSE, DROPPED, KEPT = "integers", "gguf", "sparse", "dense", "dropped", "kept"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Form:
     label: str
     """Its level's, for people: "3 bits"."""
     kind: str
-    """INTEGERS with scales and zeros, SPARSE, DENSE (the weight as it is), or, of modules, DROPPED or KEPT."""
+    """INTEGERS with scales and zeros, GGUF_TYPE (its label names it), SPARSE, DENSE (the weight as it is), or, of modules, DROPPED
+    or KEPT."""
     bits: int = 0
     """Of an integer."""
     group_size: int = 0
@@ -78,7 +80,7 @@ def form_of(unit: Unit, level: Level, columns: int, compressor: Mapping[str, Any
             columns=columns,
             outside=unit.is_outside,
         )
-    return Form(unit.name, level.label, SPARSE)
+    return Form(unit.name, level.label, GGUF_TYPE if level.key in GGUF_TYPES else SPARSE)
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evopress.compress.gguf_levels import GGUFWeight
 from evopress.compress.gguf_types import GGUF_TYPES, Blocks, GGUFType
 from evopress.compress.gptq import Quantized
 from evopress.errors import EvoPressError
 from evopress.export.card import model_card
-from evopress.export.exporter import INTEGERS, SPARSE, Export, Form
+from evopress.export.exporter import GGUF_TYPE, INTEGERS, SPARSE, Export, Form
 from evopress.export.gguf_model import ARCHITECTURES, add_model, architecture, frequency_factors, order_of_rows
 from evopress.export.gguf_tokenizer import add_tokenizer
 from evopress.export.written import Weight, shape_of, weights_of, zeros_in
 
 logger = logging.getLogger(__name__)
+logging.getLogger("gguf").setLevel(logging.WARNING)  # the package tells what it is about to do
 FILE = "model.gguf"
 _DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
@@ -195,7 +197,9 @@ class GGUF:
                 yield self._as_it_is(known, parameter, weights.get(name), order, export.model.dtype)
 
     def _quantized(self, name: str, weight: Weight, order: Tensor | None, rounding: _Rounding) -> _Tensor | None:
-        """Return a weight of integers in the type that holds it; None: it has none, or is none."""
+        """Return a weight of integers in the type that holds it, or one of GGUF's types; None: it is neither, or has none."""
+        if weight.form.kind == GGUF_TYPE:
+            return _Tensor(name, weight.shape, weight.form.label, lambda: _rows(_stored(weight), order))
         if weight.form.kind != INTEGERS:
             return None
         payload = weight.integers()
@@ -219,7 +223,7 @@ class GGUF:
 
         def make() -> Tensor:
             data = parameter.data if weight is None else weight.read().decode()
-            return _bytes((data if order is None else data[order.to(data.device)]).to(dtype))
+            return _bytes(_rows(data, order).to(dtype))
 
         return _Tensor(name, tuple(parameter.shape), _DENSE[dtype], make)
 
@@ -281,6 +285,18 @@ def _rounding(payload: Quantized) -> float:
     exact = _minima(payload).double()
     off = (exact.to(torch.float16).double() - exact).abs()
     return float((off / payload.scales.double().abs().clamp_min(torch.finfo(torch.float64).tiny)).masked_fill(off == 0, 0.0).max())
+
+
+def _stored(weight: Weight) -> Tensor:
+    """Return the bytes of a weight of one of GGUF's types."""
+    payload = weight.read()
+    if not isinstance(payload, GGUFWeight) or payload.kind != weight.form.label:
+        raise EvoPressError(f"{weight.form} is stored otherwise in the level database: remove it, and it is built again")
+    return payload.blocks
+
+
+def _rows(tensor: Tensor, order: Tensor | None) -> Tensor:
+    return tensor if order is None else tensor[order.to(tensor.device)]
 
 
 def _bytes(tensor: Tensor) -> Tensor:

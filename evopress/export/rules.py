@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from evopress.engines import Engine
 from evopress.errors import EvoPressError
-from evopress.export.exporter import DENSE, INTEGERS, SPARSE, Form
+from evopress.export.exporter import DENSE, GGUF_TYPE, INTEGERS, SPARSE, Form
 
 
 def refuse_unfit(engine: Engine, forms: Iterable[Form], *, asked: str, otherwise: str) -> None:
@@ -21,6 +21,8 @@ def refuse_unfit(engine: Engine, forms: Iterable[Form], *, asked: str, otherwise
     for form in forms:
         if form.kind == SPARSE:
             raise EvoPressError(f"{asked} cannot hold sparse weights ({form}): {otherwise}")
+        if form.kind == GGUF_TYPE:
+            raise EvoPressError(f"{asked} cannot hold GGUF's types ({form}): set method.grid=integers, or use export=[gguf]")
         if form.kind == INTEGERS:
             _refuse_integers(engine, form, asked=asked, otherwise=otherwise)
         module, _, kind = form.unit.rpartition(".")

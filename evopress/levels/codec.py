@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from evopress.compress.compressor import Payload
+from evopress.compress.gguf_levels import GGUFWeight
+from evopress.compress.gguf_types import GGUF_TYPES
 from evopress.compress.gptq import Dense, Quantized
 from evopress.compress.sparse import Sparse
 
@@ -126,6 +128,20 @@ def _decode_dense(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Den
     return Dense(tensors["weight"])
 
 
+def _encode_gguf(payload: GGUFWeight) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    of, (rows, row_bytes) = GGUF_TYPES[payload.kind], payload.blocks.shape
+    dtype = next(name for name, dtype in _DTYPES.items() if dtype == payload.dtype)
+    columns = row_bytes // of.num_bytes * of.width
+    return {"blocks": payload.blocks.cpu()}, {"type": payload.kind, "shape": [rows, columns], "dtype": dtype}
+
+
+def _decode_gguf(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> GGUFWeight:
+    rows, columns = meta["shape"]
+    _check_names(tensors, {"blocks"})
+    _check_tensor("blocks", tensors["blocks"], (rows, GGUF_TYPES[meta["type"]].row_bytes(columns)), (torch.uint8,))
+    return GGUFWeight(tensors["blocks"], meta["type"], _DTYPES[meta["dtype"]])
+
+
 def check_meta(codec: str, meta: Any, *, size: int) -> None:
     """Raise ValueError unless a level's JSON values fit its codec and its unit's number of weights."""
     if not isinstance(meta, dict):
@@ -135,11 +151,16 @@ def check_meta(codec: str, meta: Any, *, size: int) -> None:
         raise ValueError(f"shape is {shape!r:.100}, expected two numbers above 0")
     if shape[0] * shape[1] != size:
         raise ValueError(f"shape is {shape}, which is not {size} weights")
-    if codec == Quantized.codec:
-        if type(meta.get("bits")) is not int or not 1 <= meta["bits"] <= 8:
-            raise ValueError(f"bits are {meta.get('bits')!r:.100}, expected 1 to 8")
-        if not isinstance(meta.get("dtype"), str) or meta["dtype"] not in _DTYPES:
-            raise ValueError(f"dtype is {meta.get('dtype')!r:.100}, expected one of {', '.join(_DTYPES)}")
+    if codec == Quantized.codec and (type(meta.get("bits")) is not int or not 1 <= meta["bits"] <= 8):
+        raise ValueError(f"bits are {meta.get('bits')!r:.100}, expected 1 to 8")
+    if codec == GGUFWeight.codec:
+        of = GGUF_TYPES.get(meta["type"]) if isinstance(meta.get("type"), str) else None
+        if of is None or shape[1] % of.width:
+            raise ValueError(
+                f"type is {meta.get('type')!r:.100}, expected one of {', '.join(GGUF_TYPES)} that rows of {shape[1]} have"
+            )
+    if codec in (Quantized.codec, GGUFWeight.codec) and (not isinstance(meta.get("dtype"), str) or meta["dtype"] not in _DTYPES):
+        raise ValueError(f"dtype is {meta.get('dtype')!r:.100}, expected one of {', '.join(_DTYPES)}")
 
 
 def _check_names(tensors: Mapping[str, Tensor], expected: set[str]) -> None:
@@ -156,4 +177,5 @@ CODECS = {
     Quantized.codec: Codec(_encode_quantized, _decode_quantized),
     Sparse.codec: Codec(_encode_sparse, _decode_sparse),
     Dense.codec: Codec(_encode_dense, _decode_dense),
+    GGUFWeight.codec: Codec(_encode_gguf, _decode_gguf),
 }

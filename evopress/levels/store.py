@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evopress.compress.compressor import Compressed, Payload
+from evopress.compress.gguf_levels import GGUFWeight
 from evopress.compress.gptq import Dense, Quantized
 from evopress.compress.sparse import Sparse
 from evopress.currencies import Currency
@@ -36,7 +37,7 @@ from evopress.units import Level, Space, Unit
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-_SOURCES = {Quantized.codec: "quant", Dense.codec: "quant", Sparse.codec: "sparsity"}
+_SOURCES = {Quantized.codec: "quant", Dense.codec: "quant", GGUFWeight.codec: "quant", Sparse.codec: "sparsity"}
 """Codec to what makes levels of it; modules that are dropped have none."""
 _MANIFEST_BYTES = 256 * 2**20
 

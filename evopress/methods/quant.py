@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from evopress.compress.compressor import Compressor
+from evopress.compress.gguf_levels import GGUFLevels
+from evopress.compress.gguf_types import GGUF_TYPES
 from evopress.compress.gptq import DENSE, GPTQ
 from evopress.currencies import CURRENCIES, Currency
 from evopress.errors import EvoPressError
@@ -60,8 +62,16 @@ class Quantization:
         return None if self.size is None else BYTES
 
     def compressor(self, sizes: Sequence[int], *, dtype_bits: int) -> Compressor:
-        """Return GPTQ as the settings say; sizes do not matter to it."""
+        """Return GPTQ, on integers or on GGUF's types, as the settings say; sizes do not matter to it."""
         s = self.settings
+        if s.grid == "gguf":
+            return GGUFLevels(
+                types=tuple(str(level) for level in s.levels if level != DENSE),
+                damping=s.damping,
+                block_size=s.block_size,
+                tolerance=s.tolerance,
+                dense_bits=dtype_bits if DENSE in s.levels else None,
+            )
         return GPTQ(
             bits=tuple(bits for bits in s.levels if bits != DENSE),
             dense_bits=dtype_bits if DENSE in s.levels else None,
@@ -94,10 +104,10 @@ class Quantization:
     def check(self, *, searching: bool) -> None:
         """Refuse bits outside the levels, and at their ends too if there is to be a search."""
         check_targets(self.size, self.limits)
+        self.compressor((), dtype_bits=16)
         if self.bits is None:
-            self.compressor((), dtype_bits=16)
             return
-        widths = [_WIDEST if level == DENSE else level for level in self.settings.levels]
+        widths = [_bits_of(level) for level in self.settings.levels]
         least, most = min(widths), max(widths)
         if not least <= self.bits <= most:
             if math.isnan(self.bits):
@@ -112,7 +122,6 @@ class Quantization:
                 f"bits={self.bits:g} is the {which} of method.levels {self.settings.levels}, "
                 f"which leaves nothing to search: give bits between {least} and {most}, or leave search and export out of stages"
             )
-        self.compressor((), dtype_bits=16)
 
     def budget(self, space: Space, rest: Rest = NO_REST) -> Budget:
         """Return floor(bits · Σ weights), or what the size leaves for the units."""
@@ -141,3 +150,10 @@ class Quantization:
     def dense_costs(self, bits: int) -> dict[str, Any]:
         """Return the same columns for the dense model."""
         return {"bits_per_weight": float(bits), "bits_per_weight_with_metadata": float(bits)}
+
+
+def _bits_of(level: Any) -> float:
+    """Return the bits a weight that a level of the settings takes; of one as it is, at most."""
+    if level == DENSE:
+        return _WIDEST
+    return float(GGUF_TYPES[level].bits_per_weight) if level in GGUF_TYPES else level

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def display_name(name: str) -> str:
     if at:
         return f"{display_name(name)} at {budget}"
     name, plus, more = name.partition("+")
-    return _NAMES.get(name, name.replace("_", " ")) + (f" + {more.replace('_', ' ')}" if plus else "")
+    return _NAMES.get(name, re.sub(r"(?<!Q\d)_", " ", name)) + (f" + {more.replace('_', ' ')}" if plus else "")
 
 
 def is_found(name: str) -> bool:

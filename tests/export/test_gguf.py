@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from evopress.compress.gguf_levels import GGUFWeight
 from evopress.compress.gptq import Quantized
 from evopress.errors import EvoPressError
-from evopress.export.exporter import INTEGERS, SPARSE, Export, Form, write_export
+from evopress.export.exporter import GGUF_TYPE, INTEGERS, SPARSE, Export, Form, write_export
 from evopress.export.gguf import FILE, GGUF, as_blocks, type_of
 from evopress.export.gguf_model import ARCHITECTURES, frequency_factors
 from evopress.export.gguf_tokenizer import add_tokenizer, split_name
@@ -170,6 +171,39 @@ def test_minima_are_rounded_by_what_the_card_says(exported: Callable[..., Export
         else:
             assert not off.any()
     assert said * 0.9 < worst <= said * 1.06  # said with two digits
+
+
+def test_levels_that_are_types_are_written_as_they_are(exported: Callable[..., Export], tmp_path: Path) -> None:
+    export = exported()
+    weights = {unit.name: export.levels.read(i, 0).decode().numpy() for i, unit in enumerate(export.live.space.units)}
+    kinds = {name: ("Q4_1", "Q5_0", "Q8_0")[i % 3] for i, name in enumerate(weights)}
+    stored = {
+        name: GGUFWeight(
+            torch.from_numpy(gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kinds[name]])), kinds[name], torch.float32
+        )
+        for name, weight in weights.items()
+    }
+
+    class Typed:
+        space, folder = export.live.space, Path()
+
+        def read(self, unit: int, level: int, device: Any = "cpu") -> GGUFWeight:
+            return stored[self.space.units[unit].name]
+
+    export.live.levels = Typed()
+    forms = tuple(Form(form.unit, kinds[form.unit], GGUF_TYPE) for form in export.forms)
+    export = replace(export, forms=forms)
+    GGUF().check({"model_type": "llama"}, forms)
+    path = write_export(GGUF(), tmp_path / "gguf", export) / FILE
+    assert path.stat().st_size == GGUF().num_bytes(export)
+    state = decoded(path, export)
+    for name, payload in stored.items():
+        assert torch.equal(state[f"{name}.weight"], payload.decode()), name
+    bits = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert bits["blk.0.attn_q.weight"] == kinds["model.layers.0.self_attn.q_proj"]
+    wrong = replace(export, forms=tuple(replace(form, label="Q4_0") for form in forms))
+    with pytest.raises(EvoPressError, match="at Q4_0 is stored otherwise in the level database"):
+        write_export(GGUF(), tmp_path / "wrong", wrong)
 
 
 DROPPED = [(0, "attention"), (1, "attention"), (1, "mlp"), (2, "mlp")]

@@ -1,0 +1,147 @@
+"""Levels that are types of GGUF, each fitted as such: what llama.cpp runs, at the bits that its file takes.
+
+A row that is a multiple of 256 may have K types, whose scales and minima have two levels; any other those of 32 alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from evopress.compress.compressor import Compressed, Compressor, Payload, with_errors
+from evopress.compress.gguf_fit import Parts, block_order, fit_type
+from evopress.compress.gguf_types import GGUF_TYPES, Blocks, GGUFType
+from evopress.compress.gptq import DENSE, Dense, uncompressed
+from evopress.compress.hessian import inverse_factor
+from evopress.compress.one_level import OneLevel
+from evopress.errors import EvoPressError
+from evopress.units import Level
+
+
+@dataclass(frozen=True)
+class GGUFWeight:
+    """A weight as the bytes that a GGUF file has."""
+
+    codec: ClassVar[str] = "gguf"
+
+    blocks: Tensor
+    """uint8 [R, bytes of a row]."""
+    kind: str
+    """Name of the type."""
+    dtype: torch.dtype
+    """Of the decoded weight."""
+
+    def decode(self) -> Tensor:
+        """Return the weights [R, C], computed in float32 as llama.cpp does and rounded once to `dtype`."""
+        of = GGUF_TYPES[self.kind]
+        return of.values(of.unpack(self.blocks)).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class GGUFLevels:
+    """Quantize weights to several types of GGUF, each by GPTQ on its grid and descent after it; see `fit_type`."""
+
+    types: tuple[str, ...]
+    """Names, those of more bits first."""
+    damping: float = 0.01
+    """Share of H's mean diagonal added to its diagonal, in (0, 1)."""
+    block_size: int = 128
+    """Columns per lazy update."""
+    tolerance: float = 0.02
+    """A row is done once a pass of descent takes less than this share of its error away, in (0, 1)."""
+    dense_bits: int | None = None
+    """Bits of a weight of the model where the weight as it is shall be the first level; None: no such level."""
+    slice_bytes: int = 256 * 2**20
+    """Working memory of one sweep; more rows than fit are swept in slices. Does not change the result."""
+
+    @property
+    def group_size(self) -> int:
+        """Of the smallest blocks, for those who cut weights into such as can be compressed."""
+        return 32
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.types if name not in GGUF_TYPES]:
+            raise EvoPressError(f"method.levels has {unknown[0]}, which is no type of GGUF: choose among {', '.join(GGUF_TYPES)}")
+        if not 0.0 < self.damping < 1.0:
+            raise EvoPressError(f"method.damping {self.damping:g} must lie between 0 and 1; the paper uses 0.01")
+        if not 0.0 < self.tolerance < 1.0:
+            raise EvoPressError(f"method.tolerance {self.tolerance:g} must lie between 0 and 1, such as 0.02")
+        if self.block_size < 1:
+            raise EvoPressError(f"method.block_size {self.block_size} must be positive: the paper uses 128")
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        settings = asdict(self)
+        del settings["slice_bytes"]
+        return settings | {"types": list(self.types), "compressor": "gguf", "numerics": 1}
+
+    def levels(self, shape: tuple[int, int], *, unit: str = "") -> tuple[Level, ...]:
+        """Return one level per type that the rows can have; raise EvoPressError if there is none."""
+        size = math.prod(shape)
+        levels = [Level(DENSE, self.dense_bits * size, DENSE, self.dense_bits * size, source="quant")] if self.dense_bits else []
+        for of in self._types(shape[1]):
+            bits = 8 * shape[0] * of.row_bytes(shape[1])
+            levels.append(Level(of.name, bits, of.name, bits, source="quant"))
+        if not levels:
+            raise EvoPressError(
+                f"rows of {shape[1]} can have none of method.levels {list(self.types)}, whose blocks are of 32 or 256 weights: "
+                f"{'add Q4_0, of 32' if shape[1] % 32 == 0 else 'add dense, the weight as it is'}"
+            )
+        return tuple(levels)
+
+    def _types(self, columns: int) -> list[GGUFType]:
+        """Return the types of a row, larger ones first; of two with the same bytes, the one with more scales."""
+        fitting = [GGUF_TYPES[name] for name in GGUF_TYPES if name in self.types and columns % GGUF_TYPES[name].width == 0]
+        by_size = {of.bits_per_weight: of for of in sorted(fitting, key=lambda of: of.width)}
+        return [by_size[bits] for bits in sorted(by_size, reverse=True)]
+
+    def narrowed(self, levels: Mapping[str, Level]) -> Compressor:
+        """Return a compressor that makes one type, or the weight as it is, of each of these units."""
+        dense = replace(self, types=())
+        return OneLevel(
+            {
+                name: dense if level.key == DENSE else replace(self, types=(level.key,), dense_bits=None)
+                for name, level in levels.items()
+            }
+        )
+
+    def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
+        """Quantize every weight to every type; see `Compressor.compress`."""
+        originals = uncompressed(weights, H)
+        damping = 0.0
+        stored: dict[str, list[Payload]] = {name: [Dense(W.to(H.device))] if self.dense_bits else [] for name, W in weights.items()}
+        stacked = torch.cat(list(originals.values()))
+        room = max(self.slice_bytes // (len(H) * 32 + self.block_size * 8), 1)  # as GPTQ's
+        for of in self._types(len(H)):
+            order = block_order(H.diagonal(), of)
+            ordered = H[order][:, order]
+            U, share = inverse_factor(ordered, damping=self.damping)
+            damping = max(damping, share)
+            pieces = []
+            for rows in stacked.split(room):
+                Wt = rows.T[order].contiguous()
+                parts = fit_type(Wt, ordered, U, of, block_size=self.block_size, tolerance=self.tolerance)
+                pieces.append(of.pack(_blocks(parts, order, of)))
+            found = torch.cat(pieces).split([len(W) for W in weights.values()])
+            for (name, W), blocks in zip(weights.items(), found, strict=True):
+                stored[name].append(GGUFWeight(blocks.contiguous(), of.name, W.dtype))
+        return {name: with_errors(stored[name], W, H, damping=damping, name=name) for name, W in originals.items()}
+
+
+def _blocks(parts: Parts, order: Tensor, of: GGUFType) -> Blocks:
+    """Return numbers that were found in an order of columns, rows stacked, as a file has them."""
+    place = order.argsort()
+    part_size = of.width // of.parts
+    of_part, of_block = place[::part_size] // part_size, place[:: of.width] // of.width
+    return Blocks(
+        codes=parts.codes[place].T.to(torch.uint8).contiguous(),
+        d=parts.d[of_block].T.to(torch.float16).contiguous(),
+        scales=parts.scales[of_part].T.to(torch.int16).contiguous() if of.part else None,
+        dmin=parts.dmin[of_block].T.to(torch.float16).contiguous() if of.mins[1] else None,
+        mins=parts.mins[of_part].T.to(torch.int16).contiguous() if of.mins[1] > 1 else None,
+    )
