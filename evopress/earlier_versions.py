@@ -30,6 +30,9 @@ _MODEL = {"bos": "auto"}
 _DATA: dict[str, Any] = {"chat_template": "auto", "options": {}}
 _BASELINES: dict[str, Any] = {"options": {}}
 
+_GUIDED: dict[str, Any] = {"approach": 2}
+"""Settings of search/strategy=guided that its first version did not have, with what leaves the search as it was."""
+
 _MUTATION = re.compile(r"\+*search/mutation=(min_uniform|constant)_(\d+)")
 _FIRST_STAGE = re.compile(r"\+*search/first_stage=(\d+)_tokens")
 
@@ -56,6 +59,10 @@ def without_later(values: dict[str, Any]) -> dict[str, Any]:
     values = {key: value for key, value in values.items() if key not in _RUN or value != _RUN[key]}
     if (values["search"].get("strategy") or {"name": "evolution"}) == {"name": "evolution"}:
         values = {**values, "search": {key: value for key, value in values["search"].items() if key != "strategy"}}
+    elif values["search"]["strategy"]["name"] == "guided":
+        strategy = values["search"]["strategy"]
+        told = {key: value for key, value in strategy.items() if key not in _GUIDED or value != _GUIDED[key]}
+        values = {**values, "search": {**values["search"], "strategy": told}}
     if values["method"].get("scale_dtype") == "auto":
         values = {**values, "method": {**values["method"], "scale_dtype": "float16"}}
     groups = {"model": _MODEL, "data": _DATA, "method": _METHOD, "baselines": _BASELINES}

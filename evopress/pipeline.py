@@ -89,7 +89,7 @@ def run(
         logger.info(
             "scale %s: the search evaluates %.3g million candidate tokens%s%s",
             settings.scale.name,
-            search_cost(numbers) / 1e6,
+            search_cost(numbers, modules=workspace.method.modules is not None) / 1e6,
             " at each budget" if has_points(settings) else "",
             f" (scale=paper: {_paper_cost(workspace, paper) / 1e6:.3g} million)" if paper else "",
         )
@@ -165,7 +165,8 @@ def run(
 
 
 def _paper_cost(workspace: Workspace, paper: RunSettings) -> int:
-    return search_cost(searching(paper.search, derived=workspace.generations(paper)))
+    numbers = searching(paper.search, derived=workspace.generations(paper))
+    return search_cost(numbers, modules=workspace.method.modules is not None)
 
 
 def make_tracker(settings: TrackerSettings) -> Tracker:

@@ -7,7 +7,8 @@ from dataclasses import asdict
 import pytest
 
 from evopress.earlier_versions import as_written_now, defaults_of, without_later
-from evopress.settings import QuantSettings, RunSettings
+from evopress.search.guided import GuidedStrategy
+from evopress.settings import QuantSettings, RunSettings, SearchConfig
 
 PAPER = {"recipe": "paper"}
 
@@ -20,6 +21,16 @@ def test_what_earlier_versions_did_is_left_out() -> None:
     kept = without_later(values(**PAPER))
     assert set(kept["method"]) == {"name", "levels", "group_size", "damping", "block_size", "scale_dtype", "propagate_bits"}
     assert "bos" not in kept["model"]
+
+
+def test_settings_that_the_guided_search_had_not_count_where_they_ask_for_something_else() -> None:
+    def strategy(**changed: object) -> dict[str, object]:
+        run = RunSettings(method=QuantSettings(), bits=3.0, search=SearchConfig(strategy=GuidedStrategy(**changed)))  # type: ignore[arg-type]
+        return without_later(asdict(run))["search"]["strategy"]
+
+    first = {"rounds", "attribution_tokens", "attribution_sequences", "screen_tokens", "changes", "averaged", "generations_after"}
+    assert set(strategy()) == {"name", *first}
+    assert strategy(approach=3) == {**strategy(), "approach": 3}
 
 
 @pytest.mark.parametrize(

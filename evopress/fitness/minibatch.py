@@ -92,12 +92,14 @@ class MinibatchFitness:
         if length < 2:
             raise EvoPressError(f"{tokens} tokens of {count} sequences predict nothing: ask for at least 2 of each")
         rows = self.rng.choice(available, size=count, replace=False).tolist()
+        live = self.evaluator.live
         return attribute(
-            self.evaluator.live,
+            live,
             genome,
             self.sequences[rows, :length],
             self.base[rows],
             self.measure,
+            uniform=torch.from_numpy(self.rng.random((count, length - 1))) if live.modules_in(0) else None,
             max_tokens_in_flight=self.max_tokens_in_flight,
             chunk_tokens=self.chunk_tokens,
         ).tolist()

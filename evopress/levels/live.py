@@ -30,6 +30,15 @@ class Live(Protocol):
         None stands for the dense model.
         """
 
+    def modules_in(self, index: int) -> tuple[int, ...]:
+        """Return the units that the attention and the MLP of block `index` belong to; nothing where none can be dropped."""
+
+    def dropped_in(self, genome: Genome, index: int) -> tuple[int, int]:
+        """Return whether a genome drops the attention and the MLP of a block, as 0 or 1 each."""
+
+    def with_modules(self, index: int, levels: Genome | None) -> Genome | None:
+        """Return what `levels_in` returned with no module dropped; weights in one that was are the dense ones."""
+
     def set_block(self, index: int, levels: Sequence[int] | None) -> None:
         """Give block `index`, or a part outside the blocks, on the device it is on, what `levels_in` returned."""
 
@@ -149,6 +158,16 @@ class LiveModel:
             attention = [self.blocks.is_of_attention(slot.name) for slot in self._slots[part]]
             found[part] = attention, [not inside for inside in attention]
         return found
+
+    def modules_in(self, index: int) -> tuple[int, ...]:
+        """See `Live`."""
+        return self._modules[index] if index < len(self._modules) else ()
+
+    def with_modules(self, index: int, levels: Genome | None) -> Genome | None:
+        """See `Live`."""
+        if levels is None or index >= len(self._modules):
+            return levels
+        return (*levels[: len(self._slots[index])], 0, 0)
 
     def dropped_in(self, genome: Genome, part: int) -> tuple[int, int]:
         """Return whether a genome drops the attention and the MLP of a block, as 0 or 1 each; other parts have none."""

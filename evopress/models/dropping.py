@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,29 @@ def _nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _no_attention(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     return _nothing(hidden_states), None
+
+
+def contributions(block: nn.Module, family: Family, run: Callable[[], Any]) -> tuple[str, str]:
+    """Name the two modules of a block whose outputs its attention and its MLP add to the residual stream.
+
+    Those are themselves, or norms after them: of each and what is around it, whatever is called last.
+
+    Args: run: runs the block, with all modules there.
+    """
+    called: list[str] = []
+    groups = (family.attention, *family.around_attention), (family.mlp, *family.around_mlp)
+    handles = [
+        block.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+        for group in groups
+        for name in group
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    attention, mlp = (max(group, key=lambda name: called.index(name) if name in called else -1) for group in groups)
+    return attention, mlp
 
 
 def check_fields(config: Mapping[str, Any], num_blocks: int, family: Family) -> None:

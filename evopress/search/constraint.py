@@ -17,6 +17,9 @@ import numpy as np
 from evopress.errors import EvoPressError
 from evopress.units import Budget, Genome, Space, Unit
 
+Prices = Sequence[Sequence[int]]
+"""prices[unit][level], whole numbers of any sign."""
+
 
 class Exchange(Protocol):
     """Exchange levels between units without ever exceeding the budget."""
@@ -159,6 +162,16 @@ class RepairedExchange:
         return True
 
 
+def tables_of(space: Space, budget: Budget) -> list[tuple[Prices, int]]:
+    """Return what every level of every unit costs of each limit, and the limit's total; the budget's own first."""
+    tables: list[tuple[Prices, int]] = [(space.prices, budget.total)]
+    for limit in budget.limits:
+        prices = space.prices_in(limit.currency or space.words)
+        counted = [limit.kind in (None, unit.kind) for unit in space.units]
+        tables.append((tuple(p if here else (0,) * len(p) for p, here in zip(prices, counted, strict=True)), limit.total))
+    return tables
+
+
 class Spending:
     """What a list of levels spends of every limit, kept up to date while units move one by one.
 
@@ -169,18 +182,13 @@ class Spending:
         """Take `levels`, which only `move` may change from now on."""
         self.levels = levels
         self._space = space
-        self._totals = [budget.total, *(limit.total for limit in budget.limits)]
-        tables = [space.prices]
-        for limit in budget.limits:
-            prices = space.prices_in(limit.currency or space.words)
-            counted = [limit.kind in (None, unit.kind) for unit in space.units]
-            tables.append(tuple(p if here else (0,) * len(p) for p, here in zip(prices, counted, strict=True)))
-        self._tables = tables
+        limits = tables_of(space, budget)
+        self._tables, self._totals = [table for table, _ in limits], [total for _, total in limits]
         self._members: dict[int, list[int]] = {}
         for index, module in enumerate(space.inside):
             if module is not None:
                 self._members.setdefault(module, []).append(index)
-        self._spent = [space.total(table, levels) for table in tables]
+        self._spent = [space.total(table, levels) for table in self._tables]
 
     @property
     def left(self) -> list[int]:

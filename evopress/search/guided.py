@@ -4,6 +4,9 @@ At the current genome g, unit u holds a_u/2 of the KL divergence: a_u is its att
 own error. Its sensitivity, α_u = a_u / (2 e_u(g_u)), is that per unit of the relative error e_u(l), which the level database knows
 for every level l. Genomes that minimise Σ α_u e_u(l_u) within the budget, all units free or few of them changed, are then measured
 beside g on fresh tokens, and the best is the next g. One attribution costs three times its tokens, whatever the number of units.
+
+A module that can be dropped has the error 1 where it is dropped: all that it adds is gone. Its attribution says what dropping adds
+to the fitness from where g is. Beside weights, that is counted from the dense ones: dropping also takes away what they hold.
 """
 
 from __future__ import annotations
@@ -19,18 +22,12 @@ from evopress.errors import EvoPressError
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.search.initial import random_mixes, uniform_genome
 from evopress.search.neighbour import genomes_from_neighbour
-from evopress.search.program import best_genome, limits_around
+from evopress.search.program import best_in
 from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.selection import select_fittest
-from evopress.search.strategy import BACKWARD_TOKENS, Asks, Attribution, Problem, Question
-from evopress.units import Genome, Space
-
-_LEAST = 0.1
-"""Least sensitivity of a unit, as a share of its kind's."""
-_LEAST_KIND = 1e-3
-"""Least sensitivity of a kind whose attributions do not add up to anything, as a share of the model's."""
-_LEAST_SPREAD = 0.05
-"""Least variance between units of a kind, as a share of what their attributions vary by over sequences."""
+from evopress.search.sensitivity import errors_at, errors_of, from_dense, is_droppable, sensitivities
+from evopress.search.strategy import Asks, Attribution, Problem, Question, backward_tokens
+from evopress.units import Budget, Genome, Space
 
 
 @dataclass
@@ -50,6 +47,8 @@ class GuidedStrategy:
     """Beside the free solution, one proposal for each: with at most so many units changed."""
     averaged: int = 3
     """Rounds whose sensitivities are averaged, the latest."""
+    approach: int = 2
+    """Attributions on the way from the model with all its modules to the budget, where that asks for modules to be dropped."""
     generations_after: int = 0
     """Generations of evolution from the genome that the rounds found, by the other numbers of `search`."""
 
@@ -61,6 +60,7 @@ class GuidedStrategy:
             ("attribution_sequences", 2),
             ("screen_tokens", 2),
             ("averaged", 1),
+            ("approach", 1),
             ("generations_after", 0),
         ):
             value = getattr(self, name)
@@ -112,8 +112,11 @@ class GuidedSettings:
         if state is not None:
             later = state["evolution"]
             times = 0 if state["settled"] or later else max(numbers.rounds - int(state["generation"]) + 1, 0)
+        key = "search.strategy.attribution_tokens"
+        way = numbers.approach if state is None and numbers.rounds else 0
         asks = [
-            Asks("search.strategy.attribution_tokens", numbers.attribution_tokens, times=times, attribution=True, milestone=True),
+            Asks(key, numbers.attribution_tokens, times=way, attribution=True, initial=True, of_modules=True),
+            Asks(key, numbers.attribution_tokens, times=times, attribution=True, milestone=True),
             Asks("search.strategy.screen_tokens", numbers.screen_tokens, 2 + len(numbers.changes), times=times, milestone=True),
         ]
         if numbers.generations_after:
@@ -133,9 +136,9 @@ class Guided:
 
     def __init__(self, problem: Problem, settings: GuidedSettings) -> None:
         problem.budget.check(problem.space)
-        _check_errors(problem.space, problem.errors)
         self._problem, self._settings, self._numbers = problem, settings, settings.numbers
-        self._errors = [np.asarray(errors, dtype=np.float64) for errors in problem.errors]
+        self._errors = errors_of(problem.space, problem.errors)
+        self._backward = backward_tokens(any(is_droppable(problem.space, unit) for unit in range(len(problem.space))))
         self._generation = 0  # the one that is asked about next, as long as there is no evolution
         self._parent: Genome | None = None
         self._settled = False  # the last round found nothing better
@@ -143,8 +146,9 @@ class Guided:
         self._sensitivities: list[list[float]] = []  # of the last rounds, the latest last
         self._question: Question | Attribution | None = None
         self._details: dict[str, Any] = {}  # of the round so far
-        self._limits: dict[Genome, Any] = {}  # around the last genome
         self._evolution: Evolution | None = None
+        self._above: Genome | None = None  # above the budget: where the way to the first genome has come
+        self._steps = 0  # of that way, so far
         self.initial_record: GenerationRecord | None = None
         """The record of generation 0, where nothing was given to choose from."""
         own = (*self._own_starts(), *self._from_neighbour())
@@ -155,7 +159,7 @@ class Guided:
                     f"a genome to start from costs {problem.space.cost(genome)} and does not keep the budget of "
                     f"{problem.budget.total}: leave it out"
                 )
-        if len(self._candidates) == 1:
+        if len(self._candidates) == 1 and self._above is None:
             self.initial_record = self._finish(self._candidates[0])
 
     @property
@@ -188,10 +192,10 @@ class Guided:
             return self._evolution.ask()
         if self._question is None:
             numbers = self._numbers
-            if self._parent is None:
+            if (genome := self._parent if self._above is None else self._above) is None:
                 self._question = Question(self._candidates, numbers.screen_tokens, stage=-1)
             else:
-                self._question = Attribution(self._parent, numbers.attribution_tokens, numbers.attribution_sequences)
+                self._question = Attribution(genome, numbers.attribution_tokens, numbers.attribution_sequences)
         return self._question
 
     def tell(self, answer: Any) -> GenerationRecord | None:
@@ -203,9 +207,10 @@ class Guided:
             record = self._evolution.tell(answer)
             return None if record is None else self._renumbered(record)
         assert self._question is not None, "tell answers ask"
-        if isinstance(self._question, Attribution):
-            return self._propose(answer)
-        return self._choose(self._question, answer)
+        if isinstance(self._question, Question):
+            return self._choose(self._question, answer)
+        values = self._attributed(self._question, answer)
+        return self._propose(values) if self._above is None else self._come_down(values)
 
     def state(self) -> dict[str, Any]:
         """Return, between generations, all that `restore` needs to go on, as JSON-able values."""
@@ -265,101 +270,125 @@ class Guided:
             raise ValueError(f"its generation is {state['generation']!r:.100}, by its rounds it is {self.generation}")
 
     def _own_starts(self) -> list[Genome]:
-        """Return the uniform genome where the target is a level, else the one with the least sum of errors.
+        """Return the uniform genome where the target is a level, else the one with the least sum of errors that has all modules.
 
-        Where that would have to drop modules, of which no error tells, random mixes are chosen from as evolution does.
+        Where modules must be dropped there is none: attributions at the model that has them all, weights at their last levels,
+        say which. Without a round to ask for them, random mixes are chosen from as evolution does.
         """
         space, budget = self._problem.space, self._problem.budget
         if (uniform := uniform_genome(space, budget)) is not None:
             return [uniform]
-        whole = tuple(0 if _drops(space, unit) else len(of_unit.levels) - 1 for unit, of_unit in enumerate(space.units))
-        genome = self._best(whole, self._errors)
-        if genome is not None and budget.met_by(space, genome):
+        whole = [
+            [math.inf if error and len(of_unit) > 1 and is_droppable(space, i) else float(error) for error in of_unit]
+            for i, of_unit in enumerate(self._errors)
+        ]
+        if (genome := best_in(space, budget, whole)) is not None:
             return [genome]
+        if self._numbers.rounds:
+            self._above = tuple(0 if is_droppable(space, i) else len(unit.levels) - 1 for i, unit in enumerate(space.units))
+            return []
         count = self._settings.evolution.initial_candidates
         return random_mixes(space, budget, num_candidates=count, rng=self._problem.rng_initial)
 
     def _from_neighbour(self) -> list[Genome]:
         """Return genomes made of what was found at another budget, and take over the mean of the sensitivities found there.
 
-        They are the neighbour's, moved to this budget, and the best by those sensitivities; without any, the errors stand for them.
+        They are the neighbour's, moved to this budget, and the best by those sensitivities; without any, the errors stand for them,
+        which tell nothing of modules.
         """
-        neighbour = self._problem.neighbour
+        space, budget, neighbour = self._problem.space, self._problem.budget, self._problem.neighbour
         if neighbour is None:
             return []
-        found = np.asarray(neighbour.state.get("sensitivities", ()), dtype=np.float64).reshape(-1, len(self._problem.space))
-        values = self._errors
+        found = np.asarray(neighbour.state.get("sensitivities", ()), dtype=np.float64).reshape(-1, len(space))
+        values: list[list[float]] | None = None
         if len(found):
             learnt = np.exp(np.log(found).mean(axis=0))
             self._sensitivities = [learnt.tolist()]
-            values = [weight * of_unit for weight, of_unit in zip(learnt, self._errors, strict=True)]
-        genomes = list(genomes_from_neighbour(self._problem, [of_unit.tolist() for of_unit in values]))
-        free = self._best(self._problem.space.check(neighbour.genome), values)
-        return [*genomes, *([] if free is None or not self._problem.budget.met_by(self._problem.space, free) else [free])]
+            values = [(weight * of_unit).tolist() for weight, of_unit in zip(learnt, self._errors, strict=True)]
+        genomes = list(genomes_from_neighbour(self._problem, values))
+        if values is None and not any(is_droppable(space, unit) for unit in range(len(space))):
+            values = [of_unit.tolist() for of_unit in self._errors]
+        free = None if values is None else best_in(space, budget, values, near=space.check(neighbour.genome))
+        genomes += [] if free is None or not budget.met_by(space, free) else [free]
+        if genomes:
+            self._above = None  # no need of a way down
+        return genomes
 
-    def _best(self, around: Genome, values: Sequence[np.ndarray], most_changes: int | None = None) -> Genome | None:
-        """Return the genome with the least sum of values that a genome can become by changes of weights; modules stay."""
-        space, budget = self._problem.space, self._problem.budget
-        free = _free(space, around)
-        if around not in self._limits:
-            self._limits = {around: limits_around(space, budget, around, free)}
-        found = best_genome(
-            self._limits[around],
-            [values[unit].tolist() for unit in free],
-            near=tuple(around[unit] for unit in free),
-            most_changes=most_changes,
-        )
-        if found is None:
-            return None
-        levels = dict(zip(free, found, strict=True))
-        return tuple(levels.get(unit, level) for unit, level in enumerate(around))
-
-    def _propose(self, answer: Any) -> GenerationRecord | None:
-        """Turn attributions into proposals, and ask for their fitness; where there are none, the round is over."""
-        problem, parent, question = self._problem, self.parent, self._question
-        assert isinstance(question, Attribution)
+    def _attributed(self, question: Attribution, answer: Any) -> list[list[float]]:
+        """Turn attributions into values[unit][level], what every level holds by the sensitivities of the last rounds."""
+        space, genome = self._problem.space, question.genome
         held = np.asarray(answer, dtype=np.float64)
-        if held.ndim != 2 or held.shape[1] != len(problem.space) or len(held) < 2 or not bool(np.isfinite(held).all()):
+        if held.ndim != 2 or held.shape[1] != len(space) or len(held) < 2 or not bool(np.isfinite(held).all()):
             raise EvoPressError(
                 f"the attribution returned {'x'.join(map(str, held.shape))} numbers for at least 2 sequences of "
-                f"{len(problem.space)} units, or some that are not finite: look at the model's outputs at these levels, or use "
+                f"{len(space)} units, or some that are not finite: look at the model's outputs at these levels, or use "
                 "search/strategy=evolution"
             )
-        self._tokens += BACKWARD_TOKENS * question.tokens
+        self._tokens += self._backward * question.tokens
         self._evaluations += 1
-        errors = np.array([of_unit[level] for of_unit, level in zip(self._errors, parent, strict=True)])
-        errors[[unit for unit in range(len(problem.space)) if unit not in _free(problem.space, parent)]] = 0.0  # hold nothing
-        latest = sensitivities(held, errors, [unit.kind for unit in problem.space.units])
+        errors = errors_at(space, self._errors, genome)
+        latest = from_dense(space, genome, sensitivities(held, errors, [unit.kind for unit in space.units]), errors)
         self._sensitivities = [*self._sensitivities, latest.tolist()][-self._numbers.averaged :]
+        self._details = self._held(genome, held.mean(axis=0) / 2)
         averaged = np.exp(np.log(self._sensitivities).mean(axis=0))
-        values = [weight * of_unit for weight, of_unit in zip(averaged, self._errors, strict=True)]
+        return [(weight * of_unit).tolist() for weight, of_unit in zip(averaged, self._errors, strict=True)]
+
+    def _held(self, genome: Genome, means: np.ndarray) -> dict[str, Any]:
+        """Lay out what each unit holds; a module that is kept holds nothing, and what dropping it would add stands apart."""
+        space = self._problem.space
+        kept = [is_droppable(space, i) and not unit.levels[genome[i]].drops for i, unit in enumerate(space.units)]
+        held = {"held": [0.0 if there else round(float(value), 9) for there, value in zip(kept, means, strict=True)]}
+        if any(is_droppable(space, unit) for unit in range(len(space))):
+            held["dropping"] = [round(float(value), 9) if there else 0.0 for there, value in zip(kept, means, strict=True)]
+        return held
+
+    def _come_down(self, values: Sequence[Sequence[float]]) -> GenerationRecord | None:
+        """Go on from a genome above the budget: a step of the way, or the first genome within it."""
+        space, budget = self._problem.space, self._problem.budget
+        above = self._above
+        assert above is not None
+        self._steps += 1
+        left = 1 - self._steps / self._numbers.approach
+        self._question = None
+        self._above = best_in(space, _towards(space, budget, above, left), values, near=above) if left > 0 else None
+        if self._above is not None:
+            return None
+        first = best_in(space, budget, values, near=above)
+        mixes = [first] if first is not None else random_mixes(space, budget, num_candidates=1, rng=self._problem.rng_initial)
+        self._candidates = tuple(dict.fromkeys((*mixes, *self._candidates)))
+        return self._finish(self._candidates[0]) if len(self._candidates) == 1 else None
+
+    def _propose(self, values: Sequence[Sequence[float]]) -> GenerationRecord | None:
+        """Make proposals by values[unit][level], and ask for their fitness; where there are none, the round is over."""
+        parent = self.parent
         proposals = self._proposals(parent, values)
 
         def expected(genome: Genome) -> float:
-            return float(sum(of_unit[level] for of_unit, level in zip(values, genome, strict=True)))
+            return sum(
+                of_unit[level]
+                for unit, (of_unit, level) in enumerate(zip(values, genome, strict=True))
+                if not self._problem.space.is_gone(genome, unit)
+            )
 
-        self._details = {
-            "held": [round(float(value) / 2, 9) for value in held.mean(axis=0)],
-            "proposals": [
-                {
-                    "most_changes": most,
-                    "changes": sum(a != b for a, b in zip(genome, parent, strict=True)),
-                    "expected": round(expected(genome) - expected(parent), 9),
-                }
-                for genome, most in proposals.items()
-            ],
-        }
+        self._details["proposals"] = [
+            {
+                "most_changes": most,
+                "changes": sum(a != b for a, b in zip(genome, parent, strict=True)),
+                "expected": round(expected(genome) - expected(parent), 9),
+            }
+            for genome, most in proposals.items()
+        ]
         if not proposals:
             return self._finish(parent)
         self._question = Question((parent, *proposals), self._numbers.screen_tokens)
         return None
 
-    def _proposals(self, parent: Genome, values: Sequence[np.ndarray]) -> dict[Genome, int | None]:
+    def _proposals(self, parent: Genome, values: Sequence[Sequence[float]]) -> dict[Genome, int | None]:
         """Return the genomes that are best by the sensitivities, each with the number of changes that was allowed; None: any."""
         space, budget = self._problem.space, self._problem.budget
         found: dict[Genome, int | None] = {}
         for most in (None, *self._numbers.changes):
-            genome = self._best(parent, values, most)
+            genome = best_in(space, budget, values, near=parent, most_changes=most)
             if genome is not None and genome != parent and budget.met_by(space, genome):
                 found.setdefault(genome, most)
         return found
@@ -444,56 +473,11 @@ class Guided:
         return self._settings.identity() | {"budget": self._problem.budget.total, "units": len(self._problem.space)}
 
 
-def sensitivities(held: np.ndarray, errors: np.ndarray, kinds: Sequence[str]) -> np.ndarray:
-    """Return α_u, the fitness per unit of relative error: each unit's own drawn towards its kind's, positive.
+def _towards(space: Space, budget: Budget, genome: Genome, left: float) -> Budget:
+    """Return a budget between a genome above it and itself: with so much left of the way, a share."""
 
-    The ratio r_u of a unit's sensitivity to its kind's has a standard error over sequences; it is shrunk to 1 by empirical Bayes,
-    the variance of r between units of the kind being what they differ by beyond those errors.
+    def between(total: int, spent: int) -> int:
+        return max(total, total + math.floor((spent - total) * left))
 
-    Args:
-        held: attributions [sequences, units], at least 2 sequences.
-        errors: e_u at the genome that they are of, [units], not negative; a unit without error says nothing and gets its kind's.
-        kinds: of every unit.
-    """
-    means, variances = held.mean(axis=0), held.var(axis=0, ddof=1) / len(held)
-    known = errors > 0
-    overall = means[known].sum() / errors[known].sum() if known.any() else 0.0
-    overall = overall if overall > 0 else 1.0
-    found = np.full(len(kinds), overall)
-    for kind in dict.fromkeys(kinds):
-        of_kind = np.array([each == kind for each in kinds])
-        used = of_kind & known
-        if not used.any():
-            continue
-        of_all = max(means[used].sum() / errors[used].sum(), _LEAST_KIND * overall)
-        scale = of_all * errors[used]
-        ratios, noise = means[used] / scale, variances[used] / scale**2
-        between = max(float(np.mean((ratios - 1) ** 2 - noise)), _LEAST_SPREAD * float(np.mean(noise)))
-        weight = np.divide(between, between + noise, out=np.ones_like(noise), where=between + noise > 0)
-        found[of_kind] = of_all
-        found[used] = of_all * np.maximum(1 + weight * (ratios - 1), _LEAST)
-    return found / 2
-
-
-def _drops(space: Space, unit: int) -> bool:
-    return any(level.drops for level in space.units[unit].levels)
-
-
-def _free(space: Space, genome: Genome) -> list[int]:
-    """Return the units that errors tell about: weights that are there; a module stays, and what lies in a dropped one."""
-    return [unit for unit in range(len(space)) if not _drops(space, unit) and not space.is_gone(genome, unit)]
-
-
-def _check_errors(space: Space, errors: Sequence[Sequence[float]]) -> None:
-    """Raise EvoPressError unless every level has an error."""
-    if len(errors) != len(space):
-        raise EvoPressError(
-            f"there are errors of {len(errors)} units but {len(space)} units, and search/strategy=guided needs them all: use "
-            "search/strategy=evolution, or build the level database again"
-        )
-    for unit, values in zip(space.units, errors, strict=True):
-        if len(values) != len(unit.levels) or not all(math.isfinite(value) and value >= 0 for value in values):
-            raise EvoPressError(
-                f"the errors of {unit.name} are {list(values)}, and search/strategy=guided needs {len(unit.levels)} finite ones: "
-                "use search/strategy=evolution, or build the level database again"
-            )
+    limits = tuple(replace(limit, total=between(limit.total, limit.spent(space, genome))) for limit in budget.limits)
+    return replace(budget, total=between(budget.total, space.cost(genome)), limits=limits)

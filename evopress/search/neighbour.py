@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from evopress.search.constraint import Spending
-from evopress.search.program import best_genome, limits_around
+from evopress.search.program import best_in
 from evopress.search.strategy import Problem
 from evopress.units import Budget, Genome, Space
 
@@ -36,25 +36,23 @@ def genomes_from_neighbour(problem: Problem, values: Sequence[Sequence[float]] |
 def moved(space: Space, budget: Budget, genome: Genome, values: Sequence[Sequence[float]]) -> Genome | None:
     """Return the genome with the least sum of values that keeps the budget, no unit moved against the others' direction; exact.
 
-    All units become more compressed where the genome is beyond the budget, and less where it is within; modules stay.
+    All units become more compressed where the genome is beyond the budget, and less where it is within. Modules stay whose values
+    are all the same.
 
     Returns: None if there is none.
     """
-    modules = [any(level.drops for level in unit.levels) for unit in space.units]
-    free = [unit for unit in range(len(space)) if not modules[unit] and not space.is_gone(genome, unit)]
     within = budget.met_by(space, genome)
-    allowed = [range(genome[u] + 1) if within else range(genome[u], len(space.units[u].levels)) for u in free]
 
-    def part(table: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        return [[of_unit[level] for level in levels] for of_unit, levels in zip(table, allowed, strict=True)]
+    def may(unit: int, level: int) -> bool:
+        if any(each.drops for each in space.units[unit].levels) and len(set(values[unit])) == 1:
+            return level == genome[unit]
+        if space.is_gone(genome, unit):
+            return True
+        return level <= genome[unit] if within else level >= genome[unit]
 
-    limits = [(part(prices), left) for prices, left in limits_around(space, budget, genome, free)]
-    found = best_genome(limits, part([values[unit] for unit in free])) if free else None
-    if found is None:
-        return None
-    levels = {unit: of_unit[level] for unit, of_unit, level in zip(free, allowed, found, strict=True)}
-    result = tuple(levels.get(unit, level) for unit, level in enumerate(genome))
-    return result if budget.met_by(space, result) else None
+    masked = [[value if may(unit, level) else math.inf for level, value in enumerate(of_unit)] for unit, of_unit in enumerate(values)]
+    found = best_in(space, budget, masked, near=genome)
+    return found if found is not None and budget.met_by(space, found) else None
 
 
 def _moved_at_random(space: Space, budget: Budget, genome: Genome, rng: np.random.Generator) -> Genome | None:

@@ -1,4 +1,8 @@
-"""The integer program of a genome: one level for each unit, the least sum of values, costs within limits; exact."""
+"""The integer program of a genome: one level for each unit, the least sum of values, costs within limits; exact.
+
+With x[u, l] = 1 where unit u is at level l, a unit has one level, and one that lies in a module has one as long as the module is
+kept: the levels of both then add up to the same. So what lies in a dropped module costs nothing and counts for nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,31 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evopress.search.constraint import Spending
+from evopress.search.constraint import Prices, tables_of
 from evopress.units import Budget, Genome, Space
 
-Prices = Sequence[Sequence[int]]
-"""prices[unit][level], whole numbers of any sign."""
 
+def best_in(
+    space: Space,
+    budget: Budget,
+    values: Sequence[Sequence[float]],
+    *,
+    near: Genome | None = None,
+    most_changes: int | None = None,
+) -> Genome | None:
+    """Choose the genome with the least sum of values within a budget and all its limits; see `best_genome`.
 
-def limits_around(space: Space, budget: Budget, genome: Genome, units: Sequence[int]) -> list[tuple[Prices, int]]:
-    """Return each limit of a budget as what the levels of some units cost more than the genome's own, and what it leaves.
-
-    Exact as long as the other units stay, and what of a unit costs does not depend on the level of another.
+    What lies in a dropped module has the level that it has in `near`.
     """
-
-    spending = Spending(space, budget, list(genome))
-    steps = [[spending.step(i, level - genome[i]) for level in range(len(space.units[i].levels))] for i in units]
-    return [([[step[limit] for step in of_unit] for of_unit in steps], left) for limit, left in enumerate(spending.left)]
+    drops = [tuple(level.drops for level in unit.levels) for unit in space.units]
+    return best_genome(
+        tables_of(space, budget),
+        values,
+        near=near,
+        most_changes=most_changes,
+        inside=space.inside or (None,) * len(space),
+        drops=drops,
+    )
 
 
 def best_genome(
@@ -31,50 +44,87 @@ def best_genome(
     *,
     near: Genome | None = None,
     most_changes: int | None = None,
+    inside: Sequence[int | None] = (),
+    drops: Sequence[Sequence[bool]] = (),
 ) -> Genome | None:
     """Choose the levels with the least sum of values.
 
     Args:
         limits: prices, and the most that the chosen levels' may add up to.
-        values: values[unit][level], finite.
+        values: values[unit][level]; infinite for a level that may not be chosen.
         near: a genome that at most `most_changes` units may differ from.
+        inside: of every unit the index of the module that it lies in; None: it lies in none.
+        drops: drops[unit][level] tells whether the unit, a module, is not there at a level.
 
     Returns: None if no genome is within the limits.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp  # half a second, which naming a strategy need not wait for
     from scipy.sparse import csr_array
 
-    # Less each unit's least value, which is paid anyhow. The solver stops at an absolute gap of 1e-6: make that small against every
-    # difference that matters.
-    objective = np.concatenate([np.asarray(of_unit, dtype=np.float64) - min(of_unit) for of_unit in values])
-    objective = objective / (objective.max() or 1.0) * 1e4
     counts = [len(of_unit) for of_unit in values]
-    owner, columns = np.repeat(np.arange(len(counts)), counts), np.arange(len(objective))
-    one_level_each = csr_array((np.ones(len(objective)), (owner, columns)), shape=(len(counts), len(objective)))
-    constraints = [LinearConstraint(one_level_each, 1, 1)]
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(int)
+    size = sum(counts)
+    inside = inside or (None,) * len(counts)
+    kept = {  # the variables of which one is 1 as long as a module is there
+        module: [starts[module] + level for level, gone in enumerate(drops[module]) if not gone]
+        for module in sorted({module for module in inside if module is not None})
+    }
+
+    def above_least(of_units: Sequence[Sequence[float]]) -> tuple[list[float], float]:
+        """Take each unit's least number off, which is paid anyhow or as its module is; return the rest, and what is paid anyhow."""
+        least = [min(filter(math.isfinite, of_unit)) for of_unit in of_units]
+        flat = [number - low for of_unit, low in zip(of_units, least, strict=True) for number in of_unit]
+        total = sum(low for low, module in zip(least, inside, strict=True) if module is None)
+        for low, module in zip(least, inside, strict=True):
+            for variable in () if module is None else kept[module]:
+                flat[variable] += low
+        return flat, total
+
+    # The solver stops at an absolute gap of 1e-6, which must be small against every difference that matters.
+    objective = np.array(above_least(values)[0])
+    allowed = np.isfinite(objective)
+    objective = np.where(allowed, objective, 0.0)
+    objective = objective / (np.abs(objective).max() or 1.0) * 1e4
+    rows, columns, entries = [np.repeat(np.arange(len(counts)), counts)], [np.arange(size)], [np.ones(size)]
+    for unit, module in enumerate(inside):
+        if module is not None:
+            rows.append(np.full(len(kept[module]), unit))
+            columns.append(np.array(kept[module], dtype=int))
+            entries.append(np.full(len(kept[module]), -1.0))
+    levels = csr_array((np.concatenate(entries), (np.concatenate(rows), np.concatenate(columns))), shape=(len(counts), size))
+    one = np.array([float(module is None) for module in inside])
+    constraints = [LinearConstraint(levels, one, one)]
     for prices, total in limits:
-        # Price above the cheapest level, in units of the greatest common divisor: small integers, exact in the solver.
-        extra = [price - min(of_unit) for of_unit in prices for price in of_unit]
-        capacity, divisor = total - sum(map(min, prices)), math.gcd(*extra) or 1
+        # In units of the greatest common divisor: small integers, exact in the solver.
+        extra, least = above_least(prices)
+        divisor = math.gcd(*map(int, extra)) or 1
+        capacity = total - int(least)
         if capacity < 0:
             return None
         costs = np.array([price // divisor for price in extra], dtype=np.float64)
         constraints.append(LinearConstraint(costs[None, :], ub=capacity // divisor))
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     if near is not None and most_changes is not None:
-        kept = np.zeros((1, len(objective)))
-        kept[0, starts + np.asarray(near)] = 1.0
-        constraints.append(LinearConstraint(kept, lb=len(counts) - most_changes))
+        same, number = np.zeros((1, size)), 0
+        for unit, module in enumerate(inside):
+            if module is not None and drops[module][near[module]]:
+                continue  # whatever it becomes
+            same[0, starts[unit] + near[unit]] += 1.0
+            if module is None:
+                number += 1
+            else:
+                same[0, kept[module]] -= 1.0
+        constraints.append(LinearConstraint(same, lb=number - most_changes))
     result = milp(
         objective,
-        integrality=np.ones(len(objective)),
-        bounds=Bounds(0, 1),
+        integrality=np.ones(size),
+        bounds=Bounds(0, allowed.astype(np.float64)),
         constraints=constraints,
         options={"mip_rel_gap": 0.0},
     )
     if result.x is None:
         return None
-    genome = tuple(int(np.argmax(part)) for part in np.split(result.x, starts[1:]))
-    for prices, total in limits:
-        assert sum(of_unit[level] for of_unit, level in zip(prices, genome, strict=True)) <= total
-    return genome
+    genome = [int(np.argmax(part)) for part in np.split(result.x, starts[1:])]
+    for unit, module in enumerate(inside):
+        if module is not None and drops[module][genome[module]]:
+            genome[unit] = 0 if near is None else near[unit]
+    return tuple(genome)

@@ -26,6 +26,11 @@ BACKWARD_TOKENS = 3
 """What a token that goes forward and backward through the model counts as, in tokens that go forward."""
 
 
+def backward_tokens(modules: bool) -> int:
+    """Return what an attribution counts a token as; it goes back a second time where modules can be dropped."""
+    return BACKWARD_TOKENS + (2 if modules else 0)
+
+
 @dataclass(frozen=True)
 class Question:
     """Genomes whose fitness is asked for, all on the same minibatch."""
@@ -42,6 +47,8 @@ class Attribution:
 
     Unit u's weights are W + s (Q - W) with s = 1, Q its level's and W the dense model's. The answer has the derivative of the
     fitness with respect to each unit's s, per predicted token: floats [sequences][units]. A unit at a level without error has 0.
+    The fitness being close to quadratic in s, the unit holds half of it. Of a module that can be dropped the answer has twice what
+    dropping it adds to the fitness, to second order: where it is kept, what it would add.
     """
 
     genome: Genome
@@ -122,11 +129,19 @@ class Asks:
     """In generation 0, where the uniform genome does not keep the budget."""
     milestone: bool = False
     """See `GenerationRecord.milestone`."""
+    of_modules: bool = False
+    """Only where modules can be dropped."""
 
     @property
     def cost(self) -> int:
-        """Tokens in all, in tokens that go forward."""
-        return self.tokens * self.candidates * self.times * (BACKWARD_TOKENS if self.attribution else 1)
+        """Tokens in all, in tokens that go forward, where no modules can be dropped."""
+        return self.cost_where(modules=False)
+
+    def cost_where(self, *, modules: bool) -> int:
+        """Return the tokens in all, in tokens that go forward, by whether modules can be dropped."""
+        if self.of_modules and not modules:
+            return 0
+        return self.tokens * self.candidates * self.times * (backward_tokens(modules) if self.attribution else 1)
 
 
 @dataclass(frozen=True)

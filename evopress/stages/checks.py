@@ -84,11 +84,6 @@ def check_strategy(settings: RunSettings) -> None:
     if "search" not in settings.stages or not any(ask.attribution for ask in searching(settings.search, derived=1).asks()):
         return
     name = settings.search.strategy.name
-    if isinstance(settings.method, DropSettings):
-        raise EvoPressError(
-            f"search/strategy={name} needs the errors of levels, which modules that are kept or dropped have not: use "
-            "search/strategy=evolution with method drop"
-        )
     if settings.fitness.evaluator == "plain":
         raise EvoPressError(
             f"search/strategy={name} runs blocks alone, which fitness.evaluator=plain does not: leave one of them out"
@@ -131,6 +126,9 @@ def search_settings(config: SearchConfig, *, derived: int | None = None) -> Sear
     )
 
 
-def search_cost(numbers: Searching) -> int:
-    """Return the candidate tokens that a search evaluates at most: the one honest currency."""
-    return sum(ask.cost for ask in numbers.asks())
+def search_cost(numbers: Searching, *, modules: bool = False) -> int:
+    """Return the candidate tokens that a search evaluates at most: the one honest currency.
+
+    Args: modules: whether some can be dropped.
+    """
+    return sum(ask.cost_where(modules=modules) for ask in numbers.asks())

@@ -19,7 +19,7 @@ from evopress.levels.live import enough_to_keep
 from evopress.levels.plan import BuildNeeds
 from evopress.reporting.records import read_json
 from evopress.search.initial import uniform_genome
-from evopress.search.strategy import BACKWARD_TOKENS, Asks, Searching
+from evopress.search.strategy import Asks, Searching, backward_tokens
 from evopress.settings import STAGES
 from evopress.stages.baselines import baselines_as_asked, read_baselines
 from evopress.stages.probe import Speed
@@ -167,14 +167,20 @@ class Planner:
         return needs
 
     def _attribute(self, needs: Needs, ask: Asks) -> None:
-        """Add attributions: each block forward, then forward again and backward; what enters each block is held meanwhile."""
+        """Add attributions: each block forward, then forward again and backward; what enters each block is held meanwhile.
+
+        Where modules can be dropped, there is one more way back.
+        """
         tokens, blocks = ask.tokens * ask.times, self.workspace.blocks
-        needs.tokens += BACKWARD_TOKENS * tokens
-        needs.block_tokens += 4.0 * tokens * self.num_blocks
+        gates = self.workspace.method.modules is not None
+        counted = backward_tokens(gates)
+        needs.tokens += counted * tokens
+        needs.block_tokens += (counted + 1.0) * tokens * self.num_blocks
         if needs.seconds is not None and self.speed is not None:
-            needs.seconds += tokens * (4 * self.num_blocks * self.speed.block + self.speed.reference + 3 * self.speed.head)
+            by_blocks = (counted + 1) * self.num_blocks * self.speed.block
+            needs.seconds += tokens * (by_blocks + self.speed.reference + counted * self.speed.head)
         itemsize = blocks.dtype.itemsize
-        self._put(needs, 0, host=ask.tokens * blocks.hidden_size * itemsize * (self.num_blocks + 1))
+        self._put(needs, 0, host=ask.tokens * blocks.hidden_size * itemsize * (self.num_blocks + (2 if gates else 1)))
 
     def _held_out(self, needs: Needs, times: int) -> None:
         """Add the measurements on held-out text, and the dense model's states there, which are kept where they are few."""

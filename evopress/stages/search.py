@@ -61,7 +61,8 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
     else:
         metrics.unlink(missing_ok=True)
     if not strategy.finished:
-        logger.info("search: %s, %.3g million candidate tokens in all", searching.summary, search_cost(searching) / 1e6)
+        tokens = search_cost(searching, modules=workspace.method.modules is not None)
+        logger.info("search: %s, %.3g million candidate tokens in all", searching.summary, tokens / 1e6)
         fitness = make_fitness(workspace, workspace.rng["minibatch"])
         numbers = SearchMetrics(database.space, read_generations(metrics, database.space))
         held_out = _HeldOut(workspace)

@@ -157,13 +157,22 @@ def test_guided_searches_and_a_killed_run_ends_with_the_same_genome(
         assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
 
 
+@pytest.mark.parametrize("method", [("+method=drop", "sparsity=0.5"), ("+method=joint", "size=2.5bpw")], ids=["drop", "joint"])
+def test_guided_drops_modules(method: tuple[str, ...], evopress: Callable[..., Any], tmp_path: Path) -> None:
+    outcome = evopress(*method, "+debug=tiny", STAGES, "search/strategy=guided", f"hydra.run.dir={tmp_path / 'run'}")
+    assert outcome.code == 0, outcome.text
+    made = records(tmp_path / "run")
+    assert made[0]["generation"] == 0 and made[0]["tokens"] == 2 * 5 * 512, "no genome to begin with keeps the budget"
+    assert made[1]["details"]["dropping"]
+    budget = read(tmp_path / "run" / "genome.json")["budget"]
+    assert all(record["cost"] <= budget for record in made)
+    counted = float(re.search(r"([\d.]+) million candidate tokens in all", outcome.text)[1]) * 1e6
+    assert made[-1]["tokens"] < counted * 1.01
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (
-            ("+method=drop", "sparsity=0.5"),
-            "search/strategy=guided needs the errors of levels, which modules that are kept or dropped",
-        ),
         (
             ("+method=quant", "bits=2.5", "fitness.evaluator=plain"),
             "search/strategy=guided runs blocks alone, which fitness.evaluator=plain",

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from attribution_literal import attribute_by_differences, attribute_plainly
+from attribution_literal import attribute_by_differences, attribute_plainly, gate_by_differences, gates_plainly
 
+from evopress.currencies import CURRENCIES
 from evopress.errors import EvoPressError
-from evopress.fitness.attribution import attribute
+from evopress.fitness.attribution import attribute, derivatives
 from evopress.fitness.measures import KLDivergence, NegativeLogLikelihood, TopkKL
 from evopress.fitness.minibatch import MinibatchFitness, base_states
 from evopress.fitness.population import PopulationEvaluator
 from evopress.levels.build import ensure_database
 from evopress.levels.live import LiveModel
+from evopress.levels.modules import ModuleLevels, ensure_modules, is_module
+from evopress.levels.union import LevelUnion
+from evopress.methods.drop import Modules
 from evopress.models.blocks import BlockModel
 from evopress.models.loading import load_pretrained
 from evopress.models.tiny import make_tiny
@@ -132,3 +136,88 @@ def test_numbers_that_are_not_finite_are_told_with_the_unit(live_model, tokens) 
     base[1, 3] = torch.nan
     with pytest.raises(EvoPressError, match=r"holds of the fitness is not a finite number on sequence 1"):
         attribute(live, genome_of(live), ids, base, KLDivergence())
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "opt"])
+def joint(request, tmp_path_factory, build_settings, tokens, compressor) -> LiveModel:
+    """A tiny model whose weights have levels and whose modules can be dropped."""
+    root = tmp_path_factory.mktemp("joint")
+    pretrained = load_pretrained(make_tiny(root / "model", request.param, num_blocks=3), dtype="float32")
+    blocks = BlockModel(pretrained.model, pretrained.family)
+    weights, _ = ensure_database(build_settings(root), blocks, tokens(6, 16), compressor)
+    space = Modules().space(blocks.shapes(), dtype_bits=32)
+    modules, _ = ensure_modules(root, model_name="tiny", method="drop", recipe={"modules": 1}, space=space)
+    union = LevelUnion([weights, modules], method="joint", currency=CURRENCIES["bytes"], is_of_attention=blocks.is_of_attention)
+    return LiveModel(blocks, union)
+
+
+def some_dropped(live) -> tuple[int, ...]:
+    """The attention of the first block, all of the second, and the MLP of the third are gone."""
+    genome = list(genome_of(live))
+    for index, unit in enumerate(live.space.units):
+        if is_module(unit):
+            genome[index] = int(unit.block == 1 or (unit.block, unit.kind) in ((0, "attention"), (2, "mlp")))
+    return tuple(genome)
+
+
+@pytest.mark.parametrize("measure", [KLDivergence(fused=True), TopkKL(257)], ids=["kl", "topk_kl"])
+def test_gates_of_modules_equal_the_whole_model_s_gradients(joint, measure, tokens, weights_digest) -> None:
+    ids = tokens(3, 12, seed=5)
+    base = base_states(PopulationEvaluator(joint), ids, batch_tokens=48)
+    uniform, genome = torch.rand(3, 11, generator=torch.Generator().manual_seed(2)), some_dropped(joint)
+    before = weights_digest(joint.blocks.model)
+    first, second = derivatives(joint, genome, ids, base, measure, uniform=uniform, max_tokens_in_flight=24, chunk_tokens=7)
+    expected = gates_plainly(joint, genome, ids, KLDivergence(), uniform)
+    units = [index for index, unit in enumerate(joint.space.units) if is_module(unit)]
+    gone = [index for index in range(len(joint.space)) if joint.space.is_gone(genome, index)]
+    close(first[:, units], expected[0][:, units])
+    if isinstance(measure, KLDivergence):  # the most likely labels come first there, so that others are drawn
+        close(second, expected[1])
+    assert bool((first[:, units] != 0).all()) and bool((first[:, gone] == 0).all())
+    held = attribute(joint, genome, ids, base, measure, uniform=uniform)
+    for unit in units:
+        expected = first[:, unit] if genome[unit] else 2 * first[:, unit] + second[:, unit]
+        assert torch.allclose(held[:, unit], expected, atol=1e-6)
+    assert weights_digest(joint.blocks.model) == before
+    assert not any(module._forward_hooks for module in joint.blocks.model.modules())
+
+
+def test_a_gate_s_derivative_is_that_of_differences(joint, tokens) -> None:
+    ids, genome = tokens(1, 12, seed=5), some_dropped(joint)
+    base = base_states(PopulationEvaluator(joint), ids, batch_tokens=48)
+    first, _ = derivatives(joint, genome, ids, base, KLDivergence(), uniform=torch.rand(1, 11))
+    for unit in [index for index, unit in enumerate(joint.space.units) if is_module(unit)]:
+        expected = gate_by_differences(joint, genome, ids, KLDivergence(), unit, step=1e-3)
+        assert float(first[0, unit]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["module", "block", "pair"])
+def test_at_the_dense_model_the_curvature_tells_and_several_modules_have_one_gate(tiny_blocks, tokens, granularity) -> None:
+    blocks = tiny_blocks("llama", num_blocks=2)
+    live = LiveModel(blocks, ModuleLevels(Modules(granularity).space(blocks.shapes(), dtype_bits=32)))
+    ids = tokens(2, 12, seed=5)
+    base, uniform = base_states(PopulationEvaluator(live), ids, batch_tokens=48), torch.rand(2, 11)
+    dense = (0,) * len(live.space)
+    first, second = derivatives(live, dense, ids, base, KLDivergence(), uniform=uniform)
+    assert float(first.abs().max()) < 1e-5 and bool((second > 1e-3).all())
+    close(second, gates_plainly(live, dense, ids, KLDivergence(), uniform)[1])
+    if granularity != "pair":
+        genome = (1, *dense[1:])
+        close(
+            torch.cat(derivatives(live, genome, ids, base, KLDivergence(), uniform=uniform)),
+            torch.cat(gates_plainly(live, genome, ids, KLDivergence(), uniform)),
+        )
+
+
+def test_the_minibatch_draws_labels_where_there_are_modules(tiny_blocks, tokens) -> None:
+    blocks = tiny_blocks("llama", num_blocks=2)
+    live = LiveModel(blocks, ModuleLevels(Modules().space(blocks.shapes(), dtype_bits=32)))
+    sequences = tokens(6, 12, seed=3)
+    base = base_states(PopulationEvaluator(live), sequences, batch_tokens=48)
+
+    def found(seed):
+        rng = np.random.default_rng(seed)
+        fitness = MinibatchFitness(PopulationEvaluator(live), sequences, base=base, rng=rng, measure=KLDivergence())
+        return fitness.attribute((0, 1, 0, 0), tokens=48, sequences=4)
+
+    assert found(0) == found(0) != found(1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from evopress.fitness.measures import Measure
 from evopress.levels.live import LiveModel
+from evopress.levels.modules import modules_of
 from evopress.units import Genome
 
 
@@ -83,3 +85,69 @@ def attribute_by_differences(live: LiveModel, genome: Genome, ids: Tensor, measu
             return float(loss_of(model, live, ids, measure))
 
     return (loss(1 + step) - loss(1 - step)) / (2 * step)
+
+
+ADDING = {"gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"), "opt": ("self_attn", "fc2")}
+"""What adds to the residual stream, where it is not the attention and the MLP themselves."""
+
+
+def gated(live: LiveModel, genome: Genome, *, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[int, Tensor]]:
+    """Return a copy of the model with its weights at a genome, and a gate on what each unit of modules adds: 1 kept, 0 dropped.
+
+    The weights in dropped modules are the dense ones.
+    """
+    model, units = copy.deepcopy(live.blocks.model).to(dtype), live.space.units
+    family = live.blocks.family
+    gates = {
+        i: torch.tensor(float(not unit.levels[genome[i]].drops), dtype=dtype, requires_grad=True)
+        for i, unit in enumerate(units)
+        if modules_of(unit)
+    }
+    for i, unit in enumerate(units):
+        if i not in gates and not live.space.is_gone(genome, i):
+            model.get_submodule(unit.name).weight.data = live.levels.read(i, genome[i]).decode().to(dtype)
+
+    def through(gate: Tensor) -> Any:
+        def hook(module: torch.nn.Module, args: object, output: Any) -> Any:
+            return (output[0] * gate, *output[1:]) if isinstance(output, tuple) else output * gate
+
+        return hook
+
+    layers = model.get_submodule(f"{family.decoder}.{family.blocks}")
+    for i, gate in gates.items():
+        for block, kind in modules_of(units[i]):
+            name = ADDING.get(model.config.model_type, ("self_attn", "mlp"))[kind == "mlp"]
+            layers[block].get_submodule(name).register_forward_hook(through(gate))
+    return model, gates
+
+
+def gates_plainly(live: LiveModel, genome: Genome, ids: Tensor, measure: Measure, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first derivative of the loss in every gate's s = 1 - gate, and the squared score of drawn labels, [b, units]."""
+    first, second = torch.zeros(2, len(ids), len(live.space), dtype=torch.float64)
+    for row, sequence in enumerate(ids.split(1)):
+        model, gates = gated(live, genome, dtype=torch.float32)
+        found = torch.autograd.grad(loss_of(model, live, sequence, measure), list(gates.values()))
+        logq = torch.log_softmax(model(input_ids=sequence, use_cache=False).logits[0, :-1], dim=-1)
+        drawn = [
+            next(i for i, heaped in enumerate(q.exp().double().cumsum(0).tolist()) if heaped > float(u) or i == len(q) - 1)
+            for q, u in zip(logq.detach(), uniform[row], strict=True)
+        ]
+        likelihood = sum(q[label] for q, label in zip(logq, drawn, strict=True))
+        scores = torch.autograd.grad(likelihood, list(gates.values()))
+        for unit, derivative, score in zip(gates, found, scores, strict=True):
+            first[row, unit], second[row, unit] = -derivative, score**2 / len(drawn)
+    return first, second
+
+
+def gate_by_differences(live: LiveModel, genome: Genome, ids: Tensor, measure: Measure, unit: int, *, step: float) -> float:
+    """Return the central difference of the loss in one gate's s, in float64, on one sequence [1, l]."""
+    model, gates = gated(live, genome, dtype=torch.float64)
+
+    def loss(by: float) -> float:
+        with torch.no_grad():
+            gates[unit].sub_(by)
+            value = float(loss_of(model, live, ids, measure))
+            gates[unit].add_(by)
+        return value
+
+    return (loss(step) - loss(-step)) / (2 * step)

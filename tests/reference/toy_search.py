@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from evopress.currencies import currency_of
 from evopress.search import SearchSettings, Stage
 from evopress.units import Budget, Level, Space, Unit
 
@@ -33,3 +34,13 @@ def quant_space(
 def budget_of(space: Space, bits: float) -> Budget:
     """Make the budget of a number of bits per weight."""
     return Budget(int(bits * space.size), bits, "bits per weight")
+
+
+def joint_space() -> Space:
+    """Two modules that can be dropped, with two weights in each, and a weight in none."""
+    keep = (Level("keep", 1, "keep", 0, "drop"), Level("drop", 0, "drop", 0, "drop"))
+    units = [Unit(f"blocks.{i}.mlp", i, "mlp", 0, keep) for i in range(2)]
+    bits = tuple(Level(f"{b} bits", b, str(b), b, "quant") for b in (4, 3, 2))
+    units += [Unit(f"blocks.{i // 2}.{kind}", i // 2, kind, 1, bits) for i, kind in enumerate(("up", "down") * 2)]
+    units.append(Unit("head", 2, "head", 1, bits))
+    return Space("joint", tuple(units), currency_of("bits"), (None, None, 0, 0, 1, 1, None))

@@ -16,3 +16,8 @@ def quant_space() -> Callable[..., Space]:
 @pytest.fixture(scope="session")
 def budget_of() -> Callable[[Space, float], Budget]:
     return toy_search.budget_of
+
+
+@pytest.fixture(scope="session")
+def joint_space() -> Space:
+    return toy_search.joint_space()

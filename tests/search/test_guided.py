@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from guided_literal import best_of_all, shrunk
 
-from evopress.currencies import currency_of
 from evopress.errors import EvoPressError
 from evopress.search import Attribution, Problem, Question, SearchSettings, Stage, run_search
-from evopress.search.guided import GuidedStrategy, sensitivities
-from evopress.search.program import limits_around
-from evopress.units import Budget, Genome, Level, Space, Unit
+from evopress.search.guided import GuidedStrategy
+from evopress.search.sensitivity import sensitivities
+from evopress.units import Budget, Genome, Level, Limit, Space, Unit
 
 EVOLUTION = SearchSettings(9, 4, (Stage(8, 2), Stage(16, 1)), 3, 8, 3, "min_uniform", "any")
 NUMBERS = GuidedStrategy(rounds=5, attribution_tokens=64, attribution_sequences=8, screen_tokens=32, changes=[3, 1])
@@ -102,9 +101,7 @@ def test_on_an_additive_problem_it_ends_at_the_best_genome(quant_space, budget_o
     numbers = replace(NUMBERS, changes=[])
     best, records = run(numbers.searching(EVOLUTION).make(problem_of(space, budget, toy.errors)), toy)
     values = [[w * e for e in errors] for w, errors in zip(toy.weights, toy.errors, strict=True)]
-    cheapest = (2,) * len(space)
-    ((prices, left),) = limits_around(space, budget, cheapest, range(len(space)))
-    expected = best_of_all(prices, left, values)
+    expected = best_of_all(space.prices, budget.total, values)
     assert toy.exact(best) == pytest.approx(expected, rel=1e-9)
     assert len(records) <= 3, "one round to find it, one that finds nothing better"
     assert records[-1]["accepted"] is False and all(record["cost"] <= budget.total for record in records)
@@ -309,36 +306,79 @@ def test_a_proposal_that_is_not_finite_loses_and_is_counted(quant_space, budget_
     assert (record.genome, record.non_finite, strategy.non_finite) == (chosen, 1, 1)
 
 
-def joint_space() -> Space:
-    """Two modules that can be dropped, with two weights in each."""
-    keep = (Level("keep", 1, "keep", 0, "drop"), Level("drop", 0, "drop", 0, "drop"))
-    units = [Unit(f"blocks.{i}.mlp", i, "mlp", 0, keep) for i in range(2)]
-    bits = tuple(Level(f"{b} bits", b, str(b), b, "quant") for b in (4, 3, 2))
-    units += [Unit(f"blocks.{i // 2}.{kind}", i // 2, kind, 1, bits) for i, kind in enumerate(("up", "down") * 2)]
-    return Space("joint", tuple(units), currency_of("bits"), (None, None, 0, 0, 1, 1))
+class WithModules:
+    """Additive, where what lies in a dropped module counts for nothing, and the module for what it loses."""
 
+    def __init__(self, space: Space, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.space, self.asked = space, []
+        self.modules = [any(level.drops for level in unit.levels) for unit in space.units]
+        self.errors = [[0.0, 0.0] if module else [0.01, 0.1, 0.5] for module in self.modules]
+        self.weights = rng.lognormal(size=len(space)) * np.where(self.modules, 2.0, 1.0)
 
-def test_modules_of_which_no_error_tells_stay(budget_of) -> None:
-    space = joint_space()
-    errors = [[0.0, 0.0]] * 2 + [[0.1, 0.2, 0.4]] * 4
-    held = np.array([0.0, 0.0, 4.0, 1.0, 1.0, 1.0])
-
-    def attribute(question):
-        return [(held * [level + 1 for level in question.genome]).tolist()] * 4
-
-    def fitness(genomes, *, tokens):
+    def parts(self, genome: Genome) -> list[float]:
         return [
-            float(sum(h * errors[u][level] for u, (h, level) in enumerate(zip(held, genome, strict=True)))) for genome in genomes
+            0.0 if self.space.is_gone(genome, u) else self.weights[u] * (level if module else self.errors[u][level])
+            for u, (module, level) in enumerate(zip(self.modules, genome, strict=True))
         ]
 
-    strategy = NUMBERS.searching(EVOLUTION).make(problem_of(space, Budget(12, 3.0, "bits per weight"), errors))
-    best = run_search(strategy, fitness, attribute=attribute)
-    assert best[:2] == (0, 0) and best[2] == 0 and space.cost(best) <= 12
+    def __call__(self, genomes, *, tokens):
+        return [sum(self.parts(genome)) for genome in genomes]
 
-    dropped = NUMBERS.searching(EVOLUTION).make(problem_of(space, Budget(6, 1.5, "bits per weight"), errors))
-    asked = dropped.ask()
-    assert isinstance(asked, Question) and asked.stage == -1, "no genome with all modules is within the budget"
-    assert all(any(genome[:2]) and space.cost(genome) <= 6 for genome in asked.genomes)
-    found = run_search(dropped, fitness, attribute=attribute)
-    gone = found.index(1)
-    assert gone < 2 and all(found[2 + 2 * gone + i] == dropped.state()["found"][2 + 2 * gone + i] for i in range(2))
+    def attribute(self, question: Attribution) -> list[list[float]]:
+        self.asked.append(question.genome)
+        held = self.parts(question.genome)
+        for unit in np.flatnonzero(self.modules):
+            inside = sum(held[u] for u, module in enumerate(self.space.inside) if module == unit)
+            held[unit] = self.weights[unit] - inside  # what dropping it adds from here on
+        return [[2 * value for value in held]] * 4
+
+    def best(self, budget: Budget) -> float:
+        genomes = itertools.product(*(range(len(unit.levels)) for unit in self.space.units))
+        return min(sum(self.parts(genome)) for genome in genomes if budget.met_by(self.space, genome))
+
+
+@pytest.mark.parametrize("total", [8, 11, 14, 18])
+@pytest.mark.parametrize("seed", range(3))
+def test_modules_are_dropped_and_taken_back_beside_weights(joint_space, seed, total) -> None:
+    toy, budget = WithModules(joint_space, seed), Budget(total, total / 5, "bits per weight")
+    best, records = run(NUMBERS.searching(EVOLUTION).make(problem_of(joint_space, budget, toy.errors)), toy)
+    assert all(record["cost"] <= total for record in records)
+    assert sum(toy.parts(best)) == pytest.approx(toy.best(budget), rel=1e-9)
+    if total < 10:
+        assert toy.asked[0] == (0, 0, 2, 2, 2, 2, 2), "none with all modules keeps the budget"
+    assert [bool(value) for value in records[1]["details"]["dropping"][:2]] == [not level for level in records[0]["genome"][:2]]
+
+
+def depth_space(count: int) -> Space:
+    levels = (Level("keep", 1, "keep", 32, "drop"), Level("drop", 0, "drop", 0, "drop"))
+    return Space(
+        "drop", tuple(Unit(f"blocks.{i}.{kind}", i, kind, 1, levels) for i in range(count) for kind in ("attention", "mlp"))
+    )
+
+
+@pytest.mark.parametrize("approach", [1, 3])
+def test_what_holds_least_is_dropped_of_each_kind(approach) -> None:
+    space = depth_space(6)
+    toy = WithModules(space, 1)
+    budget = Budget(6, 0.5, "depth sparsity", (Limit(3, kind="attention"), Limit(3, kind="mlp")))
+    settings = replace(NUMBERS, approach=approach).searching(EVOLUTION)
+    best, records = run(settings.make(problem_of(space, budget, ())), toy)
+    for kind in (0, 1):
+        order = np.argsort(toy.weights[kind::2])
+        assert [u for u in range(6) if best[2 * u + kind]] == sorted(order[:3].tolist())
+    assert records[0]["generation"] == 0 and records[0]["tokens"] == approach * 5 * 64
+    assert toy.asked[0] == (0,) * 12 and sum(toy.asked[1]) == (6 if approach == 1 else 2)
+    assert tuple(records[0]["genome"]) == best and not records[-1]["accepted"]
+    assert records[-1]["tokens"] <= sum(ask.cost_where(modules=True) for ask in settings.asks())
+    assert not any(ask.initial and ask.times for ask in settings.asks({"generation": 1, "evolution": None, "settled": False}))
+
+
+def test_without_a_round_modules_are_dropped_as_evolution_does() -> None:
+    space = depth_space(4)
+    toy, budget = WithModules(space, 0), Budget(6, 0.25, "depth sparsity", (Limit(3, kind="attention"), Limit(3, kind="mlp")))
+    strategy = replace(NUMBERS, rounds=0).searching(replace(EVOLUTION, exchange="name")).make(problem_of(space, budget, ()))
+    question = strategy.ask()
+    assert isinstance(question, Question) and all(sum(genome) == 2 for genome in question.genomes)
+    run(strategy, toy)
+    assert strategy.finished and not toy.asked

@@ -93,3 +93,12 @@ def test_the_guided_search_takes_sensitivities_over_and_averages_them_with_its_o
     plain = settings.make(problem_of(space, budget, errors, replace(neighbour, state={})))
     run_search(plain, lambda genomes, *, tokens: [1.0] * len(genomes), attribute=lambda question: [[0.1] * 8] * 8)
     assert len(plain.state()["sensitivities"]) == 1
+
+
+def test_modules_are_moved_by_what_dropping_them_was_found_to_add() -> None:
+    keep = (Level("keep", 1, "keep", 0, "drop"), Level("drop", 0, "drop", 0, "drop"))
+    space = Space("drop", tuple(Unit(f"blocks.{i}.mlp", i, "mlp", 1, keep) for i in range(6)))
+    neighbour = Neighbour((0, 1, 0, 0, 0, 0), {"sensitivities": [[5.0, 1, 3, 2, 4, 6]]})
+    settings = GuidedStrategy(rounds=1, attribution_tokens=64, attribution_sequences=8, screen_tokens=32).searching(EVOLUTION)
+    strategy = settings.make(problem_of(space, Budget(3, 0.5, "depth sparsity"), (), neighbour))
+    assert strategy.parent == (0, 1, 1, 1, 0, 0) and strategy.initial_record is not None, "no way down from the whole model is needed"

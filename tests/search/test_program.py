@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from guided_literal import best_of_all
 
-from evopress.search.program import best_genome, limits_around
+from evopress.currencies import currency_of
+from evopress.search.constraint import tables_of
+from evopress.search.program import best_genome, best_in
 from evopress.units import Budget, Limit
 
 
@@ -22,25 +25,15 @@ def test_it_is_the_best_of_all_genomes(quant_space, budget_of, seed, most_change
     rng = np.random.default_rng(seed)
     space = quant_space(rng.choice([1, 3, 8], size=5).tolist(), bits=(4, 3, 2))
     parent = tuple(rng.integers(0, 3, size=5).tolist())
-    ((prices, none_left),) = limits_around(space, Budget(space.cost(parent), 1.0, ""), parent, range(5))
-    assert none_left == 0
     values = rng.lognormal(sigma=1.5, size=(5, 3)).cumsum(axis=1).tolist()
     for total in (0, 3):
-        found = best_genome([(prices, total)], values, near=parent, most_changes=most_changes)
+        budget = Budget(space.cost(parent) + total, 1.0, "")
+        found = best_in(space, budget, values, near=parent, most_changes=most_changes)
         assert found is not None
         assert space.cost(found) <= space.cost(parent) + total
         assert most_changes is None or sum(a != b for a, b in zip(found, parent, strict=True)) <= most_changes
-        expected = best_of_all(prices, total, values, parent, most_changes)
+        expected = best_of_all(space.prices, budget.total, values, parent, most_changes)
         assert total_of(values, found) == pytest.approx(expected, rel=1e-9)
-
-
-def test_a_genome_s_own_levels_are_free_and_the_others_cost_what_the_space_counts(quant_space) -> None:
-    space = quant_space((8, 3, 1))
-    genome = (0, 2, 4)
-    ((prices, left),) = limits_around(space, Budget(space.cost(genome) + 5, 1.0, ""), genome, range(3))
-    assert left == 5
-    assert [prices[unit][level] for unit, level in enumerate(genome)] == [0, 0, 0]
-    assert space.cost((3, 1, 0)) - space.cost(genome) == prices[0][3] + prices[1][1] + prices[2][0]
 
 
 def test_what_nothing_can_meet_is_none() -> None:
@@ -58,9 +51,8 @@ def test_differences_of_values_far_below_their_size_count() -> None:
 def test_further_limits_bind_too(quant_space, seed) -> None:
     rng = np.random.default_rng(seed)
     space = quant_space((3, 1, 1, 3, 8), bits=(4, 3, 2), kinds=("q", "v", "v", "q", "down"))
-    parent = (2, 2, 2, 2, 2)
     budget = Budget(int(3 * space.size), 3.0, "", (Limit(4, kind="v"),))
-    limits = limits_around(space, budget, parent, range(5))
+    limits = tables_of(space, budget)
     values = rng.lognormal(size=(5, 3)).cumsum(axis=1).tolist()
     found = best_genome(limits, values)
     assert found is not None and budget.met_by(space, found)
@@ -69,8 +61,42 @@ def test_further_limits_bind_too(quant_space, seed) -> None:
     assert found != best_genome(limits[:1], values), "the further limit mattered"
 
 
-def test_only_the_units_that_are_given_move(quant_space) -> None:
-    space = quant_space((3, 3, 3), bits=(4, 3, 2))
-    ((prices, left),) = limits_around(space, Budget(27, 3.0, ""), (1, 1, 1), [0, 2])
-    assert len(prices) == 2
-    assert best_genome([(prices, left)], [[0.0, 5.0, 6.0], [0.0, 1.0, 1.5]]) == (0, 2)
+def test_a_level_of_infinite_value_is_not_chosen() -> None:
+    prices = [[2, 1, 0], [2, 1, 0]]
+    assert best_genome([(prices, 2)], [[0.0, 1.0, 1.5], [0.0, 5.0, 9.0]]) == (2, 0)
+    assert best_genome([(prices, 2)], [[0.0, 1.0, math.inf], [0.0, 5.0, 9.0]]) == (1, 1)
+    assert best_genome([(prices, 0)], [[0.0, 1.0, math.inf], [0.0, 5.0, 9.0]]) is None
+
+
+@pytest.mark.parametrize("most_changes", [None, 1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_with_modules_it_is_the_best_of_all_genomes(joint_space, seed, most_changes) -> None:
+    rng, space = np.random.default_rng(seed), joint_space
+    values = [rng.lognormal(size=len(unit.levels)).cumsum().tolist() for unit in space.units]
+    genomes = [
+        genome
+        for genome in itertools.product(*(range(len(unit.levels)) for unit in space.units))
+        if not any(space.is_gone(genome, unit) and level for unit, level in enumerate(genome))
+    ]
+    parents = [genome for genome in genomes if rng.random() < 0.01]
+    for parent in parents[:6]:
+        budget = Budget(space.cost(parent) + 2, 1.0, "", (Limit(1, currency_of("modules"), kind="mlp"),) if seed % 2 else ())
+        near = parent if most_changes else None
+        found = best_in(space, budget, values, near=near, most_changes=most_changes)
+
+        def value(genome):
+            return sum(values[u][level] for u, level in enumerate(genome) if not space.is_gone(genome, u))
+
+        def changes(genome, parent=parent):
+            counted = [u for u in range(len(space)) if not space.is_gone(parent, u) and not space.is_gone(genome, u)]
+            return sum(genome[u] != parent[u] for u in counted)
+
+        allowed = [g for g in genomes if budget.met_by(space, g) and (not most_changes or changes(g) <= most_changes)]
+        if not allowed:
+            assert found is None
+            continue
+        assert found is not None and budget.met_by(space, found)
+        assert most_changes is None or changes(found) <= most_changes
+        assert value(found) == pytest.approx(min(map(value, allowed)), rel=1e-9)
+        if near is not None:
+            assert all(found[u] == near[u] for u in range(len(space)) if space.is_gone(found, u))

@@ -82,6 +82,8 @@ def test_half_a_search_has_what_is_left_to_ask(quant_space, budget_of) -> None:
 
 def test_a_forward_and_backward_token_counts_as_three() -> None:
     assert Asks("x", 100, times=2, attribution=True).cost == 600
+    assert Asks("x", 100, times=2, attribution=True).cost_where(modules=True) == 1000, "one more way back"
+    assert [Asks("x", 100, of_modules=True).cost_where(modules=modules) for modules in (False, True)] == [0, 100]
     assert Asks("x", 100, candidates=5, times=2).cost == 1000
 
 

@@ -1,0 +1,102 @@
+"""What a unit's level costs in fitness: the sensitivity of the unit, from its attributions, times the error of the level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from evopress.errors import EvoPressError
+from evopress.units import Genome, Space
+
+_LEAST = 0.1
+"""Least sensitivity of a unit, as a share of its kind's."""
+_LEAST_KIND = 1e-3
+"""Least sensitivity of a kind whose attributions do not add up to anything, as a share of the model's."""
+_LEAST_SPREAD = 0.05
+"""Least variance between units of a kind, as a share of what their attributions vary by over sequences."""
+
+
+def errors_of(space: Space, errors: Sequence[Sequence[float]]) -> list[np.ndarray]:
+    """Return the relative error of every unit at every level; that of a module is 1 where it is dropped.
+
+    Args: errors: as a level database has them; of modules it has none that tell, and where there is nothing else, none at all.
+
+    Raises: EvoPressError unless every level of a weight has an error.
+    """
+    modules = [is_droppable(space, unit) for unit in range(len(space))]
+    if len(errors) != len(space) and not all(modules):
+        raise EvoPressError(
+            f"there are errors of {len(errors)} units but {len(space)} units, and search/strategy=guided needs them all: use "
+            "search/strategy=evolution, or build the level database again"
+        )
+    found = []
+    for index, unit in enumerate(space.units):
+        values = [float(level.drops) for level in unit.levels] if modules[index] else errors[index]
+        if len(values) != len(unit.levels) or not all(math.isfinite(value) and value >= 0 for value in values):
+            raise EvoPressError(
+                f"the errors of {unit.name} are {list(values)}, and search/strategy=guided needs {len(unit.levels)} finite ones: "
+                "use search/strategy=evolution, or build the level database again"
+            )
+        found.append(np.asarray(values, dtype=np.float64))
+    return found
+
+
+def is_droppable(space: Space, unit: int) -> bool:
+    """Tell whether a unit is a module, which can be dropped or is gone from the start."""
+    return any(level.drops for level in space.units[unit].levels)
+
+
+def errors_at(space: Space, errors: Sequence[np.ndarray], genome: Genome) -> np.ndarray:
+    """Return the errors that attributions at a genome are of: 0 for what lies in a dropped module, 1 for every module."""
+    found = np.array([of_unit[level] for of_unit, level in zip(errors, genome, strict=True)])
+    for unit in range(len(space)):
+        if is_droppable(space, unit):
+            found[unit] = 1.0
+        elif space.is_gone(genome, unit):
+            found[unit] = 0.0
+    return found
+
+
+def from_dense(space: Space, genome: Genome, sensitivities: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Count what dropping a module that is kept adds from its dense weights on: by what those in it hold at a genome, too.
+
+    Args: errors: those at the genome.
+    """
+    found = sensitivities.copy()
+    for unit, module in enumerate(space.inside):
+        if module is not None and not space.is_gone(genome, unit):
+            found[module] += sensitivities[unit] * errors[unit]
+    return found
+
+
+def sensitivities(held: np.ndarray, errors: np.ndarray, kinds: Sequence[str]) -> np.ndarray:
+    """Return α_u, the fitness per unit of relative error: each unit's own drawn towards its kind's, positive.
+
+    The ratio r_u of a unit's sensitivity to its kind's has a standard error over sequences; it is shrunk to 1 by empirical Bayes,
+    the variance of r between units of the kind being what they differ by beyond those errors.
+
+    Args:
+        held: attributions [sequences, units], at least 2 sequences.
+        errors: e_u at the genome that they are of, [units], not negative; a unit without error says nothing and gets its kind's.
+        kinds: of every unit.
+    """
+    means, variances = held.mean(axis=0), held.var(axis=0, ddof=1) / len(held)
+    known = errors > 0
+    overall = means[known].sum() / errors[known].sum() if known.any() else 0.0
+    overall = overall if overall > 0 else 1.0
+    found = np.full(len(kinds), overall)
+    for kind in dict.fromkeys(kinds):
+        of_kind = np.array([each == kind for each in kinds])
+        used = of_kind & known
+        if not used.any():
+            continue
+        of_all = max(means[used].sum() / errors[used].sum(), _LEAST_KIND * overall)
+        scale = of_all * errors[used]
+        ratios, noise = means[used] / scale, variances[used] / scale**2
+        between = max(float(np.mean((ratios - 1) ** 2 - noise)), _LEAST_SPREAD * float(np.mean(noise)))
+        weight = np.divide(between, between + noise, out=np.ones_like(noise), where=between + noise > 0)
+        found[of_kind] = of_all
+        found[used] = of_all * np.maximum(1 + weight * (ratios - 1), _LEAST)
+    return found / 2
