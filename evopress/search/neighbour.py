@@ -50,7 +50,9 @@ def moved(space: Space, budget: Budget, genome: Genome, values: Sequence[Sequenc
             return True
         return level <= genome[unit] if within else level >= genome[unit]
 
-    masked = [[value if may(unit, level) else math.inf for level, value in enumerate(of_unit)] for unit, of_unit in enumerate(values)]
+    masked = [
+        [value if may(unit, level) else math.inf for level, value in enumerate(of_unit)] for unit, of_unit in enumerate(values)
+    ]
     found = best_in(space, budget, masked, near=genome)
     return found if found is not None and budget.met_by(space, found) else None
 

@@ -101,4 +101,6 @@ def test_modules_are_moved_by_what_dropping_them_was_found_to_add() -> None:
     neighbour = Neighbour((0, 1, 0, 0, 0, 0), {"sensitivities": [[5.0, 1, 3, 2, 4, 6]]})
     settings = GuidedStrategy(rounds=1, attribution_tokens=64, attribution_sequences=8, screen_tokens=32).searching(EVOLUTION)
     strategy = settings.make(problem_of(space, Budget(3, 0.5, "depth sparsity"), (), neighbour))
-    assert strategy.parent == (0, 1, 1, 1, 0, 0) and strategy.initial_record is not None, "no way down from the whole model is needed"
+    assert strategy.parent == (0, 1, 1, 1, 0, 0) and strategy.initial_record is not None, (
+        "no way down from the whole model is needed"
+    )
