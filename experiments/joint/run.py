@@ -2,9 +2,10 @@
 
     python -m experiments.joint.run                                     # three sizes, three seeds: hours on 2 cores
     python -m experiments.joint.run --jobs 12                           # on a GPU: minutes
+    python -m experiments.joint.run --strategy evolution                # the paper's search
     python -m experiments.joint.run --sizes 50MB --seeds 0 -- search.generations=12 threads=1
 
-All searches evaluate the same number of candidate tokens and start from dynamic programming's genome where it is within the size.
+All searches of a strategy may evaluate as many tokens, and start from dynamic programming's genome where it is within the size.
 Runs lie in `multirun/joint/`, are gone on with where they were cut off, and `results.csv` is written anew after each. What follows
 `--` is given to every run.
 """
@@ -42,14 +43,16 @@ def dropped_by(folder: Path) -> tuple[list[str], list[str]]:
     return names["drop"], names["keep"]
 
 
-def arguments_of(way: str, size: str, common: list[str], seed: int) -> list[str] | None:
-    """Return what a way is on the command line, less its stages; None if what it needs failed."""
+def arguments_of(way: str, size: str, common: list[str], found: Path) -> list[str] | None:
+    """Return what a way is on the command line, less its stages; None if what it needs failed.
+
+    Args: found: the run of method drop, for the way that begins with one.
+    """
     if way == "quant":
         return ["+method=quant", LEVELS, "method.include=[blocks,head,embedding]", "search.exchange=fit", f"size={size}", *common]
     joint = ["+method=joint", LEVELS, f"size={size}", *common]
     if way == "joint":
         return joint
-    found = RUNS / f"drop-seed-{seed}"
     if not (found / "finished.json").exists():
         return None
     dropped, kept = dropped_by(found)
@@ -64,21 +67,23 @@ def has_run(folder: Path, arguments: list[str]) -> bool:
     return _ABOVE_THE_SIZE in why_it_failed(folder) and evopress(folder, *arguments, *stages)
 
 
-def rows(sizes: list[str], seeds: list[int], further: list[str], *, at_once: int) -> Iterator[dict[str, Any]]:
+def rows(sizes: list[str], seeds: list[int], further: list[str], *, strategy: str, at_once: int) -> Iterator[dict[str, Any]]:
     """Yield rows of every way, size and seed; those that cannot reach the size have a sentence instead of numbers."""
-    common = {seed: ["tracker=none", "evaluation.every=0", f"seed={seed}", *further] for seed in seeds}
+    search = f"search/strategy={strategy}"
+    common = {seed: [search, "tracker=none", "evaluation.every=0", f"seed={seed}", *further] for seed in seeds}
     drop = ["+method=drop", f"sparsity={SHARE}", "baselines.names=[]", "stages=[database,search]"]
-    first = [SingleRun(RUNS / f"drop-seed-{seed}", (*drop, *common[seed])) for seed in seeds]
+    first = [SingleRun(RUNS / strategy / f"drop-seed-{seed}", (*drop, *common[seed])) for seed in seeds]
     for run, well in evopress_all(first, at_once=at_once):
         print(f"{run.folder.name}: {'done' if well else why_it_failed(run.folder)}", flush=True)
 
     def one(asked: tuple[int, str, str]) -> list[dict[str, Any]]:
         seed, size, way = asked
-        folder = RUNS / f"{folder_name(way)}-{size}-seed-{seed}"
-        arguments = arguments_of(way, size, common[seed], seed)
-        row: dict[str, Any] = {"size": size, "seed": seed, "way": way}
+        folder = RUNS / strategy / f"{folder_name(way)}-{size}-seed-{seed}"
+        dropped = RUNS / strategy / f"drop-seed-{seed}"
+        arguments = arguments_of(way, size, common[seed], dropped)
+        row: dict[str, Any] = {"strategy": strategy, "size": size, "seed": seed, "way": way}
         if arguments is None:
-            return [row | {"said": why_it_failed(RUNS / f"drop-seed-{seed}")}]
+            return [row | {"said": why_it_failed(dropped)}]
         if not has_run(folder, arguments):
             return [row | {"said": why_it_failed(folder)}]
         return [row | found for found in rows_of(folder)]
@@ -108,12 +113,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--strategy", default="guided", choices=["guided", "evolution"])
     parser.add_argument("--jobs", type=int, default=1, help="at once")
     parser.add_argument("--results", type=Path, default=FOLDER / "results.csv")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
     asked = parser.parse_args()
     found: list[dict[str, Any]] = []
-    for row in rows(asked.sizes, asked.seeds, asked.further, at_once=asked.jobs):
+    for row in rows(asked.sizes, asked.seeds, asked.further, strategy=asked.strategy, at_once=asked.jobs):
         found.append(row)
         pd.DataFrame(found).to_csv(asked.results, index=False, float_format="%.6g")
         print(row, flush=True)
