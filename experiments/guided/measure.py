@@ -149,7 +149,7 @@ def draw(curves: pd.DataFrame, folder: Path) -> list[Path]:
 
 def read(path: Path) -> pd.DataFrame:
     """Return the rows of a CSV that was written here."""
-    return pd.read_csv(path).assign(recipe=lambda rows: rows.recipe.fillna(""))
+    return pd.read_csv(path).assign(recipe=lambda rows: rows.recipe.astype(object).fillna(""))
 
 
 def merged(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
