@@ -25,6 +25,7 @@ _RUN: dict[str, Any] = {
     "pick": None,
     "max_kl": None,
     "min_agreement": None,
+    "engine": "none",
 }
 _MODEL = {"bos": "auto"}
 _DATA: dict[str, Any] = {"chat_template": "auto", "options": {}}

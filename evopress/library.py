@@ -48,7 +48,7 @@ from evopress.settings import (
     SearchConfig,
 )
 from evopress.stages.checks import check_strategy, check_tokens, searching
-from evopress.stages.exports import forms_of, what_is_exported
+from evopress.stages.exports import forms_of, refuse_unfit_formats, what_is_exported
 from evopress.stages.search import search as run_the_search
 from evopress.units import Genome, Space
 from evopress.workspace import Workspace
@@ -196,6 +196,7 @@ def build_levels(
     bits: float | None = None,
     sparsity: float | None = None,
     size: str | None = None,
+    engine: str = "none",
     folder: str | Path | None = None,
     **settings: Any,
 ) -> Levels:
@@ -207,6 +208,7 @@ def build_levels(
         bits: average bits per weight asked for (quant).
         sparsity: share of weights or modules to remove (sparsity, drop).
         size: of all weights, "60MB" or "2.25bpw" (quant, joint).
+        engine: what will run the model, by whose rules it is searched: none, mlx, vllm or gptqmodel.
         folder: where levels are kept; None: in a temporary folder, as long as the result lives.
         settings: the method's own, such as levels=[4, 3, 2] or recipe="paper"; see docs/methods.md.
 
@@ -229,9 +231,11 @@ def build_levels(
         bits=bits,
         sparsity=sparsity,
         size=size,
+        engine=engine,
         stages=["database"],
     )
     workspace = Workspace(run, root, model=model.source, text=GivenText(calibration))
+    refuse_unfit_formats(workspace)
     _ = workspace.database, workspace.budget  # built, and checked against the target
     return Levels(model, run, workspace, root, kept)
 
@@ -303,7 +307,7 @@ def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format
     """Write the model at a genome, replacing an older folder; return the folder.
 
     Args:
-        format: dequantized, a checkpoint that transformers loads; mlx; gguf; what installed packages offer (docs/exports.md).
+        format: dequantized, a checkpoint that transformers loads; mlx; gguf; compressed_tensors; gptq; others' (docs/exports.md).
         options: the format's own, such as scales="float32".
 
     Raises: EvoPressError if the genome does not fit the levels or the format, or the folder cannot be written.

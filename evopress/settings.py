@@ -559,6 +559,8 @@ class RunSettings:
     limits: list[Any] = field(default_factory=list)
     """Further limits: [{currency: bytes, total: 60MB}, {currency: modules, total: 52}], with kind: attention where units of one
     kind count; currencies are bits, bytes, weights and modules."""
+    engine: str = "none"
+    """What will run the model, by whose rules it is searched (docs/exports.md): none, mlx, vllm or gptqmodel."""
     seed: int = 0
     """Of every generator of the run."""
     threads: int | None = None
@@ -569,7 +571,7 @@ class RunSettings:
     resume: str | None = None
     """Run folder to go on with; its own settings are used, later ones on the command line win."""
     export: list[str] = field(default_factory=lambda: ["dequantized"])
-    """Formats of the stage export: dequantized, a checkpoint that transformers loads; mlx; gguf; those of installed packages."""
+    """Formats of the stage export: dequantized (for transformers), mlx, gguf, compressed_tensors, gptq, and installed packages."""
     export_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What exporters are told, by name and keyword (`+export_options.mlx.scales=float32`)."""
     genome: str | None = None

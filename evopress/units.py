@@ -75,6 +75,10 @@ class Space:
     """What `cost` counts; None: the levels' own costs, which are all of one source."""
     inside: tuple[int | None, ...] = ()
     """Of every unit the index of the module that it lies in, where that can be dropped; what lies in a dropped one is free."""
+    untied: Space | None = None
+    """Where several weights are one unit: the space with a unit for each, as the level database has it."""
+    members: tuple[tuple[int, ...], ...] = ()
+    """Of every unit the indices of the units of `untied` that it stands for."""
 
     def __len__(self) -> int:
         return len(self.units)
@@ -83,6 +87,40 @@ class Space:
     def size(self) -> int:
         """Weights in all units together."""
         return sum(unit.size for unit in self.units)
+
+    @property
+    def whole(self) -> Space:
+        """The space with a unit for each weight."""
+        return self if self.untied is None else self.untied
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Of every unit of `whole` the unit that gives it its level, by name."""
+        if self.untied is None:
+            return {unit.name: index for index, unit in enumerate(self.units)}
+        return {self.untied.units[member].name: index for index, members in enumerate(self.members) for member in members}
+
+    def unfold(self, genome: Sequence[int]) -> Genome:
+        """Return a genome as one of `whole`."""
+        return tuple(genome[self.places[unit.name]] for unit in self.whole.units)
+
+    def fold(self, genome: Sequence[int]) -> Genome:
+        """Undo `unfold`.
+
+        Raises: EvoPressError if weights that are one unit have different levels.
+        """
+        if self.untied is None:
+            return tuple(genome)
+        for index, members in enumerate(self.members):
+            for member in members[1:]:
+                if genome[member] != genome[members[0]]:
+                    one, other = (self.untied.units[i] for i in (members[0], member))
+                    raise EvoPressError(
+                        f"the genome has {one.name} at {one.levels[genome[members[0]]].label} and {other.name} at "
+                        f"{other.levels[genome[member]].label}, which are one unit here, {self.units[index].name}: give them one "
+                        "level, or use engine=none"
+                    )
+        return tuple(genome[members[0]] for members in self.members)
 
     @cached_property
     def words(self) -> Currency:
@@ -106,7 +144,7 @@ class Space:
 
     def priced(self, currency: Currency | None) -> Space:
         """Return the same units and levels, priced in a currency."""
-        return replace(self, currency=currency)
+        return replace(self, currency=currency, untied=None if self.untied is None else self.untied.priced(currency))
 
     def is_gone(self, genome: Sequence[int], unit: int) -> bool:
         """Tell whether a unit lies in a module that a genome drops, so that its level does not matter."""

@@ -20,6 +20,7 @@ from evopress.compress.compressor import Compressor
 from evopress.data.opening import GivenText, RunText
 from evopress.data.tokens import tokens_digest
 from evopress.endings import is_out_of_memory
+from evopress.engines import engine_of
 from evopress.errors import EvoPressError
 from evopress.files import given_path, make_folder
 from evopress.fitness.fusion import can_compile
@@ -33,6 +34,7 @@ from evopress.levels.live import LiveModel
 from evopress.levels.modules import ensure_modules
 from evopress.levels.plan import BuildNeeds, BuildSettings, planned
 from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerprint
+from evopress.levels.tied import TiedLevels, as_engine_has
 from evopress.levels.union import Levels, LevelUnion, join, joint_fingerprint
 from evopress.machine import PeakMemory
 from evopress.methods import Rest, make_method
@@ -40,7 +42,7 @@ from evopress.models.blocks import BlockModel, BlockShape
 from evopress.models.devices import begin_on
 from evopress.models.dropping import check_fields
 from evopress.models.families import family_of
-from evopress.models.loading import Pretrained, pick_device
+from evopress.models.loading import DTYPES, Pretrained, pick_device
 from evopress.models.opening import ModelSource, pick_dtype
 from evopress.settings import RunSettings
 from evopress.units import BLOCKS, Budget, Genome, Space
@@ -98,6 +100,7 @@ class Workspace:
         self._beside = beside
         if beside is not None:
             model, text = beside.model_source, beside.text
+        self.engine = engine_of(settings.engine)
         self.method = make_method(settings)
         self.device = pick_device(settings.model.device)
         begin_on(self.device)
@@ -330,9 +333,29 @@ class Workspace:
 
     @cached_property
     def database(self) -> Levels:
-        """The run's levels, of all its method's sources; built first where they are missing."""
+        """The run's levels, of all its method's sources, as its engine has them; built first where they are missing."""
         if self._beside is not None:
             return self._beside.database
+        return self.stored if self.engine is None else TiedLevels(self.stored, self._space_for_engine(self.stored.space))
+
+    def _space_for_engine(self, space: Space) -> Space:
+        """Return a space of the run's levels with its engine's ties and prices."""
+        if self.engine is None or self.method.weights is None:
+            return space
+        dtype = str(self.compressor.settings().get("scale_dtype", "float16"))
+        return as_engine_has(
+            space,
+            self.engine,
+            columns={name: slot.weight.shape[1] for part in self.blocks.parts for name, slot in self.blocks.slots(part).items()},
+            stored=torch.finfo(DTYPES[dtype]).bits + 16,
+            written=8 * self.blocks.dtype.itemsize,
+        )
+
+    @cached_property
+    def stored(self) -> LevelUnion | LevelDatabase:
+        """The run's levels with a unit for each weight; built first where they are missing."""
+        if self._beside is not None:
+            return self._beside.stored
         parts: list[LevelDatabase] = []
         if self.method.weights is not None:
             database, self.database_reused = self.database_of(self.method.weights.name, self.compressor)
@@ -377,11 +400,11 @@ class Workspace:
         if self.method.modules is not None:
             spaces.append(self._module_space())
         if len(spaces) == 1:
-            return spaces[0].priced(self.method.currency), needs
+            return self._space_for_engine(spaces[0].priced(self.method.currency)), needs
         joined, _ = join(
             spaces, method=self.method.name, currency=self.method.currency, is_of_attention=self.blocks.is_of_attention
         )
-        return joined, needs
+        return self._space_for_engine(joined), needs
 
     @property
     def refines(self) -> bool:
@@ -406,12 +429,13 @@ class Workspace:
         return budget
 
     @cached_property
-    def levels(self) -> LevelUnion:
+    def levels(self) -> LevelUnion | TiedLevels:
         """The run's levels, followed by those of the databases that `add_levels` named, and the ones that `add_refined` gave."""
         if (other := self._with_its_levels) is not None:
             return other.levels
         refined = [] if self._refined is None else [self._refined]
-        return LevelUnion([self.database, *self.open_databases(self._further), *refined])
+        levels = LevelUnion([self.stored, *self.open_databases(self._further), *refined])
+        return levels if self.engine is None else TiedLevels(levels, self._space_for_engine(levels.space))
 
     def open_databases(self, names: Sequence[str]) -> list[LevelDatabase]:
         """Open the databases that lie beside the run's own, which baselines need.
@@ -451,7 +475,7 @@ class Workspace:
         return None if self._further or self._refined is not None else self._beside
 
     def _levels_changed(self) -> None:
-        for made in ("levels", "live", "evaluator"):
+        for made in ("levels", "live", "untied_live", "evaluator"):
             self.__dict__.pop(made, None)
 
     @cached_property
@@ -460,6 +484,13 @@ class Workspace:
             return other.live
         with _by_blocks(self.blocks.family.name):
             return LiveModel(self.blocks, self.levels, cache_bytes=self.settings.level_db.cache_bytes)
+
+    @cached_property
+    def untied_live(self) -> LiveModel:
+        """The model at genomes with a level for every weight, whatever the engine ties."""
+        if self.levels.space.untied is None or not isinstance(self.levels, TiedLevels):
+            return self.live
+        return LiveModel(self.blocks, self.levels.untied, cache_bytes=self.settings.level_db.cache_bytes)
 
     @cached_property
     def evaluator(self) -> Evaluator:

@@ -127,7 +127,7 @@ class _Pass:
         self.uniform = uniform if live.modules_in(0) else None
         batch = max(max_tokens_in_flight // ids.shape[1], 1)
         self.parts = [slice(start, start + batch) for start in range(0, len(ids), batch)]
-        self.place = {unit.name: index for index, unit in enumerate(live.space.units)}
+        self.place = live.space.places
         self.found = torch.zeros(len(ids), len(live.space), dtype=torch.float64)
         self.scores = torch.zeros_like(self.found)
         self.adding: tuple[str, str] | None = None

@@ -115,8 +115,9 @@ class LiveModel:
         self.blocks = blocks
         self.levels = levels
         self.space = levels.space
-        units = self.space.units
+        units = self.space.whole.units
         self._weights = [[i for i, unit in enumerate(units) if unit.block == part and not is_module(unit)] for part in blocks.parts]
+        self._units = [[self.space.places[units[i].name] for i in weights] for weights in self._weights]
         self._modules = self._places_of_modules()
         has_weights, has_modules = any(self._weights), bool(self._modules)
         self._slots = [list(blocks.slots(part).values()) if has_weights else [] for part in blocks.parts]
@@ -133,7 +134,7 @@ class LiveModel:
 
     def _check_weights(self) -> None:
         found = [(slot.name, slot.weight.numel()) for slots in self._slots for slot in slots]
-        if found != [(unit.name, unit.size) for unit in self.space.units if not is_module(unit)]:
+        if found != [(unit.name, unit.size) for unit in self.space.whole.units if not is_module(unit)]:
             raise EvoPressError(
                 f"the level database in {self.levels.folder} is of another model: its units have other names or sizes"
             )
@@ -184,7 +185,7 @@ class LiveModel:
         """
         if genome is None:
             return None
-        weights = tuple(genome[i] for i in self._weights[index])
+        weights = tuple(genome[i] for i in self._units[index])
         if not self._modules or index >= len(self._modules):
             return weights
         dropped = self.dropped_in(genome, index)
@@ -264,10 +265,11 @@ class LiveModel:
 
     def _check_fits(self, unit: int, weight: Tensor) -> None:
         """Raise EvoPressError unless a decoded weight has the shape and dtype of the model's."""
-        part = self.space.units[unit].block
+        whole = self.space.whole.units[unit]
+        part = whole.block
         dense = self._dense[part][self._weights[part].index(unit)]
         if weight.shape != dense.shape or weight.dtype != dense.dtype:
             raise EvoPressError(
-                f"{self.space.units[unit].name} is {weight.dtype} {list(weight.shape)} in the level database but "
+                f"{whole.name} is {weight.dtype} {list(weight.shape)} in the level database but "
                 f"{dense.dtype} {list(dense.shape)} in the model: remove {self.levels.folder}, it is then built again"
             )

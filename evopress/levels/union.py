@@ -33,7 +33,10 @@ class LevelSource(Protocol):
         """Units and levels."""
 
     def read(self, unit: int, level: int, device: torch.device | str = "cpu") -> Payload:
-        """Read a unit at a level, both indices of the space, packed to a device, where it is unpacked."""
+        """Read a weight at a level, packed to a device, where it is unpacked.
+
+        Args: unit, level: indices in the space, in that of single weights where some are tied.
+        """
 
 
 class Levels(LevelSource, Protocol):

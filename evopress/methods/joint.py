@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from evopress.currencies import Currency
+from evopress.engines import Engine
 from evopress.errors import EvoPressError
 from evopress.levels.modules import dropped_modules
 from evopress.methods.drop import Modules
 from evopress.methods.method import NO_REST, Rest
-from evopress.methods.quant import Quantization
+from evopress.methods.quant import Quantization, for_engine
 from evopress.methods.targets import BYTES
 from evopress.settings import JointSettings, RunSettings
 from evopress.units import Budget, Genome, Level, Space
@@ -28,6 +29,8 @@ class Joint:
     size: str
     exchange: str
     limits: tuple[Any, ...] = ()
+    engine: Engine | None = None
+    served: str = "bfloat16"
 
     @classmethod
     def of(cls, run: RunSettings) -> Joint:
@@ -36,7 +39,7 @@ class Joint:
             raise EvoPressError(
                 "method joint needs a target: give size=60MB, of the whole model, or size=2.25bpw, bits per weight of all weights"
             )
-        return cls(run.method, run.size, run.search.exchange, tuple(run.limits))
+        return cls(run.method, run.size, run.search.exchange, tuple(run.limits), **for_engine(run))
 
     @property
     def name(self) -> str:
@@ -46,7 +49,7 @@ class Joint:
     @property
     def weights(self) -> Quantization:
         """GPTQ levels, from the database that method quant has with the same settings."""
-        return Quantization(self.settings, bits=None, size=self.size, limits=self.limits)
+        return Quantization(self.settings, bits=None, size=self.size, limits=self.limits, engine=self.engine, served=self.served)
 
     @property
     def modules(self) -> Modules:

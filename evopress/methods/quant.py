@@ -12,6 +12,7 @@ from evopress.compress.gguf_levels import GGUFLevels
 from evopress.compress.gguf_types import GGUF_TYPES
 from evopress.compress.gptq import DENSE, GPTQ
 from evopress.currencies import CURRENCIES, Currency
+from evopress.engines import Engine, engine_of
 from evopress.errors import EvoPressError
 from evopress.methods.method import NO_REST, Rest
 from evopress.methods.targets import BYTES, check_targets, further_limits, size_budget
@@ -20,6 +21,14 @@ from evopress.units import Budget, Genome, Level, Space
 
 _WIDEST = 32
 """Bits of a weight as it is, at most; how many a model's have is checked against its database."""
+
+
+def for_engine(run: RunSettings) -> dict[str, Any]:
+    """Return what a run's settings say of the engine, as `Quantization` takes it.
+
+    Raises: EvoPressError if there is no such engine.
+    """
+    return {"engine": engine_of(run.engine), "served": "bfloat16" if run.model.dtype == AUTO else run.model.dtype}
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,10 @@ class Quantization:
     """Average bits per weight; None: the size is the target."""
     size: str | None = None
     limits: tuple[Any, ...] = ()
+    engine: Engine | None = None
+    """What the levels have to suit."""
+    served: str = "bfloat16"
+    """Dtype that the model computes in."""
 
     @classmethod
     def of(cls, run: RunSettings) -> Quantization:
@@ -39,7 +52,7 @@ class Quantization:
             raise EvoPressError(
                 "method quant needs a target: give bits=2.5, the average number of bits per weight, or size=60MB of the whole model"
             )
-        return cls(run.method, run.bits, run.size, tuple(run.limits))
+        return cls(run.method, run.bits, run.size, tuple(run.limits), **for_engine(run))
 
     @property
     def name(self) -> str:
@@ -72,6 +85,7 @@ class Quantization:
                 tolerance=s.tolerance,
                 dense_bits=dtype_bits if DENSE in s.levels else None,
             )
+        codes = self.engine is not None and self.engine.zeros_are_codes
         return GPTQ(
             bits=tuple(bits for bits in s.levels if bits != DENSE),
             dense_bits=dtype_bits if DENSE in s.levels else None,
@@ -82,9 +96,14 @@ class Quantization:
             group_size=s.group_size,
             damping=s.damping,
             block_size=s.block_size,
-            zeros=s.zeros,
-            scale_dtype="float16" if s.scale_dtype == AUTO else s.scale_dtype,
+            zeros="codes" if codes else s.zeros,
+            scale_dtype=self._scale_dtype if s.scale_dtype == AUTO else s.scale_dtype,
         )
+
+    @property
+    def _scale_dtype(self) -> str:
+        """Return the dtype that scales are stored in where the settings leave it open: one that the engine does not round."""
+        return "bfloat16" if self.engine is not None and self.engine.scales_as_served and self.served == "bfloat16" else "float16"
 
     @property
     def include(self) -> tuple[str, ...]:

@@ -148,7 +148,8 @@ def write_genome(
     Raises: EvoPressError if the genome is not one of the space or a file cannot be written.
     """
     genome = space.check(genome)
-    chosen = [(unit.name, index, unit.levels[index]) for unit, index in zip(space.units, genome, strict=True)]
+    units, levels = space.whole.units, space.unfold(genome)  # a line for each weight, whatever shares a level here
+    chosen = [(unit.name, index, unit.levels[index]) for unit, index in zip(units, levels, strict=True)]
     document = {
         "schema": SCHEMA,
         "method": space.method,
@@ -175,7 +176,8 @@ def read_genome(path: str | Path, space: Space, *, database: str | None = None) 
 
     Raises: EvoPressError if the file is missing, damaged, too new or too large, or is of other units or levels.
     """
-    path = Path(path)
+    path, tied = Path(path), space
+    space = tied.whole
     data = load_bytes(path, limit=MAX_GENOME_BYTES, what="genome file")
     pairs = (
         _genome_from_json(path, data, space, database) if path.suffix.lower() == ".json" else _genome_from_lines(path, data, space)
@@ -194,7 +196,7 @@ def read_genome(path: str | Path, space: Space, *, database: str | None = None) 
             f"{path} has no level for {len(missing)} of {len(space)} units (first: {missing[0]}): "
             "use a genome of the same model and method"
         )
-    return space.check([levels[unit.name] for unit in space.units])
+    return tied.fold(space.check([levels[unit.name] for unit in space.units]))
 
 
 def _genome_from_json(path: Path, data: bytes, space: Space, database: str | None) -> Iterator[tuple[str, int]]:

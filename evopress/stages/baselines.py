@@ -24,6 +24,7 @@ from evopress.json_files import shown
 from evopress.levels.hessians import HessianStore
 from evopress.levels.locking import alone_in
 from evopress.levels.store import fingerprint
+from evopress.levels.tied import TiedLevels
 from evopress.levels.union import LevelUnion
 from evopress.methods.points import has_limit
 from evopress.models.blocks import BlockModel
@@ -90,6 +91,7 @@ def what_decides_fitness(workspace: Workspace, *, text: bool = True) -> dict[str
         "sparsity": settings.sparsity,
         "size": settings.size,
         "limits": settings.limits,
+        "engine": settings.engine,
     }
 
 
@@ -221,7 +223,7 @@ class RunProblem:
     def hessians(self) -> HessianStore:
         return self._workspace.complete_hessians()
 
-    def add_levels(self, name: str, compressor: Compressor) -> LevelUnion:
+    def add_levels(self, name: str, compressor: Compressor) -> LevelUnion | TiedLevels:
         database, _ = self._workspace.database_of(name, compressor)
         self._workspace.add_levels([database.folder.name])
         self.further.append(database.folder.name)

@@ -11,8 +11,9 @@ from typing import Any
 
 from evopress.baselines.uniform import uniform_genomes
 from evopress.errors import EvoPressError
-from evopress.export.exporter import Export, Exporter, Form, form_of, write_export
+from evopress.export.exporter import DROPPED, Export, Exporter, Form, form_of, write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
+from evopress.export.rules import refuse_unfit
 from evopress.files import make_folder
 from evopress.levels.modules import is_module
 from evopress.reporting.records import read_genome, read_json, write_genome, write_json
@@ -21,7 +22,7 @@ from evopress.settings import RunSettings
 from evopress.stages.given import Given, file_of, named_genome, take_best_so_far
 from evopress.stages.refine import is_refined, refined_levels, summary_of
 from evopress.stages.results import read_result
-from evopress.units import Genome, Space
+from evopress.units import Genome, Level, Space, Unit
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -41,16 +42,18 @@ def exporters_of(settings: RunSettings) -> dict[str, Exporter]:
 
 
 def refuse_unfit_formats(workspace: Workspace) -> None:
-    """Raise EvoPressError if a format cannot hold what may be exported: the genome where it is known, else any of the space.
+    """Raise EvoPressError if a format, or the engine, cannot hold what may be exported: the genome if it is known, else any.
 
     Builds nothing; the model is loaded for it.
     """
-    exporters = exporters_of(workspace.settings)
-    if not set(exporters) - {DEQUANTIZED}:
+    exporters, engine = exporters_of(workspace.settings), workspace.engine
+    if not set(exporters) - {DEQUANTIZED} and engine is None:
         return
     space, _ = workspace.plan_database()
     genome = _known_genome(workspace, space)
     forms = list(_all_forms(workspace, space)) if genome is None else forms_of(workspace, space, genome)
+    if engine is not None:
+        refuse_unfit(engine, forms, asked=f"engine={engine.name}", otherwise="use engine=none")
     for exporter in exporters.values():
         exporter.check(workspace.model_source.config, forms)
 
@@ -68,22 +71,29 @@ def _known_genome(workspace: Workspace, space: Space) -> Genome | None:
 
 
 def forms_of(workspace: Workspace, space: Space, genome: Genome) -> tuple[Form, ...]:
-    """Return how every unit is stored at its level of a genome."""
-    describe = _described(workspace)
-    return tuple(describe(unit, unit.levels[level]) for unit, level in zip(space.units, genome, strict=True))
+    """Return how every weight is stored at its level of a genome; nothing of what lies in a dropped module is."""
+    describe, whole, genome = _described(workspace, space), space.whole, space.unfold(genome)
+    forms = [describe(unit, unit.levels[level]) for unit, level in zip(whole.units, genome, strict=True)]
+    return tuple(replace(form, kind=DROPPED) if whole.is_gone(genome, index) else form for index, form in enumerate(forms))
 
 
 def _all_forms(workspace: Workspace, space: Space) -> Iterator[Form]:
-    describe = _described(workspace)
-    return (describe(unit, level) for unit in space.units for level in unit.levels)
+    describe = _described(workspace, space)
+    return (describe(unit, level) for unit in space.whole.units for level in unit.levels)
 
 
-def _described(workspace: Workspace) -> Any:
-    """Return what tells a unit's form at a level."""
+def _described(workspace: Workspace, space: Space) -> Any:
+    """Return what tells a weight's form at a level."""
     blocks = workspace.blocks
     columns = {name: slot.weight.shape[1] for part in blocks.parts for name, slot in blocks.slots(part).items()}
     compressor = {} if workspace.method.weights is None else workspace.compressor.settings()
-    return lambda unit, level: form_of(unit, level, 0 if is_module(unit) else columns[unit.name], compressor)
+
+    def describe(unit: Unit, level: Level) -> Form:
+        form = form_of(unit, level, 0 if is_module(unit) else columns[unit.name], compressor)
+        by = space.units[space.places[unit.name]].name
+        return form if by == unit.name else replace(form, tied=by)
+
+    return describe
 
 
 def what_is_exported(
@@ -95,13 +105,13 @@ def what_is_exported(
         files: copied into the folder: the genome.
         told: what its provenance says beside the model and the levels.
     """
-    database, pretrained = workspace.database, workspace.pretrained
+    database, pretrained, space = workspace.database, workspace.pretrained, workspace.levels.space
     return Export(
-        live=workspace.live,
+        live=workspace.untied_live,
         model=pretrained.model,
         tokenizer=pretrained.tokenizer,
-        genome=genome,
-        forms=forms_of(workspace, workspace.levels.space, genome),
+        genome=space.unfold(genome),
+        forms=forms_of(workspace, space, genome),
         base=pretrained.name,
         licence=licence_of(pretrained.folder),
         command=command,

@@ -63,7 +63,7 @@ def refine(workspace: Workspace) -> None:
     )
     refined = ensure_refined(
         settings,
-        workspace.live,
+        workspace.untied_live,
         database,
         genome,
         workspace.calibration_tokens,
@@ -78,8 +78,8 @@ def refine(workspace: Workspace) -> None:
 
 
 def _database(workspace: Workspace) -> LevelDatabase:
-    assert isinstance(workspace.database, LevelDatabase), "what is refined is of one source"
-    return workspace.database
+    assert isinstance(workspace.stored, LevelDatabase), "what is refined is of one source"
+    return workspace.stored
 
 
 def summary_of(refined: LevelDatabase) -> dict[str, Any]:
@@ -125,6 +125,7 @@ def refined_levels(workspace: Workspace, genome: Genome) -> LevelDatabase | None
     Raises: EvoPressError if it is damaged.
     """
     root, database = workspace.run_dir / REFINED, workspace.database
+    genome = database.space.unfold(genome)
     for folder in sorted(path for path in root.glob("*") if path.is_dir()) if root.is_dir() else []:
         if not (folder / MANIFEST).exists():
             logger.info("%s is not finished, so it is left out: %s", folder, _AGAIN)
@@ -153,7 +154,7 @@ def _judge(workspace: Workspace, genome: Genome) -> SuffixLoss:
     fitness = workspace.settings.fitness
     sequences = workspace.refine_tokens
     return SuffixLoss(
-        workspace.live,
+        workspace.untied_live,
         genome,
         sequences,
         base=base_states(workspace.evaluator, sequences, batch_tokens=fitness.max_tokens_in_flight),

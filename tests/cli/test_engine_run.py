@@ -1,0 +1,75 @@
+"""A run by an engine's rules: what is searched, refined, evaluated and exported is what the engine loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GROUPS = "model.group_size=32"
+
+
+def test_a_run_by_vllm_s_rules(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    target = ("size=80kB", "search.exchange=fit", "search/strategy=guided")
+    stages = "stages=[database,baselines,search,refine,evaluate,export]"
+    few = (
+        "evaluation.every=0",
+        "engine=vllm",
+        "export=[compressed_tensors]",
+        stages,
+        "baselines.names=[uniform,best_of_random,dp]",
+    )
+    outcome = evopress("+method=quant", "+debug=tiny", GROUPS, "hydra.run.dir=run", *target, *few)
+    assert outcome.code == 0, outcome.text
+    run = tmp_path / "run"
+    units = json.loads((run / "genome.json").read_text())["units"]
+    levels = {unit["name"]: unit["label"] for unit in units}
+    assert len(levels) == 14 and len(set(levels.values())) > 1
+    for block in range(2):
+        prefix = f"model.layers.{block}."
+        assert len({levels[f"{prefix}self_attn.{part}_proj"] for part in "qkv"}) == 1
+        assert len({levels[f"{prefix}mlp.{part}_proj"] for part in ("gate", "up")}) == 1
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {len(record["genome"]) for record in records} == {8}
+    result = json.loads((run / "result.json").read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert {"best_of_4", "dp", "evopress", "evopress_refined"} <= set(rows)
+    exported = run / "exports" / "compressed_tensors"
+    weights = (exported / "model.safetensors").read_bytes()
+    (row,) = [row for row in rows.values() if "exports" in row]
+    assert row["exports"] == {"compressed_tensors": {"bytes": len(weights)}} and row["name"] == "evopress_refined"
+    assert len(weights) - 8 - int.from_bytes(weights[:8], "little") == row["bytes"], (
+        "the table's size is the file's, its header aside"
+    )
+    assert row["bytes"] <= 80_000
+    config = json.loads((exported / "config.json").read_text())["quantization_config"]
+    assert {name for group in config["config_groups"].values() for name in group["targets"]} == set(levels)
+    again = evopress("resume=run", "stages=[export]", "export=[mlx]")
+    assert again.code == 0 and (run / "exports" / "mlx" / "README.md").is_file(), again.text
+    other = evopress("resume=run", "stages=[search]", "engine=none")
+    assert other.code == 1 and "engine 'vllm' there, 'none' here" in other.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            [GROUPS, "export=[compressed_tensors]"],
+            "q_proj and k_proj, v_proj at levels of their own: vLLM runs q_proj, k_proj, v_proj as",
+        ),
+        (
+            ["engine=vllm"],
+            "engine=vllm cannot hold model.layers.0.self_attn.q_proj at 6 bits in groups of 16: vLLM has groups of 32",
+        ),
+    ],
+)
+def test_what_an_engine_cannot_hold_is_refused_before_anything_is_built(
+    arguments: list[str], sentence: str, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evopress.workspace.ensure_database", lambda *a, **k: pytest.fail("levels were built"))
+    outcome = tiny(*arguments)
+    assert outcome.code == 1 and len(outcome.errors) == 1 and sentence in outcome.errors[0], outcome.text
+    assert not (tmp_path / "run").exists()
