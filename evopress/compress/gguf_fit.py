@@ -104,8 +104,8 @@ class _Fit:
         d, dmin, of = self.d[-1], self.dmin[-1], self._of
         weights = self._weights[first : first + len(group)]
         best_cost = torch.full_like(d, torch.inf)
-        scales, mins = torch.ones_like(d), torch.zeros_like(d)
-        for scale, shift in _ranges(group.unsqueeze(0), of):
+        scales, mins = torch.ones_like(d), torch.full_like(d, float(of.mins[0]))
+        for scale, shift in _ranges(group.unsqueeze(0), of) if of.part else ():  # else d and dmin are all that there is
             sc, mn = _rounded_scale(scale[0] / d, of), _rounded_min(shift[0], dmin, of)
             step, taken = d * sc, dmin * mn
             steps = ((group + taken) / step).round_().clamp_(-of.offset, of.maxq - of.offset)
