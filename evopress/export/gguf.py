@@ -27,7 +27,15 @@ from evopress.compress.gptq import Quantized
 from evopress.errors import EvoPressError
 from evopress.export.card import model_card
 from evopress.export.exporter import GGUF_TYPE, INTEGERS, SPARSE, Export, Form
-from evopress.export.gguf_model import ARCHITECTURES, add_model, architecture, frequency_factors, order_of_rows
+from evopress.export.gguf_model import (
+    ARCHITECTURES,
+    Gaps,
+    add_model,
+    architecture,
+    architecture_name,
+    frequency_factors,
+    order_of_rows,
+)
 from evopress.export.gguf_tokenizer import add_tokenizer
 from evopress.export.written import Weight, shape_of, weights_of, zeros_in
 
@@ -156,8 +164,9 @@ class GGUF:
     def _write_header(self, path: Path, export: Export, tensors: Iterable[_Tensor]) -> None:
         """Write what the file begins with: metadata and where every tensor lies."""
         config = export.model.config.to_dict()
-        writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture(config)])
-        add_model(writer, config, name=f"{export.base}, compressed by EvoPress", licence=export.licence)
+        gaps = _gaps(export)
+        writer = gguf.GGUFWriter(path, architecture_name(config, gaps))
+        add_model(writer, config, gaps, name=f"{export.base}, compressed by EvoPress", licence=export.licence)
         add_tokenizer(writer, export.tokenizer, vocabulary=config["vocab_size"], pre=self._pre)
         for tensor in tensors:
             kind = gguf.GGMLQuantizationType[tensor.kind]
@@ -177,7 +186,7 @@ class GGUF:
         config = export.model.config.to_dict()
         name_of = gguf.get_tensor_name_map(architecture(config), config["num_hidden_layers"])
         weights = {f"{weight.name}.weight": weight for weight in weights_of(export, zeros=zeros_in((32, 256), 2))}
-        factors = frequency_factors(config)
+        gaps, factors = _gaps(export), frequency_factors(config)
         if factors is not None:
             yield _Tensor("rope_freqs.weight", (len(factors),), "F32", lambda: _bytes(factors))
         seen: set[int] = set()
@@ -190,6 +199,10 @@ class GGUF:
                 raise EvoPressError(
                     f"export=[gguf] has no place for {name}, which llama.cpp does not know: use export=[dequantized]"
                 )
+            if gaps is not None and (shape := gaps.in_place_of(name, config["hidden_size"])) is not None:
+                if shape:
+                    yield _Tensor(known, shape, "F32", lambda: torch.zeros(4 * config["hidden_size"], dtype=torch.uint8))
+                continue
             order = order_of_rows(name, parameter.shape[0], config)
             if name in weights and (found := self._quantized(known, weights[name], order, rounding)) is not None:
                 yield found
@@ -285,6 +298,12 @@ def _rounding(payload: Quantized) -> float:
     exact = _minima(payload).double()
     off = (exact.to(torch.float16).double() - exact).abs()
     return float((off / payload.scales.double().abs().clamp_min(torch.finfo(torch.float64).tiny)).masked_fill(off == 0, 0.0).max())
+
+
+def _gaps(export: Export) -> Gaps | None:
+    live = export.live
+    dropped = [live.dropped_in(export.genome, index) for index in range(len(live.blocks.blocks))]
+    return Gaps.of(export.model.config.to_dict(), [both for both in dropped if not all(both)])
 
 
 def _stored(weight: Weight) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gguf
@@ -24,11 +25,53 @@ def order_of_rows(name: str, rows: int, config: Mapping[str, Any]) -> Tensor | N
     return None if heads is None else torch.arange(rows).reshape(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
+@dataclass(frozen=True)
+class Gaps:
+    """The modules that blocks are without, though the other one stays.
+
+    llama.cpp has blocks without attention in one architecture alone, deci, which is Llama but for that. It takes a block without an
+    MLP for one without attention, too; an MLP of width 1 that is zeros is what it computes rightly. And it takes the size of a head
+    from the first block, whose attention is zeros therefore.
+    """
+
+    attention: tuple[bool, ...]
+    """Of each block that is written: it has none."""
+    mlp: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], dropped: Sequence[Sequence[int]]) -> Gaps | None:
+        """Return the gaps of a model; None if there is none, or llama.cpp has no architecture that has any.
+
+        Args: dropped: for every block that is written whether its attention and its MLP are dropped, as 0 or 1 each.
+        """
+        attention = tuple(bool(gone) and block > 0 for block, (gone, _) in enumerate(dropped))
+        mlp = tuple(bool(gone) for _, gone in dropped)
+        return cls(attention, mlp) if ARCHITECTURES[config["model_type"]] == "LLAMA" and any(attention + mlp) else None
+
+    def in_place_of(self, name: str, hidden_size: int) -> tuple[int, ...] | None:
+        """Return the shape of the zeros that stand in a parameter's place, () for none; None: the parameter itself stays."""
+        parts = name.split(".")
+        if "layers" not in parts:
+            return None
+        block, module = int(parts[parts.index("layers") + 1]), parts[parts.index("layers") + 2]
+        if self.attention[block] and module in ("self_attn", "input_layernorm"):
+            return ()
+        if self.mlp[block] and module == "mlp":
+            return () if parts[-1] == "bias" else (hidden_size, 1) if parts[-2] == "down_proj" else (1, hidden_size)
+        return None
+
+
 def architecture(config: Mapping[str, Any]) -> Any:
+    """Return what of `gguf.MODEL_ARCH` names the model's tensors."""
     return gguf.MODEL_ARCH[ARCHITECTURES[config["model_type"]]]
 
 
-def add_model(writer: Any, config: Mapping[str, Any], *, name: str, licence: str | None) -> None:
+def architecture_name(config: Mapping[str, Any], gaps: Gaps | None) -> str:
+    """Return what the file calls the model's architecture."""
+    return str(gguf.MODEL_ARCH_NAMES[architecture(config) if gaps is None else gguf.MODEL_ARCH.DECI])
+
+
+def add_model(writer: Any, config: Mapping[str, Any], gaps: Gaps | None, *, name: str, licence: str | None) -> None:
     """Put into a file's metadata what llama.cpp asks of a model of these types."""
     parameters = config.get("rope_parameters") or {}
     heads = config["num_attention_heads"]
@@ -40,9 +83,13 @@ def add_model(writer: Any, config: Mapping[str, Any], *, name: str, licence: str
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    attention, mlp = (None, None) if gaps is None else (gaps.attention, gaps.mlp)
+    for add, size, gone, instead in (
+        (writer.add_head_count, heads, attention, 0),
+        (writer.add_head_count_kv, config["num_key_value_heads"], attention, 0),
+        (writer.add_feed_forward_length, config["intermediate_size"], mlp, 1),
+    ):
+        add(size if gone is None else [instead if each else size for each in gone])
     writer.add_key_length(head_size)
     writer.add_value_length(head_size)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])

@@ -209,22 +209,60 @@ def test_levels_that_are_types_are_written_as_they_are(exported: Callable[..., E
 DROPPED = [(0, "attention"), (1, "attention"), (1, "mlp"), (2, "mlp")]
 
 
-def test_dropped_blocks_are_left_out_and_dropped_modules_are_zeros(exported: Callable[..., Export], tmp_path: Path) -> None:
-    export = exported(dropped=DROPPED)
+OTHERS = [(0, "mlp"), (1, "attention"), (1, "mlp"), (2, "attention")]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dropped", "name", "heads", "widths", "zeros", "missing"),
+    [
+        ("llama", DROPPED, "deci", [2, 2], [256, 1], "attn", ""),  # llama.cpp takes the size of a head from the first block
+        ("llama", OTHERS, "deci", [2, 0], [1, 256], "", "attn"),
+        ("qwen2", DROPPED, "qwen2", 2, 256, "attn ffn", ""),
+    ],
+)
+def test_dropped_blocks_are_left_out_and_dropped_modules_where_llama_cpp_can_do_without(
+    model_type: str,
+    dropped: list[tuple[int, str]],
+    name: str,
+    heads: Any,
+    widths: Any,
+    zeros: str,
+    missing: str,
+    exported: Callable[..., Export],
+    tmp_path: Path,
+) -> None:
+    export = exported(model_type, dropped=dropped)
     path = write_export(GGUF(exact=True), tmp_path / "gguf", export) / FILE
     assert path.stat().st_size == GGUF(exact=True).num_bytes(export)
     reader = gguf.GGUFReader(path)
-    assert reader.fields["llama.block_count"].contents() == 2
+    keys = ("block_count", "attention.head_count", "feed_forward_length")
+    assert reader.fields["general.architecture"].contents() == name
+    assert [reader.fields[f"{name}.{key}"].contents() for key in keys] == [2, heads, widths]
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert {name.split(".")[1] for name in tensors if name.startswith("blk.")} == {"0", "1"}
-    gone = [f"blk.0.attn_{part}.weight" for part in ("q", "k", "v", "output")]
-    gone += [f"blk.1.ffn_{part}.weight" for part in ("gate", "up", "down")]
-    for name in gone:
-        assert not gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type).any()
-        assert tensors[name].tensor_type.name == ("Q2_K" if name == "blk.1.ffn_down.weight" else "Q4_0")
-    kept = next(i for i, unit in enumerate(export.live.space.units) if unit.name == "model.layers.2.self_attn.v_proj")
-    found = gguf.quants.dequantize(tensors["blk.1.attn_v.weight"].data, tensors["blk.1.attn_v.weight"].tensor_type)
-    assert np.array_equal(found, export.levels.read(kept, export.genome[kept]).decode().numpy())
+    places = {kind: next(i for i, block in enumerate((0, 2)) if (block, kind) in dropped) for kind in ("attention", "mlp")}
+    of_attention = [f"blk.{places['attention']}.attn_{part}.weight" for part in ("q", "k", "v", "output")]
+    of_mlp = [f"blk.{places['mlp']}.ffn_{part}.weight" for part in ("gate", "up", "down")]
+    if missing:
+        norm = f"blk.{places['attention']}.attn_norm.weight"
+        assert not set(tensors) & {*of_attention, norm} and f"blk.{places['attention']}.ffn_norm.weight" in tensors
+    if "ffn" not in zeros:
+        assert [tensors[name].shape.tolist() for name in of_mlp] == [[128, 1], [128, 1], [1, 128]]  # GGUF says columns first
+    gone = [*of_mlp, *([] if missing else of_attention)]
+    for each in gone:
+        assert not gguf.quants.dequantize(tensors[each].data, tensors[each].tensor_type).any()
+        if each[6:].split("_")[0] in zeros.split():
+            assert tensors[each].tensor_type.name == ("Q2_K" if "ffn_down" in each else "Q4_0")
+    kept = next(i for i, unit in enumerate(export.live.space.units) if unit.name == "model.layers.2.mlp.up_proj")
+    if (2, "mlp") not in dropped:
+        found = gguf.quants.dequantize(tensors["blk.1.ffn_up.weight"].data, tensors["blk.1.ffn_up.weight"].tensor_type)
+        assert np.array_equal(found, export.levels.read(kept, export.genome[kept]).decode().numpy())
+
+
+def test_whole_blocks_that_are_dropped_leave_an_ordinary_model(exported: Callable[..., Export], tmp_path: Path) -> None:
+    export = exported(dropped=[(1, "attention"), (1, "mlp")])
+    reader = gguf.GGUFReader(write_export(GGUF(), tmp_path / "gguf", export) / FILE)
+    assert reader.fields["general.architecture"].contents() == "llama" and reader.fields["llama.block_count"].contents() == 2
 
 
 def test_matrices_that_are_no_units_take_the_dtype_that_is_asked_for(exported: Callable[..., Export], tmp_path: Path) -> None:
@@ -363,7 +401,13 @@ def test_a_byte_level_tokenizer_has_its_special_tokens_and_its_template(tmp_path
 @pytest.mark.skipif(not llama_cpp_engine.is_there(), reason=f"needs {', '.join(llama_cpp_engine.NEEDED)}")
 @pytest.mark.parametrize(
     ("model_type", "given"),
-    [("llama", BIASED), ("qwen2", {}), ("qwen3", {"tied": True}), ("mistral", {"dropped": DROPPED})],
+    [
+        ("llama", BIASED),
+        ("qwen2", {"dropped": DROPPED}),
+        ("qwen3", {"tied": True}),
+        ("mistral", {"dropped": DROPPED, "config": {"attention_bias": True, "mlp_bias": True}}),
+        ("llama", {"dropped": OTHERS, **BIASED}),
+    ],
 )
 def test_llama_cpp_computes_what_was_measured(
     model_type: str, given: dict[str, Any], exported: Callable[..., Export], ids: Tensor, tmp_path: Path
