@@ -31,7 +31,17 @@ _MODEL = {"bos": "auto"}
 _DATA: dict[str, Any] = {"chat_template": "auto", "options": {}}
 _BASELINES: dict[str, Any] = {"options": {}}
 
-_GUIDED: dict[str, Any] = {"approach": 2}
+_GUIDED: dict[str, Any] = {
+    "approach": 2,
+    "selection": "mean",
+    "race_parts": 8,
+    "race_margin": 2.0,
+    "race_accept": 1.0,
+    "delta_rounds": 0,
+    "delta_tokens": 256,
+    "delta_parts": 2,
+    "predicted_offspring": 0.0,
+}
 """Settings of search/strategy=guided that its first version did not have, with what leaves the search as it was."""
 
 _MUTATION = re.compile(r"\+*search/mutation=(min_uniform|constant)_(\d+)")

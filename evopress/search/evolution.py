@@ -17,6 +17,7 @@ from evopress.search.constraint import Deviation
 from evopress.search.initial import initial_candidates, uniform_genome
 from evopress.search.mutation import LevelSwitch, Mutation, offspring
 from evopress.search.neighbour import genomes_from_neighbour
+from evopress.search.racing import Race, RaceRules
 from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.selection import Stage, check_stages, select_fittest
 from evopress.search.strategy import Asks, Problem, Question
@@ -82,6 +83,14 @@ class SearchSettings:
             candidates = stage.survivors
         return asks
 
+    def tokens_of(self, num_offspring: int) -> int:
+        """Return the tokens of a generation in which the mutation found so many offspring."""
+        candidates, tokens = num_offspring, 0
+        for stage in self.stages:
+            tokens += stage.tokens * (candidates + (stage is self.stages[-1]))
+            candidates = stage.survivors
+        return tokens
+
     def make(self, problem: Problem) -> Evolution:
         """See `Searching`."""
         return Evolution(
@@ -117,6 +126,7 @@ class Evolution:
         mutation: makes an offspring; by default the `LevelSwitch` that the settings describe.
         starts: genomes within the budget that join the initial candidates, such as a baseline's (not in the paper).
         parent: a genome within the budget to go on from: generation 0 is left out (not in the paper).
+        race: how candidates race for as many tokens as the stages take; None: they are selected in stages, as in the paper.
 
     Raises: EvoPressError if the budget cannot be met or a setting is out of range.
     """
@@ -132,6 +142,7 @@ class Evolution:
         mutation: Mutation | None = None,
         starts: Sequence[Genome] = (),
         parent: Genome | None = None,
+        race: RaceRules | None = None,
     ) -> None:
         budget.check(space)
         self._space, self._budget, self._settings = space, budget, settings
@@ -154,6 +165,8 @@ class Evolution:
         self._fruitless = 0  # generations in a row that lost all their offspring
         self._question: Question | None = None
         self._stages: list[StageRecord] = []
+        self._rules = race
+        self._race: Race | None = None
         self.initial_record: GenerationRecord | None = None
         """The record of generation 0 where it needs no evaluation because the target is a level."""
         self._starts = tuple(space.check(genome) for genome in starts)
@@ -203,7 +216,11 @@ class Evolution:
                 self._question = Question((*mixes, *self._starts), settings.initial_tokens, stage=-1)
             else:
                 children = offspring(self._mutation, self._parent, settings.num_offspring, self._rng_mutation)
-                self._question = self._stage_question(0, children)
+                if self._rules is None:
+                    self._question = self._stage_question(0, children)
+                else:
+                    self._race = Race((self._parent, *children), tokens=settings.tokens_of(len(children)), rules=self._rules)
+                    self._question = self._race.ask()
         return self._question
 
     def tell(self, fitnesses: Sequence[float]) -> GenerationRecord | None:
@@ -216,6 +233,8 @@ class Evolution:
             generations in a row have lost all their offspring.
         """
         assert self._question is not None, "tell answers ask"
+        if self._race is not None:
+            return self._tell_race(self._race, fitnesses)
         genomes, tokens, stage = self._question.genomes, self._question.tokens, self._question.stage
         if len(fitnesses) != len(genomes):
             raise EvoPressError(f"the fitness returned {len(fitnesses)} numbers for {len(genomes)} genomes: one for each")
@@ -246,6 +265,20 @@ class Evolution:
             accepted=not first and best != 0,
             parent_fitness=None if first else values[0],
         )
+
+    def _tell_race(self, race: Race, fitnesses: Sequence[float]) -> GenerationRecord | None:
+        """Take the fitnesses of a race's minibatch; return the record when it is over."""
+        race.tell(fitnesses)
+        if not race.finished:
+            self._question = race.ask()
+            return None
+        self._tokens += race.tokens
+        self._evaluations += race.evaluations
+        self._lost, self._non_finite = self._lost + race.lost, self._non_finite + race.lost
+        self._stages.append(race.record())
+        self._count_fruitless(any(map(math.isfinite, race.means[1:])))
+        winner, self._race = race.winner, None
+        return self._finish(race.genomes[winner], fitness=race.means[winner], accepted=winner != 0, parent_fitness=race.means[0])
 
     def state(self) -> dict[str, Any]:
         """Return, between generations, all that `restore` needs to go on, as JSON-able values."""
@@ -291,7 +324,7 @@ class Evolution:
         self._non_finite, self._fruitless = state.get("non_finite", 0), state.get("fruitless", 0)  # older states have none
         self._rng_initial.bit_generator.state = state["rng_initial"]
         self._rng_mutation.bit_generator.state = state["rng_mutation"]
-        self._question, self._stages, self._lost, self.initial_record = None, [], 0, None
+        self._question, self._stages, self._lost, self.initial_record, self._race = None, [], 0, None, None
 
     def _bounds(self) -> Deviation | None:
         """Return the bound on deviations from the uniform genome that the settings ask for."""

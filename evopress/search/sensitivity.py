@@ -59,6 +59,31 @@ def errors_at(space: Space, errors: Sequence[np.ndarray], genome: Genome) -> np.
     return found
 
 
+class Expected:
+    """What is expected of genomes: the sum of values[unit][level]; what lies in a dropped module counts for nothing."""
+
+    def __init__(self, space: Space, values: Sequence[Sequence[float]]) -> None:
+        self.space, self.values = space, values
+        self._members: dict[int, list[int]] = {}
+        for unit, module in enumerate(space.inside):
+            if module is not None:
+                self._members.setdefault(module, []).append(unit)
+
+    def of(self, genome: Genome) -> float:
+        """Return what a genome holds."""
+        chosen = enumerate(zip(self.values, genome, strict=True))
+        return sum(of_unit[level] for unit, (of_unit, level) in chosen if not self.space.is_gone(genome, unit))
+
+    def change(self, levels: Sequence[int], unit: int, by: int) -> float:
+        """Return what moving a unit that is there by so many levels changes."""
+        options, old, values = self.space.units[unit].levels, levels[unit], self.values[unit]
+        changed = values[old + by] - values[old]
+        if options[old + by].drops != options[old].drops:
+            inside = sum(self.values[member][levels[member]] for member in self._members.get(unit, ()))
+            changed += -inside if options[old + by].drops else inside
+        return changed
+
+
 def from_dense(space: Space, genome: Genome, sensitivities: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """Count what dropping a module that is kept adds from its dense weights on: by what those in it hold at a genome, too.
 

@@ -31,6 +31,15 @@ def backward_tokens(modules: bool) -> int:
     return BACKWARD_TOKENS + (2 if modules else 0)
 
 
+NEIGHBOURS_TOGETHER = 64
+"""Neighbours of a genome that are measured at a time, with the genome beside them."""
+
+
+def most_genomes(units: int) -> int:
+    """Return how many genomes measuring both neighbours of every unit takes, at most."""
+    return 2 * units + -(-2 * units // NEIGHBOURS_TOGETHER)
+
+
 @dataclass(frozen=True)
 class Question:
     """Genomes whose fitness is asked for, all on the same minibatch."""
@@ -131,17 +140,23 @@ class Asks:
     """See `GenerationRecord.milestone`."""
     of_modules: bool = False
     """Only where modules can be dropped."""
+    neighbours: bool = False
+    """Of both neighbours of every unit, as far as units are known."""
 
     @property
     def cost(self) -> int:
         """Tokens in all, in tokens that go forward, where no modules can be dropped."""
         return self.cost_where(modules=False)
 
-    def cost_where(self, *, modules: bool) -> int:
-        """Return the tokens in all, in tokens that go forward, by whether modules can be dropped."""
+    def candidates_of(self, units: int) -> int:
+        """Return how many candidates there are in a space of so many units."""
+        return self.candidates + (most_genomes(units) if self.neighbours else 0)
+
+    def cost_where(self, *, modules: bool, units: int = 0) -> int:
+        """Return the tokens in all, in tokens that go forward, by whether modules can be dropped and how many units there are."""
         if self.of_modules and not modules:
             return 0
-        return self.tokens * self.candidates * self.times * (backward_tokens(modules) if self.attribution else 1)
+        return self.tokens * self.candidates_of(units) * self.times * (backward_tokens(modules) if self.attribution else 1)
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,11 @@ def search_settings(config: SearchConfig, *, derived: int | None = None) -> Sear
     )
 
 
-def search_cost(numbers: Searching, *, modules: bool = False) -> int:
+def search_cost(numbers: Searching, *, modules: bool = False, units: int = 0) -> int:
     """Return the candidate tokens that a search evaluates at most: the one honest currency.
 
-    Args: modules: whether some can be dropped.
+    Args:
+        modules: whether some can be dropped.
+        units: how many there are, as far as that is known.
     """
-    return sum(ask.cost_where(modules=modules) for ask in numbers.asks())
+    return sum(ask.cost_where(modules=modules, units=units) for ask in numbers.asks())

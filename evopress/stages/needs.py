@@ -19,7 +19,7 @@ from evopress.levels.live import enough_to_keep
 from evopress.levels.plan import BuildNeeds
 from evopress.reporting.records import read_json
 from evopress.search.initial import uniform_genome
-from evopress.search.strategy import Asks, Searching, backward_tokens
+from evopress.search.strategy import NEIGHBOURS_TOGETHER, Asks, Searching, backward_tokens
 from evopress.settings import STAGES
 from evopress.stages.baselines import baselines_as_asked, read_baselines
 from evopress.stages.probe import Speed
@@ -155,13 +155,15 @@ class Planner:
         if every := self.settings.evaluation.every:
             self._held_out(needs, milestones + (generations - milestones) // every + 1)
         for ask in asks:
+            candidates = ask.candidates_of(len(self.space))
             if ask.attribution:
                 self._attribute(needs, ask)
             elif not ask.initial or uniform_genome(self.space, self.budget) is None:
-                self._score(needs, ask.candidates, ask.tokens, times=ask.times)
+                together = NEIGHBOURS_TOGETHER + 1 if ask.neighbours else None
+                self._score(needs, candidates, ask.tokens, times=ask.times, together=together)
             if not ask.initial:
-                self._hold(needs, ask.candidates, ask.tokens)
-        per_record = _RECORD_BYTES + 4 * len(self.space) + 24 * sum(ask.candidates for ask in later)
+                self._hold(needs, min(candidates, NEIGHBOURS_TOGETHER + 1) if ask.neighbours else candidates, ask.tokens)
+        per_record = _RECORD_BYTES + 4 * len(self.space) + 24 * sum(ask.candidates_of(len(self.space)) for ask in later)
         per_record += 24 * len(self.space) if milestones else 0
         needs.disk = {self.workspace.run_dir: generations * per_record}
         return needs

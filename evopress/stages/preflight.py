@@ -175,7 +175,7 @@ def _asks(workspace: Workspace, searching: Searching) -> list[Asks]:
         asks = searching.asks(read_json(path)["evolution"] if path.exists() else None)
     except (EvoPressError, KeyError, TypeError, ValueError):
         asks = searching.asks()  # the search says what is wrong with it
-    return [ask for ask in asks if ask.cost_where(modules=workspace.method.modules is not None)]
+    return [ask for ask in asks if ask.times and (not ask.of_modules or workspace.method.modules is not None)]
 
 
 def _probe(workspace: Workspace, build: BuildNeeds | None) -> Speed | None:

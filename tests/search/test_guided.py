@@ -211,10 +211,13 @@ def test_evolution_goes_on_from_the_genome_that_was_found(quant_space, budget_of
     assert tuple(records[-1]["genome"]) == best
 
 
-@pytest.mark.parametrize("stop", range(9))
-def test_a_search_that_is_killed_after_any_generation_ends_with_the_same_genome(quant_space, budget_of, stop) -> None:
+OPTIONS = {"selection": "racing", "race_parts": 4, "delta_rounds": 2, "delta_tokens": 8, "predicted_offspring": 0.5}
+
+
+@pytest.mark.parametrize(("options", "stop"), [*(({}, stop) for stop in range(9)), *((OPTIONS, stop) for stop in range(1, 9))])
+def test_a_search_that_is_killed_after_any_generation_ends_with_the_same_genome(quant_space, budget_of, options, stop) -> None:
     space = quant_space((3, 1, 1, 3, 3, 1) * 2, kinds=("q", "v", "v", "q", "q", "v") * 2)
-    budget, settings = budget_of(space, 2.5), replace(NUMBERS, generations_after=4).searching(EVOLUTION)
+    budget, settings = budget_of(space, 2.5), replace(NUMBERS, generations_after=4, **options).searching(EVOLUTION)
     toy = Additive(space, noise=0.2, interaction=2.0)
     whole, records = run(settings.make(problem_of(space, budget, toy.errors)), toy)
     assert len(records) > 6
@@ -236,7 +239,7 @@ def test_a_search_that_is_killed_after_any_generation_ends_with_the_same_genome(
     third.rng.bit_generator.state = noise
     best, rest = run(later, third)
     assert best == whole and rest == records[generation + 1 :]
-    left = sum(ask.cost for ask in settings.asks(state))
+    left = sum(ask.cost_where(modules=False, units=len(space)) for ask in settings.asks(state))
     assert left >= records[-1]["tokens"] - records[generation]["tokens"]
 
 
@@ -263,6 +266,10 @@ def test_a_finished_search_goes_on_when_more_is_asked_for(quant_space, budget_of
         ({"attribution_sequences": 1}, "search.strategy.attribution_sequences=1"),
         ({"changes": [3, 0]}, "search.strategy.changes="),
         ({"averaged": 0}, "search.strategy.averaged=0"),
+        ({"selection": "best"}, "search.strategy.selection=best is unknown: choose one of mean, racing"),
+        ({"race_parts": 1}, "search.strategy.race_parts=1"),
+        ({"delta_tokens": 3}, "search.strategy.delta_tokens=3"),
+        ({"predicted_offspring": 1.5}, "search.strategy.predicted_offspring=1.5"),
     ],
 )
 def test_numbers_out_of_range_are_refused(changed, sentence) -> None:
@@ -304,6 +311,44 @@ def test_a_proposal_that_is_not_finite_loses_and_is_counted(quant_space, budget_
     chosen = strategy.ask().genomes[2]
     record = strategy.tell(values)
     assert (record.genome, record.non_finite, strategy.non_finite) == (chosen, 1, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_measured_neighbours_find_what_attributions_do_not_see(quant_space, budget_of, seed) -> None:
+    space = quant_space((1,) * 8, bits=(4, 3, 2), kinds=("q",) * 8)
+    toy, budget = Additive(space, seed=seed), budget_of(space, 3.0)
+    settings = replace(NUMBERS, delta_rounds=3, delta_tokens=8).searching(EVOLUTION)
+    strategy = settings.make(problem_of(space, budget, toy.errors))
+    records: list[dict] = []
+    run_search(
+        strategy,
+        toy,
+        attribute=lambda question: [[0.2] * 8] * 4,  # sees nothing
+        on_generation=lambda record: records.append(record.to_dict()),
+    )
+    measured = [record for record in records if "deltas" in record.get("details", {})]
+    before = records[measured[0]["generation"] - 1]["genome"]
+    assert measured[0]["accepted"] and toy.exact(tuple(measured[-1]["genome"])) < toy.exact(tuple(before))
+    assert len(measured[0]["details"]["deltas"]) == sum(1 + (level == 1) for level in before)
+    assert strategy.finished and all(record["cost"] <= budget.total for record in records)
+    assert records[-1]["tokens"] <= sum(ask.cost_where(modules=False, units=8) for ask in settings.asks())
+
+
+def test_races_end_as_well_and_cost_no_more(quant_space, budget_of) -> None:
+    space = quant_space((3, 1, 1, 3, 3, 1) * 2, kinds=("q", "v", "v", "q", "q", "v") * 2)
+    budget, ends = budget_of(space, 2.5), []
+    for options in ({}, {"selection": "racing"}):
+        toy = Additive(space, interaction=2.0)
+        settings = replace(NUMBERS, generations_after=3, screen_tokens=64, **options).searching(EVOLUTION)
+        best, records = run(settings.make(problem_of(space, budget, toy.errors)), toy)
+        ends.append((toy.exact(best), records[-1]["tokens"]))
+        raced = [record for record in records if "race" in record.get("details", {})]
+        assert bool(raced) is bool(options)
+        for record in raced:
+            parts = record["details"]["race"]["parts"]
+            assert len(parts) == record["stages"][0]["num_candidates"] and max(parts) >= 3
+            assert record["fitness"] <= record["parent_fitness"]
+    assert ends[1][0] == pytest.approx(ends[0][0], rel=0.05) and ends[1][1] < ends[0][1]
 
 
 class WithModules:

@@ -1,0 +1,461 @@
+"""The guided search: what each unit holds of the fitness, an integer program on it, a trust region, and evolution from there.
+
+At the current genome g, unit u holds a_u/2 of the KL divergence: a_u is its attribution, the derivative in the scale of the unit's
+own error. Its sensitivity, α_u = a_u / (2 e_u(g_u)), is that per unit of the relative error e_u(l), which the level database knows
+for every level l. Genomes that minimise Σ α_u e_u(l_u) within the budget, all units free or few of them changed, are then measured
+beside g on fresh tokens, and the best is the next g. One attribution costs three times its tokens, whatever the number of units.
+
+A module that can be dropped has the error 1 where it is dropped: all that it adds is gone. Its attribution says what dropping adds
+to the fitness from where g is. Beside weights, that is counted from the dense ones: dropping also takes away what they hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evopress.errors import EvoPressError
+from evopress.search.deltas import Deltas
+from evopress.search.evolution import Evolution
+from evopress.search.initial import random_mixes, uniform_genome
+from evopress.search.mutation import LevelSwitch, Mutation
+from evopress.search.neighbour import genomes_from_neighbour
+from evopress.search.predicted import EitherMutation, PredictedSwitch
+from evopress.search.program import best_in
+from evopress.search.racing import Race
+from evopress.search.record import GenerationRecord, StageRecord
+from evopress.search.selection import select_fittest
+from evopress.search.sensitivity import Expected, errors_at, errors_of, from_dense, is_droppable, sensitivities
+from evopress.search.strategy import Attribution, Problem, Question, backward_tokens
+from evopress.units import Budget, Genome, Space
+
+if TYPE_CHECKING:
+    from evopress.search.guided import GuidedSettings
+
+
+class Guided:
+    """The state of a guided search, between `ask` and `tell`; one round is one generation.
+
+    Raises: EvoPressError if the budget cannot be met, or a unit has no error at one of its levels.
+    """
+
+    def __init__(self, problem: Problem, settings: GuidedSettings) -> None:
+        problem.budget.check(problem.space)
+        self._problem, self._settings, self._numbers = problem, settings, settings.numbers
+        self._errors = errors_of(problem.space, problem.errors)
+        self._backward = backward_tokens(any(is_droppable(problem.space, unit) for unit in range(len(problem.space))))
+        self._generation = 0  # the one that is asked about next, as long as there is no evolution
+        self._parent: Genome | None = None
+        self._settled = False  # the last round found nothing better
+        self._tokens = self._evaluations = self._non_finite = 0
+        self._sensitivities: list[list[float]] = []  # of the last rounds, the latest last
+        self._question: Question | Attribution | None = None
+        self._details: dict[str, Any] = {}  # of the round so far
+        self._evolution: Evolution | None = None
+        self._race: Race | None = None
+        self._deltas: Deltas | None = None
+        self._deltas_done, self._deltas_settled = 0, False  # rounds of measured neighbours, and whether the last found nothing
+        self._above: Genome | None = None  # above the budget: where the way to the first genome has come
+        self._steps = 0  # of that way, so far
+        self.initial_record: GenerationRecord | None = None
+        """The record of generation 0, where nothing was given to choose from."""
+        own = (*self._own_starts(), *self._from_neighbour())
+        self._candidates = tuple(dict.fromkeys((*own, *(problem.space.check(genome) for genome in problem.starts))))
+        for genome in self._candidates:
+            if not problem.budget.met_by(problem.space, genome):
+                raise EvoPressError(
+                    f"a genome to start from costs {problem.space.cost(genome)} and does not keep the budget of "
+                    f"{problem.budget.total}: leave it out"
+                )
+        if len(self._candidates) == 1 and self._above is None:
+            self.initial_record = self._finish(self._candidates[0])
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether the rounds are over, and the evolution after them."""
+        if self._evolution is not None:
+            return self._evolution.finished
+        return self._rounds_over and not self._measures_deltas and not self._numbers.generations_after
+
+    @property
+    def generation(self) -> int:
+        """Number of the generation that is asked about next: a round, or one of evolution; 0 chooses the initial genome."""
+        return self._generation if self._evolution is None else self._generation + self._evolution.generation - 1
+
+    @property
+    def parent(self) -> Genome:
+        """The best genome so far."""
+        assert self._parent is not None, "generation 0 is not finished"
+        return self._parent if self._evolution is None else self._evolution.parent
+
+    @property
+    def non_finite(self) -> int:
+        """Candidates so far that lost because their fitness was not a finite number."""
+        return self._non_finite + (0 if self._evolution is None else self._evolution.non_finite)
+
+    def ask(self) -> Question | Attribution:
+        """Return what to find out next: what the genome's units hold, the fitness of proposals, or what evolution asks."""
+        assert not self.finished, "the search is finished"
+        if self._evolution is not None:
+            return self._evolution.ask()
+        if self._question is None:
+            numbers = self._numbers
+            if self._race is not None:
+                self._question = self._race.ask()
+            elif self._measures_deltas:
+                if self._deltas is None:
+                    self._deltas = Deltas(self._problem.space, self.parent, tokens=numbers.delta_tokens, parts=numbers.delta_parts)
+                self._question = self._deltas.ask()
+            elif (genome := self._parent if self._above is None else self._above) is None:
+                self._question = Question(self._candidates, numbers.screen_tokens, stage=-1)
+            else:
+                self._question = Attribution(genome, numbers.attribution_tokens, numbers.attribution_sequences)
+        return self._question
+
+    def tell(self, answer: Any) -> GenerationRecord | None:
+        """Take the answer; return the record when it finishes a round or a generation.
+
+        Raises: EvoPressError if the answer has not the numbers that were asked for, or none of them is finite.
+        """
+        if self._evolution is not None:
+            record = self._evolution.tell(answer)
+            return None if record is None else self._renumbered(record)
+        assert self._question is not None, "tell answers ask"
+        if self._race is not None:
+            return self._tell_race(self._race, answer)
+        if self._deltas is not None and not self._deltas.finished:
+            return self._tell_deltas(self._deltas, answer)
+        if isinstance(self._question, Question):
+            return self._choose(self._question, answer)
+        values = self._attributed(self._question, answer)
+        return self._propose(values) if self._above is None else self._come_down(values)
+
+    def state(self) -> dict[str, Any]:
+        """Return, between generations, all that `restore` needs to go on, as JSON-able values."""
+        assert self._question is None, "the state is taken between generations"
+        return {
+            "schema": 1,
+            "settings": self._identity(),
+            "generation": self.generation,
+            "parent": None if self._parent is None else list(self.parent),
+            "rounds": self._generation - 1,
+            "found": None if self._parent is None else list(self._parent),
+            "settled": self._settled,
+            **({"deltas": [self._deltas_done, self._deltas_settled]} if self._deltas_done else {}),
+            "tokens": self._tokens,
+            "evaluations": self._evaluations,
+            "non_finite": self._non_finite,
+            "sensitivities": self._sensitivities,
+            "evolution": None if self._evolution is None else self._evolution.state(),
+            "rng_initial": self._problem.rng_initial.bit_generator.state,
+            "rng_mutation": self._problem.rng_mutation.bit_generator.state,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same search; the numbers of rounds and of generations alone may differ.
+
+        Raises: EvoPressError if the state is of another search; ValueError or another error of Python's if it is damaged.
+        """
+        saved, here = state["settings"], self._identity()
+        changed = [
+            f"{key} {saved[key]!r:.100} there, {here[key]!r} here" for key in here if key in saved and saved[key] != here[key]
+        ]
+        if changed:
+            raise EvoPressError(
+                f"the saved search had other settings ({'; '.join(changed)}): resume it with its own, or start a new run"
+            )
+        for key in ("rounds", "tokens", "evaluations", "non_finite"):
+            if type(state[key]) is not int or state[key] < 0:
+                raise ValueError(f"its {key} is {state[key]!r:.100}, expected a whole number")
+        problem = self._problem
+        self._parent = problem.space.check(state["found"])
+        if not problem.budget.met_by(problem.space, self._parent):
+            raise ValueError("its genome is not within the budget")
+        sensitivities = np.asarray(state["sensitivities"], dtype=np.float64).reshape(-1, len(problem.space))
+        if not bool(np.isfinite(sensitivities).all()) or not bool((sensitivities > 0).all()):
+            raise ValueError("its sensitivities are not all positive numbers")
+        self._sensitivities = sensitivities.tolist()
+        self._generation, self._settled = state["rounds"] + 1, bool(state["settled"])
+        self._deltas_done, self._deltas_settled = state.get("deltas", (0, False))
+        self._race = self._deltas = None
+        self._tokens, self._evaluations, self._non_finite = state["tokens"], state["evaluations"], state["non_finite"]
+        self._question, self._details, self.initial_record, self._evolution = None, {}, None, None
+        problem.rng_initial.bit_generator.state = state["rng_initial"]
+        problem.rng_mutation.bit_generator.state = state["rng_mutation"]
+        if state["evolution"] is not None:
+            self._evolution = self._evolution_from(self._parent)
+            self._evolution.restore(state["evolution"])
+        else:
+            self._evolve_if_over()
+        if self.generation != state["generation"]:
+            raise ValueError(f"its generation is {state['generation']!r:.100}, by its rounds it is {self.generation}")
+
+    def _own_starts(self) -> list[Genome]:
+        """Return the uniform genome where the target is a level, else the one with the least sum of errors that has all modules.
+
+        Where modules must be dropped there is none: attributions at the model that has them all, weights at their last levels,
+        say which. Without a round to ask for them, random mixes are chosen from as evolution does.
+        """
+        space, budget = self._problem.space, self._problem.budget
+        if (uniform := uniform_genome(space, budget)) is not None:
+            return [uniform]
+        whole = [
+            [math.inf if error and len(of_unit) > 1 and is_droppable(space, i) else float(error) for error in of_unit]
+            for i, of_unit in enumerate(self._errors)
+        ]
+        if (genome := best_in(space, budget, whole)) is not None:
+            return [genome]
+        if self._numbers.rounds:
+            self._above = tuple(0 if is_droppable(space, i) else len(unit.levels) - 1 for i, unit in enumerate(space.units))
+            return []
+        count = self._settings.evolution.initial_candidates
+        return random_mixes(space, budget, num_candidates=count, rng=self._problem.rng_initial)
+
+    def _from_neighbour(self) -> list[Genome]:
+        """Return genomes made of what was found at another budget, and take over the mean of the sensitivities found there.
+
+        They are the neighbour's, moved to this budget, and the best by those sensitivities; without any, the errors stand for them,
+        which tell nothing of modules.
+        """
+        space, budget, neighbour = self._problem.space, self._problem.budget, self._problem.neighbour
+        if neighbour is None:
+            return []
+        found = np.asarray(neighbour.state.get("sensitivities", ()), dtype=np.float64).reshape(-1, len(space))
+        values: list[list[float]] | None = None
+        if len(found):
+            learnt = np.exp(np.log(found).mean(axis=0))
+            self._sensitivities = [learnt.tolist()]
+            values = [(weight * of_unit).tolist() for weight, of_unit in zip(learnt, self._errors, strict=True)]
+        genomes = list(genomes_from_neighbour(self._problem, values))
+        if values is None and not any(is_droppable(space, unit) for unit in range(len(space))):
+            values = [of_unit.tolist() for of_unit in self._errors]
+        free = None if values is None else best_in(space, budget, values, near=space.check(neighbour.genome))
+        genomes += [] if free is None or not budget.met_by(space, free) else [free]
+        if genomes:
+            self._above = None  # no need of a way down
+        return genomes
+
+    def _attributed(self, question: Attribution, answer: Any) -> list[list[float]]:
+        """Turn attributions into values[unit][level], what every level holds by the sensitivities of the last rounds."""
+        space, genome = self._problem.space, question.genome
+        held = np.asarray(answer, dtype=np.float64)
+        if held.ndim != 2 or held.shape[1] != len(space) or len(held) < 2 or not bool(np.isfinite(held).all()):
+            raise EvoPressError(
+                f"the attribution returned {'x'.join(map(str, held.shape))} numbers for at least 2 sequences of "
+                f"{len(space)} units, or some that are not finite: look at the model's outputs at these levels, or use "
+                "search/strategy=evolution"
+            )
+        self._tokens += self._backward * question.tokens
+        self._evaluations += 1
+        errors = errors_at(space, self._errors, genome)
+        latest = from_dense(space, genome, sensitivities(held, errors, [unit.kind for unit in space.units]), errors)
+        self._sensitivities = [*self._sensitivities, latest.tolist()][-self._numbers.averaged :]
+        self._details = self._held(genome, held.mean(axis=0) / 2)
+        return self._values()
+
+    def _held(self, genome: Genome, means: np.ndarray) -> dict[str, Any]:
+        """Lay out what each unit holds; a module that is kept holds nothing, and what dropping it would add stands apart."""
+        space = self._problem.space
+        kept = [is_droppable(space, i) and not unit.levels[genome[i]].drops for i, unit in enumerate(space.units)]
+        held = {"held": [0.0 if there else round(float(value), 9) for there, value in zip(kept, means, strict=True)]}
+        if any(is_droppable(space, unit) for unit in range(len(space))):
+            held["dropping"] = [round(float(value), 9) if there else 0.0 for there, value in zip(kept, means, strict=True)]
+        return held
+
+    def _come_down(self, values: Sequence[Sequence[float]]) -> GenerationRecord | None:
+        """Go on from a genome above the budget: a step of the way, or the first genome within it."""
+        space, budget = self._problem.space, self._problem.budget
+        above = self._above
+        assert above is not None
+        self._steps += 1
+        left = 1 - self._steps / self._numbers.approach
+        self._question = None
+        self._above = best_in(space, _towards(space, budget, above, left), values, near=above) if left > 0 else None
+        if self._above is not None:
+            return None
+        first = best_in(space, budget, values, near=above)
+        mixes = [first] if first is not None else random_mixes(space, budget, num_candidates=1, rng=self._problem.rng_initial)
+        self._candidates = tuple(dict.fromkeys((*mixes, *self._candidates)))
+        return self._finish(self._candidates[0]) if len(self._candidates) == 1 else None
+
+    def _propose(self, values: Sequence[Sequence[float]]) -> GenerationRecord | None:
+        """Make proposals by values[unit][level], and ask for their fitness; where there are none, the round is over."""
+        parent = self.parent
+        proposals = self._proposals(parent, values)
+
+        expected = Expected(self._problem.space, values).of
+        self._details["proposals"] = [
+            {
+                "most_changes": most,
+                "changes": sum(a != b for a, b in zip(genome, parent, strict=True)),
+                "expected": round(expected(genome) - expected(parent), 9),
+            }
+            for genome, most in proposals.items()
+        ]
+        if not proposals:
+            return self._finish(parent)
+        genomes, tokens, rules = (parent, *proposals), self._numbers.screen_tokens, self._numbers.race
+        if rules is None:
+            self._question = Question(genomes, tokens)
+        else:
+            self._question, self._race = None, Race(genomes, tokens=tokens * len(genomes), rules=rules)
+        return None
+
+    def _tell_deltas(self, deltas: Deltas, answer: Sequence[float]) -> GenerationRecord | None:
+        """Take what neighbours measured; when all are, make proposals by it."""
+        deltas.tell(answer)
+        self._question = None
+        if not deltas.finished:
+            return None
+        self._tokens += deltas.tokens
+        self._evaluations += deltas.evaluations
+        expected = Expected(self._problem.space, self._values())
+        self._details = {"deltas": deltas.report(expected)}
+        return self._propose(deltas.values(expected))
+
+    def _values(self) -> list[list[float]]:
+        """Return values[unit][level], what every level holds by the mean sensitivities of the last rounds; or the plain errors."""
+        averaged = np.exp(np.log(self._sensitivities).mean(axis=0)) if self._sensitivities else np.ones(len(self._errors))
+        return [(weight * of_unit).tolist() for weight, of_unit in zip(averaged, self._errors, strict=True)]
+
+    def _tell_race(self, race: Race, answer: Sequence[float]) -> GenerationRecord | None:
+        """Take the fitnesses of a race's minibatch; when it is over, finish the round."""
+        race.tell(answer)
+        self._question = None
+        if not race.finished:
+            return None
+        self._tokens += race.tokens
+        self._evaluations += race.evaluations
+        self._non_finite += race.lost
+        self._details["race"] = race.report()
+        winner = race.winner
+        return self._finish(
+            race.genomes[winner],
+            fitness=race.means[winner],
+            accepted=winner != 0,
+            parent_fitness=race.means[0],
+            stages=(race.record(),),
+            non_finite=race.lost,
+        )
+
+    def _proposals(self, parent: Genome, values: Sequence[Sequence[float]]) -> dict[Genome, int | None]:
+        """Return the genomes that are best by the sensitivities, each with the number of changes that was allowed; None: any."""
+        space, budget = self._problem.space, self._problem.budget
+        found: dict[Genome, int | None] = {}
+        for most in (None, *self._numbers.changes):
+            genome = best_in(space, budget, values, near=parent, most_changes=most)
+            if genome is not None and genome != parent and budget.met_by(space, genome):
+                found.setdefault(genome, most)
+        return found
+
+    def _choose(self, question: Question, answer: Sequence[float]) -> GenerationRecord:
+        """Take the fitnesses of the genomes that were asked for, the current one's first, and finish the round."""
+        genomes, tokens = question.genomes, question.tokens
+        if len(answer) != len(genomes):
+            raise EvoPressError(f"the fitness returned {len(answer)} numbers for {len(genomes)} genomes: one for each")
+        values = tuple(float(value) for value in answer)
+        best = select_fittest(genomes, values, 1)[0]
+        if not math.isfinite(values[best]):
+            raise EvoPressError(
+                f"the best fitness of the {len(genomes)} candidates in generation {self._generation} on {tokens} tokens is "
+                f"{values[best]}, not a finite number: look at the model's outputs at these levels (overflow in half precision, a "
+                "damaged level) or raise the target"
+            )
+        lost = sum(not math.isfinite(value) for value in values)
+        self._tokens += tokens * len(genomes)
+        self._evaluations += len(genomes)
+        self._non_finite += lost
+        first = self._parent is None
+        return self._finish(
+            genomes[best],
+            fitness=values[best],
+            accepted=not first and best != 0,
+            parent_fitness=None if first else values[0],
+            stages=(StageRecord(tokens, len(genomes), values, (best,)),),
+            non_finite=lost,
+        )
+
+    def _finish(self, winner: Genome, **record: Any) -> GenerationRecord:
+        """Make the winner the parent, close the round and return its record."""
+        before = winner if self._parent is None else self._parent
+        finished = GenerationRecord(
+            **{"fitness": None, "accepted": False, "parent_fitness": None, **record},
+            generation=self._generation,
+            genome=winner,
+            switches=tuple((i, a, b) for i, (a, b) in enumerate(zip(before, winner, strict=True)) if a != b),
+            tokens=self._tokens,
+            evaluations=self._evaluations,
+            cost=self._problem.space.cost(winner),
+            details=self._details,
+            milestone=True,
+        )
+        if self._deltas is not None:
+            self._deltas_done, self._deltas_settled = self._deltas_done + 1, not finished.accepted
+        else:
+            self._settled = self._generation > 0 and not finished.accepted
+        self._parent, self._question, self._details = winner, None, {}
+        self._race = self._deltas = None
+        self._generation += 1
+        self._evolve_if_over()
+        return finished
+
+    @property
+    def _rounds_over(self) -> bool:
+        return self._settled or self._generation > self._numbers.rounds
+
+    @property
+    def _measures_deltas(self) -> bool:
+        return self._rounds_over and not self._deltas_settled and self._deltas_done < self._numbers.delta_rounds
+
+    def _evolve_if_over(self) -> None:
+        """Begin the evolution once the rounds are over, where one was asked for."""
+        if self._rounds_over and not self._measures_deltas and self._numbers.generations_after and self._parent is not None:
+            self._evolution = self._evolution_from(self._parent)
+
+    def _evolution_from(self, genome: Genome) -> Evolution:
+        problem = self._problem
+        return Evolution(
+            problem.space,
+            problem.budget,
+            self._settings.evolution,
+            rng_initial=problem.rng_initial,
+            rng_mutation=problem.rng_mutation,
+            mutation=self._mutation(),
+            parent=genome,
+            race=self._numbers.race,
+        )
+
+    def _mutation(self) -> Mutation | None:
+        """Return what draws a share of the offspring by what is expected of them; None: nothing does."""
+        problem, evolution, share = self._problem, self._settings.evolution, self._numbers.predicted_offspring
+        if not share or not self._sensitivities:
+            return None
+        numbers: dict[str, Any] = {"max_switches": evolution.max_switches, "distribution": evolution.distribution}
+        plain = LevelSwitch(problem.space, problem.budget, exchange=evolution.exchange, **numbers)
+        return EitherMutation(PredictedSwitch(problem.space, problem.budget, self._values(), **numbers), plain, share)
+
+    def _renumbered(self, record: GenerationRecord) -> GenerationRecord:
+        """Return a record of the evolution as one of the whole search."""
+        return replace(
+            record,
+            generation=self._generation - 1 + record.generation,
+            tokens=self._tokens + record.tokens,
+            evaluations=self._evaluations + record.evaluations,
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        return self._settings.identity() | {"budget": self._problem.budget.total, "units": len(self._problem.space)}
+
+
+def _towards(space: Space, budget: Budget, genome: Genome, left: float) -> Budget:
+    """Return a budget between a genome above it and itself: with so much left of the way, a share."""
+
+    def between(total: int, spent: int) -> int:
+        return max(total, total + math.floor((spent - total) * left))
+
+    limits = tuple(replace(limit, total=between(limit.total, limit.spent(space, genome))) for limit in budget.limits)
+    return replace(budget, total=between(budget.total, space.cost(genome)), limits=limits)
