@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from evopress.compress.compressor import Compressor
 from evopress.data.opening import GivenText, RunText
 from evopress.data.tokens import tokens_digest
-from evopress.endings import is_out_of_memory
 from evopress.engines import engine_of
 from evopress.errors import EvoPressError
 from evopress.files import given_path, make_folder
@@ -38,12 +36,12 @@ from evopress.levels.tied import TiedLevels, as_engine_has
 from evopress.levels.union import Levels, LevelUnion, join, joint_fingerprint
 from evopress.machine import PeakMemory
 from evopress.methods import Rest, make_method
-from evopress.models.blocks import BlockModel, BlockShape
+from evopress.models.blocks import BlockModel, BlockShape, by_blocks
 from evopress.models.devices import begin_on
 from evopress.models.dropping import check_fields
-from evopress.models.families import family_of
 from evopress.models.loading import DTYPES, Pretrained, pick_device
 from evopress.models.opening import ModelSource, pick_dtype
+from evopress.models.outline import find_family, num_blocks_of
 from evopress.settings import RunSettings
 from evopress.units import BLOCKS, Budget, Genome, Space
 
@@ -52,23 +50,6 @@ logger = logging.getLogger(__name__)
 MOST_KEPT_BYTES = 2**29
 """Of the dense model's hidden states on held-out text that are kept between measurements of a search."""
 _STREAMS = ("data", "initial", "mutation", "minibatch", "random", "random_minibatch")
-
-
-@contextmanager
-def _by_blocks(family: str) -> Iterator[None]:
-    """Turn whatever a model raises when its blocks are first called alone into one sentence; too little memory stays what it is."""
-    try:
-        yield
-    except EvoPressError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EvoPressError(
-            f"running {family} block by block failed ({type(error).__name__}: {reason}): this model or this version of "
-            "transformers calls its blocks in a way that the adapter does not know; use fitness.evaluator=plain, or another of them"
-        ) from error
 
 
 class Workspace:
@@ -143,7 +124,7 @@ class Workspace:
         if self.method.modules is not None:
             self._planned_modules()
             if "export" in self.settings.stages:
-                check_fields(config, int(config["num_hidden_layers"]), family_of(config["model_type"]))
+                check_fields(config, num_blocks_of(config), find_family(config))
         if self.method.weights is None:
             return
         if (shapes := self.model_source.linear_shapes()) is None:
@@ -159,9 +140,12 @@ class Workspace:
         """Return the modules that the method can drop, their sizes missing, from the model's config alone."""
         assert self.method.modules is not None
         config = self.model_source.config
-        family = family_of(config["model_type"])
-        prefix = f"{family.decoder}.{family.blocks}"
-        blocks = [BlockShape(f"{prefix}.{i}") for i in range(int(config["num_hidden_layers"]))]
+        family = find_family(config)
+        if family.undroppable:
+            raise EvoPressError(
+                f"modules of {family.name} cannot be dropped: of its blocks {family.undroppable}; choose another model or method"
+            )
+        blocks = [BlockShape(f"{family.prefix}.{i}", kinds=family.parts(i).kinds) for i in range(num_blocks_of(config))]
         return self.method.modules.space(blocks, dtype_bits=16)
 
     def generations(self, settings: RunSettings) -> int | None:
@@ -218,12 +202,12 @@ class Workspace:
             return self._given_blocks
         pretrained = self.pretrained
         include = (BLOCKS,) if self.method.weights is None else self.method.weights.include
-        with _by_blocks(pretrained.family.name):
+        with by_blocks(pretrained.family):
             blocks = BlockModel(
                 pretrained.model, pretrained.family, device=self.device, offload=self.settings.model.offload, include=include
             )
             if self.settings.fitness.evaluator == "population":
-                blocks.self_check()
+                blocks.self_check(full_length=self.settings.model.sequence_length)
         return blocks
 
     @property
@@ -482,7 +466,7 @@ class Workspace:
     def live(self) -> LiveModel:
         if (other := self._with_its_levels) is not None:
             return other.live
-        with _by_blocks(self.blocks.family.name):
+        with by_blocks(self.blocks.family):
             return LiveModel(self.blocks, self.levels, cache_bytes=self.settings.level_db.cache_bytes)
 
     @cached_property

@@ -74,14 +74,14 @@ class Owl(Baseline):
         assert isinstance(pruner, SparsityLevels)
         num_blocks = len(blocks.blocks)
         logger.info("OWL: a grid of %d", len(GRID))
-        linears = [blocks.linears(index) for index in range(num_blocks)]
+        slots = [blocks.slots(index) for index in range(num_blocks)]
         ratios = []
         for index in range(num_blocks):
             stored = hessians.read(index)
-            H = [stored.hessians[stored.owners[name]] for name in linears[index]]
-            ratios.append(outlier_ratios([linear.weight.detach() for linear in linears[index].values()], H))
-        sizes = [[linear.weight.numel() for linear in block.values()] for block in linears]
-        names = [name for block in linears for name in block]
+            H = [stored.hessians[stored.owners[name]] for name in slots[index]]
+            ratios.append(outlier_ratios([slot.weight for slot in slots[index].values()], H))
+        sizes = [[slot.weight.numel() for slot in block.values()] for block in slots]
+        names = [name for block in slots for name in block]
         kept_by_pair = []
         for lambda_, multiple in GRID:
             column = MULTIPLES.index(multiple)

@@ -88,8 +88,8 @@ def weights_of(export: Export, *, zeros: Callable[[int], Form | None]) -> list[W
             rows, columns = slots[unit.name].weight.shape
             found.append(Weight(name, (rows, columns), form, partial(export.levels.read, index, export.genome[index])))
     for block in range(len(blocks.blocks)):
-        for inner, linear in blocks.linears(block).items():
-            written, (rows, columns) = names.get(id(linear)), linear.weight.shape
+        for inner, slot in blocks.slots(block).items():
+            written, (rows, columns) = names.get(id(slot.module)), slot.weight.shape
             if written and (block, _module_of(blocks, inner)) in gone and (as_zeros := zeros(columns)) is not None:
                 found.append(Weight(written, (rows, columns), as_zeros, partial(_zeros, rows, columns, as_zeros)))
     return found

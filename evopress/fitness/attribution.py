@@ -29,8 +29,8 @@ from evopress.errors import EvoPressError
 from evopress.fitness.measures import KLDivergence, Measure, TopkKL
 from evopress.levels.live import Live, part_held
 from evopress.levels.refine import block_at
-from evopress.models.blocks import Head
 from evopress.models.dropping import contributions
+from evopress.models.head import Head
 from evopress.models.slots import Slot
 from evopress.units import Genome
 
@@ -205,7 +205,7 @@ class _Pass:
             wanted, used = [hidden], head
             if delta is not None:
                 gate = torch.ones(len(hidden), 1, device=flat.device, requires_grad=True)
-                wanted, used = [hidden, gate], _Gated(head.weight, head.bias, head.softcap, delta=delta, gate=gate)
+                wanted, used = [hidden, gate], _Gated(head.weight, head.bias, head.softcap, head.scale, delta=delta, gate=gate)
             with torch.enable_grad():
                 total = self.measure(hidden, reference, used)[0].sum()
             found = torch.autograd.grad(total, wanted)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evopress.fitness.fusion import compiled
-from evopress.models.blocks import Head
+from evopress.models.head import Head
 
 
 class Measure(Protocol):

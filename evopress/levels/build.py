@@ -205,16 +205,16 @@ def _compress_part(
             return {name: list(compressor.compress({name: slot.weight}, H)[name])}
         except EvoPressError as error:
             raise type(error)(f"{name}: {error}") from None
-    linears = blocks.linears(index)
+    slots = blocks.slots(index)
     compressed: dict[str, list[Compressed]] = {}
     for owner, H in hessians.hessians.items():
-        weights = {name: linears[name].weight.detach() for name in linears if hessians.owners[name] == owner}
+        weights = {name: slots[name].weight for name in slots if hessians.owners[name] == owner}
         try:
             results = compressor.compress(weights, H.to(blocks.device))
         except EvoPressError as error:
             raise type(error)(f"{', '.join(weights)}: {error}") from None
         compressed |= {name: list(levels) for name, levels in results.items()}
-    return {name: compressed[name] for name in linears}
+    return {name: compressed[name] for name in slots}
 
 
 def _at_level(compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit], key: str | None) -> dict[str, Tensor]:

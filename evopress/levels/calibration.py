@@ -164,11 +164,11 @@ def head_hessian(blocks: BlockModel, buffer: Tensor, batch: int) -> BlockHessian
 
 def propagate(blocks: BlockModel, index: int, buffer: Tensor, batch: int, decoded: Mapping[str, Tensor]) -> None:
     """Replace activations [N, L, d] by what block `index` makes of them, with these weights in place of the dense ones."""
-    linears = blocks.linears(index)
-    dense = {name: linears[name].weight.data for name in decoded}
+    slots = blocks.slots(index)
+    dense = {name: slots[name].weight for name in decoded}
     try:
         for name, weight in decoded.items():
-            linears[name].weight.data = weight.to(blocks.device)
+            slots[name].put(weight.to(blocks.device))
         finite = []
         passage = Passage(buffer, batch, blocks.device)
         for start, current in passage:
@@ -177,7 +177,7 @@ def propagate(blocks: BlockModel, index: int, buffer: Tensor, batch: int, decode
             passage.put(start, output)
     finally:
         for name, weight in dense.items():
-            linears[name].weight.data = weight
+            slots[name].put(weight)
     if (where := _first_not_finite(finite, batch, len(buffer))) is not None:
         compressed = ", at the level that activations leave through," if decoded else ""
         raise EvoPressError(

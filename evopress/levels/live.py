@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evopress.errors import EvoPressError
-from evopress.levels.modules import ATTENTION, MLP, is_module, modules_of
+from evopress.levels.modules import ATTENTION, BLOCK, MLP, PAIR, is_module, modules_of
 from evopress.levels.union import LevelSource
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import check_identity, drop, restore, without_dropped
@@ -145,12 +145,15 @@ class LiveModel:
         if not places:
             return []
         blocks = range(len(self.blocks.blocks))
-        if set(places) != {(block, kind) for block in blocks for kind in (ATTENTION, MLP)}:
+        whole = any(unit.kind in (BLOCK, PAIR) for unit in self.space.units)
+        kinds = [(ATTENTION, MLP) if whole else self.blocks.family.parts(block).kinds for block in blocks]
+        if set(places) != {(block, kind) for block in blocks for kind in kinds[block]}:
             raise EvoPressError(
                 f"the level database is of another model: its {sum(map(is_module, self.space.units))} units are not the modules of "
                 f"{len(blocks)} blocks"
             )
-        return [(places[block, ATTENTION], places[block, MLP]) for block in blocks]
+        # A block that has one of them alone has it in both places.
+        return [(places[block, kinds[block][0]], places[block, kinds[block][-1]]) for block in blocks]
 
     def _inside_dropped(self) -> dict[int, tuple[list[bool], list[bool]]]:
         """Return for every block which of its weights lie in its attention, and which in its MLP."""
@@ -205,14 +208,14 @@ class LiveModel:
             slot.put(weight.to(device))
         if index < len(self._modules):
             attention, mlp = (0, 0) if levels is None else levels[len(self._slots[index]) :]
-            drop(self.blocks.blocks[index], self.blocks.family, attention=bool(attention), mlp=bool(mlp))
+            drop(self.blocks.blocks[index], self.blocks.family.parts(index), attention=bool(attention), mlp=bool(mlp))
 
     def restore_block(self, index: int) -> None:
         """Give a part back the very weights and modules that it came with, where they lay."""
         for slot, weight in zip(self._slots[index], self._dense[index], strict=True):
             slot.put(weight)
         if index < len(self._modules):
-            restore(self.blocks.blocks[index], self.blocks.family)
+            restore(self.blocks.blocks[index], self.blocks.family.parts(index))
 
     def on_device(self, index: int) -> AbstractContextManager[nn.Module]:
         """See `Live`; dense weights that levels would replace are not carried there."""

@@ -133,7 +133,7 @@ def needs_of(settings: BuildSettings, space: Space, entries: Collection[int], bl
             units=(), all_blocks=len(blocks.blocks), walked=0, forwards=0, disk_bytes=0, memory_bytes=0, device_bytes=0
         )
     buffer = tokens.numel() * blocks.hidden_size * blocks.dtype.itemsize if unseen else 0
-    widest = max(module.in_features for module in blocks.linears(0).values())
+    widest = blocks.widest
     # A large head or embedding: copies in float32, decoded ones, and the codes of all levels.
     outside = max(((12 + 2 * len(unit.levels)) * unit.size for unit in missing if unit.is_outside), default=0)
     sweeps, on_host = 6 * widest * widest * 4 + 2**28 + outside, blocks.device.type == "cpu"

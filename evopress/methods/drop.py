@@ -84,6 +84,7 @@ class Modules:
                 (f"{shape.name}.attention", index, ATTENTION, shape.attention),
                 (f"{shape.name}.mlp", index, MLP, shape.mlp),
             )
+            if place[2] in shape.kinds
         ]
 
     def _named(self, entries: Sequence[str], places: Sequence[_Place], num_blocks: int, key: str) -> set[str]:
@@ -214,8 +215,8 @@ class Drop:
     def budget(self, space: Space, rest: Rest = NO_REST) -> Budget:
         """Return the units that are kept, of each kind the same number where attention and MLP are dropped equally."""
         kinds = Counter(unit.kind for unit in space.units)
-        dropped = self.num_dropped(_num_modules(space) // 2) // self._source.width
-        parts = tuple(Limit(count - dropped, kind=kind) for kind, count in kinds.items())
+        width = self._source.width  # of as many attention modules as MLPs as many are dropped
+        parts = tuple(Limit(count - self.num_dropped(count * width) // width, kind=kind) for kind, count in kinds.items())
         by_kind = parts if len(parts) > 1 and self.settings.balanced else ()
         limits = (*by_kind, *further_limits(self.limits, space, rest))
         return Budget(total=sum(part.total for part in parts), target=self.sparsity, measure="depth sparsity", limits=limits)

@@ -16,18 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evopress.endings import is_out_of_memory
 from evopress.errors import EvoPressError
-from evopress.models.families import Family
+from evopress.models.calls import Call, Form, as_returned, first_of, returned
+from evopress.models.families import Family, Parts
+from evopress.models.head import Head, scale_of, softcap_of
+from evopress.models.looking import look_at, say
+from evopress.models.outline import is_linear
 from evopress.models.slots import Slot, outside_slots
 from evopress.units import BLOCKS
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a block was called with, its hidden states taken out."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,29 @@ class BlockShape:
     mlp: int = 0
     size: int = 0
     """Of the whole block, norms included."""
+    kinds: tuple[str, ...] = ("attention", "mlp")
+    """Which of them it has."""
+
+
+@contextmanager
+def by_blocks(family: Family) -> Iterator[None]:
+    """Turn whatever a model raises when its blocks are first called alone into one sentence; too little memory stays what it is."""
+    try:
+        yield
+    except EvoPressError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EvoPressError(
+            f"running {family.name} block by block failed ({type(error).__name__}: {reason}): this model or this version of "
+            f"transformers calls its blocks in a way that the adapter does not know; {_instead(family)}"
+        ) from error
+
+
+def _instead(family: Family) -> str:
+    return "choose another model" if family.is_found else "use fitness.evaluator=plain, or another model"
 
 
 class _Stop(Exception):
@@ -73,11 +93,17 @@ class BlockModel:
         self.offload = offload and self.device.type != "cpu"
         self.decoder: nn.Module = model.get_submodule(family.decoder)
         self.blocks: list[nn.Module] = list(self.decoder.get_submodule(family.blocks).children())
-        self._prefix = f"{family.decoder}.{family.blocks}"
+        self._prefix = family.prefix
         self._outside = outside_slots(model, include)
-        self._calls: dict[int, list[_Call]] = {}
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._by_batch = False  # what blocks get beside their hidden states depends on the number of sequences
+        self._form: Form | None = None
         self._fused: list[Callable[..., Any]] | None = None
         self._place()
+        if family.is_found:
+            found = look_at(self)
+            self.family, self._form, self._by_batch = found.family, found.form, found.by_batch
+            say(self)
 
     def _place(self) -> None:
         if not self.offload:
@@ -95,7 +121,11 @@ class BlockModel:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        """Numbers that pass from block to block for a token; more than the model's own where several streams run side by side."""
+        if self._form is not None:
+            return self._form.size
+        config: Any = self.model.config
+        return int(config.hidden_size)
 
     @property
     def parts(self) -> range:
@@ -128,34 +158,31 @@ class BlockModel:
 
     def is_of_attention(self, name: str) -> bool:
         """Tell whether a block's slot of this name lies in the attention, not in the MLP."""
-        inner = name.removeprefix(f"{self._prefix}.").partition(".")[2]
-        return inner.startswith(f"{self.family.attention}.")
+        index, _, inner = name.removeprefix(f"{self._prefix}.").partition(".")
+        return self.family.parts(int(index)).is_of_attention(inner)
 
     def shapes(self) -> list[BlockShape]:
         """Return the names and sizes of all blocks."""
-        return [
-            BlockShape(
-                f"{self._prefix}.{index}",
-                attention=_num_parameters(block, self.family.attention),
-                mlp=sum(_num_parameters(block, name) for name in (self.family.mlp, *_linears(self.family.around_mlp, block))),
-                size=_num_parameters(block, ""),
-            )
-            for index, block in enumerate(self.blocks)
-        ]
+        return [_shape(f"{self._prefix}.{i}", block, self.family.parts(i)) for i, block in enumerate(self.blocks)]
 
-    def linears(self, index: int) -> dict[str, nn.Linear]:
-        """Return block `index`'s units: full module name to module, in the order of the computation.
+    @property
+    def widest(self) -> int:
+        """Most inputs of a linear in the blocks."""
+        return max(slot.weight.shape[1] for index in range(len(self.blocks)) for slot in self.slots(index).values())
+
+    def linears(self, index: int) -> dict[str, Any]:
+        """Return block `index`'s units: full module name to module, in the order of the computation; for weights see `slots`.
 
         Raises: EvoPressError if a module that the family promises is missing or no plain linear layer.
         """
-        found: dict[str, nn.Linear] = {}
-        for name in self.family.linears:
+        found: dict[str, Any] = {}
+        for name in self.family.parts(index).linears:
             full = f"{self._prefix}.{index}.{name}"
             try:
                 module = self.blocks[index].get_submodule(name)
             except AttributeError:
                 module = None
-            if type(module) is not nn.Linear:
+            if not (is_linear(module) if self.family.is_found else type(module) is nn.Linear):
                 kind = "missing" if module is None else f"a {type(module).__name__}"
                 raise EvoPressError(
                     f"{full} is {kind}, expected a plain linear layer as in other {self.family.name} models: mixture-of-experts "
@@ -198,15 +225,18 @@ class BlockModel:
         """Return what enters the first block, [b, l, d], for token ids int64 [b, l]."""
         caught: list[Tensor] = []
 
-        def stop(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            caught.append(hidden)
+        def stop(*args: Any, **kwargs: Any) -> Tensor:
+            caught.append(Call.of(args, kwargs)[0])
             raise _Stop
 
-        with self._replaced_forwards([stop]):
+        if self._form is not None and self._form.sides:
+            calls = self.capture(ids.to(self.device), entering=caught)
+            return self._form.packed(caught[0], [call.tensors() for call in calls])
+        with self.replaced_forwards([stop]):
             try:
                 self.decoder(input_ids=ids.to(self.device), use_cache=False)
             except _Stop:
-                return caught[0]
+                return caught[0] if self._form is None else self._form.packed(caught[0])
         raise AssertionError("the decoder never called its first block")
 
     def run(self, index: int, hidden: Tensor, *, fused: bool = False, gradients: bool = False) -> Tensor:
@@ -221,62 +251,110 @@ class BlockModel:
 
     def _run(self, index: int, hidden: Tensor, *, fused: bool) -> Tensor:
         with torch.no_grad():
-            call = self._captured(hidden.shape[1])[index]
+            call = self._captured(*hidden.shape[:2])[index]
         if fused and self._fused is None:
             self._fused = [torch.compile(block, dynamic=True) for block in self.blocks]
         block = self._fused[index] if fused and self._fused is not None else self.blocks[index]
-        output = block(hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        if self._form is None:
+            output = call.run(block, hidden)
+            return first_of(output)
+        inside, beside = self._form.unpacked(hidden)
+        output = self._form.with_sides(call, index, beside).run(block, inside)
+        return self._form.again(first_of(output), beside)
 
     def finish(self, hidden: Tensor, *, gradients: bool = False) -> Tensor:
         """Apply what follows the last block (final norm, OPT's projection): [b, l, d] to the last hidden state."""
         with torch.set_grad_enabled(gradients):
+            if self.family.is_found:
+                return self._finish_as_decoder(hidden)
             for name in self.family.after_blocks:
                 module = getattr(self.decoder, name, None)
                 if module is not None:
                     hidden = module(hidden)
         return hidden
 
+    def _finish_as_decoder(self, hidden: Tensor) -> Tensor:
+        """Let the decoder itself do what it does after its last block, with blocks that do nothing before that."""
+        if self._form is not None:
+            hidden, _ = self._form.unpacked(hidden)
+            batch, length = self._form.batch_and_length(hidden)
+        else:
+            batch, length = hidden.shape[:2]
+        stubs = [self._returning(index) for index in range(len(self.blocks) - 1)]
+        stubs.append(self._returning(len(self.blocks) - 1, hidden))
+        ids = torch.zeros(batch, length, dtype=torch.int64, device=self.device)
+        with self.replaced_forwards(stubs):
+            output: Tensor = self.decoder(input_ids=ids, use_cache=False)[0]
+        return output
+
+    def _returning(self, index: int, instead: Tensor | None = None) -> Callable[..., Any]:
+        """Return a forward that gives back what enters block `index`, or something else, in the form that the block does."""
+        count = self.family.parts(index).returns.get("", 0)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return as_returned(Call.of(args, kwargs)[0] if instead is None else instead, count)
+
+        return forward
+
     def prepare(self, length: int) -> None:
         """Capture what the blocks get for sequences of `length` tokens; runs a block on zeros, so do it before hooking modules."""
-        self._captured(length)
+        self._captured(1, length)
 
-    def _captured(self, length: int) -> list[_Call]:
+    def _captured(self, batch: int, length: int) -> list[Call]:
         """What each block gets beside its hidden states, for sequences of `length` tokens, captured once per length.
 
-        Captured with a batch of one; masks and rotary embeddings broadcast over larger batches (`self_check` compares).
+        Captured with a batch of one, of which masks and rotary embeddings broadcast over larger ones (`self_check` compares), or
+        with as many sequences as there are where a look at the model has shown that it matters.
         """
-        if length not in self._calls:
+        key = (batch if self._by_batch else 1, length)
+        if key not in self._calls:
             if len(self._calls) >= 8:  # cut sequences come in few lengths; do not hold masks of forgotten ones
                 self._calls.clear()
-            ids = torch.zeros(1, length, dtype=torch.int64, device=self.device)
-            first: list[_Call] = []
+            self._calls[key] = self.capture(torch.zeros(key, dtype=torch.int64, device=self.device))
+        return self._calls[key]
 
-            def stop(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                first.append(_Call(args, kwargs))
+    def capture(self, ids: Tensor, family: Family | None = None, *, entering: list[Tensor] | None = None) -> list[Call]:
+        """Return what each block gets beside its hidden states, for token ids int64 [b, l].
+
+        Args:
+            family: what is known of the model; None: what it was wrapped with.
+            entering: takes the hidden states that enter the first block.
+        """
+        family = family or self.family
+        counts = [family.parts(index).returns.get("", 0) for index in range(len(self.blocks))]
+        if not family.is_found:
+            first: list[Call] = []
+
+            def stop(*args: Any, **kwargs: Any) -> Tensor:
+                first.append(Call.of(args, kwargs)[1])
                 raise _Stop
 
-            with self._replaced_forwards([stop]):
+            with self.replaced_forwards([stop]):
                 try:
                     self.decoder(input_ids=ids, use_cache=False)
                 except _Stop:
                     pass
             with self.on_device(0):
-                hidden = torch.zeros(1, length, self.hidden_size, dtype=self.dtype, device=self.device)
-                returns_tuple = isinstance(self.blocks[0](hidden, *first[0].args, **first[0].kwargs), tuple)
-            calls: list[_Call] = []
+                hidden = torch.zeros(*ids.shape, self.hidden_size, dtype=self.dtype, device=self.device)
+                counts = [returned(first[0].run(self.blocks[0], hidden))] * len(self.blocks)
+        calls: list[Call] = []
 
-            def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-                calls.append(_Call(args, kwargs))
-                return (hidden,) if returns_tuple else hidden
+        def record(count: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, call = Call.of(args, kwargs)
+                if entering is not None and not calls:
+                    entering.append(hidden)
+                calls.append(call)
+                return as_returned(hidden, count)
 
-            with self._replaced_forwards([record] * len(self.blocks)):
-                self.decoder(input_ids=ids, use_cache=False)
-            self._calls[length] = calls
-        return self._calls[length]
+            return forward
+
+        with self.replaced_forwards([record(count) for count in counts]):
+            self.decoder(input_ids=ids, use_cache=False)
+        return calls
 
     @contextmanager
-    def _replaced_forwards(self, forwards: list[Callable[..., Any]]) -> Iterator[None]:
+    def replaced_forwards(self, forwards: list[Callable[..., Any]]) -> Iterator[None]:
         """Let the first blocks' forwards be these functions for a moment."""
         blocks = self.blocks[: len(forwards)]
         before = [block.__dict__.get("forward") for block in blocks]
@@ -293,38 +371,57 @@ class BlockModel:
 
     def head(self) -> Head:
         """Return the projection from last hidden states to logits, with the weight that is in place now."""
-        config = self.model.config
+        config: Any = self.model.config
         output = self.model.get_output_embeddings()  # type: ignore[operator]
-        return Head(
-            weight=output.weight.data, bias=getattr(output, "bias", None), softcap=getattr(config, "final_logit_softcapping", None)
-        )
+        text = config.get_text_config()
+        return Head(weight=output.weight.data, bias=getattr(output, "bias", None), softcap=softcap_of(text), scale=scale_of(text))
 
     @torch.no_grad()
-    def self_check(self, *, length: int = 24) -> float:
+    def self_check(self, *, length: int = 24, full_length: int | None = None) -> float:
         """Compare block-by-block logits with the whole model's on two short made-up sequences; return the largest difference.
+
+        What enters a block is run in two pieces, the second sequence before the first, as a search does: nothing that a model
+        keeps between calls may show.
+
+        Args: full_length: compare the last hidden states of one sequence of so many tokens, too: windows and switches of
+            positional embeddings only show there.
 
         Raises: EvoPressError if the logits are not finite, or if they differ by more than rounding explains.
         """
         vocabulary = self.head().weight.shape[0]
         ids = (torch.arange(2 * length, device=self.device).reshape(2, length) * 7919 + 11) % vocabulary
-        hidden = self.embed(ids)
-        for index in range(len(self.blocks)):
-            with self.on_device(index):
-                hidden = self.run(index, hidden)
+        hidden = self._through(ids)
         mine = self.head().logits(self.finish(hidden))
         if not bool(torch.isfinite(mine).all()):
             what, _ = self.where_non_finite(ids) or ("the logits", 0)
             raise EvoPressError(f"the model's logits are not finite in {self.dtype}, first {what}: {self.advice}")
         if self.offload:  # the whole model does not fit the device, so there is nothing to compare with
             return 0.0
-        whole = self.model(input_ids=ids, use_cache=False).logits.float()
-        difference = float((mine - whole).abs().max())
-        scale = float(whole.abs().max())
+        difference = self._compare(mine, self.model(input_ids=ids, use_cache=False).logits.float(), "logit")
+        if full_length is not None and full_length > length:
+            ids = (torch.arange(full_length, device=self.device)[None] * 7919 + 11) % vocabulary
+            hidden = self.finish(self._through(ids))
+            self._compare(hidden, self.decoder(input_ids=ids, use_cache=False)[0], f"last hidden state of {full_length} tokens")
+        return difference
+
+    def _through(self, ids: Tensor) -> Tensor:
+        """Return what leaves the last block, the last sequence run before the others."""
+        hidden = self.embed(ids)
+        for index in range(len(self.blocks)):
+            with self.on_device(index):
+                last = self.run(index, hidden[-1:])
+                hidden = torch.cat([self.run(index, hidden[:-1]), last]) if len(hidden) > 1 else last
+        return hidden
+
+    def _compare(self, mine: Tensor, whole: Tensor, what: str) -> float:
+        """Return the largest difference, or raise EvoPressError where rounding does not explain it."""
+        difference, scale = float((mine - whole).abs().max()), float(whole.abs().max())
         tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}[self.dtype]
-        if difference > tolerance * max(scale, 1.0):
+        if mine.shape != whole.shape or difference > tolerance * max(scale, 1.0):
             raise EvoPressError(
-                f"running {self.family.name} block by block changes its logits by {difference:.3g} (largest logit {scale:.3g}): "
-                "this version of transformers calls the blocks in a way the adapter does not know; use fitness.evaluator=plain"
+                f"running {self.family.name} block by block changes its {what}s by {difference:.3g} (largest {scale:.3g}): "
+                "this model or this version of transformers calls its blocks in a way that the adapter does not know; "
+                f"{_instead(self.family)}"
             )
         return difference
 
@@ -364,35 +461,11 @@ class BlockModel:
         return f"{wider}check the model's weights"
 
 
+def _shape(name: str, block: nn.Module, parts: Parts) -> BlockShape:
+    beside = [each for each in parts.around_mlp if is_linear(block.get_submodule(each))]
+    attention, mlp = (sum(_num_parameters(block, each) for each in names) for names in (parts.attention, (*parts.mlp, *beside)))
+    return BlockShape(name, attention=attention, mlp=mlp, size=_num_parameters(block, ""), kinds=parts.kinds)
+
+
 def _num_parameters(block: nn.Module, name: str) -> int:
     return sum(parameter.numel() for parameter in block.get_submodule(name).parameters())
-
-
-def _linears(names: tuple[str, ...], block: nn.Module) -> list[str]:
-    return [name for name in names if isinstance(block.get_submodule(name), nn.Linear)]
-
-
-@dataclass(frozen=True)
-class Head:
-    """The projection from last hidden states to logits, with Gemma 2's soft-capping where the model has it."""
-
-    weight: Tensor
-    """[V, d], the model's dtype."""
-    bias: Tensor | None = None
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits [..., V] of last hidden states [..., d]; the product runs in the model's dtype."""
-        return self.scores(hidden).float()
-
-    def scores(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., V] of last hidden states [..., d] in the model's dtype."""
-        return self._capped(nn.functional.linear(hidden, self.weight, self.bias))
-
-    def logits_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Return float32 logits [T, k] of k tokens int64 [T, k] only, from last hidden states [T, d]."""
-        logits = torch.einsum("td,tkd->tk", hidden, self.weight[tokens])
-        return self._capped(logits if self.bias is None else logits + self.bias[tokens]).float()
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits

@@ -7,6 +7,7 @@ block without attention and MLP returns what enters it. Their levels are in `lev
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,34 +15,45 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from evopress.errors import EvoPressError
 from evopress.json_files import shown
 from evopress.models.blocks import BlockModel
-from evopress.models.families import Family
+from evopress.models.calls import as_returned
+from evopress.models.families import Family, Parts
 
+logger = logging.getLogger(__name__)
+_NUMBERS = ("layer_idx", "layer_index", "layer_id", "training")
+"""What modules hold that does not tell what they compute."""
 _OF_THE_MODEL = re.compile(r"(architectures|id2label|label2id|.*_token_ids?|.*_tokens|.*_words_ids|keys_to_ignore_at_inference)")
 """Fields of a configuration that may happen to have as many entries as there are blocks."""
 
 
-def drop(block: nn.Module, family: Family, *, attention: bool, mlp: bool) -> None:
-    """Drop modules of a block, and take back those that were dropped and are not now; weights stay as they are."""
-    restore(block, family)
-    if attention:
-        _replace(block, family.attention, _no_attention)
-        for name in family.around_attention:
-            _replace(block, name, _pass)
-    if mlp:
-        _replace(block, family.mlp, _nothing)
-        for name in family.around_mlp:
-            _replace(block, name, _pass)
-    if attention and mlp:
-        _replace(block, "", _pass)
+def drop(block: nn.Module, parts: Parts, *, attention: bool, mlp: bool) -> None:
+    """Drop modules of a block, and take back those that were dropped and are not now; weights stay as they are.
+
+    Args: attention, mlp: of a block that has one of them alone, whichever it has.
+    """
+    restore(block, parts)
+    for gone, names, around in ((attention, parts.attention, parts.around_attention), (mlp, parts.mlp, parts.around_mlp)):
+        if gone:
+            for name in names:
+                _replace(block, name, _returning(_nothing, parts.returns.get(name, 0)))
+            for name in around:
+                _replace(block, name, _pass)
+    if drops_all(parts, attention=attention, mlp=mlp):
+        _replace(block, "", _returning(_pass, parts.returns.get("", 0)))
 
 
-def restore(block: nn.Module, family: Family) -> None:
+def drops_all(parts: Parts, *, attention: Any, mlp: Any) -> bool:
+    """Tell whether nothing of a block is left."""
+    return bool(parts.kinds) and all(gone for gone, names in ((attention, parts.attention), (mlp, parts.mlp)) if names)
+
+
+def restore(block: nn.Module, parts: Parts) -> None:
     """Give a block all its modules back."""
-    for name in ("", family.attention, family.mlp, *family.around_attention, *family.around_mlp):
+    for name in ("", *parts.attention, *parts.mlp, *parts.around_attention, *parts.around_mlp):
         block.get_submodule(name).__dict__.pop("forward", None)
 
 
@@ -49,16 +61,19 @@ def _replace(block: nn.Module, name: str, forward: Any) -> None:
     block.get_submodule(name).forward = forward
 
 
-def _pass(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
+def _pass(*args: Any, **kwargs: Any) -> Tensor:
+    hidden: Tensor = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+    return hidden
 
 
-def _nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states.new_zeros(()).expand_as(hidden_states)
+def _nothing(*args: Any, **kwargs: Any) -> Tensor:
+    hidden = _pass(*args, **kwargs)
+    return hidden.new_zeros(()).expand_as(hidden)
 
 
-def _no_attention(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return _nothing(hidden_states), None
+def _returning(forward: Any, count: int) -> Any:
+    """Return a forward in the form of a module that returns so many values."""
+    return (lambda *args, **kwargs: as_returned(forward(*args, **kwargs), count)) if count else forward
 
 
 def contributions(block: nn.Module, family: Family, run: Callable[[], Any]) -> tuple[str, str]:
@@ -134,47 +149,121 @@ def without_dropped(blocks: BlockModel, dropped: Sequence[tuple[int, int]]) -> I
     Args: dropped: for every block whether its attention and its MLP are dropped, as 0 or 1 each.
     """
     family = blocks.family
-    kept = [index for index, both in enumerate(dropped) if not all(both)]
-    zeroed = [
-        blocks.blocks[index].get_submodule(name)
-        for index in kept
-        for gone, name in zip(dropped[index], (family.attention_output, family.mlp_output), strict=True)
-        if gone
-    ]
-    parameters = [parameter for module in zeroed for parameter in module.parameters()]
-    data = [parameter.data for parameter in parameters]
+    whole = [drops_all(family.parts(index), attention=a, mlp=m) for index, (a, m) in enumerate(dropped)]
     model: Any = blocks.model
     config, all_blocks = model.config, blocks.decoder.get_submodule(family.blocks)
+    kept = [index for index, gone in enumerate(whole) if not gone]
+    shorter = shortened(config, kept, len(dropped), family)
+    if family.is_found and len(kept) < len(dropped) and not _describes(shorter, [blocks.blocks[index] for index in kept], family):
+        logger.warning(
+            "the config of %s cannot describe the blocks that are left alone: those that are dropped stay, with weights of zeros",
+            family.name,
+        )
+        kept, shorter = list(range(len(dropped))), config
+    parameters = [
+        parameter
+        for index in kept
+        for gone, names in zip(dropped[index], _zeroed_names(family.parts(index)), strict=True)
+        if gone
+        for name in names
+        for parameter in blocks.blocks[index].get_submodule(name).parameters()
+    ]
+    data = [parameter.data for parameter in parameters]
+    holder, _, attribute = f"{family.prefix}".rpartition(".")
+    owner = model.get_submodule(holder)
     try:
         for parameter in parameters:
             parameter.data = torch.zeros_like(parameter.data)
-        model.config = shortened(config, kept, len(dropped), family)
-        setattr(blocks.decoder, family.blocks, nn.ModuleList(blocks.blocks[index] for index in kept))
+        model.config = shorter
+        setattr(owner, attribute, nn.ModuleList(blocks.blocks[index] for index in kept))
         yield
     finally:
-        setattr(blocks.decoder, family.blocks, all_blocks)
+        setattr(owner, attribute, all_blocks)
         model.config = config
         for parameter, before in zip(parameters, data, strict=True):
             parameter.data = before
 
 
+def _zeroed_names(parts: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return parts.zeroed_attention, parts.zeroed_mlp
+
+
+def _describes(config: Any, kept: Sequence[nn.Module], family: Family) -> bool:
+    """Tell whether a shortened configuration is that of a model with just these blocks, by the form of each."""
+    try:
+        with torch.device("meta"):
+            model = type_of(config)._from_config(copy.deepcopy(config))
+        blocks = list(model.get_submodule(family.prefix).children())
+    except Exception:  # whatever an architecture makes of it
+        return False
+    return [_form(block) for block in blocks] == [_form(block) for block in kept]
+
+
+def type_of(config: Any) -> Any:
+    """Return the class of the causal language model that a configuration is of."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _form(block: nn.Module) -> list[Any]:
+    """Return what tells blocks apart: their modules' classes, the shapes of their weights and their plain settings."""
+    settings = [
+        (name, key, value)
+        for name, module in block.named_modules()
+        for key, value in sorted(vars(module).items())
+        if not key.startswith("_")
+        and key not in ("layer_idx", "layer_index", "training", "layer_id")
+        and isinstance(value, (bool, int, float, str))
+    ]
+    return [
+        *((name, type(module).__name__) for name, module in block.named_modules()),
+        *((name, tuple(parameter.shape)) for name, parameter in block.named_parameters()),
+        *settings,
+    ]
+
+
 def check_identity(blocks: BlockModel) -> None:
-    """Raise EvoPressError unless a block without attention and MLP returns what enters it."""
+    """Raise EvoPressError unless a block without attention and MLP returns what enters it.
+
+    Of models that were looked at, every block is tried, and each of its parts: dropped, or with weights of zeros, it is the same.
+    """
     hidden = torch.linspace(-1.0, 1.0, 4 * blocks.hidden_size, device=blocks.device).reshape(1, 4, -1).to(blocks.dtype)
     blocks.prepare(4)
-    block, family = blocks.blocks[0], blocks.family
-    handles = [block.get_submodule(name).register_forward_hook(_zeroed) for name in (family.attention, family.mlp)]
+    family = blocks.family
+    if family.undroppable:
+        raise EvoPressError(
+            f"modules of {family.name} cannot be dropped: of its blocks {family.undroppable}; choose another model or method"
+        )
+    for index in range(len(blocks.blocks) if family.is_found else 1):
+        with blocks.on_device(index):
+            same = all(
+                _adds_nothing(blocks, index, hidden, zeros=zeros) for zeros in ((False, True) if family.is_found else (False,))
+            )
+        if not same:
+            raise EvoPressError(
+                "a block of this model changes its input even without attention and MLP (it normalises the residual stream): "
+                "modules of it cannot be dropped, choose another model or method"
+            )
+
+
+def _adds_nothing(blocks: BlockModel, index: int, hidden: Tensor, *, zeros: bool) -> bool:
+    """Tell whether a block returns what enters it when what its modules return is zero, or, instead, their weights are."""
+    block, parts = blocks.blocks[index], blocks.family.parts(index)
+    data: list[tuple[Any, Tensor]] = []
+    handles = []
+    if zeros:
+        names = [name for side in _zeroed_names(parts) for name in side]
+        data = [(each, each.data) for name in names for each in block.get_submodule(name).parameters()]
+    else:
+        handles = [block.get_submodule(name).register_forward_hook(_zeroed) for name in (*parts.attention, *parts.mlp)]
     try:
-        with blocks.on_device(0):
-            same = torch.equal(blocks.run(0, hidden), hidden)
+        for parameter, before in data:
+            parameter.data = torch.zeros_like(before)
+        return torch.equal(blocks.run(index, hidden), hidden)
     finally:
         for handle in handles:
             handle.remove()
-    if not same:
-        raise EvoPressError(
-            "a block of this model changes its input even without attention and MLP (it normalises the residual stream): "
-            "modules of it cannot be dropped, choose another model or method"
-        )
+        for parameter, before in data:
+            parameter.data = before
 
 
 def _zeroed(module: nn.Module, args: Any, output: Any) -> Any:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,8 @@ from evopress.errors import EvoPressError
 from evopress.json_files import load_json, shown
 from evopress.models import attention
 from evopress.models.devices import claim_gpu
-from evopress.models.families import Family, family_of
+from evopress.models.families import Family
+from evopress.models.outline import find_family
 from evopress.models.stored import (
     INDEX,
     WEIGHTS,
@@ -47,6 +49,8 @@ _MOST = {
     "head_dim": 2**16,
 }
 """Sizes that a config may ask for: far above any model's, far below what hangs or fills a machine."""
+_MOST_OTHERS = 2**20
+"""Of other numbers of blocks and experts, and of what belongs to one of them."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -109,12 +113,8 @@ def find_weights(folder: Path) -> list[Path]:
         raise EvoPressError(f"model path {str(folder)!r} is not a folder: give the folder that holds config.json")
     check_adapter(folder)
     config = read_config(folder)
-    family_of(str(config.get("model_type", "")))
-    for key, most in _MOST.items():
-        if (value := config.get(key)) is not None and (type(value) is not int or not 1 <= value <= most):
-            raise EvoPressError(
-                f"{folder / 'config.json'} has {key}={shown(value)}, expected a whole number from 1 to {most}: fetch it again"
-            )
+    _check_sizes(folder, config)
+    find_family(config)
     check_config(folder, config)
     weights = sorted(folder.glob("*.safetensors"))
     if weights:
@@ -128,6 +128,20 @@ def find_weights(folder: Path) -> list[Path]:
             "to safetensors first (load them where you trust them, then save_pretrained(..., safe_serialization=True))"
         )
     raise EvoPressError(f"model path {folder} holds config.json but no weights: expected model.safetensors or its shards")
+
+
+def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise EvoPressError if a config, or one inside it, asks for more than any model has."""
+    for key, most in _MOST.items():
+        if (value := config.get(key)) is not None and (type(value) is not int or not 1 <= value <= most):
+            raise EvoPressError(
+                f"{folder / 'config.json'} has {key}={shown(value)}, expected a whole number from 1 to {most}: fetch it again"
+            )
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_sizes(folder, value)
+        elif type(value) is int and value > _MOST_OTHERS and re.search(r"layer|experts|block", key):
+            raise EvoPressError(f"{folder / 'config.json'} has {key}={value}, expected at most {_MOST_OTHERS}: fetch it again")
 
 
 def _check_shards(folder: Path, files: set[str]) -> None:
@@ -150,7 +164,7 @@ def take_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, na
     Raises: EvoPressError if its family is not known.
     """
     config = model.config.to_dict()
-    family = family_of(str(config.get("model_type", "")))
+    family = find_family(config)
     model.eval()
     model.requires_grad_(False)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -189,7 +203,8 @@ def fetch_from_hub(hub_id: str, *, revision: str | None, cache_dir: Path | None 
     folder = _snapshot(hub_id, revision, cache_dir, small)
     check_adapter(folder)
     config = read_config(folder)
-    family_of(str(config.get("model_type", "")))
+    _check_sizes(folder, config)
+    find_family(config)
     check_config(folder, config)
     if _COMMIT.fullmatch(folder.name):  # what a branch names may change in between
         revision = folder.name
@@ -264,7 +279,7 @@ def load_pretrained(
         raise EvoPressError(f"model.dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     folder = folder.expanduser()
     weights = find_weights(folder)
-    family = family_of(read_config(folder)["model_type"])
+    family = find_family(read_config(folder))
     if attn_implementation is None and family.plain_attention and torch.device(device).type == "cpu":
         attn_implementation = attention.register()
     try:
@@ -291,7 +306,7 @@ def load_pretrained(
             f"the weights in {folder} lack {absent[0]} and {len(absent) - 1} others of the model in config.json{instead}: fetch "
             "them again"
         )
-    left_out = check_places(folder, homeless, model.config, f"{family.decoder}.{family.blocks}")
+    left_out = check_places(folder, homeless, model.config, family.prefix)
     model.eval()
     model.requires_grad_(False)
     return Pretrained(

@@ -18,8 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from evopress.errors import EvoPressError
 from evopress.files import given_path, make_folder
 from evopress.machine import has_half_products
-from evopress.models.families import family_of
 from evopress.models.loading import Pretrained, digest_files, fetch_from_hub, find_weights, load_pretrained, read_config
+from evopress.models.outline import find_family, skeleton
+from evopress.models.slots import shape_of
 from evopress.models.smollm2 import ensure_smollm2
 from evopress.models.stored import loaded_files, stored_tensors
 from evopress.models.tiny import ensure_tiny
@@ -75,9 +76,14 @@ def fitted(settings: RunSettings) -> RunSettings:
     changes: dict[str, Any] = {}
     if model.sequence_length == AUTO:
         changes["sequence_length"] = longest_sequence(config)
-    linears = tuple(f".{name}.weight" for name in family_of(config["model_type"]).linears)
-    tensors = stored_tensors(loaded_files(folder, find_weights(folder)))
-    size = greatest_group(tensor.shape[1] for name, tensor in tensors.items() if name.endswith(linears) and len(tensor.shape) == 2)
+    weights = find_weights(folder)
+    if find_family(config).is_found:
+        shapes = list(_looked_up(skeleton(config), config).values())
+    else:
+        tensors = stored_tensors(loaded_files(folder, weights))
+        linears = tuple(f".{name}.weight" for name in find_family(config).linears)
+        shapes = [tensor.shape for name, tensor in tensors.items() if name.endswith(linears) and len(tensor.shape) == 2]
+    size = greatest_group(shape[1] for shape in shapes)
     if model.group_size == AUTO:
         changes["group_size"] = size
     if grouped:
@@ -85,6 +91,17 @@ def fitted(settings: RunSettings) -> RunSettings:
     said = {f"model.{key}": value for key, value in changes.items()} | ({"method.group_size": size} if grouped else {})
     logger.info("from the model: %s", ", ".join(f"{key}={'null' if value is None else value}" for key, value in said.items()))
     return replace(settings, model=replace(model, **changes), method=method)
+
+
+def _looked_up(model: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes [R, C] of the blocks' linear weights by their names, from a model's module tree."""
+    family = find_family(config)
+    blocks = model.get_submodule(family.prefix).children()
+    return {
+        f"{family.prefix}.{index}.{name}.weight": shape_of(block.get_submodule(name))
+        for index, block in enumerate(blocks)
+        for name in family.parts(index).linears
+    }
 
 
 def longest_sequence(config: Mapping[str, Any]) -> int:
@@ -152,7 +169,10 @@ class ModelSource:
     def linear_shapes(self) -> dict[str, tuple[int, ...]] | None:
         """Return the shapes of the blocks' linear weights by their names, from the heads of the files; None: a file is damaged."""
         shapes: dict[str, tuple[int, ...]] = {}
-        linears = tuple(f".{name}.weight" for name in family_of(self.config["model_type"]).linears)
+        family = find_family(self.config)
+        if family.is_found:
+            return _looked_up(skeleton(self.config), self.config)
+        linears = tuple(f".{name}.weight" for name in family.linears)
         if "pretrained" in self.__dict__:
             parameters = self.pretrained.model.named_parameters()
             return {name: tuple(parameter.shape) for name, parameter in parameters if name.endswith(linears)}

@@ -1,7 +1,7 @@
 """Places in a model that can hold a compressed weight.
 
-Those inside the blocks are linears. Outside them are the embedding and the head; where these are tied they are one place, and both
-see whatever is put there.
+Those inside the blocks are linears; GPT-2's hold their weight transposed. Outside them are the embedding and the head; where these
+are tied they are one place, and both see whatever is put there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from evopress.errors import EvoPressError
 from evopress.units import EMBEDDING, HEAD
@@ -31,11 +32,17 @@ class Slot:
     def weight(self) -> Tensor:
         """The weight that is in place, [R, C]."""
         weight: Tensor = self.module.weight.data
-        return weight
+        return weight.T if isinstance(self.module, Conv1D) else weight
 
     def put(self, weight: Tensor) -> None:
         """Put another weight in place, a reference to it, for all modules that share the parameter."""
-        self.module.weight.data = weight
+        self.module.weight.data = weight.T if isinstance(self.module, Conv1D) else weight
+
+
+def shape_of(module: Any) -> tuple[int, int]:
+    """Return a linear's outputs and inputs."""
+    rows, columns = Slot("", "", module).weight.shape
+    return rows, columns
 
 
 def outside_slots(model: Any, include: Sequence[str]) -> list[Slot]:

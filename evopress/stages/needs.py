@@ -221,7 +221,7 @@ class Planner:
         if not in_memory:
             needs.disk[workspace.run_dir] += tokens * hidden * itemsize
         self._hold(needs, 1, min(self.settings.fitness.max_tokens_in_flight, judged))
-        widest = max(module.in_features for module in workspace.blocks.linears(0).values())
+        widest = workspace.blocks.widest
         held = 3 * judged * hidden * itemsize + (tokens * hidden * itemsize if in_memory else 0)
         self._put(needs, 6 * widest * widest * 4 + 2**28, host=held)
         return needs

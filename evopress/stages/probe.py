@@ -88,16 +88,16 @@ def measure_speed(
 
 def _compress_seconds(blocks: BlockModel, compressor: Compressor, owners: Mapping[str, str]) -> float:
     """Return what all levels of the first block's units take, from slices of them; units with one owner are swept together."""
-    linears = blocks.linears(0)
+    weights = {name: slot.weight for name, slot in blocks.slots(0).items()}
     rows: Counter[str] = Counter()
-    for name, linear in linears.items():
-        rows[owners[name]] += linear.out_features
+    for name, weight in weights.items():
+        rows[owners[name]] += len(weight)
     fits: dict[int, tuple[float, float]] = {}
     total = 0.0
     for name, count in rows.items():
-        columns = linears[name].in_features
+        columns = weights[name].shape[1]
         if columns not in fits:
-            fits[columns] = _fit(name, linears[name].weight.detach(), compressor)
+            fits[columns] = _fit(name, weights[name], compressor)
         fixed, per_row = fits[columns]
         total += fixed + per_row * count
     return total

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "search": VOCABULARY,
     "reporting": VOCABULARY,
     "compress": {"units", "errors", "machine"},
-    "models": VOCABULARY | {"settings", "machine"},
+    "models": VOCABULARY | {"endings", "settings", "machine"},
     "data": VOCABULARY | {"settings"},
     "levels": VOCABULARY | {"compress", "models", "data"},
     "fitness": VOCABULARY | {"compress", "models", "data", "levels"},

@@ -3,7 +3,7 @@ import torch
 from measures_literal import kl_divergence, negative_log_likelihood, top1_agreement, topk_kl_divergence
 
 from evopress.fitness.measures import HeldOut, KLDivergence, NegativeLogLikelihood, TopkKL
-from evopress.models.blocks import Head
+from evopress.models.head import Head
 
 T, D, V = 37, 16, 101
 

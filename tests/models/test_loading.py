@@ -70,7 +70,7 @@ def list_config(folder):
 
 
 def unknown_architecture(folder):
-    change_config(folder, model_type="mamba")
+    change_config(folder, model_type="t5")
 
 
 def no_architecture(folder):
@@ -114,8 +114,8 @@ SPOILED = {
     no_config: r"has no config\.json",
     broken_config: "cannot be read as JSON",
     list_config: "not a JSON object",
-    unknown_architecture: "architecture 'mamba' has no adapter",
-    no_architecture: "architecture '' has no adapter",
+    unknown_architecture: r"architecture 't5' is no causal language model of transformers",
+    no_architecture: r"architecture '' is unknown to transformers",
     quantized: r"already quantized \(gptq\)",
     truncated: "could not be loaded",
     not_safetensors: "could not be loaded",
