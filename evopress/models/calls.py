@@ -120,12 +120,14 @@ class Form:
 
 
 def as_returned(hidden: Tensor, count: int) -> Any:
-    """Return hidden states alone, or as the first of a tuple of so many values."""
-    return (hidden, *[None] * (count - 1)) if count else hidden
+    """Return hidden states alone, or as the first of a tuple of so many values, of a list where the number is negative."""
+    values = (hidden, *[None] * (abs(count) - 1))
+    return values if count > 0 else list(values) if count else hidden
 
 
 def returned(output: Any) -> int:
-    return len(output) if isinstance(output, (tuple, list)) else 0
+    """Return how many values a tuple has, as a negative number those of a list; 0 for a tensor."""
+    return len(output) if isinstance(output, tuple) else -len(output) if isinstance(output, list) else 0
 
 
 def first_of(output: Any) -> Tensor:

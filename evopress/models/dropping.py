@@ -153,8 +153,8 @@ def without_dropped(blocks: BlockModel, dropped: Sequence[tuple[int, int]]) -> I
     model: Any = blocks.model
     config, all_blocks = model.config, blocks.decoder.get_submodule(family.blocks)
     kept = [index for index, gone in enumerate(whole) if not gone]
-    shorter = shortened(config, kept, len(dropped), family)
-    if family.is_found and len(kept) < len(dropped) and not _describes(shorter, [blocks.blocks[index] for index in kept], family):
+    shorter = config if len(kept) == len(dropped) and family.is_found else _shortened(blocks, kept)
+    if shorter is None:
         logger.warning(
             "the config of %s cannot describe the blocks that are left alone: those that are dropped stay, with weights of zeros",
             family.name,
@@ -182,6 +182,18 @@ def without_dropped(blocks: BlockModel, dropped: Sequence[tuple[int, int]]) -> I
         model.config = config
         for parameter, before in zip(parameters, data, strict=True):
             parameter.data = before
+
+
+def _shortened(blocks: BlockModel, kept: Sequence[int]) -> Any:
+    """Return the configuration of a model with these blocks alone; None where it cannot describe them."""
+    family, model = blocks.family, blocks.model
+    if not family.is_found:
+        return shortened(model.config, kept, len(blocks.blocks), family)
+    try:
+        shorter = shortened(model.config, kept, len(blocks.blocks), family)
+    except AttributeError:  # a list that is worked out, not kept
+        return None
+    return shorter if _describes(shorter, [blocks.blocks[index] for index in kept], family) else None
 
 
 def _zeroed_names(parts: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -267,4 +279,4 @@ def _adds_nothing(blocks: BlockModel, index: int, hidden: Tensor, *, zeros: bool
 
 
 def _zeroed(module: nn.Module, args: Any, output: Any) -> Any:
-    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, (tuple, list)) else torch.zeros_like(output)

@@ -31,7 +31,7 @@ class Parts:
     zeroed_mlp: tuple[str, ...] = ()
     """What has to be zero for one of them to add nothing."""
     returns: Mapping[str, int] = field(default_factory=dict)
-    """Values that the block (by the name "") and these modules return as a tuple; 0: a tensor that is no tuple's."""
+    """Values that the block (by the name "") and these modules return as a tuple, as a negative number in a list; 0: a tensor."""
 
     def is_of_attention(self, name: str) -> bool:
         """Tell whether something of this name lies in the attention."""

@@ -1,0 +1,266 @@
+"""What works on every causal architecture of the installed transformers: `python -m experiments.model_types` writes `docs/models.md`.
+
+Of each a tiny model with random weights is made and taken through what a run does: its blocks found and compared with the whole
+model, a level database of each method, the population against the plain way, the export against what it exports, generation with
+and without a cache. What is refused is so by the sentence that a user would read.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from evopress.compress.compressor import Compressor
+from evopress.compress.gptq import GPTQ
+from evopress.compress.sparsegpt import SparseGPT
+from evopress.errors import EvoPressError
+from evopress.fitness.plain import PlainEvaluator
+from evopress.fitness.population import PopulationEvaluator
+from evopress.levels.build import ensure_database
+from evopress.levels.live import LiveModel
+from evopress.levels.modules import ModuleLevels
+from evopress.levels.plan import BuildSettings
+from evopress.methods.drop import Modules
+from evopress.models.blocks import BlockModel, by_blocks
+from evopress.models.families import named_family
+from evopress.models.outline import outlined
+from evopress.models.tiny_any import any_model, causal_types
+from evopress.units import Genome, Space
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+LENGTH, FULL_LENGTH = 24, 40
+"""Tokens of sequences; windows are of 16."""
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of an architecture."""
+
+    model_type: str
+    built: str = ""
+    """Why no tiny model was made, or could be run on token ids alone; empty: it was."""
+    refused: str = ""
+    """Sentence; empty: it is not."""
+    units: float = 0.0
+    """Share of the blocks' weights that have levels."""
+    dense: tuple[str, ...] = ()
+    """Why others have none."""
+    no_drop: str = ""
+    """Why nothing of it can be dropped."""
+    differences: tuple[tuple[str, float], ...] = ()
+    """Largest differences, of logits or last hidden states."""
+    cache: bool | None = None
+    """Generation from the export with a cache is generation without; None: the dense model's differ already."""
+
+    @property
+    def works(self) -> bool:
+        """Whether it is quantized and pruned."""
+        return not self.built and not self.refused
+
+
+def examine(model_type: str, folder: Path) -> Row:
+    """Take a tiny model of an architecture through what a run does; files go to a folder."""
+    ids = torch.arange(2 * LENGTH).reshape(2, LENGTH) * 7919 % 257
+    try:
+        model = any_model(model_type)
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    except Exception as error:  # whatever an architecture makes of a tiny configuration
+        return Row(model_type, built=" ".join((str(error) or type(error).__name__).split())[:160])
+    try:
+        family = named_family(model_type) or outlined(model)
+        with by_blocks(family):
+            blocks = BlockModel(model, family)
+            check = blocks.self_check(length=LENGTH, full_length=FULL_LENGTH)
+    except EvoPressError as error:
+        return Row(model_type, refused=str(error))
+    try:
+        return _methods(model_type, blocks, check, ids, folder)
+    except Exception as error:  # what no user should meet
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return Row(model_type, refused=f"BROKEN: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})")
+
+
+def _methods(model_type: str, blocks: BlockModel, check: float, ids: Tensor, folder: Path) -> Row:
+    """Take a model that runs block by block through the methods."""
+    slots = [slot for index in range(len(blocks.blocks)) for slot in blocks.slots(index).values()]
+    whole = sum(parameter.numel() for block in blocks.blocks for parameter in block.parameters())
+    found = [("self-check", check)]
+    quant, cache = _weights(blocks, "quant", GPTQ(bits=(4, 2), group_size=None), ids, folder)
+    sizes = [slot.weight.numel() for slot in slots]
+    sparse, _ = _weights(
+        blocks, "sparsity", SparseGPT(sparsity=0.5, step=max(min(sizes) // 8, 1), num_levels=1, dtype_bits=32), ids, folder
+    )
+    dropped, no_drop = _modules(blocks, ids, folder)
+    return Row(
+        model_type,
+        units=sum(sizes) / whole,
+        dense=tuple(dict.fromkeys(blocks.family.dense.values())),
+        no_drop=no_drop,
+        differences=(*found, *quant, *sparse, *dropped),
+        cache=cache,
+    )
+
+
+def _weights(
+    blocks: BlockModel, method: str, compressor: Compressor, ids: Tensor, folder: Path
+) -> tuple[list[tuple[str, float]], bool | None]:
+    """Build a database, hold the model at a genome of it, and compare: population and plain way, and the export of quant."""
+    settings = BuildSettings(
+        root=folder / "levels", method=method, model_name=blocks.family.name, recipe={"of": method}, propagate=None
+    )
+    database, _ = ensure_database(settings, blocks, ids, compressor)
+    live = LiveModel(blocks, database)
+    genomes = [tuple((unit + shift) % len(each.levels) for unit, each in enumerate(live.space.units)) for shift in (0, 1)]
+    found = [(f"{method}: population", _evaluators(live, genomes, ids))]
+    if method != "quant":
+        return found, None
+    difference, cache = _export(live, genomes[0], ids, folder / "checkpoint")
+    return [*found, (f"{method}: export", difference)], cache
+
+
+def _modules(blocks: BlockModel, ids: Tensor, folder: Path) -> tuple[list[tuple[str, float]], str]:
+    """Drop one module, and a whole block, and compare; or say why that cannot be."""
+    space: Space = Modules().space(blocks.shapes(), dtype_bits=32)
+    try:
+        live = LiveModel(blocks, ModuleLevels(space))
+    except EvoPressError as error:
+        return [], str(error)
+    last = len(blocks.blocks) - 1
+    genome = tuple(int(index == 0 or unit.block == last) for index, unit in enumerate(space.units))
+    found = [("drop: population", _evaluators(live, [genome], ids))]
+    difference, _ = _export(live, genome, ids, folder / "shorter")
+    return [*found, ("drop: export", difference)], ""
+
+
+def _evaluators(live: LiveModel, genomes: Sequence[Genome], ids: Tensor) -> float:
+    """Return how far the population's last hidden states are from the plain way's."""
+    of, states = PopulationEvaluator(live).final_states([None, *genomes], ids)
+    _, plain = PlainEvaluator(live).final_states([None, *genomes], ids)
+    return max(float((states[place] - other).abs().max()) for place, other in zip(of, plain, strict=True))
+
+
+@torch.no_grad()
+def _export(live: LiveModel, genome: Genome, ids: Tensor, folder: Path) -> tuple[float, bool | None]:
+    """Write a genome's checkpoint, load it as anybody would, and compare its logits; tell what becomes of generation."""
+    model: Any = live.blocks.model
+    with live.applied(genome):
+        wanted = model(input_ids=ids, use_cache=False).logits
+    with live.written(genome):
+        model.save_pretrained(folder)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    difference = float((loaded(input_ids=ids, use_cache=False).logits - wanted).abs().max())
+    return difference, _same_with_cache(loaded, ids) or (None if not _same_with_cache(model, ids) else False)
+
+
+def _same_with_cache(model: Any, ids: Tensor) -> bool:
+    """Tell whether six tokens come out the same with and without a cache."""
+    try:
+        texts = [model.generate(ids[:1], max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
+    except Exception:  # what a model cannot generate at all
+        return False
+    return bool(torch.equal(*texts))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what transformers says about tiny models."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.disable(logging.NOTSET)
+
+
+def survey(model_types: Sequence[str]) -> list[Row]:
+    """Examine architectures, each in a folder of its own."""
+    rows = []
+    with _quiet():
+        for model_type in model_types:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(examine(model_type, Path(folder)))
+    return rows
+
+
+HEAD = """# Which models work
+
+Written by `python -m experiments.model_types`, from transformers {version}: of every causal architecture that it has a tiny model
+with random weights was taken through what a run does, in float32 on a CPU. A test does the same.
+
+{works} of {built} architectures work for quantization and sparsity, {drop} of them for depth pruning; of {unbuilt} no tiny model was
+made. *Works* means: block by block is the whole model, the population is the plain way, and a checkpoint that is exported computes
+in plain transformers what was measured, all to {tolerance:g}. The largest difference that was seen is {largest:.1e}.
+
+A model type is `model_type` in the checkpoint's config.json. *Weights with levels* is the share of the blocks' weights that
+compression reaches, in these tiny models; of real ones it is larger, since norms and gates are smaller beside the rest. What stays
+as it is:
+
+- routers, which choose among experts;
+- linears with fewer than 16 inputs or outputs, or fewer than a 24th of the hidden size (gates and decays of linear attention);
+- linears inside norms, those that several blocks share, and those that a forward on text alone never calls (attention to an encoder);
+- what is no linear layer: convolutions, and parameters that are used otherwise.
+"""
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Lay the survey out as a page."""
+    working = [row for row in rows if row.works]
+    built = [row for row in rows if not row.built]
+    refused = [row for row in built if row.refused]
+    largest = max((value for row in working for _, value in row.differences), default=0.0)
+    lines = [
+        HEAD.format(
+            version=transformers.__version__,
+            works=len(working),
+            built=len(built),
+            unbuilt=len(rows) - len(built),
+            drop=sum(not row.no_drop for row in working),
+            tolerance=TOLERANCE,
+            largest=largest,
+        ),
+        "## These work",
+        "| model type | weights with levels | also dense | depth pruning |",
+        "|---|---:|---|---|",
+        *(f"| {row.model_type} | {row.units:.0%} | {', '.join(row.dense)} | {row.no_drop or 'works'} |" for row in working),
+        "",
+        "## These are refused",
+        "| model type | sentence |",
+        "|---|---|",
+        *(f"| {row.model_type} | {row.refused} |" for row in refused),
+        "",
+        "## No tiny model of these",
+        "Their configurations ask for more than sizes, or they need more than token ids.",
+        "",
+        ", ".join(row.model_type for row in rows if row.built),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the page, or print rows of the architectures that are named."""
+    rows = survey(sys.argv[1:] or causal_types())
+    if sys.argv[1:]:
+        print(*rows, sep="\n")
+    else:
+        PAGE.write_text(page(rows), encoding="utf-8")
+        print(f"{sum(row.works for row in rows)} of {sum(not row.built for row in rows)} work: {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

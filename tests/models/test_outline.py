@@ -1,0 +1,175 @@
+"""Models without an adapter of their own: what is found, and that it is the whole model's."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evopress.errors import EvoPressError
+from evopress.models.blocks import BlockModel, by_blocks
+from evopress.models.families import family_of
+from evopress.models.outline import find_family, outlined, skeleton
+from evopress.models.tiny_any import any_config, any_model
+from experiments.model_types import TOLERANCE, page, survey
+
+
+def opened(model_type: str, **changes: Any) -> BlockModel:
+    model = any_model(model_type, **changes)
+    family = outlined(model)
+    with by_blocks(family):
+        return BlockModel(model, family)
+
+
+def checked(model_type: str) -> None:
+    blocks = opened(model_type)
+    with by_blocks(blocks.family):
+        blocks.self_check()
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "nemotron_h", "gemma4_text"])
+def test_a_model_without_an_adapter_goes_through_all_methods(model_type: str) -> None:
+    (row,) = survey([model_type])
+    assert row.works and row.units > 0.9, row
+    assert row.differences and max(value for _, value in row.differences) < TOLERANCE, row.differences
+    assert row.cache and bool(row.no_drop) == (model_type == "gemma4_text"), row
+    assert f"| {model_type} | {row.units:.0%} |" in page([row])
+
+
+@pytest.mark.slow
+def test_every_causal_architecture_works_or_is_refused_in_a_sentence() -> None:
+    from evopress.models.tiny_any import causal_types
+
+    rows = survey(causal_types())
+    assert not [row for row in rows if "BROKEN" in row.refused]
+    assert sum(row.works for row in rows) >= 110
+    far = [(row.model_type, name, value) for row in rows for name, value in row.differences if not value < TOLERANCE]
+    assert not far, far
+    assert not [row.model_type for row in rows if row.works and row.cache is False]
+
+
+def test_the_config_alone_tells_what_a_running_model_shows() -> None:
+    for model_type in ("gpt2", "lfm2", "falcon_h1"):
+        blocks = opened(model_type)
+        from_config = find_family(blocks.model.config.to_dict())
+        assert from_config.prefix == blocks.family.prefix
+        for index in range(len(blocks.blocks)):
+            there, here = from_config.parts(index), blocks.family.parts(index)
+            assert set(there.linears) == set(here.linears)
+            assert (there.attention, there.mlp) == (here.attention, here.mlp)
+
+
+def test_what_is_found_of_a_llama_is_what_is_known_of_it(tiny_blocks: Callable[..., BlockModel]) -> None:
+    known = tiny_blocks("llama")
+    found = BlockModel(known.model, outlined(known.model))
+    assert (found.family.decoder, found.family.blocks) == (known.family.decoder, known.family.blocks)
+    assert list(found.linears(0)) == list(known.linears(0))
+    assert found.family.parts(0).returns == {"": 0, "self_attn": 2, "mlp": 0}
+    ids = torch.arange(24).reshape(2, 12)
+    hidden = [each.finish(each.run(1, each.run(0, each.embed(ids)))) for each in (known, found)]
+    assert torch.equal(*hidden)
+
+
+def test_it_is_said_once_what_was_found(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        opened("nemotron_h")
+    (said,) = [record.getMessage() for record in caplog.records if "no adapter" in record.getMessage()]
+    assert "found 4 blocks in model.layers (" in said
+    assert "1 NemotronHMamba2Mixer" in said or "1 NemotronHMambaMixer" in said
+    assert "% of their weights in linears" in said
+
+
+def test_tiny_projections_routers_and_norms_stay_dense() -> None:
+    blocks = opened("qwen3_5_text")
+    reasons = blocks.family.dense
+    assert set(reasons.values()) == {"less than 16 wide"}
+    assert {name.rsplit(".", 1)[-1] for name in reasons} == {"in_proj_a", "in_proj_b"}
+    assert not set(reasons) & {f"{i}.{name}" for i in range(4) for name in blocks.family.parts(i).linears}
+
+
+def test_a_head_s_scale_is_the_model_s() -> None:
+    ids = torch.arange(12)[None]
+    for model_type, changes in (("cohere", {"logit_scale": 0.25}), ("granite", {"logits_scaling": 8.0})):
+        blocks = opened(model_type, **changes)
+        assert blocks.head().scale == {"cohere": 0.25, "granite": 0.125}[model_type]
+        assert blocks.self_check() < TOLERANCE
+        states = blocks.finish(blocks._through(ids))[0]
+        some = torch.tensor([[3, 5]] * 12)
+        expected = blocks.model(input_ids=ids).logits[0].gather(1, some)
+        torch.testing.assert_close(blocks.head().logits_of(states, some), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_window_changes_shows_only_at_the_run_s_own_length(tiny_blocks: Callable[..., BlockModel]) -> None:
+    blocks = tiny_blocks("gemma3_text")  # a window of 16 tokens
+    captured = blocks.capture
+
+    def wrong(ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls = captured(ids, *args, **kwargs)
+        unmasked = [replace(call, kwargs=call.kwargs | {"attention_mask": None}) for call in calls]
+        return calls if ids.shape[1] <= 16 else unmasked
+
+    blocks.capture = wrong  # type: ignore[method-assign]
+    blocks.self_check(length=16)
+    with pytest.raises(EvoPressError, match=r"changes its last hidden state of 40 tokenss by"):
+        blocks.self_check(length=16, full_length=40)
+
+
+def test_what_a_model_keeps_between_calls_fails_the_self_check() -> None:
+    blocks = opened("gpt2")
+    kept: list[torch.Tensor] = []
+
+    def keeping(module: Any, args: Any, output: torch.Tensor) -> None:
+        kept[:] = [output]
+
+    def using(module: Any, args: tuple[torch.Tensor, ...]) -> Any:
+        return (args[0] + kept[0][-1:], *args[1:])
+
+    blocks.blocks[0].register_forward_hook(keeping)
+    blocks.blocks[2].register_forward_pre_hook(using)
+    with pytest.raises(EvoPressError, match="gpt2 block by block changes its logits"):
+        blocks.self_check()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [
+        ("qwen3_moe", r"only \d+% of the weights of qwen3_moe's blocks .* are in Qwen3MoeExperts"),
+        ("hrm_text", "no list of .* blocks of their own"),
+        ("xlnet", r"have the shape \[6, 2, 32\]"),
+        ("electra", "running electra block by block failed"),
+    ],
+)
+def test_what_cannot_be_run_is_one_sentence(model_type: str, says: str) -> None:
+    with pytest.raises(EvoPressError, match=says):
+        checked(model_type)
+
+
+def test_a_config_that_cannot_be_built_is_one_sentence() -> None:
+    with pytest.raises(EvoPressError, match="cannot build 'gpt2' from its config"):
+        skeleton(any_config("gpt2", n_head=5).to_dict())
+
+
+def test_blocks_that_cannot_be_described_stay_with_weights_of_zeros(tmp_path: Path) -> None:
+    from evopress.models.dropping import without_dropped
+
+    blocks = opened("lfm2")
+    with without_dropped(blocks, [(0, 0), (1, 1), (0, 1), (0, 0)]):
+        blocks.model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 3
+    blocks = opened("falcon_h1")
+    with without_dropped(blocks, [(0, 0), (1, 1), (0, 1), (0, 0)]):
+        stay = blocks.model.get_submodule(blocks.family.prefix)
+        assert len(stay) == 4
+        assert not any(bool(each.weight.any()) for each in (stay[1].self_attn.q_proj, stay[1].feed_forward.down_proj))
+        assert bool(stay[2].self_attn.q_proj.weight.any()) and not bool(stay[2].feed_forward.down_proj.weight.any())
+    assert bool(blocks.blocks[1].self_attn.q_proj.weight.any())
+
+
+def test_named_families_keep_their_names() -> None:
+    assert find_family({"model_type": "llama"}) is family_of("llama")
