@@ -1,4 +1,4 @@
-"""What works on every causal architecture of the installed transformers: `python -m experiments.model_types` writes `docs/models.md`.
+"""What works on every causal architecture of transformers: `python -m experiments.model_types` writes `docs/models.md`.
 
 Of each a tiny model with random weights is made and taken through what a run does: its blocks found and compared with the whole
 model, a level database of each method, the population against the plain way, the export against what it exports, generation with
@@ -101,9 +101,8 @@ def _methods(model_type: str, blocks: BlockModel, check: float, ids: Tensor, fol
     found = [("self-check", check)]
     quant, cache = _weights(blocks, "quant", GPTQ(bits=(4, 2), group_size=None), ids, folder)
     sizes = [slot.weight.numel() for slot in slots]
-    sparse, _ = _weights(
-        blocks, "sparsity", SparseGPT(sparsity=0.5, step=max(min(sizes) // 8, 1), num_levels=1, dtype_bits=32), ids, folder
-    )
+    pruner = SparseGPT(sparsity=0.5, step=max(min(sizes) // 8, 1), num_levels=1, dtype_bits=32)
+    sparse, _ = _weights(blocks, "sparsity", pruner, ids, folder)
     dropped, no_drop = _modules(blocks, ids, folder)
     return Row(
         model_type,
@@ -202,9 +201,9 @@ HEAD = """# Which models work
 Written by `python -m experiments.model_types`, from transformers {version}: of every causal architecture that it has a tiny model
 with random weights was taken through what a run does, in float32 on a CPU. A test does the same.
 
-{works} of {built} architectures work for quantization and sparsity, {drop} of them for depth pruning; of {unbuilt} no tiny model was
-made. *Works* means: block by block is the whole model, the population is the plain way, and a checkpoint that is exported computes
-in plain transformers what was measured, all to {tolerance:g}. The largest difference that was seen is {largest:.1e}.
+{works} of {built} architectures work for quantization and sparsity, {drop} of them for depth pruning; of {unbuilt} no tiny model
+was made. *Works* means: block by block is the whole model, the population is the plain way, and a checkpoint that is exported
+computes in plain transformers what was measured, all to {tolerance:g}. The largest difference that was seen is {largest:.1e}.
 
 A model type is `model_type` in the checkpoint's config.json. *Weights with levels* is the share of the blocks' weights that
 compression reaches, in these tiny models; of real ones it is larger, since norms and gates are smaller beside the rest. What stays
@@ -212,7 +211,7 @@ as it is:
 
 - routers, which choose among experts;
 - linears with fewer than 16 inputs or outputs, or fewer than a 24th of the hidden size (gates and decays of linear attention);
-- linears inside norms, those that several blocks share, and those that a forward on text alone never calls (attention to an encoder);
+- linears inside norms, those that several blocks share, and those that text alone never reaches (attention to an encoder);
 - what is no linear layer: convolutions, and parameters that are used otherwise.
 """
 

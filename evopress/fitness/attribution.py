@@ -261,7 +261,7 @@ class _Pass:
     def _contributions(self, index: int, entering: Tensor) -> tuple[str, str]:
         """Name what adds to the residual stream in a block that is whole."""
         hidden = entering[:1].to(self.blocks.device)
-        return contributions(self.blocks.blocks[index], self.blocks.family, lambda: self.blocks.run(index, hidden))
+        return contributions(self.blocks.blocks[index], self.blocks.family, index, lambda: self.blocks.run(index, hidden))
 
     @contextmanager
     def _gated(self, index: int, num_sequences: int) -> Iterator[list[_Gate]]:

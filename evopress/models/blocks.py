@@ -158,6 +158,8 @@ class BlockModel:
 
     def is_of_attention(self, name: str) -> bool:
         """Tell whether a block's slot of this name lies in the attention, not in the MLP."""
+        if not name.startswith(f"{self._prefix}."):
+            return False
         index, _, inner = name.removeprefix(f"{self._prefix}.").partition(".")
         return self.family.parts(int(index)).is_of_attention(inner)
 

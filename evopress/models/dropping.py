@@ -76,27 +76,55 @@ def _returning(forward: Any, count: int) -> Any:
     return (lambda *args, **kwargs: as_returned(forward(*args, **kwargs), count)) if count else forward
 
 
-def contributions(block: nn.Module, family: Family, run: Callable[[], Any]) -> tuple[str, str]:
-    """Name the two modules of a block whose outputs its attention and its MLP add to the residual stream.
+def contributions(block: nn.Module, family: Family, index: int, run: Callable[[], Any]) -> tuple[str, str]:
+    """Name the two modules of block `index` whose outputs its attention and its MLP add to the residual stream.
 
-    Those are themselves, or norms after them: of each and what is around it, whatever is called last.
+    Those are themselves, or norms after them: of each and what is around it, whatever is called last. Where that is not known,
+    a norm is after a module whose very output it is handed.
 
     Args: run: runs the block, with all modules there.
+
+    Raises: EvoPressError if the block has one of them alone, or several side by side.
     """
-    called: list[str] = []
-    groups = (family.attention, *family.around_attention), (family.mlp, *family.around_mlp)
+    parts = family.parts(index)
+    if len(parts.attention) != 1 or len(parts.mlp) != 1:
+        raise EvoPressError(
+            f"search/strategy=guided cannot score the blocks of {family.name}, which have not one mixer and one MLP each: "
+            "use search/strategy=evolution, or method.granularity=block"
+        )
+    calls: list[tuple[str, Any, Any]] = []
+    groups = (*parts.attention, *parts.around_attention), (*parts.mlp, *parts.around_mlp)
+    names = [name for name, _ in block.named_children()] if family.is_found else [name for group in groups for name in group]
     handles = [
-        block.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
-        for group in groups
-        for name in group
+        block.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: calls.append((name, args[0] if args else None, _first_of(output)))
+        )
+        for name in dict.fromkeys((*names, *parts.attention, *parts.mlp))
     ]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    attention, mlp = (max(group, key=lambda name: called.index(name) if name in called else -1) for group in groups)
+    if family.is_found:
+        attention, mlp = (_last_of_chain(calls, name) for name in (parts.attention[0], parts.mlp[0]))
+    else:
+        called = [name for name, _, _ in calls]
+        attention, mlp = (max(group, key=lambda name: called.index(name) if name in called else -1) for group in groups)
     return attention, mlp
+
+
+def _first_of(output: Any) -> Any:
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def _last_of_chain(calls: Sequence[tuple[str, Any, Any]], name: str) -> str:
+    """Return the last of the modules that are handed one another's output, from one on."""
+    output = next(output for called, _, output in calls if called == name)
+    for called, given, made in calls:
+        if called != name and given is output:
+            name, output = called, made
+    return name
 
 
 def check_fields(config: Mapping[str, Any], num_blocks: int, family: Family) -> None:

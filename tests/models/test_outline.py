@@ -36,7 +36,7 @@ def checked(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", ["gpt2", "nemotron_h", "gemma4_text"])
 def test_a_model_without_an_adapter_goes_through_all_methods(model_type: str) -> None:
     (row,) = survey([model_type])
-    assert row.works and row.units > 0.9, row
+    assert row.works and row.units > 0.7, row
     assert row.differences and max(value for _, value in row.differences) < TOLERANCE, row.differences
     assert row.cache and bool(row.no_drop) == (model_type == "gemma4_text"), row
     assert f"| {model_type} | {row.units:.0%} |" in page([row])
