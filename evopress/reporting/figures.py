@@ -154,8 +154,8 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
     from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
 
     genome = space.check(genome)
-    cells = _cells(space)
-    rows = list(dict.fromkeys(cells))
+    places = cells(space)
+    rows = list(dict.fromkeys(places))
     blocks = sorted({unit.block for unit in space.units if not unit.is_outside})
     columns = blocks + [len(blocks)] * any(
         unit.is_outside for unit in space.units
@@ -164,7 +164,7 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
     by_label = len(labels) <= _MOST_LABELS
     image = np.full((len(rows), len(columns)), np.nan)
     keys: dict[tuple[int, int], str] = {}
-    for index, (cell, unit, level) in enumerate(zip(cells, space.units, genome, strict=True)):
+    for index, (cell, unit, level) in enumerate(zip(places, space.units, genome, strict=True)):
         place = rows.index(cell), len(blocks) if unit.is_outside else blocks.index(unit.block)
         size = measured_size(space, unit)
         value = measure(space, space.prices[index][level], size) if size else float(level)
@@ -282,15 +282,15 @@ def _held_out(record: Mapping[str, Any], key: str) -> Any:
     return (record.get("held_out") or {}).get(key)
 
 
-def _cells(space: Space) -> list[Cell]:
+def cells(space: Space) -> list[Cell]:
     """Return the heat map's row of each unit."""
     counts: dict[tuple[int, str], int] = {}
-    cells = []
+    found = []
     for unit in space.units:
         index = counts.get((unit.block, unit.kind), 0)
         counts[unit.block, unit.kind] = index + 1
-        cells.append((unit.kind, index))
-    return cells
+        found.append((unit.kind, index))
+    return found
 
 
 def _ordered_labels(space: Space) -> list[str]:

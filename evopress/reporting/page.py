@@ -20,6 +20,9 @@ _MOST_FIGURE_BYTES = 400_000
 CAPTIONS = {
     "convergence": "Lower is better. The winner's fitness is measured on a few search tokens, other ones in every generation, "
     "so it jumps; the held-out measures are always on the same text, which no search has seen.",
+    "held": "Dark is much. The scale is logarithmic, and the same in both maps; what is negative, or below a thousandth of the "
+    "most, is palest. Weights hold what their levels' errors add. A dropped module (×) holds what it lacks; the colour of one that "
+    "is kept is what dropping it would add, which is not in the sum.",
     "level_heatmap": "Each cell is a unit: a row per kind, a column per transformer block. The bar says which colour keeps more.",
     "dropped_modules": "What each way of choosing drops: left half of a cell attention, right half MLP.",
     "level_profile": "Average per kind of unit and per transformer block, for every way of dividing the budget that was compared.",

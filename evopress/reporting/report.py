@@ -12,6 +12,7 @@ from evopress.reporting import account
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.figures import averages, measure, measure_name, measured_size
 from evopress.reporting.findings import headline, results_table
+from evopress.reporting.held import held_words
 from evopress.reporting.page import cell_text, code, details, json_text, pairs, paragraph, pictures, section, table, write_page
 from evopress.units import Genome, Space
 
@@ -71,6 +72,7 @@ def write_report(
         section("What was found", paragraph(headline(rows), kind="lead") + results_table(rows)),
         section("Convergence", take("convergence") + account.progress(held_out_curve(records, rows).records)),
         section("Where the budget went", where),
+        section("What each unit holds", take("held") + _held(records, space)),
         section("Accepted switches", take("switches") + account.accepted_switches(records, space)),
         section("Selection", take("selection") + account.stages(records)),
         section("Lineage", take("lineage") + account.ancestry(records)),
@@ -196,6 +198,12 @@ def _kinds(space: Space, genome: Genome, records: Sequence[Mapping[str, Any]]) -
     headers = ["kind", "units", "weights", *used, measure_name(space), *(account.balance_headers(space) if switched else ())]
     note = "Switched: levels that units of this kind went up, and down, in all accepted generations." if switched else ""
     return table(list(map(escape, headers)), body) + paragraph(note, kind="note")
+
+
+def _held(records: Sequence[Mapping[str, Any]], space: Space | None) -> str:
+    """Say which units held most of the fitness, where the search asked."""
+    said = held_words(records, space) if space is not None else []
+    return "".join(map(paragraph, said))
 
 
 def _loading(result: Mapping[str, Any]) -> str:

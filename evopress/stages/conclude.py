@@ -14,6 +14,7 @@ from evopress.reporting import figures, tables
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.dropped import dropped_modules_figure
 from evopress.reporting.generations import read_generations
+from evopress.reporting.held import held_figure
 from evopress.reporting.lineage import lineage_figures
 from evopress.reporting.metrics import baseline_lines, best_metrics, final_metrics, levels_table, switches_table
 from evopress.reporting.records import read_genome, write_json
@@ -172,6 +173,7 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
             pictures += dropped_modules_figure(dropped, len(workspace.blocks.blocks), run_dir / "figures")
         if workspace.method.weights is not None:
             pictures += figures.level_profile(union, {**others, shown_as: genome}, run_dir / "figures")
+        pictures += held_figure(records, database.space, run_dir / "figures", fitness=settings.fitness.name)
         pictures += lineage_figures(records, database.space, run_dir / "figures", fitness=settings.fitness.name)
     if rows:
         tables.write_tables(rows, run_dir, said=headline(rows))
