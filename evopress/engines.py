@@ -58,6 +58,8 @@ class Engine:
     """It rounds scales to the dtype that it computes in."""
     outside: bool = True
     """Head and embedding may be integers."""
+    gguf_types: bool = False
+    """It computes with the types of GGUF (method.grid=gguf), which keep scales their own way, and with no other integers."""
     ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Weights of a module that have one level, by the name of all together."""
 
@@ -84,6 +86,10 @@ def _as_compressed_tensors(shape: Shape) -> int:
 
 def _as_gptq(shape: Shape) -> int:
     return (shape.columns * shape.rows + shape.groups) * shape.bits + 16 * shape.groups + 32 * shape.columns
+
+
+def _as_stored(shape: Shape) -> int:
+    return shape.rows * shape.columns * shape.bits + shape.groups * (shape.scale_bits + 16)
 
 
 ENGINES = {
@@ -115,6 +121,7 @@ ENGINES = {
             rows_in_words=True,
             outside=False,
         ),
+        Engine("llama_cpp", "llama.cpp", bits=(), groups=(), stored_bits=_as_stored, formats=("gguf",), gguf_types=True),
     )
 }
 """By name."""

@@ -208,7 +208,7 @@ def build_levels(
         bits: average bits per weight asked for (quant).
         sparsity: share of weights or modules to remove (sparsity, drop).
         size: of all weights, "60MB" or "2.25bpw" (quant, joint).
-        engine: what will run the model, by whose rules it is searched: none, mlx, vllm or gptqmodel.
+        engine: what will run the model, by whose rules it is searched: none, mlx, vllm, gptqmodel or llama_cpp.
         folder: where levels are kept; None: in a temporary folder, as long as the result lives.
         settings: the method's own, such as levels=[4, 3, 2] or recipe="paper"; see docs/methods.md.
 

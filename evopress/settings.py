@@ -560,7 +560,7 @@ class RunSettings:
     """Further limits: [{currency: bytes, total: 60MB}, {currency: modules, total: 52}], with kind: attention where units of one
     kind count; currencies are bits, bytes, weights and modules."""
     engine: str = "none"
-    """What will run the model, by whose rules it is searched (docs/exports.md): none, mlx, vllm or gptqmodel."""
+    """What will run the model, by whose rules it is searched (docs/exports.md): none, mlx, vllm, gptqmodel or llama_cpp."""
     seed: int = 0
     """Of every generator of the run."""
     threads: int | None = None

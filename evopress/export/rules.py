@@ -21,7 +21,12 @@ def refuse_unfit(engine: Engine, forms: Iterable[Form], *, asked: str, otherwise
     for form in forms:
         if form.kind == SPARSE:
             raise EvoPressError(f"{asked} cannot hold sparse weights ({form}): {otherwise}")
-        if form.kind == GGUF_TYPE:
+        if form.kind == INTEGERS and engine.gguf_types:
+            raise EvoPressError(
+                f"{asked} cannot hold {form}: {engine.title} computes with the types of GGUF; use +method=gguf, whose levels they "
+                f"are, or {otherwise}"
+            )
+        if form.kind == GGUF_TYPE and not engine.gguf_types:
             raise EvoPressError(f"{asked} cannot hold GGUF's types ({form}): set method.grid=integers, or use export=[gguf]")
         if form.kind == INTEGERS:
             _refuse_integers(engine, form, asked=asked, otherwise=otherwise)

@@ -22,11 +22,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from evopress.compress.gguf_levels import GGUFWeight
 from evopress.compress.gptq import Quantized
+from evopress.engines import ENGINES
 from evopress.errors import EvoPressError
 from evopress.export.exporter import GGUF_TYPE, INTEGERS, SPARSE, Export, Form, write_export
 from evopress.export.gguf import FILE, GGUF, as_blocks, type_of
 from evopress.export.gguf_model import ARCHITECTURES, frequency_factors
 from evopress.export.gguf_tokenizer import add_tokenizer, split_name
+from evopress.export.rules import refuse_unfit
 from evopress.models.tiny import byte_tokenizer
 
 
@@ -305,6 +307,15 @@ def test_levels_that_gguf_cannot_hold_are_refused(form: Form, sentence: str) -> 
 def test_models_that_llama_cpp_computes_otherwise_are_refused(config: dict[str, Any], sentence: str) -> None:
     with pytest.raises(EvoPressError, match=sentence):
         GGUF().check(config, [])
+
+
+def test_the_engine_asks_for_types_and_others_refuse_them() -> None:
+    types, integers = [Form("a.q_proj", "Q4_K", GGUF_TYPE)], [Form("a.q_proj", "4 bits", INTEGERS, 4, 64)]
+    refuse_unfit(ENGINES["llama_cpp"], types, asked="engine=llama_cpp", otherwise="use engine=none")
+    with pytest.raises(EvoPressError, match=r"engine=llama_cpp cannot hold a.q_proj at 4 bits .* use \+method=gguf"):
+        refuse_unfit(ENGINES["llama_cpp"], integers, asked="engine=llama_cpp", otherwise="use engine=none")
+    with pytest.raises(EvoPressError, match=r"cannot hold GGUF's types \(a.q_proj at Q4_K\): set method.grid=integers"):
+        refuse_unfit(ENGINES["mlx"], types, asked="export=[mlx]", otherwise="use engine=none")
 
 
 def test_options_are_checked() -> None:
