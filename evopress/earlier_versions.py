@@ -90,7 +90,11 @@ def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
     model, data, method, search = (config.get(group) or {} for group in ("model", "data", "method", "search"))
     strategy = search.get("strategy") or {"name": "evolution"}
     had: dict[str, Any] = {}
-    if method.get("name") in ("quant", "sparsity") and isinstance(strategy, Mapping) and strategy.get("name") == "evolution":
+    if (
+        method.get("name") in ("quant", "sparsity", "joint")
+        and isinstance(strategy, Mapping)
+        and strategy.get("name") == "evolution"
+    ):
         had["search/strategy"] = "evolution"
     if "bos" in model:
         return had

@@ -126,24 +126,31 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(curves: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw held-out KL against tokens, a panel per target, a curve per row and seed: one picture per method and recipe."""
+    """Draw held-out KL against tokens, a row of panels per recipe, a panel per target, a curve per seed: one picture per method."""
     files = []
-    for (method, recipe), of_method in curves.groupby(["method", "recipe"]):
-        unit = _UNITS[str(method)]
+    for method, of_method in curves.groupby("method"):
+        unit, recipes = _UNITS[str(method)], sorted(of_method.recipe.unique())
         targets, names = sorted(of_method.target.unique()), list(dict.fromkeys(of_method.row))
-        figure = new_figure(3.1 * len(targets) + 0.4, 3.2)
-        for panel, target in zip(figure.subplots(1, len(targets), squeeze=False)[0], targets, strict=True):
-            lines = {}
-            for (name, _), points in of_method[of_method.target == target].groupby(["row", "seed"], sort=False):
-                look = names.index(name)
-                (lines[name],) = panel.plot(points.tokens, points.held_out_kl, color=COLOURS[look], linestyle=STYLES[look], lw=1.2)
-            panel.set(title=f"{target:g}{unit}", xlabel="tokens")
-            panel.xaxis.set_major_formatter(show_tokens)
-            log_scale(panel)
-            open_frame(panel)
-        figure.axes[0].set_ylabel(f"held-out KL, a line per seed, {recipe} levels" if recipe else "held-out KL, a line per seed")
-        figure.axes[0].legend(lines.values(), lines.keys(), frameon=False, fontsize=8)
-        files += save(figure, folder, f"curves-{method}{f'-{recipe}' if recipe else ''}")
+        figure = new_figure(3.1 * len(targets) + 0.4, 2.9 * len(recipes) + 0.5)
+        panels, lines = figure.subplots(len(recipes), len(targets), squeeze=False), {}
+        for row, recipe in zip(panels, recipes, strict=True):
+            for panel, target in zip(row, targets, strict=True):
+                here = of_method[(of_method.target == target) & (of_method.recipe == recipe)]
+                if here.empty:
+                    panel.set_axis_off()
+                    continue
+                for (name, _), points in here.groupby(["row", "seed"], sort=False):
+                    look = names.index(name)
+                    style = {"color": COLOURS[look], "linestyle": STYLES[look], "lw": 1.2}
+                    (lines[name],) = panel.plot(points.tokens, points.held_out_kl, **style)
+                panel.set(title=f"{target:g}{unit}{f', {recipe} levels' if recipe else ''}")
+                panel.xaxis.set_major_formatter(show_tokens)
+                log_scale(panel)
+                open_frame(panel)
+        figure.supylabel("held-out KL, a line per seed", fontsize=10)
+        figure.supxlabel("tokens; one forward and backward counts as three", fontsize=10)
+        figure.legend(lines.values(), lines.keys(), frameon=False, fontsize=9, ncols=len(lines), loc="outside upper center")
+        files += save(figure, folder, f"curves-{method}")
     return files
 
 

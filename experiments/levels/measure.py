@@ -36,7 +36,7 @@ ROWS: dict[str, list[str]] = {
     "best, no descent": ["method.tolerance=0.999999"],
     "best, symmetric": ["method.symmetric=true"],
     "best, group 32": ["method.group_size=32"],
-    "best, 2 and 3 bits in groups of 32": ["method.group_sizes={2: 32, 3: 32}"],
+    "best, 2 and 3 bits in groups of 32": ["+method.group_sizes={2: 32, 3: 32}"],
     "best, 16,384 tokens": ["data.calibration_tokens=16384"],
     "paper, 16,384 tokens": ["method.recipe=paper", "data.calibration_tokens=16384"],
 }
@@ -79,6 +79,7 @@ def measure(row: str, overrides: list[str], *, seed: int) -> list[dict[str, Any]
             settings.bits = bits
             genomes[f"dp_{bits:g}"] = dynamic_programming(space, make_method(settings).budget(space), database.errors)
         fitness = settings.fitness
+        device = torch.cuda.get_device_name(workspace.device) if workspace.device.type == "cuda" else "CPU"
         sequences = next(iter(workspace.evaluation_data.values()))
         scores = measure_held_out(
             workspace.evaluator,
@@ -98,6 +99,7 @@ def measure(row: str, overrides: list[str], *, seed: int) -> list[dict[str, Any]
                 "perplexity": score.perplexity,
                 "top1_agreement": score.top1_agreement,
                 "database_seconds": seconds,
+                "device": f"{device}, {str(workspace.blocks.dtype).removeprefix('torch.')}",
             }
             for (name, genome), score in zip(genomes.items(), scores, strict=True)
         ]
