@@ -26,7 +26,7 @@ from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 FINISHED = "finished.json"
-_NOT_COUNTED = ("stages", "resume", "dry_run", "refine", "export", "export_options")
+_NOT_COUNTED = ("stages", "resume", "dry_run", "refine", "export", "export_options", "archive")
 """Settings that change no result; `refine` and what is exported stand beside the digest, since earlier versions had no such."""
 _SAID_ELSEWHERE = {
     "scale": ("refine", "refine_tokens", "random_tokens", "baseline_tokens", "attribution_tokens", "screen_tokens"),

@@ -563,6 +563,8 @@ class RunSettings:
     """What will run the model, by whose rules it is searched (docs/exports.md): none, mlx, vllm, gptqmodel or llama_cpp."""
     seed: int = 0
     """Of every generator of the run."""
+    archive: bool = True
+    """Reuse what was measured of genomes on the same tokens before, where it is the same to the bit, and keep what is measured."""
     threads: int | None = None
     """CPU threads of torch; None: its choice."""
     stages: list[str] = field(default_factory=lambda: stages_by_default(refine=False))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +22,7 @@ from evopress.data.tokens import tokens_digest
 from evopress.engines import engine_of
 from evopress.errors import EvoPressError
 from evopress.files import given_path, make_folder
+from evopress.fitness.archive import ARCHIVE, Archive, Archiving, NoArchive, code_digest
 from evopress.fitness.fusion import can_compile
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.plain import PlainEvaluator
@@ -34,7 +36,7 @@ from evopress.levels.plan import BuildNeeds, BuildSettings, planned
 from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerprint
 from evopress.levels.tied import TiedLevels, as_engine_has
 from evopress.levels.union import Levels, LevelUnion, join, joint_fingerprint
-from evopress.machine import PeakMemory
+from evopress.machine import PeakMemory, precision
 from evopress.methods import Rest, make_method
 from evopress.models.blocks import BlockModel, BlockShape, by_blocks
 from evopress.models.devices import begin_on
@@ -484,6 +486,34 @@ class Workspace:
         if fitness.evaluator == "plain":
             return PlainEvaluator(self.live, max_tokens_in_flight=fitness.max_tokens_in_flight)
         return PopulationEvaluator(self.live, max_tokens_in_flight=fitness.max_tokens_in_flight, fused=self.fused)
+
+    @cached_property
+    def archive(self) -> Archiving:
+        """What was measured on the search text before, and by other runs; not where code is compiled, which rounds as it likes."""
+        if self._beside is not None:
+            return self._beside.archive
+        if not self.settings.archive or self.fused:
+            return NoArchive()
+        return Archive(self.database.folder / ARCHIVE, self._what_decides, [len(unit.levels) for unit in self.database.space.units])
+
+    @property
+    def _what_decides(self) -> dict[str, Any]:
+        """All that decides a genome's fitness on some tokens, to the bit."""
+        fitness, model, cuda = self.settings.fitness, self.settings.model, self.device.type == "cuda"
+        return {
+            **self._model_recipe,
+            "levels": self.database.fingerprint,
+            "text": tokens_digest(self.search_tokens),
+            "fitness": [fitness.name, fitness.k, fitness.evaluator, fitness.max_tokens_in_flight, fitness.chunk_tokens],
+            "attention": model.attn_implementation,
+            "offload": model.offload,
+            "device": torch.cuda.get_device_name(self.device) if cuda else torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "precision": precision(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "code": code_digest(),
+        }
 
     @cached_property
     def fused(self) -> bool:

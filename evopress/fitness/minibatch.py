@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evopress.data.minibatch import draw
+from evopress.data.minibatch import Minibatch, draw
 from evopress.errors import EvoPressError
+from evopress.fitness.archive import Archiving, NoArchive
 from evopress.fitness.attribution import attribute
 from evopress.fitness.measures import Measure, NegativeLogLikelihood
 from evopress.fitness.population import Evaluator, measure_sums
@@ -37,6 +38,7 @@ class MinibatchFitness:
         measure: Measure,
         chunk_tokens: int = 256,
         max_tokens_in_flight: int = 4096,
+        archive: Archiving | None = None,
     ) -> None:
         """Take the text and the base model's targets.
 
@@ -46,6 +48,7 @@ class MinibatchFitness:
             rng: draws the minibatches and nothing else; its state is part of the search's state.
             measure: a measure with one number per token.
             max_tokens_in_flight: of attributions; the evaluator has its own.
+            archive: of what was measured before; None: everything is measured.
         """
         self.evaluator = evaluator
         self.sequences = sequences
@@ -54,11 +57,20 @@ class MinibatchFitness:
         self.chunk_tokens = chunk_tokens
         self.max_tokens_in_flight = max_tokens_in_flight
         self.base = base
+        self.archive = NoArchive() if archive is None else archive
         self._explained = False
 
     def __call__(self, genomes: Sequence[Genome], *, tokens: int) -> list[float]:
         """Return one fitness per genome, in nats per token (the perplexity fitness in perplexity), on `tokens` fresh tokens."""
         minibatch = draw(len(self.sequences), self.sequences.shape[1], tokens=tokens, rng=self.rng)
+        alone = all(self.evaluator.alone(len(rows), length) for rows, length in minibatch.groups())
+        means = self.archive.fitnesses(genomes, minibatch, alone=alone, measure=lambda those: self._means(those, minibatch))
+        if isinstance(self.measure, NegativeLogLikelihood):
+            return [math.exp(mean) if mean < 700 else math.inf for mean in means]
+        return means
+
+    def _means(self, genomes: Sequence[Genome], minibatch: Minibatch) -> list[float]:
+        """Return the measure's mean over a minibatch for every genome."""
         total = torch.zeros(len(genomes), dtype=torch.float64)
         count = 0
         for indices, length in minibatch.groups():
@@ -69,10 +81,7 @@ class MinibatchFitness:
                 self._explain(genomes[int(torch.isfinite(sums).all(1).int().argmin())], rows, ids)
             total += sums[:, 0]
             count += n
-        means = (total / count).tolist()
-        if isinstance(self.measure, NegativeLogLikelihood):
-            return [math.exp(mean) if mean < 700 else math.inf for mean in means]
-        return means
+        return (total / count).tolist()
 
     def attribute(self, genome: Genome, *, tokens: int, sequences: int) -> list[list[float]]:
         """Return what each unit holds of a genome's fitness on sequences of fresh text, floats [sequences][units].
@@ -93,16 +102,21 @@ class MinibatchFitness:
             raise EvoPressError(f"{tokens} tokens of {count} sequences predict nothing: ask for at least 2 of each")
         rows = self.rng.choice(available, size=count, replace=False).tolist()
         live = self.evaluator.live
-        return attribute(
-            live,
-            genome,
-            self.sequences[rows, :length],
-            self.base[rows],
-            self.measure,
-            uniform=torch.from_numpy(self.rng.random((count, length - 1))) if live.modules_in(0) else None,
-            max_tokens_in_flight=self.max_tokens_in_flight,
-            chunk_tokens=self.chunk_tokens,
-        ).tolist()
+        uniform = self.rng.random((count, length - 1)) if live.modules_in(0) else None
+
+        def measured() -> np.ndarray:
+            return attribute(
+                live,
+                genome,
+                self.sequences[rows, :length],
+                self.base[rows],
+                self.measure,
+                uniform=None if uniform is None else torch.from_numpy(uniform),
+                max_tokens_in_flight=self.max_tokens_in_flight,
+                chunk_tokens=self.chunk_tokens,
+            ).numpy()
+
+        return self.archive.attribution(genome, rows, length, measured, drawn=uniform).tolist()
 
     def _explain(self, genome: Genome, rows: list[int], ids: Tensor) -> None:
         """Say, the first time, where a genome's numbers stop being finite.

@@ -34,3 +34,7 @@ class PlainEvaluator:
                 ]
             states.append(torch.cat(parts))
         return list(range(len(genomes))), states
+
+    def alone(self, num_sequences: int, length: int) -> bool:
+        """See `Evaluator`: every genome has forwards of its own."""
+        return True

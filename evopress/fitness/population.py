@@ -34,6 +34,9 @@ class Evaluator(Protocol):
         Args: ids: int64 [b, l].
         """
 
+    def alone(self, num_sequences: int, length: int) -> bool:
+        """Tell whether a genome's states on so many sequences of a length are the same to the bit, whatever is asked beside it."""
+
 
 class PopulationEvaluator:
     """The fast way: block by block over the whole population."""
@@ -88,6 +91,14 @@ class PopulationEvaluator:
         finished = [blocks.finish(state) for state in states if state is not None]
         return state_of, finished
 
+    def alone(self, num_sequences: int, length: int) -> bool:
+        """See `Evaluator`: where a forward has room for one state, it has no other's rows."""
+        return self._together(num_sequences, length) == 1
+
+    def _together(self, num_sequences: int, length: int) -> int:
+        """Return how many states of so many sequences go through a block together."""
+        return max(max(self.max_tokens_in_flight // length, 1) // num_sequences, 1)
+
     def _advance(
         self,
         index: int,
@@ -103,7 +114,7 @@ class PopulationEvaluator:
         assert first is not None
         b, length = first.shape[:2]
         per_forward = max(self.max_tokens_in_flight // length, 1)  # sequences
-        together = max(per_forward // b, 1)  # states
+        together = self._together(b, length)  # states
         for start in range(0, len(parents), together):
             group = parents[start : start + together]
             inputs = [states[parent] for parent in group]

@@ -73,6 +73,7 @@ def make_fitness(workspace: Workspace, rng: np.random.Generator, num_sequences: 
         measure=make_measure(settings, fused=workspace.fused),
         chunk_tokens=settings.chunk_tokens,
         max_tokens_in_flight=settings.max_tokens_in_flight,
+        archive=workspace.archive,
     )
 
 
@@ -145,6 +146,7 @@ def find_baselines(workspace: Workspace) -> None:
                     f"the baseline {name} gives a row {row!r}, which there is already: leave it out of baselines.names"
                 )
             found[row] = space.check(genome)
+    workspace.archive.tell("baselines")
     stored = {"schema": 1, "database": workspace.database.fingerprint, "asked": _asked(workspace), "further": further}
     write_json(path, {**stored, "genomes": {name: list(genome) for name, genome in found.items()}, "orders": orders})
 

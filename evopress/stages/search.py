@@ -100,6 +100,7 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
                 attribute=live.attributing(fitness.attribute),
                 on_generation=finish_generation,
             )
+        workspace.archive.tell("search")
     tracker.summarize(best_metrics(read_generations(metrics, database.space)))
     write_genome(
         run_dir / "genome.json",

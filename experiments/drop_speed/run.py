@@ -117,6 +117,9 @@ class _Timed:
         self.seconds += time.perf_counter() - started
         return found
 
+    def alone(self, num_sequences: int, length: int) -> bool:
+        return self._evaluator.alone(num_sequences, length)
+
 
 def measure(evaluator: PopulationEvaluator, genomes: Sequence[Genome], tokens: Tensor, base: Tensor, measure: Measure) -> Sample:
     """Evaluate genomes on sequences, int64 [N, L], and take the time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
+import evopress.fitness.minibatch as minibatch_fitness
 import evopress.pipeline as pipeline
 import evopress.stages.search as search_stage
 from evopress import config as configuration
 from evopress.errors import EvoPressError
+from evopress.finished import settings_digest
 from evopress.models.opening import fitted
 from evopress.reporting.front import front_rows, front_words
 from evopress.run_folder import looks_aside
@@ -199,3 +202,31 @@ def test_what_no_budget_keeps_is_one_sentence_before_anything_is_searched(asked:
     with pytest.raises(EvoPressError, match="max_kl=1e-09 is kept by no budget: with every unit at its least compressed level"):
         run(replace(asked, budgets=[], max_kl=1e-9, stages=SEARCH), tmp_path / "run")
     assert not (tmp_path / "run" / "points").exists()
+
+
+def test_a_later_run_measures_nothing_that_an_earlier_one_has(
+    asked: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To the bit: the records are the same but for the time; what is asked for beyond that is measured."""
+    counted, measured = 0, minibatch_fitness.measure_sums
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        nonlocal counted
+        counted += 1
+        return measured(*arguments, **options)
+
+    monkeypatch.setattr(minibatch_fitness, "measure_sums", counting)
+    one = replace(asked, budgets=[], bits=2.75, stages=SEARCH)
+    counts, records = [], []
+    for number, archive in enumerate((True, True, False)):
+        with caplog.at_level(logging.INFO):
+            caplog.clear()
+            run(replace(one, archive=archive), tmp_path / str(number))
+        assert ("evaluations, " in caplog.text and "in the archive" in caplog.text) is (number == 1)
+        lines = (tmp_path / str(number) / "metrics.jsonl").read_text().splitlines()
+        records.append([{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines])
+        counts.append(counted)
+        counted = 0
+    assert counts[0] > 0 and counts[1] == 0 and counts[2] == counts[0]
+    assert records[0] == records[1] == records[2]
+    assert settings_digest(one) == settings_digest(replace(one, archive=False)), "it changes no result"
