@@ -14,6 +14,7 @@ from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.methods.method import Rest
+from evopress.methods.quant import bits_of
 from evopress.methods.targets import BYTES_OF, parsed_size
 from evopress.settings import JointSettings, QuantSettings, RunSettings, SparsitySettings
 from evopress.units import Space
@@ -50,7 +51,7 @@ def any_point(settings: RunSettings) -> RunSettings:
     if isinstance(settings.method, JointSettings):
         return point_at(settings, "1TB").settings
     if isinstance(settings.method, QuantSettings):
-        widths = [16 if level == "dense" else level for level in settings.method.levels]
+        widths = [bits_of(level) for level in settings.method.levels]
         return point_at(settings, (min(widths) + max(widths)) / 2).settings
     return point_at(settings, 0.5 if settings.sparsity is None else settings.sparsity).settings
 

@@ -126,7 +126,7 @@ class Quantization:
         self.compressor((), dtype_bits=16)
         if self.bits is None:
             return
-        widths = [_bits_of(level) for level in self.settings.levels]
+        widths = [bits_of(level) for level in self.settings.levels]
         least, most = min(widths), max(widths)
         if not least <= self.bits <= most:
             if math.isnan(self.bits):
@@ -171,7 +171,7 @@ class Quantization:
         return {"bits_per_weight": float(bits), "bits_per_weight_with_metadata": float(bits)}
 
 
-def _bits_of(level: Any) -> float:
+def bits_of(level: Any) -> float:
     """Return the bits a weight that a level of the settings takes; of one as it is, at most."""
     if level == DENSE:
         return _WIDEST
