@@ -147,18 +147,23 @@ def write_export(exporter: Exporter, folder: Path, export: Export) -> Path:
 
 
 def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Let `fill` fill an empty folder that then takes the place of `folder`."""
-    scratch = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
+    """Let `fill` fill an empty folder that then takes the place of `folder`; until then an older one is there, whole."""
+    scratch, older = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old.tmp")
+    for left in (scratch, older):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)
         fill(scratch)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(older)  # to remove it in its place would leave half of it if this is killed
         scratch.rename(folder)
     except OSError as error:
         raise explained(error, folder) from error
     except SafetensorError as error:
         raise explained(os_error(error), folder) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if older.exists() and not folder.exists():
+            older.rename(folder)
+        for left in (scratch, older):
+            shutil.rmtree(left, ignore_errors=True)
     return folder
