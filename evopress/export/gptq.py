@@ -64,12 +64,13 @@ class GPTQFiles:
             "Integers, zeros and scales are those that were measured; the scales are float16, which loading in float16 keeps."
         )
         logger.info("gptq: %s", exactness)
-        load = "from gptqmodel import GPTQModel; model = GPTQModel.load('.', dtype='float16')"
+        load = "import torch; from gptqmodel import GPTQModel; model = GPTQModel.load('.', dtype=torch.float16)"
+        say = "print(model.tokenizer.decode(model.generate('Once upon a time')[0]))"
         card = model_card(
             export,
             library="gptqmodel",
             how="`pip install gptqmodel`, and in this folder:",
-            commands=(f'''python -c "{load}; print(model.generate('Once upon a time'))"''',),
+            commands=(f'python -c "{load}; {say}"',),
             remarks=exactness,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
