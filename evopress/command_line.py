@@ -107,6 +107,8 @@ def _no_setting(found: re.Match[str], error: Exception, groups: Mapping[str, Seq
     """A key that no schema has: `bit=2.5`."""
     key = found[1]
     known = [*_settings(), *groups]
+    if key in known:  # of another option of its group
+        return f"{key} is a setting, but not of the {key.partition('.')[0]} that was chosen: leave it out, or choose another"
     near = get_close_matches(key, known, n=3, cutoff=0.75)
     near += [name for name in known if name not in near and name.rpartition(".")[2] == key.rpartition(".")[2]]
     return f"{key} is no setting: " + (f"did you mean {_either(near[:3])}?" if near else _HELP)

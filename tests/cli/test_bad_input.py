@@ -260,6 +260,10 @@ COMMANDS = {
     "a misspelt key": (["+method=quant", "bit=2.5"], ["bit is no setting", "did you mean bits?"]),
     "a misspelt key of a group": (["+method=quant", "search.generation=5"], ["search.generation is", "search.generations"]),
     "a key without its group": (["+method=quant", "calibration_tokens=5"], ["data.calibration_tokens"]),
+    "a key of another method": (
+        ["+method=quant", "bits=3.5", "method.granularity=block"],
+        ["method.granularity is a setting, but not of the method that was chosen", "leave it out"],
+    ),
     "a key that is like no other": (["+method=quant", "zebra=5"], ["zebra is no setting", "--help"]),
     "bits that are a word": (["+method=quant", "bits=some"], ["bits=some", "a number"]),
     "no number of bits": (["+method=quant", "bits="], ["bits= is out of range", "a number"]),
