@@ -80,4 +80,7 @@ def write_sections(path: Path, sections: Sequence[Section], metadata: Mapping[st
                         f"{entry.name} is {tensor.dtype} {list(tensor.shape)} in the level database, expected {entry.dtype} "
                         f"{list(entry.shape)}: it was built with other settings, remove it and it is built again"
                     )
-                file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+                flat = tensor.contiguous().cpu().reshape(-1)
+                if flat.stride(0) != 1:  # of one number: contiguous, whatever its strides
+                    flat = flat.clone(memory_format=torch.contiguous_format)
+                file.write(flat.view(torch.uint8).numpy().data)

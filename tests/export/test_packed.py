@@ -22,7 +22,7 @@ from evopress.errors import EvoPressError
 from evopress.export.compressed_tensors import CompressedTensors
 from evopress.export.exporter import DENSE, INTEGERS, SPARSE, Export, Exporter, Form, write_export
 from evopress.export.gptq import GPTQFiles
-from evopress.export.tensors_file import header
+from evopress.export.tensors_file import Entry, Section, header, write_sections
 from evopress.levels.modules import is_module
 
 FILE = "model.safetensors"
@@ -118,6 +118,14 @@ def test_a_weight_takes_what_its_engine_is_said_to_store(exported: Callable[...,
                 shape = Shape(form.rows, form.columns, form.bits, form.rows * form.columns // form.group_size, 16)
                 assert sizes[form.unit] * 8 == ENGINES[engine].stored_bits(shape), form
         assert len(header(sections, {})) % 8 == 0
+
+
+def test_a_tensor_of_one_number_is_written_whatever_its_strides(tmp_path: Path) -> None:
+    """As the packed zeros of 16 rows of 2 bits in one group are, transposed."""
+    number = torch.tensor([[7, 8]], dtype=torch.int32)[:, :1].T
+    section = Section((Entry("a", torch.int32, (1, 1)),), lambda: [number])
+    write_sections(tmp_path / FILE, [section], {})
+    assert torch.equal(load_file(tmp_path / FILE)["a"], number) and number.stride() != (1, 1)
 
 
 class _Ignored:
