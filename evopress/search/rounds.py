@@ -29,12 +29,16 @@ from evopress.search.program import best_in
 from evopress.search.racing import Race
 from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.selection import select_fittest
-from evopress.search.sensitivity import Expected, errors_at, errors_of, from_dense, is_droppable, sensitivities
+from evopress.search.sensitivity import Expected, errors_at, errors_of, is_droppable, latest_sensitivities
 from evopress.search.strategy import Attribution, Problem, Question, backward_tokens
 from evopress.units import Budget, Genome, Space
 
 if TYPE_CHECKING:
     from evopress.search.guided import GuidedSettings
+
+
+_UNITS = 210
+"""Units of the model that `changes` was measured on."""
 
 
 class Guided:
@@ -252,7 +256,7 @@ class Guided:
         self._tokens += self._backward * question.tokens
         self._evaluations += 1
         errors = errors_at(space, self._errors, genome)
-        latest = from_dense(space, genome, sensitivities(held, errors, [unit.kind for unit in space.units]), errors)
+        latest = latest_sensitivities(space, genome, held, errors)
         self._sensitivities = [*self._sensitivities, latest.tolist()][-self._numbers.averaged :]
         self._details = self._held(genome, held.mean(axis=0) / 2)
         return self._values()
@@ -346,11 +350,19 @@ class Guided:
         """Return the genomes that are best by the sensitivities, each with the number of changes that was allowed; None: any."""
         space, budget = self._problem.space, self._problem.budget
         found: dict[Genome, int | None] = {}
-        for most in (None, *self._numbers.changes):
+        for most in (None, *self._changes):
             genome = best_in(space, budget, values, near=parent, most_changes=most)
             if genome is not None and genome != parent and budget.met_by(space, genome):
                 found.setdefault(genome, most)
         return found
+
+    @property
+    def _changes(self) -> list[int]:
+        """The most changes of each proposal; where all units are modules, which are few, in proportion to their number."""
+        space, changes = self._problem.space, self._numbers.changes
+        if not all(is_droppable(space, unit) for unit in range(len(space))):
+            return changes
+        return [max(round(most * len(space) / _UNITS), 2) for most in changes]
 
     def _choose(self, question: Question, answer: Sequence[float]) -> GenerationRecord:
         """Take the fitnesses of the genomes that were asked for, the current one's first, and finish the round."""

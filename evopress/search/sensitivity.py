@@ -14,6 +14,8 @@ _LEAST = 0.1
 """Least sensitivity of a unit, as a share of its kind's."""
 _LEAST_KIND = 1e-3
 """Least sensitivity of a kind whose attributions do not add up to anything, as a share of the model's."""
+_LEAST_MODULE = 0.02
+"""Least of what dropping a module adds, as a share of the median of its kind's."""
 _LEAST_SPREAD = 0.05
 """Least variance between units of a kind, as a share of what their attributions vary by over sequences."""
 
@@ -84,6 +86,19 @@ class Expected:
         return changed
 
 
+def latest_sensitivities(space: Space, genome: Genome, held: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Return the sensitivity of every unit by one attribution: a module's is what dropping it adds, from its dense weights on.
+
+    Args:
+        held: attributions at the genome, [sequences, units].
+        errors: those at the genome, as of `errors_at`.
+    """
+    kinds = [unit.kind for unit in space.units]
+    modules = [is_droppable(space, unit) for unit in range(len(space))]
+    found = of_modules(sensitivities(held, errors, kinds), held, kinds, modules)
+    return from_dense(space, genome, found, errors)
+
+
 def from_dense(space: Space, genome: Genome, sensitivities: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """Count what dropping a module that is kept adds from its dense weights on: by what those in it hold at a genome, too.
 
@@ -93,6 +108,24 @@ def from_dense(space: Space, genome: Genome, sensitivities: np.ndarray, errors: 
     for unit, module in enumerate(space.inside):
         if module is not None and not space.is_gone(genome, unit):
             found[module] += sensitivities[unit] * errors[unit]
+    return found
+
+
+def of_modules(found: np.ndarray, held: np.ndarray, kinds: Sequence[str], modules: Sequence[bool]) -> np.ndarray:
+    """Return sensitivities in which every module has its own: they differ by powers of ten, far beyond their errors.
+
+    Drawn towards a mean that a few of them make up, all the others would be alike.
+
+    Args:
+        found: of all units.
+        held: attributions [sequences, units].
+    """
+    found, means = found.copy(), held.mean(axis=0) / 2
+    for kind in {kind for kind, module in zip(kinds, modules, strict=True) if module}:
+        of_kind = np.array([module and each == kind for each, module in zip(kinds, modules, strict=True)])
+        positive = means[of_kind & (means > 0)]
+        least = _LEAST_MODULE * float(np.median(positive)) if len(positive) else 1.0
+        found[of_kind] = np.maximum(means[of_kind], least)
     return found
 
 

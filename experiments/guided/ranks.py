@@ -35,7 +35,7 @@ from evopress.fitness.measures import KLDivergence
 from evopress.fitness.population import measure_sequences
 from evopress.reporting.records import read_genome
 from evopress.search.mutation import LevelSwitch, offspring
-from evopress.search.sensitivity import Expected, errors_at, errors_of, from_dense, sensitivities
+from evopress.search.sensitivity import Expected, errors_at, errors_of, latest_sensitivities
 from evopress.settings import RunSettings
 from evopress.stages.baselines import make_fitness
 from evopress.units import Budget, Genome, Space
@@ -95,7 +95,7 @@ def predictors(workspace: Workspace, genome: Genome, state: Mapping[str, Any], *
     fresh = make_fitness(workspace, np.random.default_rng([seed, 1]))
     held = np.asarray(fresh.attribute(genome, tokens=strategy.attribution_tokens, sequences=strategy.attribution_sequences))
     here = errors_at(space, errors, genome)
-    found = {"fresh": of(from_dense(space, genome, sensitivities(held, here, [unit.kind for unit in space.units]), here))}
+    found = {"fresh": of(latest_sensitivities(space, genome, held, here))}
     if state.get("sensitivities"):
         found = {"search": of(np.exp(np.log(state["sensitivities"]).mean(axis=0))), **found}
     return found if workspace.method.weights is None else {**found, "errors": of(np.ones(len(space)))}

@@ -419,6 +419,15 @@ def test_what_holds_least_is_dropped_of_each_kind(approach) -> None:
     assert not any(ask.initial and ask.times for ask in settings.asks({"generation": 1, "evolution": None, "settled": False}))
 
 
+def test_modules_are_told_apart_beside_one_that_holds_nearly_all() -> None:
+    space = depth_space(8)
+    toy = WithModules(space, 1)
+    toy.weights = np.where(np.arange(16) // 2 == 0, 1e3, toy.weights)
+    budget = Budget(8, 0.5, "depth sparsity", (Limit(4, kind="attention"), Limit(4, kind="mlp")))
+    best, _ = run(replace(NUMBERS, rounds=1).searching(EVOLUTION).make(problem_of(space, budget, ())), toy)
+    assert sum(toy.parts(best)) == pytest.approx(toy.best(budget), rel=1e-9)
+
+
 def test_without_a_round_modules_are_dropped_as_evolution_does() -> None:
     space = depth_space(4)
     toy, budget = WithModules(space, 0), Budget(6, 0.25, "depth sparsity", (Limit(3, kind="attention"), Limit(3, kind="mlp")))
