@@ -80,7 +80,10 @@ def test_jobs_side_by_side_share_one_database(launcher: tuple[str, ...], tmp_pat
     done = sweep(f"hydra/launcher={name}", *options, "bits=9,3.5,3", cwd=tmp_path)
     assert done.returncode == 1  # of the job that cannot be; the others are done
     assert "bits=9 is above the highest level" in done.stderr
-    jobs = [tmp_path / "sweep" / f"baselines.names=,bits={bits},debug=tiny,method=quant" for bits in ("9", "3.5", "3")]
+    jobs = [
+        tmp_path / "sweep" / f"baselines.names=,bits={bits},debug=tiny,method=quant,search.strategy=evolution"
+        for bits in ("9", "3.5", "3")
+    ]
     assert not (jobs[0] / "result.json").exists()
     results = [json.loads((job / "result.json").read_text(encoding="utf-8")) for job in jobs[1:]]
     assert [[row["name"] for row in result["rows"]] for result in results] == [["dense", "evopress"]] * 2
@@ -102,7 +105,10 @@ def test_a_job_that_is_killed_takes_no_other_with_it(tmp_path: Path) -> None:
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "1 of 3 jobs were killed, the others have ended" in error and "hydra.sweep.dir=sweep" in error
     assert "bits=3.5 seed=1 (SIGKILL)" in error and "seed=0" not in error and "seed=2" not in error, error
-    jobs = [tmp_path / "sweep" / f"baselines.names=,bits=3.5,debug=tiny,method=quant,seed={seed}" for seed in range(3)]
+    jobs = [
+        tmp_path / "sweep" / f"baselines.names=,bits=3.5,debug=tiny,method=quant,search.strategy=evolution,seed={seed}"
+        for seed in range(3)
+    ]
     assert [(job / "finished.json").exists() for job in jobs] == [True, False, True]
     again = sweep(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr

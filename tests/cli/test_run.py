@@ -410,8 +410,15 @@ def test_the_plain_evaluator_finds_the_same(finished: Any, tiny: Callable[..., A
 
 def test_super_fast_search(evopress: Callable[..., Any], tmp_path: Path) -> None:
     outcome = evopress(
-        *("+method=quant", "bits=3.5", "model=tiny", "tracker=none", "search=super_fast", "search.generations=2", "threads=1"),
-        *("data.calibration_tokens=1024", SEARCH, "hydra.run.dir=run", "evaluation.every=0"),
+        *("+method=quant", "bits=3.5", "model=tiny", "tracker=none", "search=super_fast", "search.generations=2"),
+        *(
+            "search/strategy=evolution",
+            "threads=1",
+            "data.calibration_tokens=1024",
+            SEARCH,
+            "hydra.run.dir=run",
+            "evaluation.every=0",
+        ),
     )
     assert outcome.code == 0, outcome.text
     assert [[stage["tokens"] for stage in record["stages"]] for record in records(tmp_path / "run")[1:]] == [[256, 2048]] * 2
@@ -499,7 +506,9 @@ def test_a_sweep_goes_on_after_a_job_that_fails(evopress: Callable[..., Any], ca
     (sentence,) = outcome.errors
     assert "bits=9" in sentence
     (sweep,) = (tmp_path / "multirun").glob("*/*")
-    jobs = {bits: sweep / f"bits={bits},debug=tiny,evaluation.every=0,method=quant" for bits in ("3", "3.5")}  # 9 is refused
+    jobs = {
+        bits: sweep / f"bits={bits},debug=tiny,evaluation.every=0,method=quant,search.strategy=evolution" for bits in ("3", "3.5")
+    }  # 9 is refused
     assert sorted(sweep.iterdir()) == [sweep / ".failed", *jobs.values(), sweep / "jobs.csv", sweep / "multirun.yaml"]
     for bits in ("3.5", "3"):
         assert f"- bits={bits}" in (jobs[bits] / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")
@@ -514,7 +523,7 @@ def test_a_sweep_over_seeds(evopress: Callable[..., Any], finished: Any, tmp_pat
         "-m", "+method=quant", "bits=3.5", "+debug=tiny", "search/strategy=evolution", "seed=0,1", SEARCH, "hydra.sweep.dir=sweep"
     )
     assert outcome.code == 0, outcome.text
-    jobs = [tmp_path / "sweep" / f"bits=3.5,debug=tiny,method=quant,seed={seed}" for seed in (0, 1)]
+    jobs = [tmp_path / "sweep" / f"bits=3.5,debug=tiny,method=quant,search.strategy=evolution,seed={seed}" for seed in (0, 1)]
     assert records(jobs[0]) == records(finished.folder)  # a job is the run of its own, whatever ran before it
     assert records(jobs[1]) != records(finished.folder)
 

@@ -138,7 +138,7 @@ def test_a_run_of_its_own_is_always_run(sweep: Path, evopress: Callable[..., Any
 # The same folder given again with other settings
 
 NUMBERED = (*SWEEP[:4], "seed=0,1", "hydra.sweep.dir=sweep")
-JOB = "baselines.names=,bits={bits},debug=tiny,method=quant,seed={seed}"
+JOB = "baselines.names=,bits={bits},debug=tiny,method=quant,search.strategy=evolution,seed={seed}"
 
 
 def every_byte(folder: Path) -> dict[str, bytes]:
