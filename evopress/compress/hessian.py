@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -94,6 +94,15 @@ class HessianSum:
         for start, end in panels(len(self._sum)):  # H is symmetric: what lies left of a panel's diagonal is in an earlier one
             add_product(self._sum[start:end, start:], rows[:, start:end], rows[:, start:])
         self.num_sequences += X.shape[0]
+
+    @classmethod
+    def together(cls, sums: Sequence[HessianSum]) -> HessianSum:
+        """Return one sum of several, as if their inputs were those of one layer; they are left as they are."""
+        total = cls(len(sums[0]._sum), device=sums[0]._sum.device)
+        for each in sums:
+            total._sum += each._sum
+            total.num_sequences = max(total.num_sequences, each.num_sequences)
+        return total
 
     @property
     def finite(self) -> bool:

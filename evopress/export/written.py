@@ -26,6 +26,7 @@ from evopress.export.tensors_file import Entry, Section, write_sections
 from evopress.levels.modules import ATTENTION, MLP, dropped_modules, is_module
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import without_dropped
+from evopress.models.experts import ExpertLinear
 
 WEIGHTS = "model.safetensors"
 
@@ -82,6 +83,8 @@ def weights_of(export: Export, *, zeros: Callable[[int], Form | None]) -> list[W
     slots = {name: slot for part in blocks.parts for name, slot in blocks.slots(part).items()}
     found = []
     for index, (unit, form) in enumerate(zip(space.units, export.forms, strict=True)):
+        if not is_module(unit) and isinstance(slots[unit.name].module, ExpertLinear):
+            raise EvoPressError(f"{unit.name} is an expert's, which this format is not written for: use export=[dequantized]")
         if is_module(unit) or (name := names.get(id(slots[unit.name].module))) is None:  # in a block that is gone
             continue
         if unit.is_outside or (unit.block, _module_of(blocks, unit.name)) not in gone:

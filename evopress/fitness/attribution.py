@@ -372,11 +372,17 @@ def _watched(slots: Sequence[Slot], deltas: Sequence[Tensor | None], num_sequenc
 
     def watch(name: str, delta: Tensor) -> Any:
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            entered = inputs[0].detach()
+            entered, routed = inputs[0].detach(), getattr(module, "routed", None)
 
             def backward(gradient: Tensor) -> None:
                 change = nn.functional.linear(entered, delta)
-                values = (gradient.float() * change.float()).reshape(num_sequences, -1).sum(1).double()
+                products = gradient.float() * change.float()
+                if routed is None:
+                    values = products.reshape(num_sequences, -1).sum(1).double()
+                else:  # an expert's: not every token is there
+                    sequences = routed[0] // (routed[1] // num_sequences)
+                    values = products.new_zeros(num_sequences, dtype=torch.float64)
+                    values.index_add_(0, sequences, products.sum(1).double())
                 held[name] = held[name] + values if name in held else values
 
             output.register_hook(backward)

@@ -8,6 +8,7 @@ Shapes: N sequences of L tokens, d hidden size, C input columns of a linear.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evopress.compress.hessian import HessianSum
 from evopress.errors import EvoPressError
@@ -23,7 +24,12 @@ from evopress.files import explained, make_folder, temporary_beside
 from evopress.levels.hessians import BlockHessians, HessianStore
 from evopress.levels.passage import Passage, room_for_activations
 from evopress.models.blocks import BlockModel
+from evopress.models.experts import ExpertLinear
 from evopress.progress import track
+
+logger = logging.getLogger(__name__)
+LEAST_TOKENS = 128
+"""Of calibration text that an expert must have seen to be compressed by its own Hessian."""
 
 
 class _AllSeen(Exception):
@@ -86,19 +92,23 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int,
     linears = blocks.linears(index)
     owners: dict[str, str] = {}
     sums: dict[str, HessianSum] = {}
+    # Tokens that experts have seen; they are called with what is routed to them, or not at all.
+    experts: dict[str, Any] = {name: 0 for name, linear in linears.items() if isinstance(linear, ExpertLinear)}
     alive: list[tuple[str, Tensor]] = []  # inputs of this forward, held so that no address is used twice
 
     def caught(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             owner = next((o for o, seen in alive if seen.data_ptr() == x.data_ptr() and seen.shape == x.shape), name)
             assert owners.setdefault(name, owner) == owner, f"{name} shares its input with {owner} in one batch only"
             if owner == name:
                 alive.append((name, x))
                 # OPT hands its MLP [b·l, d]; n counts sequences, so give them back their axis.
-                X = x.reshape(len(current), -1, x.shape[-1])
+                X = x.reshape(len(current) if name not in experts else 1, -1, x.shape[-1])
+                if name in experts:
+                    experts[name] += x.any(-1).sum() if module.routed is None else len(x)
                 sums.setdefault(name, HessianSum(x.shape[-1], device=x.device)).add(X)
-                if not advance and start and len(alive) == len(sums):
+                if not advance and start and len(alive) == len(sums) and not experts:
                     raise _AllSeen
 
         return hook
@@ -119,7 +129,7 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int,
     finally:
         for handle in handles:
             handle.remove()
-    idle = [name for name in linears if name not in owners]
+    idle = [name for name in linears if name not in owners and name not in experts]
     if idle:
         raise EvoPressError(
             f"{idle[0]} was never called in its block's forward: its family's adapter names a module that is not used"
@@ -130,6 +140,7 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int,
         what = f"the input activations of {unit} are" if unit else f"the output of {blocks.block_name(index)} is"
         what = what if broken is None else f"the weight of {broken} is"
         raise EvoPressError(f"{what} not finite, first on {where}: {blocks.advice}")
+    _pool_experts(experts, owners, sums)
     hessians = {}
     for owner, total in sums.items():
         try:
@@ -137,6 +148,31 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int,
         except EvoPressError as error:
             raise type(error)(f"{', '.join(name for name in linears if owners[name] == owner)}: {error}") from None
     return BlockHessians(owners, hessians)
+
+
+def _pool_experts(experts: Mapping[str, Any], owners: dict[str, str], sums: dict[str, HessianSum]) -> None:
+    """Give experts that saw few tokens one Hessian of all experts of their layer, and say so."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for name in experts:
+        outer, _, part = name.rpartition(".")
+        layers.setdefault((outer.rpartition(".")[0], part), []).append(name)
+    for (layer, part), names in layers.items():
+        few = [name for name in names if experts[name] < LEAST_TOKENS]
+        if not few:
+            continue
+        seen = [sums[name] for name in names if name in sums]
+        if not seen:
+            raise EvoPressError(f"no calibration token reached an expert of {layer}: use more text (data.calibration_tokens)")
+        together = HessianSum.together(seen)
+        for name in few:
+            sums.pop(name, None)
+            owners[name] = few[0]
+        sums[few[0]] = together
+        numbers = [name.removeprefix(f"{layer}.").partition(".")[0] for name in few]
+        logger.warning(
+            "%s: %d of %d experts saw fewer than %d calibration tokens (%s) and get the mean Hessian of all for their %s",
+            *(layer, len(few), len(names), LEAST_TOKENS, ", ".join(numbers[:8]) + (", ..." if len(numbers) > 8 else ""), part),
+        )
 
 
 def head_hessian(blocks: BlockModel, buffer: Tensor, batch: int) -> BlockHessians:

@@ -15,6 +15,7 @@ from evopress.levels.modules import ATTENTION, BLOCK, MLP, PAIR, is_module, modu
 from evopress.levels.union import LevelSource
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import check_identity, drop, restore, without_dropped
+from evopress.models.experts import gathered
 from evopress.units import Genome, Space
 
 
@@ -233,7 +234,7 @@ class LiveModel:
     def written(self, genome: Genome) -> Iterator[None]:
         """See `Live`. Where modules are dropped, see `without_dropped`."""
         if not self._modules:
-            with self.applied(genome):
+            with self.applied(genome), gathered(self.blocks.model):
                 yield
             return
         self.space.check(genome)
@@ -243,7 +244,7 @@ class LiveModel:
                 levels = self.levels_in(genome, part)
                 if self._slots[part] and levels is not None:
                     self.set_block(part, (*levels[: len(self._slots[part])], *((0, 0) if part < len(self._modules) else ())))
-            with without_dropped(self.blocks, dropped):
+            with gathered(self.blocks.model), without_dropped(self.blocks, dropped):
                 yield
         finally:
             for part in self.blocks.parts:

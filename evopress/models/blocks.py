@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from evopress.endings import is_out_of_memory
 from evopress.errors import EvoPressError
 from evopress.models.calls import Call, Form, as_returned, first_of, returned
+from evopress.models.experts import kind_of, look_again, loop, named_linear, together
 from evopress.models.families import Family, Parts
 from evopress.models.head import Head, scale_of, softcap_of
 from evopress.models.looking import look_at, say
@@ -101,6 +102,7 @@ class BlockModel:
         self._fused: list[Callable[..., Any]] | None = None
         self._place()
         if family.is_found:
+            loop(model)
             found = look_at(self)
             self.family, self._form, self._by_batch = found.family, found.form, found.by_batch
             say(self)
@@ -154,7 +156,7 @@ class BlockModel:
         if part >= len(self.blocks):
             slot = self._outside[part - len(self.blocks)]
             return {slot.name: slot}
-        return {name: Slot(name, name.rsplit(".", 1)[-1], linear) for name, linear in self.linears(part).items()}
+        return {name: Slot(name, kind_of(name, linear), linear) for name, linear in self.linears(part).items()}
 
     def is_of_attention(self, name: str) -> bool:
         """Tell whether a block's slot of this name lies in the attention, not in the MLP."""
@@ -180,10 +182,7 @@ class BlockModel:
         found: dict[str, Any] = {}
         for name in self.family.parts(index).linears:
             full = f"{self._prefix}.{index}.{name}"
-            try:
-                module = self.blocks[index].get_submodule(name)
-            except AttributeError:
-                module = None
+            module = named_linear(self.blocks[index], name)
             if not (is_linear(module) if self.family.is_found else type(module) is nn.Linear):
                 kind = "missing" if module is None else f"a {type(module).__name__}"
                 raise EvoPressError(
@@ -213,10 +212,12 @@ class BlockModel:
         try:
             for tensor, data in at_home:
                 tensor.data = data.new_empty(0, device=self.device) if id(tensor) in left_out else self._carried(data)
+            look_again(block)
             yield block
         finally:
             for tensor, data in at_home:
                 tensor.data = data
+            look_again(block)
 
     def _carried(self, data: Tensor) -> Tensor:
         """Return a copy on the compute device."""
@@ -399,7 +400,9 @@ class BlockModel:
             raise EvoPressError(f"the model's logits are not finite in {self.dtype}, first {what}: {self.advice}")
         if self.offload:  # the whole model does not fit the device, so there is nothing to compare with
             return 0.0
-        difference = self._compare(mine, self.model(input_ids=ids, use_cache=False).logits.float(), "logit")
+        with together(self.model):
+            whole = self.model(input_ids=ids, use_cache=False).logits.float()
+        difference = self._compare(mine, whole, "logit")
         if full_length is not None and full_length > length:
             ids = (torch.arange(full_length, device=self.device)[None] * 7919 + 11) % vocabulary
             hidden = self.finish(self._through(ids))

@@ -21,6 +21,7 @@ from evopress.errors import EvoPressError
 from evopress.json_files import shown
 from evopress.models.blocks import BlockModel
 from evopress.models.calls import as_returned
+from evopress.models.experts import parameters_of
 from evopress.models.families import Family, Parts
 
 logger = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ def without_dropped(blocks: BlockModel, dropped: Sequence[tuple[int, int]]) -> I
         for gone, names in zip(dropped[index], _zeroed_names(family.parts(index)), strict=True)
         if gone
         for name in names
-        for parameter in blocks.blocks[index].get_submodule(name).parameters()
+        for parameter in parameters_of(blocks.blocks[index].get_submodule(name))
     ]
     data = [parameter.data for parameter in parameters]
     holder, _, attribute = f"{family.prefix}".rpartition(".")
@@ -292,7 +293,7 @@ def _adds_nothing(blocks: BlockModel, index: int, hidden: Tensor, *, zeros: bool
     handles = []
     if zeros:
         names = [name for side in _zeroed_names(parts) for name in side]
-        data = [(each, each.data) for name in names for each in block.get_submodule(name).parameters()]
+        data = [(each, each.data) for name in names for each in parameters_of(block.get_submodule(name))]
     else:
         handles = [block.get_submodule(name).register_forward_hook(_zeroed) for name in (*parts.attention, *parts.mlp)]
     try:

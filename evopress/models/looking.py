@@ -6,8 +6,9 @@ Which linears are called, and in what order; what blocks and their modules retur
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from evopress.errors import EvoPressError
 from evopress.models.calls import LOOK, Call, Form, returned
+from evopress.models.experts import ExpertLinear, named_linear
 from evopress.models.families import Family
 
 if TYPE_CHECKING:
     from evopress.models.blocks import BlockModel
 
+_OF_EXPERT = re.compile(r"(^|\.)\d+\.\w+$")
 logger = logging.getLogger(__name__)
 
 
@@ -48,7 +51,12 @@ def look_at(blocks: BlockModel) -> Found:
         for index, block in enumerate(blocks.blocks):
             parts = blocks.family.parts(index)
             for name in parts.linears:
-                hook = block.get_submodule(name).register_forward_pre_hook(seen.linear(index, name))
+                linear = named_linear(block, name)
+                assert linear is not None
+                if isinstance(linear, ExpertLinear):  # is called where a token goes there
+                    seen.order[index].append(name)
+                    continue
+                hook = linear.register_forward_pre_hook(seen.linear(index, name))
                 hooked.callback(hook.remove)
             for name in (*parts.attention, *parts.mlp):
                 handle = block.get_submodule(name).register_forward_hook(seen.module(index, name))
@@ -107,7 +115,7 @@ class _Seen:
             if name not in found
         }
         by_block = tuple(
-            replace(parts, linears=tuple(dict.fromkeys(found)), returns=back)
+            replace(parts, linears=_experts_last(found), returns=back)
             for parts, found, back in zip(family.by_block, self.order, self.returns, strict=True)
         )
         return replace(family, linears=by_block[0].linears, by_block=by_block, dense={**family.dense, **idle})
@@ -122,6 +130,12 @@ class _Seen:
                 f"tokens, expected [2, {LOOK}, hidden size]: choose another model"
             )
         return form
+
+
+def _experts_last(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names as they were called, each once, those of experts, which come first here, at the end."""
+    distinct = list(dict.fromkeys(names))
+    return (*(name for name in distinct if not _OF_EXPERT.search(name)), *(name for name in distinct if _OF_EXPERT.search(name)))
 
 
 def _arguments(blocks: BlockModel, family: Family, form: Form, ids: Tensor) -> bool:

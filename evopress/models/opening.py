@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from evopress.errors import EvoPressError
 from evopress.files import given_path, make_folder
 from evopress.machine import has_half_products
+from evopress.models.experts import named_linear
 from evopress.models.loading import Pretrained, digest_files, fetch_from_hub, find_weights, load_pretrained, read_config
 from evopress.models.outline import find_family, skeleton
 from evopress.models.slots import shape_of
@@ -98,7 +99,7 @@ def _looked_up(model: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ..
     family = find_family(config)
     blocks = model.get_submodule(family.prefix).children()
     return {
-        f"{family.prefix}.{index}.{name}.weight": shape_of(block.get_submodule(name))
+        f"{family.prefix}.{index}.{name}.weight": shape_of(named_linear(block, name))
         for index, block in enumerate(blocks)
         for name in family.parts(index).linears
     }

@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from evopress.errors import EvoPressError
 from evopress.json_files import shown
+from evopress.models.experts import ExpertLinear, linears_of, loop, named_linear
 from evopress.models.families import Family, Parts, named_family
 from evopress.models.slots import shape_of
 
@@ -99,15 +100,16 @@ def _skeleton(text: str) -> nn.Module:
 
 def is_linear(module: nn.Module | None) -> bool:
     """Tell whether a module multiplies its input by one weight matrix and adds a bias, no more."""
-    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ in _OWN_LINEARS
+    return type(module) in (nn.Linear, Conv1D, ExpertLinear) or type(module).__name__ in _OWN_LINEARS
 
 
 def outlined(model: Any) -> Family:
-    """Look at a model's module tree, with or without weights.
+    """Look at a model's module tree, with or without weights; experts are called one after another from now on, see `loop`.
 
     Raises: EvoPressError if no list of blocks is found, or they have no linears.
     """
     model_type = str(model.config.model_type)
+    loop(model)
     names = {module: name for name, module in model.named_modules()}
     blocks = _blocks(model)
     path = names[blocks]
@@ -119,9 +121,7 @@ def outlined(model: Any) -> Family:
     by_block, reasons = [], []
     for index, block in enumerate(blocks):
         linears = []
-        for name, module in block.named_modules():
-            if not is_linear(module):
-                continue
+        for name, module in _linears(block):
             reason = _stays(name, module, shared=times[id(module)] > 1, hidden=hidden)
             if reason:
                 dense[f"{index}.{name}"] = reason
@@ -143,6 +143,15 @@ def outlined(model: Any) -> Family:
         dense=dense,
         undroppable=reasons[0] if reasons else "",
     )
+
+
+def _linears(block: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield all linears of a block by their names, experts' too."""
+    for name, module in block.named_modules():
+        if is_linear(module):
+            yield name, module
+        for inner, linear in linears_of(module).items():
+            yield f"{name}.{inner}".strip("."), linear
 
 
 def _blocks(model: Any) -> nn.ModuleList:
@@ -172,7 +181,7 @@ def _blocks(model: Any) -> nn.ModuleList:
 
 def _check_share(model_type: str, blocks: nn.ModuleList, by_block: Sequence[Parts]) -> None:
     """Raise EvoPressError if most of the blocks' weights could not be compressed, with what holds them."""
-    linears = [block.get_submodule(name) for block, parts in zip(blocks, by_block, strict=True) for name in parts.linears]
+    linears = [named_linear(block, name) for block, parts in zip(blocks, by_block, strict=True) for name in parts.linears]
     units = sum(math.prod(shape_of(module)) for module in linears)
     whole = sum(parameter.numel() for parameter in blocks.parameters())
     if units < _LEAST_UNITS * whole:
