@@ -43,7 +43,7 @@ from evopress.models.devices import begin_on
 from evopress.models.dropping import check_fields
 from evopress.models.loading import DTYPES, Pretrained, pick_device
 from evopress.models.opening import ModelSource, pick_dtype
-from evopress.models.outline import find_family, num_blocks_of
+from evopress.models.outline import find_family, num_blocks_of, text_config
 from evopress.settings import RunSettings
 from evopress.units import BLOCKS, Budget, Genome, Space
 
@@ -125,8 +125,8 @@ class Workspace:
         self.model_source.check(kept_logits=fitness.k if fitness.name == "topk_kl" else None)
         if self.method.modules is not None:
             self._planned_modules()
-            if "export" in self.settings.stages:
-                check_fields(config, num_blocks_of(config), find_family(config))
+            if "export" in self.settings.stages and not find_family(config).is_found:  # of those, blocks can stay, as zeros
+                check_fields(text_config(config), num_blocks_of(config), find_family(config))
         if self.method.weights is None:
             return
         if (shapes := self.model_source.linear_shapes()) is None:

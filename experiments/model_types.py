@@ -103,12 +103,15 @@ def _methods(model_type: str, blocks: BlockModel, check: float, ids: Tensor, fol
     sizes = [slot.weight.numel() for slot in slots]
     pruner = SparseGPT(sparsity=0.5, step=max(min(sizes) // 8, 1), num_levels=1, dtype_bits=32)
     sparse, _ = _weights(blocks, "sparsity", pruner, ids, folder)
+    wrong = [f"{name} differs by {value:.2g}" for name, value in (*found, *quant, *sparse) if not value < TOLERANCE]
     dropped, no_drop = _modules(blocks, ids, folder)
+    far = [f"{name} differs by {value:.2g}" for name, value in dropped if not value < TOLERANCE]
     return Row(
         model_type,
+        refused=f"WRONG: {'; '.join(wrong)}" if wrong else "",
         units=sum(sizes) / whole,
         dense=tuple(dict.fromkeys(blocks.family.dense.values())),
-        no_drop=no_drop,
+        no_drop=f"WRONG: {'; '.join(far)}" if far else no_drop,
         differences=(*found, *quant, *sparse, *dropped),
         cache=cache,
     )
@@ -186,13 +189,18 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def survey(model_types: Sequence[str]) -> list[Row]:
-    """Examine architectures, each in a folder of its own."""
+def survey(model_types: Sequence[str], *, said: bool = False) -> list[Row]:
+    """Examine architectures, each in a folder of its own.
+
+    Args: said: print each row as it comes.
+    """
     rows = []
     with _quiet():
         for model_type in model_types:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(examine(model_type, Path(folder)))
+                if said:
+                    print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
@@ -253,10 +261,8 @@ def page(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     """Write the page, or print rows of the architectures that are named."""
-    rows = survey(sys.argv[1:] or causal_types())
-    if sys.argv[1:]:
-        print(*rows, sep="\n")
-    else:
+    rows = survey(sys.argv[1:] or causal_types(), said=True)
+    if not sys.argv[1:]:
         PAGE.write_text(page(rows), encoding="utf-8")
         print(f"{sum(row.works for row in rows)} of {sum(not row.built for row in rows)} work: {PAGE}")
 

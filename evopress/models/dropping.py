@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from evopress.errors import EvoPressError
 from evopress.json_files import shown
@@ -150,8 +149,9 @@ def shortened(config: Any, kept: Sequence[int], num_blocks: int, family: Family)
 
     Raises: EvoPressError as `check_fields`.
     """
-    check_fields(vars(config), num_blocks, family)
-    new = copy.deepcopy(config)
+    check_fields(vars(config.get_text_config()), num_blocks, family)
+    whole = copy.deepcopy(config)
+    config, new = config.get_text_config(), whole.get_text_config()  # of a model with pictures, the language part's
     for key in family.per_block:
         value = getattr(config, key, None)
         if isinstance(value, (list, tuple)):
@@ -164,7 +164,7 @@ def shortened(config: Any, kept: Sequence[int], num_blocks: int, family: Family)
     if isinstance(full, int) and full < num_blocks:
         new.max_window_layers = sum(index < full for index in kept)
     new.num_hidden_layers = len(kept)
-    return new
+    return whole
 
 
 @contextmanager
@@ -220,29 +220,24 @@ def _shortened(blocks: BlockModel, kept: Sequence[int]) -> Any:
         return shortened(model.config, kept, len(blocks.blocks), family)
     try:
         shorter = shortened(model.config, kept, len(blocks.blocks), family)
-    except AttributeError:  # a list that is worked out, not kept
+    except Exception:  # a list that is worked out and not kept, or may be one entry per block; whatever an architecture refuses
         return None
-    return shorter if _describes(shorter, [blocks.blocks[index] for index in kept], family) else None
+    return shorter if _describes(type(model), shorter, [blocks.blocks[index] for index in kept], family) else None
 
 
 def _zeroed_names(parts: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return parts.zeroed_attention, parts.zeroed_mlp
 
 
-def _describes(config: Any, kept: Sequence[nn.Module], family: Family) -> bool:
+def _describes(kind: Any, config: Any, kept: Sequence[nn.Module], family: Family) -> bool:
     """Tell whether a shortened configuration is that of a model with just these blocks, by the form of each."""
     try:
         with torch.device("meta"):
-            model = type_of(config)._from_config(copy.deepcopy(config))
+            model = kind._from_config(type(config).from_dict(config.to_dict()))  # as it will be read from its file
         blocks = list(model.get_submodule(family.prefix).children())
     except Exception:  # whatever an architecture makes of it
         return False
     return [_form(block) for block in blocks] == [_form(block) for block in kept]
-
-
-def type_of(config: Any) -> Any:
-    """Return the class of the causal language model that a configuration is of."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def _form(block: nn.Module) -> list[Any]:
@@ -308,4 +303,6 @@ def _adds_nothing(blocks: BlockModel, index: int, hidden: Tensor, *, zeros: bool
 
 
 def _zeroed(module: nn.Module, args: Any, output: Any) -> Any:
-    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, (tuple, list)) else torch.zeros_like(output)
+    if not isinstance(output, (tuple, list)):
+        return torch.zeros_like(output)
+    return type(output)((torch.zeros_like(output[0]), *output[1:]))

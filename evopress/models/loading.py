@@ -21,7 +21,7 @@ from evopress.json_files import load_json, shown
 from evopress.models import attention
 from evopress.models.devices import claim_gpu
 from evopress.models.families import Family
-from evopress.models.outline import find_family
+from evopress.models.outline import find_family, wrapper_of
 from evopress.models.stored import (
     INDEX,
     WEIGHTS,
@@ -283,7 +283,7 @@ def load_pretrained(
     if attn_implementation is None and family.plain_attention and torch.device(device).type == "cpu":
         attn_implementation = attention.register()
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = (wrapper_of(read_config(folder)) or AutoModelForCausalLM).from_pretrained(
             folder,
             dtype=DTYPES[dtype],
             use_safetensors=True,

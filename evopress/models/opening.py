@@ -20,7 +20,7 @@ from evopress.files import given_path, make_folder
 from evopress.machine import has_half_products
 from evopress.models.experts import named_linear
 from evopress.models.loading import Pretrained, digest_files, fetch_from_hub, find_weights, load_pretrained, read_config
-from evopress.models.outline import find_family, skeleton
+from evopress.models.outline import find_family, skeleton, text_config
 from evopress.models.slots import shape_of
 from evopress.models.smollm2 import ensure_smollm2
 from evopress.models.stored import loaded_files, stored_tensors
@@ -107,7 +107,7 @@ def _looked_up(model: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ..
 
 def longest_sequence(config: Mapping[str, Any]) -> int:
     """Return the sequence length that "auto" stands for: 4096, or as many as the model has positions for."""
-    positions = config.get("max_position_embeddings")
+    positions = text_config(config).get("max_position_embeddings")
     return min(_SEQUENCE_LENGTH, positions) if isinstance(positions, int) else _SEQUENCE_LENGTH
 
 
@@ -149,8 +149,7 @@ class ModelSource:
     @cached_property
     def embedding_rows(self) -> int | None:
         """Tokens that the model's embedding has, by its config; None: it does not say."""
-        text = self.config.get("text_config")
-        rows = self.config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+        rows = self.config.get("vocab_size", text_config(self.config).get("vocab_size"))
         return rows if isinstance(rows, int) else None
 
     def check(self, *, kept_logits: int | None) -> None:
@@ -158,10 +157,11 @@ class ModelSource:
 
         Args: kept_logits: `fitness.k` where the fitness keeps the greatest logits alone, else None.
         """
-        length, positions = self._settings.sequence_length, self.config.get("max_position_embeddings")
+        config = text_config(self.config)
+        length, positions = self._settings.sequence_length, config.get("max_position_embeddings")
         if isinstance(positions, int) and length > positions:
             raise EvoPressError(f"model.sequence_length={length} is more than the {positions} positions of this model: lower it")
-        vocabulary = self.config.get("vocab_size")
+        vocabulary = config.get("vocab_size")
         if kept_logits is not None and isinstance(vocabulary, int) and kept_logits > vocabulary:
             raise EvoPressError(
                 f"fitness.k={kept_logits} is more than the {vocabulary} tokens of this model's vocabulary: lower it"

@@ -20,8 +20,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, __version__
+from transformers import AutoModelForCausalLM, PreTrainedModel, __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
@@ -62,10 +63,28 @@ def find_family(config: Mapping[str, Any]) -> Family:
     model_type = str(config.get("model_type", ""))
     if (family := named_family(model_type)) is not None:
         return family
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and wrapper_of(config) is None:
         what = "is no causal language model of" if model_type in CONFIG_MAPPING else "is unknown to"
         raise EvoPressError(f"architecture {shown(model_type)} {what} transformers {__version__}: choose another model")
     return outlined(skeleton(config))
+
+
+def wrapper_of(config: Mapping[str, Any]) -> Any:
+    """Return the class of a model that has a language model inside, beside parts for pictures or sound; None: it is none.
+
+    Such a model is loaded whole: its language part is compressed, the rest stays what it is.
+    """
+    named = config.get("architectures")
+    if not isinstance(config.get("text_config"), Mapping) or not isinstance(named, list) or len(named) != 1:
+        return None
+    kind = getattr(transformers, str(named[0]), None) if str(named[0]).isidentifier() else None
+    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config.json that is of the language model: all of it, or its `text_config`."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
 
 
 def num_blocks_of(config: Mapping[str, Any]) -> int:
@@ -88,7 +107,8 @@ def _skeleton(text: str) -> nn.Module:
     try:
         config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            wrapper = wrapper_of(fields)
+            model: nn.Module = wrapper(config) if wrapper else AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever an architecture makes of such a config
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EvoPressError(
@@ -115,14 +135,14 @@ def outlined(model: Any) -> Family:
     path = names[blocks]
     decoder = _decoder(model, path)
     inner = path.removeprefix(decoder).lstrip(".")
-    times = Counter(id(module) for block in blocks for module in set(block.modules()) if is_linear(module))
+    times = Counter(weight for block in blocks for weight in {id(module.weight) for _, module in _linears(block)})
     hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)
     dense: dict[str, str] = {}
     by_block, reasons = [], []
     for index, block in enumerate(blocks):
         linears = []
         for name, module in _linears(block):
-            reason = _stays(name, module, shared=times[id(module)] > 1, hidden=hidden)
+            reason = _stays(name, module, shared=times[id(module.weight)] > 1, hidden=hidden)
             if reason:
                 dense[f"{index}.{name}"] = reason
             else:
@@ -138,7 +158,7 @@ def outlined(model: Any) -> Family:
         decoder=decoder,
         blocks=inner,
         after_blocks=(),
-        per_block=_per_block(model.config, len(by_block)),
+        per_block=_per_block(model.config.get_text_config(), len(by_block)),
         by_block=tuple(by_block),
         dense=dense,
         undroppable=reasons[0] if reasons else "",
@@ -186,7 +206,7 @@ def _check_share(model_type: str, blocks: nn.ModuleList, by_block: Sequence[Part
     whole = sum(parameter.numel() for parameter in blocks.parameters())
     if units < _LEAST_UNITS * whole:
         others: Counter[str] = Counter()
-        inside = {id(module.weight) for block in blocks for module in block.modules() if is_linear(module)}
+        inside = {id(module.weight) for module in linears if module is not None}
         for module in blocks.modules():
             for parameter in module.parameters(recurse=False):
                 others[type(module).__name__] += 0 if id(parameter) in inside else parameter.numel()

@@ -143,7 +143,7 @@ def check_places(folder: Path, homeless: Collection[str], config: Any, prefix: s
     beyond: dict[str, int] = {}
     for name in homeless:
         number = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
-        if number and int(number[1]) >= config.num_hidden_layers:
+        if number and int(number[1]) >= config.get_text_config().num_hidden_layers:
             beyond[name] = int(number[1])
     next_tokens = {block for name, block in beyond.items() if _NEXT_TOKENS.search(name)}
     heads = tuple(sorted(name for name in homeless if _FURTHER_HEAD.search(name) or beyond.get(name, -1) in next_tokens))
@@ -151,7 +151,7 @@ def check_places(folder: Path, homeless: Collection[str], config: Any, prefix: s
     if others:
         guess = next((guess for pattern, guess in _GUESSES if pattern.search(others[0])), "of another architecture")
         if others[0] in beyond:
-            guess = f"blocks beyond its num_hidden_layers={config.num_hidden_layers}"
+            guess = f"blocks beyond its num_hidden_layers={config.get_text_config().num_hidden_layers}"
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise EvoPressError(
             f"the weights in {folder} hold {', '.join(others[:3])}{more}, which the model in config.json has no place for, "

@@ -80,6 +80,7 @@ _FURTHER: dict[str, dict[str, Any]] = {
     "longcat_flash": {"num_layers": 2, "num_key_value_heads": 2, "zero_expert_num": 2, "expert_ffn_hidden_size": 16},
     "mamba2": {"num_heads": 4, "state_size": 16},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mlp"]},
+    **{name: {"num_experts": 4} for name in ("qwen3_moe", "mellum")},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 32], "attention_head_size": 16},
     "roc_bert": {
         "shape_vocab_size": 8,

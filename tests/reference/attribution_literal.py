@@ -11,6 +11,7 @@ from torch import Tensor
 from evopress.fitness.measures import Measure
 from evopress.levels.live import LiveModel
 from evopress.levels.modules import modules_of
+from evopress.models.experts import named_linear
 from evopress.units import Genome
 
 
@@ -27,9 +28,9 @@ def model_at(live: LiveModel, weights: list[Tensor], *, dtype: torch.dtype) -> t
     model = copy.deepcopy(live.blocks.model).to(dtype)
     parameters = []
     for unit, weight in zip(live.space.units, weights, strict=True):
-        parameter = model.get_submodule(unit.name).weight
+        parameter = named_linear(model, unit.name).weight
         parameter.data = weight.to(dtype)
-        parameters.append(parameter)
+        parameters.append(parameter.requires_grad_())
     return model, parameters
 
 
@@ -66,7 +67,8 @@ def attribute_plainly(live: LiveModel, genome: Genome, ids: Tensor, measure: Mea
     model.requires_grad_()
     rows = []
     for sequence in ids.split(1):
-        model.zero_grad()
+        for parameter in parameters:  # experts' too, which are none of the model's
+            parameter.grad = None
         loss_of(model, live, sequence, measure).backward()
         rows.append([float((p.grad * (level - dense)).sum()) for p, (level, dense) in zip(parameters, pairs, strict=True)])
     return torch.tensor(rows, dtype=torch.float64)
