@@ -1,4 +1,4 @@
-"""Models with a language model inside: it is compressed, the rest is carried through, and the export is of the model's own class."""
+"""Models with a language model inside: it is compressed, the rest is carried through, the export is of the model's class."""
 
 from __future__ import annotations
 
