@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -26,6 +28,22 @@ torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "opt")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what slow_tests.yaml lists, but every n-th case of it."""
+    here, seen = Path(__file__).parent, Counter[tuple[str, str]]()
+    listed = yaml.safe_load((here / "slow_tests.yaml").read_text(encoding="utf-8"))
+    for item in items:
+        if here not in item.path.parents:
+            continue
+        test = item.path.relative_to(here).as_posix(), item.name.partition("[")[0]
+        kept = listed.get(test[0], {}).get(test[1])
+        if kept is not None:
+            if not kept or seen[test] % kept:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 @pytest.fixture(scope="session")

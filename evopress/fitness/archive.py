@@ -193,7 +193,7 @@ class Archive:
         """Add a line in one write, after what an interrupted one has left; a file that cannot be written to is left alone."""
         if not self._open:
             return
-        line = canonical_json(seal({"context": self._context, **record})).encode() + b"\n"
+        line = canonical_json(seal({"schema": 1, "context": self._context, **record})).encode() + b"\n"
         try:
             with self._lock.acquire(timeout=_WAIT), open(self._path, "a+b") as file:
                 size = file.seek(0, os.SEEK_END)

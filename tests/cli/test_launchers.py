@@ -44,18 +44,7 @@ def needs(plugin: str) -> pytest.MarkDecorator:
 def sweep(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Sweep two targets of the tiny model, with a cache of their own, in a process of its own."""
     few = ("baselines.names=[]", "stages=[database,search,evaluate]")
-    command = [
-        sys.executable,
-        "-m",
-        "evopress",
-        "-m",
-        "+method=quant",
-        "+debug=tiny",
-        "search/strategy=evolution",
-        *few,
-        "hydra.sweep.dir=sweep",
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "evopress", "-m", "+method=quant", "+debug=tiny", *few, "hydra.sweep.dir=sweep", *arguments]
     environment = os.environ | {
         "EVOPRESS_CACHE": str(cwd / "cache"),
         "PYTHONPATH": os.pathsep.join([str(cwd), *filter(None, sys.path)]),
@@ -80,10 +69,7 @@ def test_jobs_side_by_side_share_one_database(launcher: tuple[str, ...], tmp_pat
     done = sweep(f"hydra/launcher={name}", *options, "bits=9,3.5,3", cwd=tmp_path)
     assert done.returncode == 1  # of the job that cannot be; the others are done
     assert "bits=9 is above the highest level" in done.stderr
-    jobs = [
-        tmp_path / "sweep" / f"baselines.names=,bits={bits},debug=tiny,method=quant,search.strategy=evolution"
-        for bits in ("9", "3.5", "3")
-    ]
+    jobs = [tmp_path / "sweep" / f"baselines.names=,bits={bits},debug=tiny,method=quant" for bits in ("9", "3.5", "3")]
     assert not (jobs[0] / "result.json").exists()
     results = [json.loads((job / "result.json").read_text(encoding="utf-8")) for job in jobs[1:]]
     assert [[row["name"] for row in result["rows"]] for result in results] == [["dense", "evopress"]] * 2
@@ -105,10 +91,7 @@ def test_a_job_that_is_killed_takes_no_other_with_it(tmp_path: Path) -> None:
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "1 of 3 jobs were killed, the others have ended" in error and "hydra.sweep.dir=sweep" in error
     assert "bits=3.5 seed=1 (SIGKILL)" in error and "seed=0" not in error and "seed=2" not in error, error
-    jobs = [
-        tmp_path / "sweep" / f"baselines.names=,bits=3.5,debug=tiny,method=quant,search.strategy=evolution,seed={seed}"
-        for seed in range(3)
-    ]
+    jobs = [tmp_path / "sweep" / f"baselines.names=,bits=3.5,debug=tiny,method=quant,seed={seed}" for seed in range(3)]
     assert [(job / "finished.json").exists() for job in jobs] == [True, False, True]
     again = sweep(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -162,7 +145,7 @@ def test_presets_are_those_of_the_plugins(preset: str, target: str, values: dict
 
 
 def test_a_plugin_that_is_not_there_is_told_by_name(evopress: Callable[..., Any]) -> None:
-    outcome = evopress("-m", "+method=quant", "+debug=tiny", "search/strategy=evolution", "hydra/launcher=elsewhere")
+    outcome = evopress("-m", "+method=quant", "+debug=tiny", "hydra/launcher=elsewhere")
     assert outcome.code == 1
     assert "hydra/launcher=elsewhere is not there" in outcome.text
     assert "local" in outcome.text and "slurm" in outcome.text

@@ -20,16 +20,7 @@ from evopress.fitness.minibatch import MinibatchFitness
 from evopress.models.tiny import make_tiny
 from evopress.reporting.jobs import FAILED
 
-SWEEP = (
-    "-m",
-    "+method=quant",
-    "bits=3.5",
-    "+debug=tiny",
-    "search/strategy=evolution",
-    "seed=0,1",
-    "hydra.sweep.dir=sweep",
-    "hydra.sweep.subdir=seed-${seed}",
-)
+SWEEP = ("-m", "+method=quant", "bits=3.5", "+debug=tiny", "seed=0,1", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=seed-${seed}")
 FEW = ("baselines.names=[]", "stages=[database,search,evaluate]")
 SKIPPED = "finished before, so not run again"
 
@@ -138,7 +129,7 @@ def test_a_run_of_its_own_is_always_run(sweep: Path, evopress: Callable[..., Any
 # The same folder given again with other settings
 
 NUMBERED = (*SWEEP[:4], "seed=0,1", "hydra.sweep.dir=sweep")
-JOB = "baselines.names=,bits={bits},debug=tiny,method=quant,search.strategy=evolution,seed={seed}"
+JOB = "baselines.names=,bits={bits},debug=tiny,method=quant,seed={seed}"
 
 
 def every_byte(folder: Path) -> dict[str, bytes]:
@@ -205,17 +196,7 @@ def test_a_sweep_that_an_earlier_version_numbered_goes_on_in_its_folders(sweep: 
 
 # Model and text that change in place
 
-PLACED = (
-    "-m",
-    "+method=quant",
-    "bits=3.5",
-    "+debug=tiny",
-    "search/strategy=evolution",
-    "seed=0",
-    "hydra.sweep.dir=sweep",
-    "hydra.sweep.subdir=job",
-    *FEW,
-)
+PLACED = ("-m", "+method=quant", "bits=3.5", "+debug=tiny", "seed=0", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=job", *FEW)
 PLACED = (*PLACED, "model.path=model", "data=text", "data.calibration=[a.txt]", "data.search=[b.txt]", "data.evaluation=[c.txt]")
 
 
@@ -317,9 +298,7 @@ def test_folders_are_named_by_their_settings(one: dict[str, str], other: dict[st
 
 def test_a_sweep_ends_with_a_table_of_its_jobs(evopress: Callable[..., Any], tmp_path: Path) -> None:
     """A refused job is in it with its sentence, which is kept beside the folders of the jobs."""
-    outcome = evopress(
-        "-m", "+method=quant", "+debug=tiny", "search/strategy=evolution", "bits=9,3.5", "hydra.sweep.dir=sweep", *FEW
-    )
+    outcome = evopress("-m", "+method=quant", "+debug=tiny", "bits=9,3.5", "hydra.sweep.dir=sweep", *FEW)
     assert outcome.code == 1
     table = outcome.text.split("the jobs in sweep:\n")[1].splitlines()
     assert table[0].split() == ["bits", "held-out", "KL"]  # folders that are named by their settings are not named again
@@ -328,5 +307,5 @@ def test_a_sweep_ends_with_a_table_of_its_jobs(evopress: Callable[..., Any], tmp
     kl = next(row["kl"] for path in (tmp_path / "sweep").rglob("result.json") for row in json.loads(path.read_text())["rows"][1:])
     assert done[-1] == "finished" and float(done[-2]) == pytest.approx(kl, rel=1e-3)
     assert not [path for path in (tmp_path / "sweep").rglob("*failed*") if path.parent != tmp_path / "sweep"]
-    again = evopress("-m", "+method=quant", "+debug=tiny", "search/strategy=evolution", "bits=3.5", "hydra.sweep.dir=sweep", *FEW)
+    again = evopress("-m", "+method=quant", "+debug=tiny", "bits=3.5", "hydra.sweep.dir=sweep", *FEW)
     assert again.code == 0 and "bits=9 is above" not in again.text, again.text
