@@ -31,7 +31,7 @@ def main() -> int:
         path = Path(folder) / "inputs.jsonl"
         os.environ["EVOPRESS_BAD_INPUTS"] = str(path)
         arguments = ["-q", str(TESTS), "-k", "refused", "-p", "no:cacheprovider"]
-        code = int(pytest.main(arguments))
+        code = int(pytest.main([*arguments, "-m", "not gpu and not network"]))  # the slow ones too
         write(path)
     return code
 
