@@ -26,10 +26,10 @@ smoke: $(STAMP) ## the same on a tiny random model, in seconds
 	$(BIN)/python -m evopress +method=quant bits=3.5 +debug=tiny $(ARGS)
 
 test: $(STAMP) ## the plain test suite: offline, no GPU, minutes
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: $(STAMP) ## the slow tests too
-	$(BIN)/python -m pytest -n 2 -m 'not gpu and not network' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not network' $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
