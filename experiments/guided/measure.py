@@ -49,7 +49,7 @@ ROWS: dict[str, dict[str, list[str]]] = {
         "guided, then evolution": [GUIDED, AFTER],
     },
     "drop": {
-        "baselines": ["baselines.names=[shortgpt,sliding_window,weighted_cosine]", *NO_SEARCH],
+        "baselines": ["baselines.names=[shortgpt,sliding_window,shortened_llama]", *NO_SEARCH],
         "evolution": [EVOLUTION],
         "guided": [GUIDED],
         "guided, then evolution": [GUIDED, AFTER],
