@@ -68,6 +68,12 @@ class Compressor(Protocol):
         """Return everything that decides the result, for the database's fingerprint; JSON values only."""
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that this process may still take of a GPU: free ones, and those that torch holds without need."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def sweep_bytes(device: torch.device) -> int:
     """Return the working memory of one sweep where nothing else is asked for, in bytes.
 
@@ -76,9 +82,17 @@ def sweep_bytes(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 256 * 2**20
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(min(free // 4, 4 * 2**30), 256 * 2**20)
+    return max(min(free_bytes(device) // 4, 4 * 2**30), 256 * 2**20)
+
+
+def check_numbers(*, damping: float, block_size: int, tolerance: float | None = None) -> None:
+    """Raise EvoPressError unless the numbers that sweeps and descent share are in range."""
+    if not 0.0 < damping < 1.0:
+        raise EvoPressError(f"method.damping {damping:g} must lie between 0 and 1; the paper uses 0.01")
+    if tolerance is not None and not 0.0 < tolerance < 1.0:
+        raise EvoPressError(f"method.tolerance {tolerance:g} must lie between 0 and 1, such as 0.02")
+    if block_size < 1:
+        raise EvoPressError(f"method.block_size {block_size} must be positive: the paper uses 128")
 
 
 def with_errors(payloads: Sequence[Payload], W: Tensor, H: Tensor, *, damping: float = 0.0, name: str = "") -> list[Compressed]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from evopress.compress.compressor import Compressed, Compressor, Payload, with_errors
+from evopress.compress.compressor import Compressed, Compressor, Payload, check_numbers, sweep_bytes, with_errors
 from evopress.compress.gguf_fit import Parts, block_order, fit_type
 from evopress.compress.gguf_types import GGUF_TYPES, Blocks, GGUFType
 from evopress.compress.gptq import DENSE, Dense, uncompressed
@@ -56,8 +56,8 @@ class GGUFLevels:
     """A row is done once a pass of descent takes less than this share of its error away, in (0, 1)."""
     dense_bits: int | None = None
     """Bits of a weight of the model where the weight as it is shall be the first level; None: no such level."""
-    slice_bytes: int = 256 * 2**20
-    """Working memory of one sweep; more rows than fit are swept in slices. Does not change the result."""
+    slice_bytes: int | None = None
+    """Working memory of one sweep; more rows than fit are swept in slices. Does not change the result. None: see `sweep_bytes`."""
 
     @property
     def group_size(self) -> int:
@@ -67,12 +67,7 @@ class GGUFLevels:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.types if name not in GGUF_TYPES]:
             raise EvoPressError(f"method.levels has {unknown[0]}, which is no type of GGUF: choose among {', '.join(GGUF_TYPES)}")
-        if not 0.0 < self.damping < 1.0:
-            raise EvoPressError(f"method.damping {self.damping:g} must lie between 0 and 1; the paper uses 0.01")
-        if not 0.0 < self.tolerance < 1.0:
-            raise EvoPressError(f"method.tolerance {self.tolerance:g} must lie between 0 and 1, such as 0.02")
-        if self.block_size < 1:
-            raise EvoPressError(f"method.block_size {self.block_size} must be positive: the paper uses 128")
+        check_numbers(damping=self.damping, block_size=self.block_size, tolerance=self.tolerance)
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the result."""
@@ -114,14 +109,18 @@ class GGUFLevels:
         """Quantize every weight to every type; see `Compressor.compress`."""
         originals = uncompressed(weights, H)
         damping = 0.0
-        stored: dict[str, list[Payload]] = {name: [Dense(W.to(H.device))] if self.dense_bits else [] for name, W in weights.items()}
+        blocks_of: dict[str, dict[str, Payload]] = {name: {} for name in weights}
         stacked = torch.cat(list(originals.values()))
-        room = max(self.slice_bytes // (len(H) * 32 + self.block_size * 8), 1)  # as GPTQ's
-        for of in self._types(len(H)):
-            order = block_order(H.diagonal(), of)
-            ordered = H[order][:, order]
-            U, share = inverse_factor(ordered, damping=self.damping)
-            damping = max(damping, share)
+        slice_bytes = sweep_bytes(H.device) if self.slice_bytes is None else self.slice_bytes
+        room = max(slice_bytes // (len(H) * 32 + self.block_size * 8), 1)  # as GPTQ's
+        layout: tuple[int, int] | None = None
+        for of in sorted(self._types(len(H)), key=lambda of: (of.width, of.parts)):  # types of one layout share order and factor
+            if layout != (of.width, of.parts):
+                layout = of.width, of.parts
+                order = block_order(H.diagonal(), of)
+                ordered = H[order][:, order]
+                U, share = inverse_factor(ordered, damping=self.damping)
+                damping = max(damping, share)
             pieces = []
             for rows in stacked.split(room):
                 Wt = rows.T[order].contiguous()
@@ -129,8 +128,14 @@ class GGUFLevels:
                 pieces.append(of.pack(_blocks(parts, order, of)))
             found = torch.cat(pieces).split([len(W) for W in weights.values()])
             for (name, W), blocks in zip(weights.items(), found, strict=True):
-                stored[name].append(GGUFWeight(blocks.contiguous(), of.name, W.dtype))
-        return {name: with_errors(stored[name], W, H, damping=damping, name=name) for name, W in originals.items()}
+                blocks_of[name][of.name] = GGUFWeight(blocks.contiguous(), of.name, W.dtype)
+        results: dict[str, Sequence[Compressed]] = {}
+        for name, W in originals.items():
+            stored = [blocks_of[name][of.name] for of in self._types(len(H))]
+            if self.dense_bits:
+                stored.insert(0, Dense(weights[name].to(H.device)))
+            results[name] = with_errors(stored, W, H, damping=damping, name=name)
+        return results
 
 
 def _blocks(parts: Parts, order: Tensor, of: GGUFType) -> Blocks:

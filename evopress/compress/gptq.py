@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from evopress.compress.compressor import Compressed, Compressor, Payload, sweep_bytes, with_errors
+from evopress.compress.compressor import Compressed, Compressor, Payload, check_numbers, sweep_bytes, with_errors
 from evopress.compress.descent import descend
 from evopress.compress.grid import Grid, fit_range, round_in_place, spanning
 from evopress.compress.hessian import inverse_factor
@@ -123,12 +123,7 @@ class GPTQ:
                     f"method.group_sizes has {bits}: {size}, expected a bit width of method.levels {list(self.bits)} and a "
                     "positive number of columns, such as {2: 32}"
                 )
-        if not 0.0 < self.damping < 1.0:
-            raise EvoPressError(f"method.damping {self.damping:g} must lie between 0 and 1; the paper uses 0.01")
-        if not 0.0 < self.tolerance < 1.0:
-            raise EvoPressError(f"method.tolerance {self.tolerance:g} must lie between 0 and 1, such as 0.02")
-        if self.block_size < 1:
-            raise EvoPressError(f"method.block_size {self.block_size} must be positive: the paper uses 128")
+        check_numbers(damping=self.damping, block_size=self.block_size, tolerance=self.tolerance)
         if self.scale_dtype not in _SCALE_DTYPES:
             raise EvoPressError(f"method.scale_dtype {self.scale_dtype!r} is unknown: choose {' or '.join(_SCALE_DTYPES)}")
         if self.zeros not in ZEROS:

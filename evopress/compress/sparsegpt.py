@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evopress.compress.alps import regularized, walk
-from evopress.compress.compressor import Compressed, sweep_bytes, with_errors
+from evopress.compress.compressor import Compressed, check_numbers, sweep_bytes, with_errors
 from evopress.compress.hessian import damp, inverse_factor
 from evopress.compress.sparse import Sparse, SparsityLevels, distribute, lowest, to_float32
 from evopress.errors import EvoPressError
@@ -40,10 +40,7 @@ class SparseGPT(SparsityLevels):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.damping < 1.0:
-            raise EvoPressError(f"method.damping {self.damping:g} must lie between 0 and 1; the paper uses 0.01")
-        if self.block_size < 1:
-            raise EvoPressError(f"method.block_size {self.block_size} must be positive: the paper uses 128")
+        check_numbers(damping=self.damping, block_size=self.block_size)
         if self.recipe not in RECIPES:
             raise EvoPressError(f"method.recipe={self.recipe} is unknown: choose {' or '.join(RECIPES)}")
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from evopress.compress.compressor import free_bytes
 from evopress.errors import EvoPressError
 from evopress.levels.modules import ATTENTION, BLOCK, MLP, PAIR, is_module, modules_of
 from evopress.levels.union import LevelSource
@@ -95,7 +96,7 @@ def enough_to_keep(space: Space, itemsize: int, device: torch.device | None = No
     sizes: dict[int, int] = {}
     for unit in space.units:
         sizes[unit.block] = sizes.get(unit.block, 0) + unit.size * itemsize
-    spare = torch.cuda.mem_get_info(device)[0] // 8 if device is not None and device.type == "cuda" else 0
+    spare = free_bytes(device) // 8 if device is not None and device.type == "cuda" else 0
     return max(2**28, 2 * max(sizes.values(), default=0), spare)
 
 

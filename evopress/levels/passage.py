@@ -6,10 +6,13 @@ neither wait nor are waited for; or in a mapped file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from evopress.compress.compressor import free_bytes
 
 SHARE_OF_DEVICE = 0.4
 """Of a GPU's free memory that activations may take; the Hessians, the sweeps and a forward need the rest."""
@@ -19,21 +22,12 @@ def room_for_activations(shape: tuple[int, ...], dtype: torch.dtype, device: tor
     """Return an uninitialised tensor: on a GPU where it has room, else in the host's memory, pinned where there is a GPU."""
     if device.type != "cuda":
         return torch.empty(shape, dtype=dtype)
-    count = 1
-    for size in shape:
-        count *= size
-    if count * dtype.itemsize <= SHARE_OF_DEVICE * free_bytes(device):
+    if math.prod(shape) * dtype.itemsize <= SHARE_OF_DEVICE * free_bytes(device):
         return torch.empty(shape, dtype=dtype, device=device)
     try:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
     except RuntimeError:  # the system allows no more of it
         return torch.empty(shape, dtype=dtype)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes that this process may still take of a GPU: free ones, and those that torch holds without need."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 class Passage:
