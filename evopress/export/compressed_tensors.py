@@ -25,10 +25,10 @@ from evopress.compress.gptq import Quantized
 from evopress.engines import ENGINES
 from evopress.errors import EvoPressError
 from evopress.export.card import model_card
-from evopress.export.exporter import INTEGERS, Export, Form
+from evopress.export.exporter import Export, Form
 from evopress.export.rules import refuse_unfit
 from evopress.export.tensors_file import Entry, Section, num_bytes
-from evopress.export.written import Weight, hub_config, in_order, shape_of, unquantized, weights_of, write_model, zeros_in
+from evopress.export.written import Weight, hub_config, packed_sections, shape_of, unquantized, write_model
 from evopress.levels.codec import pack_bits
 
 logger = logging.getLogger(__name__)
@@ -99,18 +99,8 @@ class CompressedTensors:
         return self._dtype or export.model.dtype
 
     def _sections(self, export: Export, rounding: _Rounding) -> tuple[list[Section], dict[str, Form]]:
-        """Return the file's tensors in the model's order, and the forms of those that are packed, by the names of their modules."""
         dtype = self._served(export)
-        fewest = min((form.bits for form in export.forms if form.kind == INTEGERS), default=4)
-        sections: dict[str, Section] = {}
-        forms: dict[str, Form] = {}
-        for weight in weights_of(export, zeros=zeros_in(ENGINE.groups, fewest)):
-            if weight.form.kind == INTEGERS:
-                forms[weight.name] = weight.form
-                sections[f"{weight.name}.weight"] = _packed(weight, dtype, rounding)
-            else:
-                sections[f"{weight.name}.weight"] = weight.dense_section(dtype)
-        return in_order(export.model, sections, dtype=dtype), forms
+        return packed_sections(export, lambda weight: _packed(weight, dtype, rounding), groups=ENGINE.groups, dtype=dtype)
 
 
 def _packed(weight: Weight, dtype: torch.dtype, rounding: _Rounding) -> Section:

@@ -98,6 +98,28 @@ def weights_of(export: Export, *, zeros: Callable[[int], Form | None]) -> list[W
     return found
 
 
+def packed_sections(
+    export: Export, pack: Callable[[Weight], Section], *, groups: Sequence[int], dtype: torch.dtype | None = None
+) -> tuple[list[Section], dict[str, Form]]:
+    """Return a file's tensors in the model's order, and the forms of those that are packed, by the names of their modules.
+
+    Args:
+        pack: makes the section of integers.
+        groups: sizes that the format has, for a dropped module's linears.
+        dtype: of what is not packed; None: its own.
+    """
+    fewest = min((form.bits for form in export.forms if form.kind == INTEGERS), default=4)
+    sections: dict[str, Section] = {}
+    forms: dict[str, Form] = {}
+    for weight in weights_of(export, zeros=zeros_in(groups, fewest)):
+        if weight.form.kind == INTEGERS:
+            forms[weight.name] = weight.form
+            sections[f"{weight.name}.weight"] = pack(weight)
+        else:
+            sections[f"{weight.name}.weight"] = weight.dense_section(dtype or export.model.dtype)
+    return in_order(export.model, sections, dtype=dtype), forms
+
+
 def in_order(model: nn.Module, sections: Mapping[str, Section], *, dtype: torch.dtype | None = None) -> list[Section]:
     """Return a section for everything that the model has, in its order, a tied weight once; what has none is as it is.
 
