@@ -236,9 +236,7 @@ class Evolution:
         if self._race is not None:
             return self._tell_race(self._race, fitnesses)
         genomes, tokens, stage = self._question.genomes, self._question.tokens, self._question.stage
-        if len(fitnesses) != len(genomes):
-            raise EvoPressError(f"the fitness returned {len(fitnesses)} numbers for {len(genomes)} genomes: one for each")
-        values = tuple(float(fitness) for fitness in fitnesses)
+        values = self._question.numbers(fitnesses)
         survivors = select_fittest(genomes, values, 1 if stage < 0 else self._settings.stages[stage].survivors)
         best = survivors[0]
         survivors = [index for index in survivors if math.isfinite(values[index])]

@@ -69,10 +69,8 @@ class Race:
         Raises: EvoPressError if their number is wrong, or none of them is finite.
         """
         running = self._running
-        if len(answer) != len(running):
-            raise EvoPressError(f"the fitness returned {len(answer)} numbers for {len(running)} genomes: one for each")
-        for i, value in zip(running, answer, strict=True):
-            self._values[i].append(float(value))
+        for i, value in zip(running, self.ask().numbers(answer), strict=True):
+            self._values[i].append(value)
         self.tokens += self._part * len(running)
         self._left -= self._part * len(running)
         self.evaluations += len(running)

@@ -51,7 +51,8 @@ class Guided:
         problem.budget.check(problem.space)
         self._problem, self._settings, self._numbers = problem, settings, settings.numbers
         self._errors = errors_of(problem.space, problem.errors)
-        self._backward = backward_tokens(any(is_droppable(problem.space, unit) for unit in range(len(problem.space))))
+        self._droppable = [is_droppable(problem.space, unit) for unit in range(len(problem.space))]
+        self._backward = backward_tokens(any(self._droppable))
         self._generation = 0  # the one that is asked about next, as long as there is no evolution
         self._parent: Genome | None = None
         self._settled = False  # the last round found nothing better
@@ -208,13 +209,13 @@ class Guided:
         if (uniform := uniform_genome(space, budget)) is not None:
             return [uniform]
         whole = [
-            [math.inf if error and len(of_unit) > 1 and is_droppable(space, i) else float(error) for error in of_unit]
+            [math.inf if error and len(of_unit) > 1 and self._droppable[i] else float(error) for error in of_unit]
             for i, of_unit in enumerate(self._errors)
         ]
         if (genome := best_in(space, budget, whole)) is not None:
             return [genome]
         if self._numbers.rounds:
-            self._above = tuple(0 if is_droppable(space, i) else len(unit.levels) - 1 for i, unit in enumerate(space.units))
+            self._above = tuple(0 if self._droppable[i] else len(unit.levels) - 1 for i, unit in enumerate(space.units))
             return []
         count = self._settings.evolution.initial_candidates
         return random_mixes(space, budget, num_candidates=count, rng=self._problem.rng_initial)
@@ -235,7 +236,7 @@ class Guided:
             self._sensitivities = [learnt.tolist()]
             values = [(weight * of_unit).tolist() for weight, of_unit in zip(learnt, self._errors, strict=True)]
         genomes = list(genomes_from_neighbour(self._problem, values))
-        if values is None and not any(is_droppable(space, unit) for unit in range(len(space))):
+        if values is None and not any(self._droppable):
             values = [of_unit.tolist() for of_unit in self._errors]
         free = None if values is None else best_in(space, budget, values, near=space.check(neighbour.genome))
         genomes += [] if free is None or not budget.met_by(space, free) else [free]
@@ -264,9 +265,9 @@ class Guided:
     def _held(self, genome: Genome, means: np.ndarray) -> dict[str, Any]:
         """Lay out what each unit holds; a module that is kept holds nothing, and what dropping it would add stands apart."""
         space = self._problem.space
-        kept = [is_droppable(space, i) and not unit.levels[genome[i]].drops for i, unit in enumerate(space.units)]
+        kept = [self._droppable[i] and not unit.levels[genome[i]].drops for i, unit in enumerate(space.units)]
         held = {"held": [0.0 if there else round(float(value), 9) for there, value in zip(kept, means, strict=True)]}
-        if any(is_droppable(space, unit) for unit in range(len(space))):
+        if any(self._droppable):
             held["dropping"] = [round(float(value), 9) if there else 0.0 for there, value in zip(kept, means, strict=True)]
         return held
 
@@ -290,7 +291,6 @@ class Guided:
         """Make proposals by values[unit][level], and ask for their fitness; where there are none, the round is over."""
         parent = self.parent
         proposals = self._proposals(parent, values)
-
         expected = Expected(self._problem.space, values).of
         self._details["proposals"] = [
             {
@@ -360,16 +360,14 @@ class Guided:
     def _changes(self) -> list[int]:
         """The most changes of each proposal; where all units are modules, which are few, in proportion to their number."""
         space, changes = self._problem.space, self._numbers.changes
-        if not all(is_droppable(space, unit) for unit in range(len(space))):
+        if not all(self._droppable):
             return changes
         return [max(round(most * len(space) / _UNITS), 2) for most in changes]
 
     def _choose(self, question: Question, answer: Sequence[float]) -> GenerationRecord:
         """Take the fitnesses of the genomes that were asked for, the current one's first, and finish the round."""
         genomes, tokens = question.genomes, question.tokens
-        if len(answer) != len(genomes):
-            raise EvoPressError(f"the fitness returned {len(answer)} numbers for {len(genomes)} genomes: one for each")
-        values = tuple(float(value) for value in answer)
+        values = question.numbers(answer)
         best = select_fittest(genomes, values, 1)[0]
         if not math.isfinite(values[best]):
             raise EvoPressError(

@@ -49,6 +49,15 @@ class Question:
     stage: int = 0
     """Index of the stage of selection; -1 is the choice of the initial genome."""
 
+    def numbers(self, answer: Sequence[float]) -> tuple[float, ...]:
+        """Return an answer, one number for each genome.
+
+        Raises: EvoPressError if there are more or fewer.
+        """
+        if len(answer) != len(self.genomes):
+            raise EvoPressError(f"the fitness returned {len(answer)} numbers for {len(self.genomes)} genomes: one for each")
+        return tuple(float(value) for value in answer)
+
 
 @dataclass(frozen=True)
 class Attribution:
