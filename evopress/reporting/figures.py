@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evopress.reporting.drawing import (
     COLOURS,
@@ -21,6 +21,9 @@ from evopress.reporting.drawing import (
 )
 from evopress.reporting.tables import display_name, number, significant
 from evopress.units import Genome, Space, Unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Cell = tuple[str, int]
 """A row of the heat map: a kind, and which of several units of that kind in one block."""
@@ -185,28 +188,12 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
     least, most = np.nanmin(image), np.nanmax(image)
     room = max(0.05 - (most - least) / 2, 0.0)  # a uniform genome is no range of colours
     norm = BoundaryNorm(np.arange(len(labels) + 1) - 0.5, len(labels)) if by_label else Normalize(least - room, most + room)
-    mesh = axis.pcolormesh(
-        np.arange(len(columns) + 1) - 0.5,
-        np.arange(len(rows) + 1) - 0.5,
-        np.ma.masked_invalid(image),
-        cmap=colours,
-        norm=norm,
-        edgecolors="white",
-        linewidth=0.8,
-    )
+    mesh = draw_cells(axis, image, rows, blocks, colours=colours, norm=norm)
     if len(blocks) <= 48 and len(rows) <= 48 and max(len(key) for key in keys.values()) <= 2:
         for (row, column), key in keys.items():
             red, green, blue = colours(norm(image[row, column]))[:3]
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
             axis.text(column, row, key, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    several = {kind for kind, index in rows if index > 0}
-    axis.set_yticks(range(len(rows)), [f"{kind} [{index}]" if kind in several else kind for kind, index in rows])
-    axis.invert_yaxis()
-    step = max(1, -(-len(blocks) // 32))
-    axis.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
-    axis.tick_params(length=0)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
     axis.set_xlabel("transformer block")
     average = measure(space, space.cost(genome), sum(measured_size(space, unit) for unit in space.units))
     percent = not by_label and space.words.taken_away
@@ -280,6 +267,35 @@ def _near(value: float, others: Sequence[float]) -> bool:
 
 def _held_out(record: Mapping[str, Any], key: str) -> Any:
     return (record.get("held_out") or {}).get(key)
+
+
+def draw_cells(axis: Axes, image: Any, rows: Sequence[Cell], blocks: Sequence[int], *, colours: Any, norm: Any) -> Any:
+    """Draw a heat map of units, a row per kind and a column per block, and return its mesh.
+
+    Args:
+        image: numbers [rows, columns], NaN where there is no unit; the last column may be what lies outside the blocks.
+        blocks: the numbers of the others.
+    """
+    import numpy as np
+
+    mesh = axis.pcolormesh(
+        np.arange(image.shape[1] + 1) - 0.5,
+        np.arange(len(rows) + 1) - 0.5,
+        np.ma.masked_invalid(image),
+        cmap=colours,
+        norm=norm,
+        edgecolors="white",
+        linewidth=0.8,
+    )
+    several = {kind for kind, number in rows if number > 0}
+    axis.set_yticks(range(len(rows)), [f"{kind} [{number}]" if kind in several else kind for kind, number in rows])
+    axis.invert_yaxis()
+    step = max(1, -(-len(blocks) // 32))
+    axis.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    return mesh
 
 
 def cells(space: Space) -> list[Cell]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.reporting.drawing import new_figure, save
-from evopress.reporting.figures import cells
+from evopress.reporting.figures import cells, draw_cells
 from evopress.reporting.tables import number, significant
 from evopress.units import Genome, Space
 
@@ -78,23 +78,7 @@ def held_figure(records: Sequence[Mapping[str, Any]], space: Space, folder: Path
             if unit.levels[held.genome[index]].drops:
                 colour = "white" if float(norm(image[place])) > 0.5 else "black"
                 axis.text(place[1], place[0], "×", ha="center", va="center", fontsize=8, color=colour)
-        mesh = axis.pcolormesh(
-            np.arange(num_columns + 1) - 0.5,
-            np.arange(len(rows) + 1) - 0.5,
-            np.ma.masked_invalid(image),
-            cmap=colormaps["magma_r"],
-            norm=norm,
-            edgecolors="white",
-            linewidth=0.8,
-        )
-        several = {kind for kind, number in rows if number > 0}
-        axis.set_yticks(range(len(rows)), [f"{kind} [{number}]" if kind in several else kind for kind, number in rows])
-        axis.invert_yaxis()
-        step = max(1, -(-len(blocks) // 32))
-        axis.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
-        axis.tick_params(length=0)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
+        mesh = draw_cells(axis, image, rows, blocks, colours=colormaps["magma_r"], norm=norm)
         total = significant(sum(value for index, value in enumerate(held.values) if not _is_kept_module(space, held.genome, index)))
         axis.set_title(f"{_when(held, maps)}: {total} in all", fontsize=10)
     axes[-1].set_xlabel("transformer block")

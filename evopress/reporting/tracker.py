@@ -76,6 +76,13 @@ class Tracker(Protocol):
         """Close the tracker's run."""
 
 
+def track_figures(tracker: Tracker, paths: Iterable[Path]) -> None:
+    """Record those of some pictures that are PNG, by their names."""
+    for path in paths:
+        if path.suffix == ".png":
+            tracker.figure(path.stem, path)
+
+
 class NullTracker:
     """Follow nothing: costs nothing and imports nothing."""
 

@@ -19,7 +19,7 @@ from evopress.reporting.lineage import lineage_figures
 from evopress.reporting.metrics import baseline_lines, best_metrics, final_metrics, levels_table, switches_table
 from evopress.reporting.records import read_genome, write_json
 from evopress.reporting.report import headline, write_report
-from evopress.reporting.tracker import Tracker
+from evopress.reporting.tracker import Tracker, track_figures
 from evopress.stages.baselines import stored_baselines
 from evopress.stages.exports import add_sizes
 from evopress.stages.given import named_genome, take_best_so_far
@@ -190,9 +190,7 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
         command=command,
         environment=environment,
     )
-    for path in pictures:
-        if path.suffix == ".png":
-            tracker.figure(path.stem, path)
+    track_figures(tracker, pictures)
     if genome is not None:
         tracker.table("levels", *levels_table(space, genome))
         tracker.table("switches", *switches_table(records, database.space))

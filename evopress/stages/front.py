@@ -7,7 +7,7 @@ and gone on with as if it had been a run by itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from evopress.reporting.front import front_figure, front_rows, front_words, writ
 from evopress.reporting.generations import read_generations
 from evopress.reporting.metrics import final_metrics
 from evopress.reporting.records import read_document, read_genome, write_json
-from evopress.reporting.tracker import NullTracker, Tracker
+from evopress.reporting.tracker import NullTracker, Tracker, track_figures
 from evopress.search.strategy import Neighbour, Searching
 from evopress.settings import RunSettings
 from evopress.stages.baselines import find_baselines, stored_baselines
@@ -47,11 +47,6 @@ class PointRun:
     name: str
     workspace: Workspace
     searching: Searching
-
-    @property
-    def is_found(self) -> bool:
-        """Tell whether a search has left a genome, or its best so far."""
-        return any((self.workspace.run_dir / name).exists() for name in ("genome.json", "state.json"))
 
     @property
     def total(self) -> int:
@@ -133,11 +128,16 @@ def search_all(points: Sequence[PointRun]) -> None:
     """Stage `search`: search at every budget, from the genome of the nearest that was searched before it."""
     found: list[PointRun] = []
     for number, point in enumerate(points, start=1):
-        near = min(found, key=lambda other: abs(other.total - point.total), default=None)
+        near = nearest(point, found)
         begun = "" if near is None else f", from what was found at {near.name}"
         logger.info("budget %s, %d of %d%s", point.name, number, len(points), begun)
         search_one(point, near)
         found.append(point)
+
+
+def nearest(point: PointRun, found: Iterable[PointRun]) -> PointRun | None:
+    """Return which of the points that were searched has the most like budget; None if none was."""
+    return min(found, key=lambda other: abs(other.total - point.total), default=None)
 
 
 def search_one(point: PointRun, near: PointRun | None) -> None:
@@ -237,9 +237,7 @@ def report_all(
         command=command,
         environment=environment,
     )
-    for path in pictures:
-        if path.suffix == ".png":
-            tracker.figure(path.stem, path)
+    track_figures(tracker, pictures)
     if rows:
         print(f"\n{tables.format_table(rows)}\n\n{said}", flush=True)
     print(f"report: {run_dir / 'report.html'}", flush=True)

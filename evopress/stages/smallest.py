@@ -19,7 +19,7 @@ from evopress.reporting.tables import significant
 from evopress.settings import RunSettings
 from evopress.stages.baselines import find_baselines
 from evopress.stages.exports import export
-from evopress.stages.front import PointRun, open_point, search_one
+from evopress.stages.front import PointRun, nearest, open_point, search_one
 from evopress.stages.results import read_result
 from evopress.units import Genome
 from evopress.workspace import Workspace
@@ -50,13 +50,19 @@ class Kept:
         """What it is, for people."""
         return "KL divergence" if self.key == "max_kl" else "top-1 agreement"
 
+    @property
+    def measure(self) -> str:
+        """What it is in scores and entries."""
+        return "kl" if self.key == "max_kl" else "top1_agreement"
+
     def value(self, scores: Scores) -> float:
         """Return what a genome has of it."""
-        return scores.kl if self.key == "max_kl" else scores.top1_agreement
+        return float(getattr(scores, self.measure))
 
     def holds(self, scores: Scores) -> bool:
         """Tell whether a genome keeps it."""
-        return scores.kl <= self.limit if self.key == "max_kl" else scores.top1_agreement >= self.limit
+        value = self.value(scores)
+        return value <= self.limit if self.key == "max_kl" else value >= self.limit
 
     def __str__(self) -> str:
         return f"{self.key}={self.limit:g}"
@@ -115,7 +121,7 @@ def find_smallest(workspace: Workspace, tried: Sequence[Point], points: list[Poi
 
     def try_at(place: int) -> bool:
         point = open_point(workspace, tried[place])
-        near = min(runs.values(), key=lambda other: abs(other.total - point.total), default=None)
+        near = nearest(point, runs.values())
         logger.info("budget %s%s", point.name, "" if near is None else f", from what was found at {near.name}")
         search_one(point, near)
         runs[point.name] = point
@@ -136,7 +142,7 @@ def find_smallest(workspace: Workspace, tried: Sequence[Point], points: list[Poi
         else:
             over = middle
     if best < 0:
-        last = min(entries[1:], key=lambda entry: abs(kept.limit - entry["kl" if kept.key == "max_kl" else "top1_agreement"]))
+        last = min(entries[1:], key=lambda entry: abs(kept.limit - entry[kept.measure]))
         raise _kept_by_none(kept, last, f"at {last['budget']}", "add a less compressed level")
     answer = runs[tried[best].name]
     told = {"schema": 1, kept.key: kept.limit, "answer": answer.name, "tried": entries}
@@ -166,10 +172,10 @@ def export_smallest(workspace: Workspace, *, command: str) -> None:
 
 
 def _kept_by_none(kept: Kept, entry: dict[str, Any], where: str, otherwise: str) -> EvoPressError:
-    value = entry["kl"] if kept.key == "max_kl" else entry["top1_agreement"]
+    value = significant(entry[kept.measure])
     change = "raise it" if kept.key == "max_kl" else "lower it"
     return EvoPressError(
-        f"{kept} is kept by no budget: {where} the {kept.name} is {significant(value)} on {entry['num_tokens']:,} tokens of search "
+        f"{kept} is kept by no budget: {where} the {kept.name} is {value} on {entry['num_tokens']:,} tokens of search "
         f"text; {change}, or {otherwise}"
     )
 
