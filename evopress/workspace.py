@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -51,7 +51,18 @@ logger = logging.getLogger(__name__)
 
 MOST_KEPT_BYTES = 2**29
 """Of the dense model's hidden states on held-out text that are kept between measurements of a search."""
+Made = TypeVar("Made")
 _STREAMS = ("data", "initial", "mutation", "minibatch", "random", "random_minibatch")
+
+
+def _shared(make: Callable[[Workspace], Made]) -> cached_property[Made]:
+    """Open a thing once, or take it from the run that this one is beside."""
+
+    @wraps(make)
+    def opened(workspace: Workspace) -> Made:
+        return make(workspace) if workspace._beside is None else getattr(workspace._beside, make.__name__)
+
+    return cached_property(opened)
 
 
 class Workspace:
@@ -196,10 +207,8 @@ class Workspace:
         """Tokens that the model's embedding has, by its config; None: it does not say."""
         return self.model_source.embedding_rows
 
-    @cached_property
+    @_shared
     def blocks(self) -> BlockModel:
-        if self._beside is not None:
-            return self._beside.blocks
         if self._given_blocks is not None:
             return self._given_blocks
         pretrained = self.pretrained
@@ -295,11 +304,9 @@ class Workspace:
         )
         return self.hessians
 
-    @cached_property
+    @_shared
     def hessians(self) -> HessianStore:
         """Where Hessians of dense activations are kept."""
-        if self._beside is not None:
-            return self._beside.hessians
         return HessianStore(self.database_root / self.pretrained.name / f"hessians-{fingerprint(self._source_recipe)}")
 
     @property
@@ -317,11 +324,9 @@ class Workspace:
             found.append(fingerprint(self._modules_recipe))
         return joint_fingerprint(found)
 
-    @cached_property
+    @_shared
     def database(self) -> Levels:
         """The run's levels, of all its method's sources, as its engine has them; built first where they are missing."""
-        if self._beside is not None:
-            return self._beside.database
         return self.stored if self.engine is None else TiedLevels(self.stored, self._space_for_engine(self.stored.space))
 
     def _space_for_engine(self, space: Space) -> Space:
@@ -337,11 +342,9 @@ class Workspace:
             written=8 * self.blocks.dtype.itemsize,
         )
 
-    @cached_property
+    @_shared
     def stored(self) -> LevelUnion | LevelDatabase:
         """The run's levels with a unit for each weight; built first where they are missing."""
-        if self._beside is not None:
-            return self._beside.stored
         parts: list[LevelDatabase] = []
         if self.method.weights is not None:
             database, self.database_reused = self.database_of(self.method.weights.name, self.compressor)
@@ -487,11 +490,9 @@ class Workspace:
             return PlainEvaluator(self.live, max_tokens_in_flight=fitness.max_tokens_in_flight)
         return PopulationEvaluator(self.live, max_tokens_in_flight=fitness.max_tokens_in_flight, fused=self.fused)
 
-    @cached_property
+    @_shared
     def archive(self) -> Archiving:
         """What was measured on the search text before, and by other runs; not where code is compiled, which rounds as it likes."""
-        if self._beside is not None:
-            return self._beside.archive
         if not self.settings.archive or self.fused:
             return NoArchive()
         return Archive(self.database.folder / ARCHIVE, self._what_decides, [len(unit.levels) for unit in self.database.space.units])
@@ -525,11 +526,9 @@ class Workspace:
             return False
         return can_compile(self.device)
 
-    @cached_property
+    @_shared
     def search_base(self) -> Tensor:
         """The dense model's last hidden states on the search text, [N, L, d]."""
-        if self._beside is not None:
-            return self._beside.search_base
         return base_states(self.evaluator, self.search_tokens, batch_tokens=self.settings.fitness.max_tokens_in_flight)
 
     def held_out_base(self, count: int) -> Tensor | None:
