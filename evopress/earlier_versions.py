@@ -33,6 +33,7 @@ _BASELINES: dict[str, Any] = {"options": {}}
 
 _GUIDED: dict[str, Any] = {
     "approach": 2,
+    "approach_tokens": 0,
     "selection": "mean",
     "race_parts": 8,
     "race_margin": 2.0,

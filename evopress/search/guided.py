@@ -34,7 +34,10 @@ class GuidedStrategy:
     averaged: int = 3
     """Rounds whose sensitivities are averaged, the latest."""
     approach: int = 2
-    """Attributions on the way from the model with all its modules to the budget, where that asks for modules to be dropped."""
+    """Steps on the way from the model with all its modules to the budget, where that asks for modules to be dropped."""
+    approach_tokens: int = 0
+    """Search tokens on which every module that is left is dropped alone at each step, where there is nothing but modules; 0: an
+    attribution says what dropping them would add."""
     selection: str = "mean"
     """mean: all proposals are measured on `screen_tokens`, the best mean is next; racing: see `racing.py`, in at most as many."""
     race_parts: int = 8
@@ -63,6 +66,7 @@ class GuidedStrategy:
             ("screen_tokens", 2),
             ("averaged", 1),
             ("approach", 1),
+            ("approach_tokens", 2 * self.delta_parts if self.approach_tokens else 0),
             ("delta_rounds", 0),
             ("delta_parts", 2),
             ("delta_tokens", 2 * self.delta_parts),
@@ -137,9 +141,12 @@ class GuidedSettings:
             deltas = 0 if settled or later else max(deltas - done, 0)
         key = "search.strategy.attribution_tokens"
         proposals = 2 + len(numbers.changes)
-        way = numbers.approach if state is None and numbers.rounds else 0
+        way = numbers.approach if state is None and (numbers.rounds or numbers.approach_tokens) else 0
+        approach: dict[str, Any] = {"times": way, "initial": True, "of_modules": True}
         asks = [
-            Asks(key, numbers.attribution_tokens, times=way, attribution=True, initial=True, of_modules=True),
+            Asks("search.strategy.approach_tokens", numbers.approach_tokens, 0, neighbours=True, **approach)
+            if numbers.approach_tokens
+            else Asks(key, numbers.attribution_tokens, attribution=True, **approach),
             Asks(key, numbers.attribution_tokens, times=times, attribution=True, milestone=True),
             Asks("search.strategy.screen_tokens", numbers.screen_tokens, proposals, times=times + deltas, milestone=True),
             Asks("search.strategy.delta_tokens", numbers.delta_tokens, 0, times=deltas, milestone=True, neighbours=True),

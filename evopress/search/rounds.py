@@ -111,10 +111,10 @@ class Guided:
             numbers = self._numbers
             if self._race is not None:
                 self._question = self._race.ask()
+            elif self._above is not None and self._measures_the_way:
+                self._question = self._deltas_at(self._above, numbers.approach_tokens).ask()
             elif self._measures_deltas:
-                if self._deltas is None:
-                    self._deltas = Deltas(self._problem.space, self.parent, tokens=numbers.delta_tokens, parts=numbers.delta_parts)
-                self._question = self._deltas.ask()
+                self._question = self._deltas_at(self.parent, numbers.delta_tokens).ask()
             elif (genome := self._parent if self._above is None else self._above) is None:
                 self._question = Question(self._candidates, numbers.screen_tokens, stage=-1)
             else:
@@ -203,7 +203,7 @@ class Guided:
         """Return the uniform genome where the target is a level, else the one with the least sum of errors that has all modules.
 
         Where modules must be dropped there is none: attributions at the model that has them all, weights at their last levels,
-        say which. Without a round to ask for them, random mixes are chosen from as evolution does.
+        or measured neighbours, say which. Without a round to ask for them, random mixes are chosen from as evolution does.
         """
         space, budget = self._problem.space, self._problem.budget
         if (uniform := uniform_genome(space, budget)) is not None:
@@ -214,7 +214,7 @@ class Guided:
         ]
         if (genome := best_in(space, budget, whole)) is not None:
             return [genome]
-        if self._numbers.rounds:
+        if self._numbers.rounds or self._measures_the_way:
             self._above = tuple(0 if self._droppable[i] else len(unit.levels) - 1 for i, unit in enumerate(space.units))
             return []
         count = self._settings.evolution.initial_candidates
@@ -319,7 +319,17 @@ class Guided:
         self._evaluations += deltas.evaluations
         expected = Expected(self._problem.space, self._values())
         self._details = {"deltas": deltas.report(expected)}
-        return self._propose(deltas.values(expected))
+        values = deltas.values(expected)
+        if self._above is None:
+            return self._propose(values)
+        self._deltas = None
+        return self._come_down(values)
+
+    def _deltas_at(self, genome: Genome, tokens: int) -> Deltas:
+        """Return what measures the neighbours of a genome, the one that has begun where there is one."""
+        if self._deltas is None:
+            self._deltas = Deltas(self._problem.space, genome, tokens=tokens, parts=self._numbers.delta_parts)
+        return self._deltas
 
     def _values(self) -> list[list[float]]:
         """Return values[unit][level], what every level holds by the mean sensitivities of the last rounds; or the plain errors."""
@@ -416,6 +426,10 @@ class Guided:
     @property
     def _rounds_over(self) -> bool:
         return self._settled or self._generation > self._numbers.rounds
+
+    @property
+    def _measures_the_way(self) -> bool:
+        return self._numbers.approach_tokens > 0 and all(self._droppable)
 
     @property
     def _measures_deltas(self) -> bool:

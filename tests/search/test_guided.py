@@ -402,16 +402,19 @@ def depth_space(count: int) -> Space:
     )
 
 
-@pytest.mark.parametrize("approach", [1, 3])
-def test_what_holds_least_is_dropped_of_each_kind(approach) -> None:
+@pytest.mark.parametrize(("approach", "measured", "rounds"), [(1, 0, 3), (3, 0, 3), (1, 64, 3), (3, 64, 0)])
+def test_what_holds_least_is_dropped_of_each_kind(approach, measured, rounds) -> None:
     space = depth_space(6)
     toy = WithModules(space, 1)
     budget = Budget(6, 0.5, "depth sparsity", (Limit(3, kind="attention"), Limit(3, kind="mlp")))
-    settings = replace(NUMBERS, approach=approach).searching(EVOLUTION)
+    settings = replace(NUMBERS, approach=approach, approach_tokens=measured, rounds=rounds).searching(EVOLUTION)
     best, records = run(settings.make(problem_of(space, budget, ())), toy)
     for kind in (0, 1):
         order = np.argsort(toy.weights[kind::2])
         assert [u for u in range(6) if best[2 * u + kind]] == sorted(order[:3].tolist())
+    if measured:
+        assert records[0]["tokens"] == approach * 64 * 13, "every module, dropped or taken back, beside the model itself"
+        return
     assert records[0]["generation"] == 0 and records[0]["tokens"] == approach * 5 * 64
     assert toy.asked[0] == (0,) * 12 and sum(toy.asked[1]) == (6 if approach == 1 else 2)
     assert tuple(records[0]["genome"]) == best and not records[-1]["accepted"]
