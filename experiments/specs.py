@@ -23,6 +23,8 @@ class Spec:
     """Variants that are shown and not compared."""
     settings: tuple[str, ...] = ()
     """Settings of the search that are shown beside each variant, such as those that were swept."""
+    without: tuple[str, ...] = ("acceptance rate", "flips")
+    """Measures, by how their names begin, that the CSVs have and the table has no column for: the paper does not report them."""
 
 
 def by_axis(key: str, name: str = "{}") -> Callable[[Mapping[str, str], str], str | None]:
@@ -66,7 +68,7 @@ def by_granularity(axes: Mapping[str, str], row: str) -> str | None:
 
 def any_spec(title: str, axes: Sequence[str]) -> Spec:
     """Describe the table of any sweep: one for each combination of what was swept, seeds together."""
-    return Spec(title, group=tuple(key for key in axes if key != "seed"))
+    return Spec(title, group=tuple(key for key in axes if key != "seed"), without=())
 
 
 SPECS = {

@@ -25,7 +25,7 @@ from evopress.files import write_bytes
 from evopress.reporting.differences import Difference
 from evopress.reporting.jobs import as_markdown as jobs_as_markdown
 from evopress.reporting.jobs import read_jobs
-from evopress.reporting.tables import Column, display_name, results_columns, significant
+from evopress.reporting.tables import Column, display_name, results_columns, told
 from experiments.commands import of_sweep
 from experiments.specs import SPECS, Spec, any_spec
 from experiments.sweeps import Job, Sweep, any_sweep, describe, expected_jobs, read_sweep, setting
@@ -67,9 +67,14 @@ class Table:
         return sorted(self.values, key=lambda group: [_number(part) for part in group])
 
     @property
+    def shown(self) -> list[str]:
+        """Names of the measures that the table has columns for."""
+        return [header for header in self.columns if not header.startswith(self.spec.without)]
+
+    @property
     def qualities(self) -> list[str]:
-        """Names of the measures that are good or bad; the others say what was spent."""
-        return [header for header, column in self.columns.items() if column.best is not None]
+        """Names of those that are good or bad; the others say what was spent."""
+        return [header for header in self.shown if self.columns[header].best is not None]
 
     def variants(self, group: Group) -> list[str]:
         """Return a group's variants, those apart first, the others in the order of the jobs and of their rows."""
@@ -91,7 +96,7 @@ class Table:
                     row |= {"method": variant, "measure": measure, "seeds": len(numbers), "mean": statistics.fmean(numbers)}
                     row |= {"std": statistics.stdev(numbers) if len(numbers) > 1 else math.nan}
                     row |= {"min": min(numbers), "max": max(numbers)}
-                    if measure in self.qualities and self._compared(variant):
+                    if column.best is not None and self._compared(variant):
                         difference = self.difference(group, variant, self.spec.reference, measure)
                         row |= {"difference": difference.mean, "standard_error": difference.standard_error}
                         row |= {"verdict": difference.verdict(column.best)}
@@ -121,17 +126,14 @@ class Table:
         """Lay out one group: means, spread, and the difference to the reference in the first quality."""
         first = self.qualities[0]
         reference = display_name(self.spec.reference)
-        headers = ["method", *self.spec.settings, *self.columns, f"{first}: difference to {reference}", "seeds"]
+        headers = ["method", *self.spec.settings, *self.shown, f"{first}: difference to {reference}", "seeds"]
         body = []
         for variant in self.variants(group):
             of = self.values[group][variant]
             settings = self.settings.get((group, variant), [""] * len(self.spec.settings))
-            cells = [display_name(variant), *settings, *(self._cell(of.get(measure, {}), measure) for measure in self.columns)]
+            cells = [display_name(variant), *settings, *(self._cell(of.get(measure, {}), measure) for measure in self.shown)]
             difference = self.difference(group, variant, self.spec.reference, first)
-            shown = ""
-            if self._compared(variant) and difference.num_pairs:
-                error = "" if math.isnan(difference.standard_error) else f" ± {significant(difference.standard_error, 2)}"
-                shown = f"{significant(difference.mean, 3)}{error} ({difference.verdict(self.columns[first].best)})"
+            shown = told(difference, self.columns[first].best) if self._compared(variant) else ""
             body.append([*cells, shown, str(max(map(len, of.values())))])
         return markdown(headers, body)
 

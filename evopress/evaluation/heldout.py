@@ -1,4 +1,4 @@
-"""Measure genomes on text that no search has seen: KL divergence to the dense model, top-1 agreement, perplexity."""
+"""Measure genomes on text that no search has seen: how far their predictions are from the dense model's, and perplexity."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from evopress.progress import track
 from evopress.units import Genome
 
 MEASURES = HeldOut().names
-"""What is kept of every sequence: mean KL divergence and negative log-likelihood in nats, and the share of equal top-1 tokens."""
+"""What is kept of every sequence, each a mean over its tokens; perplexity as negative log-likelihood in nats."""
+MEANS = tuple(name for name in MEASURES if name != "nll")
+"""Those of them that are reported as means over tokens."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Scores:
     """Share of tokens whose most likely next token is the dense model's."""
     num_tokens: int
     """Predicted tokens."""
+    acceptance_rate: float = math.nan
+    """Mean of Σ min(p, q): the share of tokens that lossless speculative decoding keeps if this model drafts for the dense one."""
+    flips: float = math.nan
+    """Share of tokens that either this model or the dense one predicts rightly as the most likely, and the other does not."""
     by_sequence: Mapping[str, tuple[float, ...]] = field(default_factory=dict, compare=False)
     """Mean of each of `MEASURES` over every sequence's tokens, so that genomes can be compared sequence by sequence."""
 
@@ -38,14 +44,20 @@ class Scores:
 
         Args: sums: float64 [measures, N], the measures in the order of `MEASURES`.
         """
-        kl, nll, top1 = (sums.sum(-1) / max(tokens * sums.shape[-1], 1)).tolist()
+        means = dict(zip(MEASURES, (sums.sum(-1) / max(tokens * sums.shape[-1], 1)).tolist(), strict=True))
         return cls(
-            kl=max(kl, 0.0),
-            perplexity=math.exp(nll) if nll < 700 else math.inf,
-            top1_agreement=top1,
+            kl=max(means["kl"], 0.0),
+            perplexity=math.exp(means["nll"]) if means["nll"] < 700 else math.inf,
+            top1_agreement=means["top1_agreement"],
+            acceptance_rate=min(means["acceptance_rate"], 1.0),
+            flips=means["flips"],
             num_tokens=tokens * sums.shape[-1],
             by_sequence={name: tuple(row) for name, row in zip(MEASURES, (sums / max(tokens, 1)).tolist(), strict=True)},
         )
+
+    def means(self) -> dict[str, float]:
+        """Return what is reported as a mean over tokens, by name."""
+        return {name: getattr(self, name) for name in MEANS}
 
     def first(self, count: int) -> Scores:
         """Return the scores on the first sequences alone."""

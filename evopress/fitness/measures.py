@@ -1,4 +1,4 @@
-"""What is measured per token: KL divergence, sparse (top-k) KL divergence, perplexity.
+"""What is measured per token: KL divergence, sparse (top-k) KL divergence, perplexity, and what is reported.
 
 Logits exist for one chunk of tokens at a time. The base model's part of a chunk is computed once for all candidates.
 
@@ -92,9 +92,14 @@ class NegativeLogLikelihood:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is reported: KL divergence, negative log-likelihood, and whether the most likely token is the base model's."""
+    """What is reported, per token.
 
-    names: tuple[str, ...] = ("kl", "nll", "top1_agreement")
+    KL divergence and negative log-likelihood; whether the most likely token is the base model's; Σ min(p, q), the probability
+    that lossless speculative decoding keeps a token that the candidate has drafted (arXiv:2211.17192); and whether one of the two
+    is right about the next token and the other is not, a flip (arXiv:2407.09141).
+    """
+
+    names: tuple[str, ...] = ("kl", "nll", "top1_agreement", "acceptance_rate", "flips")
 
     def reference(self, base: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = head.logits(base)
@@ -107,7 +112,11 @@ class HeldOut:
         logq = torch.log_softmax(head.logits(hidden), dim=-1)
         kl = negative_entropy - _expected(p, logq)
         nll = -logq.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        return torch.stack([kl, nll, (logq.argmax(-1) == top1).to(torch.float32)])
+        most_likely = logq.argmax(-1)
+        q = logq.exp_()  # of no further use as logarithms
+        accepted = torch.minimum(p, q, out=q).sum(-1)
+        flips = (most_likely == labels) != (top1 == labels)
+        return torch.stack([kl, nll, (most_likely == top1).float(), accepted, flips.float()])
 
 
 def _divergence(scores: Tensor, p: Tensor, negative_entropy: Tensor) -> Tensor:

@@ -8,7 +8,18 @@ from typing import Any
 
 from evopress.reporting.differences import Difference
 from evopress.reporting.page import table
-from evopress.reporting.tables import by_sequence, display_name, held_out_kl, is_found, number, results_columns, significant
+from evopress.reporting.tables import (
+    MEANS,
+    by_sequence,
+    display_name,
+    held_out_kl,
+    is_found,
+    number,
+    results_columns,
+    significant,
+    told,
+    told_differences,
+)
 
 _SLACK = 1.002
 """Genomes that spend this much more than another still count as of the same budget."""
@@ -38,7 +49,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
     if equal:
         best = min(equal, key=lambda name: _kl(equal[name]))
         sentence += f"; the best baseline within this budget, {display_name(best)}, has {significant(_kl(equal[best]))}: "
-        sentence += compared("EvoPress", ours, display_name(best), equal[best])
+        sentence += compared("EvoPress", ours, display_name(best), equal[best]) + _accepted(ours, equal[best])
         others = [f"{display_name(name)} at {significant(_kl(row))}" for name, row in equal.items() if name != best]
         sentence += f" (others: {', '.join(others)})" if others else ""
     else:
@@ -76,6 +87,17 @@ def compared(name: str, ours: Mapping[str, Any], other: str, theirs: Mapping[str
     if difference.is_tie:
         return f"a tie, {name} is {by} but the difference is within two standard errors ({error})"
     return f"{name} wins, {by} ({error})" if kl < there else f"{other} wins, {name} is {by} ({error})"
+
+
+def _accepted(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Say what share of tokens would be kept if the model drafted for the dense one, and what another's would."""
+    data_set, _ = held_out_kl(ours)
+    values = [number((row.get("acceptance_rate_by_data_set") or {}).get(data_set)) for row in (ours, theirs)]
+    if values[0] is None or values[1] is None:
+        return ""
+    mine, other = (by_sequence(row, data_set, "acceptance_rate") or () for row in (ours, theirs))
+    difference = told(Difference.of_sequences(mine, other), MEANS["acceptance_rate"][2])
+    return f"; its acceptance rate is {values[0]:.4f} against {values[1]:.4f}" + (f": {difference}" if difference else "")
 
 
 def _kl(row: Mapping[str, Any]) -> float:
@@ -135,10 +157,18 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
         + (" that spend no more than EvoPress (the others are grey), " if ours is not None else ", ")
         + "with those that tie with it: within two standard errors of the difference, paired by sequence. "
         "KL: nats per token against the dense model on held-out text, lower is better; ppl: perplexity, lower is better; "
+        "acceptance rate: \u03a3 min(p, q), the share of tokens that lossless speculative decoding keeps if the model drafts for "
+        "the dense one; flips: the share of next tokens that one of the two is right about and the other is not; "
         "MB: 10<sup>6</sup> bytes. Size if packed: of a file that holds every level as the level database stores it, which no "
         "stage writes; checkpoint: the weight files that were exported, in the model's own dtype."
     )
-    return table(["", *(escape(column.header) for column in columns)], body) + f'<p class="note">{note}</p>'
+    laid_out = table(["", *(escape(column.header) for column in columns)], body) + f'<p class="note">{note}</p>'
+    headers, lines = told_differences(rows)
+    if not lines:
+        return laid_out
+    paired = table(list(map(escape, headers)), [(list(map(escape, line)), "") for line in lines])
+    note = "Differences are paired by sequence of the same text, \u00b1 is their standard error; within two of it they are a tie."
+    return laid_out + paired + f'<p class="note">{note}</p>'
 
 
 def _list(names: Mapping[str, Any]) -> str:

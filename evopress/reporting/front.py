@@ -19,6 +19,10 @@ from evopress.reporting.tables import display_name, held_out_kl, number, results
 Row = Mapping[str, Any]
 _NEAR = 0.97
 """Least share of a point's bytes that a genome takes to be compared with it."""
+_RISING = ("top-1", "acceptance")
+"""How the titles of panels begin whose measure is better the greater it is."""
+_LIMITS = {"max_kl": "held-out KL", "min_agreement": "top-1"}
+"""What may have to be kept, and how the title of its panel begins."""
 
 
 def front_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -103,7 +107,9 @@ def _answer(front: Sequence[Row], kept: Mapping[str, Any]) -> str:
 def front_figure(
     rows: Sequence[Row], front: Sequence[Row], folder: Path, *, measure: str, kept: Mapping[str, Any] | None = None
 ) -> list[Path]:
-    """Draw held-out KL, perplexity and top-1 agreement against the size if packed, for what was found and what it is compared with.
+    """Draw held-out KL, perplexity and acceptance rate against the size if packed, for what was found and what it is compared with.
+
+    Top-1 agreement is drawn where it had to be kept, or an early version measured no acceptance rate.
 
     Args:
         measure: what the budgets count, in words.
@@ -120,7 +126,11 @@ def front_figure(
     dense = next((row for row in rows if row.get("name") == "dense"), {})
     panels: list[tuple[str, Any]] = [("held-out KL (nats per token)", lambda row: held_out_kl(row)[1])]
     panels += [(f"perplexity, {text}", lambda row, text=text: (row.get("perplexity") or {}).get(text)) for text in texts[:1]]
-    panels.append(("top-1 agreement with the dense model", lambda row: row.get("top1_agreement")))
+    measured = any(number(row.get("acceptance_rate")) is not None for row in front)
+    if measured:
+        panels.append(("acceptance rate, drafting for the dense model", lambda row: row.get("acceptance_rate")))
+    if not measured or "min_agreement" in (kept or {}):
+        panels.append(("top-1 agreement with the dense model", lambda row: row.get("top1_agreement")))
     figure = new_figure(4.3 * len(panels), 4.6)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     looks = styles(families)
@@ -147,12 +157,12 @@ def front_figure(
                 **style,
             )
             seen += [y for _, y, _ in points]
-            below = title.startswith("top-1")  # beside the line, which rises there and falls elsewhere
+            below = title.startswith(_RISING)  # beside the line, which rises there and falls elsewhere
             for x, y, budget in points if ours else ():
                 place = {"xytext": (6, -11 if below else 5), "textcoords": "offset points"}
                 axis.annotate(budget, (x, y), fontsize=9, color=COLOURS[look], zorder=5, **place)
-        limit = (kept or {}).get("max_kl" if title.startswith("held-out KL") else "min_agreement")
-        if limit is not None and not title.startswith("perplexity"):
+        limit = next(((kept or {}).get(key) for key, start in _LIMITS.items() if title.startswith(start)), None)
+        if limit is not None:
             axis.axhline(limit, color="#555555", linestyle="--", linewidth=1.0, label=f"asked for: {limit:g}")
         answer = (kept or {}).get("answer")
         for row in front:
@@ -162,7 +172,7 @@ def front_figure(
             axis.axhline(whole, color="#555555", linestyle=":", linewidth=1.2, label=f"dense: {significant(whole)}")
             seen.append(whole)
         open_frame(axis)
-        if not title.startswith("top-1") and seen and min(seen) > 0 and max(seen) > 3 * min(seen):
+        if not title.startswith(_RISING) and seen and min(seen) > 0 and max(seen) > 3 * min(seen):
             log_scale(axis)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("size if packed (MB)")

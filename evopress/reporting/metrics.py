@@ -7,7 +7,7 @@ from typing import Any
 
 from evopress.reporting.curve import HeldOutCurve, held_out_curve
 from evopress.reporting.figures import averages, measure, measure_name, measured_size
-from evopress.reporting.tables import number
+from evopress.reporting.tables import MEANS, number
 from evopress.units import Genome, Space
 
 AXES = ("generation", "tokens", "seconds")
@@ -58,7 +58,7 @@ class SearchMetrics:
         for index, stage in enumerate(record.get("stages") or (), start=1):
             numbers[f"stage/{index}/best"] = best_fitness(stage)
         held_out = record.get("held_out") or {}
-        numbers |= {f"held_out/{key}": held_out.get(key) for key in ("kl", "top1_agreement")}
+        numbers |= {f"held_out/{key}": held_out.get(key) for key in MEANS}
         numbers |= {f"held_out/ppl_{name}": value for name, value in (held_out.get("perplexity") or {}).items()}
         if self._space is not None and len(genome) == len(self._space):
             numbers |= {f"budget/{kind}": value for kind, value in averages(self._space, tuple(genome), by="kind").items()}
@@ -130,7 +130,7 @@ def final_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if isinstance(perplexity, Mapping) and perplexity:
             numbers[f"{name}/perplexity"] = next(iter(perplexity.values()))
             numbers |= {f"{name}/ppl_{data_set}": value for data_set, value in perplexity.items()}
-        for key in ("kl", "top1_agreement"):
+        for key in MEANS:
             values = row.get(f"{key}_by_data_set")
             numbers |= {f"{name}/{key}_{data_set}": value for data_set, value in (values or {}).items()}
         zero_shot = row.get("zero_shot")

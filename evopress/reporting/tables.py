@@ -50,13 +50,17 @@ class Column:
     """Standard errors of the values, where they are known."""
     sequences: tuple[Sequence[float] | None, ...] = ()
     """What the values are means of, sequence by sequence of the same text, where it was kept."""
+    paired: str = ""
+    """What the numbers of sequences are, where that is not what the header says: perplexities are compared as logarithms."""
+
+    def difference(self, row: int, other: int) -> Difference:
+        """Compare two rows sequence by sequence; nothing is paired where it was not kept."""
+        ours, theirs = (self.sequences[index] if self.sequences else None for index in (row, other))
+        return Difference.of_sequences(ours or (), theirs or ())
 
     def ties(self, row: int, other: int) -> bool:
         """Tell whether two rows differ by no more than chance: their standard error, paired by sequence, says so."""
-        if not self.sequences:
-            return False
-        ours, theirs = self.sequences[row], self.sequences[other]
-        return ours is not None and theirs is not None and Difference.of_sequences(ours, theirs).is_tie
+        return self.difference(row, other).is_tie
 
     def cell(self, row: int, *, with_stderr: bool = False) -> str:
         """Show one value with sensible digits; a missing one is blank."""
@@ -99,13 +103,19 @@ def held_out_kl(row: Row) -> tuple[str | None, float | None]:
 
 
 def by_sequence(row: Row, data_set: str | None, measure: str) -> Sequence[float] | None:
-    """Return a row's measure ("kl", "nll", "top1_agreement") on each sequence of a data set; None where it was not kept."""
+    """Return a row's measure ("nll", or one of `MEANS`) on each sequence of a data set; None where it was not kept."""
     kept: Any = row.get("by_sequence")
     for key in (data_set, measure):
         kept = kept.get(key) if isinstance(kept, Mapping) else None
     if not isinstance(kept, list | tuple) or not kept or any(number(value) is None for value in kept):
         return None
     return kept
+
+
+def _standard_error(row: Row, data_set: str, measure: str) -> float | None:
+    """Return the standard error over sequences of what a row measures against the dense model; None where it is 0 or not known."""
+    kept = by_sequence(row, data_set, measure) or ()
+    return number(Difference.of_sequences(kept, [0.0] * len(kept)).standard_error) or None
 
 
 def number(value: Any) -> float | None:
@@ -122,6 +132,44 @@ def significant(value: float, digits: int = 4) -> str:
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
+MEANS: Mapping[str, tuple[str, Callable[[float], str], Callable[[Iterable[float]], float]]] = {
+    "kl": ("held-out KL", significant, min),
+    "top1_agreement": ("top-1 agreement", "{:.4f}".format, max),
+    "acceptance_rate": ("acceptance rate", "{:.4f}".format, max),
+    "flips": ("flips", "{:.4f}".format, min),
+}
+"""What is measured on held-out text as a mean over tokens: its key in rows and records to what people read, which way is good."""
+
+
+def told(difference: Difference, best: Callable[[Iterable[float]], float] | None) -> str:
+    """Show a difference with its standard error and what may be said of it: "0.169 ± 0.028 (worse)"; blank without pairs.
+
+    Args: best: `min` or `max`, which way the measure is good.
+    """
+    if not difference.num_pairs:
+        return ""
+    error = f" ± {significant(difference.standard_error, 2)}" if difference.decided else ""
+    return f"{significant(difference.mean, 3)}{error} ({difference.verdict(best)})"
+
+
+def told_differences(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return headers and lines of a table: other compressed rows' differences to EvoPress in all that is paired by sequence.
+
+    None where nothing was found, or early versions kept no numbers of sequences.
+    """
+    place = next((index for index, row in enumerate(rows) if row.get("name") == "evopress"), None)
+    columns = [column for column in results_columns(rows) if column.best is not None and column.sequences]
+    if place is None:
+        return [], []
+    lines = [
+        [display_name(str(row.get("name", ""))), *(told(column.difference(index, place), column.best) for column in columns)]
+        for index, row in enumerate(rows)
+        if index != place and row.get("name") != "dense"
+    ]
+    lines = [line for line in lines if any(line[1:])]
+    return (["difference to EvoPress", *(column.paired or column.header for column in columns)] if lines else []), lines
+
+
 def results_columns(rows: Sequence[Row]) -> list[Column]:
     """Return the columns that at least one row has a number for, in reading order."""
 
@@ -132,10 +180,11 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
         best: Callable[[Iterable[float]], float] | None = None,
         stderr: Callable[[Row], Any] | None = None,
         sequences: Callable[[Row], Sequence[float] | None] | None = None,
+        paired: str = "",
     ) -> Column:
         stderrs = () if stderr is None else tuple(number(stderr(row)) for row in rows)
         kept = () if sequences is None else tuple(map(sequences, rows))
-        return Column(header, tuple(number(value(row)) for row in rows), show, best, stderrs, kept)
+        return Column(header, tuple(number(value(row)) for row in rows), show, best, stderrs, kept, paired)
 
     def on_each_text(name: str, key: str, show: Callable[[float], str], best: Callable[[Iterable[float]], float]) -> list[Column]:
         """Return a column per data set and, of several, their mean, which says of how many; early versions kept the mean alone."""
@@ -146,6 +195,7 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
                 partial(_inner, outer=f"{key}_by_data_set", key=text),
                 show,
                 best,
+                stderr=partial(_standard_error, data_set=text, measure=key),
                 sequences=partial(by_sequence, data_set=text, measure=key),
             )
             for text in texts
@@ -164,8 +214,7 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
         column("size MB if packed", lambda row: _megabytes(row.get("bytes")), "{:.1f}".format),
         column("checkpoint MB", lambda row: _megabytes(row.get("checkpoint_bytes")), "{:.1f}".format),
         *(column(f"{name} MB", partial(_exported_megabytes, name=name), "{:.1f}".format) for name in _inner_keys(rows, "exports")),
-        *on_each_text("held-out KL", "kl", significant, min),
-        *on_each_text("top-1 agreement", "top1_agreement", "{:.4f}".format, max),
+        *(each for key, (name, show, best) in MEANS.items() for each in on_each_text(name, key, show, best)),
     ]
     for data_set in _inner_keys(rows, "perplexity"):
         columns.append(
@@ -175,6 +224,7 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
                 "{:.2f}".format,
                 min,
                 sequences=partial(by_sequence, data_set=data_set, measure="nll"),
+                paired=f"log ppl {data_set}",
             )
         )
     for task in _inner_keys(rows, "zero_shot"):
@@ -223,7 +273,9 @@ def write_tables(rows: Sequence[Row], folder: Path, *, said: str = "") -> list[P
     paths = [Path(folder) / "results.csv", Path(folder) / "results.md"]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     write_bytes(paths[0], text.getvalue().encode())
-    write_bytes(paths[1], (_markdown(rows, columns) + (f"\n{said}\n" if said else "")).encode())
+    headers, lines = told_differences(rows)
+    paired = f"\n{_markdown_lines([headers, *lines])}" if lines else ""
+    write_bytes(paths[1], (_markdown(rows, columns) + paired + (f"\n{said}\n" if said else "")).encode())
     return paths
 
 
@@ -251,11 +303,19 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    lines = [
-        ["name", *(column.header for column in columns)],
-        ["---", *("---:" for _ in columns)],
-        *([display_name(str(row.get("name", ""))), *(c.cell(i, with_stderr=True) for c in columns)] for i, row in enumerate(rows)),
-    ]
+    return _markdown_lines(
+        [
+            ["name", *(column.header for column in columns)],
+            *(
+                [display_name(str(row.get("name", ""))), *(c.cell(i, with_stderr=True) for c in columns)]
+                for i, row in enumerate(rows)
+            ),
+        ]
+    )
+
+
+def _markdown_lines(lines: list[list[str]]) -> str:
+    lines = [lines[0], ["---", *("---:" for _ in lines[0][1:])], *lines[1:]]
     return "".join("| " + " | ".join(_no_pipes(cell) for cell in line) + " |\n" for line in lines)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evopress.evaluation.heldout import Scores, scores_by_data_set
+from evopress.evaluation.heldout import MEANS, Scores, scores_by_data_set
 from evopress.evaluation.zero_shot import ZeroShot, load_tasks, measure_zero_shot
 from evopress.levels.modules import dropped_modules
 from evopress.reporting import figures, tables
@@ -110,18 +110,17 @@ def measured_rows(workspace: Workspace, genomes: Mapping[str, Genome | None], sp
 
 
 def _measured(scores: Mapping[str, Scores]) -> dict[str, Any]:
-    """Lay out a row's measures by data set; `kl` and `top1_agreement` are the means over all their tokens."""
+    """Lay out a row's measures by data set, and `kl` and the like as the means over all their tokens."""
     total = sum(score.num_tokens for score in scores.values())
 
     def by_data_set(value: Callable[[Scores], Any]) -> dict[str, Any]:
         return {data_set: value(score) for data_set, score in scores.items()}
 
+    means = by_data_set(Scores.means)
     return {
-        "kl": sum(score.num_tokens / total * score.kl for score in scores.values()),
-        "top1_agreement": sum(score.num_tokens / total * score.top1_agreement for score in scores.values()),
+        **{name: sum(scores[text].num_tokens / total * means[text][name] for text in scores) for name in MEANS},
         "perplexity": by_data_set(lambda score: score.perplexity),
-        "kl_by_data_set": by_data_set(lambda score: score.kl),
-        "top1_agreement_by_data_set": by_data_set(lambda score: score.top1_agreement),
+        **{f"{name}_by_data_set": {text: means[text][name] for text in scores} for name in MEANS},
         "tokens_by_data_set": by_data_set(lambda score: score.num_tokens),
         "by_sequence": by_data_set(lambda score: score.by_sequence),
     }

@@ -184,9 +184,8 @@ def held_out_in_search(workspace: Workspace) -> tuple[str, Tensor]:
 def as_held_out(name: str, score: Scores) -> dict[str, Any]:
     """Lay out scores on the data set of that name as records have them."""
     return {
-        "kl": score.kl,
+        **score.means(),
         "perplexity": {name: score.perplexity},
-        "top1_agreement": score.top1_agreement,
         "num_tokens": score.num_tokens,
     }
 

@@ -21,6 +21,7 @@ from evopress.data.python_docs import PythonDocs
 from evopress.data.tokens import token_sequences
 from evopress.fitness.archive import ARCHIVE
 from evopress.fitness.minibatch import MinibatchFitness
+from evopress.reporting.tables import MEANS
 from evopress.stages import search
 
 SEARCH = "stages=[database,search]"
@@ -87,7 +88,7 @@ def test_one_record_per_generation(finished: Any) -> None:
             assert len(stage["fitnesses"]) == stage["num_candidates"]
     assert [[stage["tokens"] for stage in record["stages"]] for record in found] == [[128], [64, 128], [64, 128], [64, 128]]
     assert ["held_out" in record for record in found] == [True, False, True, True]  # every: 2, and the last
-    assert all(set(r["held_out"]) == {"kl", "perplexity", "top1_agreement", "num_tokens"} for r in found if "held_out" in r)
+    assert all(set(r["held_out"]) == {"perplexity", "num_tokens", *MEANS} for r in found if "held_out" in r)
     assert [record["tokens"] for record in found] == [4 * 128 + n * (4 * 64 + (2 + 1) * 128) for n in range(4)]
     assert [r["seconds"] for r in found] == sorted(r["seconds"] for r in found)
     for before, after in itertools.pairwise(found):
@@ -125,8 +126,8 @@ def test_result(finished: Any) -> None:
             "bits_per_weight_with_metadata",
             "bytes",
             "kl",
-            "top1_agreement",
             "perplexity",
+            *MEANS,
         }
         assert set(row["perplexity"]) == {"python_docs"}
     dense, found, least = (rows(finished.folder)[name] for name in ("dense", "evopress", "uniform_3"))
@@ -165,7 +166,7 @@ def test_all_that_is_drawn_is_of_one_text(finished: Any, tiny: Callable[..., Any
     for row in read(finished.folder / "result.json")["rows"]:
         assert row["tokens_by_data_set"] == {"python_docs": 16 * 63}
         kept = row["by_sequence"]["python_docs"]
-        assert {name: len(values) for name, values in kept.items()} == {"kl": 16, "nll": 16, "top1_agreement": 16}
+        assert {name: len(values) for name, values in kept.items()} == dict.fromkeys((*MEANS, "nll"), 16)
         assert sum(kept["kl"]) / 16 == pytest.approx(row["kl"], abs=1e-9)
         part = row["held_out_in_search"]
         assert (part["kl"], part["num_tokens"]) == (pytest.approx(sum(kept["kl"][:2]) / 2, abs=1e-9), 2 * 63)

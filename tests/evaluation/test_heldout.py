@@ -3,12 +3,13 @@ import math
 
 import pytest
 import torch
-from measures_literal import kl_divergence, negative_log_likelihood, top1_agreement
+from measures_literal import acceptance_rate, flips, kl_divergence, negative_log_likelihood, top1_agreement
 
-from evopress.evaluation.heldout import measure_held_out, scores_by_data_set
+from evopress.evaluation.heldout import MEANS, MEASURES, measure_held_out, scores_by_data_set
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator
+from evopress.reporting import tables
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "opt"])
@@ -41,8 +42,11 @@ def test_scores_are_those_of_the_whole_model(kind, live, tokens):
         assert mine.kl == pytest.approx(float(kl_divergence(base, logits).mean()), rel=1e-3, abs=1e-5)
         assert mine.perplexity == pytest.approx(math.exp(negative_log_likelihood(logits, labels).mean()), rel=1e-4)
         assert mine.top1_agreement == pytest.approx(float(top1_agreement(base, logits).mean()), abs=1.01 / mine.num_tokens)
+        assert mine.acceptance_rate == pytest.approx(float(acceptance_rate(base, logits).mean()), rel=1e-4)
+        assert mine.flips == pytest.approx(float(flips(base, logits, labels).mean()), abs=1.01 / mine.num_tokens)
     assert scores[-1].kl == pytest.approx(0.0, abs=1e-5)
-    assert scores[-1].top1_agreement == 1.0
+    assert (scores[-1].top1_agreement, scores[-1].flips) == (1.0, 0.0)
+    assert 1 - 1e-5 < scores[-1].acceptance_rate <= 1
     assert scores[0].kl < scores[1].kl
 
 
@@ -102,8 +106,8 @@ def test_what_is_kept_of_every_sequence_is_that_sequence_measured_alone(live, to
     for index in range(5):
         alone = measure_held_out(evaluator, genomes_of(live), sequences[index : index + 1])
         for mine, other in zip(scores, alone, strict=True):
-            here = [mine.by_sequence[name][index] for name in ("kl", "nll", "top1_agreement")]
-            assert here == pytest.approx([other.kl, math.log(other.perplexity), other.top1_agreement], rel=1e-4, abs=1e-6)
+            here = {name: mine.by_sequence[name][index] for name in MEASURES}
+            assert here == pytest.approx({**other.means(), "nll": math.log(other.perplexity)}, rel=1e-4, abs=1e-6)
     for mine, other in zip(scores, measure_held_out(evaluator, genomes_of(live), sequences[:3]), strict=True):
         part = mine.first(3)
         assert (part.kl, part.perplexity, part.num_tokens) == (
@@ -112,6 +116,10 @@ def test_what_is_kept_of_every_sequence_is_that_sequence_measured_alone(live, to
             33,
         )
         assert mine.first(5).kl == pytest.approx(mine.kl, rel=1e-12)
+
+
+def test_all_that_is_measured_has_a_column() -> None:
+    assert list(tables.MEANS) == list(MEANS)
 
 
 def test_dense_states_at_hand_are_the_base(live, tokens):

@@ -1,6 +1,13 @@
 import pytest
 import torch
-from measures_literal import kl_divergence, negative_log_likelihood, top1_agreement, topk_kl_divergence
+from measures_literal import (
+    acceptance_rate,
+    flips,
+    kl_divergence,
+    negative_log_likelihood,
+    top1_agreement,
+    topk_kl_divergence,
+)
 
 from evopress.fitness.measures import HeldOut, KLDivergence, NegativeLogLikelihood, TopkKL
 from evopress.models.head import Head
@@ -71,11 +78,15 @@ def test_negative_log_likelihood(case):
 
 def test_held_out_measures_them_all(case):
     head, base, hidden, labels, p, q = case
-    kl, nll, top1 = measured(HeldOut(), base, hidden, labels, head)
+    labels[::3] = q.argmax(-1)[::3]  # or hardly any would be right
+    kl, nll, top1, accepted, flipped = measured(HeldOut(), base, hidden, labels, head)
     close(kl, kl_divergence(p, q))
     close(nll, negative_log_likelihood(q, labels))
     assert torch.equal(top1, top1_agreement(p, q))
     assert 0 < top1.mean() < 1
+    close(accepted, acceptance_rate(p, q))
+    assert torch.equal(flipped, flips(p, q, labels))
+    assert 0 < flipped.sum() <= (top1 == 0).sum()
 
 
 @pytest.mark.parametrize("measure", [KLDivergence(), TopkKL(5), HeldOut()])

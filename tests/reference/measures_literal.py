@@ -28,3 +28,18 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 def top1_agreement(base: Tensor, other: Tensor) -> Tensor:
     """Whether the most likely tokens are equal, per token [T]."""
     return (base.argmax(-1) == other.argmax(-1)).double()
+
+
+def acceptance_rate(base: Tensor, other: Tensor) -> Tensor:
+    """How likely a token that the other drafts is kept by lossless speculative decoding for the base, per token [T].
+
+    Source: arXiv:2211.17192: a drafted token x is kept with probability min(1, p(x) / q(x)).
+    """
+    p, q = base.double().softmax(-1), other.double().softmax(-1)
+    return (q * (p / q).clamp(max=1.0).nan_to_num(0.0)).sum(-1)
+
+
+def flips(base: Tensor, other: Tensor, labels: Tensor) -> Tensor:
+    """Whether right becomes wrong or wrong becomes right, per token [T]."""
+    before, after = base.argmax(-1) == labels, other.argmax(-1) == labels
+    return ((before & ~after) | (~before & after)).double()

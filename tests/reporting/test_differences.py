@@ -106,3 +106,24 @@ def test_the_headline_is_on_the_runs_own_text() -> None:
     for each, kl in zip(rows, (7.0, 1.0), strict=True):  # a second data set is added
         each["kl_by_data_set"]["wiki"], each["kl"] = kl, (each["kl"] + kl) / 2
     assert headline(rows) == before
+
+
+def test_acceptance_rates_and_flips_are_paired_with_those_of_what_was_found(tmp_path: Path) -> None:
+    """In one table of the page and of `results.md`, by the words that the tables of sweeps use; the headline has the first."""
+
+    def measured(name: str, kls: list[float], accepted: list[float], flips: list[float]) -> dict[str, Any]:
+        kept = {"kl": kls, "acceptance_rate": accepted, "flips": flips, "nll": kls}
+        means = {f"{key}_by_data_set": {"docs": sum(kept[key]) / 4} for key in ("kl", "acceptance_rate", "flips")}
+        return {**row(name, kls), **means, "perplexity": {"docs": 9.0}, "by_sequence": {"docs": kept}}
+
+    ours = measured("evopress", CLEAR, [0.7, 0.6, 0.7, 0.6], [0.1, 0.3, 0.1, 0.3])
+    theirs = measured("dp", DP, [0.6, 0.5, 0.61, 0.51], [0.1, 0.3, 0.3, 0.1])
+    rows = [{"name": "dense", "kl": 0.0}, theirs, ours]
+    lines = [line for line in write_tables(rows, tmp_path)[1].read_text().splitlines() if "| d" in line.lower()]
+    assert "difference to EvoPress | held-out KL docs | acceptance rate docs | flips docs | log ppl docs |" in "".join(lines)
+    assert lines[-1] == "| DP | 0.125 ± 0.014 (worse) | -0.0950 ± 0.0029 (worse) | 0 ± 0.082 (tie) | 0.125 ± 0.014 (worse) |"
+    assert lines[-3].startswith("| DP | 2.500 | 2.500 ± 0.6455 | 0.5550 ± 0.0290 | 0.2000 ± 0.0577 | 9.00 |")
+    page = results_table(rows)
+    assert all(cell in page for cell in ("-0.0950 ± 0.0029 (worse)", "0 ± 0.082 (tie)"))
+    assert "its acceptance rate is 0.6500 against 0.5550: 0.0950 ± 0.0029 (better)" in headline(rows)
+    assert "difference to EvoPress" not in results_table(rows[:2]) + results_table([row("dp", [1.0]) | {"by_sequence": None}, ours])
