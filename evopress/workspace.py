@@ -116,13 +116,13 @@ class Workspace:
             settings.data,
             settings.evaluation,
             settings.model,
-            tokenizer=lambda: self.tokenizer,
+            tokenizer=lambda: None if self.model_source.is_outline else self.tokenizer,
             embedding_rows=lambda: self.embedding_rows,
             cache=self.cache,
         )
         self.text.check_files()
         self.model_source: ModelSource = model or ModelSource(
-            settings.model, cache=self.cache, device=self.device, dtype=self.dtype
+            settings.model, cache=self.cache, device=self.device, dtype=self.dtype, dry_run=settings.dry_run
         )
         self._given_blocks = blocks
         self._check_model()
@@ -217,7 +217,7 @@ class Workspace:
             blocks = BlockModel(
                 pretrained.model, pretrained.family, device=self.device, offload=self.settings.model.offload, include=include
             )
-            if self.settings.fitness.evaluator == "population":
+            if self.settings.fitness.evaluator == "population" and not self.model_source.is_outline:
                 blocks.self_check(full_length=self.settings.model.sequence_length)
         return blocks
 

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from evopress.data.chat import ChatTemplate
@@ -33,7 +34,7 @@ class RunText:
         evaluation: EvaluationSettings,
         model: ModelSettings,
         *,
-        tokenizer: Callable[[], PreTrainedTokenizerBase],
+        tokenizer: Callable[[], PreTrainedTokenizerBase | None],
         embedding_rows: Callable[[], int | None],
         cache: Path,
     ) -> None:
@@ -41,7 +42,8 @@ class RunText:
 
         Args:
             model: its sequence length, its separator and the rule for what sequences begin with are looked at.
-            tokenizer: returns the model's tokenizer, when text is first read.
+            tokenizer: returns the model's tokenizer, when text is first read; None: there is none, so that tokens are counted as
+                they are asked for, and zeros stand for them.
             embedding_rows: returns how many tokens the model's embedding has; None: it is not known.
             cache: folder that keeps token sequences from run to run.
         """
@@ -79,7 +81,7 @@ class RunText:
 
     @property
     def _chat(self) -> ChatTemplate:
-        return ChatTemplate(self._tokenizer, self._data.chat_template)
+        return ChatTemplate(cast("Callable[[], PreTrainedTokenizerBase]", self._tokenizer), self._data.chat_template)
 
     @cached_property
     def evaluation_sources(self) -> dict[str, TextSource]:
@@ -118,6 +120,8 @@ class RunText:
     def leading_ids(self) -> tuple[int, ...]:
         """What every sequence begins with, by `model.bos`."""
         rule, tokenizer = self._model.bos, self._tokenizer()
+        if tokenizer is None:
+            return ()
         leading = leading_ids(tokenizer, rule)
         if leading:
             tokens = " ".join(tokenizer.convert_ids_to_tokens(list(leading)))
@@ -129,11 +133,13 @@ class RunText:
 
         Raises: EvoPressError as `token_sequences`, and for a token that the model's embedding lacks.
         """
-        source, model = source or self.own_source, self._model
+        source, model, tokenizer = source or self.own_source, self._model, self._tokenizer()
+        if tokenizer is None:
+            return torch.zeros(num_tokens // model.sequence_length, model.sequence_length, dtype=torch.int64)
         sequences = token_sequences(
             source,
             split,
-            self._tokenizer(),
+            tokenizer,
             sequence_length=model.sequence_length,
             num_tokens=num_tokens,
             cache_dir=self._cache / "tokens",
@@ -142,7 +148,7 @@ class RunText:
         )
         if (rows := self._embedding_rows()) is not None:
             what = f"the {split} text ({source.name})"
-            check_embedded(sequences, self._tokenizer(), num_rows=rows, what=what, separator=model.separator)
+            check_embedded(sequences, tokenizer, num_rows=rows, what=what, separator=model.separator)
         return sequences
 
     @cached_property

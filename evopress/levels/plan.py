@@ -17,6 +17,7 @@ from evopress.levels.hessians import HessianStore
 from evopress.levels.journal import JOURNAL, read_journal
 from evopress.levels.store import DamagedDatabaseError, block_file, entries_of, fingerprint, read_manifest
 from evopress.models.blocks import BlockModel
+from evopress.models.experts import ExpertLinear
 from evopress.units import Space, Unit
 
 
@@ -136,7 +137,9 @@ def needs_of(settings: BuildSettings, space: Space, entries: Collection[int], bl
     widest = blocks.widest
     # A large head or embedding: copies in float32, decoded ones, and the codes of all levels.
     outside = max(((12 + 2 * len(unit.levels)) * unit.size for unit in missing if unit.is_outside), default=0)
-    sweeps, on_host = 6 * widest * widest * 4 + 2**28 + outside, blocks.device.type == "cpu"
+    # Every expert has a Hessian of its own, and those of a block are there at once.
+    experts = max((_hessian_bytes(blocks, index, experts=True) for index in unseen if index < len(blocks.blocks)), default=0)
+    sweeps, on_host = 6 * widest * widest * 4 + 2**28 + outside + experts, blocks.device.type == "cpu"
     in_memory = settings.activations == "memory"
     walked = min(max(unseen, default=-1) + 1, len(blocks.blocks))
     left = blocks.head_part in unseen  # the last block, whose output is needed
@@ -151,9 +154,13 @@ def needs_of(settings: BuildSettings, space: Space, entries: Collection[int], bl
     )
 
 
-def _hessian_bytes(blocks: BlockModel, index: int) -> int:
-    """Bytes of a block's Hessians, at most: which linears share an input shows only in a forward."""
-    return sum(4 * slot.weight.shape[1] ** 2 for slot in blocks.slots(index).values())
+def _hessian_bytes(blocks: BlockModel, index: int, *, experts: bool = False) -> int:
+    """Bytes of a block's Hessians, at most: which linears share an input shows only in a forward.
+
+    Args: experts: of experts alone.
+    """
+    slots = blocks.slots(index).values()
+    return sum(4 * slot.weight.shape[1] ** 2 for slot in slots if not experts or isinstance(slot.module, ExpertLinear))
 
 
 def sees_activations(blocks: BlockModel, index: int) -> bool:

@@ -100,6 +100,8 @@ class BlockModel:
         self._by_batch = False  # what blocks get beside their hidden states depends on the number of sequences
         self._form: Form | None = None
         self._fused: list[Callable[..., Any]] | None = None
+        if next(model.parameters()).is_meta:  # an outline, of which shapes alone are asked
+            return
         self._place()
         if family.is_found:
             loop(model)
@@ -127,7 +129,7 @@ class BlockModel:
         if self._form is not None:
             return self._form.size
         config: Any = self.model.config
-        return int(config.hidden_size)
+        return int(config.get_text_config().hidden_size)
 
     @property
     def parts(self) -> range:

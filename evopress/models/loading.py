@@ -109,13 +109,7 @@ def find_weights(folder: Path) -> list[Path]:
 
     Raises: EvoPressError for a missing folder, a folder without weights, pickled weights, an adapter, or already quantized weights.
     """
-    if not folder.is_dir():
-        raise EvoPressError(f"model path {str(folder)!r} is not a folder: give the folder that holds config.json")
-    check_adapter(folder)
-    config = read_config(folder)
-    _check_sizes(folder, config)
-    find_family(config)
-    check_config(folder, config)
+    check_folder(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if weights:
         _check_shards(folder, {path.name for path in weights})
@@ -128,6 +122,29 @@ def find_weights(folder: Path) -> list[Path]:
             "to safetensors first (load them where you trust them, then save_pretrained(..., safe_serialization=True))"
         )
     raise EvoPressError(f"model path {folder} holds config.json but no weights: expected model.safetensors or its shards")
+
+
+def check_folder(folder: Path) -> None:
+    """Check what a checkpoint's folder tells without its weights.
+
+    Raises: EvoPressError for a missing folder, an adapter, an architecture that is not known, or already quantized weights.
+    """
+    if not folder.is_dir():
+        raise EvoPressError(f"model path {str(folder)!r} is not a folder: give the folder that holds config.json")
+    check_adapter(folder)
+    config = read_config(folder)
+    _check_sizes(folder, config)
+    find_family(config)
+    check_config(folder, config)
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether a folder holds weights of any kind, in all their shards."""
+    if (folder / WEIGHTS).exists():
+        return True
+    if shards := shards_of(folder):
+        return all((folder / str(shard)).exists() for shard in shards.values())
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", *_PICKLES))
 
 
 def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
@@ -191,21 +208,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def fetch_from_hub(hub_id: str, *, revision: str | None, cache_dir: Path | None = None) -> Path:
+def fetch_from_hub(hub_id: str, *, revision: str | None, cache_dir: Path | None = None, weights: bool = True) -> Path:
     """Download a checkpoint's config, tokenizer and weights and return the local snapshot folder.
 
     The small files come first and are checked. Of the weights only those that transformers loads are fetched: `model.safetensors`,
     or the shards of the index, not a second copy in another format or folder.
 
+    Args: weights: fetch them; False: the small files alone.
+
     Raises: EvoPressError if the hub cannot be reached or has no such model, or for an adapter, or if it is already quantized.
     """
     small = ["*.json", "tokenizer.model", "*.txt", "*.jinja"]
     folder = _snapshot(hub_id, revision, cache_dir, small)
-    check_adapter(folder)
-    config = read_config(folder)
-    _check_sizes(folder, config)
-    find_family(config)
-    check_config(folder, config)
+    check_folder(folder)
+    if not weights:
+        return folder
     if _COMMIT.fullmatch(folder.name):  # what a branch names may change in between
         revision = folder.name
     folder = _snapshot(hub_id, revision, cache_dir, [WEIGHTS])

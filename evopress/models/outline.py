@@ -94,28 +94,42 @@ def num_blocks_of(config: Mapping[str, Any]) -> int:
 
 
 def skeleton(config: Mapping[str, Any]) -> nn.Module:
-    """Return the model that a config.json describes, without memory for its weights.
+    """Return the model that a config.json describes, without memory for its weights; to be looked at, not changed.
 
-    Raises: EvoPressError if transformers cannot build it.
+    Raises: EvoPressError as `built`.
     """
     return _skeleton(json.dumps(config, sort_keys=True, default=str))
 
 
 @lru_cache(maxsize=4)
 def _skeleton(text: str) -> nn.Module:
-    fields = json.loads(text)
+    return built(json.loads(text))
+
+
+def built(config: Mapping[str, Any]) -> nn.Module:
+    """Build the model that a config.json describes, without memory for its weights.
+
+    Raises: EvoPressError if transformers cannot build it.
+    """
     try:
-        config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+        known = CONFIG_MAPPING[config["model_type"]].from_dict(_with_floats(dict(config)))
         with torch.device("meta"):
-            wrapper = wrapper_of(fields)
-            model: nn.Module = wrapper(config) if wrapper else AutoModelForCausalLM.from_config(config)
+            wrapper = wrapper_of(config)
+            model: nn.Module = wrapper(known) if wrapper else AutoModelForCausalLM.from_config(known)
     except Exception as error:  # whatever an architecture makes of such a config
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EvoPressError(
-            f"transformers {__version__} cannot build {shown(fields['model_type'])} from its config ({type(error).__name__}: "
+            f"transformers {__version__} cannot build {shown(config['model_type'])} from its config ({type(error).__name__}: "
             f"{reason}): fetch the checkpoint again, or choose another model"
         ) from error
     return model
+
+
+def _with_floats(value: Any) -> Any:
+    """Return what transformers has written to a config.json with the floats that JSON does not have, such as infinity."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _with_floats(v) for k, v in value.items()}
+    return [_with_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def is_linear(module: nn.Module | None) -> bool:

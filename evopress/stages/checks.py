@@ -37,6 +37,8 @@ def check_tasks(settings: RunSettings) -> None:
 def check_questions(workspace: Workspace) -> None:
     """Raise EvoPressError if a zero-shot question has a token that the model's embedding lacks."""
     evaluation, num_rows = workspace.settings.evaluation, workspace.embedding_rows
+    if workspace.model_source.is_outline:
+        return
     if evaluation.tasks and "evaluate" in workspace.settings.stages and num_rows and ids_beyond(workspace.tokenizer, num_rows):
         tasks = zero_shot.load_tasks(evaluation.tasks, tasks_path=evaluation.tasks_path)
         zero_shot.check_questions(tasks, workspace.tokenizer, num_rows=num_rows, limit=evaluation.task_limit)

@@ -21,6 +21,8 @@ import torch
 from evopress.baselines.exhaustive import count_to_measure
 from evopress.errors import EvoPressError
 from evopress.levels.plan import BuildNeeds, check_room
+from evopress.models.blocks import BlockModel
+from evopress.models.first_block import first_block
 from evopress.progress import duration
 from evopress.reporting.records import read_json
 from evopress.search.evolution import Evolution, SearchSettings
@@ -29,11 +31,12 @@ from evopress.stages.baselines import make_measure
 from evopress.stages.given import check_levels
 from evopress.stages.needs import Needs, Planner
 from evopress.stages.probe import Speed, measure_speed
-from evopress.units import Budget, Space
+from evopress.units import BLOCKS, Budget, Space
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 _MOST_TRIES = 32
+_FEW_TOKENS = 16
 _ADVICE = {
     "database": "use fewer calibration tokens (data.calibration_tokens) or level_db.activations=disk",
     "refine": "use fewer calibration tokens (data.calibration_tokens), level_db.activations=disk, or leave refine out of stages",
@@ -98,7 +101,12 @@ def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple
     ]
     plan = Plan(together([list(planner.stages()) for planner in planners]), speed, planners[0].built_first)
     logger.info("what this run will take, beside the model:\n%s", plan_table(plan, workspace))
-    _check(plan, workspace, build)
+    try:
+        _check(plan, workspace, build)
+    except EvoPressError as error:
+        if not workspace.model_source.is_outline:
+            raise
+        logger.warning("on this machine the run would be refused: %s", error)
     return plan
 
 
@@ -160,7 +168,7 @@ def _say_what_stays(space: Space, exchange: str) -> None:
 def _check_finite(workspace: Workspace) -> None:
     """Raise EvoPressError if the model's logits are not finite; where blocks are called alone, `self_check` has seen to it."""
     blocks = workspace.blocks
-    if workspace.settings.fitness.evaluator == "population" or blocks.offload:
+    if workspace.settings.fitness.evaluator == "population" or blocks.offload or workspace.model_source.is_outline:
         return
     with torch.no_grad():
         logits = blocks.model(input_ids=workspace.calibration_tokens[:1, :24].to(blocks.device), use_cache=False).logits
@@ -179,14 +187,38 @@ def _asks(workspace: Workspace, searching: Searching) -> list[Asks]:
 
 
 def _probe(workspace: Workspace, build: BuildNeeds | None) -> Speed | None:
-    settings = workspace.settings.fitness
+    settings, ids, blocks = workspace.settings.fitness, workspace.calibration_tokens, workspace.blocks
+    if workspace.model_source.is_outline:
+        first = _first_block(workspace)
+        if first is None:
+            return None
+        blocks = first
+        if workspace.device.type == "cpu":  # which fewer tokens keep as busy
+            ids = ids[:, :_FEW_TOKENS]
     return measure_speed(
-        workspace.blocks,
-        workspace.calibration_tokens,
+        blocks,
+        ids,
         make_measure(settings),
         workspace.compressor if build is not None and (build.units or "refine" in workspace.settings.stages) else None,
         chunk_tokens=settings.chunk_tokens,
     )
+
+
+def _first_block(workspace: Workspace) -> BlockModel | None:
+    """Return what stands for a model whose weights are not there; None if the machine has no room for it, or it cannot run."""
+    device, blocks = workspace.device, workspace.blocks
+    room = _device_free(device) if device.type == "cuda" else psutil.virtual_memory().available
+    try:
+        return first_block(
+            workspace.model_source.config,
+            dtype=blocks.dtype,
+            device=device,
+            include=(BLOCKS,) if workspace.method.weights is None else workspace.method.weights.include,
+            most_bytes=room // 4,
+        )
+    except EvoPressError as error:
+        logger.warning("%s", error)
+        return None
 
 
 def plan_table(plan: Plan, workspace: Workspace) -> str:
@@ -217,7 +249,12 @@ def plan_table(plan: Plan, workspace: Workspace) -> str:
     there += [f"{_bytes(free)} of disk for {' and '.join(map(str, folders))}" for folders, free in _disks(_folders(workspace))]
     lines.append(f"available: {', '.join(there)}")
     if plan.speed is None:
-        lines.append("times: not estimated, the model is too small for a probe to tell")
+        why = (
+            "a block of it cannot be run here"
+            if workspace.model_source.is_outline
+            else "the model is too small for a probe to tell"
+        )
+        lines.append(f"times: not estimated, {why}")
     else:
         lines.append(
             f"times: estimates from a probe of {plan.speed.seconds:.1f} s ({plan.speed.block * 1e6:.3g} us per token and block, "
@@ -263,12 +300,17 @@ def _check(plan: Plan, workspace: Workspace, build: BuildNeeds | None) -> None:
     available = {"of memory": psutil.virtual_memory().available}
     if workspace.device.type == "cuda":
         available[f"on {workspace.device}"] = _device_free(workspace.device)
+    outline = workspace.model_source.is_outline  # what is loaded is in use already
+    own = sum(each.numel() * each.element_size() for each in workspace.pretrained.model.parameters()) if outline else 0
+    on_host = workspace.device.type == "cpu" or workspace.settings.model.offload
     for needs in plan.stages:
-        for (where, room), needed in zip(available.items(), (needs.memory, needs.device), strict=False):
+        taken = (needs.memory + own * on_host, needs.device + own * (not on_host))
+        for (where, room), needed in zip(available.items(), taken, strict=False):
             if needed > room:
                 offload = where != "of memory" and not workspace.settings.model.offload
                 raise EvoPressError(
-                    f"the stage {needs.stage} needs about {_bytes(needed)} {where} but {_bytes(room)} are free: "
+                    f"the stage {needs.stage} needs about {_bytes(needed)} {where}{', the model included,' if outline else ''} but "
+                    f"{_bytes(room)} are free: "
                     f"{_ADVICE.get(needs.stage, _LESS)}{', or set model.offload=true' if offload else ''}"
                 )
 

@@ -317,6 +317,7 @@ def test_what_is_followed_already_is_not_advised(monkeypatch: pytest.MonkeyPatch
         workspace = SimpleNamespace(
             device=torch.device("cuda"),
             settings=SimpleNamespace(model=SimpleNamespace(offload=offload)),
+            model_source=SimpleNamespace(is_outline=False),
             run_dir=Path(),
             database_root=Path(),
             cache=Path(),
