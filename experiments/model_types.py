@@ -221,6 +221,10 @@ as it is:
 - linears with fewer than 16 inputs or outputs, or fewer than a 24th of the hidden size (gates and decays of linear attention);
 - linears inside norms, those that several blocks share, and those that text alone never reaches (attention to an encoder);
 - what is no linear layer: convolutions, and parameters that are used otherwise.
+
+## What a checkpoint is stored as
+Weights in FP8 (DeepSeek, Ministral 3), MXFP8 or MXFP4 (gpt-oss) are dequantized as transformers loads them, and the run says so:
+they are what *dense* means then, and what is exported has none of these codes. Any other quantized checkpoint is refused by name.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from evopress.errors import EvoPressError
 from evopress.json_files import load_json, shown
@@ -24,16 +26,19 @@ from evopress.models.families import Family
 from evopress.models.outline import find_family, wrapper_of
 from evopress.models.stored import (
     INDEX,
+    READABLE,
     WEIGHTS,
     check_adapter,
     check_config,
     check_places,
     check_tensors,
     loaded_files,
+    readable_quantization,
     shards_of,
     stored_tensors,
 )
 
+logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_CONFIG_BYTES = 16 * 2**20
 _LONGEST_NAME = 96
@@ -113,7 +118,8 @@ def find_weights(folder: Path) -> list[Path]:
     weights = sorted(folder.glob("*.safetensors"))
     if weights:
         _check_shards(folder, {path.name for path in weights})
-        check_tensors(folder, stored_tensors(loaded_files(folder, weights)))
+        if not readable_quantization(read_config(folder)):
+            check_tensors(folder, stored_tensors(loaded_files(folder, weights)))
         return weights
     pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickled:
@@ -296,11 +302,18 @@ def load_pretrained(
         raise EvoPressError(f"model.dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     folder = folder.expanduser()
     weights = find_weights(folder)
-    family = find_family(read_config(folder))
+    config = read_config(folder)
+    family = find_family(config)
+    if quantized := readable_quantization(config):
+        logger.warning(
+            "model: its weights are stored as %s and dequantized to %s: dense means these, and levels near their bits look better "
+            "than they would on weights that were never rounded",
+            *(READABLE[quantized["quant_method"]], dtype),
+        )
     if attn_implementation is None and family.plain_attention and torch.device(device).type == "cpu":
         attn_implementation = attention.register()
     try:
-        model, found = (wrapper_of(read_config(folder)) or AutoModelForCausalLM).from_pretrained(
+        model, found = (wrapper_of(config) or AutoModelForCausalLM).from_pretrained(
             folder,
             dtype=DTYPES[dtype],
             use_safetensors=True,
@@ -308,6 +321,7 @@ def load_pretrained(
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            **({"quantization_config": AutoQuantizationConfig.from_dict(quantized | {"dequantize": True})} if quantized else {}),
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
@@ -323,6 +337,8 @@ def load_pretrained(
             f"the weights in {folder} lack {absent[0]} and {len(absent) - 1} others of the model in config.json{instead}: fetch "
             "them again"
         )
+    if quantized:  # what undid the codes would be done again, the wrong way round, when the model is saved
+        vars(model).pop("_weight_conversions", None)
     left_out = check_places(folder, homeless, model.config, family.prefix)
     model.eval()
     model.requires_grad_(False)

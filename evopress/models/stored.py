@@ -19,6 +19,9 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 """Files of a LoRA adapter, which transformers would put on the weights beside it."""
+READABLE = {"mxfp4": "MXFP4", "fp8": "FP8", "mxfp8": "MXFP8"}
+"""What transformers can dequantize while it loads, on any machine: `quant_method` to its name."""
+_QUANTIZATION = "quantization_config"
 _QUANTIZED_KEY = re.compile(r"quant|compression_config", re.IGNORECASE)
 _DTYPES = ("F16", "BF16", "F32", "F64")
 """Of weights and biases that are no codes."""
@@ -60,11 +63,19 @@ def check_adapter(folder: Path) -> None:
             )
 
 
+def readable_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a config.json says of quantized weights that can be dequantized on loading; None: they are none, or cannot."""
+    found = config.get(_QUANTIZATION)
+    return dict(found) if isinstance(found, Mapping) and found.get("quant_method") in READABLE else None
+
+
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise EvoPressError if a checkpoint's small files say that it is already quantized."""
+    """Raise EvoPressError if a checkpoint's small files say that it is quantized in a way that cannot be undone on loading."""
+    if readable_quantization(config):
+        config = {key: value for key, value in config.items() if key != _QUANTIZATION}
     for key, value in _marks(config):
         method = value.get("quant_method", "unknown method") if isinstance(value, dict) else shown(value)
-        where = "" if key == "quantization_config" else f" in config.json's {key}"
+        where = "" if key == _QUANTIZATION else f" in config.json's {key}"
         raise EvoPressError(_already(folder, f"{method}{where}"))
     for path in sorted(folder.glob("*.json")):
         if "quant" in path.name.lower():
@@ -82,7 +93,10 @@ def _marks(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _already(folder: Path, what: str) -> str:
-    return f"the model in {folder} is already quantized ({what}): give the original weights, or dequantize them first"
+    return (
+        f"the model in {folder} is already quantized ({what}): give the original weights, or dequantize them first (of "
+        f"{', '.join(READABLE.values())} that is done here, where config.json names them)"
+    )
 
 
 def shards_of(folder: Path) -> dict[str, Any]:
