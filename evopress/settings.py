@@ -388,8 +388,9 @@ class BaselinesSettings:
     """What the search is compared with."""
 
     names: list[str] = field(default_factory=list)
-    """uniform, best_of_random, dp, owl; of method drop: best_of_random, shortgpt, sliding_window, weight_subcloning,
-    shortened_llama, shortened_llama_kl, l2, l2_normalized, exhaustive; and what installed packages offer (docs/extending.md)."""
+    """uniform, best_of_random, dp, owl, first_order, fisher, linear_model, one_at_a_time; of method drop: best_of_random, shortgpt,
+    sliding_window, weight_subcloning, shortened_llama, shortened_llama_kl, l2, l2_normalized, exhaustive; and what installed
+    packages offer (docs/extending.md)."""
     num_random: int = 32
     """Candidates of best_of_random."""
     random_tokens: int = 2048
@@ -403,7 +404,7 @@ class BaselinesSettings:
     exhaustive_limit: int = 10000
     """Most genomes that an exhaustive search evaluates."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What baselines of other packages are told, by name and keyword (`+baselines.options.greedy.steps=3`)."""
+    """What baselines are told, by name and keyword (`+baselines.options.fisher.tokens=4096`)."""
 
     def __post_init__(self) -> None:
         _expect(self.num_random >= 1, "baselines.num_random", self.num_random, "at least 1 candidate")

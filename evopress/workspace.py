@@ -35,7 +35,7 @@ from evopress.levels.modules import ensure_modules
 from evopress.levels.plan import BuildNeeds, BuildSettings, planned
 from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerprint
 from evopress.levels.tied import TiedLevels, as_engine_has
-from evopress.levels.union import Levels, LevelUnion, join, joint_fingerprint
+from evopress.levels.union import Levels, LevelSource, LevelUnion, join, joint_fingerprint
 from evopress.machine import PeakMemory, precision
 from evopress.methods import Rest, make_method
 from evopress.models.blocks import BlockModel, BlockShape, by_blocks
@@ -485,10 +485,17 @@ class Workspace:
     def evaluator(self) -> Evaluator:
         if (other := self._with_its_levels) is not None:
             return other.evaluator
+        return self._evaluator_on(self.live)
+
+    def evaluator_of(self, levels: LevelSource) -> Evaluator:
+        """Return what measures genomes that count other levels of the same weights."""
+        return self._evaluator_on(LiveModel(self.blocks, levels, cache_bytes=self.settings.level_db.cache_bytes))
+
+    def _evaluator_on(self, live: LiveModel) -> Evaluator:
         fitness = self.settings.fitness
         if fitness.evaluator == "plain":
-            return PlainEvaluator(self.live, max_tokens_in_flight=fitness.max_tokens_in_flight)
-        return PopulationEvaluator(self.live, max_tokens_in_flight=fitness.max_tokens_in_flight, fused=self.fused)
+            return PlainEvaluator(live, max_tokens_in_flight=fitness.max_tokens_in_flight)
+        return PopulationEvaluator(live, max_tokens_in_flight=fitness.max_tokens_in_flight, fused=self.fused)
 
     @_shared
     def archive(self) -> Archiving:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,8 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from evopress.compress.compressor import Compressor
+from evopress.data.minibatch import Minibatch
 from evopress.errors import EvoPressError
+from evopress.fitness.gradients import Score
 from evopress.levels.hessians import HessianStore
+from evopress.levels.union import LevelSource
 from evopress.models.blocks import BlockModel
 from evopress.search import Fitness
 from evopress.settings import RunSettings
@@ -33,6 +37,8 @@ class Pass:
     """By the run's fitness, for which the dense model's states there are needed."""
     together: int | None = None
     """Genomes that are measured at a time; None: all."""
+    backward: bool = False
+    """Forward and backward: so many times the tokens, of one genome each time."""
     shared: str | None = None
     """Of passes with this name, only the one with the most genomes is made: its numbers are kept."""
 
@@ -82,6 +88,10 @@ class Problem(Protocol):
         """errors[i][l] is the error of unit i at level l, where levels are compressed weights."""
 
     @property
+    def levels(self) -> LevelSource:
+        """The run's levels, whose space is `space`."""
+
+    @property
     def rng(self) -> np.random.Generator:
         """The baseline's own generator, for candidates."""
 
@@ -111,8 +121,28 @@ class Problem(Protocol):
         Args: rng: draws the minibatches; None: a generator of the baseline's own.
         """
 
-    def measure(self, genomes: Sequence[Genome], tokens: Tensor, *, what: str) -> Sequence[Measured]:
-        """Measure genomes on sequences int64 [N, L], all on the same tokens; `what` names the progress bar."""
+    def measure(
+        self, genomes: Sequence[Genome], tokens: Tensor, *, what: str, levels: LevelSource | None = None
+    ) -> Sequence[Measured]:
+        """Measure genomes on sequences int64 [N, L], all on the same tokens; `what` names the progress bar.
+
+        A weight at level -1 is the dense one.
+
+        Args: levels: that the genomes count, in the place of the run's own.
+        """
+
+    def gradient_scores(self, genome: Genome | None, errors_of: Sequence[Genome], minibatch: Minibatch, score: Score) -> Tensor:
+        """Score the levels of some genomes by gradients at another, None being the dense model, on search text cut to one length.
+
+        Returns: float64 [genomes, units]; see `fitness.gradients`.
+        """
+
+    @property
+    def tokens(self) -> int:
+        """Candidate tokens that the baseline has asked for so far; one that goes forward and backward counts three times."""
+
+    def spend(self, *, tokens: int, seconds: float = 0.0) -> None:
+        """Count what was not asked for here: seconds, where numbers are taken over that were measured before."""
 
     def uniform_name(self, level: Level) -> str:
         """Name the row of the genome with this level everywhere."""
@@ -174,6 +204,22 @@ class Baseline(ABC):
     @abstractmethod
     def find(self, problem: Problem) -> dict[str, Genome]:
         """Return genomes by the names of their rows."""
+
+
+def remembered(problem: Problem, kept: MutableMapping[str, Any], key: str, measure: Callable[[], Any]) -> Any:
+    """Return a number or numbers that JSON can hold from what was kept, measured first where they are missing.
+
+    What measuring them took is kept too, and counted again when they are taken over.
+    """
+    took = f"{key}: took"
+    if key not in kept:
+        tokens, started = problem.tokens, time.monotonic()
+        found = measure()
+        kept[took] = {"tokens": problem.tokens - tokens, "seconds": round(time.monotonic() - started, 3)}
+        kept[key] = found
+    elif took in kept:
+        problem.spend(**kept[took])
+    return kept[key]
 
 
 def check_minibatch(run: RunSettings, key: str, tokens: int) -> None:

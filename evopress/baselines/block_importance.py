@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evopress.baselines.baseline import MODULES, Baseline, Pass, Planned, Problem
+from evopress.baselines.baseline import MODULES, Baseline, Pass, Planned, Problem, remembered
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.levels.modules import PAIR, modules_of
@@ -116,9 +116,7 @@ class _Scores:
         self._kept = problem.kept("scores", {"tokens": tokens_digest(self._text), "spans": self._spans})
 
     def _get(self, key: str, measure: Callable[[], dict[str, list[float]]]) -> dict[str, list[float]]:
-        if key not in self._kept:
-            self._kept[key] = measure()
-        stored: dict[str, list[Any]] = self._kept[key]  # what is not finite is null in the file
+        stored: dict[str, list[Any]] = remembered(self._problem, self._kept, key, measure)  # what is not finite is null in the file
         return {name: [math.inf if x is None else x for x in values] for name, values in stored.items()}
 
     def of_activations(self, score: str) -> list[float]:
@@ -135,6 +133,7 @@ class _Scores:
         return self._get("removal", self._removed)[score]
 
     def _measured(self, spans: Sequence[Span]) -> dict[str, list[float]]:
+        self._problem.spend(tokens=self._text.numel())
         return measure_spans(self._problem.blocks, self._text, spans, batch_tokens=self._problem.batch_tokens)
 
     def _removed(self) -> dict[str, list[float]]:

@@ -11,12 +11,17 @@ from evopress.baselines.best_of_random import BestOfRandom
 from evopress.baselines.block_importance import RANKINGS, RankedBlocks
 from evopress.baselines.dynamic_programming import DynamicProgramming
 from evopress.baselines.exhaustive import Exhaustive
+from evopress.baselines.first_order import FirstOrder
+from evopress.baselines.fisher import Fisher
+from evopress.baselines.linear_model import LinearModel
+from evopress.baselines.one_at_a_time import OneAtATime
 from evopress.baselines.owl import Owl
 from evopress.baselines.uniform import Uniform
 from evopress.errors import EvoPressError
 from evopress.registry import Registry
 from evopress.settings import BaselinesSettings
 
+ALLOCATORS = (FirstOrder, Fisher, LinearModel, OneAtATime)
 _OWN: dict[str, Callable[..., Baseline]] = {
     "uniform": Uniform,
     "best_of_random": BestOfRandom,
@@ -24,10 +29,11 @@ _OWN: dict[str, Callable[..., Baseline]] = {
     **{name: partial(RankedBlocks, name) for name in RANKINGS},
     "exhaustive": Exhaustive,
     "owl": Owl,
+    **{allocator.name: allocator for allocator in ALLOCATORS},
 }
 BASELINES: Registry[Callable[..., Baseline]] = Registry("baseline", _OWN, group="evopress.baselines")
 """What makes a baseline, called with its options as keywords."""
-_KINDS = (Uniform, BestOfRandom, DynamicProgramming, RankedBlocks, Exhaustive, Owl)
+_KINDS = (Uniform, BestOfRandom, DynamicProgramming, RankedBlocks, Exhaustive, Owl, *ALLOCATORS)
 """The order of the rows; those of other packages come last."""
 
 

@@ -41,6 +41,25 @@ class Minibatch:
         return [sequences[list(indices), :length] for indices, length in self.groups()]
 
 
+def draw_equal(num_sequences: int, sequence_length: int, *, tokens: int, sequences: int, rng: np.random.Generator) -> Minibatch:
+    """Draw sequences without replacement, all cut to one length.
+
+    Args:
+        num_sequences: sequences to draw from, N.
+        sequence_length: tokens of each, L.
+        tokens: tokens to draw, at most.
+        sequences: into which they are divided, at least, as far as there are so many.
+
+    Raises: EvoPressError if a sequence has fewer than 2 tokens.
+    """
+    count = min(max(sequences, -(-tokens // sequence_length)), num_sequences)
+    length = min(tokens // count, sequence_length)
+    if length < 2:
+        raise EvoPressError(f"{tokens} tokens of {count} sequences predict nothing: ask for at least 2 of each")
+    rows = rng.choice(num_sequences, size=count, replace=False).tolist()
+    return Minibatch(indices=tuple(rows), lengths=(length,) * count)
+
+
 def draw(num_sequences: int, sequence_length: int, *, tokens: int, rng: np.random.Generator) -> Minibatch:
     """Draw sequences without replacement, the last one cut to its first tokens, until `tokens` tokens are drawn.
 

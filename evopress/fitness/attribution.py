@@ -17,7 +17,7 @@ Shapes: b sequences, l tokens each, d hidden size, T tokens of a chunk, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -104,50 +104,104 @@ def derivatives(
     """
     live.space.check(genome)
     assert uniform is not None or not live.modules_in(0), "modules have a curvature, which is drawn"
-    with _frozen(live.blocks.model):
-        return _Pass(live, genome, ids, base, _unfused(measure), uniform, max_tokens_in_flight, chunk_tokens).run()
+    back = BackwardPass(
+        live,
+        genome,
+        ids,
+        base,
+        measure,
+        uniform=uniform,
+        max_tokens_in_flight=max_tokens_in_flight,
+        chunk_tokens=chunk_tokens,
+    )
+    first, second = back.run()
+    return Derivatives(first[0], second)
 
 
-class _Pass:
-    """One forward and backward pass, or two backward where there are modules."""
+class Entry(NamedTuple):
+    """What a linear layer y = W x sees in a forward and backward pass."""
+
+    entered: Tensor
+    """x, [..., C]."""
+    gradient: Tensor
+    """Of the measure's sum, with respect to y: [..., R]."""
+    num_sequences: int
+    sequences: Tensor | None
+    """Of every token the sequence that it is of, where they are not the leading dimension: an expert sees some tokens alone."""
+
+
+def attribution(entry: Entry, delta: Tensor) -> Tensor:
+    """Return Σ ∂/∂y · Δ x over each sequence's tokens, [sequences].
+
+    Args: delta: Δ, what an error adds to the weight, [R, C].
+    """
+    products = entry.gradient.float() * nn.functional.linear(entry.entered, delta).float()
+    if entry.sequences is None:
+        return products.reshape(entry.num_sequences, -1).sum(1).double()
+    values = products.new_zeros(entry.num_sequences, dtype=torch.float64)
+    return values.index_add_(0, entry.sequences, products.sum(1).double())
+
+
+class BackwardPass:
+    """One forward and backward pass through the model at a genome, or two backward where modules are looked at."""
 
     def __init__(
         self,
         live: Live,
-        genome: Genome,
+        genome: Genome | None,
         ids: Tensor,
         base: Tensor,
         measure: Measure,
-        uniform: Tensor | None,
-        max_tokens_in_flight: int,
-        chunk_tokens: int,
+        *,
+        errors_of: Sequence[Genome] = (),
+        score: Callable[[Entry, Tensor], Tensor] = attribution,
+        uniform: Tensor | None = None,
+        max_tokens_in_flight: int = 4096,
+        chunk_tokens: int = 256,
     ) -> None:
-        self.live, self.blocks, self.genome, self.measure = live, live.blocks, genome, measure
+        """Take the model and the text; see `derivatives`.
+
+        Args:
+            genome: where the model is; None: the dense one.
+            errors_of: genomes whose levels' errors are scored, in blocks; none: those of the genome itself.
+            score: what a unit of a block gets for an error, on each sequence.
+            uniform: None: modules are not looked at.
+        """
+        self.live, self.blocks, self.genome, self.measure = live, live.blocks, genome, _unfused(measure)
         self.ids, self.base, self.chunk_tokens = ids, base, chunk_tokens
+        self.errors_of, self.score = tuple(errors_of) or (genome,), score
         self.uniform = uniform if live.modules_in(0) else None
         batch = max(max_tokens_in_flight // ids.shape[1], 1)
         self.parts = [slice(start, start + batch) for start in range(0, len(ids), batch)]
         self.place = live.space.places
-        self.found = torch.zeros(len(ids), len(live.space), dtype=torch.float64)
-        self.scores = torch.zeros_like(self.found)
+        self.found = torch.zeros(len(self.errors_of), len(ids), len(live.space), dtype=torch.float64)
+        self.scores = torch.zeros_like(self.found[0])
         self.adding: tuple[str, str] | None = None
 
-    def run(self) -> Derivatives:
-        entering = self._forward()
-        gradients = self._head(entering.pop())
-        for index in reversed(range(len(self.blocks.blocks))):
-            self._block(index, entering.pop(), gradients)
-        self._embedding(gradients[0])
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Go forward and back.
+
+        Returns: per predicted token, what every unit gets for each error [errors, b, units], and of modules the mean squared
+            derivative of the drawn labels' log likelihood, [b, units].
+
+        Raises: EvoPressError if one is not finite.
+        """
+        with _frozen(self.blocks.model):
+            entering = self._forward()
+            gradients = self._head(entering.pop())
+            for index in reversed(range(len(self.blocks.blocks))):
+                self._block(index, entering.pop(), gradients)
+            self._embedding(gradients[0])
         tokens = self.ids.shape[1] - 1
         first, second = self.found / tokens, self.scores**2 / tokens
-        finite = torch.isfinite(first) & torch.isfinite(second)
+        finite = torch.isfinite(first).all(0) & torch.isfinite(second)
         if not bool(finite.all()):
             row, unit = (int(i) for i in torch.nonzero(~finite)[0])
             raise EvoPressError(
                 f"what {self.live.space.units[unit].name} holds of the fitness is not a finite number on sequence {row}: look at "
                 "the model's outputs at these levels (overflow in half precision, a damaged level), or search by evolution"
             )
-        return Derivatives(first, second)
+        return first, second
 
     def _levels(self, part: int | None) -> Genome | None:
         return None if part is None else self.live.levels_in(self.genome, part)
@@ -230,15 +284,18 @@ class _Pass:
         with self.live.on_device(index):
             try:
                 self.live.set_block(index, None)
-                if modules and self.adding is None:
+                if self.uniform is not None and self.adding is None:
                     self.adding = self._contributions(index, entering)
                 dense = [slot.weight for slot in slots]
-                self.live.set_block(index, self.live.with_modules(index, levels))
-                deltas = [_difference(slot.weight, weight) for slot, weight in zip(slots, dense, strict=True)]
+                deltas = []
+                for genome in self.errors_of:
+                    self.live.set_block(index, self.live.with_modules(index, self.live.levels_in(genome, index)))
+                    deltas.append([_difference(slot.weight, weight) for slot, weight in zip(slots, dense, strict=True)])
                 del dense
+                self.live.set_block(index, self.live.with_modules(index, levels))
                 for rows in self.parts:
                     hidden = entering[rows].to(self.blocks.device).requires_grad_()
-                    with _watched(slots, deltas, len(hidden)) as held, self._gated(index, len(hidden)) as gates:
+                    with _watched(slots, deltas, len(hidden), self.score) as held, self._gated(index, len(hidden)) as gates:
                         output = self.blocks.run(index, hidden, gradients=True)
                         for number, gradient in enumerate(gradients):
                             inputs = [hidden, *(gate.zeros for gate in gates if gate.zeros is not None)]
@@ -246,15 +303,15 @@ class _Pass:
                             into, *closed = torch.autograd.grad(
                                 output, inputs, gradient[rows].to(output.device), retain_graph=further
                             )
-                            found = self.scores if number else self.found
+                            found = self.scores if number else self.found[0]
                             for gate, unit in zip(gates, modules, strict=False):
                                 if gate.zeros is not None:
                                     gate.take(closed.pop(0))
                                 found[rows, unit] += gate.held.cpu()
                             gradient[rows] = into.cpu()
                             if number == 0:
-                                for name, values in held.items():
-                                    found[rows, self.place[name]] += values.cpu()
+                                for (error, name), values in held.items():
+                                    self.found[error, rows, self.place[name]] += values.cpu()
             finally:
                 self.live.restore_block(index)
 
@@ -269,6 +326,7 @@ class _Pass:
         if self.adding is None:
             yield []
             return
+        assert self.genome is not None
         block, dropped = self.blocks.blocks[index], self.live.dropped_in(self.genome, index)
         gates = [_Gate(bool(gone), num_sequences) for gone in dropped]
         hooks = [
@@ -295,7 +353,7 @@ class _Pass:
     def _add(self, part: int, rows: slice, values: Tensor) -> None:
         """Add to the one unit of a part outside the blocks; where head and embedding are tied, both add to it."""
         (name,) = self.blocks.slots(part)
-        self.found[rows, self.place[name]] += values.cpu()
+        self.found[0, rows, self.place[name]] += values.cpu()
 
 
 class _Gate:
@@ -366,33 +424,37 @@ def _difference(level: Tensor, dense: Tensor) -> Tensor | None:
 
 
 @contextmanager
-def _watched(slots: Sequence[Slot], deltas: Sequence[Tensor | None], num_sequences: int) -> Iterator[dict[str, Tensor]]:
-    """Collect, on the way back, what each slot holds on each sequence, float64 [b] by name."""
-    held: dict[str, Tensor] = {}
+def _watched(
+    slots: Sequence[Slot],
+    deltas: Sequence[Sequence[Tensor | None]],
+    num_sequences: int,
+    score: Callable[[Entry, Tensor], Tensor],
+) -> Iterator[dict[tuple[int, str], Tensor]]:
+    """Collect, on the way back, what each slot gets for each error on each sequence, float64 [b] by the error and name.
 
-    def watch(name: str, delta: Tensor) -> Any:
+    Args: deltas: of every error, by slot; None: nothing there.
+    """
+    held: dict[tuple[int, str], Tensor] = {}
+
+    def watch(name: str, of_slot: dict[int, Tensor]) -> Any:
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             entered, routed = inputs[0].detach(), getattr(module, "routed", None)
+            sequences = None if routed is None else routed[0] // (routed[1] // num_sequences)
 
             def backward(gradient: Tensor) -> None:
-                change = nn.functional.linear(entered, delta)
-                products = gradient.float() * change.float()
-                if routed is None:
-                    values = products.reshape(num_sequences, -1).sum(1).double()
-                else:  # an expert's: not every token is there
-                    sequences = routed[0] // (routed[1] // num_sequences)
-                    values = products.new_zeros(num_sequences, dtype=torch.float64)
-                    values.index_add_(0, sequences, products.sum(1).double())
-                held[name] = held[name] + values if name in held else values
+                for error, delta in of_slot.items():
+                    values = score(Entry(entered, gradient, num_sequences, sequences), delta)
+                    held[error, name] = held[error, name] + values if (error, name) in held else values
 
             output.register_hook(backward)
 
         return forward
 
+    of_slots = [{error: delta for error, each in enumerate(deltas) if (delta := each[i]) is not None} for i in range(len(slots))]
     hooks = [
-        slot.module.register_forward_hook(watch(slot.name, delta))
-        for slot, delta in zip(slots, deltas, strict=True)
-        if delta is not None
+        slot.module.register_forward_hook(watch(slot.name, of_slot))
+        for slot, of_slot in zip(slots, of_slots, strict=True)
+        if of_slot
     ]
     try:
         yield held

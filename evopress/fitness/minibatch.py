@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evopress.data.minibatch import Minibatch, draw
+from evopress.data.minibatch import Minibatch, draw, draw_equal
 from evopress.errors import EvoPressError
 from evopress.fitness.archive import Archiving, NoArchive
 from evopress.fitness.attribution import attribute
@@ -96,13 +96,10 @@ class MinibatchFitness:
         Raises: EvoPressError if a number is not finite.
         """
         available, longest = self.sequences.shape
-        count = min(max(sequences, -(-tokens // longest)), available)
-        length = min(tokens // count, longest)
-        if length < 2:
-            raise EvoPressError(f"{tokens} tokens of {count} sequences predict nothing: ask for at least 2 of each")
-        rows = self.rng.choice(available, size=count, replace=False).tolist()
+        drawn = draw_equal(available, longest, tokens=tokens, sequences=sequences, rng=self.rng)
+        rows, length = list(drawn.indices), drawn.lengths[0]
         live = self.evaluator.live
-        uniform = self.rng.random((count, length - 1)) if live.modules_in(0) else None
+        uniform = self.rng.random((len(rows), length - 1)) if live.modules_in(0) else None
 
         def measured() -> np.ndarray:
             return attribute(

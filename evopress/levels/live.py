@@ -186,7 +186,8 @@ class LiveModel:
     def levels_in(self, genome: Genome | None, index: int) -> Genome | None:
         """Return the levels of the weights of a part, and whether its attention and MLP are dropped, 0 or 1 each.
 
-        The level of a weight in a dropped module is -1, whatever the genome says. None stands for the dense model.
+        Level -1 of a weight is the dense one: a weight in a dropped module has it, whatever the genome says, and others where the
+        genome says so. None stands for the dense model.
         """
         if genome is None:
             return None

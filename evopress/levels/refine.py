@@ -116,8 +116,11 @@ def inexact_units(database: LevelDatabase, genome: Genome) -> set[str]:
 
 
 @contextmanager
-def block_at(live: Live, index: int, genome: Genome, weights: Weights) -> Iterator[None]:
-    """Hold block `index`, or another part, on the device at a genome's levels, but with these weights where there are any."""
+def block_at(live: Live, index: int, genome: Genome | None, weights: Weights) -> Iterator[None]:
+    """Hold block `index`, or another part, on the device at a genome's levels, but with these weights where there are any.
+
+    Args: genome: None: the dense model.
+    """
     with live.on_device(index):
         try:
             live.set_block(index, live.levels_in(genome, index))

@@ -239,6 +239,7 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
             lambda row: row.get("zero_shot_mean_stderr"),
         ),
         column("flip rate", lambda row: row.get("flip_rate"), "{:.4f}".format, min),
+        column("tokens spent", lambda row: row.get("tokens_spent"), "{:,.0f}".format),
     ]
     return [column for column in columns if any(value is not None for value in column.values)]
 

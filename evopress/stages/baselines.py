@@ -15,9 +15,11 @@ from torch import Tensor
 
 from evopress.baselines.named import make_baselines
 from evopress.compress.compressor import Compressor
+from evopress.data.minibatch import Minibatch
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
+from evopress.fitness.gradients import Score, gradient_scores
 from evopress.fitness.measures import KLDivergence, Measure, NegativeLogLikelihood, TopkKL
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.json_files import shown
@@ -25,10 +27,12 @@ from evopress.levels.hessians import HessianStore
 from evopress.levels.locking import alone_in
 from evopress.levels.store import fingerprint
 from evopress.levels.tied import TiedLevels
-from evopress.levels.union import LevelUnion
+from evopress.levels.union import LevelSource, LevelUnion
 from evopress.methods.points import has_limit
 from evopress.models.blocks import BlockModel
 from evopress.reporting.records import append_record, read_document, read_records, write_json
+from evopress.search import Fitness
+from evopress.search.strategy import BACKWARD_TOKENS
 from evopress.settings import FitnessSettings
 from evopress.stages.results import read_result
 from evopress.units import Budget, Genome, Level, Space
@@ -134,9 +138,11 @@ def find_baselines(workspace: Workspace) -> None:
     found: dict[str, Genome] = {}
     further: list[str] = []
     orders: dict[str, list[int]] = {}
+    spent: dict[str, dict[str, float]] = {}
     for name, baseline in make_baselines(settings).items():
-        problem = RunProblem(workspace, name)
+        problem, started = RunProblem(workspace, name), time.monotonic()
         genomes = baseline.find(problem)
+        took = {"tokens": problem.tokens, "seconds": round(time.monotonic() - started + problem.seconds, 3)}
         further += problem.further
         orders |= problem.orders
         space = workspace.levels.space if further else workspace.database.space
@@ -146,9 +152,11 @@ def find_baselines(workspace: Workspace) -> None:
                     f"the baseline {name} gives a row {row!r}, which there is already: leave it out of baselines.names"
                 )
             found[row] = space.check(genome)
+            spent[row] = took
     workspace.archive.tell("baselines")
     stored = {"schema": 1, "database": workspace.database.fingerprint, "asked": _asked(workspace), "further": further}
-    write_json(path, {**stored, "genomes": {name: list(genome) for name, genome in found.items()}, "orders": orders})
+    genomes_found = {name: list(genome) for name, genome in found.items()}
+    write_json(path, {**stored, "genomes": genomes_found, "orders": orders, "spent": spent})
 
 
 class RunProblem:
@@ -161,6 +169,9 @@ class RunProblem:
         """Folders of the level databases that it added."""
         self.orders: dict[str, list[int]] = {}
         """What it noted, by row."""
+        self.tokens = 0
+        self.seconds = 0.0
+        """That measuring took of what was taken over."""
         if baseline == "best_of_random":
             self.rng, self._minibatch_rng = workspace.rng["random"], workspace.rng["random_minibatch"]
         else:  # its own, whatever other baselines draw
@@ -178,6 +189,10 @@ class RunProblem:
     @property
     def errors(self) -> Sequence[Sequence[float]]:
         return self._workspace.database.errors
+
+    @property
+    def levels(self) -> LevelSource:
+        return self._workspace.database
 
     @property
     def calibration_tokens(self) -> Tensor:
@@ -200,19 +215,43 @@ class RunProblem:
         fitness = self._workspace.settings.fitness
         return [fitness.name, fitness.k]
 
-    def fitness(self, rng: np.random.Generator | None = None, *, num_sequences: int | None = None) -> MinibatchFitness:
-        return make_fitness(self._workspace, rng or self._minibatch_rng, num_sequences)
+    def fitness(self, rng: np.random.Generator | None = None, *, num_sequences: int | None = None) -> Fitness:
+        fitness = make_fitness(self._workspace, rng or self._minibatch_rng, num_sequences)
 
-    def measure(self, genomes: Sequence[Genome], tokens: Tensor, *, what: str) -> list[Scores]:
+        def counted(genomes: Sequence[Genome], *, tokens: int) -> list[float]:
+            self.spend(tokens=len(genomes) * tokens)
+            return fitness(genomes, tokens=tokens)
+
+        return counted
+
+    def measure(self, genomes: Sequence[Genome], tokens: Tensor, *, what: str, levels: LevelSource | None = None) -> list[Scores]:
+        self.spend(tokens=len(genomes) * tokens.numel())
         fitness = self._workspace.settings.fitness
         return measure_held_out(
-            self._workspace.evaluator,
+            self._workspace.evaluator if levels is None else self._workspace.evaluator_of(levels),
             genomes,
             tokens,
             batch_tokens=fitness.max_tokens_in_flight,
             chunk_tokens=fitness.chunk_tokens,
             what=what,
         )
+
+    def gradient_scores(self, genome: Genome | None, errors_of: Sequence[Genome], minibatch: Minibatch, score: Score) -> Tensor:
+        self.spend(tokens=BACKWARD_TOKENS * minibatch.num_tokens)
+        ((rows, length),) = minibatch.groups()
+        return gradient_scores(
+            self._workspace.live,
+            genome,
+            errors_of,
+            self.search_tokens[list(rows), :length],
+            self._workspace.search_base[list(rows)],
+            score,
+            chunk_tokens=self._workspace.settings.fitness.chunk_tokens,
+        )
+
+    def spend(self, *, tokens: int, seconds: float = 0.0) -> None:
+        self.tokens += tokens
+        self.seconds += seconds
 
     def uniform_name(self, level: Level) -> str:
         return self._workspace.method.uniform_name(level)
@@ -299,6 +338,13 @@ def stored_baselines(workspace: Workspace) -> tuple[dict[str, Genome], Space]:
     stored = read_baselines(path, database=database.fingerprint)
     space = workspace.add_levels(stored["further"]) if stored["further"] else database.space
     return {name: space.check(genome) for name, genome in stored["genomes"].items()}, space
+
+
+def spent_on_baselines(run_dir: Path) -> dict[str, Any]:
+    """Return what each row's baseline took, `tokens` and `seconds`, by name; earlier versions did not write it down."""
+    path = run_dir / "baselines.json"
+    spent = read_baselines(path).get("spent", {}) if path.exists() else {}
+    return spent if isinstance(spent, dict) else {}
 
 
 def read_baselines(path: Path, *, database: str | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from evopress.reporting.metrics import baseline_lines, best_metrics, final_metri
 from evopress.reporting.records import read_genome, write_json
 from evopress.reporting.report import headline, write_report
 from evopress.reporting.tracker import Tracker, track_figures
-from evopress.stages.baselines import stored_baselines
+from evopress.stages.baselines import spent_on_baselines, stored_baselines
 from evopress.stages.exports import add_sizes
 from evopress.stages.given import named_genome, take_best_so_far
 from evopress.stages.refine import refined_levels
@@ -56,6 +56,7 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     if records:
         result["search"] = {key: records[-1][key] for key in ("tokens", "seconds", "evaluations")}
         result["search"]["generations"] = records[-1]["generation"]
+    add_spent(rows, {**spent_on_baselines(run_dir), "evopress": result.get("search", {})})
     told = read_result(run_dir)
     told.pop("genome", None)
     if "evopress_refined" not in genomes:
@@ -70,6 +71,12 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     lines, axes = baseline_lines(held_out_curve(records, rows))
     tracker.lines(lines, axes=axes)
     tracker.summarize({**best_metrics(records), **final_metrics(rows)})
+
+
+def add_spent(rows: list[dict[str, Any]], spent: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add to rows what finding them took, as far as that is known, by name."""
+    for row in rows:
+        row |= {f"{key}_spent": value for key, value in spent.get(row["name"], {}).items() if key in ("tokens", "seconds")}
 
 
 def measured_rows(workspace: Workspace, genomes: Mapping[str, Genome | None], space: Space) -> list[dict[str, Any]]:

@@ -23,9 +23,9 @@ from evopress.reporting.records import read_document, read_genome, write_json
 from evopress.reporting.tracker import NullTracker, Tracker, track_figures
 from evopress.search.strategy import Neighbour, Searching
 from evopress.settings import RunSettings
-from evopress.stages.baselines import find_baselines, stored_baselines
+from evopress.stages.baselines import find_baselines, spent_on_baselines, stored_baselines
 from evopress.stages.checks import searching
-from evopress.stages.conclude import measured_rows
+from evopress.stages.conclude import add_spent, measured_rows
 from evopress.stages.earlier import refuse_other_settings, refuse_other_work
 from evopress.stages.given import take_best_so_far
 from evopress.stages.results import read_result
@@ -157,17 +157,20 @@ def evaluate_all(workspace: Workspace, points: Sequence[PointRun], tracker: Trac
     space = workspace.database.space
     genomes: dict[str, Genome | None] = {"dense": None}
     budgets: dict[str, str] = {}
+    spent: dict[str, dict[str, Any]] = {}
     apart: list[dict[str, Any]] = []
     found = []
     for point in points:
         take_best_so_far(point.workspace)
         others: dict[str, Genome] = {}
         baselines, union = stored_baselines(point.workspace)
+        took = {**spent_on_baselines(point.workspace.run_dir), "evopress": _spent(point)}
         if (point.workspace.run_dir / "genome.json").exists():
             found.append(point)
             baselines = {"evopress": point.genome(), **baselines}
         for name, genome in baselines.items():
             own = name if name.startswith("uniform") and genomes.get(name, genome) == genome else f"{name}@{point.name}"
+            spent[own] = took.get(name, {})
             if own != name:
                 budgets[own] = point.name
             if all(level < len(unit.levels) for unit, level in zip(space.units, genome, strict=True)):
@@ -177,6 +180,7 @@ def evaluate_all(workspace: Workspace, points: Sequence[PointRun], tracker: Trac
         if others:
             apart += measured_rows(point.workspace, {"dense": None, **others}, union)[1:]
     rows = measured_rows(workspace, genomes, space) + apart
+    add_spent(rows, spent)
     for row in rows:
         if row["name"] in budgets:
             row["budget"] = budgets[row["name"]]

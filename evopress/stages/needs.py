@@ -126,7 +126,12 @@ class Planner:
         for each in self._passes(baselines):
             if each.on_search_text:
                 self._base(needs)
-            self._score(needs, each.genomes, each.tokens, together=each.together)
+            if each.backward:
+                self._attribute(needs, Asks("", each.tokens, times=each.genomes))
+            else:
+                self._score(needs, each.genomes, each.tokens, together=each.together)
+            if each.together is not None:
+                self._hold(needs, min(each.genomes, each.together), min(self.settings.fitness.max_tokens_in_flight, each.tokens))
         for what in (baseline.not_counted for baseline in baselines if baseline.not_counted):
             needs.what += f" ({what} not counted)"
         self._hold(needs, settings.num_random, settings.random_tokens)

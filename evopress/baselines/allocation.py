@@ -1,0 +1,150 @@
+"""What allocators from outside the paper share: a number for every unit at every level, and the integer program of their sum.
+
+They look at the search text alone, and their numbers depend on no budget: they are kept beside the level database, so that runs of
+other budgets find them there, with what they took.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import MutableMapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from evopress.baselines.baseline import WEIGHTS, Baseline, Problem, remembered
+from evopress.data.minibatch import Minibatch, draw_equal
+from evopress.data.tokens import tokens_digest
+from evopress.errors import EvoPressError
+from evopress.fitness.gradients import Score
+from evopress.levels.union import LevelSource
+from evopress.search.program import best_in
+from evopress.search.sensitivity import is_droppable
+from evopress.settings import RunSettings
+from evopress.units import BLOCKS, Genome, Space
+
+DENSE = -1
+"""The level of a weight that is the dense one."""
+TOGETHER = 64
+"""Genomes that are measured at a time."""
+
+
+@dataclass(frozen=True)
+class Allocator(Baseline):
+    """The genome with the least sum of numbers within the budget and all its limits; modules that could be dropped stay."""
+
+    tokens: int
+    """Search tokens of one measurement, at most."""
+    serves = (WEIGHTS,)
+    name: ClassVar[str]
+    """Of its row."""
+    sequences: ClassVar[int] = 8
+    """Into which they are divided, at least, as far as there are so many."""
+
+    def check(self, run: RunSettings) -> None:
+        """See `Baseline`."""
+        if self.tokens < 2 * self.sequences:
+            raise EvoPressError(
+                f"baselines.options.{self.name}.tokens={self.tokens} is out of range: expected at least {2 * self.sequences}, 2 of "
+                f"each of {self.sequences} sequences"
+            )
+        if run.method.include != [BLOCKS]:
+            raise EvoPressError(
+                f"baseline {self.name} scores the weights of blocks, not what lies outside them (method.include="
+                f"{run.method.include}): leave it out of baselines.names, or include blocks alone"
+            )
+        if run.fitness.evaluator == "plain":
+            raise EvoPressError(
+                f"baseline {self.name} runs blocks alone, which fitness.evaluator=plain does not: leave one of them out"
+            )
+
+    def find(self, problem: Problem) -> dict[str, Genome]:
+        """Raise EvoPressError if a unit has no level with a finite number; without a genome within the budget there is no row."""
+        space, text = problem.space, problem.search_tokens
+        minibatch = draw_equal(*text.shape, tokens=self.tokens, sequences=self.sequences, rng=problem.rng)
+        (ids,) = minibatch.tensors(text)
+        kept = problem.kept(self.name, {"tokens": tokens_digest(ids), **asdict(self)})
+        values = [
+            [math.inf if value is None or not math.isfinite(value) else value for value in of_unit]
+            for of_unit in self.values(problem, minibatch, ids, kept)
+        ]
+        for i, unit in enumerate(space.units):
+            if is_droppable(space, i):
+                values[i] = [math.inf if level.drops else 0.0 for level in unit.levels]
+            if not any(map(math.isfinite, values[i])):
+                raise EvoPressError(
+                    f"baseline {self.name} found no finite number for any level of {unit.name}: look at the model's outputs at "
+                    "these levels, or leave it out of baselines.names"
+                )
+        genome = best_in(space, problem.budget, values)
+        return {} if genome is None else {self.name: genome}
+
+    @abstractmethod
+    def values(
+        self, problem: Problem, minibatch: Minibatch, ids: Tensor, kept: MutableMapping[str, Any]
+    ) -> Sequence[Sequence[float | None]]:
+        """Return values[unit][level], None for one that is not finite; those of modules are not looked at.
+
+        Args:
+            minibatch: which search text to look at.
+            ids: its tokens, int64 [b, l].
+            kept: what a run that looked at the same has left.
+        """
+
+
+def levels_everywhere(space: Space) -> list[Genome]:
+    """Return a genome for every index of a level: all units that have it are there, others at their last; all modules stay."""
+    count = max(len(unit.levels) for unit in space.units)
+    return [
+        tuple(0 if is_droppable(space, i) else min(level, len(unit.levels) - 1) for i, unit in enumerate(space.units))
+        for level in range(count)
+    ]
+
+
+def scored(
+    problem: Problem, genome: Genome | None, errors_of: Sequence[Genome], minibatch: Minibatch, score: Score, *, together: int
+) -> list[list[float]]:
+    """Return scores[genome][unit], summed over batches of so many sequences; see `Problem.gradient_scores`."""
+    starts = range(0, len(minibatch.indices), together)
+    batches = [
+        Minibatch(minibatch.indices[start : start + together], minibatch.lengths[start : start + together]) for start in starts
+    ]
+    found: list[list[float]] = sum(problem.gradient_scores(genome, errors_of, batch, score) for batch in batches).tolist()  # type: ignore[union-attr]
+    return found
+
+
+def by_unit(space: Space, scores: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Turn scores of `levels_everywhere`, [genome][unit], into values[unit][level]."""
+    return [[scores[level][i] for level in range(len(unit.levels))] for i, unit in enumerate(space.units)]
+
+
+def alone(space: Space, unit: int, level: int) -> Genome:
+    """Return the genome with one weight at a level and all others dense."""
+    return tuple(level if i == unit else 0 if is_droppable(space, i) else DENSE for i in range(len(space)))
+
+
+def measured_alone(
+    problem: Problem, ids: Tensor, kept: MutableMapping[str, Any], *, levels: LevelSource | None = None
+) -> list[list[float | None]]:
+    """Return the KL divergence with one weight at a level and all others dense, as values[unit][level]; None: it is not finite.
+
+    Modules stay, and have no values.
+
+    Args: levels: that are measured, in the place of the run's own.
+    """
+    space = problem.space if levels is None else levels.space
+    counts = [0 if is_droppable(space, i) else len(unit.levels) for i, unit in enumerate(space.units)]
+    moves = [(i, level) for i, count in enumerate(counts) for level in range(count)]
+    found: list[float | None] = []
+    for start in range(0, len(moves), TOGETHER):
+        genomes = [alone(space, *move) for move in moves[start : start + TOGETHER]]
+
+        def measure(genomes: Sequence[Genome] = genomes, start: int = start) -> list[float]:
+            what = f"one weight at a time, {start} of {len(moves)}"
+            return [score.kl for score in problem.measure(genomes, ids, what=what, levels=levels)]
+
+        found += remembered(problem, kept, str(start), measure)
+    values = iter(found)
+    return [[next(values) for _ in range(count)] for count in counts]

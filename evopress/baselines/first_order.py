@@ -1,0 +1,43 @@
+"""First-order gradient scores: |∂ loss / ∂W ∘ (Q - W)|, summed over the weight, in the model that has the level everywhere.
+
+Source: AutoScheme of AutoRound (its DeltaLoss, arXiv:2512.04746), with its batches of 8 sequences, on levels of any kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from evopress.baselines.allocation import Allocator, by_unit, levels_everywhere, scored
+from evopress.baselines.baseline import Pass, Planned, Problem, remembered
+from evopress.data.minibatch import Minibatch
+from evopress.fitness.gradients import first_order
+from evopress.units import Genome
+
+
+@dataclass(frozen=True)
+class FirstOrder(Allocator):
+    """The genome with the least sum of first-order scores."""
+
+    tokens: int = 4096
+    """Search tokens that go forward and backward at every level, at most."""
+    name = "first_order"
+
+    def passes(self, plan: Planned) -> list[Pass]:
+        """See `Baseline`."""
+        count = len(levels_everywhere(plan.space))
+        return [Pass(count, min(self.tokens, plan.search_tokens), on_search_text=True, backward=True)]
+
+    def values(self, problem: Problem, minibatch: Minibatch, ids: Tensor, kept: MutableMapping[str, Any]) -> list[list[float]]:
+        """See `Allocator`."""
+        scores = []
+        for level, genome in enumerate(levels_everywhere(problem.space)):
+
+            def measure(genome: Genome = genome) -> list[float]:
+                return scored(problem, genome, [genome], minibatch, first_order, together=self.sequences)[0]
+
+            scores.append(remembered(problem, kept, f"level {level}", measure))
+        return by_unit(problem.space, scores)
