@@ -30,7 +30,8 @@ class Nothing:
 
 def test_every_name_serves_weights_or_modules() -> None:
     ranked = ["shortgpt", "sliding_window", "weight_subcloning", "shortened_llama", "shortened_llama_kl", "l2", "l2_normalized"]
-    assert names_serving(WEIGHTS) == ["uniform", "best_of_random", "dp", "owl"]
+    allocators = ["first_order", "fisher", "linear_model", "one_at_a_time"]
+    assert names_serving(WEIGHTS) == ["uniform", "best_of_random", "dp", "owl", *allocators]
     assert names_serving(MODULES) == ["best_of_random", *ranked, "exhaustive"]
     assert {*names_serving(WEIGHTS), *names_serving(MODULES)} == set(BASELINES)
 
@@ -50,7 +51,7 @@ def test_one_from_outside_comes_last_with_its_options(install: Callable[..., Pat
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("greedly", {}, r"^baselines\.names=greedly is unknown: choose one of uniform, .*, owl, greedy, nothing$"),
+        ("greedly", {}, r"^baselines\.names=greedly is unknown: choose one of uniform, .*, owl, .*, greedy, nothing$"),
         ("greedy", {"size": 1}, r"^the baseline greedy does not take .*\{'size': 1\} .*: its options are \(\*, steps=1\)$"),
         ("dp", {"size": 1}, r"^the baseline dp does not take .*\{'size': 1\} .*: its options are \(\)$"),
         ("nothing", {}, r"^baselines\.names has 'nothing', which is a Nothing and no .*Baseline: leave it out$"),
