@@ -1,0 +1,42 @@
+"""The side-by-side of allocations: which runs it makes, and which rows of theirs are one budget's."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from experiments.allocation.run import BASELINES, BUDGETS, draw, ends, runs
+from experiments.guided.measure import KEYS, merged, read, table
+
+
+def a_row(name: str, bits: float, **more: float) -> dict:
+    return {
+        "name": name,
+        "bits_per_weight": bits,
+        "bytes": 10,
+        "kl": 0.5,
+        "perplexity": {"text": 9.0},
+        "top1_agreement": 0.8,
+        **more,
+    }
+
+
+def test_one_run_has_the_baselines_of_all_budgets_and_each_search_its_own() -> None:
+    made = list(runs(["best", "paper"], [0, 1, 2], BUDGETS, BASELINES, ["guided", "evolution"], ["threads=1"]))
+    assert len(made) == 2 * 3 * (1 + 2 * 5) == len({run.folder for run in made})
+    assert "budgets=[2.25,2.5,3,3.5,4]" in made[0].arguments and made[0].arguments[-1] == "threads=1"
+    assert not any(set(",=[] ") & set(str(run.folder)) for run in made)
+    assert len(list(runs(["best"], [0], [3], ["dp"], [], []))) == 1 == len(list(runs(["best"], [0], [3], [], ["guided"], [])))
+
+
+def test_rows_are_of_one_budget_and_uniform_ones_only_where_they_spend_it(tmp_path) -> None:
+    of_all, of_one = list(runs(["best"], [0], [2.5, 3], ["dp"], ["guided"], []))[:2]
+    rows = [a_row("dense", 16.0), a_row("uniform_2", 2.0), a_row("uniform_3", 3.0), a_row("dp@2.5", 2.4, tokens_spent=7)]
+    found = list(ends(of_all, [2.5, 3], {"rows": rows}))
+    assert [(row["row"], row["target"], row["tokens"]) for row in found] == [("uniform", 3.0, 0), ("dp", 2.5, 7)]
+    found += ends(of_one, [2.5, 3], {"rows": [a_row("dense", 16.0), a_row("evopress", 2.5, tokens_spent=9, seconds_spent=1.5)]})
+    assert [found[-1][key] for key in (*KEYS, "tokens", "seconds")] == ["quant", "best", 2.5, "guided", 0, 9, 1.5]
+    merged(tmp_path / "results.csv", found)
+    merged(tmp_path / "results.csv", found[:1])
+    results = read(tmp_path / "results.csv")
+    assert len(results) == len(table(results)) == 3
+    assert any(file.suffix == ".png" for file in draw(pd.DataFrame(results), tmp_path))
