@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evopress.errors import EvoPressError
 from evopress.files import given_path
-from experiments.specs import SPECS
+from experiments.specs import SPECS, home
 from experiments.sweeps import Sweep, describe
 
 
@@ -33,7 +33,7 @@ def of_sweep(
     name = arguments.experiment
     try:
         if name in SPECS:
-            sweep, said = make(name, arguments.root, arguments.out or Path(__file__).parent / name)
+            sweep, said = make(name, arguments.root, arguments.out or home(name))
         elif make_of_folder is not None and (folder := given_path(name, "the sweep")).is_dir():
             sweep, said = make_of_folder(folder, arguments.out or folder)
         else:

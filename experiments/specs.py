@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 _FITNESS = {"kl": "KL", "perplexity": "PPL"}
 
@@ -21,6 +22,10 @@ class Spec:
     """The variant that the others are compared with, on the same text and seed."""
     apart: tuple[str, ...] = ("dense",)
     """Variants that are shown and not compared."""
+    twin_of: str = ""
+    """The experiment whose jobs these are, run again with further overrides; none: the one that has its name."""
+    overrides: tuple[str, ...] = ()
+    """What those are."""
     settings: tuple[str, ...] = ()
     """Settings of the search that are shown beside each variant, such as those that were swept."""
     without: tuple[str, ...] = ("acceptance rate", "flips")
@@ -114,3 +119,18 @@ SPECS = {
         reference="EvoPress (KL)",
     ),
 }
+
+BEST_LEVELS = ("table2_sparsity", "table3", "table7", "table14_15_sparsity", "table16")
+"""Experiments that are made of the best levels too, since what levels are worth decides there."""
+SPECS |= {
+    f"{name}_best": replace(
+        SPECS[name], title=f"{SPECS[name].title}, on the best levels", twin_of=name, overrides=("method.recipe=best",)
+    )
+    for name in BEST_LEVELS
+}
+
+
+def home(name: str) -> Path:
+    """Return the folder of an experiment's results; a twin's is `best/` in the one of what it is a twin of."""
+    folder = Path(__file__).parent
+    return folder / SPECS[name].twin_of / "best" if SPECS[name].twin_of else folder / name

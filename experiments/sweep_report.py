@@ -38,7 +38,7 @@ from experiments.commands import of_sweep
 from experiments.convergence import draw_sweep, make_figures
 from experiments.specs import SPECS, Spec
 from experiments.sweeps import Job, Sweep, describe
-from experiments.tables import BEGIN, END, make_table, make_table_of
+from experiments.tables import BEGIN, END, command_of, make_table, make_table_of
 
 _JOB_FIGURES = ("dropped_modules", "level_heatmap", "level_profile", "switches", "selection", "lineage")
 
@@ -57,7 +57,7 @@ def make_report(experiment: str, *, root: Path, out: Path) -> tuple[Sweep, Path]
         curves, why_not = make_figures(experiment, root=root, out=out)[1], ""
     except EvoPressError as error:  # no search has measured anything on the way
         curves, why_not = [], str(error)
-    commands = [f"python -m evopress +experiment={experiment}", f"python -m experiments.sweep_report {experiment}"]
+    commands = [command_of(experiment), f"python -m experiments.sweep_report {experiment}"]
     return sweep, _write_page(sweep, spec, out, curves=curves, why_not=why_not, commands=commands)
 
 

@@ -16,7 +16,7 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from evopress.reporting.jobs import as_markdown as jobs_as_markdown
 from evopress.reporting.jobs import read_jobs
 from evopress.reporting.tables import Column, display_name, results_columns, told
 from experiments.commands import of_sweep
-from experiments.specs import SPECS, Spec, any_spec
+from experiments.specs import SPECS, Spec, any_spec, home
 from experiments.sweeps import Job, Sweep, any_sweep, describe, expected_jobs, read_sweep, setting
 
 SEED = "seed"
@@ -103,6 +103,16 @@ class Table:
                     rows.append(row)
         return rows
 
+    def runs(self) -> list[dict[str, Any]]:
+        """Return one row per group, variant, measure and seed, for `runs.csv`."""
+        return [
+            {**dict(zip(self.spec.group, group, strict=True)), "method": variant, SEED: seed, "measure": measure, "value": value}
+            for group in self.groups
+            for variant in self.variants(group)
+            for measure, seeds in self.values[group][variant].items()
+            for seed, value in seeds.items()
+        ]
+
     def order(self, group: Group, measure: str) -> str:
         """Write the compared variants from best to worst: "EvoPress < OWL ≈ uniform", ≈ for a tie, ? where nothing can be said."""
         best = self.columns[measure].best
@@ -111,13 +121,7 @@ class Table:
             for variant in self.variants(group)
             if variant not in self.spec.apart and self.values[group][variant].get(measure)
         }
-        names = sorted(means, key=means.__getitem__, reverse=best is max)
-        text = display_name(names[0]) if names else ""
-        for one, next_one in itertools.pairwise(names):
-            verdict = self.difference(group, next_one, one, measure).verdict(best)
-            sign = {"tie": "≈", "worse": ">" if best is max else "<"}.get(verdict, "?")
-            text += f" {sign} {display_name(next_one)}"
-        return text
+        return in_order(means, lambda one, other: self.difference(group, one, other, measure), best)
 
     def _compared(self, variant: str) -> bool:
         return variant not in (self.spec.reference, *self.spec.apart)
@@ -144,6 +148,23 @@ class Table:
         show, numbers = self.columns[measure].show, list(seeds.values())
         mean, least, most = show(statistics.fmean(numbers)), show(min(numbers)), show(max(numbers))
         return mean if least == most else f"{mean} ({least}..{most})"
+
+
+def in_order(
+    means: Mapping[str, float],
+    difference: Callable[[str, str], Difference],
+    best: Callable[[Iterable[float]], float] | None,
+) -> str:
+    """Write variants from best to worst by their means: "EvoPress < OWL ≈ uniform", ≈ for a tie, ? where nothing can be said.
+
+    Args: difference: of one variant against another.
+    """
+    names = sorted(means, key=means.__getitem__, reverse=best is max)
+    text = display_name(names[0]) if names else ""
+    for one, next_one in itertools.pairwise(names):
+        sign = {"tie": "≈", "worse": ">" if best is max else "<"}.get(difference(next_one, one).verdict(best), "?")
+        text += f" {sign} {display_name(next_one)}"
+    return text
 
 
 def beside_paper(table: Table, group: Group, paper: Sequence[Mapping[str, str]]) -> str:
@@ -202,7 +223,17 @@ def render(sweep: Sweep, spec: Spec, paper: Sequence[Mapping[str, str]]) -> str:
 
 def sweep_of(experiment: str, root: Path) -> Sweep:
     """Read the jobs of an experiment; those that its table has no row for need not be there."""
-    return read_sweep(root / experiment, [job for job in expected_jobs(experiment) if SPECS[experiment].variant(job, "evopress")])
+    spec = SPECS[experiment]
+    return read_sweep(
+        root / experiment, [job for job in expected_jobs(spec.twin_of or experiment) if spec.variant(job, "evopress")]
+    )
+
+
+def command_of(experiment: str) -> str:
+    """Return the command that runs a sweep."""
+    spec = SPECS[experiment]
+    further = f" {' '.join(spec.overrides)} hydra.sweep.dir=multirun/{experiment}" if spec.twin_of else ""
+    return f"python -m evopress +experiment={spec.twin_of or experiment}{further}"
 
 
 def make_table(experiment: str, *, root: Path, out: Path) -> Sweep:
@@ -217,11 +248,11 @@ def make_table(experiment: str, *, root: Path, out: Path) -> Sweep:
     spec, folder = SPECS[experiment], root / experiment
     sweep = sweep_of(experiment, root)
     if not sweep.jobs:
-        raise EvoPressError(f"no finished job lies in {folder}: run python -m evopress +experiment={experiment} first")
+        raise EvoPressError(f"no finished job lies in {folder}: run {command_of(experiment)} first")
     table = Table(sweep.jobs, spec)
     write_csv(out / "results.csv", table.summary())
-    write_csv(out / "runs.csv", _runs(table))
-    path = out / "paper.csv"
+    write_csv(out / "runs.csv", table.runs())
+    path = (home(spec.twin_of) if spec.twin_of else out) / "paper.csv"
     paper = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
     text = render(sweep, spec, paper)
     write_bytes(out / "table.md", f"# {spec.title}\n\n{text}".encode())
@@ -240,20 +271,10 @@ def make_table_of(folder: Path, *, out: Path) -> tuple[Sweep, Spec]:
     spec = any_spec(f"The sweep in {folder.resolve().name}", list(sweep.jobs[0].axes))
     table = Table(sweep.jobs, spec)
     write_csv(out / "results.csv", table.summary())
-    write_csv(out / "runs.csv", _runs(table))
+    write_csv(out / "runs.csv", table.runs())
     text = f"# {spec.title}\n\n{jobs_as_markdown(jobs)}\n{render(sweep, spec, [])}"
     write_bytes(out / "table.md", text.encode())
     return sweep, spec
-
-
-def _runs(table: Table) -> list[dict[str, Any]]:
-    return [
-        {**dict(zip(table.spec.group, group, strict=True)), "method": variant, SEED: seed, "measure": measure, "value": value}
-        for group in table.groups
-        for variant in table.variants(group)
-        for measure, seeds in table.values[group][variant].items()
-        for seed, value in seeds.items()
-    ]
 
 
 def fill_readme(readme: Path, text: str) -> None:

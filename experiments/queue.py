@@ -1,0 +1,238 @@
+"""Run what is missing of all tables and figures, several jobs at once, and make them: killed and started again, it goes on.
+
+    python -m experiments.queue --list                        # what is missing
+    python -m experiments.queue                               # all of it: a job for each core, of one thread each
+    python -m experiments.queue table3 table3_best --jobs 1 -- search.generations=12
+    python -m experiments.queue table3 --root multirun/tiny --out multirun/tiny -- +debug=tiny
+
+A sweep is a job for each combination of what `conf/experiment/NAME.yaml` sweeps, in the folder that Hydra would give it; jobs that
+`python -m evopress +experiment=NAME` has finished are not run again. NAME_best is the same sweep on the best levels. When the last
+job of a sweep has ended its table is made; scripts come last. What follows `--` is given to every job, and to scripts that take it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from evopress import config as configuration
+from evopress.endings import exit_code, stopping_at_signals
+from evopress.errors import EvoPressError
+from evopress.reporting.page import show_duration
+from experiments.single_runs import SingleRun, evopress_all, logged, why_it_failed
+from experiments.specs import SPECS, home
+from experiments.sweeps import Sweep, describe, expected_jobs, read_sweep
+from experiments.tables import make_table, sweep_of
+
+FIGURE1 = "figure1"
+"""A sweep whose table is made by its script."""
+SWEEPS = (*SPECS, FIGURE1)
+SCRIPTS: dict[str, tuple[str, ...]] = {
+    FIGURE1: ("experiments.figure1.run --root {root}",),
+    "figure5": ("experiments.figure5.run --root {root}",),
+    "figure6": ("experiments.figure6.run --root {root}",),
+    "table13": (
+        "evopress +method=drop sparsity=0.5 stages=[database,baselines] tracker=none hydra.run.dir={root}/table13 {further}",
+        "experiments.table13.run --run {root}/table13",
+    ),
+    "table1": ("experiments.table1.run",),
+    "figure7": ("experiments.figure7.run",),
+    "theorem1": ("experiments.theorem1.run",),
+    "drop_speed": ("experiments.drop_speed.run",),
+    "levels": ("experiments.levels.measure -- {further}", "experiments.levels.found --jobs {jobs} -- {further}"),
+    "guided": tuple(
+        f"experiments.guided.measure --method {method} --jobs {{jobs}} -- {{further}}" for method in ("quant", "sparsity", "drop")
+    ),
+    "joint": ("experiments.joint.run --jobs {jobs} -- {further}",),
+}
+"""What is run after the sweeps, by name: modules with their arguments."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What is left of a sweep."""
+
+    name: str
+    jobs: tuple[dict[str, str], ...]
+    total: int
+    seconds: float | None
+    """What a search of those that have finished took, on average."""
+
+
+def sweep(name: str, root: Path) -> Sweep:
+    """Read what there is of a sweep."""
+    return sweep_of(name, root) if name in SPECS else read_sweep(root / name, expected_jobs(name))
+
+
+def missing(name: str, root: Path) -> Missing:
+    """Return what is missing of a sweep.
+
+    Raises: EvoPressError if jobs are there that do not belong together.
+    """
+    there = sweep(name, root)
+    took = [float(job.result["search"]["seconds"]) for job in there.jobs if job.result.get("search")]
+    return Missing(name, there.missing, len(there.jobs) + len(there.missing), statistics.fmean(took) if took else None)
+
+
+def runs(name: str, jobs: Sequence[dict[str, str]], root: Path, further: Sequence[str]) -> Iterator[SingleRun]:
+    """Yield the jobs of a sweep as runs, in the folders that Hydra would give them."""
+    spec = SPECS.get(name)
+    own = (f"+experiment={spec.twin_of if spec and spec.twin_of else name}", *(spec.overrides if spec else ()))
+    configuration.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(configuration.config_folder())):
+        for axes in jobs:
+            given = (*own, *(f"{key}={value}" for key, value in axes.items()), *further)
+            folder = root / name / compose("config", list(given), return_hydra_config=True).hydra.sweep.subdir
+            yield SingleRun(folder, ("hydra.mode=RUN", *given), {"sweep": name, "job": describe(axes)})
+
+
+class Clock:
+    """Tells how long what is left will take, from what has ended."""
+
+    def __init__(self, left: Sequence[Missing], at_once: int) -> None:
+        """Begin with what earlier jobs took."""
+        self._left = {each.name: len(each.jobs) for each in left}
+        self._took = {each.name: [each.seconds] for each in left if each.seconds is not None}
+        self._at_once, self._last = at_once, time.monotonic()
+
+    def ended(self, name: str) -> bool:
+        """Note that a job has ended; tell whether it was its sweep's last."""
+        now = time.monotonic()
+        # One of so many jobs ends in this time: on average it has taken so many times as long.
+        self._took.setdefault(name, []).append((now - self._last) * min(self._at_once, sum(self._left.values())))
+        self._last = now
+        self._left[name] -= 1
+        return not self._left[name]
+
+    def __str__(self) -> str:
+        count = sum(self._left.values())
+        known = {name: statistics.fmean(took) for name, took in self._took.items()}
+        if not count or not known:
+            return f"{count} jobs left"
+        rest = sum(known.get(name, statistics.fmean(known.values())) * left for name, left in self._left.items())
+        return f"{count} jobs left, about {show_duration(rest / min(self._at_once, count))}"
+
+
+def make(name: str, root: Path, out: Path | None) -> None:
+    """Make the table of a sweep, as far as its jobs have finished; say what forbids it."""
+    if name not in SPECS:
+        return
+    to = home(name) if out is None else out / home(name).relative_to(Path(__file__).parent)
+    try:
+        found = make_table(name, root=root, out=to)
+    except EvoPressError as error:
+        print(f"{name}: no table: {error}", flush=True)
+    else:
+        print(f"{name}: the table of {len(found.jobs)} jobs is in {to}", flush=True)
+
+
+def commands(name: str, root: Path, jobs: int, further: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the commands of a script, without the interpreter."""
+    for command in SCRIPTS[name]:
+        words = command.replace("{root}", str(root)).replace("{jobs}", str(jobs)).split()
+        yield ["-m", *(part for word in words for part in (further if word == "{further}" else (word,)))]
+
+
+def run_script(name: str, root: Path, jobs: int, further: Sequence[str]) -> bool:
+    """Run the commands of a script unless an earlier call has; tell whether all ended well."""
+    done, lines = root / f"{name}.done", list(commands(name, root, jobs, further))
+    told = "".join(" ".join(line) + "\n" for line in lines)
+    if done.is_file() and done.read_text(encoding="utf-8") == told:
+        return True
+    for line in lines:
+        if not logged([sys.executable, *line], root / name):
+            return False
+    done.write_text(told, encoding="utf-8")
+    return True
+
+
+def go(names: Sequence[str], *, root: Path, out: Path | None, at_once: int, further: Sequence[str]) -> int:
+    """Run what is missing of sweeps and scripts, and make their tables; return how many things failed."""
+    left, failed = [], 0
+    for name in names:
+        if name not in SWEEPS:
+            continue
+        try:
+            left.append(missing(name, root))
+        except EvoPressError as error:
+            failed += 1
+            print(f"{name}: left out: {error}", flush=True)
+    clock = Clock(left, at_once)
+    print(clock, flush=True)
+    for each in left:
+        if not each.jobs and each.total and not (home(each.name) / "table.md").is_file():
+            make(each.name, root, out)
+    for run, well in evopress_all((run for each in left for run in runs(each.name, each.jobs, root, further)), at_once=at_once):
+        failed += not well
+        last = clock.ended(run.labels["sweep"])
+        ended = "done" if well else f"failed, {why_it_failed(run.folder)}"
+        print(f"{run.labels['sweep']} {run.labels['job']}: {ended}; {clock}", flush=True)
+        if last:
+            make(run.labels["sweep"], root, out)
+    for name in names:
+        if name in SCRIPTS:
+            well = run_script(name, root, at_once, further)
+            failed += not well
+            print(f"{name}: {'done' if well else f'failed, {why_it_failed(root / name)}'}", flush=True)
+    return failed
+
+
+def show(names: Sequence[str], root: Path, jobs: int, further: Sequence[str]) -> None:
+    """List what is missing; run nothing."""
+    left = []
+    for name in names:
+        if name in SWEEPS:
+            left.append(missing(name, root))
+            print(f"{name}: {len(left[-1].jobs)} of {left[-1].total} jobs missing")
+            for axes in left[-1].jobs:
+                print(f"    {describe(axes)}")
+        if name in SCRIPTS:
+            for command in commands(name, root, jobs, further):
+                print(f"{name}: python {' '.join(command)}")
+    print(Clock(left, jobs))
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = list(dict.fromkeys([*SWEEPS, *SCRIPTS]))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(every)} (default: all)")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at once (default: a job for each core)")
+    parser.add_argument("--root", type=Path, default=Path("multirun"), help="where the sweeps lie (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="tables go into folders in this one (default: the experiments' own)")
+    parser.add_argument("--list", action="store_true", help="say what is missing, run nothing")
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    asked, further = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
+    if unknown := [name for name in asked.names if name not in every]:
+        parser.error(f"{unknown[0]!r} is no experiment: choose among {', '.join(every)}")
+    if asked.jobs < 1:
+        parser.error(f"--jobs {asked.jobs} is out of range: expected at least 1")
+    if not any(each.startswith("threads=") for each in further):
+        further.append("threads=1")
+    names = asked.names or every
+    asked.root.mkdir(parents=True, exist_ok=True)
+    try:
+        with stopping_at_signals():
+            if asked.list:
+                show(names, asked.root, asked.jobs, further)
+            elif failed := go(names, root=asked.root, out=asked.out, at_once=asked.jobs, further=further):
+                print(f"error: {failed} of it failed; the same command goes on with what is missing", file=sys.stderr)
+                sys.exit(1)
+    except EvoPressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as stop:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(exit_code(stop))
+
+
+if __name__ == "__main__":
+    main()
