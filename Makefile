@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format types golden smoke docs clean
+.PHONY: help install demo tables test test-all lint format types golden smoke docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ demo: $(STAMP) ## the main job: SmolLM2-135M to 2.5 bits, table, report and chec
 
 smoke: $(STAMP) ## the same on a tiny random model, in seconds
 	$(BIN)/python -m evopress +method=quant bits=3.5 +debug=tiny $(ARGS)
+
+tables: $(STAMP) ## run what is missing of all experiments, JOBS=n at once; again: goes on; ARGS=--list says what is left
+	$(BIN)/python -m experiments.queue $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
 test: $(STAMP) ## the plain test suite: offline, no GPU, minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

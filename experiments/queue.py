@@ -121,11 +121,16 @@ class Clock:
         return f"{count} jobs left, about {show_duration(rest / min(self._at_once, count))}"
 
 
+def folder_of(name: str, out: Path | None) -> Path:
+    """Return where the table of a sweep goes."""
+    return home(name) if out is None else out / home(name).relative_to(Path(__file__).parent)
+
+
 def make(name: str, root: Path, out: Path | None) -> None:
     """Make the table of a sweep, as far as its jobs have finished; say what forbids it."""
     if name not in SPECS:
         return
-    to = home(name) if out is None else out / home(name).relative_to(Path(__file__).parent)
+    to = folder_of(name, out)
     try:
         found = make_table(name, root=root, out=to)
     except EvoPressError as error:
@@ -168,7 +173,7 @@ def go(names: Sequence[str], *, root: Path, out: Path | None, at_once: int, furt
     clock = Clock(left, at_once)
     print(clock, flush=True)
     for each in left:
-        if not each.jobs and each.total and not (home(each.name) / "table.md").is_file():
+        if not each.jobs and each.name in SPECS and not (folder_of(each.name, out) / "table.md").is_file():
             make(each.name, root, out)
     for run, well in evopress_all((run for each in left for run in runs(each.name, each.jobs, root, further)), at_once=at_once):
         failed += not well

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, MutableSet, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,36 @@ class SingleRun:
     """What the experiment's tables call it, by column."""
 
 
-def evopress(folder: Path, *arguments: str, running: MutableSet[subprocess.Popen[bytes]] | None = None) -> bool:
+class Running:
+    """The processes of jobs, so that all of them can be asked to end."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._lock, self._stopped = threading.Lock(), False
+
+    def ended_well(self, command: Sequence[str], log: IO[str]) -> bool:
+        """Run a command to its end; tell whether that was a good one."""
+        with self._lock:
+            if self._stopped:
+                return False
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+            self._processes.add(process)
+        try:
+            return process.wait() == 0
+        finally:
+            with self._lock:
+                self._processes.discard(process)
+
+    def stop(self) -> None:
+        """Ask those that run to end, and let no other begin."""
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                process.terminate()
+
+
+def evopress(folder: Path, *arguments: str, running: Running | None = None) -> bool:
     """Run, or go on with, one job; tell whether it ended well.
 
     Args: running: has the job's process while it runs.
@@ -31,17 +61,11 @@ def evopress(folder: Path, *arguments: str, running: MutableSet[subprocess.Popen
     return logged([sys.executable, "-m", "evopress", *arguments, f"hydra.run.dir={folder}"], folder, running=running)
 
 
-def logged(command: Sequence[str], folder: Path, *, running: MutableSet[subprocess.Popen[bytes]] | None = None) -> bool:
+def logged(command: Sequence[str], folder: Path, *, running: Running | None = None) -> bool:
     """Run a command, with what it says in a file beside a folder; tell whether it ended well. Arguments as of `evopress`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    running = set() if running is None else running
     with _log(folder).open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        running.add(process)
-        try:
-            return process.wait() == 0
-        finally:
-            running.discard(process)
+        return (running or Running()).ended_well(command, log)
 
 
 def evopress_all(runs: Iterable[SingleRun], *, at_once: int = 1) -> Iterator[tuple[SingleRun, bool]]:
@@ -50,7 +74,7 @@ def evopress_all(runs: Iterable[SingleRun], *, at_once: int = 1) -> Iterator[tup
     Several at once pay on a GPU, which one search of a small model leaves idle most of the time; on a CPU with a thread each.
     Whoever stops taking stops the jobs.
     """
-    running: set[subprocess.Popen[bytes]] = set()
+    running = Running()
     with ThreadPoolExecutor(at_once) as pool:
         pending = {pool.submit(evopress, run.folder, *run.arguments, running=running): run for run in runs}
         try:
@@ -58,8 +82,7 @@ def evopress_all(runs: Iterable[SingleRun], *, at_once: int = 1) -> Iterator[tup
                 yield pending[future], future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                process.terminate()
+            running.stop()
 
 
 def why_it_failed(folder: Path) -> str:

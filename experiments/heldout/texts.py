@@ -27,7 +27,7 @@ CHARACTERS = 150_000
 """Of each text, at most."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Takes functions that a task file names for nothing."""
 
 

@@ -1,0 +1,76 @@
+"""Other kinds of text: where it comes from, and what is said of an order that survives there or does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evopress.errors import EvoPressError
+from experiments.heldout import run, texts
+from experiments.sweeps import Job
+from experiments.tables import Table
+
+KL = {  # two seeds of guided, one of the others, on four sequences of each text
+    "dp": {"docs": [1.0, 2.0, 3.0, 4.0], "code": [2.0, 2.0, 2.0, 2.0], "chat": [1.0, 1.0, 1.0, 1.0]},
+    "uniform_3": {"docs": [2.0, 3.1, 4.0, 5.0], "code": [2.1, 1.9, 2.2, 1.8], "chat": [0.5, 0.6, 0.5, 0.6]},
+    "guided": {"docs": [0.5, 1.6, 2.5, 3.4], "code": [1.0, 1.1, 1.0, 1.1], "chat": [0.9, 0.8, 0.9, 0.8]},
+}
+
+
+def row(name: str, shift: float = 0.0) -> dict[str, Any]:
+    kept = {text: {"kl": [value + shift for value in values]} for text, values in KL.get(name, {}).items()}
+    means = {text: sum(of["kl"]) / 4 for text, of in kept.items()} or dict.fromkeys(KL["dp"], 0.0)
+    return {"name": name, "bytes": 10, "kl_by_data_set": means, "perplexity": dict.fromkeys(means, 9.0), "by_sequence": kept}
+
+
+@pytest.fixture
+def jobs() -> list[Job]:
+    config = {"model": {"name": "toy"}, "scale": {"name": "mini"}, "data": {"source": "docs"}}
+    return [
+        Job(Path(seed), {"levels": "best", "target": "3.0", "seed": seed}, config, {"rows": rows}, {})
+        for seed, rows in {
+            "0": [row("dense"), row("uniform_3"), row("dp"), row("guided", 0.1)],
+            "1": [row("dense"), row("guided", -0.1)],
+        }.items()
+    ]
+
+
+def test_what_transfers(jobs: list[Job]) -> None:
+    table = Table(jobs, run.spec_of(jobs, "guided"))
+    text = run.render(jobs, table)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    assert lines[0] == ["text", "dense perplexity", "uniform 3", "DP", "guided", "guided below DP", "order"]
+    assert lines[2:] == [
+        ["docs", "9.000", "3.525", "2.500", "2.000", "20%", "guided < DP < uniform 3"],
+        ["code", "9.000", "2.000", "2.000", "1.050", "48%", "guided < uniform 3 ≈ DP"],
+        ["chat", "9.000", "0.5500", "1.000", "0.8500", "15%", "uniform 3 < guided < DP"],
+    ]
+    told = "3 pairs of methods differ on docs; on 2 other texts that is 3 the same, 1 a tie, 2 turned round: "
+    assert told in text and "uniform 3 below DP on chat" in text and "uniform 3 below guided on chat" in text
+    with pytest.raises(EvoPressError, match="--reference 'owl' is in none of the runs: choose among dense, uniform_3, dp, guided"):
+        run.spec_of(jobs, "owl")
+
+
+def test_texts_are_written_once_and_what_is_not_there_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, reasons = texts.write_texts(tmp_path)
+    assert list(files) == list(texts.KINDS) and not reasons
+    sizes = {kind: len(path.read_text(encoding="utf-8")) for kind, path in files.items()}
+    assert min(sizes.values()) > 100_000 and max(sizes.values()) <= texts.CHARACTERS
+    assert "def " in files["code"].read_text(encoding="utf-8") and "\nAssistant: " in files["chat"].read_text(encoding="utf-8")
+    assert len({path.read_bytes() for path in files.values()}) == len(files)
+
+    def lost() -> str:
+        raise FileNotFoundError("mmlu_de")
+
+    monkeypatch.setattr(texts, "KINDS", dict.fromkeys(texts.KINDS, lost))
+    (tmp_path / "german.txt").unlink()
+    files, reasons = texts.write_texts(tmp_path)
+    assert "german" not in files and len(files) == len(texts.KINDS) - 1
+    assert list(reasons) == ["german"] and "FileNotFoundError: mmlu_de" in reasons["german"]
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EvoPressError, match=r"is no run with a genome\.json or a baselines\.json"):
+        next(run.finished_runs([tmp_path], {}))
