@@ -8,9 +8,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hydra._internal import hydra as hydra_internal
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins import structured_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
@@ -19,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import CompactHydraException, HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -75,6 +79,46 @@ class StructuredConfigSource(structured_config_source.StructuredConfigSource):  
         """Return what lies in a group, without the schemas."""
         return [name for name in super().list(config_path, results_filter) if not name.startswith("base_")]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StructuredConfigSource:
+        """Return itself: Hydra copies its sources whenever it lists a group, and this one's store is the process's only one."""
+        return self
+
+
+class ConfigLoader(ConfigLoaderImpl):  # type: ignore[misc, unused-ignore]
+    """Hydra's loader, which composes a config to see its mode, and all of it again to run it; ours hands over what it has."""
+
+    _seen: tuple[list[str], DictConfig | HydraException] | None = None
+    """Overrides, and what comes of composing the config of a run with them."""
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """Compose a config as Hydra does; the run that is asked for next gets the one that its mode was read from."""
+        if not validate_sweep_overrides:  # to see the mode
+            try:
+                seen = super().load_configuration(config_name, overrides, RunMode.RUN, from_shell, False)
+            except HydraException as error:  # perhaps for what a sweep may leave open
+                self._seen = list(overrides), error
+                return super().load_configuration(config_name, overrides, run_mode, from_shell, False)
+            self._seen = list(overrides), seen
+            return seen
+        (given, seen), self._seen = self._seen or ([], None), None
+        added = overrides[len(given) :]
+        if seen is None or run_mode != RunMode.RUN or overrides[: len(given)] != given or added not in ([], ["hydra.mode=RUN"]):
+            return super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+        self.validate_sweep_overrides_legal(OverridesParser.create().parse_overrides(overrides), run_mode, from_shell)
+        if isinstance(seen, HydraException):
+            raise seen
+        if added:
+            seen.hydra.mode = RunMode.RUN
+            seen.hydra.overrides.hydra.extend(added)
+        return seen
+
 
 def options() -> dict[str, list[str]]:
     """Return the options of every config group, those of Hydra's own left out."""
@@ -87,9 +131,17 @@ def options() -> dict[str, list[str]]:
 
 
 def register() -> None:
-    """Register schemas and resolvers; done once, before Hydra composes."""
+    """Register schemas and resolvers, before Hydra composes."""
+    _register_schemas()
+    _register_strategies(ConfigStore.instance())
+
+
+@cache
+def _register_schemas() -> None:
+    """Register what does not depend on what is installed, once."""
     Plugins.instance()  # registers Hydra's own sources, which then may be replaced
     SourcesRegistry.instance().types["structured"] = StructuredConfigSource
+    hydra_internal.ConfigLoaderImpl = ConfigLoader
     store = ConfigStore.instance()
     store.store(name="base_run", node=RunSettings)
     for group, (name, node) in _SCHEMAS.items():
@@ -99,7 +151,6 @@ def register() -> None:
         store.store(group=group, name=name, node=schema_of_group)
     for method, node in METHODS.items():
         store.store(group="method", name=f"base_{method}", node=node)
-    _register_strategies(store)
     OmegaConf.register_new_resolver("at_scale", _at_scale, replace=True)
     OmegaConf.register_new_resolver("number_at_scale", schema.at_scale, replace=True)
     OmegaConf.register_new_resolver("scaled", _scaled, replace=True)  # in configs of earlier versions

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
+import sys
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
 from typing import Any, Generic, TypeVar
@@ -41,13 +44,13 @@ class Registry(Generic[Part]):
 
     def names(self) -> tuple[str, ...]:
         """Return the names that there are, those of other packages last and in alphabetical order."""
-        return (*self._own, *sorted({point.name for point in entry_points(group=self.group)} - set(self._own)))
+        return (*self._own, *sorted({point.name for point in _offered(self.group)} - set(self._own)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._own or any(point.name == name for point in entry_points(group=self.group))
+        return name in self._own or any(point.name == name for point in _offered(self.group))
 
     def get(self, name: str, *, key: str) -> Part:
         """Return a part by name. Ours cannot be replaced: where another package uses one of our names, a warning says so.
@@ -56,7 +59,7 @@ class Registry(Generic[Part]):
 
         Raises: EvoPressError if there is none of that name, two packages offer it, or the one that does cannot be imported.
         """
-        points = list(entry_points(group=self.group, name=name))
+        points = [point for point in _offered(self.group) if point.name == name]
         if name in self._own:
             if points:
                 logger.warning("%s=%s: taken from EvoPress, not from %s", key, name, _origins(points))
@@ -101,6 +104,24 @@ class Registry(Generic[Part]):
         module, _, attribute = part.partition(":")
         loaded: Any = getattr(importlib.import_module(module), attribute)
         return loaded
+
+
+def _offered(group: str) -> list[EntryPoint]:
+    """Return the entry points of a group; what is installed is read anew only where a folder of the path has changed."""
+    return _read_offered(group, tuple((path, _changed(path)) for path in sys.path))
+
+
+@lru_cache(maxsize=64)
+def _read_offered(group: str, _path: tuple[tuple[str, int | None], ...]) -> list[EntryPoint]:
+    return list(entry_points(group=group))
+
+
+def _changed(path: str) -> int | None:
+    """Return when a folder or archive last changed, in nanoseconds."""
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return None
 
 
 def _origins(points: list[EntryPoint]) -> str:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from evopress import config as configuration
@@ -60,3 +67,44 @@ def test_a_plugin_that_is_missing_is_named(argument: str, extra: str, evopress: 
     if outcome.code == 0 or "needs a plugin" not in outcome.text:
         pytest.skip("it is installed")
     assert f"pip install 'evopress[{extra}]'" in outcome.errors[0]
+
+
+@pytest.mark.parametrize("given", [["+method=quant", "bits=2.5", "seed=3"], ["+experiment=table4"]])
+def test_a_run_gets_the_config_that_its_mode_was_read_from(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra composes it anew; ours is the same to the last key, and composed once."""
+    configuration.register()
+    path = create_config_search_path(str(configuration.config_folder()))
+    composed: list[str] = []
+    own = ConfigLoaderImpl._compose_config_from_defaults_list
+    monkeypatch.setattr(
+        ConfigLoaderImpl, "_compose_config_from_defaults_list", lambda self, **given: composed.append("") or own(self, **given)
+    )
+
+    def run_config(loader: ConfigLoaderImpl) -> str:
+        hydra = Hydra("evopress", loader)
+        mode = hydra.get_mode("config", given)
+        assert mode == (RunMode.MULTIRUN if "table4" in given[0] else None)
+        overrides = given if mode else [*given, "hydra.mode=RUN"]
+        return OmegaConf.to_yaml(hydra.compose_config("config", overrides, run_mode=mode or RunMode.RUN))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Hydra, "__init__", lambda self, _, loader: setattr(self, "config_loader", loader))
+        ours = run_config(configuration.ConfigLoader(path))
+        assert len(composed) == (2 if "table4" in given[0] else 1)
+        assert ours == run_config(ConfigLoaderImpl(path))
+
+
+def test_what_the_second_composition_would_refuse_is_refused() -> None:
+    configuration.register()
+    loader = configuration.ConfigLoader(create_config_search_path(str(configuration.config_folder())))
+    for overrides, said in ((["+method=quant", "seed=1,2"], "Ambiguous value"), (["+method=quant", "bit=1"], "bit")):
+        with suppress(HydraException):
+            loader.load_configuration("config", overrides, RunMode.MULTIRUN, validate_sweep_overrides=False)
+        with pytest.raises(HydraException, match=said):
+            loader.load_configuration("config", [*overrides, "hydra.mode=RUN"], RunMode.RUN)
+
+
+def test_listing_groups_copies_no_schemas() -> None:
+    """Or `--help` takes five seconds."""
+    source = configuration.StructuredConfigSource("schema", "structured://")
+    assert copy.deepcopy(source) is source
