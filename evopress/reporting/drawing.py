@@ -91,16 +91,28 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write a figure as PNG, of 256 colours, and SVG, and return their paths; the same data give the same bytes."""
-    from matplotlib import rc_context
-    from PIL import Image
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    with rc_context({"svg.hashsalt": name}):
-        figure.savefig(paths[0], dpi=150, metadata={"Software": None})
-        figure.savefig(paths[1], metadata={"Date": None})
-    with Image.open(paths[0]) as picture:  # a third of the bytes, and no difference to be seen
-        few = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    few.save(paths[0], optimize=True)
+    _render(figure, *paths, salt=name)
     return paths
+
+
+def _render(figure: Figure, png: Path, svg: Path, *, salt: str) -> None:
+    """Draw a figure to two files; the SVG's names of its parts are made of `salt`."""
+    import numpy as np
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    if (layout := figure.get_layout_engine()) is not None:  # once: `savefig` would do it four times for each file
+        layout.execute(figure)
+        figure.set_layout_engine("none")
+    figure.set_dpi(150)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    # 256 colours are a third of the bytes, and no difference to be seen.
+    few = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few.save(png, optimize=True)
+    with rc_context({"svg.hashsalt": salt}):
+        figure.savefig(svg, metadata={"Date": None})
