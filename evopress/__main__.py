@@ -283,11 +283,12 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     if not there:
         run_folder.keep_config(run_dir, composed)
     # Imported here: `--help`, shell completion and configuration errors need no torch.
-    import torch
-    import transformers
+    with machine.no_collections():
+        import torch
+        import transformers
 
-    from evopress import finished, pipeline
-    from evopress.models.opening import fitted
+        from evopress import finished, pipeline
+        from evopress.models.opening import fitted
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
