@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +24,12 @@ from evopress.levels.plan import BuildSettings
 from evopress.models.blocks import BlockModel
 from evopress.models.loading import load_pretrained
 from evopress.models.tiny import VOCABULARY, make_tiny
+from evopress.reporting import drawing
 
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+gc.disable()  # until all tests are imported
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "opt")
 
@@ -44,6 +48,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if not kept or seen[test] % kept:
                 item.add_marker(pytest.mark.slow)
             seen[test] += 1
+
+
+def pytest_collection_finish() -> None:
+    """Take what has been imported by now out of every later collection of garbage; a run makes one, among others."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def _sketch(figure: Any, png: Path, svg: Path, *, salt: str) -> None:
+    """Write a picture of one pixel and the title of a figure, in place of drawing it."""
+    from PIL import Image
+
+    Image.new("RGB", (1, 1)).save(png)
+    svg.write_text("<svg>" + "".join(f"<!-- {text.get_text()} -->" for text in figure.texts) + "</svg>", encoding="utf-8")
+
+
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the figures of runs be made, but not drawn: that takes as long as all else in a tiny run."""
+    monkeypatch.setattr(drawing, "_render", _sketch)
 
 
 @pytest.fixture(scope="session")

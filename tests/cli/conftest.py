@@ -64,6 +64,11 @@ def invoke(*arguments: str, cache: Path, cwd: Path) -> Outcome:
     return Outcome(code, said.getvalue())
 
 
+@pytest.fixture(autouse=True)
+def not_drawn(sketched: None) -> None:
+    """Draw the figures of shared runs alone, which are made before this."""
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache for all runs: the tiny model, tokens and level databases."""

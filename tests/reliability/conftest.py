@@ -15,6 +15,11 @@ from evopress.models.tiny import make_tiny
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.fixture(autouse=True)
+def not_drawn(sketched: None) -> None:
+    """Draw the figures of shared runs alone, which are made before this."""
+
+
 @pytest.fixture(scope="session")
 def warm() -> None:
     """Import what a run imports, once, before anything is forked."""

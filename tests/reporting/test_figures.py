@@ -34,8 +34,10 @@ def warnings_are_errors() -> Any:
 
 
 def colours(image: Any) -> set[tuple[int, ...]]:
-    values, counts = np.unique((image[..., :3] * 255).round().astype(int).reshape(-1, 3), axis=0, return_counts=True)
-    return {tuple(int(part) for part in value) for value, count in zip(values, counts, strict=True) if count > 500}
+    """Return the red, green and blue of every colour that more than 500 pixels have."""
+    red, green, blue = np.moveaxis((image[..., :3] * 255).round().astype(int), -1, 0)
+    values = np.nonzero(np.bincount((red << 16 | green << 8 | blue).ravel()) > 500)[0].tolist()
+    return {(value >> 16, value >> 8 & 255, value & 255) for value in values}
 
 
 def odd_space() -> Space:
