@@ -59,9 +59,12 @@ def arguments_of(way: str, size: str, common: list[str], found: Path) -> list[st
     return [*joint, f"method.dropped=[{','.join(dropped)}]", f"method.exclude=[{','.join(kept)}]"]
 
 
-def has_run(folder: Path, arguments: list[str]) -> bool:
-    """Search from dynamic programming's genome, or from random mixes where that is above the size; tell if it ended well."""
-    stages = ["baselines.names=[dp]", "stages=[database,baselines,search,evaluate]"]
+def has_run(folder: Path, arguments: list[str], *, then: str = "evaluate") -> bool:
+    """Search from dynamic programming's genome, or from random mixes where that is above the size; tell if it ended well.
+
+    Args: then: the stages after the search.
+    """
+    stages = ["baselines.names=[dp]", f"stages=[database,baselines,search,{then}]"]
     if evopress(folder, *arguments, *stages, "search.starts=[dp]"):
         return True
     return _ABOVE_THE_SIZE in why_it_failed(folder) and evopress(folder, *arguments, *stages)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import llama_cpp_engine
 import numpy as np
 import pytest
 import torch
@@ -30,6 +29,7 @@ from evopress.export.gguf_model import ARCHITECTURES, frequency_factors
 from evopress.export.gguf_tokenizer import add_tokenizer, split_name
 from evopress.export.rules import refuse_unfit
 from evopress.models.tiny import byte_tokenizer
+from experiments.exports import llama_cpp
 
 
 def decoded(path: Path, export: Export) -> dict[str, Tensor]:
@@ -409,7 +409,19 @@ def test_a_byte_level_tokenizer_has_its_special_tokens_and_its_template(tmp_path
         metadata(tokenizer, tmp_path / "small.gguf", vocabulary=257)
 
 
-@pytest.mark.skipif(not llama_cpp_engine.is_there(), reason=f"needs {', '.join(llama_cpp_engine.NEEDED)}")
+IN_LLAMA_CPP = """
+import json, sys
+from pathlib import Path
+from experiments.exports.llama_cpp import opened
+
+asked = json.loads(sys.stdin.read())
+with opened(Path(sys.argv[1]), length=len(asked["tokens"][0])) as loaded:
+    logits = [loaded.logits(tokens).tolist() for tokens in asked["tokens"]]
+    print(json.dumps({"logits": logits, "texts": [loaded.tokens_of(text) for text in asked["texts"]]}))
+"""
+
+
+@pytest.mark.skipif(not llama_cpp.is_there(), reason="llama.cpp is not installed: pip install 'evopress[llama_cpp]'")
 @pytest.mark.parametrize(
     ("model_type", "given"),
     [
@@ -426,10 +438,9 @@ def test_llama_cpp_computes_what_was_measured(
     export = with_biases(exported(model_type, **given))
     path = write_export(GGUF(exact=True), tmp_path / "gguf", export) / FILE
     texts = ["ab 12", "Hello,\n  world"]
-    (tmp_path / "in.json").write_text(json.dumps({"tokens": ids.tolist(), "texts": texts}))
-    command = [sys.executable, llama_cpp_engine.__file__, str(path), str(tmp_path / "in.json"), str(tmp_path / "out.json")]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    found = json.loads((tmp_path / "out.json").read_text())
+    asked = json.dumps({"tokens": ids.tolist(), "texts": texts})
+    command = [sys.executable, "-c", IN_LLAMA_CPP, str(path)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=120, input=asked, text=True).stdout)
     assert found["texts"] == [export.tokenizer(text)["input_ids"] for text in texts]
     with export.live.applied(export.genome), torch.no_grad():
         ours = export.model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)

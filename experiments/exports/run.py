@@ -1,0 +1,151 @@
+"""Files of one model in the engines that run them: held-out KL divergence and perplexity, tokens a second, peak memory.
+
+    python -m experiments.exports.mixes                                             # llama.cpp's own, and the dense file
+    python -m experiments.exports.run multirun/exports/*.gguf ours=RUN/exports/gguf/model.gguf
+    python -m experiments.exports.run mlx=RUN/exports/mlx ours=RUN/checkpoint --sequences 1 --mlx-sequences 1
+
+A path is a GGUF file (llama.cpp), a folder that export=[mlx] wrote (mlx-lm), a compressed_tensors folder (decompressed by its own
+code, then transformers), or a checkpoint (transformers); NAME= before it names its row, NAME@ENGINE= its engine too, such as
+"transformers bfloat16". The reference is the dense file in llama.cpp on the same tokens: the first sequences of the held-out text
+that a run's table is measured on. Rows are written one by one; a file that has its row is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from experiments.exports.engines import bytes_of, engine_of, opened
+from experiments.exports.mixes import DENSE, RUNS, workspace_of
+
+FOLDER = Path(__file__).parent
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return log probabilities [L, V]."""
+    shifted = logits - logits.max(1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True, dtype=np.float64)), np.float32)
+
+
+def reference(path: Path, tokens: NDArray[np.int64], scratch: Path) -> NDArray[np.float32]:
+    """Return the log probabilities of the dense file after every token but the last of each sequence, a file of [N, L - 1, V]."""
+    count, length = tokens.shape
+    with opened(path, engine_of(path), length=length) as engine:
+        kept: Any = None
+        for index, sequence in enumerate(tokens):
+            found = log_softmax(engine.logits(sequence.tolist())[:-1])
+            if kept is None:
+                kept = np.memmap(scratch, np.float32, "w+", shape=(count, *found.shape))
+            kept[index] = found
+    assert kept is not None
+    return np.asarray(kept)
+
+
+def measured(path: Path, engine: str, tokens: NDArray[np.int64], base: NDArray[np.float32]) -> dict[str, float]:
+    """Return what a file is worth on sequences, against the dense model's log probabilities of them."""
+    divergence = surprise = agreed = 0.0
+    with opened(path, engine, length=tokens.shape[1]) as loaded:
+        for sequence, dense in zip(tokens, base, strict=False):
+            own = log_softmax(loaded.logits(sequence.tolist())[:-1])
+            divergence += float((np.exp(dense) * (dense - own)).sum(dtype=np.float64))
+            surprise -= float(own[np.arange(len(own)), sequence[1:]].sum(dtype=np.float64))
+            agreed += float((own.argmax(1) == dense.argmax(1)).sum())
+    count = len(tokens) * (tokens.shape[1] - 1)
+    return {"kl": divergence / count, "perplexity": math.exp(surprise / count), "top1_agreement": agreed / count, "tokens": count}
+
+
+def speed_of(path: Path, engine: str, threads: int) -> dict[str, float]:
+    """Return a file's speed and memory in a process of its own."""
+    command = [sys.executable, "-m", "experiments.exports.engines", str(path), engine, str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def named(asked: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
+    """Yield name, path and engine of what is asked for, as NAME=PATH or PATH; NAME@ENGINE=PATH names the engine too."""
+    for each in asked:
+        name, _, path = each.rpartition("=")
+        name, _, engine = name.partition("@")
+        yield name or Path(path).stem, Path(path), engine or engine_of(Path(path))
+
+
+def draw(rows: pd.DataFrame, path: Path) -> None:
+    """Draw KL divergence against file size, a line for llama.cpp's mixes and one for what was searched."""
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    rows = rows[(rows["engine"] == "llama.cpp") & (rows["kl"] > 0) & (rows["file"] != DENSE)]
+    plain = rows["file"].str.endswith("-plain")
+    ours = rows["file"].str.startswith("ours")
+    kinds = (
+        ("llama.cpp's mixes, no importance matrix", plain & ~ours, "#9aa0a6", "x"),
+        ("llama.cpp's mixes, importance matrix", ~plain & ~ours, "#5f6368", "o"),
+        ("EvoPress, engine=llama_cpp", ours, "#1a73e8", "o"),
+    )
+    for label, which, colour, marker in kinds:
+        part = rows[which].sort_values("bytes")
+        if part.empty:
+            continue
+        axes.scatter(part["bytes"] / 1e6, part["kl"], color=colour, marker=marker, label=label, zorder=3)
+        if label.startswith("EvoPress"):
+            continue
+        for row in part.to_dict("records") if not label.startswith("llama.cpp's mixes, no") else []:
+            axes.annotate(row["file"], (row["bytes"] / 1e6, row["kl"]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set_yscale("log")
+    axes.set_xlabel("file, MB")
+    axes.set_ylabel("held-out KL in llama.cpp, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure what is asked for and not yet in the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="PATH, NAME=PATH or NAME@ENGINE=PATH")
+    parser.add_argument("--dense", type=Path, default=RUNS / f"{DENSE}.gguf", help="the reference")
+    parser.add_argument("--sequences", type=int, default=None, help="of held-out text; all that there are by default")
+    parser.add_argument("--mlx-sequences", type=int, default=1, help="of these for MLX, whose kernels for a CPU are slow")
+    parser.add_argument("--threads", type=int, default=1, help="of engines whose speed is measured")
+    parser.add_argument("--results", type=Path, default=FOLDER / "results.csv")
+    parser.add_argument("--further", nargs="*", default=[], help="overrides of the model and the text, as for mixes")
+    asked = parser.parse_args()
+    done: list[dict[Any, Any]] = pd.read_csv(asked.results).to_dict("records") if asked.results.exists() else []
+    asked.results.parent.mkdir(parents=True, exist_ok=True)
+    known = {(row["file"], row["engine"]) for row in done}
+    missing = [each for each in named(asked.files) if (each[0], each[2]) not in known]
+    if missing:
+        workspace = workspace_of(asked.results.parent, asked.further)
+        tokens = next(iter(workspace.evaluation_data.values())).numpy()[: asked.sequences]
+        scratch = asked.results.with_suffix(".reference.tmp")
+        try:
+            base = reference(asked.dense, tokens, scratch)
+            for name, path, engine in missing:
+                begun = time.perf_counter()
+                of = tokens[: asked.mlx_sequences] if engine == "MLX" else tokens
+                found = {**measured(path, engine, of, base), **speed_of(path, engine, asked.threads)}
+                done.append({"file": name, "engine": engine, "bytes": bytes_of(path), **found})
+                pd.DataFrame(done).to_csv(asked.results, index=False, float_format="%.6g")
+                print(f"{name}, {engine}: KL {found['kl']:.4g}, {time.perf_counter() - begun:.0f} s", flush=True)
+        finally:
+            scratch.unlink(missing_ok=True)
+    table = pd.DataFrame(done)
+    draw(table, asked.results.with_name("kl_by_size.png"))
+    print(table.to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
