@@ -64,6 +64,10 @@ class CompressedTensors:
         """Refuse what compressed-tensors does not hold, or vLLM would run as something else."""
         refuse_unfit(ENGINE, forms, asked=ENGINE.export, otherwise="use export=[dequantized]")
 
+    def serve(self, folder: str, dtype: torch.dtype) -> str:
+        """See `Serves`."""
+        return f"vllm serve {folder} --dtype {str(self._dtype or dtype).removeprefix('torch.')}"
+
     def num_bytes(self, export: Export) -> int:
         """See `Exporter`."""
         with shape_of(export):
@@ -90,7 +94,7 @@ class CompressedTensors:
             export,
             library="vllm",
             how="`pip install vllm`, and in this folder:",
-            commands=(f"vllm serve . --dtype {name}",),
+            commands=(self.serve(".", dtype),),
             remarks=exactness,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")

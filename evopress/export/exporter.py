@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -129,6 +130,17 @@ class Exporter(Protocol):
 
     def write(self, folder: Path, export: Export) -> None:
         """Fill an empty folder: weights, configuration, tokenizer. Genome and provenance are added to it."""
+
+
+@runtime_checkable
+class Serves(Protocol):
+    """An exporter whose folder one command serves."""
+
+    def serve(self, folder: str, dtype: torch.dtype) -> str:
+        """Return the command.
+
+        Args: dtype: of the model.
+        """
 
 
 def write_export(exporter: Exporter, folder: Path, export: Export) -> Path:

@@ -126,6 +126,10 @@ class GGUF:
                     f"export=[gguf] cannot hold {form} with {form.scale_dtype} scales: set method.scale_dtype=float16"
                 )
 
+    def serve(self, folder: str, dtype: torch.dtype) -> str:
+        """See `Serves`."""
+        return f"llama-server -m {folder}/{FILE}"
+
     def num_bytes(self, export: Export) -> int:
         """See `Exporter`."""
         with shape_of(export), tempfile.TemporaryDirectory() as scratch:
@@ -156,7 +160,7 @@ class GGUF:
             export,
             library="llama.cpp",
             how="With [llama.cpp](https://github.com/ggml-org/llama.cpp), in this folder:",
-            commands=(f"llama-cli -m {FILE} -p 'Once upon a time'", f"llama-server -m {FILE}"),
+            commands=(f"llama-cli -m {FILE} -p 'Once upon a time'", self.serve(".", export.model.dtype)),
             remarks=f"Weights are held {held}. {exactness} llama.cpp rounds activations that meet them to 8 bits.",
         )
         (folder / "README.md").write_text(card, encoding="utf-8")

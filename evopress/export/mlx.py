@@ -69,6 +69,10 @@ class MLX:
             )
         refuse_unfit(ENGINES["mlx"], forms, asked="export=[mlx]", otherwise="use export=[dequantized]")
 
+    def serve(self, folder: str, dtype: torch.dtype) -> str:
+        """See `Serves`."""
+        return f"mlx_lm.server --model {folder}"
+
     def num_bytes(self, export: Export) -> int:
         """See `Exporter`."""
         with shape_of(export):
@@ -92,7 +96,7 @@ class MLX:
             export,
             library="mlx",
             how="`pip install mlx-lm`, and in this folder:",
-            commands=("mlx_lm.generate --model . --prompt 'Once upon a time'", "mlx_lm.server --model ."),
+            commands=("mlx_lm.generate --model . --prompt 'Once upon a time'", self.serve(".", export.model.dtype)),
             remarks=exactness,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -21,7 +21,7 @@ from evopress.reporting.records import read_genome, write_json
 from evopress.reporting.report import headline, write_report
 from evopress.reporting.tracker import Tracker, track_figures
 from evopress.stages.baselines import spent_on_baselines, stored_baselines
-from evopress.stages.exports import add_sizes
+from evopress.stages.exports import add_sizes, served
 from evopress.stages.given import named_genome, take_best_so_far
 from evopress.stages.refine import refined_levels
 from evopress.stages.results import read_result
@@ -204,4 +204,4 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
     tracker.artifact(f"genome-{database.fingerprint}", "genome", files)
     if rows:
         print(f"\n{tables.format_table(rows)}\n\n{headline(rows)}", flush=True)
-    print(f"report: {run_dir / 'report.html'}", flush=True)
+    print(f"report: {run_dir / 'report.html'}", *served(workspace, checkpoint.parent), sep="\n", flush=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from evopress.baselines.uniform import uniform_genomes
 from evopress.errors import EvoPressError
-from evopress.export.exporter import DROPPED, Export, Exporter, Form, form_of, write_export
+from evopress.export.exporter import DROPPED, Export, Exporter, Form, Serves, form_of, write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.export.rules import refuse_unfit
 from evopress.files import make_folder
@@ -216,6 +216,19 @@ def add_sizes(rows: Sequence[dict[str, Any]], workspace: Workspace, given: Given
             row["checkpoint_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         else:
             row.setdefault("exports", {})[folder.name] = {"bytes": _size(folder)}
+
+
+def served(workspace: Workspace, files: Path) -> Iterator[str]:
+    """Yield a line for each packed format that a run has written: its true size, and the command that serves it.
+
+    Args: files: the folder that `exports` lies in.
+    """
+    for name, exporter in exporters_of(workspace.settings).items():
+        folder = files / "exports" / name
+        if not isinstance(exporter, Serves) or not folder.is_dir():
+            continue
+        where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        yield f"{name}, {_size(folder) / 1e6:.1f} MB: {exporter.serve(str(where), workspace.blocks.dtype)}"
 
 
 def _sizes(files: Path) -> dict[str, Any]:

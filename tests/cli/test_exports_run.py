@@ -7,10 +7,14 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
+
+from evopress.stages.exports import served
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "exports.md").read_text(encoding="utf-8")
 
@@ -55,6 +59,20 @@ def test_a_finished_run_is_exported_once_more(copied: Path, evopress: Callable[.
     assert (folder / "genome.json").read_bytes() == before["genome.json"]
     card = (folder / "README.md").read_text()
     assert f"{row['perplexity']['python_docs']:.2f}" in card and f"| {size / 1e6:.1f} |" in card and "mlx MB" in card
+
+
+def test_a_run_ends_with_the_commands_that_serve_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("mlx", 1_250_000), ("compressed_tensors", 2_000_000)):
+        (tmp_path / "run" / "exports" / name).mkdir(parents=True)
+        (tmp_path / "run" / "exports" / name / "model.safetensors").write_bytes(bytes(size))
+    asked = ["dequantized", "mlx", "gguf", "compressed_tensors"]  # gguf has not been written
+    settings: Any = SimpleNamespace(stages=["export"], export=asked, export_options={})
+    workspace: Any = SimpleNamespace(settings=settings, blocks=SimpleNamespace(dtype=torch.bfloat16))
+    assert list(served(workspace, tmp_path / "run")) == [
+        "mlx, 1.2 MB: mlx_lm.server --model run/exports/mlx",
+        "compressed_tensors, 2.0 MB: vllm serve run/exports/compressed_tensors --dtype bfloat16",
+    ]
 
 
 def test_exact_scales_of_a_named_genome(copied: Path, evopress: Callable[..., Any]) -> None:

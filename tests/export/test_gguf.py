@@ -160,7 +160,7 @@ def test_minima_are_rounded_by_what_the_card_says(exported: Callable[..., Export
     export = exported()
     folder = write_export(GGUF(), tmp_path / "gguf", replace(export, licence="Apache-2.0", table="| name |"))
     card = (folder / "README.md").read_text()
-    for said in ("license: apache-2.0", f"llama-server -m {FILE}", "| name |", "as Q4_1", "as Q5_1", "as Q8_0"):
+    for said in ("license: apache-2.0", f"llama-server -m ./{FILE}", "| name |", "as Q4_1", "as Q5_1", "as Q8_0"):
         assert said in card
     said, worst = float(card.split("more than ")[1].split(" of a step")[0]), 0.0
     state = decoded(folder / FILE, export)
