@@ -15,6 +15,7 @@ _METHOD = {
     "zeros": "any",
     "include": ["blocks"],
     "centre": None,
+    "correction": 0.0,
 }
 """Settings of a method that weights are compressed by, with the value that they had before they were settings."""
 _RUN: dict[str, Any] = {
@@ -30,6 +31,7 @@ _RUN: dict[str, Any] = {
 _MODEL = {"bos": "auto"}
 _DATA: dict[str, Any] = {"chat_template": "auto", "options": {}}
 _BASELINES: dict[str, Any] = {"options": {}}
+_REFINE: dict[str, Any] = {"correction": 0.0}
 
 _GUIDED: dict[str, Any] = {
     "approach": 2,
@@ -81,6 +83,11 @@ def without_later(values: dict[str, Any]) -> dict[str, Any]:
     return values | {group: earlier(group, later) for group, later in groups.items()}
 
 
+def refine_without_later(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of the settings of the stage refine what earlier versions did not have, where it says what they did."""
+    return {key: value for key, value in values.items() if key not in _REFINE or value != _REFINE[key]}
+
+
 def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults that have changed since the version that composed a run's config, as that run had them.
 
@@ -91,6 +98,8 @@ def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
     model, data, method, search = (config.get(group) or {} for group in ("model", "data", "method", "search"))
     strategy = search.get("strategy") or {"name": "evolution"}
     had: dict[str, Any] = {}
+    if "correction" not in (config.get("refine") or _REFINE):
+        had["refine.correction"] = 0.0
     if (
         method.get("name") in ("quant", "sparsity", "joint")
         and isinstance(strategy, Mapping)

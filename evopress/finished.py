@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.data.tokens import tokens_digest
-from evopress.earlier_versions import without_later
+from evopress.earlier_versions import refine_without_later, without_later
 from evopress.errors import EvoPressError
 from evopress.files import sha256_file
 from evopress.levels.store import MANIFEST
@@ -52,7 +52,7 @@ def finish(workspace: Workspace, done: Collection[str], earlier: Mapping[str, An
         "stages": stages,
     }
     if "refine" in stages:
-        finished["refine"] = asdict(settings.refine) if "refine" in settings.stages else earlier.get("refine")
+        finished["refine"] = _refine(settings) if "refine" in settings.stages else earlier.get("refine")
     if "export" in stages:
         there = _exported(earlier) if done and "export" in earlier.get("stages", ()) else {}
         exported = {**there, **(exports_asked(settings) if "export" in settings.stages else {})}
@@ -96,7 +96,7 @@ def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
     if there and (changed := _changed(settings, run_dir, there, known)):
         logger.info("%s was finished with another model or text than there is now (%s): it does not count", run_dir, changed)
         return []
-    if "refine" in settings.stages and finished.get("refine") != asdict(settings.refine):
+    if "refine" in settings.stages and finished.get("refine") != _refine(settings):
         known = [stage for stage in known if stage not in STAGES[STAGES.index("refine") :]]
     there, asked = _exported(finished), exports_asked(settings)
     if "export" in settings.stages and any(there.get(name) != options for name, options in asked.items()):
@@ -155,6 +155,10 @@ def contents(workspace: Workspace, stages: Collection[str]) -> dict[str, str]:
     if genome is not None and (file := file_of(genome, "genome")) is not None:
         found["genome"] = sha256_file(file)
     return found
+
+
+def _refine(settings: RunSettings) -> dict[str, Any]:
+    return refine_without_later(asdict(settings.refine))
 
 
 def settings_digest(settings: RunSettings) -> str:

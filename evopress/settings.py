@@ -124,6 +124,11 @@ class MethodSettings:
     name: str = MUST_BE_CHOSEN
 
 
+def check_correction(name: str, value: float) -> None:
+    """Raise EvoPressError unless a correction is a share."""
+    _expect(0.0 <= value <= 1.0, name, value, "a share, 0 to 1")
+
+
 def check_include(include: list[str]) -> None:
     """Raise EvoPressError unless the blocks are included, with or without what lies outside them."""
     for name in include:
@@ -161,6 +166,8 @@ class QuantSettings(MethodSettings):
     """float16, bfloat16 or float32, of the stored scales; auto: float16, or what `engine` keeps as it is."""
     propagate_bits: int | None = 4
     """Activations leave a block through this level while the database is built; None: through the dense block."""
+    correction: float = 0.0
+    """Share of what they have lost there that the levels of the units after them make good, from 0 to 1."""
     include: list[str] = field(default_factory=lambda: ["blocks"])
     """What has units: blocks (the paper's), and head, embedding or both beside them; tied ones are one unit, whichever is named."""
 
@@ -185,6 +192,12 @@ class QuantSettings(MethodSettings):
             raise EvoPressError(
                 f"method.propagate_bits={self.propagate_bits} is not among method.levels {self.levels}: choose one of them, "
                 "or null for dense"
+            )
+        check_correction("method.correction", self.correction)
+        if self.correction and self.propagate_bits is None:
+            raise EvoPressError(
+                f"method.correction={self.correction:g} makes good what activations lose, and with method.propagate_bits=null they "
+                "lose nothing: name the level that they leave blocks through, or set it to 0"
             )
         check_include(self.include)
 
@@ -417,9 +430,12 @@ class RefineSettings:
 
     tokens: int = 16384
     """Tokens of search text, after those that the search draws from: their KL divergence decides whether new weights stay."""
+    correction: float = 0.5
+    """Share of what the compressed model's inputs have lost that new weights make good, from 0 to 1 (GPTAQ, arXiv:2504.02692)."""
 
     def __post_init__(self) -> None:
         _expect(self.tokens >= 2, "refine.tokens", self.tokens, "at least 2 tokens")
+        check_correction("refine.correction", self.correction)
 
 
 @dataclass

@@ -259,6 +259,8 @@ class Workspace:
             "compressor": compressor.settings(),
             "propagate": source.propagate,
         }
+        if source.correction:
+            recipe["correction"] = source.correction
         if outside := [name for part in self.blocks.parts[len(self.blocks.blocks) :] for name in self.blocks.slots(part)]:
             recipe["outside"] = outside
         return BuildSettings(
@@ -267,6 +269,7 @@ class Workspace:
             model_name=self.pretrained.name,
             recipe=recipe,
             propagate=source.propagate,
+            correction=source.correction,
             batch_tokens=settings.level_db.batch_tokens,
             activations=settings.level_db.activations,
             hessians=self.hessians if settings.level_db.keep_hessians else None,

@@ -68,6 +68,8 @@ def test_the_defaults_of_an_earlier_run_are_its_own() -> None:
     assert defaults_of(config | now | {"search": {"strategy": {"name": "guided"}}}) == {}
     assert defaults_of({"method": {"name": "drop"}} | now) == {}
     assert defaults_of({}) == {}
+    assert defaults_of(now | {"refine": {"tokens": 64}}) == {"refine.correction": 0.0}
+    assert defaults_of(now | {"refine": {"tokens": 64, "correction": 0.5}}) == {}
     assert defaults_of(config | {"scale": {"name": "small"}})["scale.refine"] is False, "it is not refined unless asked now"
 
 

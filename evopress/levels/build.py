@@ -2,7 +2,8 @@
 
 Calibration activations enter block i, the first from the dense embedding; one Hessian per distinct input is accumulated; all levels
 of all units on that input are made and written; the activations leave through the block, dense or at the level that `propagate`
-names. Only one block and its inputs are on the device at a time. Head and embedding, where they are units, come last (outside.py).
+names. Where weights are corrected for what these have lost, the dense model's walk beside. Only one block and its inputs are on the
+device at a time. Head and embedding, where they are units, come last (outside.py).
 
 Shapes: N sequences of L tokens, d hidden size, C input columns of a linear.
 """
@@ -22,7 +23,8 @@ from torch import Tensor
 from evopress.compress.compressor import Compressed, Compressor
 from evopress.errors import EvoPressError
 from evopress.files import make_folder, sync_folder
-from evopress.levels.calibration import activations_of, collect_hessians, head_hessian, propagate
+from evopress.levels.calibration import activations_of, propagate
+from evopress.levels.compressing import Walking, compress_units, hessians_of
 from evopress.levels.hessians import BlockHessians
 from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
 from evopress.levels.locking import alone_in
@@ -157,15 +159,18 @@ def _build(
     units = {unit.name: unit for unit in space.units}
     batch = max(settings.batch_tokens // tokens.shape[1], 1)
     buffer = activations_of(folder, settings.activations, blocks, tokens, batch) if unseen else torch.empty(0)
+    walking = Walking(buffer, batch, correction=settings.correction)
+    if unseen and walking.correction and settings.propagate is not None:  # dense activations have lost nothing
+        walking.dense = activations_of(folder, settings.activations, blocks, tokens, batch)
     for index in track(sorted({*missing, *walked}), "building the level database"):
         with blocks.on_device(index):
             if index in missing:
                 kept = store.read(index) if store is not None and sees_activations(blocks, index) and index not in unseen else None
                 advanced = kept is None and settings.propagate is None and index + 1 in walked
-                hessians = kept or _hessians(blocks, index, buffer, batch, advance=advanced)
+                hessians = kept or _hessians(blocks, index, walking, advance=advanced)
                 if store is not None and index in unseen:
                     store.write(index, hessians)
-                compressed = _compress_part(blocks, index, hessians, tokens, compressor)
+                compressed = _compress_part(blocks, index, hessians, tokens, compressor, walking, units, settings.propagate)
                 entries[index] = write_block(folder, index, compressed, units)
                 append(folder / JOURNAL, entries[index])
                 decoded = _at_level(compressed, units, settings.propagate)
@@ -174,6 +179,8 @@ def _build(
                 decoded = _stored_level(folder, entries[index], settings.propagate)
             if index + 1 in walked and not advanced:
                 propagate(blocks, index, buffer, batch, decoded)
+                if walking.dense is not None:
+                    propagate(blocks, index, walking.dense, batch, {})
     write_manifest(
         folder,
         method=settings.method,
@@ -184,37 +191,35 @@ def _build(
     (folder / JOURNAL).unlink(missing_ok=True)
 
 
-def _hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int, *, advance: bool) -> BlockHessians:
-    """Return a part's Hessians from the activations [N, L, d] that enter it; an untied embedding, which none enter, has none."""
-    if index < len(blocks.blocks):
-        return collect_hessians(blocks, index, buffer, batch, advance=advance)
-    return head_hessian(blocks, buffer, batch) if index == blocks.head_part else BlockHessians({}, {})
+def _hessians(blocks: BlockModel, index: int, walking: Walking, *, advance: bool) -> BlockHessians:
+    """Return a part's Hessians from what enters it; an untied embedding, which nothing enters, has none."""
+    return hessians_of(blocks, index, walking, advance=advance) if sees_activations(blocks, index) else BlockHessians({}, {})
 
 
 def _compress_part(
-    blocks: BlockModel, index: int, hessians: BlockHessians, tokens: Tensor, compressor: Compressor
+    blocks: BlockModel,
+    index: int,
+    hessians: BlockHessians,
+    tokens: Tensor,
+    compressor: Compressor,
+    walking: Walking,
+    units: Mapping[str, Unit],
+    propagate: str | None,
 ) -> dict[str, list[Compressed]]:
-    """Compress all units of a part to all their levels, those that share an input together."""
-    if index >= len(blocks.blocks):
-        ((name, slot),) = blocks.slots(index).items()
+    """Compress all units of a part to all their levels; activations leave it through the level `propagate`."""
+    slots = blocks.slots(index)
+    if index == blocks.embedding_part:
+        ((name, slot),) = slots.items()
         H = hessians.hessians[name].to(blocks.device) if index == blocks.head_part else None
         try:
-            if index == blocks.embedding_part:
-                return {name: compress_embedding(slot, tokens, compressor, H=H)}
-            assert H is not None
-            return {name: list(compressor.compress({name: slot.weight}, H)[name])}
+            return {name: compress_embedding(slot, tokens, compressor, H=H)}
         except EvoPressError as error:
             raise type(error)(f"{name}: {error}") from None
-    slots = blocks.slots(index)
-    compressed: dict[str, list[Compressed]] = {}
-    for owner, H in hessians.hessians.items():
-        weights = {name: slots[name].weight for name in slots if hessians.owners[name] == owner}
-        try:
-            results = compressor.compress(weights, H.to(blocks.device))
-        except EvoPressError as error:
-            raise type(error)(f"{', '.join(weights)}: {error}") from None
-        compressed |= {name: list(levels) for name, levels in results.items()}
-    return {name: compressed[name] for name in slots}
+
+    def settled(name: str, levels: list[Compressed]) -> Tensor | None:
+        return _at_level({name: levels}, units, propagate).get(name)
+
+    return compress_units(blocks, index, set(slots), hessians, compressor, walking, settled=settled)
 
 
 def _at_level(compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit], key: str | None) -> dict[str, Tensor]:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evopress.compress.asymmetric import Lost, PairedSum, Seen
 from evopress.compress.hessian import HessianSum
 from evopress.errors import EvoPressError
 from evopress.files import explained, make_folder, temporary_beside
@@ -198,22 +199,106 @@ def head_hessian(blocks: BlockModel, buffer: Tensor, batch: int) -> BlockHessian
         raise type(error)(f"{name}: {error}") from None
 
 
+def collect_lost(
+    blocks: BlockModel, index: int, name: str, dense: Tensor, buffer: Tensor, batch: int, weights: Mapping[str, Tensor]
+) -> Lost:
+    """Sum what one input of a block, or the head's, has lost: as it is, against as it is with weights in their places.
+
+    Both forwards of the block end where that input is seen.
+
+    Args:
+        name: a linear that has that input.
+        dense: activations [N, L, d] that enter the dense block.
+        buffer: those that enter it in the compressed model; both are as they were afterwards.
+        weights: of the compressed block, by unit.
+    """
+    total = PairedSum()
+    adding = _adding(blocks, index, dense[:batch].to(blocks.device))
+    walks = (Passage(each, batch, blocks.device) for each in (dense, buffer))
+    for (_, exact), (_, current) in zip(*walks, strict=True):
+        own = _seen_at(blocks, index, name, exact, adding)
+        with weights_placed(blocks, index, weights):
+            total.add(own, _seen_at(blocks, index, name, current, adding))
+    return total.result()
+
+
+def _seen_at(blocks: BlockModel, index: int, name: str, state: Tensor, adding: tuple[str, str] | None) -> Seen:
+    """Return what a linear of a block, or the head, has where `state` enters the block, or has left the last.
+
+    Args: adding: the two linears whose outputs the block adds to what enters it, in this order.
+    """
+    if index == blocks.head_part:
+        return Seen(blocks.finish(state))
+    linears, stream, inputs = blocks.linears(index), [state], []
+
+    def added(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        stream.append(stream[-1] + output.reshape(state.shape))
+
+    def caught(module: Any, args: tuple[Tensor, ...]) -> None:
+        inputs.append(args[0])
+        raise _AllSeen
+
+    handles = [linears[name].register_forward_pre_hook(caught)]
+    handles += [linears[each].register_forward_hook(added) for each in adding or () if each != name]
+    try:
+        with suppress(_AllSeen):
+            blocks.run(index, state)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # OPT hands its MLP [b·l, d]; n counts sequences.
+    return Seen(inputs[0].reshape(*state.shape[:2], -1), stream[-1] if adding is not None and name in adding else None)
+
+
+def _adding(blocks: BlockModel, index: int, state: Tensor) -> tuple[str, str] | None:
+    """Return the last linears of a block's attention and MLP where it adds just their outputs to what enters it, else None.
+
+    Blocks that normalise these first, or have other parts, do not.
+    """
+    if index >= len(blocks.blocks):
+        return None
+    linears = blocks.linears(index)
+    attention = [name for name in linears if blocks.is_of_attention(name)]
+    others = [name for name in linears if name not in attention]
+    if not attention or not others:
+        return None
+    outputs = []
+    names = (attention[-1], others[-1])
+    handles = [linears[name].register_forward_hook(lambda module, args, output: outputs.append(output)) for name in names]
+    try:
+        left = blocks.run(index, state)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(outputs) != 2 or any(output.numel() != state.numel() for output in outputs):
+        return None
+    together = state + outputs[0].reshape(state.shape) + outputs[1].reshape(state.shape)
+    return names if bool((together - left).norm() <= 0.02 * (left - state).norm()) else None
+
+
+@contextmanager
+def weights_placed(blocks: BlockModel, index: int, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Hold weights in the slots of a part; what was there is there again afterwards."""
+    slots = blocks.slots(index)
+    before = {name: slots[name].weight for name in weights}
+    try:
+        for name, weight in weights.items():
+            slots[name].put(weight.to(blocks.device))
+        yield
+    finally:
+        for name, weight in before.items():
+            slots[name].put(weight)
+
+
 def propagate(blocks: BlockModel, index: int, buffer: Tensor, batch: int, decoded: Mapping[str, Tensor]) -> None:
     """Replace activations [N, L, d] by what block `index` makes of them, with these weights in place of the dense ones."""
-    slots = blocks.slots(index)
-    dense = {name: slots[name].weight for name in decoded}
-    try:
-        for name, weight in decoded.items():
-            slots[name].put(weight.to(blocks.device))
+    with weights_placed(blocks, index, decoded):
         finite = []
         passage = Passage(buffer, batch, blocks.device)
         for start, current in passage:
             output = blocks.run(index, current)
             finite.append(torch.isfinite(output).all())
             passage.put(start, output)
-    finally:
-        for name, weight in dense.items():
-            slots[name].put(weight)
     if (where := _first_not_finite(finite, batch, len(buffer))) is not None:
         compressed = ", at the level that activations leave through," if decoded else ""
         raise EvoPressError(

@@ -20,6 +20,9 @@ from evopress.models.blocks import BlockModel
 from evopress.models.experts import ExpertLinear
 from evopress.units import Space, Unit
 
+CORRECTED_FORWARDS = 6
+"""More forwards of a block where weights are corrected: to each of some four inputs and no further, in two models; one to go on."""
+
 
 @dataclass(frozen=True)
 class BuildSettings:
@@ -33,6 +36,8 @@ class BuildSettings:
     """Everything that decides the content: model and data digests, compressor settings, propagated level."""
     propagate: str | None
     """Key of the level through which activations leave a block ("4"); None: dense."""
+    correction: float = 0.0
+    """Share of what inputs have lost, where activations leave through a level, that all levels make good; `recipe` says it too."""
     batch_tokens: int = 4096
     """Tokens per forward of one block."""
     activations: str = "memory"
@@ -134,6 +139,8 @@ def needs_of(settings: BuildSettings, space: Space, entries: Collection[int], bl
             units=(), all_blocks=len(blocks.blocks), walked=0, forwards=0, disk_bytes=0, memory_bytes=0, device_bytes=0
         )
     buffer = tokens.numel() * blocks.hidden_size * blocks.dtype.itemsize if unseen else 0
+    corrected = settings.correction > 0 and settings.propagate is not None
+    buffer *= 2 if corrected else 1
     widest = blocks.widest
     # A large head or embedding: copies in float32, decoded ones, and the codes of all levels.
     outside = max(((12 + 2 * len(unit.levels)) * unit.size for unit in missing if unit.is_outside), default=0)
@@ -147,7 +154,8 @@ def needs_of(settings: BuildSettings, space: Space, entries: Collection[int], bl
         units=missing,
         all_blocks=len(blocks.blocks),
         walked=walked,
-        forwards=walked if settings.propagate is None else 2 * walked - bool(walked and not left),
+        forwards=(walked if settings.propagate is None else 2 * walked - bool(walked and not left))
+        + (CORRECTED_FORWARDS * walked if corrected else 0),
         disk_bytes=disk + (0 if in_memory else buffer),
         memory_bytes=(buffer if in_memory else 0) + (sweeps if on_host else 2**28),
         device_bytes=0 if on_host else sweeps,

@@ -2,8 +2,8 @@
 
 A level database's Hessians are those of activations that leave all blocks at one level, or dense. Here calibration text walks
 through the model at the genome: what enters a block has the errors of the blocks before it, and its weights are fitted to that.
-A block's new weights stay only where a judge says that the model is better with them. What comes out is a level database with one
-level per unit.
+Where the dense model's activations walk beside, they also make good a share of what that input has lost. A block's new weights stay
+only where a judge says that the model is better with them. What comes out is a level database with one level per unit.
 
 The head comes after the blocks, where it is a unit of its own. An embedding stays as it is in the database, and so does a tied
 weight: what enters the first block would change with it.
@@ -26,10 +26,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from evopress.compress.compressor import Compressed, Compressor
-from evopress.errors import EvoPressError
 from evopress.files import explained, make_folder
 from evopress.levels.build import _check_names_are_free, _finished_blocks, _opened
-from evopress.levels.calibration import activations_of, collect_hessians, head_hessian, propagate
+from evopress.levels.calibration import activations_of, propagate
+from evopress.levels.compressing import Walking, compress_units, hessians_of
 from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
 from evopress.levels.live import Live, part_held
 from evopress.levels.locking import TEMPORARIES
@@ -98,6 +98,8 @@ class RefineSettings:
     """Tokens per forward of one block."""
     activations: str = "memory"
     """Where calibration activations live between blocks: "memory" (of the host) or "disk"."""
+    correction: float = 0.0
+    """Share of what inputs have lost that the new weights make good; `recipe` says it too."""
 
 
 def refined_units(database: LevelDatabase, genome: Genome) -> tuple[Unit, ...]:
@@ -217,12 +219,15 @@ class _Walk:
             judge = make_judge()
             with part_held(self.live, embedding, None if embedding is None else self.live.levels_in(self.genome, embedding)):
                 buffer = activations_of(self.folder, self.settings.activations, self.blocks, self.tokens, self.batch)
+            walking = Walking(buffer, self.batch, correction=self.settings.correction)
+            if walking.correction:
+                walking.dense = activations_of(self.folder, self.settings.activations, self.blocks, self.tokens, self.batch)
         loss: float | None = None  # of the model as it is where the walk has come to
         for index in track(walked, "refining the model"):
             if index in entries:
                 weights, loss = self._stored(entries[index]), None
             else:
-                made = self._compress(index, buffer)
+                made = self._compress(index, walking)
                 new = {name: result.payload.decode() for name, result in made.items()}
                 before = after = loss
                 if new:
@@ -237,6 +242,9 @@ class _Walk:
             if index + 1 in walked and index < len(self.blocks.blocks):
                 with block_at(self.live, index, self.genome, weights):
                     propagate(self.blocks, index, buffer, self.batch, {})
+                if walking.dense is not None:
+                    with self.blocks.on_device(index):
+                        propagate(self.blocks, index, walking.dense, self.batch, {})
                 judge.advance(index, weights)
         write_manifest(
             self.folder,
@@ -248,29 +256,27 @@ class _Walk:
         )
         (self.folder / JOURNAL).unlink(missing_ok=True)
 
-    def _compress(self, index: int, buffer: Tensor) -> dict[str, Compressed]:
+    def _compress(self, index: int, walking: Walking) -> dict[str, Compressed]:
         """Compress what can gain of a block, or the head, for what enters it, and what its own levels make of that."""
         slots = self.blocks.slots(index)
         names = [name for name in slots if name in self.inexact]
         if not names or index == self.blocks.embedding_part:
             return {}
         with block_at(self.live, index, self.genome, {}):
-            if index == self.blocks.head_part:
-                hessians = head_hessian(self.blocks, buffer, self.batch)
-            else:
-                hessians = collect_hessians(self.blocks, index, buffer, self.batch)
-        made: dict[str, Compressed] = {}
+            placed = {name: slot.weight for name, slot in slots.items()}
+            hessians = hessians_of(self.blocks, index, walking)
         with self.blocks.on_device(index):
-            for owner, H in hessians.hessians.items():
-                weights = {name: slots[name].weight for name in names if hessians.owners[name] == owner}
-                if not weights:
-                    continue
-                try:
-                    results = self.compressor.compress(weights, H.to(self.blocks.device))
-                except EvoPressError as error:
-                    raise type(error)(f"{', '.join(weights)}: {error}") from None
-                made |= {name: levels[0] for name, levels in results.items()}
-        return made
+            made = compress_units(
+                self.blocks,
+                index,
+                names,
+                hessians,
+                self.compressor,
+                walking,
+                placed=placed,
+                settled=lambda name, levels: levels[0].payload.decode(),
+            )
+        return {name: levels[0] for name, levels in made.items()}
 
     def _write(self, index: int, made: Mapping[str, Compressed]) -> dict[str, Any]:
         """Write a block's file: new weights, and the database's where there are none."""

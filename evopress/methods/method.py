@@ -41,6 +41,10 @@ class WeightSource(Protocol):
     def propagate(self) -> str | None:
         """Key of the level through which activations leave a block while the database is built; None: dense."""
 
+    @property
+    def correction(self) -> float:
+        """Share of what activations have lost there that levels make good, in [0, 1]."""
+
     def compressor(self, sizes: Sequence[int], *, dtype_bits: int) -> Compressor:
         """Return the compressor that makes the levels.
 

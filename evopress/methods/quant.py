@@ -120,6 +120,11 @@ class Quantization:
         """Key of the level through which activations leave a block."""
         return None if self.settings.propagate_bits is None else str(self.settings.propagate_bits)
 
+    @property
+    def correction(self) -> float:
+        """Share of what activations have lost there that levels make good."""
+        return self.settings.correction
+
     def check(self, *, searching: bool) -> None:
         """Refuse bits outside the levels, and at their ends too if there is to be a search."""
         check_targets(self.size, self.limits)

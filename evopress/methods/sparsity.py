@@ -78,6 +78,11 @@ class Sparsity:
         """Activations leave a block dense, as in the authors' code: one set of Hessians serves all sparsities."""
         return None
 
+    @property
+    def correction(self) -> float:
+        """Dense activations have lost nothing."""
+        return 0.0
+
     def compressor(self, sizes: Sequence[int], *, dtype_bits: int) -> Compressor:
         """Return the pruner that the settings name, its step derived from the units' sizes where none is given."""
         s = self.settings

@@ -16,7 +16,7 @@ from evopress.baselines.named import make_baselines
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.levels.live import enough_to_keep
-from evopress.levels.plan import BuildNeeds
+from evopress.levels.plan import CORRECTED_FORWARDS, BuildNeeds
 from evopress.reporting.records import read_json
 from evopress.search.initial import uniform_genome
 from evopress.search.strategy import NEIGHBOURS_TOGETHER, Asks, Searching, backward_tokens
@@ -201,7 +201,7 @@ class Planner:
             self.kept = kept
 
     def _refine(self) -> Needs:
-        """Calibration text twice through each block; a candidate of every block through it and those after it."""
+        """Calibration text through each block, more often where weights are corrected; candidates through what comes after."""
         zero = 0.0 if self.speed else None
         if not self.workspace.refines:
             return Needs("refine", "nothing: modules are dropped", seconds=zero)
@@ -209,25 +209,30 @@ class Planner:
             return Needs("refine", f"done: {steps} blocks", seconds=zero)
         workspace, speed, n = self.workspace, self.speed, self.num_blocks
         tokens, judged = workspace.calibration_tokens.numel(), workspace.refine_tokens.numel()
+        corrected = self.settings.refine.correction > 0
+        forwards = 2.0 + (CORRECTED_FORWARDS if corrected else 0)  # of the calibration text through each block
         suffixes = n + n * (n + 1) // 2 + n  # the genome as it was found, the candidates, the blocks that are settled
         needs = Needs(
             "refine",
             f"{n} blocks anew",
             tokens=tokens + (n + 2) * judged,
-            block_tokens=2.0 * n * tokens + (n + suffixes) * judged,
+            block_tokens=forwards * n * tokens + (n + suffixes) * judged,
             disk={workspace.run_dir: self._stored_bytes()},
         )
         if speed is not None:
             per_level = speed.compress / max(len(unit.levels) for unit in self.space.units)
-            needs.seconds = n * (tokens * (speed.hessians + speed.block) + per_level) + (n + suffixes) * judged * speed.block
+            needs.seconds = (
+                n * (tokens * (speed.hessians + (forwards - 1) * speed.block) + per_level) + (n + suffixes) * judged * speed.block
+            )
             needs.seconds += (n + 1) * judged * (speed.head + speed.reference)
         itemsize, hidden = workspace.blocks.dtype.itemsize, workspace.blocks.hidden_size
+        walking = tokens * hidden * itemsize * (2 if corrected else 1)
         in_memory = self.settings.level_db.activations == "memory"
         if not in_memory:
-            needs.disk[workspace.run_dir] += tokens * hidden * itemsize
+            needs.disk[workspace.run_dir] += walking
         self._hold(needs, 1, min(self.settings.fitness.max_tokens_in_flight, judged))
         widest = workspace.blocks.widest
-        held = 3 * judged * hidden * itemsize + (tokens * hidden * itemsize if in_memory else 0)
+        held = 3 * judged * hidden * itemsize + (walking if in_memory else 0)
         self._put(needs, 6 * widest * widest * 4 + 2**28, host=held)
         return needs
 

@@ -105,7 +105,7 @@ def said(summary: dict[str, Any]) -> str:
 
 def refine_settings(workspace: Workspace, genome: Genome) -> RefineSettings:
     """Return how a genome is refined."""
-    level_db = workspace.settings.level_db
+    level_db, correction = workspace.settings.level_db, workspace.settings.refine.correction
     return RefineSettings(
         root=workspace.run_dir / REFINED,
         recipe={
@@ -113,9 +113,11 @@ def refine_settings(workspace: Workspace, genome: Genome) -> RefineSettings:
             "database": workspace.database.fingerprint,  # model, calibration text and compressor with it
             "genome": list(genome),
             "decided_by": tokens_digest(workspace.refine_tokens),
+            **({"correction": correction} if correction else {}),
         },
         batch_tokens=level_db.batch_tokens,
         activations=level_db.activations,
+        correction=correction,
     )
 
 

@@ -74,6 +74,11 @@ SETTINGS = {
     "group size of the method": (["method.group_size=48"], ["group size 48", "input columns"]),
     "levels that do not descend": (["method.levels=[2,3,4]", "bits=3.5"], ["[2, 3, 4]", "descending"]),
     "propagated level is missing": (["method.levels=[3,2]", "bits=2.5"], ["propagate_bits=4", "[3, 2]"]),
+    "correction of dense activations": (
+        ["method.correction=0.5", "method.propagate_bits=null"],
+        ["method.correction=0.5", "propagate_bits=null", "lose nothing"],
+    ),
+    "second pass corrected by more than all": (["refine.correction=1.5"], ["refine.correction=1.5", "a share, 0 to 1"]),
     "a level that is no bit width": (["method.levels=[4,x]", "bits=3"], ["method.levels", "'x'", "dense"]),
     "dense is not the first level": (["method.levels=[4,dense]", "bits=4"], ["dense comes first"]),
     "recipe": (["method.recipe=worst"], ["method.recipe=worst", "paper or best"]),

@@ -23,7 +23,7 @@ from evopress.compress.hessian import SingularHessianError
 from evopress.errors import EvoPressError
 from evopress.levels import build, locking, plan
 from evopress.levels.build import ensure_database
-from evopress.levels.calibration import collect_hessians
+from evopress.levels.calibration import collect_hessians, weights_placed
 from evopress.levels.plan import database_bytes, plan_space
 from evopress.levels.store import MANIFEST, LevelDatabase, block_file
 
@@ -112,6 +112,34 @@ def test_the_space_is_planned_from_shapes_alone(tiny_blocks, monkeypatch, compre
 def test_settings_that_fit_no_unit_are_refused_by_its_name(llama):
     with pytest.raises(EvoPressError, match=r"model\.layers\.0\.self_attn\.q_proj: group size 128 does not divide the 32"):
         plan_space(llama, GPTQ(group_size=128), method="quant")
+
+
+def test_corrected_levels_make_good_what_units_before_have_lost(
+    tmp_path, whole, build_settings, llama, ids, compressor, monkeypatch
+):
+    """Of the first block q, k and v have lost nothing; the outputs of all blocks come closer; killed and resumed it is the same."""
+    settings = replace(build_settings(tmp_path, propagate="2", recipe={"correction": 0.5}), correction=0.5)
+    plain, _ = ensure_database(build_settings(tmp_path, propagate="2", recipe={"correction": 0}), llama, ids, compressor)
+    with monkeypatch.context() as patch:
+        crash_after(patch, "write_block", 2)
+        with pytest.raises(CrashError):
+            ensure_database(settings, llama, ids, compressor)
+    database, _ = ensure_database(settings, llama, ids, compressor)
+    at_once, _ = ensure_database(replace(settings, root=tmp_path / "again"), llama, ids, compressor)
+    assert contents(database.folder) == contents(at_once.folder)
+    uniform = [len(unit.levels) - 1 for unit in database.space.units]
+    names = [unit.name for unit in plain.space.units]
+    old, new = ([each.read(i, level).decode() for i, level in enumerate(uniform)] for each in (plain, database))
+    assert [torch.equal(a, b) for a, b in zip(old, new, strict=True)][:4] == [True, True, True, False]
+
+    def left(weights):
+        placed, hidden = dict(zip(names, weights, strict=True)) if weights else {}, llama.embed(ids)
+        for index in range(3):
+            with weights_placed(llama, index, {name: placed[name] for name in llama.slots(index) if name in placed}):
+                hidden = llama.run(index, hidden)
+        return hidden
+
+    assert (left(new) - left(())).norm() < 0.95 * (left(old) - left(())).norm()
 
 
 def test_a_level_to_propagate_that_does_not_exist_is_refused(tmp_path, build_settings, llama, ids, compressor):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,61 @@ def test_it_is_what_the_obvious_walk_makes(settings, case, ids, weights_digest):
             now[names[i]] = found
     assert not all(
         torch.equal(a, b) for a, b in zip(levels_at(refined, (0,) * len(genome)), levels_at(database, genome), strict=True)
+    )
+
+
+def test_corrected_it_is_what_the_obvious_walk_makes(settings, case, ids, weights_digest):
+    """The twin holds whole models, the dense one and the one made so far, and sees what enters one linear after the other."""
+    live, database, compressor, genome = case
+    model, units = live.blocks.model, database.space.units
+    dense = {unit.name: model.get_submodule(unit.name).weight.data for unit in units}
+    before = weights_digest(model)
+    refined, _ = refined_of(replace(settings, recipe={"correction": 0.5}, correction=0.5), case, ids)
+    assert weights_digest(model) == before, "the model is given back as it was"
+
+    def entering(name, weights):
+        """Return what enters a linear, and what a linear that adds to the stream adds to."""
+        block, _, kind = name.rpartition(".")
+        before = {"o_proj": f"{block.rpartition('.')[0]}.input_layernorm"}
+        before["down_proj"] = f"{block.rpartition('.')[0]}.post_attention_layernorm"
+        seen: dict[str, torch.Tensor] = {}
+        handles = [
+            model.get_submodule(where).register_forward_pre_hook(lambda module, args, where=where: seen.update({where: args[0]}))
+            for where in (name, *([before[kind]] if kind in before else []))
+        ]
+        try:
+            for each, weight in weights.items():
+                model.get_submodule(each).weight.data = weight
+            with torch.no_grad():
+                model(input_ids=ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for each, weight in dense.items():
+                model.get_submodule(each).weight.data = weight
+        rows = [seen[where].reshape(-1, seen[where].shape[-1]).double() for where in (name, before.get(kind)) if where]
+        return rows[0], rows[1] if len(rows) > 1 else None
+
+    now = dict(zip(dense, levels_at(database, genome), strict=True))
+    groups: dict[tuple[int, str], list[int]] = {}
+    for i, unit in enumerate(units):
+        shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(unit.kind, unit.kind)
+        groups.setdefault((unit.block, shared), []).append(i)
+    for (index, _), members in groups.items():
+        (x, stream), (compressed, lossy) = (entering(units[members[0]].name, weights) for weights in (dense, now))
+        H = compressed.T @ compressed * (2 / len(ids))
+        damped = H + 0.01 * H.diagonal().mean() * torch.eye(len(H))
+        for i in members:
+            W = dense[units[i].name].double()
+            wanted = (W @ (x - compressed).T if stream is None else W @ (x - compressed).T + (stream - lossy).T) @ compressed
+            V = W + 0.5 * torch.linalg.solve(damped, (2 / len(ids)) * wanted.T).T
+            every = compressor.compress({units[i].name: V.float()}, H.float())[units[i].name]
+            made, found = every[genome[i]].payload.decode(), refined.read(i, 0).decode()
+            assert ((found - made).abs() <= 1e-3 * made.abs().max()).float().mean() > 0.97, (index, units[i].kind)
+            now[units[i].name] = found
+    plain, _ = refined_of(settings, case, ids)
+    assert not all(
+        torch.equal(a, b) for a, b in zip(*(levels_at(each, (0,) * len(genome)) for each in (plain, refined)), strict=True)
     )
 
 
