@@ -51,6 +51,8 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "guided": tuple(
         f"experiments.guided.measure --method {method} --jobs {{jobs}} -- {{further}}" for method in ("quant", "sparsity", "drop")
     ),
+    "heldout": ("experiments.heldout.run",),
+    "allocation": ("experiments.allocation.run --jobs {jobs} -- {further}",),
     "joint": ("experiments.joint.run --jobs {jobs} -- {further}",),
 }
 """What is run after the sweeps, by name: modules with their arguments."""

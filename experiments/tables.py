@@ -25,7 +25,7 @@ from evopress.files import write_bytes
 from evopress.reporting.differences import Difference
 from evopress.reporting.jobs import as_markdown as jobs_as_markdown
 from evopress.reporting.jobs import read_jobs
-from evopress.reporting.tables import Column, display_name, results_columns, told
+from evopress.reporting.tables import Column, display_name, number, results_columns, told
 from experiments.commands import of_sweep
 from experiments.specs import SPECS, Spec, any_spec, home
 from experiments.sweeps import Job, Sweep, any_sweep, describe, expected_jobs, read_sweep, setting
@@ -36,6 +36,11 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 Group = tuple[str, ...]
 Values = dict[Group, dict[str, dict[str, dict[str, float]]]]
 """Group, variant and measure to the value at each seed."""
+_COSTS = (
+    *((f"search {key}", "search", key) for key in ("tokens", "seconds", "generations")),
+    ("database seconds", "database", "seconds"),
+)
+"""What a run took, which the CSVs have and the table has no column for: name, and where `result.json` has it."""
 
 
 class Table:
@@ -59,8 +64,18 @@ class Table:
                 for row, value in zip(rows, column.values, strict=True):
                     variant = spec.variant(job.axes, str(row["name"]))
                     if variant is not None and value is not None:
-                        seeds = self.values.setdefault(group, {}).setdefault(variant, {}).setdefault(column.header, {})
-                        seeds.setdefault(job.axes.get(SEED, "0"), value)
+                        self._keep(job, variant, column.header, value)
+            for name, of, key in _COSTS:
+                took = job.result.get(of) or {}
+                value = None if took.get("reused") else number(took.get(key))
+                if found in self.values.get(group, {}) and found is not None and value is not None:
+                    self.columns.setdefault(name, Column(name, (), "{:,.0f}".format))
+                    self._keep(job, found, name, value)
+
+    def _keep(self, job: Job, variant: str, measure: str, value: float) -> None:
+        """Remember a number of a job, unless an earlier one of its seed has it."""
+        group = tuple(job.axes[key] for key in self.spec.group)
+        self.values.setdefault(group, {}).setdefault(variant, {}).setdefault(measure, {}).setdefault(job.axes.get(SEED, "0"), value)
 
     @property
     def groups(self) -> list[Group]:
@@ -69,7 +84,8 @@ class Table:
     @property
     def shown(self) -> list[str]:
         """Names of the measures that the table has columns for."""
-        return [header for header in self.columns if not header.startswith(self.spec.without)]
+        costs = [name for name, _, _ in _COSTS]
+        return [header for header in self.columns if not header.startswith(self.spec.without) and header not in costs]
 
     @property
     def qualities(self) -> list[str]:

@@ -40,6 +40,7 @@ from experiments.tables import Group, Table, about_sweep, fill_readme, in_order,
 
 FOLDER = Path(__file__).parent
 TEXTS = Path("multirun/heldout/texts")
+RUNS, DEFAULT = Path("multirun/guided"), "quant-best-*"
 KL = "held-out KL "
 """How the names of the columns begin that have the KL divergence on a text."""
 _NEAR = (0.97, 1.002)
@@ -208,7 +209,7 @@ def render(jobs: Sequence[Job], table: Table) -> str:
 def main() -> None:
     """Measure the runs that are named and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_FOLDER", help=f"default: {RUNS}/{DEFAULT}")
     parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of NAME.txt (default %(default)s)")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=FILE", help="a further text: .txt, .jsonl, …")
     parser.add_argument("--reference", default="guided, from dp", help="what others are compared with (default %(default)r)")
@@ -220,7 +221,7 @@ def main() -> None:
             print(f"{kind}: left out, {reason}", flush=True)
         files |= {name: Path(path) for name, _, path in (each.partition("=") for each in asked.also)}
         by_database: dict[str, list[Run]] = {}
-        for run in finished_runs([folder for folder in asked.runs if folder.is_dir()], files):
+        for run in finished_runs([folder for folder in asked.runs or sorted(RUNS.glob(DEFAULT)) if folder.is_dir()], files):
             by_database.setdefault(run.database, []).append(run)
         jobs = [job for runs in by_database.values() for job in measured(runs)]
         table = Table(jobs, spec_of(jobs, asked.reference))

@@ -141,6 +141,7 @@ def test_a_whole_sweep(sweep: Path, out: Path) -> None:
     owl = results["owl", "ppl python_docs"]
     assert (owl["sparsity"], owl["seeds"], owl["mean"], owl["std"], owl["min"], owl["max"]) == ("0.7", "3", "21", "1", "20", "22")
     assert (owl["difference"], owl["verdict"]) == ("6", "worse")
+    assert (results["evopress", "search tokens"]["mean"], results["evopress", "search seconds"]["mean"]) == ("100", "12")
     assert results["dense", "held-out KL"]["verdict"] == results["evopress", "held-out KL"]["verdict"] == ""
     runs = [r["value"] for r in read_csv(out / "runs.csv") if (r["method"], r["measure"]) == ("evopress", "held-out KL")]
     assert runs == ["0.49", "0.52", "0.5"]
