@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -57,18 +56,12 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def _sketch(figure: Any, png: Path, svg: Path, *, salt: str) -> None:
-    """Write a picture of one pixel and the title of a figure, in place of drawing it."""
-    from PIL import Image
-
-    Image.new("RGB", (1, 1)).save(png)
-    svg.write_text("<svg>" + "".join(f"<!-- {text.get_text()} -->" for text in figure.texts) + "</svg>", encoding="utf-8")
-
-
 @pytest.fixture
 def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the figures of runs be made, but not drawn: that takes as long as all else in a tiny run."""
-    monkeypatch.setattr(drawing, "_render", _sketch)
+    from in_process import sketch
+
+    monkeypatch.setattr(drawing, "_render", sketch)
 
 
 @pytest.fixture(scope="session")

@@ -1,67 +1,16 @@
-"""Run the program inside this process, on the tiny model, and keep what it said."""
+"""Run the program inside this process, on the tiny model."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-
-import evopress.__main__ as program
+from in_process import Outcome, invoke
 
 TINY = ("+method=quant", "bits=3.5", "+debug=tiny", "search/strategy=evolution")
 SPARSE = ("+method=sparsity", "sparsity=0.5", "+debug=tiny", "search/strategy=evolution")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run of the program ended."""
-
-    code: int
-    text: str
-    """What it printed and logged."""
-
-    @property
-    def errors(self) -> list[str]:
-        return [line for line in self.text.splitlines() if line.startswith("error: ")]
-
-
-def invoke(*arguments: str, cache: Path, cwd: Path) -> Outcome:
-    """Run `python -m evopress ARGUMENTS` in `cwd`; everything of the process that it touches is put back."""
-    said, root = io.StringIO(), logging.getLogger()
-    handlers, level, threads = root.handlers[:], root.level, torch.get_num_threads()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(said),
-        contextlib.redirect_stderr(said),
-        contextlib.chdir(cwd),
-    ):
-        for variable in [name for name in os.environ if name.startswith("WANDB_")]:
-            patch.delenv(variable)
-        patch.setenv("EVOPRESS_CACHE", str(cache))
-        patch.setenv("NETRC", str(cache / "none"))
-        patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")
-        patch.setattr(sys, "argv", ["evopress", *arguments])
-        try:
-            program.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        finally:
-            for handler in root.handlers:  # those of Hydra's log
-                if handler not in handlers:
-                    handler.close()
-            root.handlers[:] = handlers
-            root.setLevel(level)
-            torch.set_num_threads(threads)
-    return Outcome(code, said.getvalue())
 
 
 @pytest.fixture(autouse=True)

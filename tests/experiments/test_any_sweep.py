@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import run_script
 from omegaconf import OmegaConf
 
 from evopress.errors import EvoPressError
@@ -106,11 +105,9 @@ def test_the_command_writes_no_tracked_file(module: str, sweep: Path) -> None:
     tracked = {
         path: path.stat().st_mtime_ns for path in (ROOT / "experiments").rglob("*") if path.is_file() and path.suffix != ".pyc"
     }
-    done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", str(sweep)], capture_output=True, text=True, cwd=ROOT, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    assert "missing: bits=3 seed=2" in done.stdout
+    done = run_script(f"experiments.{module}", str(sweep))
+    assert done.code == 0, done.text
+    assert "missing: bits=3 seed=2" in done.text
     assert {path: path.stat().st_mtime_ns for path in tracked} == tracked
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -13,11 +12,13 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from in_process import run_script, sketch
 from omegaconf import OmegaConf
 
 from evopress import config as configuration
 from evopress import pipeline
 from evopress.errors import EvoPressError
+from evopress.reporting import drawing
 from evopress.reporting.metrics import AXES
 from experiments.dashboards import build
 from experiments.dashboards.__main__ import create
@@ -74,6 +75,7 @@ def tracked(folder: Path, *overrides: str) -> Recorder:
     (folder / "run").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "make_tracker", lambda settings: recorder)
+        patch.setattr(drawing, "_render", sketch)
         plain = configuration.plain_dict(config)
         pipeline.run(configuration.to_settings(config), folder / "run", config=plain, command="", environment={})
     return recorder
@@ -212,6 +214,6 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_command_line_asks_for_an_entity() -> None:
-    result = subprocess.run([sys.executable, "-m", "experiments.dashboards"], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2
-    assert "--entity" in result.stderr
+    done = run_script("experiments.dashboards.__main__")
+    assert done.code == 2
+    assert "--entity" in done.text

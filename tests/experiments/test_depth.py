@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from in_process import invoke
 from transformers import AutoModelForCausalLM
 
 from evopress.baselines.block_importance import measure_spans
@@ -72,9 +73,8 @@ def sweep(home: Path, experiment: str, *overrides: str) -> Path:
         *("tracker=none", "threads=1", f"paths.cache={home / 'cache'}", "stages=[database,baselines,search,evaluate]"),
         f"hydra.sweep.dir={home / 'multirun' / experiment}",
     ]
-    command = [sys.executable, "-m", "evopress", f"+experiment={experiment}", *tiny, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=home, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = invoke(f"+experiment={experiment}", *tiny, *overrides, cache=home / "cache", cwd=home)
+    assert done.code == 0, done.text[-3000:]
     return home / "multirun"
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import run_script
 from omegaconf import OmegaConf
 
 from evopress.errors import EvoPressError
-from experiments import sweep_report
 from experiments.sweep_report import make_report
 
 CONFIG = {
@@ -153,11 +151,8 @@ def test_a_sweep_without_results_is_refused(tmp_path: Path, out: Path) -> None:
 
 
 def test_the_command_line(root: Path, out: Path) -> None:
-    command = [sys.executable, "-m", "experiments.sweep_report", "table2_sparsity", "--root", str(root), "--out", str(out)]
-    folder = Path(sweep_report.__file__).parent.parent
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
-    assert (result.returncode, result.stdout.splitlines()) == (0, [str(out / "report.html")]), result.stderr
-    command[-3] = str(root / "nowhere")
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: no finished job lies in")
+    done = run_script("experiments.sweep_report", "table2_sparsity", "--root", str(root), "--out", str(out))
+    assert (done.code, done.text.splitlines()) == (0, [str(out / "report.html")])
+    done = run_script("experiments.sweep_report", "table2_sparsity", "--root", str(root / "nowhere"), "--out", str(out))
+    assert done.code == 1
+    assert done.text.startswith("error: no finished job lies in")

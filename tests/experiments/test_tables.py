@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import run_script
 from omegaconf import OmegaConf
 
 from evopress.config import config_folder
@@ -391,10 +390,9 @@ def test_every_table_has_its_experiment_its_claim_and_the_papers_numbers(name: s
 
 
 def test_the_command_line(sweep: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.tables", "table2_sparsity", "--root", str(sweep), "--out", str(tmp_path / "mine")]
     (sweep / "table2_sparsity" / "sparsity-0.7_seed-2" / "result.json").unlink()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=EXPERIMENTS.parent, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "missing: sparsity=0.7 seed=2" in done.stdout
-    assert "| EvoPress |" in done.stdout
+    done = run_script("experiments.tables", "table2_sparsity", "--root", str(sweep), "--out", str(tmp_path / "mine"))
+    assert done.code == 0, done.text
+    assert "missing: sparsity=0.7 seed=2" in done.text
+    assert "| EvoPress |" in done.text
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"results.csv", "runs.csv", "table.md"}

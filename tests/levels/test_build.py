@@ -4,10 +4,7 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import textwrap
 import threading
 from collections import namedtuple
 from dataclasses import replace
@@ -323,39 +320,27 @@ def test_a_build_interrupted_before_its_manifest_computes_nothing_again(
     assert contents(settings.folder) == contents(whole)
 
 
-def test_a_killed_build_goes_on(tmp_path, whole, build_settings, llama, ids, compressor, tiny_folder, compressed_blocks):
+def test_a_killed_build_goes_on(tmp_path, whole, build_settings, llama, ids, compressor, compressed_blocks):
     """Kill a process while it writes its second line of the journal, activations on disk."""
     settings = build_settings(tmp_path)
-    script = """
-        import os, signal, sys
-        from pathlib import Path
-        import torch
-        sys.path.insert(0, sys.argv[1])
-        import conftest
-        from evopress.compress.gptq import GPTQ
-        from evopress.levels import build
-        from evopress.models.blocks import BlockModel
-        from evopress.models.loading import load_pretrained
+    append = build.append
 
-        append = build.append
-        def killed(path, entry):
-            if entry["block"] == 1:
-                with path.open("a") as file:
-                    file.write('{"block": 1, "file": "block-0')
-                (path.parent / ".block-002.safetensors.1.tmp").write_bytes(b"half")
-                os.kill(os.getpid(), signal.SIGKILL)
-            append(path, entry)
-        build.append = killed
-        pretrained = load_pretrained(Path(sys.argv[2]), dtype="float32")
-        settings = conftest.make_settings(Path(sys.argv[3]), activations="disk")
-        blocks = BlockModel(pretrained.model, pretrained.family)
-        build.ensure_database(settings, blocks, conftest.make_tokens(6, 16), GPTQ(bits=(4, 3, 2), group_size=16))
-    """
-    arguments = [Path(__file__).parents[1], tiny_folder("llama", num_blocks=3), tmp_path]
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    def killed(path, entry):
+        if entry["block"] == 1:
+            with path.open("a") as file:
+                file.write('{"block": 1, "file": "block-0')
+            (path.parent / ".block-002.safetensors.1.tmp").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(path, entry)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            build.append = killed
+            ensure_database(build_settings(tmp_path, activations="disk"), llama, ids, compressor)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     left = contents(settings.folder)
     assert {block_file(0), block_file(1), "journal.jsonl"} < set(left)
     assert [name for name in left if name.endswith(".tmp")] == [".block-002.safetensors.1.tmp"]  # no activations
