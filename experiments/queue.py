@@ -27,6 +27,7 @@ from evopress import config as configuration
 from evopress.endings import exit_code, stopping_at_signals
 from evopress.errors import EvoPressError
 from evopress.reporting.page import show_duration
+from experiments import claims
 from experiments.single_runs import SingleRun, evopress_all, logged, why_it_failed
 from experiments.specs import SPECS, home
 from experiments.sweeps import Sweep, describe, expected_jobs, read_sweep
@@ -189,6 +190,8 @@ def go(names: Sequence[str], *, root: Path, out: Path | None, at_once: int, furt
             well = run_script(name, root, at_once, further)
             failed += not well
             print(f"{name}: {'done' if well else f'failed, {why_it_failed(root / name)}'}", flush=True)
+    if out is None:
+        claims.write()
     return failed
 
 

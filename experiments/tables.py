@@ -79,7 +79,7 @@ class Table:
 
     @property
     def groups(self) -> list[Group]:
-        return sorted(self.values, key=lambda group: [_number(part) for part in group])
+        return sorted(self.values, key=lambda group: [number_of(part) for part in group])
 
     @property
     def shown(self) -> list[str]:
@@ -186,7 +186,9 @@ def in_order(
 def beside_paper(table: Table, group: Group, paper: Sequence[Mapping[str, str]]) -> str:
     """Set our perplexities beside the paper's, each also as a ratio to the reference's; then the orders."""
     spec = table.spec
-    mine = [row for row in paper if all(_number(row[key]) == _number(value) for key, value in zip(spec.group, group, strict=True))]
+    mine = [
+        row for row in paper if all(number_of(row[key]) == number_of(value) for key, value in zip(spec.group, group, strict=True))
+    ]
     if not mine:
         return ""
     known = [key for key in mine[0] if key not in (*spec.group, "model", "method")]
@@ -305,7 +307,7 @@ def fill_readme(readme: Path, text: str) -> None:
 
 def about_sweep(jobs: Sequence[Job]) -> str:
     """Say in a line what was run, and where."""
-    config, seeds = jobs[0].config, sorted({job.axes.get(SEED, "0") for job in jobs}, key=_number)
+    config, seeds = jobs[0].config, sorted({job.axes.get(SEED, "0") for job in jobs}, key=number_of)
     revisions = sorted({str(job.environment.get("git_revision", "unknown")) for job in jobs})
     machines = sorted({str(job.environment.get("machine", "unknown")) for job in jobs})
     seconds = [float(job.result["search"]["seconds"]) for job in jobs if job.result.get("search")]
@@ -333,7 +335,7 @@ def _order(numbers: Mapping[str, float]) -> str:
     return text
 
 
-def _number(value: str) -> tuple[int, float, str]:
+def number_of(value: str) -> tuple[int, float, str]:
     """Sort numbers as numbers and before words; equal numbers are equal however they are written."""
     try:
         return 0, float(value), ""

@@ -1,0 +1,95 @@
+"""Say of each claim of the paper's tables whether it holds here: its numbers and ours, from the committed CSVs.
+
+    python -m experiments.claims          # writes the list into experiments/README.md
+
+A claim is that a method has a higher or a lower perplexity than the table's reference. The paper's numbers are ratios over its
+models and texts; ours is the ratio of means over seeds, with the verdict of `results.csv`: paired by seed, two standard errors.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from evopress.reporting.tables import display_name
+from experiments.specs import SPECS, home
+from experiments.sweeps import describe
+from experiments.tables import fill_readme, number_of
+
+README = Path(__file__).parent / "README.md"
+_OPPOSITE = {"worse": "better", "better": "worse"}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV; none where there is none."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+
+
+def claims(name: str) -> Iterator[str]:
+    """Yield a sentence for each table of a sweep that the paper has too: every method against the reference."""
+    spec = SPECS[name]
+    ours, paper = read(home(name) / "results.csv"), read(home(spec.twin_of or name) / "paper.csv")
+    measure = next((row["measure"] for row in ours if row["measure"].startswith("ppl ")), None)
+    groups = dict.fromkeys(tuple(row[key] for key in spec.group) for row in ours)
+    for group in groups if paper and measure else ():
+        where = dict(zip(spec.group, group, strict=True))
+        here = {row["method"]: row for row in _of(ours, where) if row["measure"] == measure}
+        there = _of(paper, where)
+        told = [
+            _against(method, row, float(here[spec.reference]["mean"]), _ratios(there, method, spec.reference))
+            for method, row in here.items()
+            if method not in (spec.reference, *spec.apart) and any(each["method"] == method for each in there)
+        ]
+        if told:
+            about = f", {describe(where)}" if where else ""
+            yield f"{spec.title}{about}: perplexity over that of {display_name(spec.reference)}: {'; '.join(told)}."
+
+
+def _of(rows: Sequence[dict[str, str]], where: Mapping[str, str]) -> list[dict[str, str]]:
+    return [row for row in rows if all(number_of(row[key]) == number_of(value) for key, value in where.items())]
+
+
+def _ratios(rows: Sequence[Mapping[str, str]], method: str, reference: str) -> list[float]:
+    """Return a method's perplexity over the reference's in each column of each model of the paper."""
+    of = {(row["model"], row["method"]): row for row in rows}
+    columns = [key for key in rows[0] if key not in ("model", "method", *(key for spec in SPECS.values() for key in spec.group))]
+    return [
+        float(row[column]) / float(other[column])
+        for (model, name), row in of.items()
+        if name == method and (other := of.get((model, reference))) is not None
+        for column in columns
+        if row[column] and other[column]
+    ]
+
+
+def _against(method: str, row: Mapping[str, str], reference: float, ratios: Sequence[float]) -> str:
+    least, most = min(ratios), max(ratios)
+    theirs = "worse" if least > 1 else "better" if most < 1 else "tie"
+    if theirs == "tie":
+        said = "no order in the paper, " + {"tie": "a tie here"}.get(row["verdict"], f"{row['verdict']} here")
+    else:
+        said = {theirs: "**holds**", _OPPOSITE[theirs]: "**does not hold**", "tie": "**a tie** here"}.get(
+            row["verdict"], "one seed"
+        )
+    return f"{display_name(method)} ×{least:.2f} to ×{most:.2f} in the paper, ×{float(row['mean']) / reference:.2f} here, {said}"
+
+
+def text() -> str:
+    """Return the list of all sentences, in Markdown."""
+    return "".join(f"- {sentence}\n" for name in SPECS for sentence in claims(name))
+
+
+def write() -> None:
+    """Write the list into the README of the experiments."""
+    fill_readme(README, text())
+
+
+def main() -> None:
+    """Write it, and show it."""
+    write()
+    print(text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""What is said of the paper's claims is what the tables have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments import claims
+from experiments.tables import BEGIN, END
+
+
+def test_the_readme_has_what_the_tables_say() -> None:
+    """Or `python -m experiments.claims` has to be run again."""
+    written = claims.README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert written.strip("\n") == claims.text().strip("\n") and written.count("\n- ") > 10
+
+
+@pytest.mark.parametrize(
+    ("uniform", "verdict", "mean", "said"),
+    [
+        ("12", "worse", "30", "uniform ×1.20 to ×1.50 in the paper, ×1.50 here, **holds**"),
+        ("12", "tie", "20", "uniform ×1.20 to ×1.50 in the paper, ×1.00 here, **a tie** here"),
+        ("12", "better", "18", "uniform ×1.20 to ×1.50 in the paper, ×0.90 here, **does not hold**"),
+        ("12", "one seed", "30", "uniform ×1.20 to ×1.50 in the paper, ×1.50 here, one seed"),
+        ("8", "tie", "20", "uniform ×0.80 to ×1.50 in the paper, ×1.00 here, no order in the paper, a tie here"),
+        ("8", "worse", "22", "uniform ×0.80 to ×1.50 in the paper, ×1.10 here, no order in the paper, worse here"),
+    ],
+)
+def test_verdicts(uniform: str, verdict: str, mean: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "home", lambda name: tmp_path)
+    (tmp_path / "paper.csv").write_text(f"model,method,a,b\nM,uniform,{uniform},15\nM,evopress,10,10\nM,dense,5,5\n")
+    rows = f"uniform,ppl x,{mean},{verdict}\nevopress,ppl x,20,\ndp,ppl x,25,worse\nuniform,held-out KL,1,worse\n"
+    (tmp_path / "results.csv").write_text(f"method,measure,mean,verdict\n{rows}")
+    assert list(claims.claims("table3")) == [f"Table 3: 3 bits per weight: perplexity over that of EvoPress: {said}."]
