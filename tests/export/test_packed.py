@@ -252,6 +252,7 @@ def test_what_fits_is_not_refused() -> None:
         CompressedTensors(dtype="int8")
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(
     find_spec("compressed_tensors") is None,
     reason="compressed-tensors is not installed: pip install 'evopress[compressed_tensors]'",
