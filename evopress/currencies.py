@@ -1,4 +1,4 @@
-"""What a genome can cost: bits as the paper counts them, bytes as stored, weights kept, modules kept.
+"""What a genome can cost: bits as the paper counts them, bytes as stored, bytes that a token reads, weights kept, modules kept.
 
 A currency prices one level of one unit, in whole numbers, and owns the words that tables, figures and pages use for it. Prices are
 computed from a level's own facts, whatever source made it, so levels of several sources can stand in one space and under several
@@ -25,6 +25,9 @@ class PricedUnit(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def read(self) -> float: ...
 
 
 class PricedLevel(Protocol):
@@ -88,6 +91,10 @@ def _modules(unit: PricedUnit, level: PricedLevel) -> int:
     return 0 if level.drops else num_modules(unit)
 
 
+def _read(unit: PricedUnit, level: PricedLevel) -> int:
+    return round(level.stored_bits * unit.read)
+
+
 def _own(unit: PricedUnit, level: PricedLevel) -> int:
     return level.cost
 
@@ -100,6 +107,15 @@ CURRENCIES = {
             "bytes",
             lambda unit, level: level.stored_bits,
             "bits per weight as stored",
+            less="more bytes",
+            more="fewer bytes",
+            scale=8,
+        ),
+        Currency(
+            "read",
+            _read,
+            "bits per weight that a token reads",
+            of=lambda unit: round(unit.size * unit.read),
             less="more bytes",
             more="fewer bytes",
             scale=8,

@@ -14,6 +14,7 @@ _METHOD = {
     "tolerance": 0.02,
     "zeros": "any",
     "include": ["blocks"],
+    "experts": "each",
     "centre": None,
     "correction": 0.0,
 }

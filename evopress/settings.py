@@ -168,6 +168,8 @@ class QuantSettings(MethodSettings):
     """Activations leave a block through this level while the database is built; None: through the dense block."""
     correction: float = 0.0
     """Share of what they have lost there that the levels of the units after them make good, from 0 to 1."""
+    experts: str = "each"
+    """Levels of experts: each (every expert has its own) or layer (those of a block have one for all their weights of a name)."""
     include: list[str] = field(default_factory=lambda: ["blocks"])
     """What has units: blocks (the paper's), and head, embedding or both beside them; tied ones are one unit, whichever is named."""
 
@@ -177,6 +179,7 @@ class QuantSettings(MethodSettings):
         if not self.levels:
             raise EvoPressError("method.levels is empty: give bit widths in descending order, such as [4, 3, 2]")
         _expect_one_of("method.grid", self.grid, ("integers", "gguf"))
+        _expect_one_of("method.experts", self.experts, ("each", "layer"))
         for level in self.levels:
             if self.grid == "gguf" and type(level) is int:
                 raise EvoPressError(
@@ -575,7 +578,7 @@ class RunSettings:
     own."""
     limits: list[Any] = field(default_factory=list)
     """Further limits: [{currency: bytes, total: 60MB}, {currency: modules, total: 52}], with kind: attention where units of one
-    kind count; currencies are bits, bytes, weights and modules."""
+    kind count; currencies are bits, bytes, read (bytes that a token reads), weights and modules."""
     engine: str = "none"
     """What will run the model, by whose rules it is searched (docs/exports.md): none, mlx, vllm, gptqmodel or llama_cpp."""
     seed: int = 0

@@ -53,6 +53,8 @@ class Unit:
     """Number of weights."""
     levels: tuple[Level, ...]
     """Least compressed first, so costs strictly descend."""
+    read: float = 1.0
+    """Share of it that a token reads, in (0, 1]: an expert by how many of how many a token is sent to, an embedding by one row."""
 
     @property
     def is_outside(self) -> bool:
@@ -63,6 +65,11 @@ class Unit:
     def place(self) -> str:
         """Where the unit lies, for people: the block's number, or "head" or "embedding"."""
         return self.kind if self.is_outside else str(self.block)
+
+
+def is_of_expert(unit: Unit) -> bool:
+    """Tell whether a unit is an expert's weight, whose kind names what holds it: "experts.down_proj"."""
+    return "." in unit.kind
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ class Space:
                     raise EvoPressError(
                         f"the genome has {one.name} at {one.levels[genome[members[0]]].label} and {other.name} at "
                         f"{other.levels[genome[member]].label}, which are one unit here, {self.units[index].name}: give them one "
-                        "level, or use engine=none"
+                        f"level, or use {'method.experts=each' if is_of_expert(one) else 'engine=none'}"
                     )
         return tuple(genome[members[0]] for members in self.members)
 

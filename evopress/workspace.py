@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from evopress.compress.compressor import Compressor
+from evopress.currencies import CURRENCIES
 from evopress.data.opening import GivenText, RunText
 from evopress.data.tokens import tokens_digest
 from evopress.engines import engine_of
@@ -34,7 +35,7 @@ from evopress.levels.live import LiveModel
 from evopress.levels.modules import ensure_modules
 from evopress.levels.plan import BuildNeeds, BuildSettings, planned
 from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerprint
-from evopress.levels.tied import TiedLevels, as_engine_has
+from evopress.levels.tied import TiedLevels, as_engine_has, tied
 from evopress.levels.union import Levels, LevelSource, LevelUnion, join, joint_fingerprint
 from evopress.machine import PeakMemory, precision
 from evopress.methods import Rest, make_method
@@ -45,7 +46,7 @@ from evopress.models.loading import DTYPES, Pretrained, pick_device
 from evopress.models.opening import ModelSource, pick_dtype
 from evopress.models.outline import find_family, num_blocks_of, text_config
 from evopress.settings import RunSettings
-from evopress.units import BLOCKS, Budget, Genome, Space
+from evopress.units import BLOCKS, Budget, Genome, Space, is_of_expert
 
 logger = logging.getLogger(__name__)
 
@@ -329,21 +330,36 @@ class Workspace:
 
     @_shared
     def database(self) -> Levels:
-        """The run's levels, of all its method's sources, as its engine has them; built first where they are missing."""
-        return self.stored if self.engine is None else TiedLevels(self.stored, self._space_for_engine(self.stored.space))
+        """The run's levels, of all its method's sources, as they are searched; built first where they are missing."""
+        space = self._as_searched(self.stored.space)
+        return self.stored if space is self.stored.space else TiedLevels(self.stored, space)
 
-    def _space_for_engine(self, space: Space) -> Space:
-        """Return a space of the run's levels with its engine's ties and prices."""
-        if self.engine is None or self.method.weights is None:
+    @property
+    def ties(self) -> dict[str, str]:
+        """What beside its fingerprint makes genomes of the level database other ones."""
+        return {"experts": "layer"} if self.method.weights is not None and self.method.weights.experts_together else {}
+
+    def _as_searched(self, space: Space) -> Space:
+        """Return a space of the run's levels with what a token reads of them, its engine's prices, and what is tied."""
+        if self.method.weights is None:
             return space
-        dtype = str(self.compressor.settings().get("scale_dtype", "float16"))
-        return as_engine_has(
-            space,
-            self.engine,
-            columns={name: slot.weight.shape[1] for part in self.blocks.parts for name, slot in self.blocks.slots(part).items()},
-            stored=torch.finfo(DTYPES[dtype]).bits + 16,
-            written=8 * self.blocks.dtype.itemsize,
-        )
+        experts = bool(self.ties)
+        if reads := self.blocks.reads():
+            space = replace(space, units=tuple(replace(unit, read=reads.get(unit.name, 1.0)) for unit in space.units))
+        if self.engine is not None:
+            dtype = str(self.compressor.settings().get("scale_dtype", "float16"))
+            space = as_engine_has(
+                space,
+                self.engine,
+                columns={
+                    name: slot.weight.shape[1] for part in self.blocks.parts for name, slot in self.blocks.slots(part).items()
+                },
+                stored=torch.finfo(DTYPES[dtype]).bits + 16,
+                written=8 * self.blocks.dtype.itemsize,
+            )
+        if experts and not any(is_of_expert(unit) for unit in space.units):
+            raise EvoPressError("method.experts=layer ties the experts of a block, and this model has none: leave it out")
+        return tied(space, self.engine, experts=experts) if self.engine is not None or experts else space
 
     @_shared
     def stored(self) -> LevelUnion | LevelDatabase:
@@ -392,11 +408,11 @@ class Workspace:
         if self.method.modules is not None:
             spaces.append(self._module_space())
         if len(spaces) == 1:
-            return self._space_for_engine(spaces[0].priced(self.method.currency)), needs
+            return self._as_searched(spaces[0].priced(self.method.currency)), needs
         joined, _ = join(
             spaces, method=self.method.name, currency=self.method.currency, is_of_attention=self.blocks.is_of_attention
         )
-        return self._space_for_engine(joined), needs
+        return self._as_searched(joined), needs
 
     @property
     def refines(self) -> bool:
@@ -427,7 +443,8 @@ class Workspace:
             return other.levels
         refined = [] if self._refined is None else [self._refined]
         levels = LevelUnion([self.stored, *self.open_databases(self._further), *refined])
-        return levels if self.engine is None else TiedLevels(levels, self._space_for_engine(levels.space))
+        space = self._as_searched(levels.space)
+        return levels if space is levels.space else TiedLevels(levels, space)
 
     def open_databases(self, names: Sequence[str]) -> list[LevelDatabase]:
         """Open the databases that lie beside the run's own, which baselines need.
@@ -514,6 +531,7 @@ class Workspace:
         return {
             **self._model_recipe,
             "levels": self.database.fingerprint,
+            **self.ties,
             "text": tokens_digest(self.search_tokens),
             "fitness": [fitness.name, fitness.k, fitness.evaluator, fitness.max_tokens_in_flight, fitness.chunk_tokens],
             "attention": model.attn_implementation,
@@ -559,6 +577,23 @@ class Workspace:
     def other_bytes(self) -> int:
         """Bytes of everything that is no unit: norms, embedding and head unless these are included, each tied weight once."""
         return self.rest_of(self.database.space).bits // 8
+
+    def bytes_read(self, space: Space, genome: Genome | None) -> dict[str, int]:
+        """Return how many bytes of the model a token reads, as a row of the results says it; nothing where it reads all.
+
+        Args: genome: of the space; None: the dense model.
+        """
+        if not any(is_of_expert(unit) for unit in space.units):
+            return {}
+        itemsize = self.blocks.dtype.itemsize
+        if genome is None:
+            units = round(sum(unit.size * unit.read for unit in space.units)) * itemsize
+        else:
+            units = -(-space.cost_in(CURRENCIES["read"], genome) // 8)
+        rest, embedding = self.other_bytes, self.blocks.model.get_input_embeddings().weight  # type: ignore[operator]
+        if self.blocks.embedding_part is None and self.blocks.model.get_output_embeddings().weight is not embedding:  # type: ignore[operator]
+            rest -= embedding[1:].numel() * itemsize
+        return {"bytes_read_per_token": units + rest}
 
     def memory(self) -> dict[str, int]:
         """Return the run's peak of resident memory, where the system tells it, and of the device's where there is one, in bytes."""

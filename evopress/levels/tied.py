@@ -1,7 +1,7 @@
-"""Levels as an engine has them: weights that it runs as one matrix get one level, and cost what they take in its file.
+"""Levels as they are searched: weights that an engine runs as one matrix get one level, and cost what they take in its file.
 
-The level database stays what it is, one entry a weight. Here its units are put together, so that whatever searches them, strategy
-or baseline, sees one unit where the engine sees one matrix, and need not know of engines.
+So do the experts of a block where they are asked to. The level database stays what it is, one entry a weight. Here its units are
+put together, so that whatever searches them, strategy or baseline, sees one unit, and need not know of engines or experts.
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ from evopress.compress.compressor import Payload
 from evopress.engines import Engine, Shape
 from evopress.errors import EvoPressError
 from evopress.levels.union import Levels, LevelUnion
-from evopress.units import Genome, Level, Space, Unit
+from evopress.units import Genome, Level, Space, Unit, is_of_expert
 
 
 def as_engine_has(space: Space, engine: Engine, *, columns: Mapping[str, int], stored: int, written: int) -> Space:
-    """Return a space of weights with an engine's prices and ties.
+    """Return a space of weights with an engine's prices.
 
     Args:
         columns: of every weight, by name.
         stored: bits of a scale and a zero together in the level database, which its levels' bits count.
         written: bits of a scale in the engine's file.
-
-    Raises: EvoPressError if weights that it ties have different levels.
     """
     units = []
     for unit in space.units:
@@ -36,7 +34,7 @@ def as_engine_has(space: Space, engine: Engine, *, columns: Mapping[str, int], s
             levels = tuple(_priced(level, engine, shape, stored=stored, written=written) for level in unit.levels)
             unit = replace(unit, levels=levels)
         units.append(unit)
-    return tied(replace(space, units=tuple(units)), engine)
+    return replace(space, units=tuple(units))
 
 
 def _priced(level: Level, engine: Engine, shape: tuple[int, int], *, stored: int, written: int) -> Level:
@@ -48,16 +46,23 @@ def _priced(level: Level, engine: Engine, shape: tuple[int, int], *, stored: int
     return replace(level, stored_bits=engine.stored_bits(Shape(rows, columns, bits, groups, written)))
 
 
-def tied(space: Space, engine: Engine) -> Space:
-    """Put units together that an engine ties, each where the first of them is."""
-    kinds = {kind: name for name, together in engine.ties.items() for kind in together}
+def tied(space: Space, engine: Engine | None, *, experts: bool = False) -> Space:
+    """Put units together that an engine ties, each where the first of them is.
+
+    Args: experts: and the experts of a block, their weights of one name: "model.layers.0.mlp.experts.down_proj".
+
+    Raises: EvoPressError if weights that are tied have different levels.
+    """
+    kinds = {kind: name for name, together in (engine.ties if engine else {}).items() for kind in together}
     places: dict[str, list[int]] = {}
     for index, unit in enumerate(space.units):
         module, _, kind = unit.name.rpartition(".")
         name = f"{module}.{kinds[kind]}" if kind in kinds else unit.name
+        if experts and is_of_expert(unit):
+            name = f"{module.rpartition('.')[0]}.{kind}"
         places.setdefault(name, []).append(index)
     members = tuple(tuple(indices) for indices in places.values())
-    units = tuple(_together(name, [space.units[index] for index in indices], engine) for name, indices in places.items())
+    units = tuple(_together(name, [space.units[index] for index in indices]) for name, indices in places.items())
     at = {index: place for place, indices in enumerate(members) for index in indices}
     inside: tuple[int | None, ...] = ()
     if space.inside:
@@ -66,7 +71,7 @@ def tied(space: Space, engine: Engine) -> Space:
     return Space(space.method, units, space.currency, inside, untied=space, members=members)
 
 
-def _together(name: str, units: list[Unit], engine: Engine) -> Unit:
+def _together(name: str, units: list[Unit]) -> Unit:
     """Return one unit for several: its levels cost what theirs do together."""
     first = units[0]
     if len(units) == 1:
@@ -74,21 +79,25 @@ def _together(name: str, units: list[Unit], engine: Engine) -> Unit:
     for unit in units[1:]:
         if [level.key for level in unit.levels] != [level.key for level in first.levels]:
             raise EvoPressError(
-                f"{engine.title} runs {first.name} and {unit.name} as one, but they have different levels: choose others, or use "
-                "engine=none"
+                f"{first.name} and {unit.name} are to have one level ({name}), but they have different ones to choose from: choose "
+                "others, or use engine=none and method.experts=each"
             )
     levels = tuple(
         replace(each[0], cost=sum(level.cost for level in each), stored_bits=sum(level.stored_bits for level in each))
         for each in zip(*(unit.levels for unit in units), strict=True)
     )
-    return Unit(name, first.block, name.rpartition(".")[2], sum(unit.size for unit in units), levels)
+    kind = first.kind if is_of_expert(first) else name.rpartition(".")[2]
+    return Unit(name, first.block, kind, sum(unit.size for unit in units), levels, first.read)
 
 
 class TiedLevels:
-    """See `Levels`. `read` takes a weight's index and its level, as without ties; genomes are those of the space."""
+    """See `Levels`: levels with another space, whose prices or ties are others.
+
+    `read` takes a weight's index and its level, as without ties; genomes are those of the space.
+    """
 
     def __init__(self, levels: Levels | LevelUnion, space: Space) -> None:
-        """Take levels, and their space with ties."""
+        """Take levels, and their space as it is searched."""
         self.untied, self.space = levels, space
         self.folder: Path = levels.folder
 
@@ -111,6 +120,8 @@ class TiedLevels:
     def errors(self) -> list[list[float]]:
         """See `Levels`; of weights that are tied the sums."""
         errors = self.untied.errors
+        if self.space.untied is None:
+            return errors
         return [[sum(each) for each in zip(*(errors[i] for i in indices), strict=True)] for indices in self.space.members]
 
     def read(self, unit: int, level: int, device: torch.device | str = "cpu") -> Payload:

@@ -45,6 +45,10 @@ class WeightSource(Protocol):
     def correction(self) -> float:
         """Share of what activations have lost there that levels make good, in [0, 1]."""
 
+    @property
+    def experts_together(self) -> bool:
+        """Whether the experts of a block have one level for all their weights of a name."""
+
     def compressor(self, sizes: Sequence[int], *, dtype_bits: int) -> Compressor:
         """Return the compressor that makes the levels.
 

@@ -111,6 +111,11 @@ class Quantization:
         return tuple(self.settings.include)
 
     @property
+    def experts_together(self) -> bool:
+        """See `WeightSource.experts_together`."""
+        return self.settings.experts == "layer"
+
+    @property
     def target_is_level(self) -> bool:
         """Tell whether the target is one of the levels."""
         return self.bits in self.settings.levels

@@ -64,6 +64,11 @@ class Sparsity:
         return tuple(self.settings.include)
 
     @property
+    def experts_together(self) -> bool:
+        """Every expert has levels of its own."""
+        return False
+
+    @property
     def centre(self) -> float:
         """Sparsity in the middle of the levels."""
         return self.sparsity if self.settings.centre is None else self.settings.centre

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from evopress.endings import is_out_of_memory
 from evopress.errors import EvoPressError
 from evopress.models.calls import Call, Form, as_returned, first_of, returned
-from evopress.models.experts import kind_of, look_again, loop, named_linear, together
+from evopress.models.experts import ExpertLinear, chosen_share, kind_of, look_again, loop, named_linear, together
 from evopress.models.families import Family, Parts
 from evopress.models.head import Head, scale_of, softcap_of
 from evopress.models.looking import look_at, say
 from evopress.models.outline import is_linear
 from evopress.models.slots import Slot, outside_slots
-from evopress.units import BLOCKS
+from evopress.units import BLOCKS, EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,15 @@ class BlockModel:
             slot = self._outside[part - len(self.blocks)]
             return {slot.name: slot}
         return {name: Slot(name, kind_of(name, linear), linear) for name, linear in self.linears(part).items()}
+
+    def reads(self) -> dict[str, float]:
+        """Return the share of a slot's weight that a token reads, by name, where that is not all of it: see `Unit.read`."""
+        text: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
+        slots = [slot for part in self.parts for slot in self.slots(part).values()]
+        found = {slot.name: chosen_share(text, slot.module.count) for slot in slots if isinstance(slot.module, ExpertLinear)}
+        if self.embedding_part not in (None, self.head_part):
+            found |= {slot.name: 1 / len(slot.weight) for slot in slots if slot.kind == EMBEDDING}
+        return found
 
     def is_of_attention(self, name: str) -> bool:
         """Tell whether a block's slot of this name lies in the attention, not in the MLP."""

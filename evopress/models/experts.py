@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 _LOOPED: dict[type, type] = {}
 
@@ -24,11 +25,15 @@ _LOOPED: dict[type, type] = {}
 class ExpertLinear(nn.Linear):
     """An expert's projection, a look at a slice of the layer's parameter."""
 
+    count: int
+    """Of the layer's experts."""
+
     routed: tuple[Tensor, int] | None = None
     """Which tokens came last, int64 [t], and of how many."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, count: int) -> None:
         nn.Module.__init__(self)
+        self.count = count
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -45,6 +50,12 @@ def is_fused(module: nn.Module) -> bool:
 def expert_names(module: nn.Module) -> list[str]:
     """Return the names of all experts' linears, inside the module that holds them."""
     return [f"{expert}.{name}" for expert in range(len(getattr(module, DOWN))) for name in (_up(module), DOWN)]
+
+
+def chosen_share(config: Any, count: int) -> float:
+    """Return how many of `count` experts a token is sent to, as a share, by a language model's config; 1 where it does not say."""
+    found = (getattr(config, key, None) for key in _CHOSEN)
+    return min(next((k for k in found if isinstance(k, int)), count), count) / count
 
 
 def kind_of(name: str, linear: nn.Module) -> str:
@@ -150,7 +161,7 @@ def _slices(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
 
 
 def _linear(module: nn.Module, name: str) -> ExpertLinear:
-    return ExpertLinear(*_slices(module, name))
+    return ExpertLinear(*_slices(module, name), count=len(getattr(module, DOWN)))
 
 
 def _looped(kind: type) -> type:

@@ -24,6 +24,7 @@ CAPTIONS = {
     "most, is palest. Weights hold what their levels' errors add. A dropped module (×) holds what it lacks; the colour of one that "
     "is kept is what dropping it would add, which is not in the sum.",
     "level_heatmap": "Each cell is a unit: a row per kind, a column per transformer block. The bar says which colour keeps more.",
+    "experts": "All weights of an expert together. A block without experts has no column.",
     "dropped_modules": "What each way of choosing drops: left half of a cell attention, right half MLP.",
     "level_profile": "Average per kind of unit and per transformer block, for every way of dividing the budget that was compared.",
     "switches": "Every mark is a unit that an accepted generation changed. What goes up somewhere goes down elsewhere: the "

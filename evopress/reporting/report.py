@@ -64,7 +64,7 @@ def write_report(
     def take(*names: str) -> str:
         return "".join(shown.pop(name, "") for name in names)
 
-    where = take("level_heatmap", "dropped_modules", "level_profile")
+    where = take("level_heatmap", "experts", "dropped_modules", "level_profile")
     if space is not None and genome is not None:
         where = _extremes(space, genome, config) + where + _kinds(space, genome, records)
     parts = [

@@ -212,6 +212,7 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
         column("weights kept", lambda row: row.get("weights_kept"), "{:,.0f}".format),
         column("modules dropped", lambda row: row.get("modules_dropped"), "{:.0f}".format),
         column("size MB if packed", lambda row: _megabytes(row.get("bytes")), "{:.1f}".format),
+        column("MB read per token", lambda row: _megabytes(row.get("bytes_read_per_token")), "{:.1f}".format),
         column("checkpoint MB", lambda row: _megabytes(row.get("checkpoint_bytes")), "{:.1f}".format),
         *(column(f"{name} MB", partial(_exported_megabytes, name=name), "{:.1f}".format) for name in _inner_keys(rows, "exports")),
         *(each for key, (name, show, best) in MEANS.items() for each in on_each_text(name, key, show, best)),

@@ -97,6 +97,7 @@ def what_decides_fitness(workspace: Workspace, *, text: bool = True) -> dict[str
         "size": settings.size,
         "limits": settings.limits,
         "engine": settings.engine,
+        "method.experts": workspace.ties.get("experts", "each"),
     }
 
 
@@ -274,10 +275,13 @@ class RunProblem:
         self.orders[name] = list(order)
 
     def kept(self, name: str, about: Mapping[str, Any]) -> KeptNumbers:
-        return KeptNumbers(self._workspace.database.folder / f"{name}-{fingerprint(about)}.json")
+        return KeptNumbers(self._beside(name, about, "json"))
 
     def records(self, name: str, about: Mapping[str, Any]) -> KeptRecords:
-        return KeptRecords(self._workspace.database.folder / f"{name}-{fingerprint(about)}.jsonl")
+        return KeptRecords(self._beside(name, about, "jsonl"))
+
+    def _beside(self, name: str, about: Mapping[str, Any], suffix: str) -> Path:
+        return self._workspace.database.folder / f"{name}-{fingerprint({**about, **self._workspace.ties})}.{suffix}"
 
 
 class KeptNumbers(MutableMapping[str, Any]):

@@ -13,6 +13,7 @@ from evopress.levels.modules import dropped_modules
 from evopress.reporting import figures, tables
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.dropped import dropped_modules_figure
+from evopress.reporting.experts import expert_figure
 from evopress.reporting.generations import read_generations
 from evopress.reporting.held import held_figure
 from evopress.reporting.lineage import lineage_figures
@@ -108,6 +109,7 @@ def measured_rows(workspace: Workspace, genomes: Mapping[str, Genome | None], sp
                 "name": name,
                 **costs,
                 "bytes": workspace.other_bytes + (stored_bits + 7) // 8,
+                **workspace.bytes_read(space, genome),
                 **_measured(scores[name]),
                 "held_out_in_search": as_held_out(own, scores[name][own].first(num_sequences)),
                 **(answers[name].as_row(answers["dense"]) if answers else {}),
@@ -179,6 +181,7 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
             pictures += dropped_modules_figure(dropped, len(workspace.blocks.blocks), run_dir / "figures")
         if workspace.method.weights is not None:
             pictures += figures.level_profile(union, {**others, shown_as: genome}, run_dir / "figures")
+        pictures += expert_figure(space, genome, run_dir / "figures")
         pictures += held_figure(records, database.space, run_dir / "figures", fitness=settings.fitness.name)
         pictures += lineage_figures(records, database.space, run_dir / "figures", fitness=settings.fitness.name)
     if rows:

@@ -27,7 +27,7 @@ VLLM = ENGINES["vllm"]
 def of_an_engine(live: LiveModel, name: str = "vllm") -> LiveModel:
     """Return a live model whose weights an engine ties."""
     columns = {slot.name: slot.weight.shape[1] for part in live.blocks.parts for slot in live.blocks.slots(part).values()}
-    space = as_engine_has(live.space, ENGINES[name], columns=columns, stored=32, written=16)
+    space = tied(as_engine_has(live.space, ENGINES[name], columns=columns, stored=32, written=16), ENGINES[name])
     return LiveModel(live.blocks, TiedLevels(live.levels, space))  # type: ignore[arg-type]
 
 
@@ -116,7 +116,9 @@ def test_what_lies_in_a_dropped_module_is_free_where_it_is_tied() -> None:
 def test_weights_with_other_levels_cannot_be_tied_and_engines_have_names() -> None:
     four, two = Level("4 bits", 16, "4", 16, QUANT), Level("2 bits", 8, "2", 8, QUANT)
     units = (Unit("a.gate_proj", 0, "gate_proj", 4, (four, two)), Unit("a.up_proj", 0, "up_proj", 4, (four,)))
-    with pytest.raises(EvoPressError, match=r"runs a.gate_proj and a.up_proj as one, but they have different levels"):
+    with pytest.raises(
+        EvoPressError, match=r"a.gate_proj and a.up_proj are to have one level \(a.gate_up_proj\), but they have different"
+    ):
         tied(Space("quant", units), VLLM)
     assert engine_of("none") is None and engine_of("vllm") is VLLM
     with pytest.raises(EvoPressError, match="engine=vlm is unknown: choose one of none, mlx, vllm, gptqmodel"):

@@ -66,7 +66,10 @@ def test_limits_are_read() -> None:
         ("60MB", "expected {currency: bytes, total: 60MB}"),
         ({"currency": "bytes"}, "expected {currency: bytes, total: 60MB}"),
         ({"currency": "bytes", "total": 1, "of": 2}, "expected {currency: bytes, total: 60MB}"),
-        ({"currency": "euro", "total": 1}, "the currency 'euro', which is unknown: choose one of bits, bytes, weights, modules"),
+        (
+            {"currency": "euro", "total": 1},
+            "the currency 'euro', which is unknown: choose one of bits, bytes, read, weights, modules",
+        ),
         ({"currency": "bits", "total": "60MB"}, "expected a number, sizes are of the currency bytes"),
         ({"currency": "bytes", "total": "60"}, "is no size"),
         ({"currency": "bytes", "total": -1}, "expected a number of at least 0"),
