@@ -24,7 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from evopress import command_line, machine, run_folder
+from evopress import command_line, machine, ranks, run_folder
 from evopress import config as configuration
 from evopress.earlier_versions import as_written_now, defaults_of
 from evopress.endings import exit_code, is_out_of_memory, of_the_disk, stopping_at_signals
@@ -68,7 +68,7 @@ def main() -> None:
         print(f"evopress {_version()}")
         sys.exit(0)
     try:
-        with stopping_at_signals():
+        with stopping_at_signals(), _among_others():
             if sentence := command_line.refused(sys.argv[1:], configuration.options()):
                 raise EvoPressError(sentence)
             sys.argv[1:] = command_line.with_numbers_shown(command_line.with_plus(sys.argv[1:]))
@@ -88,6 +88,35 @@ def main() -> None:
         _say_error("interrupted; go on with the same command, in the same folder")
         sys.exit(exit_code(stop))
     sys.exit(1 if _failures else 0)
+
+
+@contextmanager
+def _among_others() -> Iterator[None]:
+    """Join the other processes if torchrun has started this one; all but the first do what that one asks and end with it.
+
+    Raises: SystemExit in those others.
+    """
+    if not ranks.asked_for():
+        yield
+        return
+    try:
+        ranks.begin()
+        if ranks.leads():
+            yield
+            return
+        logging.disable(logging.WARNING)  # the first process says what there is to say
+        os.environ["TERM"] = "dumb"
+        machine.keep_freed_memory()
+        machine.exact_products()
+        from evopress.stages.following import follow_run
+
+        try:
+            follow_run()
+        except KeyboardInterrupt as stop:  # of which the first process speaks
+            sys.exit(exit_code(stop))
+    finally:
+        ranks.end()
+    sys.exit(0)
 
 
 def _compose_and_run(entry: Callable[[], None]) -> None:
@@ -225,6 +254,8 @@ def _task(config: DictConfig) -> float:
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         with run_folder.refusals_taken_back(folder):
+            if ranks.asked_for() and not ranks.launched():  # a launcher's process, which the others do not know
+                raise EvoPressError("under torchrun the jobs of a sweep run one after the other: leave hydra/launcher out")
             return _run(config, folder)
     except KeyboardInterrupt as stop:
         _say_error(f"interrupted; go on with: {_to_go_on(folder, multirun=multirun)}")

@@ -25,6 +25,7 @@ from evopress.stages.checks import check_names, check_questions, check_strategy,
 from evopress.stages.conclude import evaluate, report
 from evopress.stages.earlier import refuse_other_settings, refuse_other_work
 from evopress.stages.exports import export, exporters_of, refuse_unfit_formats
+from evopress.stages.following import open_for_all
 from evopress.stages.front import (
     check_stages,
     evaluate_all,
@@ -113,6 +114,7 @@ def run(
     # A genome that is looked at beside a finished run's own leaves that run finished.
     aside = settings.genome is not None and bool(stages_done(replace(settings, genome=None), run_dir))
     begin()
+    open_for_all(workspace)
     if not aside:
         (run_dir / FINISHED).unlink(missing_ok=True)
     tracker = make_tracker(settings.tracker)

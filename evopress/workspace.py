@@ -45,6 +45,7 @@ from evopress.models.dropping import check_fields
 from evopress.models.loading import DTYPES, Pretrained, pick_device
 from evopress.models.opening import ModelSource, pick_dtype
 from evopress.models.outline import find_family, num_blocks_of, text_config
+from evopress.ranks import SHARES, launched, leads, together
 from evopress.settings import RunSettings
 from evopress.units import BLOCKS, Budget, Genome, Space, is_of_expert
 
@@ -220,6 +221,7 @@ class Workspace:
             )
             if self.settings.fitness.evaluator == "population" and not self.model_source.is_outline:
                 blocks.self_check(full_length=self.settings.model.sequence_length)
+        blocks.known_as = ("blocks",)
         return blocks
 
     @property
@@ -487,6 +489,13 @@ class Workspace:
         for made in ("levels", "live", "untied_live", "evaluator"):
             self.__dict__.pop(made, None)
 
+    @property
+    def known_as(self) -> tuple[Any, ...]:
+        """See `ranks.Known`: by the levels that were added; all else is the same in the workspaces of a run."""
+        if (other := self._with_its_levels) is not None:
+            return other.known_as
+        return "workspace", tuple(self._further), None if self._refined is None else self._refined.folder
+
     @cached_property
     def live(self) -> LiveModel:
         if (other := self._with_its_levels) is not None:
@@ -505,22 +514,26 @@ class Workspace:
     def evaluator(self) -> Evaluator:
         if (other := self._with_its_levels) is not None:
             return other.evaluator
-        return self._evaluator_on(self.live)
+        return self._evaluator_on(self.live, self.known_as)
 
     def evaluator_of(self, levels: LevelSource) -> Evaluator:
         """Return what measures genomes that count other levels of the same weights."""
         return self._evaluator_on(LiveModel(self.blocks, levels, cache_bytes=self.settings.level_db.cache_bytes))
 
-    def _evaluator_on(self, live: LiveModel) -> Evaluator:
+    def _evaluator_on(self, live: LiveModel, known_as: tuple[Any, ...] | None = None) -> Evaluator:
         fitness = self.settings.fitness
-        if fitness.evaluator == "plain":
-            return PlainEvaluator(live, max_tokens_in_flight=fitness.max_tokens_in_flight)
-        return PopulationEvaluator(live, max_tokens_in_flight=fitness.max_tokens_in_flight, fused=self.fused)
+        evaluator: Evaluator = (
+            PlainEvaluator(live, max_tokens_in_flight=fitness.max_tokens_in_flight)
+            if fitness.evaluator == "plain"
+            else PopulationEvaluator(live, max_tokens_in_flight=fitness.max_tokens_in_flight, fused=self.fused)
+        )
+        evaluator.known_as = None if known_as is None else ("evaluator", *known_as[1:])
+        return evaluator
 
     @_shared
     def archive(self) -> Archiving:
         """What was measured on the search text before, and by other runs; not where code is compiled, which rounds as it likes."""
-        if not self.settings.archive or self.fused:
+        if not self.settings.archive or self.fused or not leads():
             return NoArchive()
         return Archive(self.database.folder / ARCHIVE, self._what_decides, [len(unit.levels) for unit in self.database.space.units])
 
@@ -538,6 +551,7 @@ class Workspace:
             "offload": model.offload,
             "device": torch.cuda.get_device_name(self.device) if cuda else torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
+            **({"shares": SHARES} if launched() else {}),
             "precision": precision(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -554,11 +568,20 @@ class Workspace:
             return False
         return can_compile(self.device)
 
-    @_shared
+    @property
     def search_base(self) -> Tensor:
         """The dense model's last hidden states on the search text, [N, L, d]."""
+        return self._open_search_base()
+
+    @together
+    def _open_search_base(self) -> Tensor:
+        return self._search_base
+
+    @_shared
+    def _search_base(self) -> Tensor:
         return base_states(self.evaluator, self.search_tokens, batch_tokens=self.settings.fitness.max_tokens_in_flight)
 
+    @together
     def held_out_base(self, count: int) -> Tensor | None:
         """Return the dense model's last hidden states on the first sequences of the run's own held-out text, [count, L, d].
 

@@ -95,6 +95,16 @@ class HessianSum:
             add_product(self._sum[start:end, start:], rows[:, start:end], rows[:, start:])
         self.num_sequences += X.shape[0]
 
+    def join(self, other: HessianSum) -> None:
+        """Add another sum, of further sequences."""
+        self._sum += other._sum
+        self.num_sequences += other.num_sequences
+
+    @property
+    def total(self) -> Tensor:
+        """The sum itself, float32 [C, C], of which what is left of the diagonal's panel is not there."""
+        return self._sum
+
     @classmethod
     def together(cls, sums: Sequence[HessianSum]) -> HessianSum:
         """Return one sum of several, as if their inputs were those of one layer; they are left as they are."""

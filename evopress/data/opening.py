@@ -186,7 +186,7 @@ class RunText:
 class GivenText:
     """Token sequences that are there already; see `RunText`, whose place they take."""
 
-    name = "given"
+    name: str = "given"
     leading_ids: tuple[int, ...] = ()
 
     def __init__(self, calibration: Tensor, search: Tensor | None = None) -> None:

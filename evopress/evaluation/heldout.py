@@ -12,6 +12,7 @@ from torch import Tensor
 from evopress.fitness.measures import HeldOut
 from evopress.fitness.population import Evaluator, measure_sequences
 from evopress.progress import track
+from evopress.ranks import divided, launched, part, together
 from evopress.units import Genome
 
 MEASURES = HeldOut().names
@@ -66,6 +67,7 @@ class Scores:
         return Scores.of(sums, tokens)
 
 
+@together
 def measure_held_out(
     evaluator: Evaluator,
     genomes: Sequence[Genome | None],
@@ -84,18 +86,29 @@ def measure_held_out(
         batch_tokens: tokens per pass of the population over the blocks.
     """
     measure = HeldOut()
-    batch = max(batch_tokens // sequences.shape[1], 1)
-    parts = []
-    for start in track(range(0, len(sequences), batch), what):
-        ids = sequences[start : start + batch]
-        if base is not None:
-            parts.append(
-                measure_sequences(evaluator, genomes, ids, base[start : start + batch], measure, chunk_tokens=chunk_tokens)
+    batch = part(len(sequences), max(batch_tokens // sequences.shape[1], 1))
+    # The dense model comes first where its last hidden states are the base of the others' KL divergence.
+    measured, extra = (list(genomes), 0) if base is not None else ([None, *genomes], 1)
+
+    def sums(starts: Sequence[int]) -> Tensor:
+        found = []
+        for start in track(starts, what):
+            those = slice(start, start + batch)
+            found.append(
+                measure_sequences(
+                    evaluator,
+                    measured,
+                    sequences[those],
+                    None if base is None else base[those],
+                    measure,
+                    chunk_tokens=chunk_tokens,
+                    apart=batch if launched() else None,
+                )[extra:]
             )
-            continue
-        # The dense model comes first, so that its last hidden states are the base of the others' KL divergence.
-        parts.append(measure_sequences(evaluator, [None, *genomes], ids, None, measure, chunk_tokens=chunk_tokens)[1:])
-    return [Scores.of(sums, sequences.shape[1] - 1) for sums in torch.cat(parts, dim=-1)]
+        return torch.cat(found, dim=-1)
+
+    found = torch.cat(divided(range(0, len(sequences), batch), sums), dim=-1)
+    return [Scores.of(each, sequences.shape[1] - 1) for each in found]
 
 
 def scores_by_data_set(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +17,9 @@ from evopress.errors import EvoPressError
 from evopress.fitness.archive import Archiving, NoArchive
 from evopress.fitness.attribution import attribute
 from evopress.fitness.measures import Measure, NegativeLogLikelihood
-from evopress.fitness.population import Evaluator, measure_sums
+from evopress.fitness.population import Evaluator, measure_parts
 from evopress.progress import track
+from evopress.ranks import divided, launched, part, share, size, stacked, together
 from evopress.units import Genome
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ class MinibatchFitness:
         chunk_tokens: int = 256,
         max_tokens_in_flight: int = 4096,
         archive: Archiving | None = None,
+        known_as: Any = None,
     ) -> None:
         """Take the text and the base model's targets.
 
@@ -47,9 +51,11 @@ class MinibatchFitness:
             base: the base model's last hidden states [N, L, d], from `base_states`.
             rng: draws the minibatches and nothing else; its state is part of the search's state.
             measure: a measure with one number per token.
-            max_tokens_in_flight: of attributions; the evaluator has its own.
+            max_tokens_in_flight: of attributions, and what several processes share; the evaluator has its own.
             archive: of what was measured before; None: everything is measured.
+            known_as: see `ranks.Known`.
         """
+        self.known_as = known_as
         self.evaluator = evaluator
         self.sequences = sequences
         self.rng = rng
@@ -69,19 +75,44 @@ class MinibatchFitness:
             return [math.exp(mean) if mean < 700 else math.inf for mean in means]
         return means
 
+    @together
     def _means(self, genomes: Sequence[Genome], minibatch: Minibatch) -> list[float]:
         """Return the measure's mean over a minibatch for every genome."""
+        parts = list(self._parts(minibatch))
+        # Where there are fewer parts than processes, these share the genomes too.
+        columns = min(max(size() // len(parts), 1), len(genomes))
+        work = [_Work(*part, share(len(genomes), of=columns, number=column)) for part in parts for column in range(columns)]
+        found = [sums for mine in divided(work, lambda mine: self._sums(genomes, mine)) for sums in mine]
         total = torch.zeros(len(genomes), dtype=torch.float64)
-        count = 0
-        for indices, length in minibatch.groups():
-            rows = list(indices)
-            ids = self.sequences[rows, :length]
-            sums, n = measure_sums(self.evaluator, genomes, ids, self.base[rows], self.measure, chunk_tokens=self.chunk_tokens)
+        for (rows, length, of), sums in zip(work, found, strict=True):
             if not bool(torch.isfinite(sums).all()):
-                self._explain(genomes[int(torch.isfinite(sums).all(1).int().argmin())], rows, ids)
-            total += sums[:, 0]
-            count += n
-        return (total / count).tolist()
+                worst = genomes[of[int(torch.isfinite(sums).all(1).int().argmin())]]
+                self._explain(worst, list(rows), self.sequences[list(rows), :length])
+            total[of.start : of.stop] += sums[:, 0]
+        return (total / sum(len(rows) * (length - 1) for rows, length in parts)).tolist()
+
+    def _parts(self, minibatch: Minibatch) -> Iterator[tuple[tuple[int, ...], int]]:
+        """Yield rows that are measured together, and how many tokens of each: a group, or one process's least share of it."""
+        for rows, length in minibatch.groups():
+            most = part(len(rows), max(self.max_tokens_in_flight // length, 1)) if launched() else len(rows)
+            yield from ((rows[start : start + most], length) for start in range(0, len(rows), most))
+
+    def _sums(self, genomes: Sequence[Genome], work: Sequence[_Work]) -> list[Tensor]:
+        """Return the measure's sums, float64 [genomes, measures], of each part; those of one length in one walk over the blocks."""
+        found: list[Tensor] = []
+        for (length, of), alike in groupby(work, key=lambda each: (each.length, each.of)):
+            parts = [each.rows for each in alike]
+            rows = [row for part in parts for row in part]
+            found += measure_parts(
+                self.evaluator,
+                genomes[of.start : of.stop],
+                self.sequences[rows, :length],
+                self.base[rows],
+                self.measure,
+                chunk_tokens=self.chunk_tokens,
+                apart=len(parts[0]) if launched() else None,
+            )
+        return found
 
     def attribute(self, genome: Genome, *, tokens: int, sequences: int) -> list[list[float]]:
         """Return what each unit holds of a genome's fitness on sequences of fresh text, floats [sequences][units].
@@ -98,22 +129,31 @@ class MinibatchFitness:
         available, longest = self.sequences.shape
         drawn = draw_equal(available, longest, tokens=tokens, sequences=sequences, rng=self.rng)
         rows, length = list(drawn.indices), drawn.lengths[0]
-        live = self.evaluator.live
-        uniform = self.rng.random((len(rows), length - 1)) if live.modules_in(0) else None
+        uniform = self.rng.random((len(rows), length - 1)) if self.evaluator.live.modules_in(0) else None
+        return self.archive.attribution(
+            genome, rows, length, lambda: self._attributed(genome, rows, length, uniform), drawn=uniform
+        ).tolist()
 
-        def measured() -> np.ndarray:
+    @together
+    def _attributed(self, genome: Genome, rows: Sequence[int], length: int, uniform: np.ndarray | None) -> np.ndarray:
+        """Return what each unit of a genome holds on the first tokens of some rows, floats [rows, units]."""
+        most = part(len(rows), max(self.max_tokens_in_flight // length, 1))
+        parts = [slice(start, start + most) for start in range(0, len(rows), most)]
+
+        def attributed(mine: Sequence[slice]) -> Tensor:
+            those = slice(mine[0].start, mine[-1].stop)
             return attribute(
-                live,
+                self.evaluator.live,
                 genome,
-                self.sequences[rows, :length],
-                self.base[rows],
+                self.sequences[rows[those], :length],
+                self.base[rows[those]],
                 self.measure,
-                uniform=None if uniform is None else torch.from_numpy(uniform),
-                max_tokens_in_flight=self.max_tokens_in_flight,
+                uniform=None if uniform is None else torch.from_numpy(uniform[those]),
+                max_tokens_in_flight=most * length,
                 chunk_tokens=self.chunk_tokens,
-            ).numpy()
+            )
 
-        return self.archive.attribution(genome, rows, length, measured, drawn=uniform).tolist()
+        return stacked(parts, attributed).numpy()
 
     def _explain(self, genome: Genome, rows: list[int], ids: Tensor) -> None:
         """Say, the first time, where a genome's numbers stop being finite.
@@ -139,21 +179,36 @@ class MinibatchFitness:
         )
 
 
+@together
 def base_states(evaluator: Evaluator, sequences: Tensor, *, batch_tokens: int) -> Tensor:
     """Return the dense model's last hidden states [N, L, d] in its dtype, in host memory.
 
     Raises: EvoPressError if one is not finite.
     """
-    batch = max(batch_tokens // sequences.shape[1], 1)
-    parts = []
-    for start in track(range(0, len(sequences), batch), "last hidden states of the dense model"):
-        _, states = evaluator.final_states([None], sequences[start : start + batch])
-        if not bool(torch.isfinite(states[0]).all()):
-            blocks = evaluator.live.blocks
-            what, row = blocks.where_non_finite(sequences[start : start + batch]) or ("the last hidden states", 0)
-            raise EvoPressError(
-                f"the dense model's hidden states are not finite on sequences {start} to {start + len(states[0]) - 1}, "
-                f"first {what} on sequence {start + row}: {blocks.advice}"
-            )
-        parts.append(states[0].cpu())
-    return torch.cat(parts)
+    batch = part(len(sequences), max(batch_tokens // sequences.shape[1], 1))
+
+    def states(starts: Sequence[int]) -> Tensor:
+        parts = []
+        for start in track(starts, "last hidden states of the dense model"):
+            ids = sequences[start : start + batch]
+            _, (found,) = evaluator.final_states([None], ids, apart=batch if launched() else None)
+            if not bool(torch.isfinite(found).all()):
+                blocks = evaluator.live.blocks
+                what, row = blocks.where_non_finite(ids) or ("the last hidden states", 0)
+                raise EvoPressError(
+                    f"the dense model's hidden states are not finite on sequences {start} to {start + len(found) - 1}, "
+                    f"first {what} on sequence {start + row}: {blocks.advice}"
+                )
+            parts.append(found.cpu())
+        return torch.cat(parts)
+
+    return stacked(range(0, len(sequences), batch), states)
+
+
+class _Work(NamedTuple):
+    """Some first tokens of rows, on which some genomes are measured."""
+
+    rows: tuple[int, ...]
+    length: int
+    of: range
+    """Which genomes."""

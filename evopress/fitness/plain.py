@@ -6,6 +6,7 @@ The reference that the population evaluator must equal, and the fallback for mod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,12 @@ class PlainEvaluator:
     def __init__(self, live: Live, *, max_tokens_in_flight: int = 4096) -> None:
         self.live = live
         self.max_tokens_in_flight = max_tokens_in_flight
+        self.known_as: Any = None
 
     @torch.no_grad()
-    def final_states(self, genomes: Sequence[Genome | None], ids: Tensor) -> tuple[list[int], list[Tensor]]:
+    def final_states(
+        self, genomes: Sequence[Genome | None], ids: Tensor, *, apart: int | None = None
+    ) -> tuple[list[int], list[Tensor]]:
         """See `Evaluator.final_states`; states of equal genomes are computed anew."""
         blocks = self.live.blocks
         states = []
@@ -30,7 +34,7 @@ class PlainEvaluator:
             with self.live.applied(genome):
                 parts = [
                     blocks.decoder(input_ids=part.to(blocks.device), use_cache=False).last_hidden_state
-                    for part in ids.split(max(self.max_tokens_in_flight // ids.shape[1], 1))
+                    for part in ids.split(apart or max(self.max_tokens_in_flight // ids.shape[1], 1))
                 ]
             states.append(torch.cat(parts))
         return list(range(len(genomes))), states

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from evopress.fitness.measures import Measure
 from evopress.levels.live import Live, part_held
+from evopress.ranks import launched
 from evopress.units import Genome
 
 _T = TypeVar("_T")
@@ -27,11 +28,17 @@ class Evaluator(Protocol):
     """Measures genomes on token ids; None stands for the dense model."""
 
     live: Live
+    known_as: Any
+    """See `ranks.Known`."""
 
-    def final_states(self, genomes: Sequence[Genome | None], ids: Tensor) -> tuple[list[int], list[Tensor]]:
+    def final_states(
+        self, genomes: Sequence[Genome | None], ids: Tensor, *, apart: int | None = None
+    ) -> tuple[list[int], list[Tensor]]:
         """Return the distinct last hidden states [b, l, d], and for each genome the index of its own.
 
-        Args: ids: int64 [b, l].
+        Args:
+            ids: int64 [b, l].
+            apart: sequences to a forward, which has one genome's rows alone; None: as many rows as there is room for.
         """
 
     def alone(self, num_sequences: int, length: int) -> bool:
@@ -51,11 +58,14 @@ class PopulationEvaluator:
         self.live = live
         self.max_tokens_in_flight = max_tokens_in_flight
         self.fused = fused
+        self.known_as: Any = None
         self.num_block_tokens = 0
         """Tokens times blocks computed so far."""
 
     @torch.no_grad()
-    def final_states(self, genomes: Sequence[Genome | None], ids: Tensor) -> tuple[list[int], list[Tensor]]:
+    def final_states(
+        self, genomes: Sequence[Genome | None], ids: Tensor, *, apart: int | None = None
+    ) -> tuple[list[int], list[Tensor]]:
         live, blocks = self.live, self.live.blocks
         embeddings, state_of = _distinct([_levels_in(live, genome, blocks.embedding_part) for genome in genomes])
         states: list[Tensor | None] = []
@@ -84,7 +94,7 @@ class PopulationEvaluator:
                     try:
                         for levels, parents in parents_of.items():
                             live.set_block(index, levels)
-                            self._advance(index, levels, parents, states, following, children, uses)
+                            self._advance(index, levels, parents, states, following, children, uses, apart)
                     finally:
                         live.restore_block(index)
             states = following
@@ -93,7 +103,7 @@ class PopulationEvaluator:
 
     def alone(self, num_sequences: int, length: int) -> bool:
         """See `Evaluator`: where a forward has room for one state, it has no other's rows."""
-        return self._together(num_sequences, length) == 1
+        return launched() or self._together(num_sequences, length) == 1
 
     def _together(self, num_sequences: int, length: int) -> int:
         """Return how many states of so many sequences go through a block together."""
@@ -108,13 +118,14 @@ class PopulationEvaluator:
         following: list[Tensor | None],
         children: dict[tuple[int, Genome | None], int],
         uses: list[int],
+        apart: int | None,
     ) -> None:
         """Run one assignment of block `index` over all states that need it, several states to a forward; free used-up parents."""
         first = states[parents[0]]
         assert first is not None
         b, length = first.shape[:2]
-        per_forward = max(self.max_tokens_in_flight // length, 1)  # sequences
-        together = self._together(b, length)  # states
+        per_forward = apart or max(self.max_tokens_in_flight // length, 1)  # sequences
+        together = 1 if apart else self._together(b, length)  # states
         for start in range(0, len(parents), together):
             group = parents[start : start + together]
             inputs = [states[parent] for parent in group]
@@ -150,13 +161,35 @@ def measure_sums(
 
     Returns: sums float64 [genomes, measures] on the host, and the number of tokens summed over.
     """
-    end_of, ends, chunks = _by_chunks(evaluator, genomes, ids, base, measure, chunk_tokens)
+    (sums,) = measure_parts(evaluator, genomes, ids, base, measure, chunk_tokens=chunk_tokens)
+    return sums, ids[:, 1:].numel()
+
+
+def measure_parts(
+    evaluator: Evaluator,
+    genomes: Sequence[Genome | None],
+    ids: Tensor,
+    base: Tensor | None,
+    measure: Measure,
+    *,
+    chunk_tokens: int = 256,
+    apart: int | None = None,
+) -> Tensor:
+    """Sum a measure as `measure_sums`, over so many sequences at a time as are `apart`.
+
+    A part's numbers are then the same to the bit, whatever else is measured. None: all sequences are one part.
+
+    Returns: sums float64 [parts, genomes, measures] on the host.
+    """
+    end_of, ends, chunks = _by_chunks(evaluator, genomes, ids, base, measure, chunk_tokens, apart)
+    tokens = (apart or len(ids)) * (ids.shape[1] - 1)
     # Sums stay where the measures are: reading one makes the host wait for the device.
-    sums: list[Tensor | None] = [None] * ends
-    for i, _, values in chunks:
-        part, so_far = values.sum(-1, dtype=torch.float64), sums[i]
-        sums[i] = part if so_far is None else so_far + part
-    return torch.stack([total for total in sums if total is not None]).cpu()[end_of], ids[:, 1:].numel()
+    sums: list[list[Tensor | None]] = [[None] * ends for _ in range(0, len(ids), apart or len(ids))]
+    for i, chunk, values in chunks:
+        of_part, number = sums[chunk.start // tokens], values.sum(-1, dtype=torch.float64)
+        so_far = of_part[i]
+        of_part[i] = number if so_far is None else so_far + number
+    return torch.stack([torch.stack([total for total in of_part if total is not None]) for of_part in sums]).cpu()[:, end_of]
 
 
 def measure_sequences(
@@ -167,12 +200,13 @@ def measure_sequences(
     measure: Measure,
     *,
     chunk_tokens: int = 256,
+    apart: int | None = None,
 ) -> Tensor:
     """Sum a measure over the predicted tokens of each sequence, for every genome; otherwise as `measure_sums`.
 
     Returns: sums float64 [genomes, measures, b] on the host, each over l - 1 tokens.
     """
-    end_of, ends, chunks = _by_chunks(evaluator, genomes, ids, base, measure, chunk_tokens)
+    end_of, ends, chunks = _by_chunks(evaluator, genomes, ids, base, measure, chunk_tokens, apart)
     sums = torch.zeros(ends, len(measure.names), ids.shape[0], dtype=torch.float64)
     sequence_of = torch.arange(ids.shape[0]).repeat_interleave(ids.shape[1] - 1)
     for i, chunk, values in chunks:
@@ -187,6 +221,7 @@ def _by_chunks(
     base: Tensor | None,
     measure: Measure,
     chunk_tokens: int,
+    apart: int | None,
 ) -> tuple[list[int], int, Iterator[tuple[int, slice, Tensor]]]:
     """Return each genome's end, a last hidden state under the levels of a head, how many ends there are, and what is measured.
 
@@ -194,7 +229,7 @@ def _by_chunks(
     """
     live, part = evaluator.live, evaluator.live.blocks.head_part
     dense = live.blocks.head()
-    state_of, states = evaluator.final_states(genomes, ids)
+    state_of, states = evaluator.final_states(genomes, ids, apart=apart)
     levels = [_levels_in(live, genome, part) for genome in genomes]
     ends, end_of = _distinct(list(zip(state_of, levels, strict=True)))
     heads = {}
@@ -208,13 +243,20 @@ def _by_chunks(
 
     def measured() -> Iterator[tuple[int, slice, Tensor]]:
         with torch.no_grad():
-            for start in range(0, labels.numel(), chunk_tokens):
-                chunk = slice(start, start + chunk_tokens)
+            for chunk in _chunks(labels.numel(), chunk_tokens, within=apart and apart * (ids.shape[1] - 1)):
                 reference = measure.reference(flat_base[chunk].to(device), labels[chunk], dense)
                 for i, (state, head_levels) in enumerate(ends):
                     yield i, chunk, measure(flat[state][chunk], reference, heads[head_levels])
 
     return end_of, len(ends), measured()
+
+
+def _chunks(count: int, size: int, *, within: int | None) -> Iterator[slice]:
+    """Cut `count` tokens into chunks, none of which goes over a multiple of `within`."""
+    within = within or count
+    for begin in range(0, count, within):
+        end = min(begin + within, count)
+        yield from (slice(start, min(start + size, end)) for start in range(begin, end, size))
 
 
 def _levels_in(live: Live, genome: Genome | None, part: int | None) -> Genome | None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,15 @@ from evopress.levels.store import (
     LevelDatabase,
     block_file,
     check_block,
+    encoded,
     entries_of,
     read_manifest,
-    write_block,
+    write_encoded,
     write_manifest,
 )
 from evopress.models.blocks import BlockModel
 from evopress.progress import track
+from evopress.ranks import divided, each, first, part, shares, size, together
 from evopress.units import Space, Unit
 
 logger = logging.getLogger(__name__)
@@ -78,7 +81,7 @@ def ensure_database(
         _check_names_are_free(folder, len(blocks.parts))
         entries = _finished_blocks(folder, len(blocks.parts))
         _preflight(settings, space, entries, blocks, tokens)
-        _build(settings, blocks, tokens, compressor, space, entries)
+        _build(settings, blocks, tokens, compressor, entries)
         return LevelDatabase.open(folder), False
 
 
@@ -144,43 +147,18 @@ def _build(
     blocks: BlockModel,
     tokens: Tensor,
     compressor: Compressor,
-    space: Space,
     entries: dict[int, dict[str, Any]],
 ) -> None:
-    """Walk over the blocks up to the last missing one; then write the manifest."""
+    """Build the missing blocks; then write the manifest."""
     folder = settings.folder
     rewrite_journal(folder / JOURNAL, entries)  # before the manifest goes: one of them always names what is finished
     (folder / MANIFEST).unlink(missing_ok=True)
     sync_folder(folder)
-    missing = [index for index in blocks.parts if index not in entries]
     store = settings.hessians if settings.propagate is None else None
+    missing = [index for index in blocks.parts if index not in entries]
     unseen = [index for index in missing if sees_activations(blocks, index) and (store is None or index not in store)]
-    walked = range(unseen[-1] + 1 if unseen else 0)  # blocks that activations must pass or enter, the head after them
-    units = {unit.name: unit for unit in space.units}
-    batch = max(settings.batch_tokens // tokens.shape[1], 1)
-    buffer = activations_of(folder, settings.activations, blocks, tokens, batch) if unseen else torch.empty(0)
-    walking = Walking(buffer, batch, correction=settings.correction)
-    if unseen and walking.correction and settings.propagate is not None:  # dense activations have lost nothing
-        walking.dense = activations_of(folder, settings.activations, blocks, tokens, batch)
-    for index in track(sorted({*missing, *walked}), "building the level database"):
-        with blocks.on_device(index):
-            if index in missing:
-                kept = store.read(index) if store is not None and sees_activations(blocks, index) and index not in unseen else None
-                advanced = kept is None and settings.propagate is None and index + 1 in walked
-                hessians = kept or _hessians(blocks, index, walking, advance=advanced)
-                if store is not None and index in unseen:
-                    store.write(index, hessians)
-                compressed = _compress_part(blocks, index, hessians, tokens, compressor, walking, units, settings.propagate)
-                entries[index] = write_block(folder, index, compressed, units)
-                append(folder / JOURNAL, entries[index])
-                decoded = _at_level(compressed, units, settings.propagate)
-            else:
-                advanced = False
-                decoded = _stored_level(folder, entries[index], settings.propagate)
-            if index + 1 in walked and not advanced:
-                propagate(blocks, index, buffer, batch, decoded)
-                if walking.dense is not None:
-                    propagate(blocks, index, walking.dense, batch, {})
+    walk = _walk_alone if settings.correction and settings.propagate is not None else _walk_together
+    entries = walk(blocks, settings, tokens, compressor, entries, unseen)
     write_manifest(
         folder,
         method=settings.method,
@@ -189,6 +167,68 @@ def _build(
         entries=[entries[index] for index in blocks.parts],
     )
     (folder / JOURNAL).unlink(missing_ok=True)
+
+
+@together
+def _walk_together(blocks: BlockModel, *asked: Any) -> dict[int, dict[str, Any]]:
+    return _walk_alone(blocks, *asked)
+
+
+def _walk_alone(
+    blocks: BlockModel,
+    settings: BuildSettings,
+    tokens: Tensor,
+    compressor: Compressor,
+    entries: Mapping[int, dict[str, Any]],
+    unseen: Sequence[int],
+) -> dict[int, dict[str, Any]]:
+    """Walk over the blocks up to the last missing one, and return the entries of all.
+
+    Every process has the activations of its shares of the text and compresses some of a block's units; the first one writes.
+
+    Args: unseen: parts whose Hessians are nowhere yet.
+    """
+    folder, entries = settings.folder, dict(entries)
+    missing = [index for index in blocks.parts if index not in entries]
+    store = settings.hessians if settings.propagate is None else None
+    walked = range(unseen[-1] + 1 if unseen else 0)  # blocks that activations must pass or enter, the head after them
+    units = {unit.name: unit for unit in plan_space(blocks, compressor, method=settings.method).units}
+    batch, mine = part(len(tokens), max(settings.batch_tokens // tokens.shape[1], 1)), shares(len(tokens))
+    buffer = activations_of(folder, settings.activations, blocks, tokens, batch, mine) if unseen else torch.empty(0)
+    walking = Walking(buffer, batch, correction=settings.correction, mine=mine)
+    if unseen and walking.correction and settings.propagate is not None:  # dense activations have lost nothing
+        walking.dense = activations_of(folder, settings.activations, blocks, tokens, batch, mine)
+    for index in track(sorted({*missing, *walked}), "building the level database"):
+        with blocks.on_device(index):
+            if index in missing:
+                kept = store.read(index) if store is not None and sees_activations(blocks, index) and index not in unseen else None
+                advanced = kept is None and settings.propagate is None and index + 1 in walked
+                hessians = kept or _hessians(blocks, index, walking, advance=advanced)
+                if store is not None and index in unseen:
+                    first(partial(store.write, index, hessians))
+                compressed = _compress_part(blocks, index, hessians, tokens, compressor, walking, units, settings.propagate)
+                parts = each(partial(encoded, compressed, units), to_first=True)
+                entries[index] = first(partial(_write, folder, index, parts, list(blocks.slots(index))))
+                decoded = _at_level(compressed, units, settings.propagate) if size() == 1 else None
+            else:
+                advanced, decoded = False, None
+            if index + 1 in walked and not advanced:
+                decoded = _stored_level(folder, entries[index], settings.propagate) if decoded is None else decoded
+                propagate(blocks, index, buffer, batch, decoded, mine=mine)
+                if walking.dense is not None:
+                    propagate(blocks, index, walking.dense, batch, {}, mine=mine)
+    return entries
+
+
+def _write(
+    folder: Path, index: int, parts: Sequence[tuple[dict[str, Tensor], list[dict[str, Any]]]], order: list[str]
+) -> dict[str, Any]:
+    """Write a block of what each process has of it, and note that it is there."""
+    tensors = {key: tensor for those, _ in parts for key, tensor in those.items()}
+    records = sorted((record for _, those in parts for record in those), key=lambda record: order.index(record["name"]))
+    entry = write_encoded(folder, index, tensors, records)
+    append(folder / JOURNAL, entry)
+    return entry
 
 
 def _hessians(blocks: BlockModel, index: int, walking: Walking, *, advance: bool) -> BlockHessians:
@@ -206,20 +246,27 @@ def _compress_part(
     units: Mapping[str, Unit],
     propagate: str | None,
 ) -> dict[str, list[Compressed]]:
-    """Compress all units of a part to all their levels; activations leave it through the level `propagate`."""
+    """Compress this process's share of a part's units to all their levels; activations leave it through the level `propagate`."""
     slots = blocks.slots(index)
-    if index == blocks.embedding_part:
-        ((name, slot),) = slots.items()
-        H = hessians.hessians[name].to(blocks.device) if index == blocks.head_part else None
-        try:
-            return {name: compress_embedding(slot, tokens, compressor, H=H)}
-        except EvoPressError as error:
-            raise type(error)(f"{name}: {error}") from None
+    compressed: dict[str, list[Compressed]] = {}
 
     def settled(name: str, levels: list[Compressed]) -> Tensor | None:
         return _at_level({name: levels}, units, propagate).get(name)
 
-    return compress_units(blocks, index, set(slots), hessians, compressor, walking, settled=settled)
+    def compress(owners: Sequence[str]) -> None:
+        if index == blocks.embedding_part:
+            ((name, slot),) = slots.items()
+            H = hessians.hessians[name].to(blocks.device) if index == blocks.head_part else None
+            try:
+                compressed[name] = compress_embedding(slot, tokens, compressor, H=H)
+            except EvoPressError as error:
+                raise type(error)(f"{name}: {error}") from None
+            return
+        names = {name for name in slots if hessians.owners[name] in owners}
+        compressed.update(compress_units(blocks, index, names, hessians, compressor, walking, settled=settled))
+
+    divided(list(hessians.hessians) or list(slots), compress)
+    return compressed
 
 
 def _at_level(compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit], key: str | None) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from evopress.levels.passage import Passage, room_for_activations
 from evopress.models.blocks import BlockModel
 from evopress.models.experts import ExpertLinear
 from evopress.progress import track
+from evopress.ranks import each, first, part, shares, summed, together
 
 logger = logging.getLogger(__name__)
 LEAST_TOKENS = 128
@@ -48,54 +50,84 @@ def complete_hessians(
         activations: where they live between blocks: "memory" (of the host) or "disk".
     """
     missing = [index for index in range(len(blocks.blocks)) if index not in store]
-    if not missing:
-        return
-    make_folder(store.folder)
-    batch = max(batch_tokens // tokens.shape[1], 1)
-    buffer = activations_of(store.folder, activations, blocks, tokens, batch)
+    if missing:
+        make_folder(store.folder)
+        _complete(blocks, store, missing, tokens, batch_tokens, activations)
+
+
+@together
+def _complete(
+    blocks: BlockModel, store: HessianStore, missing: Sequence[int], tokens: Tensor, batch_tokens: int, activations: str
+) -> None:
+    batch, mine = part(len(tokens), max(batch_tokens // tokens.shape[1], 1)), shares(len(tokens))
+    buffer = activations_of(store.folder, activations, blocks, tokens, batch, mine)
     for index in track(range(missing[-1] + 1), "computing Hessians"):
         with blocks.on_device(index):
             if index in missing:
-                store.write(index, collect_hessians(blocks, index, buffer, batch, advance=index < missing[-1]))
+                hessians = collect_hessians(blocks, index, buffer, batch, advance=index < missing[-1], mine=mine)
+                first(partial(store.write, index, hessians))
             else:
-                propagate(blocks, index, buffer, batch, {})
+                propagate(blocks, index, buffer, batch, {}, mine=mine)
 
 
-def activations_of(folder: Path, where: str, blocks: BlockModel, tokens: Tensor, batch: int) -> Tensor:
-    """Return the hidden states that enter the first block, [N, L, d], in memory or in a file that nobody else sees."""
+def activations_of(
+    folder: Path, where: str, blocks: BlockModel, tokens: Tensor, batch: int, mine: Sequence[range] | None = None
+) -> Tensor:
+    """Return the hidden states that enter the first block, [n, L, d], in memory or in a file that nobody else sees.
+
+    Args: mine: see `shares`: those sequences alone; None: all, which are one share.
+    """
+    mine = [range(len(tokens))] if mine is None else list(mine)
+    tokens = tokens[mine[0].start : mine[-1].stop]
     shape = (*tokens.shape, blocks.hidden_size)
     if where == "disk":
         count = tokens.numel() * blocks.hidden_size
         buffer = _mapped(temporary_beside(folder / "activations"), count, blocks.dtype).reshape(shape)
     else:
         buffer = room_for_activations(shape, blocks.dtype, blocks.device)
-    finite = []
-    for start in range(0, len(tokens), batch):
-        embedded = blocks.embed(tokens[start : start + batch])
-        finite.append(torch.isfinite(embedded).all())
-        buffer[start : start + batch] = embedded.to(buffer.device)
-    if (broken := _first_not_finite(finite, batch, len(tokens))) is not None:
-        raise EvoPressError(f"the embedding is not finite, first on {broken}: {blocks.advice}")
+
+    def fill() -> None:
+        finite = []
+        for start in range(0, len(tokens), batch):
+            embedded = blocks.embed(tokens[start : start + batch])
+            finite.append((mine[0].start + start, torch.isfinite(embedded).all()))
+            buffer[start : start + batch] = embedded.to(buffer.device)
+        if (broken := _first_not_finite(finite, batch, buffer, mine)) is not None:
+            raise EvoPressError(f"the embedding is not finite, first on {broken}: {blocks.advice}")
+
+    each(fill)
     return buffer
 
 
-def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int, *, advance: bool = False) -> BlockHessians:
+def collect_hessians(
+    blocks: BlockModel,
+    index: int,
+    buffer: Tensor,
+    batch: int,
+    *,
+    advance: bool = False,
+    mine: Sequence[range] | None = None,
+) -> BlockHessians:
     """Run block `index` over activations [N, L, d] and sum one Hessian per distinct input, not per linear.
 
     Linears that are handed the same tensor (q, k and v; gate and up) share the first one's Hessian.
 
-    Args: advance: replace the activations by what the dense block makes of them, in the same forward. Otherwise the forward ends,
-        from the second batch on, with the last of these inputs: what the block would make of it is nobody's.
+    Args:
+        advance: replace the activations by what the dense block makes of them, in the same forward. Otherwise the forward ends,
+            once the inputs are known, with the last of them: what the block would make of it is nobody's.
+        mine: see `shares`: the activations are those of these sequences, and each share is summed for itself; None: all are one.
 
     Raises: EvoPressError if an activation is not finite, with the unit's name and the first sequences.
     """
     blocks.prepare(buffer.shape[1])  # not under the hooks
     linears = blocks.linears(index)
     owners: dict[str, str] = {}
-    sums: dict[str, HessianSum] = {}
+    sums: dict[str, HessianSum] = {}  # of the share at hand
     # Tokens that experts have seen; they are called with what is routed to them, or not at all.
     experts: dict[str, Any] = {name: 0 for name, linear in linears.items() if isinstance(linear, ExpertLinear)}
     alive: list[tuple[str, Tensor]] = []  # inputs of this forward, held so that no address is used twice
+    inputs = 0  # in a forward, once one has ended
+    current = buffer  # the batch at hand
 
     def caught(name: str) -> Any:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:
@@ -109,46 +141,112 @@ def collect_hessians(blocks: BlockModel, index: int, buffer: Tensor, batch: int,
                 if name in experts:
                     experts[name] += x.any(-1).sum() if module.routed is None else len(x)
                 sums.setdefault(name, HessianSum(x.shape[-1], device=x.device)).add(X)
-                if not advance and start and len(alive) == len(sums) and not experts:
+                if not advance and len(alive) == inputs and not experts:
                     raise _AllSeen
 
         return hook
 
-    handles = [module.register_forward_pre_hook(caught(name)) for name, module in linears.items()]
-    finite: list[Tensor] = []  # what is not finite inside a block is not so where it ends; read once, so that no batch waits for it
-    try:
-        passage = Passage(buffer, batch, blocks.device)
-        for start, current in passage:
-            try:
-                output = blocks.run(index, current)
-            except _AllSeen:
-                output = alive[-1][1]
-            finite.append(torch.isfinite(output).all())
-            if advance:
-                passage.put(start, output)
-            alive.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    idle = [name for name in linears if name not in owners and name not in experts]
-    if idle:
-        raise EvoPressError(
-            f"{idle[0]} was never called in its block's forward: its family's adapter names a module that is not used"
-        )
-    if (where := _first_not_finite(finite, batch, len(buffer))) is not None:
-        broken = next((name for name, linear in linears.items() if not bool(torch.isfinite(linear.weight).all())), None)
-        unit = next((owner for owner, total in sums.items() if not total.finite), None)
-        what = f"the input activations of {unit} are" if unit else f"the output of {blocks.block_name(index)} is"
-        what = what if broken is None else f"the weight of {broken} is"
-        raise EvoPressError(f"{what} not finite, first on {where}: {blocks.advice}")
-    _pool_experts(experts, owners, sums)
-    hessians = {}
-    for owner, total in sums.items():
+    total = _Tree()
+    # What is not finite inside a block is not so where it ends; read once, so that no batch waits for it.
+    finite: list[tuple[int, Tensor]] = []
+
+    def walk() -> None:
+        nonlocal current, inputs
+        handles = [module.register_forward_pre_hook(caught(name)) for name, module in linears.items()]
         try:
-            hessians[owner] = total.result()
-        except EvoPressError as error:
-            raise type(error)(f"{', '.join(name for name in linears if owners[name] == owner)}: {error}") from None
+            for first_row, passage in _passages(buffer, batch, blocks, mine):
+                for start, current in passage:
+                    try:
+                        output = blocks.run(index, current)
+                    except _AllSeen:
+                        output = alive[-1][1]
+                    finite.append((first_row + start, torch.isfinite(output).all()))
+                    if advance:
+                        passage.put(start, output)
+                    inputs = len(alive)
+                    alive.clear()
+                total.add(sums)
+                sums.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if (where := _first_not_finite(finite, batch, buffer, mine)) is not None:
+            broken = next((name for name, linear in linears.items() if not bool(torch.isfinite(linear.weight).all())), None)
+            unit = next((owner for owner, each_sum in total.sums.items() if not each_sum.finite), None)
+            what = f"the input activations of {unit} are" if unit else f"the output of {blocks.block_name(index)} is"
+            what = what if broken is None else f"the weight of {broken} is"
+            raise EvoPressError(f"{what} not finite, first on {where}: {blocks.advice}")
+
+    each(walk)
+    found = total.of_all(blocks.device)
+    seen = each(lambda: (owners, {name: int(count) for name, count in experts.items()}))
+    owners = {name: owner for theirs, _ in seen for name, owner in theirs.items()}
+    hessians: dict[str, Tensor] = {}
+
+    def finish() -> None:
+        idle = [name for name in linears if name not in owners and name not in experts]
+        if idle:
+            raise EvoPressError(
+                f"{idle[0]} was never called in its block's forward: its family's adapter names a module that is not used"
+            )
+        _pool_experts({name: sum(counts[name] for _, counts in seen) for name in experts}, owners, found)
+        for owner, each_sum in found.items():
+            hessians[owner] = _result(each_sum, [name for name in linears if owners[name] == owner])
+
+    each(finish)
     return BlockHessians(owners, hessians)
+
+
+class _Tree:
+    """Sums of shares, added up in pairs, pairs of these, and so on, as they come: the first two, then the next two to these."""
+
+    def __init__(self) -> None:
+        self._partial: list[dict[str, HessianSum]] = []
+        self._count = 0
+
+    def add(self, sums: Mapping[str, HessianSum]) -> None:
+        """Take the sums of one more share."""
+        self._partial.append(dict(sums))
+        self._count += 1
+        pairs = self._count
+        while pairs % 2 == 0:
+            last = self._partial.pop()
+            for name, total in last.items():
+                if name in self.sums:
+                    self.sums[name].join(total)
+                else:
+                    self.sums[name] = total
+            pairs //= 2
+
+    @property
+    def sums(self) -> dict[str, HessianSum]:
+        """What the last shares, or all of them, add up to."""
+        return self._partial[-1]
+
+    def of_all(self, device: torch.device) -> dict[str, HessianSum]:
+        """Return the sums over all shares of all processes, on each of them."""
+        told = each(lambda: {name: (len(total.total), total.num_sequences) for name, total in self.sums.items()})
+        found = {}
+        for name, (columns, _) in {name: about for theirs in told for name, about in theirs.items()}.items():
+            found[name] = self.sums[name] if name in self.sums else HessianSum(columns, device=device)
+            found[name].num_sequences = sum(theirs[name][1] for theirs in told if name in theirs)
+            summed(found[name].total)
+        return found
+
+
+def _passages(buffer: Tensor, batch: int, blocks: BlockModel, mine: Sequence[range] | None) -> Iterator[tuple[int, Passage]]:
+    """Yield a walk over each share of activations, with the place of its first sequence among all."""
+    mine = [range(len(buffer))] if mine is None else mine
+    for those in mine:
+        rows = buffer[those.start - mine[0].start : those.stop - mine[0].start]
+        yield those.start, Passage(rows, batch, blocks.device)
+
+
+def _result(total: HessianSum, names: Sequence[str]) -> Tensor:
+    try:
+        return total.result()
+    except EvoPressError as error:
+        raise type(error)(f"{', '.join(names)}: {error}") from None
 
 
 def _pool_experts(experts: Mapping[str, Any], owners: dict[str, str], sums: dict[str, HessianSum]) -> None:
@@ -176,27 +274,34 @@ def _pool_experts(experts: Mapping[str, Any], owners: dict[str, str], sums: dict
         )
 
 
-def head_hessian(blocks: BlockModel, buffer: Tensor, batch: int) -> BlockHessians:
+def head_hessian(blocks: BlockModel, buffer: Tensor, batch: int, *, mine: Sequence[range] | None = None) -> BlockHessians:
     """Sum the Hessian of the head's inputs, from activations [N, L, d] that left the last block; theirs are as they were.
+
+    Args: mine: as in `collect_hessians`.
 
     Raises: EvoPressError if one is not finite.
     """
     assert blocks.head_part is not None
     (name,) = blocks.slots(blocks.head_part)
-    total: HessianSum | None = None
-    finite = []
-    for _, current in Passage(buffer, batch, blocks.device):
-        last = blocks.finish(current)
-        finite.append(torch.isfinite(last).all())
-        total = HessianSum(last.shape[-1], device=last.device) if total is None else total
-        total.add(last)
-    if (where := _first_not_finite(finite, batch, len(buffer))) is not None:
-        raise EvoPressError(f"the last hidden states are not finite, first on {where}: {blocks.advice}")
-    assert total is not None
-    try:
-        return BlockHessians({name: name}, {name: total.result()})
-    except EvoPressError as error:
-        raise type(error)(f"{name}: {error}") from None
+    total = _Tree()
+    finite: list[tuple[int, Tensor]] = []
+
+    def walk() -> None:
+        for first_row, passage in _passages(buffer, batch, blocks, mine):
+            sums: dict[str, HessianSum] = {}
+            for start, current in passage:
+                last = blocks.finish(current)
+                finite.append((first_row + start, torch.isfinite(last).all()))
+                sums.setdefault(name, HessianSum(last.shape[-1], device=last.device)).add(last)
+            total.add(sums)
+        if (where := _first_not_finite(finite, batch, buffer, mine)) is not None:
+            raise EvoPressError(f"the last hidden states are not finite, first on {where}: {blocks.advice}")
+
+    each(walk)
+    found = total.of_all(blocks.device)
+    hessians: dict[str, Tensor] = {}
+    each(lambda: hessians.update({name: _result(found[name], [name])}))
+    return BlockHessians({name: name}, hessians)
 
 
 def collect_lost(
@@ -290,20 +395,35 @@ def weights_placed(blocks: BlockModel, index: int, weights: Mapping[str, Tensor]
             slots[name].put(weight)
 
 
-def propagate(blocks: BlockModel, index: int, buffer: Tensor, batch: int, decoded: Mapping[str, Tensor]) -> None:
-    """Replace activations [N, L, d] by what block `index` makes of them, with these weights in place of the dense ones."""
-    with weights_placed(blocks, index, decoded):
-        finite = []
-        passage = Passage(buffer, batch, blocks.device)
-        for start, current in passage:
-            output = blocks.run(index, current)
-            finite.append(torch.isfinite(output).all())
-            passage.put(start, output)
-    if (where := _first_not_finite(finite, batch, len(buffer))) is not None:
-        compressed = ", at the level that activations leave through," if decoded else ""
-        raise EvoPressError(
-            f"the output of {blocks.block_name(index)}{compressed} is not finite, first on {where}: {blocks.advice}"
-        )
+def propagate(
+    blocks: BlockModel,
+    index: int,
+    buffer: Tensor,
+    batch: int,
+    decoded: Mapping[str, Tensor],
+    *,
+    mine: Sequence[range] | None = None,
+) -> None:
+    """Replace activations [N, L, d] by what block `index` makes of them, with these weights in place of the dense ones.
+
+    Args: mine: as in `collect_hessians`.
+    """
+
+    def walk() -> None:
+        with weights_placed(blocks, index, decoded):
+            finite = []
+            for first_row, passage in _passages(buffer, batch, blocks, mine):
+                for start, current in passage:
+                    output = blocks.run(index, current)
+                    finite.append((first_row + start, torch.isfinite(output).all()))
+                    passage.put(start, output)
+        if (where := _first_not_finite(finite, batch, buffer, mine)) is not None:
+            compressed = ", at the level that activations leave through," if decoded else ""
+            raise EvoPressError(
+                f"the output of {blocks.block_name(index)}{compressed} is not finite, first on {where}: {blocks.advice}"
+            )
+
+    each(walk)
 
 
 def _mapped(path: Path, count: int, dtype: torch.dtype) -> Tensor:
@@ -336,10 +456,11 @@ def _take_room(descriptor: int, size: int) -> None:
             os.write(descriptor, zeros[: size - start])
 
 
-def _first_not_finite(finite: list[Tensor], batch: int, count: int) -> str | None:
-    """Name the first batch of sequences that is not finite, given a flag, bool [], for each of them; None if all are."""
-    flags = torch.stack(finite).tolist() if finite else []
+def _first_not_finite(finite: Sequence[tuple[int, Tensor]], batch: int, buffer: Tensor, mine: Sequence[range] | None) -> str | None:
+    """Name the first batch that is not finite, given each one's first sequence and a flag, bool []; None if all are."""
+    flags = torch.stack([flag for _, flag in finite]).tolist() if finite else []
     if all(flags):
         return None
-    first = flags.index(False) * batch
-    return f"calibration sequences {first} to {min(first + batch, count) - 1}"
+    first_row = finite[flags.index(False)][0]
+    end = next((those.stop for those in mine or () if first_row in those), len(buffer))
+    return f"calibration sequences {first_row} to {min(first_row + batch, end) - 1}"

@@ -6,7 +6,7 @@ a share of what those inputs have lost (`compress/asymmetric.py`), to blocks bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,6 +35,8 @@ class Walking:
     """The dense model's, where weights are corrected."""
     correction: float = 0.0
     """Share of what the inputs have lost that weights make good, in [0, 1]."""
+    mine: Sequence[range] | None = None
+    """See `shares`: which sequences the activations are of; None: all, which are one share."""
 
     def beside(self, blocks: BlockModel, index: int) -> Tensor | None:
         """Return the dense activations that a part's weights are corrected by; experts see different tokens in the two models."""
@@ -45,10 +47,12 @@ class Walking:
 
 def hessians_of(blocks: BlockModel, index: int, walking: Walking, *, advance: bool = False) -> BlockHessians:
     """Return a part's Hessians as it is; one batch's where weights are corrected, which need only who shares an input."""
-    buffer = walking.buffer if walking.beside(blocks, index) is None else walking.buffer[: walking.batch]
+    buffer, mine = walking.buffer, walking.mine
+    if walking.beside(blocks, index) is not None:
+        buffer, mine = buffer[: walking.batch], None
     if index == blocks.head_part:
-        return head_hessian(blocks, buffer, walking.batch)
-    return collect_hessians(blocks, index, buffer, walking.batch, advance=advance)
+        return head_hessian(blocks, buffer, walking.batch, mine=mine)
+    return collect_hessians(blocks, index, buffer, walking.batch, advance=advance, mine=mine)
 
 
 def compress_units(

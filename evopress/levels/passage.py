@@ -49,7 +49,7 @@ class Passage:
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         starts = range(0, len(self.buffer), self.batch)
-        if self._streams is None:
+        if self._streams is None or not starts:
             for start in starts:
                 yield start, self.buffer[start : start + self.batch].to(self.device)
             return

@@ -63,6 +63,13 @@ def fingerprint_in(folder: Path) -> str | None:
 
 def write_block(folder: Path, index: int, compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit]) -> dict[str, Any]:
     """Write one block's file and return its manifest entry: file, bytes, SHA-256 and one record per unit."""
+    return write_encoded(folder, index, *encoded(compressed, units))
+
+
+def encoded(
+    compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit]
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return the tensors that a block's file has of some units, on the host, and a record for each unit."""
     tensors: dict[str, Tensor] = {}
     records = []
     for name, results in compressed.items():
@@ -70,7 +77,7 @@ def write_block(folder: Path, index: int, compressed: Mapping[str, list[Compress
         for level, result in zip(units[name].levels, results, strict=True):
             codec = CODECS[result.payload.codec]
             parts, meta = codec.encode(result.payload)
-            tensors |= {_key(name, level.key, part): tensor.contiguous() for part, tensor in parts.items()}
+            tensors |= {_key(name, level.key, part): tensor.cpu().contiguous() for part, tensor in parts.items()}
             levels.append(
                 {
                     "label": level.label,
@@ -85,6 +92,11 @@ def write_block(folder: Path, index: int, compressed: Mapping[str, list[Compress
             )
         unit = units[name]
         records.append({"name": name, "block": unit.block, "kind": unit.kind, "size": unit.size, "levels": levels})
+    return tensors, records
+
+
+def write_encoded(folder: Path, index: int, tensors: Mapping[str, Tensor], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write one block's file of what `encoded` returned, as `write_block`."""
     path = folder / block_file(index)
     # No metadata: safetensors does not keep its order, and equal content must be equal bytes.
     write_atomically(path, lambda temporary: save_tensors(tensors, temporary))

@@ -90,6 +90,8 @@ class BlockModel:
         """
         self.model = model
         self.family = family
+        self.known_as: Any = None
+        """See `ranks.Known`."""
         self.device = torch.device(device)
         self.offload = offload and self.device.type != "cpu"
         self.decoder: nn.Module = model.get_submodule(family.decoder)

@@ -37,6 +37,7 @@ from evopress.models.stored import (
     shards_of,
     stored_tensors,
 )
+from evopress.ranks import launched, local_rank, processes
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -89,8 +90,18 @@ def safe_name(name: str) -> str:
 def pick_device(device: str) -> torch.device:
     """Resolve "auto" to a GPU or the CPU, and check that an explicit device is there; of several GPUs, one that no other run uses.
 
-    Raises: EvoPressError if CUDA is asked for and absent, or the name is no device.
+    Under torchrun each process takes the GPU of its number.
+
+    Raises: EvoPressError if CUDA is asked for and absent, the name is no device, or processes have too few GPUs.
     """
+    if launched() and device in ("auto", "cuda") and torch.cuda.is_available():
+        number, count = local_rank(), torch.cuda.device_count()
+        if number >= count:
+            raise EvoPressError(
+                f"torchrun has started more processes on this machine than it has GPUs, {count}: give --nproc-per-node={count} or "
+                "model.device=cpu"
+            )
+        return torch.device("cuda", number)
     if device == "auto":
         if torch.cuda.is_available() and torch.cuda.device_count() > 1:
             return claim_gpu()
@@ -99,6 +110,10 @@ def pick_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise EvoPressError(f"device {device!r} is not a device name: use auto, cpu, cuda or cuda:N") from None
+    if processes() > 1 and chosen.index is not None:
+        raise EvoPressError(
+            f"model.device={device} is one device for {processes()} processes: leave it out, each takes its own GPU"
+        )
     if chosen.type not in ("cpu", "cuda"):
         raise EvoPressError(f"device {device!r} is not supported: use auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):

@@ -78,6 +78,7 @@ def make_fitness(workspace: Workspace, rng: np.random.Generator, num_sequences: 
         chunk_tokens=settings.chunk_tokens,
         max_tokens_in_flight=settings.max_tokens_in_flight,
         archive=workspace.archive,
+        known_as=("fitness", *workspace.known_as[1:], num_sequences),
     )
 
 

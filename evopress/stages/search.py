@@ -15,6 +15,7 @@ from evopress.endings import stop_if_asked
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.json_files import check_schema, clip, shown
+from evopress.ranks import together
 from evopress.reporting.generations import read_generations
 from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics, best_metrics
@@ -199,15 +200,20 @@ class _HeldOut:
 
     def __call__(self, genome: Genome) -> dict[str, Any]:
         if self._last is None or self._last[0] != genome:
-            name, sequences = held_out_in_search(self._workspace)
-            fitness = self._workspace.settings.fitness
-            score = measure_held_out(
-                self._workspace.evaluator,
-                [genome],
-                sequences,
-                base=self._workspace.held_out_base(len(sequences)),
-                batch_tokens=fitness.max_tokens_in_flight,
-                chunk_tokens=fitness.chunk_tokens,
-            )[0]
-            self._last = genome, as_held_out(name, score)
+            name, _ = held_out_in_search(self._workspace)
+            self._last = genome, as_held_out(name, _measured(self._workspace, genome))
         return self._last[1]
+
+
+@together
+def _measured(workspace: Workspace, genome: Genome) -> Scores:
+    _, sequences = held_out_in_search(workspace)
+    fitness = workspace.settings.fitness
+    return measure_held_out(
+        workspace.evaluator,
+        [genome],
+        sequences,
+        base=workspace.held_out_base(len(sequences)),
+        batch_tokens=fitness.max_tokens_in_flight,
+        chunk_tokens=fitness.chunk_tokens,
+    )[0]

@@ -35,9 +35,10 @@ class GivenStates:
 
     def __init__(self, blocks: BlockModel, states: list[Tensor]) -> None:
         self.live: object = _Held(blocks)
+        self.known_as = None
         self._states = states
 
-    def final_states(self, genomes: object, ids: Tensor) -> tuple[list[int], list[Tensor]]:
+    def final_states(self, genomes: object, ids: Tensor, *, apart: int | None = None) -> tuple[list[int], list[Tensor]]:
         """Return the states that were given."""
         return list(range(len(self._states))), self._states
 

@@ -104,14 +104,17 @@ class _Timed:
 
     def __init__(self, evaluator: PopulationEvaluator) -> None:
         self.live = evaluator.live
+        self.known_as = None
         self.seconds = 0.0
         self._evaluator = evaluator
 
-    def final_states(self, genomes: Sequence[Genome | None], ids: Tensor) -> tuple[list[int], list[Tensor]]:
+    def final_states(
+        self, genomes: Sequence[Genome | None], ids: Tensor, *, apart: int | None = None
+    ) -> tuple[list[int], list[Tensor]]:
         import torch
 
         started = time.perf_counter()
-        found = self._evaluator.final_states(genomes, ids)
+        found = self._evaluator.final_states(genomes, ids, apart=apart)
         if found[1][0].is_cuda:
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - started

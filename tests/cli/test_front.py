@@ -208,14 +208,14 @@ def test_a_later_run_measures_nothing_that_an_earlier_one_has(
     asked: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """To the bit: the records are the same but for the time; what is asked for beyond that is measured."""
-    counted, measured = 0, minibatch_fitness.measure_sums
+    counted, measured = 0, minibatch_fitness.measure_parts
 
     def counting(*arguments: Any, **options: Any) -> Any:
         nonlocal counted
         counted += 1
         return measured(*arguments, **options)
 
-    monkeypatch.setattr(minibatch_fitness, "measure_sums", counting)
+    monkeypatch.setattr(minibatch_fitness, "measure_parts", counting)
     one = replace(asked, budgets=[], bits=2.75, stages=SEARCH)
     counts, records = [], []
     for number, archive in enumerate((True, True, False)):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from evopress.compress.sparse import kept_at
-from evopress.levels import build
+from evopress.levels import build, compressing
 from evopress.levels.store import LevelDatabase
 
 SEARCH = "stages=[database,search]"
@@ -147,7 +147,7 @@ def test_a_genome_with_levels_that_do_not_exist(finished_sparse: Any, evopress: 
 def test_another_sparsity_runs_no_block_for_its_levels(
     finished_sparse: Any, sparse: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "collect_hessians", lambda *a, **k: pytest.fail("Hessians were computed again"))
+    monkeypatch.setattr(compressing, "collect_hessians", lambda *a, **k: pytest.fail("Hessians were computed again"))
     monkeypatch.setattr(build, "propagate", lambda *a, **k: pytest.fail("activations were computed again"))
     outcome = sparse("sparsity=0.37", "stages=[database]")  # one that no other test builds in the shared cache
     assert outcome.code == 0, outcome.text

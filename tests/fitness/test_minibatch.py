@@ -38,9 +38,9 @@ class RecordingEvaluator(PopulationEvaluator):
         super().__init__(live)
         self.asked = []
 
-    def final_states(self, genomes, ids):
+    def final_states(self, genomes, ids, **options):
         self.asked.append((len(genomes), ids))
-        return super().final_states(genomes, ids)
+        return super().final_states(genomes, ids, **options)
 
 
 def make(live, sequences, base, *, seed=0, measure=None, evaluator=None):

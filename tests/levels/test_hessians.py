@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from evopress.compress.sparsegpt import SparseGPT
 from evopress.errors import EvoPressError
-from evopress.levels import build, plan, store
+from evopress.levels import compressing, plan, store
 from evopress.levels.build import ensure_database
 from evopress.levels.calibration import collect_hessians, complete_hessians
 from evopress.levels.hessians import BlockHessians, HessianStore
@@ -127,7 +127,9 @@ def test_damaged_blocks_alone_are_computed_again(lost, settings, hessians, llama
         damage(hessians.folder / f"block-{index:03d}.safetensors")
     forwards.clear()
     collected = []
-    monkeypatch.setattr(build, "collect_hessians", lambda b, i, *a, **k: collected.append(i) or collect_hessians(b, i, *a, **k))
+    monkeypatch.setattr(
+        compressing, "collect_hessians", lambda b, i, *a, **k: collected.append(i) or collect_hessians(b, i, *a, **k)
+    )
     mine = settings(0.6)
     ensure_database(mine, llama, ids, at(0.6))
     assert collected == list(lost)

@@ -24,7 +24,7 @@ from evopress.errors import EvoPressError
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import MinibatchFitness, base_states
 from evopress.fitness.population import PopulationEvaluator
-from evopress.levels import build
+from evopress.levels import build, compressing
 from evopress.levels.build import ensure_database
 from evopress.levels.hessians import BlockHessians
 from evopress.levels.live import LiveModel
@@ -303,7 +303,7 @@ def test_a_hessian_that_is_not_finite_is_not_taken_for_a_singular_one() -> None:
 
 def with_eigenvalue(least: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the second block's Hessians have mean diagonal 1 and this least eigenvalue."""
-    collect = build.collect_hessians
+    collect = compressing.collect_hessians
 
     def collected(blocks: Any, index: int, *args: Any, **kwargs: Any) -> BlockHessians:
         real = collect(blocks, index, *args, **kwargs)
@@ -313,7 +313,7 @@ def with_eigenvalue(least: float, monkeypatch: pytest.MonkeyPatch) -> None:
             else BlockHessians(real.owners, {name: indefinite(len(H), least) for name, H in real.hessians.items()})
         )
 
-    monkeypatch.setattr(build, "collect_hessians", collected)
+    monkeypatch.setattr(compressing, "collect_hessians", collected)
 
 
 def indefinite(columns: int, least: float) -> Tensor:

@@ -1,0 +1,132 @@
+"""A run on several processes, as torchrun starts them: the same bits on any number of them, one decides, none outlives another."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed  # before processes are forked: it takes a second
+
+from evopress.fitness.minibatch import MinibatchFitness
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")]
+METHODS = {
+    "quant": ("+method=quant", "bits=3.5", "+debug=tiny"),
+    "sparsity": ("+method=sparsity", "sparsity=0.5", "+debug=tiny", "search/strategy=evolution"),
+    "drop": ("+method=drop", "sparsity=0.5", "+debug=tiny"),
+}
+HERE = ("hydra.run.dir=run", "level_db.root=levels", "stages=[database,baselines,search,evaluate]")
+
+
+@dataclass(frozen=True)
+class Process:
+    """How one process of a run ended."""
+
+    code: int
+    """Exit code, or minus the signal that killed it."""
+    text: str
+
+
+def run_on(
+    count: int, evopress: Callable[..., Any], *arguments: str, cwd: Path, in_child: Callable[[int], None] = lambda rank: None
+) -> list[Process]:
+    """Run the program on so many processes, with the environment that torchrun gives them: forked, since imports take seconds.
+
+    Args: in_child: called first in each, with its number.
+    """
+    cwd.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    sys.stdout.flush()
+    for rank in range(count):
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            try:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "x"}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                torch.set_num_threads(1)
+                in_child(rank)
+                outcome = evopress(cwd, *arguments)
+                (cwd / f"said-{rank}").write_text(outcome.text)
+                code = outcome.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    said = [cwd / f"said-{rank}" for rank in range(count)]
+    return [Process(code, path.read_text() if path.exists() else "") for code, path in zip(codes, said, strict=True)]
+
+
+def found_in(cwd: Path) -> dict[str, object]:
+    """Return all that a run found and measured, and its level database, whatever the time it took."""
+    run = cwd / "run"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    levels = sorted(path for path in (cwd / "levels").rglob("*.safetensors"))
+    return {
+        "genome": (run / "genome.json").read_bytes(),
+        "records": [{key: value for key, value in record.items() if key != "seconds"} for record in records],
+        "rows": json.loads((run / "result.json").read_text())["rows"],
+        "levels": {path.name: path.read_bytes() for path in levels},
+    }
+
+
+def dying_at(nth: int, of: int) -> Callable[[int], None]:
+    """Let one process be killed when it measures for the n-th time."""
+
+    def install(rank: int) -> None:
+        measured, calls = MinibatchFitness._sums, 0
+
+        def dying(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return measured(*args)
+
+        if rank == of:
+            MinibatchFitness._sums = dying  # type: ignore[method-assign]
+
+    return install
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_run_whose_processes_were_killed_goes_on_with_another_number_of_them(
+    method: str, evopress_in: Callable[..., Any], tmp_path: Path
+) -> None:
+    """And finds, on two, what one process finds that nobody disturbs, to the bit."""
+    command = (*METHODS[method], *HERE)
+    whole = run_on(1, evopress_in, *command, cwd=tmp_path / "whole")
+    assert whole[0].code == 0, whole[0].text
+
+    killed = run_on(4, evopress_in, *command, cwd=tmp_path / "killed", in_child=dying_at(3, of=2))
+    assert [process.code for process in killed] == [1, 1, -signal.SIGKILL, 1], killed[0].text
+    for process in (killed[0], killed[1], killed[3]):
+        (error,) = [line for line in process.text.splitlines() if line.startswith("error: ")]
+        assert "another process of this run has ended" in error and "Traceback" not in process.text
+    assert "go on with: python -m evopress resume=run" in killed[0].text
+
+    ended = run_on(2, evopress_in, "resume=run", HERE[-1], cwd=tmp_path / "killed")
+    assert [process.code for process in ended] == [0, 0], ended[0].text
+    assert ended[1].text == ""  # the first one says what there is to say
+    assert found_in(tmp_path / "killed") == found_in(tmp_path / "whole")
+
+
+def test_what_is_refused_is_said_once_and_ends_all(evopress_in: Callable[..., Any], tmp_path: Path) -> None:
+    refused = run_on(2, evopress_in, "+method=quant", "bits=99", "+debug=tiny", cwd=tmp_path)
+    assert [process.code for process in refused] == [1, 0]
+    assert len([line for line in refused[0].text.splitlines() if line.startswith("error: ")]) == 1 and refused[1].text == ""

@@ -1,0 +1,228 @@
+"""Work that several processes share: the same bits on any number of them, errors on all, none outlives another."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed  # before processes are forked: it takes a second
+
+from evopress import ranks
+from evopress.compress.hessian import HessianSum
+from evopress.errors import EvoPressError
+from evopress.evaluation.heldout import measure_held_out
+from evopress.fitness.measures import KLDivergence
+from evopress.fitness.minibatch import MinibatchFitness, base_states
+from evopress.fitness.population import PopulationEvaluator
+from evopress.levels.build import ensure_database
+from evopress.levels.calibration import _Tree
+from evopress.levels.live import LiveModel
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+
+
+def on(count: int, folder: Path, work: Callable[[Path], None], find: Callable[[Any], Any]) -> list[tuple[int, str]]:
+    """Do work on so many processes, the first of which leads, with the environment that torchrun gives them.
+
+    Returns: exit code, or minus a signal, and what went wrong, of each.
+    """
+    folder.mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        if pid := os.fork():
+            children.append(pid)
+            continue
+        code, said = 1, ""
+        try:  # from here on a child of the test, which ends in any case
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            torch.set_num_threads(1)
+            ranks.begin()
+            if rank:
+                ranks.follow(find)
+            else:
+                work(folder)
+            ranks.end()
+            code = 0
+        except EvoPressError as error:
+            said = f"{type(error).__name__}: {error}"
+        except BaseException:
+            said = traceback.format_exc()
+        finally:
+            (folder / f"said-{rank}").write_text(said)
+            os._exit(code)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    said = [folder / f"said-{rank}" for rank in range(count)]
+    return [(code, path.read_text() if path.exists() else "") for code, path in zip(codes, said, strict=True)]
+
+
+class Case:
+    """A tiny model, of which every process has its own."""
+
+    def __init__(self, blocks: Any, compressor: Any, settings: Callable[[Path], Any], ids: Callable[..., Any]) -> None:
+        self.blocks, self.compressor, self.settings = blocks, compressor, settings
+        self.calibration, self.search = ids(11, 16), ids(10, 16, seed=1)
+        blocks.known_as = ("blocks",)
+        self._opened: dict[Any, Any] = {}
+        self._levels: Path | None = None
+
+    def find(self, key: Any) -> Any:
+        """Return what is known by a word, opened when it is first asked for."""
+        word, *rest = key
+        if word == "case":
+            self._levels = rest[0]
+            return self
+        return self.blocks if word == "blocks" else self.opened(word)
+
+    def opened(self, word: str) -> Any:
+        if word not in self._opened:
+            self._opened[word] = self._evaluator() if word == "evaluator" else self._fitness()
+        return self._opened[word]
+
+    def _evaluator(self) -> PopulationEvaluator:
+        database, _ = ensure_database(self.settings(self._levels), self.blocks, self.calibration, self.compressor)
+        evaluator = PopulationEvaluator(LiveModel(self.blocks, database), max_tokens_in_flight=48)
+        evaluator.known_as = ("evaluator",)
+        return evaluator
+
+    def _fitness(self) -> MinibatchFitness:
+        return MinibatchFitness(
+            self.opened("evaluator"),
+            self.search,
+            rng=np.random.default_rng(0),
+            base=base_states(self.opened("evaluator"), self.search, batch_tokens=48),
+            measure=KLDivergence(),
+            chunk_tokens=7,
+            max_tokens_in_flight=48,
+            known_as=("fitness",),
+        )
+
+    @property
+    def known_as(self) -> Any:
+        return "case", self._levels
+
+    @ranks.together
+    def open(self) -> None:
+        self.opened("fitness")
+
+    def work(self, folder: Path) -> None:
+        """Build, measure and write down what was found."""
+        self._levels = folder / "levels"
+        ensure_database(self.settings(self._levels), self.blocks, self.calibration, self.compressor)
+        self.open()
+        fitness, space = self.opened("fitness"), self.opened("evaluator").live.space
+        rng = np.random.default_rng(1)
+        genomes = [tuple(rng.integers(3, size=len(space)).tolist()) for _ in range(5)]
+        found = [
+            fitness.base,
+            fitness(genomes, tokens=100),  # six sequences and a rest
+            fitness(genomes, tokens=16),  # fewer sequences than processes
+            fitness.attribute(genomes[0], tokens=96, sequences=6),
+            [score.by_sequence for score in measure_held_out(self.opened("evaluator"), genomes[:2], self.search, batch_tokens=48)],
+        ]
+        torch.save(found, folder / "found.pt")
+
+
+@pytest.fixture
+def case(tiny_blocks, compressor, build_settings, tokens) -> Case:
+    return Case(tiny_blocks("llama", num_blocks=2), compressor, build_settings, tokens)
+
+
+def found_in(folder: Path) -> tuple[list[Any], dict[str, bytes]]:
+    levels = {path.name: path.read_bytes() for path in (folder / "levels").rglob("*") if path.is_file() and path.suffix != ".lock"}
+    return torch.load(folder / "found.pt", weights_only=True), levels
+
+
+def test_any_number_of_processes_finds_the_same_to_the_bit(case: Case, tmp_path: Path) -> None:
+    """Levels, last hidden states, fitnesses, attributions, held-out numbers; one process that torchrun starts is such a number."""
+    for count in (1, 2, 4):
+        assert on(count, tmp_path / str(count), case.work, case.find) == [(0, "")] * count
+    (base, *numbers), levels = found_in(tmp_path / "1")
+    for count in (2, 4):
+        (other, *others), other_levels = found_in(tmp_path / str(count))
+        assert torch.equal(base, other) and numbers == others and levels == other_levels
+    case.work(tmp_path / "plain")  # without torchrun: by rounding
+    (plain, *others), _ = found_in(tmp_path / "plain")
+    torch.testing.assert_close(plain, base)
+    assert others[0] == pytest.approx(numbers[0], rel=1e-3) and others[1] == pytest.approx(numbers[1], rel=1e-3)
+
+
+def test_where_one_process_is_killed_the_others_end_with_a_sentence(case: Case, tmp_path: Path) -> None:
+    def find(key: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return case.find(key)
+
+    first, killed, *others = on(4, tmp_path / "four", case.work, find)
+    assert killed == (-signal.SIGKILL, "") and len(others) == 2
+    for code, said in (first, *others):
+        assert code == 1 and said.startswith("LostError: another process of this run has ended") and "\n" not in said
+
+
+class Asked:
+    """Something that all processes have."""
+
+    known_as = ("asked",)
+
+    @ranks.together
+    def ask(self, who: int, error: type[Exception] | None) -> list[int]:
+        """Return the numbers of all processes, unless that of one of them is an error."""
+
+        def work() -> int:
+            rank = int(os.environ["RANK"])
+            if rank == who and error is not None:
+                raise error(f"a matter of process {rank}")
+            return rank
+
+        assert ranks.size() == 2
+        return ranks.each(work)
+
+
+def test_an_error_of_one_process_is_raised_by_the_first_and_all_go_on(tmp_path: Path) -> None:
+    def work(folder: Path) -> None:
+        assert ranks.size() == 1  # outside of what is shared
+        subject.ask(0, None)
+        with pytest.raises(EvoPressError, match=r"^a matter of process 1$"):
+            subject.ask(1, EvoPressError)
+        with pytest.raises(RuntimeError, match="process 1: ValueError: a matter"):
+            subject.ask(1, ValueError)
+        with pytest.raises(ValueError, match="a matter of process 0"):
+            subject.ask(0, ValueError)
+        assert subject.ask(0, None) == [0, 1]
+
+    subject = Asked()
+    assert on(2, tmp_path / "two", work, lambda key: subject) == [(0, "")] * 2
+
+
+@pytest.mark.parametrize(("count", "says"), [(3, "3 processes, expected 1, 2, 4 or 8"), (16, "16 processes")])
+def test_other_numbers_of_processes_are_refused(count: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    with pytest.raises(EvoPressError, match=says):
+        ranks.begin()
+    assert not ranks.launched()
+
+
+def test_sums_of_shares_are_added_in_one_tree() -> None:
+    """Of eight numbers that float32 rounds: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), on one process."""
+    values = torch.tensor([1e8, 1.0, -1e8, 3.0, 7e7, 5.0, -7e7, 9.0])
+    tree = _Tree()
+    for value in values:
+        share = HessianSum(1)
+        share.total.fill_(value)
+        tree.add({"unit": share})
+    expected = values
+    while len(expected) > 1:
+        expected = expected[0::2] + expected[1::2]
+    assert tree.sums["unit"].total.item() == expected.item() != values.sum().item()
