@@ -404,15 +404,15 @@ class BaselinesSettings:
     """What the search is compared with."""
 
     names: list[str] = field(default_factory=list)
-    """uniform, best_of_random, dp, owl, first_order, fisher, linear_model, one_at_a_time; of method drop: best_of_random, shortgpt,
-    sliding_window, weight_subcloning, shortened_llama, shortened_llama_kl, l2, l2_normalized, exhaustive; and what installed
-    packages offer (docs/extending.md)."""
+    """uniform, best_of_random, dp, first_order, fisher, linear_model, one_at_a_time; of method sparsity also owl, atp,
+    alphapruning; of method drop: best_of_random, shortgpt, sliding_window, weight_subcloning, shortened_llama,
+    shortened_llama_kl, l2, l2_normalized, interactions, exhaustive; and what installed packages offer (docs/extending.md)."""
     num_random: int = 32
     """Candidates of best_of_random."""
     random_tokens: int = 2048
     """Tokens that choose among them."""
     owl_tokens: int = 16384
-    """Calibration tokens whose perplexity chooses among OWL's grid."""
+    """Calibration tokens whose perplexity chooses from the grids of owl, atp and alphapruning."""
     importance_tokens: int = 131072
     """Calibration tokens that blocks are scored on (method drop)."""
     exhaustive_tokens: int | None = None

@@ -27,6 +27,8 @@ from evopress.units import BLOCKS, Genome, Space
 
 DENSE = -1
 """The level of a weight that is the dense one."""
+SEQUENCES = 8
+"""Into which search text is divided, at least, as far as there are so many; and whose gradients AutoScheme adds up."""
 TOGETHER = 64
 """Genomes that are measured at a time."""
 
@@ -40,16 +42,10 @@ class Allocator(Baseline):
     serves = (WEIGHTS,)
     name: ClassVar[str]
     """Of its row."""
-    sequences: ClassVar[int] = 8
-    """Into which they are divided, at least, as far as there are so many."""
 
     def check(self, run: RunSettings) -> None:
         """See `Baseline`."""
-        if self.tokens < 2 * self.sequences:
-            raise EvoPressError(
-                f"baselines.options.{self.name}.tokens={self.tokens} is out of range: expected at least {2 * self.sequences}, 2 of "
-                f"each of {self.sequences} sequences"
-            )
+        check_tokens(self.name, self.tokens)
         if run.method.include != [BLOCKS]:
             raise EvoPressError(
                 f"baseline {self.name} scores the weights of blocks, not what lies outside them (method.include="
@@ -63,7 +59,7 @@ class Allocator(Baseline):
     def find(self, problem: Problem) -> dict[str, Genome]:
         """Raise EvoPressError if a unit has no level with a finite number; without a genome within the budget there is no row."""
         space, text = problem.space, problem.search_tokens
-        minibatch = draw_equal(*text.shape, tokens=self.tokens, sequences=self.sequences, rng=problem.rng)
+        minibatch = draw_equal(*text.shape, tokens=self.tokens, sequences=SEQUENCES, rng=problem.rng)
         (ids,) = minibatch.tensors(text)
         kept = problem.kept(self.name, {"tokens": tokens_digest(ids), **asdict(self)})
         values = [
@@ -136,15 +132,37 @@ def measured_alone(
     """
     space = problem.space if levels is None else levels.space
     counts = [0 if is_droppable(space, i) else len(unit.levels) for i, unit in enumerate(space.units)]
-    moves = [(i, level) for i, count in enumerate(counts) for level in range(count)]
-    found: list[float | None] = []
-    for start in range(0, len(moves), TOGETHER):
-        genomes = [alone(space, *move) for move in moves[start : start + TOGETHER]]
+    genomes = [alone(space, i, level) for i, count in enumerate(counts) for level in range(count)]
+    values = iter(divergences(problem, genomes, ids, kept, what="one weight at a time", levels=levels))
+    return [[next(values) for _ in range(count)] for count in counts]
 
-        def measure(genomes: Sequence[Genome] = genomes, start: int = start) -> list[float]:
-            what = f"one weight at a time, {start} of {len(moves)}"
-            return [score.kl for score in problem.measure(genomes, ids, what=what, levels=levels)]
+
+def divergences(
+    problem: Problem,
+    genomes: Sequence[Genome],
+    ids: Tensor,
+    kept: MutableMapping[str, Any],
+    *,
+    what: str,
+    levels: LevelSource | None = None,
+) -> list[float | None]:
+    """Return the KL divergence of genomes, measured as far as it is not kept, some at a time; None: it is not finite."""
+    found: list[float | None] = []
+    for start in range(0, len(genomes), TOGETHER):
+        some = genomes[start : start + TOGETHER]
+
+        def measure(some: Sequence[Genome] = some, start: int = start) -> list[float]:
+            shown = f"{what}, {start + len(some)} of {len(genomes)}"
+            return [score.kl for score in problem.measure(some, ids, what=shown, levels=levels)]
 
         found += remembered(problem, kept, str(start), measure)
-    values = iter(found)
-    return [[next(values) for _ in range(count)] for count in counts]
+    return found
+
+
+def check_tokens(name: str, tokens: int) -> None:
+    """Raise EvoPressError unless so many tokens can be divided."""
+    if tokens < 2 * SEQUENCES:
+        raise EvoPressError(
+            f"baselines.options.{name}.tokens={tokens} is out of range: expected at least {2 * SEQUENCES}, 2 of each of "
+            f"{SEQUENCES} sequences"
+        )

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evopress.baselines.allocation import Allocator, by_unit, levels_everywhere, scored
+from evopress.baselines.allocation import SEQUENCES, Allocator, by_unit, levels_everywhere, scored
 from evopress.baselines.baseline import Pass, Planned, Problem, remembered
 from evopress.data.minibatch import Minibatch
 from evopress.fitness.gradients import first_order
@@ -37,7 +37,7 @@ class FirstOrder(Allocator):
         for level, genome in enumerate(levels_everywhere(problem.space)):
 
             def measure(genome: Genome = genome) -> list[float]:
-                return scored(problem, genome, [genome], minibatch, first_order, together=self.sequences)[0]
+                return scored(problem, genome, [genome], minibatch, first_order, together=SEQUENCES)[0]
 
             scores.append(remembered(problem, kept, f"level {level}", measure))
         return by_unit(problem.space, scores)

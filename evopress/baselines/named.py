@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from evopress.baselines.alpha_pruning import AlphaPruning
+from evopress.baselines.atp import LinearRamp
 from evopress.baselines.baseline import Baseline
 from evopress.baselines.best_of_random import BestOfRandom
 from evopress.baselines.block_importance import RANKINGS, RankedBlocks
@@ -13,6 +15,7 @@ from evopress.baselines.dynamic_programming import DynamicProgramming
 from evopress.baselines.exhaustive import Exhaustive
 from evopress.baselines.first_order import FirstOrder
 from evopress.baselines.fisher import Fisher
+from evopress.baselines.interactions import Interactions
 from evopress.baselines.linear_model import LinearModel
 from evopress.baselines.one_at_a_time import OneAtATime
 from evopress.baselines.owl import Owl
@@ -21,19 +24,21 @@ from evopress.errors import EvoPressError
 from evopress.registry import Registry
 from evopress.settings import BaselinesSettings
 
+BY_BLOCK = (Owl, LinearRamp, AlphaPruning)
 ALLOCATORS = (FirstOrder, Fisher, LinearModel, OneAtATime)
 _OWN: dict[str, Callable[..., Baseline]] = {
     "uniform": Uniform,
     "best_of_random": BestOfRandom,
     "dp": DynamicProgramming,
     **{name: partial(RankedBlocks, name) for name in RANKINGS},
+    "interactions": Interactions,
     "exhaustive": Exhaustive,
-    "owl": Owl,
+    **{each.name: each for each in BY_BLOCK},
     **{allocator.name: allocator for allocator in ALLOCATORS},
 }
 BASELINES: Registry[Callable[..., Baseline]] = Registry("baseline", _OWN, group="evopress.baselines")
 """What makes a baseline, called with its options as keywords."""
-_KINDS = (Uniform, BestOfRandom, DynamicProgramming, RankedBlocks, Exhaustive, Owl, *ALLOCATORS)
+_KINDS = (Uniform, BestOfRandom, DynamicProgramming, RankedBlocks, Interactions, Exhaustive, *BY_BLOCK, *ALLOCATORS)
 """The order of the rows; those of other packages come last."""
 
 
@@ -72,7 +77,7 @@ def _options(name: str, settings: BaselinesSettings) -> dict[str, Any]:
     told: dict[str, Any] = {}
     if name == "best_of_random":
         told = {"num_candidates": settings.num_random, "tokens": settings.random_tokens}
-    elif name == "owl":
+    elif name in [each.name for each in BY_BLOCK]:
         told = {"tokens": settings.owl_tokens}
     elif name == "exhaustive":
         told = {"tokens": settings.exhaustive_tokens, "limit": settings.exhaustive_limit}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gradients_literal import first_order_plainly, fisher_plainly, kl_alone_plainly
 
+from evopress.baselines.allocation import SEQUENCES
 from evopress.baselines.baseline import remembered
 from evopress.baselines.dynamic_programming import dynamic_programming
 from evopress.baselines.first_order import FirstOrder
@@ -60,7 +61,7 @@ class OfModel:
     def values(self, allocator):
         """Return the allocator's numbers, and the text that it looked at."""
         minibatch = draw_equal(
-            *self.search_tokens.shape, tokens=allocator.tokens, sequences=allocator.sequences, rng=np.random.default_rng(0)
+            *self.search_tokens.shape, tokens=allocator.tokens, sequences=SEQUENCES, rng=np.random.default_rng(0)
         )
         (ids,) = minibatch.tensors(self.search_tokens)
         return np.array(allocator.values(self, minibatch, ids, {})), ids

@@ -31,8 +31,8 @@ class Nothing:
 def test_every_name_serves_weights_or_modules() -> None:
     ranked = ["shortgpt", "sliding_window", "weight_subcloning", "shortened_llama", "shortened_llama_kl", "l2", "l2_normalized"]
     allocators = ["first_order", "fisher", "linear_model", "one_at_a_time"]
-    assert names_serving(WEIGHTS) == ["uniform", "best_of_random", "dp", "owl", *allocators]
-    assert names_serving(MODULES) == ["best_of_random", *ranked, "exhaustive"]
+    assert names_serving(WEIGHTS) == ["uniform", "best_of_random", "dp", "owl", "atp", "alphapruning", *allocators]
+    assert names_serving(MODULES) == ["best_of_random", *ranked, "interactions", "exhaustive"]
     assert {*names_serving(WEIGHTS), *names_serving(MODULES)} == set(BASELINES)
 
 

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evopress.baselines.owl import GRID, block_sparsities, outlier_ratios, owl_kept
+from evopress.baselines.block_sparsity import block_sparsities, kept_in_blocks
+from evopress.baselines.owl import GRID, outlier_ratios
 from evopress.compress.sparse import kept_at
 from evopress.errors import EvoPressError
 
@@ -54,7 +55,7 @@ def test_the_model_keeps_exactly_what_uniform_sparsity_keeps(blocks, sparsity, l
     weights = [sum(block) for block in sizes]
     assert all(0.0 <= s < 1.0 for s in sparsities)
     assert np.average(sparsities, weights=weights) == pytest.approx(sparsity, abs=1e-9)
-    kept = owl_kept(ratios, sizes, sparsity=sparsity, lambda_=lambda_)
+    kept = kept_in_blocks(ratios, sizes, sparsity=sparsity, lambda_=lambda_)
     assert sum(map(sum, kept)) == sum(kept_at(size, sparsity) for block in sizes for size in block)
     for s, block, counts in zip(sparsities, sizes, kept, strict=True):
         for size, count in zip(block, counts, strict=True):

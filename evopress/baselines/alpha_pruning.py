@@ -1,0 +1,51 @@
+"""AlphaPruning: blocks whose weights have spectra with lighter tails are pruned more; inside a block the sparsity is uniform.
+
+Source: AlphaPruning (arXiv:2410.10912). A weight's score is the exponent α of a power law in the tail of the eigenvalues of WᵀW, by
+Hill's estimator; a block's is the mean of its weights'. Sparsity is linear in it, from (1 - τ) to (1 + τ) times the target. Differs
+from it: the target is met by shifting all sparsities, there by scaling them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evopress.baselines.baseline import Problem
+from evopress.baselines.block_sparsity import BlockSparsity, Candidate
+
+TAUS = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""τ of the trials."""
+_BINS = 100
+
+
+@dataclass(frozen=True)
+class AlphaPruning(BlockSparsity):
+    """The best spread of sparsities by the tails of spectra; text only chooses the spread."""
+
+    name = "alphapruning"
+    num_candidates = len(TAUS)
+
+    def candidates(self, problem: Problem) -> list[Candidate]:
+        """See `BlockSparsity`."""
+        blocks, scores = problem.blocks, []
+        for index in range(len(blocks.blocks)):
+            exponents = [tail_exponent(slot.weight) for slot in blocks.slots(index).values()]
+            scores.append(-sum(exponents) / len(exponents))
+        return [Candidate(scores, tau * problem.budget.target, f"τ = {tau:g}") for tau in TAUS]
+
+
+def tail_exponent(W: Tensor) -> float:
+    """Return α of p(λ) ∝ λ^-α in the tail of the eigenvalues of WᵀW, by Hill's estimator: 1 + k / Σ ln(λ / λ_min).
+
+    The tail begins at the peak of the spectrum, the fullest of 100 bins of ln λ.
+
+    Args: W: [R, C], any floating dtype.
+    """
+    logs = 2 * torch.linalg.svdvals(W.float()).double().cpu().clamp(min=1e-30).log()
+    start, width = float(logs.min()), float(logs.max() - logs.min()) / _BINS
+    peak = int(torch.histc(logs, bins=_BINS).argmax())
+    tail = logs[logs >= start + peak * width]
+    excess = float((tail - tail.min()).sum())
+    return 1 + len(tail) / excess if excess > 0 else float("inf")
