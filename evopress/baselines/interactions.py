@@ -100,7 +100,7 @@ def least_energy(space: Space, budget: Budget, h: np.ndarray, J: np.ndarray, sta
             back, instead = divmod(int(place), len(space))
             if not change[back, instead] < -1e-12:
                 return None
-            exchanged = without(space, [*(i for i in np.flatnonzero(gone) if i != back), instead])
+            exchanged = without(space, [*(i for i in range(len(space)) if gone[i] and i != back), instead])
             if budget.met_by(space, exchanged):
                 return exchanged
         return None

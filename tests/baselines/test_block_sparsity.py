@@ -34,8 +34,8 @@ def test_ramps_are_arithmetic_progressions_around_the_target(sparsity) -> None:
 
 
 def test_the_exponent_is_hills_estimate_from_the_peak_on() -> None:
-    eigenvalues = (1 - np.random.default_rng(0).random(4000)) ** (-1 / 1.5)  # p(λ) ∝ λ^-2.5 above 1
-    assert tail_exponent(torch.diag(torch.from_numpy(eigenvalues).sqrt().float())) == pytest.approx(2.5, rel=0.1)
+    eigenvalues = (1 - np.random.default_rng(0).random(400)) ** (-1 / 1.5)  # p(λ) ∝ λ^-2.5 above 1
+    assert tail_exponent(torch.diag(torch.from_numpy(eigenvalues).sqrt().float())) == pytest.approx(2.5, rel=0.15)
     W = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
     logs = np.sort(np.log(np.linalg.eigvalsh((W @ W.T).double().numpy())))
     edges = np.linspace(logs[0], logs[-1], 101)
