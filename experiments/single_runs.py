@@ -76,8 +76,8 @@ def evopress_all(runs: Iterable[SingleRun], *, at_once: int = 1) -> Iterator[tup
     """
     running = Running()
     with ThreadPoolExecutor(at_once) as pool:
-        pending = {pool.submit(evopress, run.folder, *run.arguments, running=running): run for run in runs}
         try:
+            pending = {pool.submit(evopress, run.folder, *run.arguments, running=running): run for run in runs}
             for future in as_completed(pending):
                 yield pending[future], future.result()
         finally:

@@ -131,3 +131,14 @@ def test_whoever_stops_taking_stops_the_jobs(tmp_path: Path, monkeypatch: pytest
     assert next(jobs)[0].folder.name == "first"
     jobs.close()
     assert set(begun) - set(ended) == {"first"} and len(begun) < 4
+
+    def interrupted() -> Iterator[SingleRun]:
+        for name in names[1:]:
+            yield SingleRun(tmp_path / name, (name,))
+        raise KeyboardInterrupt
+
+    begun.clear()
+    ended.clear()
+    with pytest.raises(KeyboardInterrupt):
+        next(evopress_all(interrupted(), at_once=1))
+    assert begun == ended and len(begun) < 2
