@@ -53,9 +53,23 @@ ROWS: dict[str, dict[str, list[str]]] = {
         "evolution": [EVOLUTION],
         "guided": [GUIDED],
         "guided, then evolution": [GUIDED, AFTER],
+        "guided, 7 steps, then deltas": [
+            GUIDED,
+            "search.strategy.approach=7",
+            "search.strategy.delta_rounds=4",
+            "search.strategy.delta_tokens=1024",
+        ],
+        "measured way, then evolution": [
+            GUIDED,
+            "search.strategy.approach=3",
+            "search.strategy.approach_tokens=512",
+            "search.strategy.rounds=0",
+        ],
     },
 }
 """By method: a row to the overrides that make it. Baselines have a row each, and are the same for every seed."""
+AS_LONG = {("measured way, then evolution", at): n for at, n in ((0.125, 14), (0.25, 38), (0.375, 52), (0.5, 57))}
+"""Generations of evolution after the way, by row and target, with which the search spends what evolution does."""
 TARGETS: dict[str, tuple[float, ...]] = {
     "quant": (2.25, 2.5, 3, 3.5),
     "sparsity": (0.5, 0.6, 0.7),
@@ -85,6 +99,8 @@ def runs(
                     labels = dict(zip(KEYS, (method, recipe, target, name, seed), strict=True))
                     folder = RUNS / folder_name("-".join(str(label) for label in labels.values() if label != ""))
                     given = [*common, *levels, f"{_TARGET[method]}={target:g}", f"seed={seed}", *ROWS[method][name], *further]
+                    if (name, target) in AS_LONG:
+                        given.append(f"search.strategy.generations_after={AS_LONG[name, target]}")
                     yield SingleRun(folder, tuple(given), labels)
 
 

@@ -4,7 +4,8 @@
     python -m experiments.levels.found --jobs 12         # on a GPU: minutes
     python -m experiments.levels.found --rows whole --bits 2.5 --seeds 0 -- threads=1
 
-The second pass is measured at 2.25, 2.5 and 3 bits, models that are compressed whole at 2.5, 3 and 4.
+The second pass is measured at 2.25, 2.5 and 3 bits, models that are compressed whole at 2.5, 3 and 4. Level databases can be corrected
+as the second pass is, for what activations lose at one level: that makes uniform models of this level better, and others worse.
 Runs lie in `multirun/found/` and are gone on with where they were cut off; `found.csv` beside this file is written anew after each.
 What follows `--` is given to every run.
 """
@@ -26,8 +27,13 @@ RUNS = Path("multirun/found")
 LEVELS = "method.levels=[dense,8,6,5,4,3,2]"
 ROOM = ["data.search_tokens=16384"]
 """What leaves enough of python_docs for the second pass to choose by."""
+PASS = ["stages=[database,baselines,search,refine,evaluate]", *ROOM, "refine.tokens=4096"]
+CORRECTED = ["method.correction=0.5", "baselines.names=[uniform,dp]"]
 ROWS: dict[str, tuple[tuple[float, ...], list[str]]] = {
-    "second pass": ((2.25, 2.5, 3), ["stages=[database,search,refine,evaluate]", *ROOM, "refine.tokens=4096"]),
+    "second pass": ((2.25, 2.5, 3), PASS),
+    "second pass, not corrected": ((2.25, 2.5, 3), [*PASS, "refine.correction=0"]),
+    "corrected through 2 bits": ((2.5,), [*PASS, *CORRECTED, "method.propagate_bits=2"]),
+    "corrected through 3 bits": ((2.5,), [*PASS, *CORRECTED, "method.propagate_bits=3"]),
     "whole": ((2.5, 3, 4), [LEVELS, "method.include=[blocks,head,embedding]", "stages=[database,search,evaluate,export]"]),
 }
 """A row to the bits per weight it is measured at, and the overrides that make it."""
@@ -35,13 +41,13 @@ ROWS: dict[str, tuple[tuple[float, ...], list[str]]] = {
 
 def runs(names: Sequence[str], bits: Sequence[float] | None, seeds: Sequence[int], further: Sequence[str]) -> Iterator[SingleRun]:
     """Yield a run per row, bits per weight and seed."""
-    common = ["+method=quant", "search/strategy=guided", "search.starts=[dp]", "baselines.names=[]", "tracker=none", *further]
+    common = ["+method=quant", "search/strategy=guided", "search.starts=[dp]", "baselines.names=[]", "tracker=none"]
     for name in names:
         at, overrides = ROWS[name]
         for target in bits or at:
             for seed in seeds:
                 folder = RUNS / f"{name.replace(' ', '-')}-{target:g}-{seed}"
-                given = (*common, *overrides, f"bits={target:g}", f"seed={seed}")
+                given = (*common, *overrides, *further, f"bits={target:g}", f"seed={seed}")
                 yield SingleRun(folder, given, {"row": name, "target": target, "seed": seed})
 
 
