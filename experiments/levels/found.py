@@ -4,8 +4,8 @@
     python -m experiments.levels.found --jobs 12         # on a GPU: minutes
     python -m experiments.levels.found --rows whole --bits 2.5 --seeds 0 -- threads=1
 
-The second pass is measured at 2.25, 2.5 and 3 bits, models that are compressed whole at 2.5, 3 and 4. Level databases can be corrected
-as the second pass is, for what activations lose at one level: that makes uniform models of this level better, and others worse.
+The second pass is measured at 2.25, 2.5 and 3 bits, models that are compressed whole at 2.5, 3 and 4. Level databases can be
+corrected as the second pass is, for what activations lose at one level: uniform models of this level are better then, others worse.
 Runs lie in `multirun/found/` and are gone on with where they were cut off; `found.csv` beside this file is written anew after each.
 What follows `--` is given to every run.
 """
