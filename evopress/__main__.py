@@ -314,7 +314,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     if not there:
         run_folder.keep_config(run_dir, composed)
     # Imported here: `--help`, shell completion and configuration errors need no torch.
-    with machine.no_collections():
+    with machine.importing():
         import torch
         import transformers
 

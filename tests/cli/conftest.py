@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ SPARSE = ("+method=sparsity", "sparsity=0.5", "+debug=tiny", "search/strategy=ev
 
 
 @pytest.fixture(autouse=True)
-def not_drawn(sketched: None) -> None:
-    """Draw the figures of shared runs alone, which are made before this."""
+def quick(sketched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the figures of shared runs alone, which are made before this; wait for no disk (`tests/reliability` asks about that)."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session")
