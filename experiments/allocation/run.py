@@ -1,26 +1,28 @@
-"""Allocations side by side at equal bits, on the same levels: held-out KL, perplexity, tokens and seconds, over budgets and seeds.
+"""Allocations side by side at equal budgets, on the same levels: held-out KL, perplexity, tokens and seconds, over seeds.
 
-    python -m experiments.allocation.run                                        # all of it: many hours on 2 cores
+    python -m experiments.allocation.run                                        # quant, all of it: many hours on 2 cores
     python -m experiments.allocation.run --jobs 12 -- threads=1 fitness.max_tokens_in_flight=32768      # on a GPU
+    python -m experiments.allocation.run --method sparsity                      # drop: modules, whose levels have no recipe
     python -m experiments.allocation.run --recipes best --budgets 2.5 --seeds 0
     python -m experiments.allocation.run --baselines dp mine --searches         # one of an installed package, no search
     python -m experiments.allocation.run --draw                                 # table and figure, from results.csv
 
-Runs lie in `multirun/allocation/` and are gone on with where they were cut off. One run has the baselines of all budgets, whose
-numbers depend on none; a search has a run for each. `results.csv` keeps the rows of earlier calls. What follows `--` is given to
-every run.
+Runs lie in `multirun/allocation/` and are gone on with where they were cut off. Where all budgets have the same levels, one run
+has the baselines of all; a search has a run for each. `results.csv` keeps the rows of earlier calls. What follows `--` is given
+to every run.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, open_frame, save
+from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, log_scale, new_figure, open_frame, save
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name
 from experiments.guided.measure import KEYS, merged, read, table
@@ -28,15 +30,51 @@ from experiments.single_runs import SingleRun, evopress_all, folder_name, why_it
 
 FOLDER = Path(__file__).parent
 RUNS = Path("multirun/allocation")
-BASELINES = ("uniform", "dp", "first_order", "fisher", "linear_model", "one_at_a_time")
 SEARCHES = ("evolution", "guided")
-BUDGETS = (2.25, 2.5, 3, 3.5, 4)
-METHOD = "quant"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What is compared of a method."""
+
+    target: str
+    """The setting that a budget is."""
+    shown: str
+    budgets: tuple[float, ...]
+    baselines: tuple[str, ...]
+    recipes: tuple[str, ...] = ("best", "paper")
+    together: bool = False
+    """Whether levels are the same for all budgets, so that one run has the baselines of all."""
+
+
+METHODS = {
+    "quant": Compared(
+        "bits",
+        "bits per weight",
+        (2.25, 2.5, 3, 3.5, 4),
+        ("uniform", "dp", "first_order", "fisher", "linear_model", "one_at_a_time"),
+        together=True,
+    ),
+    "sparsity": Compared(
+        "sparsity",
+        "sparsity",
+        (0.5, 0.6, 0.7),
+        ("uniform", "dp", "owl", "atp", "alphapruning", "fisher", "linear_model"),
+    ),
+    "drop": Compared(
+        "sparsity",
+        "share of modules dropped",
+        (0.125, 0.25, 0.375, 0.5),
+        ("shortgpt", "shortened_llama", "interactions"),
+        recipes=("",),
+    ),
+}
 _EXACT = 1e-3
 """Bits within which a uniform genome is one of a budget."""
 
 
 def runs(
+    method: str,
     recipes: Sequence[str],
     seeds: Sequence[int],
     budgets: Sequence[float],
@@ -44,38 +82,41 @@ def runs(
     searches: Sequence[str],
     further: Sequence[str],
 ) -> Iterator[SingleRun]:
-    """Yield a run of all baselines per recipe of levels and seed, then one per search and budget."""
+    """Yield the runs of baselines per recipe of levels and seed, then one per search and budget."""
+    compared = METHODS[method]
 
     def run(recipe: str, seed: int, name: str, at: str, *given: str, **labels: Any) -> SingleRun:
-        common = [f"+method={METHOD}", f"method.recipe={recipe}", f"seed={seed}", "tracker=none", "evaluation.every=0"]
-        folder = RUNS / folder_name("-".join((recipe, name, at, str(seed))))
-        about = {"method": METHOD, "recipe": recipe, "seed": seed, **labels}
-        return SingleRun(folder, (*common, *given, *further), about)
+        common = [f"+method={method}", f"seed={seed}", "tracker=none", "evaluation.every=0"]
+        common += [f"method.recipe={recipe}"] if recipe else []
+        where = RUNS / folder_name("-".join(filter(None, (method, recipe, name, at, str(seed)))))
+        return SingleRun(where, (*common, *given, *further), {"method": method, "recipe": recipe, "seed": seed, **labels})
 
-    points, names = ",".join(f"{budget:g}" for budget in budgets), ",".join(baselines)
-    name = "baselines" if tuple(baselines) == BASELINES else names.replace(",", "_")
+    points, names = [f"{budget:g}" for budget in budgets], ",".join(baselines)
+    called = "baselines" if tuple(baselines) == compared.baselines else "_".join(baselines)
+    chosen = (f"baselines.names=[{names}]", "stages=[database,baselines,evaluate]")
     for recipe in recipes if baselines else ():
         for seed in seeds:
-            stages = "stages=[database,baselines,evaluate]"
-            given = (f"baselines.names=[{names}]", f"budgets=[{points}]", stages)
-            yield run(recipe, seed, name, points.replace(",", "_"), *given)
+            if compared.together:
+                yield run(recipe, seed, called, "_".join(points), *chosen, f"budgets=[{','.join(points)}]")
+                continue
+            for budget, at in zip(budgets, points, strict=True):
+                yield run(recipe, seed, called, at, *chosen, f"{compared.target}={at}", target=budget)
     for recipe in recipes:
         for seed in seeds:
-            for budget in budgets:
+            for budget, at in zip(budgets, points, strict=True):
                 for name in searches:
-                    given = (f"search/strategy={name}", f"bits={budget:g}", "baselines.names=[]")
-                    stages = "stages=[database,search,evaluate]"
-                    yield run(recipe, seed, name, f"{budget:g}", *given, stages, target=budget, row=name)
+                    given = (f"search/strategy={name}", f"{compared.target}={at}", "baselines.names=[]")
+                    yield run(recipe, seed, name, at, *given, "stages=[database,search,evaluate]", target=budget, row=name)
 
 
 def ends(run: SingleRun, budgets: Sequence[float], result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a line of `results.csv` per allocation that a finished run measured; of uniform ones those that spend a budget."""
     for row in result["rows"]:
         name, _, at = row["name"].partition("@")
-        bits = row["bits_per_weight"]
+        bits = row.get("bits_per_weight")
         if name.startswith("uniform_"):
             name, at = "uniform", next((f"{budget:g}" for budget in budgets if abs(bits - budget) < _EXACT), "")
-        if name == "dense" or (not at and "row" not in run.labels):
+        if name == "dense" or not (at or "target" in run.labels):
             continue
         labels = {"row": name, **({"target": float(at)} if at else {}), **run.labels}
         yield {
@@ -91,22 +132,18 @@ def ends(run: SingleRun, budgets: Sequence[float], result: dict[str, Any]) -> It
 
 
 def draw(results: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw held-out KL against the budget, a panel per recipe of levels, a line per allocation: means over seeds."""
-    recipes, names = sorted(results.recipe.unique()), list(dict.fromkeys(results.row))
-    figure = new_figure(4.2 * len(recipes) + 0.4, 4.2)
+    """Draw held-out KL against the budget, a panel per method and recipe of levels, a line per allocation: means over seeds."""
+    panels = [key for key, _ in results.groupby(["method", "recipe"], sort=False)]
+    names = list(dict.fromkeys(results.row))
+    figure = new_figure(4.2 * len(panels) + 0.4, 4.4)
     lines = {}
-    for panel, recipe in zip(figure.subplots(1, len(recipes), squeeze=False)[0], recipes, strict=True):
-        for look, name in enumerate(names):
-            kl = results[(results.recipe == recipe) & (results.row == name)].groupby("target").held_out_kl.mean()
-            style = {
-                "color": COLOURS[look % len(COLOURS)],
-                "linestyle": STYLES[look % len(STYLES)],
-                "marker": "o",
-                "ms": 3,
-                "lw": 1.2,
-            }
-            (lines[display_name(name)],) = panel.plot(kl.index, kl, **style)
-        panel.set(title=f"{recipe} levels", xlabel="bits per weight")
+    for panel, (method, recipe) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        here = results[(results.method == method) & (results.recipe == recipe)]
+        for name, of_name in here.groupby("row", sort=False):
+            look, kl = names.index(name) % len(COLOURS), of_name.groupby("target").held_out_kl.mean()
+            style = {"color": COLOURS[look], "linestyle": STYLES[look], "marker": MARKERS[look], "ms": 3, "lw": 1.2}
+            (lines[display_name(str(name))],) = panel.plot(kl.index, kl, **style)
+        panel.set(title=f"{method}{f', {recipe} levels' if recipe else ''}", xlabel=METHODS[str(method)].shown)
         log_scale(panel)
         open_frame(panel)
     figure.supylabel("held-out KL, mean over seeds", fontsize=10)
@@ -117,10 +154,11 @@ def draw(results: pd.DataFrame, folder: Path) -> list[Path]:
 def main() -> None:
     """Run what is missing, write what was found, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=["best", "paper"])
-    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help="bits per weight")
+    parser.add_argument("--method", default="quant", choices=list(METHODS))
+    parser.add_argument("--recipes", nargs="+", default=None, help="best, paper, or both (default); method drop has none")
+    parser.add_argument("--budgets", nargs="+", type=float, default=None, help="bits per weight, or sparsities")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--baselines", nargs="*", default=list(BASELINES))
+    parser.add_argument("--baselines", nargs="*", default=None)
     parser.add_argument("--searches", nargs="*", default=list(SEARCHES), help="search strategies")
     parser.add_argument("--jobs", type=int, default=1, help="at once")
     parser.add_argument("--results", type=Path, default=FOLDER / "results.csv", help="the figure goes beside it")
@@ -128,12 +166,16 @@ def main() -> None:
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
     asked = parser.parse_args()
     if not asked.draw:
-        all_runs = runs(asked.recipes, asked.seeds, asked.budgets, asked.baselines, asked.searches, asked.further)
+        compared = METHODS[asked.method]
+        budgets = asked.budgets or compared.budgets
+        baselines = compared.baselines if asked.baselines is None else asked.baselines
+        recipes = asked.recipes or compared.recipes
+        all_runs = runs(asked.method, recipes, asked.seeds, budgets, baselines, asked.searches, asked.further)
         for run, well in evopress_all(list(all_runs), at_once=asked.jobs):
             if not well:
                 print(f"{run.folder.name}: {why_it_failed(run.folder)}", flush=True)
                 continue
-            merged(asked.results, list(ends(run, asked.budgets, read_json(run.folder / "result.json"))))
+            merged(asked.results, list(ends(run, budgets, read_json(run.folder / "result.json"))))
             print(f"{run.folder.name}: done", flush=True)
     results = read(asked.results)
     print(table(results).to_string(index=False, float_format="%.4g"))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.allocation.run import BASELINES, BUDGETS, draw, ends, runs
+from experiments.allocation.run import METHODS, draw, ends, runs
 from experiments.guided.measure import KEYS, merged, read, table
 
 
-def a_row(name: str, bits: float, **more: float) -> dict:
+def a_row(name: str, bits: float | None, **more: float) -> dict:
     return {
         "name": name,
         "bits_per_weight": bits,
@@ -20,16 +20,21 @@ def a_row(name: str, bits: float, **more: float) -> dict:
     }
 
 
-def test_one_run_has_the_baselines_of_all_budgets_and_each_search_its_own() -> None:
-    made = list(runs(["best", "paper"], [0, 1, 2], BUDGETS, BASELINES, ["guided", "evolution"], ["threads=1"]))
+def test_one_run_has_the_baselines_of_all_budgets_where_levels_are_the_same_and_each_search_its_own() -> None:
+    quant, sparsity = METHODS["quant"], METHODS["sparsity"]
+    made = list(runs("quant", quant.recipes, [0, 1, 2], quant.budgets, quant.baselines, ["guided", "evolution"], ["threads=1"]))
     assert len(made) == 2 * 3 * (1 + 2 * 5) == len({run.folder for run in made})
     assert "budgets=[2.25,2.5,3,3.5,4]" in made[0].arguments and made[0].arguments[-1] == "threads=1"
     assert not any(set(",=[] ") & set(str(run.folder)) for run in made)
-    assert len(list(runs(["best"], [0], [3], ["dp"], [], []))) == 1 == len(list(runs(["best"], [0], [3], [], ["guided"], [])))
+    assert len(list(runs("sparsity", ["best"], [0], [0.5, 0.7], sparsity.baselines, ["guided"], []))) == 4
+    (alone,) = runs("drop", [""], [0], [0.25], ["interactions"], [], [])
+    assert "sparsity=0.25" in alone.arguments and not any("recipe" in each for each in alone.arguments)
+    (row,) = ends(alone, [0.25], {"rows": [a_row("dense", 16.0), a_row("interactions", None)]})
+    assert (row["method"], row["recipe"], row["target"], row["row"]) == ("drop", "", 0.25, "interactions")
 
 
 def test_rows_are_of_one_budget_and_uniform_ones_only_where_they_spend_it(tmp_path) -> None:
-    of_all, of_one = list(runs(["best"], [0], [2.5, 3], ["dp"], ["guided"], []))[:2]
+    of_all, of_one = list(runs("quant", ["best"], [0], [2.5, 3], ["dp"], ["guided"], []))[:2]
     rows = [a_row("dense", 16.0), a_row("uniform_2", 2.0), a_row("uniform_3", 3.0), a_row("dp@2.5", 2.4, tokens_spent=7)]
     found = list(ends(of_all, [2.5, 3], {"rows": rows}))
     assert [(row["row"], row["target"], row["tokens"]) for row in found] == [("uniform", 3.0, 0), ("dp", 2.5, 7)]
