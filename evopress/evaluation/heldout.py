@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evopress.fitness.measures import HeldOut
-from evopress.fitness.population import Evaluator, measure_sequences
+from evopress.fitness.population import Evaluator, measure_sequences, walked_together
 from evopress.progress import track
 from evopress.ranks import divided, launched, part, together
 from evopress.units import Genome
@@ -83,17 +83,19 @@ def measure_held_out(
     Args:
         sequences: token ids int64 [N, L].
         base: the dense model's last hidden states [N, L, d], where they are at hand; None: they are computed on the way.
-        batch_tokens: tokens per pass of the population over the blocks.
+        batch_tokens: tokens per pass of the population over the blocks, where these lie on the device.
     """
     measure = HeldOut()
     batch = part(len(sequences), max(batch_tokens // sequences.shape[1], 1))
     # The dense model comes first where its last hidden states are the base of the others' KL divergence.
     measured, extra = (list(genomes), 0) if base is not None else ([None, *genomes], 1)
 
+    together = walked_together(evaluator, len(measured), sequences.shape[1], batch)
+
     def sums(starts: Sequence[int]) -> Tensor:
-        found = []
-        for start in track(starts, what):
-            those = slice(start, start + batch)
+        found, end = [], min(starts[-1] + batch, len(sequences))
+        for start in track(range(starts[0], end, together), what):
+            those = slice(start, min(start + together, end))
             found.append(
                 measure_sequences(
                     evaluator,
@@ -102,7 +104,7 @@ def measure_held_out(
                     None if base is None else base[those],
                     measure,
                     chunk_tokens=chunk_tokens,
-                    apart=batch if launched() else None,
+                    apart=batch if launched() or together > batch else None,
                 )[extra:]
             )
         return torch.cat(found, dim=-1)

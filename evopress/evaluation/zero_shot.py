@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from evopress.data.special_tokens import ids_beyond, leading_ids, not_embedded
 from evopress.errors import EvoPressError
+from evopress.fitness.population import MOST_ON_HOST
 from evopress.levels.live import Live
 from evopress.models import attention
 from evopress.models.blocks import BlockModel
@@ -258,22 +259,56 @@ def _harness(blocks: BlockModel, tokenizer: PreTrainedTokenizerBase, batch_size:
             self._done, self._num_requests = 0, len(requests)
             return super().loglikelihood(requests, disable_tqdm=True)
 
+        def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **settings: Any) -> Any:
+            if blocks.offload:  # asked twice: first for the batches alone, so that a block is carried once for many of them
+                self._noted: list[Tensor] | None = []
+                super()._loglikelihood_tokens(requests, *args, **settings)
+                self._coming, self._noted = _walked(blocks, self._noted), None
+            return super()._loglikelihood_tokens(requests, *args, **settings)
+
         @torch.no_grad()
         def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+            if blocks.offload and self._noted is not None:
+                self._noted.append(inps)
+                return inps.new_zeros((), dtype=torch.float32).expand(*inps.shape, blocks.head().weight.shape[0])
             self._done += len(inps)
             self.on_share(min(self._done / self._num_requests, 1.0))
             if not blocks.offload:
                 logits: Tensor = self.model(inps, use_cache=False).logits
                 return logits
-            hidden = blocks.embed(inps)
-            for index in range(len(blocks.blocks)):
-                with blocks.on_device(index):
-                    hidden = blocks.run(index, hidden)
+            asked, hidden = next(self._coming)
+            assert torch.equal(asked, inps), "lm-eval asks the same in the same order"
             return blocks.head().logits(blocks.finish(hidden))
 
     # lm-eval gives the tokenizer a padding token, which must not get into the exported one.
     own, add_bos = copy.deepcopy(tokenizer), False if bos == "false" else None
     return LiveLM(pretrained=blocks.model, tokenizer=own, batch_size=batch_size, add_bos_token=add_bos)
+
+
+def _walked(blocks: BlockModel, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of ids with what leaves the last block, which is carried to the device once for many of them."""
+    for together in _together(blocks, batches):
+        states = [blocks.embed(ids).cpu() for ids in together]
+        for index in range(len(blocks.blocks)):
+            with blocks.on_device(index):
+                states = [blocks.run(index, state.to(blocks.device)).cpu() for state in states]
+        for ids in together:
+            yield ids, states.pop(0).to(blocks.device)
+
+
+def _together(blocks: BlockModel, batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Divide batches so that the hidden states of each part take `MOST_ON_HOST` bytes, or are those of one batch."""
+    part: list[Tensor] = []
+    held = 0
+    for ids in batches:
+        size = ids.numel() * blocks.hidden_size * blocks.dtype.itemsize
+        if part and held + size > MOST_ON_HOST:
+            yield part
+            part, held = [], 0
+        part.append(ids)
+        held += size
+    if part:
+        yield part
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from evopress.errors import EvoPressError
 from evopress.fitness.archive import Archiving, NoArchive
 from evopress.fitness.attribution import attribute
 from evopress.fitness.measures import Measure, NegativeLogLikelihood
-from evopress.fitness.population import Evaluator, measure_parts
+from evopress.fitness.population import Evaluator, measure_parts, walked_together
 from evopress.progress import track
 from evopress.ranks import divided, launched, part, share, size, stacked, together
 from evopress.units import Genome
@@ -187,11 +187,13 @@ def base_states(evaluator: Evaluator, sequences: Tensor, *, batch_tokens: int) -
     """
     batch = part(len(sequences), max(batch_tokens // sequences.shape[1], 1))
 
+    together = walked_together(evaluator, 1, sequences.shape[1], batch)
+
     def states(starts: Sequence[int]) -> Tensor:
-        parts = []
-        for start in track(starts, "last hidden states of the dense model"):
-            ids = sequences[start : start + batch]
-            _, (found,) = evaluator.final_states([None], ids, apart=batch if launched() else None)
+        parts, end = [], min(starts[-1] + batch, len(sequences))
+        for start in track(range(starts[0], end, together), "last hidden states of the dense model"):
+            ids = sequences[start : min(start + together, end)]
+            _, (found,) = evaluator.final_states([None], ids, apart=batch if launched() or together > batch else None)
             if not bool(torch.isfinite(found).all()):
                 blocks = evaluator.live.blocks
                 what, row = blocks.where_non_finite(ids) or ("the last hidden states", 0)

@@ -16,12 +16,18 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from evopress.compress.compressor import free_bytes
 from evopress.fitness.measures import Measure
 from evopress.levels.live import Live, part_held
+from evopress.levels.passage import SHARE_OF_DEVICE
 from evopress.ranks import launched
 from evopress.units import Genome
 
 _T = TypeVar("_T")
+_HELD = 3
+"""Times that hidden states are held at most: before a block, behind it, and as they are finished and measured."""
+MOST_ON_HOST = 2**30
+"""Bytes of hidden states of one walk, where the device is the host."""
 
 
 class Evaluator(Protocol):
@@ -139,6 +145,19 @@ class PopulationEvaluator:
                 uses[parent] -= 1
                 if not uses[parent]:
                     states[parent] = None
+
+
+def walked_together(evaluator: Evaluator, models: int, length: int, batch: int) -> int:
+    """Return how many sequences go through all blocks in one walk, a multiple of `batch`.
+
+    That is a batch; or where a walk carries the blocks to the device, as many as there is room for, of so many models' states.
+    """
+    blocks = evaluator.live.blocks
+    if not blocks.offload:
+        return batch
+    room = free_bytes(blocks.device) * SHARE_OF_DEVICE if blocks.device.type == "cuda" else MOST_ON_HOST
+    held = _HELD * models * length * blocks.hidden_size * blocks.dtype.itemsize  # for each sequence
+    return max(int(room // held) // batch, 1) * batch
 
 
 def measure_sums(

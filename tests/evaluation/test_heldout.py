@@ -6,6 +6,7 @@ import torch
 from measures_literal import acceptance_rate, flips, kl_divergence, negative_log_likelihood, top1_agreement
 
 from evopress.evaluation.heldout import MEANS, MEASURES, measure_held_out, scores_by_data_set
+from evopress.fitness import population
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator
@@ -131,3 +132,24 @@ def test_dense_states_at_hand_are_the_base(live, tokens):
         measure_held_out(evaluator, genomes_of(live), sequences, base=base, batch_tokens=24), expected, strict=True
     ):
         assert (mine.kl, mine.perplexity) == pytest.approx((other.kl, other.perplexity), rel=1e-4, abs=1e-6)
+
+
+def test_blocks_that_are_carried_are_carried_once_for_all_sequences(live_model, tokens, monkeypatch):
+    """Not once for each batch: the numbers are the same, to the bit where batches are full."""
+    live = live_model()
+    sequences, evaluator, last = (
+        tokens(6, 12, seed=16),
+        PopulationEvaluator(live, max_tokens_in_flight=24),
+        len(live.blocks.blocks) - 1,
+    )
+    base = base_states(evaluator, sequences, batch_tokens=24)
+    expected = measure_held_out(evaluator, [None], sequences, base=base, batch_tokens=24, chunk_tokens=7)
+    monkeypatch.setattr(live.blocks, "offload", True)
+    carried, on_device = [], live.blocks.on_device
+    monkeypatch.setattr(live.blocks, "on_device", lambda index, **how: carried.append(index) or on_device(index, **how))
+    assert torch.equal(base_states(evaluator, sequences, batch_tokens=24), base)
+    found = measure_held_out(evaluator, [None], sequences, base=base, batch_tokens=24, chunk_tokens=7)
+    assert carried.count(last) == 2 and found[0].by_sequence == expected[0].by_sequence
+    monkeypatch.setattr(population, "MOST_ON_HOST", 1)
+    assert torch.equal(base_states(evaluator, sequences, batch_tokens=24), base)
+    assert carried.count(last) == 2 + 3

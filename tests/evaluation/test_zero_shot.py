@@ -204,7 +204,14 @@ def test_a_model_that_streams_its_blocks_answers_alike(live_model, tasks_path, m
     expected = measure(live, tasks)
     monkeypatch.setattr(live.blocks, "offload", True)
     monkeypatch.setattr(live.blocks.model, "forward", None)  # the whole model cannot be called
+    carried, on_device, last = [], live.blocks.on_device, len(live.blocks.blocks) - 1
+    monkeypatch.setattr(live.blocks, "on_device", lambda index, **how: carried.append(index) or on_device(index, **how))
     assert measure(live, tasks) == expected
+    assert carried.count(last) == len(expected)  # once for all questions, not for each batch
+    carried.clear()
+    monkeypatch.setattr(zero_shot, "MOST_ON_HOST", 1)
+    measure(live, tasks, limit=3)
+    assert carried.count(last) > len(expected)
 
 
 # What it leaves alone
