@@ -85,7 +85,7 @@ class StructuredConfigSource(structured_config_source.StructuredConfigSource):  
 
 
 class ConfigLoader(ConfigLoaderImpl):  # type: ignore[misc, unused-ignore]
-    """Hydra's loader, which composes a config to see its mode, and all of it again to run it; ours hands over what it has."""
+    """Hydra's loader, which composes a config to see its mode, and again to run it or to sweep; ours hands over what it has."""
 
     _seen: tuple[list[str], DictConfig | HydraException] | None = None
     """Overrides, and what comes of composing the config of a run with them."""
@@ -98,7 +98,7 @@ class ConfigLoader(ConfigLoaderImpl):  # type: ignore[misc, unused-ignore]
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
-        """Compose a config as Hydra does; the run that is asked for next gets the one that its mode was read from."""
+        """Compose a config as Hydra does; what is asked for next gets the one that its mode was read from."""
         if not validate_sweep_overrides:  # to see the mode
             try:
                 seen = super().load_configuration(config_name, overrides, RunMode.RUN, from_shell, False)
@@ -109,13 +109,14 @@ class ConfigLoader(ConfigLoaderImpl):  # type: ignore[misc, unused-ignore]
             return seen
         (given, seen), self._seen = self._seen or ([], None), None
         added = overrides[len(given) :]
-        if seen is None or run_mode != RunMode.RUN or overrides[: len(given)] != given or added not in ([], ["hydra.mode=RUN"]):
+        same = overrides[: len(given)] == given and added in ([], [f"hydra.mode={run_mode.name}"])
+        if seen is None or not same or (isinstance(seen, HydraException) and run_mode != RunMode.RUN):
             return super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
         self.validate_sweep_overrides_legal(OverridesParser.create().parse_overrides(overrides), run_mode, from_shell)
         if isinstance(seen, HydraException):
             raise seen
         if added:
-            seen.hydra.mode = RunMode.RUN
+            seen.hydra.mode = run_mode
             seen.hydra.overrides.hydra.extend(added)
         return seen
 

@@ -69,8 +69,17 @@ def test_a_plugin_that_is_missing_is_named(argument: str, extra: str, evopress: 
     assert f"pip install 'evopress[{extra}]'" in outcome.errors[0]
 
 
-@pytest.mark.parametrize("given", [["+method=quant", "bits=2.5", "seed=3"], ["+experiment=table4"]])
-def test_a_run_gets_the_config_that_its_mode_was_read_from(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [
+        (["+method=quant", "bits=2.5", "seed=3"], RunMode.RUN),
+        (["+method=quant", "bits=2.5", "seed=0,1"], RunMode.MULTIRUN),
+        (["+experiment=table4"], RunMode.MULTIRUN),  # by itself
+    ],
+)
+def test_a_run_gets_the_config_that_its_mode_was_read_from(
+    given: list[str], mode: RunMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hydra composes it anew; ours is the same to the last key, and composed once."""
     configuration.register()
     path = create_config_search_path(str(configuration.config_folder()))
@@ -82,15 +91,15 @@ def test_a_run_gets_the_config_that_its_mode_was_read_from(given: list[str], mon
 
     def run_config(loader: ConfigLoaderImpl) -> str:
         hydra = Hydra("evopress", loader)
-        mode = hydra.get_mode("config", given)
-        assert mode == (RunMode.MULTIRUN if "table4" in given[0] else None)
-        overrides = given if mode else [*given, "hydra.mode=RUN"]
-        return OmegaConf.to_yaml(hydra.compose_config("config", overrides, run_mode=mode or RunMode.RUN))
+        said = hydra.get_mode("config", given)
+        assert said == (mode if "table4" in given[0] else None)
+        overrides = given if said else [*given, f"hydra.mode={mode.name}"]
+        return OmegaConf.to_yaml(hydra.compose_config("config", overrides, run_mode=mode))
 
     with monkeypatch.context() as patch:
         patch.setattr(Hydra, "__init__", lambda self, _, loader: setattr(self, "config_loader", loader))
         ours = run_config(configuration.ConfigLoader(path))
-        assert len(composed) == (2 if "table4" in given[0] else 1)
+        assert len(composed) == 1
         assert ours == run_config(ConfigLoaderImpl(path))
 
 
