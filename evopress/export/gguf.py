@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 logging.getLogger("gguf").setLevel(logging.WARNING)  # the package tells what it is about to do
 FILE = "model.gguf"
 _DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_ROUNDED = GGUF_TYPES["Q8_0"]
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _MOST_BITS = 7
 """Of integers with any zero: their differences fit Q8_0's signed bytes."""
@@ -86,15 +87,16 @@ class GGUF:
 
         Args:
             exact: let no weight differ from the one that was measured, where that takes a larger type.
-            dense: dtype of weights that are no integers: float32, float16 or bfloat16; None: the model's.
+            dense: what weights that are no integers are held as: float32, float16, bfloat16, or Q8_0, rounded to the nearest as
+                llama.cpp's own tool does, where rows are a multiple of 32; None: the model's dtype.
             pre_tokenizer: llama.cpp's name for how the tokenizer splits text; None: by what the tokenizer says.
         """
         dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _DENSE}
-        if dense is not None and dense not in dtypes:
-            raise EvoPressError(f"export_options.gguf.dense={dense} is unknown: choose {', '.join(dtypes)}")
+        if dense is not None and dense not in (*dtypes, _ROUNDED.name):
+            raise EvoPressError(f"export_options.gguf.dense={dense} is unknown: choose {', '.join((*dtypes, _ROUNDED.name))}")
         if not isinstance(exact, bool):
             raise EvoPressError(f"export_options.gguf.exact={exact} is neither true nor false")
-        self._exact, self._dense, self._pre = exact, dtypes.get(dense or ""), pre_tokenizer
+        self._exact, self._dense, self._rounded, self._pre = exact, dtypes.get(dense or ""), dense == _ROUNDED.name, pre_tokenizer
 
     def check(self, config: Mapping[str, Any], forms: Iterable[Form]) -> None:
         """Refuse what GGUF, or llama.cpp, does not hold."""
@@ -155,6 +157,8 @@ class GGUF:
             if rounding.worst
             else "The weights are those that were measured, bit for bit once they are rounded to the model's dtype."
         )
+        if self._rounded:
+            exactness += f" Matrices that are no units are rounded to {_ROUNDED.name}."
         logger.info("gguf: %s", exactness)
         card = model_card(
             export,
@@ -235,14 +239,23 @@ class GGUF:
     def _as_it_is(
         self, name: str, parameter: Tensor, weight: Weight | None, order: Tensor | None, model_dtype: torch.dtype
     ) -> _Tensor:
-        """Return a weight that is no integers: matrices in the model's dtype, the rest in float32, as llama.cpp takes it."""
+        """Return a weight that is no integers: matrices as `dense` says, the rest in float32, as llama.cpp takes it."""
         dtype = torch.float32 if parameter.dim() < 2 else self._dense or model_dtype
+        rounded = self._rounded and parameter.dim() == 2 and parameter.shape[1] % _ROUNDED.width == 0
 
         def make() -> Tensor:
-            data = parameter.data if weight is None else weight.read().decode()
-            return _bytes(_rows(data, order).to(dtype))
+            data = _rows(parameter.data if weight is None else weight.read().decode(), order)
+            return _ROUNDED.pack(rounded_to_nearest(data)) if rounded else _bytes(data.to(dtype))
 
-        return _Tensor(name, tuple(parameter.shape), _DENSE[dtype], make)
+        return _Tensor(name, tuple(parameter.shape), _ROUNDED.name if rounded else _DENSE[dtype], make)
+
+
+def rounded_to_nearest(weight: Tensor) -> Blocks:
+    """Return a weight in Q8_0: of every 32 the greatest in size is 127 steps, and each is the nearest step."""
+    blocks = weight.to(torch.float32).reshape(weight.shape[0], -1, _ROUNDED.width)
+    d = blocks.abs().amax(2) / 127
+    steps = (blocks / d.unsqueeze(2)).nan_to_num(0.0).round()
+    return Blocks((steps + _ROUNDED.offset).to(torch.uint8).reshape(weight.shape), d.to(torch.float16))
 
 
 def type_of(payload: Quantized, *, exact: bool = False) -> GGUFType | None:

@@ -30,10 +30,12 @@ Weights = Iterator[tuple[str, NDArray[np.float32]]]
 
 def by_mlx(folder: Path, config: dict[str, Any], modules: Sequence[str]) -> Weights:
     """Yield the weights that MLX keeps as integers, by their modules' names."""
-    import mlx.core as mx
+    from mlx import core
+
+    mx: Any = core
 
     mx.set_default_device(mx.cpu)
-    tensors = mx.load(str(folder / "model.safetensors"))
+    tensors: Any = mx.load(str(folder / "model.safetensors"))
     for name in [key.removesuffix(".scales") for key in tensors if key.endswith(".scales")]:
         scheme = config["quantization"][name]
         scales, biases = (tensors[f"{name}.{part}"].astype(mx.float32) for part in ("scales", "biases"))

@@ -274,6 +274,15 @@ def test_matrices_that_are_no_units_take_the_dtype_that_is_asked_for(exported: C
     assert kinds["output_norm.weight"] == kinds["blk.0.attn_norm.weight"] == "F32"
 
 
+def test_matrices_that_are_no_units_are_rounded_as_llama_cpp_rounds_them(exported: Callable[..., Export], tmp_path: Path) -> None:
+    export = exported()
+    path = write_export(GGUF(dense="Q8_0"), tmp_path / "gguf", export) / FILE
+    assert path.stat().st_size == GGUF(dense="Q8_0").num_bytes(export)
+    (found,) = [tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight"]
+    embedding = export.model.get_input_embeddings().weight.data.numpy()
+    assert np.array_equal(found.data, gguf.quants.quantize(embedding, gguf.GGMLQuantizationType.Q8_0))
+
+
 @pytest.mark.parametrize(
     ("form", "sentence"),
     [
@@ -319,7 +328,7 @@ def test_the_engine_asks_for_types_and_others_refuse_them() -> None:
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(EvoPressError, match="dense=int8 is unknown: choose float32, float16, bfloat16"):
+    with pytest.raises(EvoPressError, match="dense=int8 is unknown: choose float32, float16, bfloat16, Q8_0"):
         GGUF(dense="int8")
     with pytest.raises(EvoPressError, match="exact=1 is neither"):
         GGUF(exact=1)  # type: ignore[arg-type]
