@@ -349,7 +349,7 @@ def spent_on_baselines(run_dir: Path) -> dict[str, Any]:
     """Return what each row's baseline took, `tokens` and `seconds`, by name; earlier versions did not write it down."""
     path = run_dir / "baselines.json"
     spent = read_baselines(path).get("spent", {}) if path.exists() else {}
-    return spent if isinstance(spent, dict) else {}
+    return {name: took for name, took in spent.items() if isinstance(took, dict)} if isinstance(spent, dict) else {}
 
 
 def read_baselines(path: Path, *, database: str | None = None) -> dict[str, Any]:
