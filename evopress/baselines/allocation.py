@@ -61,7 +61,7 @@ class Allocator(Baseline):
         space, text = problem.space, problem.search_tokens
         minibatch = draw_equal(*text.shape, tokens=self.tokens, sequences=SEQUENCES, rng=problem.rng)
         (ids,) = minibatch.tensors(text)
-        kept = problem.kept(self.name, {"tokens": tokens_digest(ids), **asdict(self)})
+        kept = problem.kept(self.name, {"text": tokens_digest(ids), **asdict(self)})
         values = [
             [math.inf if value is None or not math.isfinite(value) else value for value in of_unit]
             for of_unit in self.values(problem, minibatch, ids, kept)

@@ -48,7 +48,7 @@ class Interactions(Baseline):
         """Raise EvoPressError if dropping a module or two makes the KL divergence something that is not finite."""
         space, text = problem.space, problem.search_tokens
         (ids,) = draw_equal(*text.shape, tokens=self.tokens, sequences=SEQUENCES, rng=problem.rng).tensors(text)
-        kept = problem.kept("interactions", {"tokens": tokens_digest(ids), **asdict(self)})
+        kept = problem.kept("interactions", {"text": tokens_digest(ids), **asdict(self)})
         units = [i for i, unit in enumerate(space.units) if len(unit.levels) > 1]
         sets = [*((i,) for i in units), *combinations(units, 2)]
         found = divergences(problem, [without(space, dropped) for dropped in sets], ids, kept, what="pairs of modules")

@@ -125,6 +125,10 @@ def test_what_is_kept_serves_other_budgets_and_is_counted_again(problem, allocat
     (cheaper,) = allocator.find(less).values()
     assert less.space.cost(cheaper) <= less.budget.total < less.space.cost(genome)
     assert less.tokens == here.tokens > 0 and less.seconds > 0
+    other = problem()
+    other.files, other.rng = here.files, np.random.default_rng(1)
+    allocator.find(other)
+    assert len(here.files) == 2, "other text has numbers of its own"
 
 
 def test_the_genome_is_the_integer_programs(problem) -> None:
