@@ -135,7 +135,7 @@ def draw(results: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw held-out KL against the budget, a panel per method and recipe of levels, a line per allocation: means over seeds."""
     panels = [key for key, _ in results.groupby(["method", "recipe"], sort=False)]
     names = list(dict.fromkeys(results.row))
-    figure = new_figure(4.2 * len(panels) + 0.4, 4.4)
+    figure = new_figure(max(4.2 * len(panels) + 0.4, 7.6), 4.6)  # as wide as its legend
     lines = {}
     for panel, (method, recipe) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         here = results[(results.method == method) & (results.recipe == recipe)]
