@@ -98,7 +98,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     kinds = (
         ("llama.cpp's mixes, no importance matrix", plain & ~ours, "#9aa0a6", "x"),
         ("llama.cpp's mixes, importance matrix", ~plain & ~ours, "#5f6368", "o"),
-        ("EvoPress, engine=llama_cpp", ours, "#1a73e8", "o"),
+        ("EvoPress, +method=gguf", ours, "#1a73e8", "o"),
     )
     for label, which, colour, marker in kinds:
         part = rows[which].sort_values("bytes")
