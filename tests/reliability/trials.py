@@ -49,6 +49,13 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
+def timeless(value: Any) -> Any:
+    """Return what a JSON file holds without what the clock says."""
+    if isinstance(value, dict):
+        return {key: timeless(each) for key, each in value.items() if key not in ("seconds", "seconds_spent")}
+    return [timeless(each) for each in value] if isinstance(value, list) else value
+
+
 def digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file of the level databases or of a checkpoint; locks and the command in it may differ."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock" and path.name != "evopress.json")
@@ -68,8 +75,8 @@ def outcome(cwd: Path) -> dict[str, Any]:
         "genome.json": (run / "genome.json").read_bytes(),
         "genome.txt": (run / "genome.txt").read_bytes(),
         "metrics.jsonl": records_of(run),
-        "baselines.json": (run / "baselines.json").read_bytes(),
-        "rows": results["rows"],
+        "baselines.json": timeless(json.loads((run / "baselines.json").read_bytes())),
+        "rows": timeless(results["rows"]),
         "tokens": results["search"]["tokens"],
         "levels": digests(cwd / "levels"),
         "refined": digests(run / "refined"),
