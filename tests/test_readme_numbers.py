@@ -101,7 +101,7 @@ CLAIMS: list[tuple[str, tuple[Number, ...]]] = [
         tuple(map(best_depth_baseline, DEPTH)),
     ),
     (
-        "EvoPress **{:.3f}**, {:.3f} (a tie), **{:.3f}**, **{:.3f}**",
+        "EvoPress {:.3f} and {:.3f} (ties), **{:.3f}**, **{:.3f}**",
         tuple(kl("table9_12", "evopress", sparsity=sparsity) for sparsity in DEPTH),
     ),
     ("{:.0f} of {:.0f} architectures work", tuple(said("docs/models.md", r"(\d+) of (\d+) architectures work", n) for n in (1, 2))),
@@ -140,10 +140,11 @@ def test_the_readme_says_what_the_table_has(template: str, numbers: tuple[Number
     assert template.format(*(number() for number in numbers)) in README
 
 
-def test_what_is_called_a_tie_is_one() -> None:
-    best = best_depth_baseline(0.25)()
-    (row,) = (row for row in rows("table9_12", sparsity=0.25, measure="held-out KL") if row["mean"] and float(row["mean"]) == best)
-    assert row["verdict"] == "tie"
+@pytest.mark.parametrize("sparsity", [0.125, 0.25])
+def test_what_is_called_a_tie_is_one(sparsity) -> None:
+    best = best_depth_baseline(sparsity)()
+    measured = (row for row in rows("table9_12", sparsity=sparsity, measure="held-out KL") if row["mean"])
+    assert [row["verdict"] for row in measured if float(row["mean"]) == best] == ["tie"]
 
 
 def test_no_other_number_was_measured() -> None:
