@@ -28,7 +28,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from experiments.exports.engines import bytes_of, engine_of, opened
-from experiments.exports.mixes import DENSE, RUNS, workspace_of
+from experiments.exports.mixes import DENSE, MIXES, RUNS, workspace_of
 
 FOLDER = Path(__file__).parent
 
@@ -95,9 +95,10 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     rows = rows[(rows["engine"] == "llama.cpp") & (rows["kl"] > 0) & (rows["file"] != DENSE)]
     plain = rows["file"].str.endswith("-plain")
     ours = rows["file"].str.startswith("ours")
+    mixes = rows["file"].str.removesuffix("-plain").isin(MIXES)
     kinds = (
-        ("llama.cpp's mixes, no importance matrix", plain & ~ours, "#9aa0a6", "x"),
-        ("llama.cpp's mixes, importance matrix", ~plain & ~ours, "#5f6368", "o"),
+        ("llama.cpp's mixes, no importance matrix", plain & mixes, "#9aa0a6", "x"),
+        ("llama.cpp's mixes, importance matrix", ~plain & mixes, "#5f6368", "o"),
         ("EvoPress, +method=gguf", ours, "#1a73e8", "o"),
     )
     for label, which, colour, marker in kinds:
