@@ -157,7 +157,7 @@ def _build(
     store = settings.hessians if settings.propagate is None else None
     missing = [index for index in blocks.parts if index not in entries]
     unseen = [index for index in missing if sees_activations(blocks, index) and (store is None or index not in store)]
-    walk = _walk_alone if settings.correction and settings.propagate is not None else _walk_together
+    walk = _walk_alone if settings.corrects else _walk_together
     entries = walk(blocks, settings, tokens, compressor, entries, unseen)
     write_manifest(
         folder,
@@ -196,7 +196,7 @@ def _walk_alone(
     batch, mine = part(len(tokens), max(settings.batch_tokens // tokens.shape[1], 1)), shares(len(tokens))
     buffer = activations_of(folder, settings.activations, blocks, tokens, batch, mine) if unseen else torch.empty(0)
     walking = Walking(buffer, batch, correction=settings.correction, mine=mine)
-    if unseen and walking.correction and settings.propagate is not None:  # dense activations have lost nothing
+    if unseen and settings.corrects:
         walking.dense = activations_of(folder, settings.activations, blocks, tokens, batch, mine)
     for index in track(sorted({*missing, *walked}), "building the level database"):
         with blocks.on_device(index):

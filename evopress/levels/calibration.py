@@ -305,7 +305,14 @@ def head_hessian(blocks: BlockModel, buffer: Tensor, batch: int, *, mine: Sequen
 
 
 def collect_lost(
-    blocks: BlockModel, index: int, name: str, dense: Tensor, buffer: Tensor, batch: int, weights: Mapping[str, Tensor]
+    blocks: BlockModel,
+    index: int,
+    name: str,
+    dense: Tensor,
+    buffer: Tensor,
+    batch: int,
+    weights: Mapping[str, Tensor],
+    adding: tuple[str, str] | None,
 ) -> Lost:
     """Sum what one input of a block, or the head's, has lost: as it is, against as it is with weights in their places.
 
@@ -316,9 +323,9 @@ def collect_lost(
         dense: activations [N, L, d] that enter the dense block.
         buffer: those that enter it in the compressed model; both are as they were afterwards.
         weights: of the compressed block, by unit.
+        adding: what `adding_linears` returned.
     """
     total = PairedSum()
-    adding = _adding(blocks, index, dense[:batch].to(blocks.device))
     walks = (Passage(each, batch, blocks.device) for each in (dense, buffer))
     for (_, exact), (_, current) in zip(*walks, strict=True):
         own = _seen_at(blocks, index, name, exact, adding)
@@ -330,7 +337,7 @@ def collect_lost(
 def _seen_at(blocks: BlockModel, index: int, name: str, state: Tensor, adding: tuple[str, str] | None) -> Seen:
     """Return what a linear of a block, or the head, has where `state` enters the block, or has left the last.
 
-    Args: adding: the two linears whose outputs the block adds to what enters it, in this order.
+    Args: adding: the two linears whose outputs the block adds to what enters it, in this order; None: it does something else.
     """
     if index == blocks.head_part:
         return Seen(blocks.finish(state))
@@ -355,11 +362,14 @@ def _seen_at(blocks: BlockModel, index: int, name: str, state: Tensor, adding: t
     return Seen(inputs[0].reshape(*state.shape[:2], -1), stream[-1] if adding is not None and name in adding else None)
 
 
-def _adding(blocks: BlockModel, index: int, state: Tensor) -> tuple[str, str] | None:
+def adding_linears(blocks: BlockModel, index: int, state: Tensor) -> tuple[str, str] | None:
     """Return the last linears of a block's attention and MLP where it adds just their outputs to what enters it, else None.
 
     Blocks that normalise these first, or have other parts, do not.
+
+    Args: state: what enters the dense block, [b, L, d].
     """
+    state = state.to(blocks.device)
     if index >= len(blocks.blocks):
         return None
     linears = blocks.linears(index)

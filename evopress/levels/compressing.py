@@ -14,7 +14,7 @@ from torch import Tensor
 from evopress.compress.asymmetric import corrected
 from evopress.compress.compressor import Compressed, Compressor
 from evopress.errors import EvoPressError
-from evopress.levels.calibration import collect_hessians, collect_lost, head_hessian
+from evopress.levels.calibration import adding_linears, collect_hessians, collect_lost, head_hessian
 from evopress.levels.hessians import BlockHessians
 from evopress.models.blocks import BlockModel
 from evopress.models.experts import ExpertLinear
@@ -79,6 +79,7 @@ def compress_units(
     slots = blocks.slots(index)
     made: dict[str, list[Compressed]] = {}
     dense = None if walking is None else walking.beside(blocks, index)
+    adding = None if walking is None or dense is None else adding_linears(blocks, index, dense[: walking.batch])
     placed = {} if placed is None else placed
     for owner, H in hessians.hessians.items():
         weights = {name: slots[name].weight for name in slots if name in names and hessians.owners[name] == owner}
@@ -86,7 +87,7 @@ def compress_units(
             continue
         try:
             if walking is not None and dense is not None:
-                lost = collect_lost(blocks, index, owner, dense, walking.buffer, walking.batch, placed)
+                lost = collect_lost(blocks, index, owner, dense, walking.buffer, walking.batch, placed, adding)
                 H, share = lost.H, walking.correction
                 weights = {name: corrected(W, lost, share=share, damping=_DAMPING) for name, W in weights.items()}
             results = compressor.compress(weights, H.to(blocks.device))

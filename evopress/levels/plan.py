@@ -52,6 +52,11 @@ class BuildSettings:
         return fingerprint(self.recipe)
 
     @property
+    def corrects(self) -> bool:
+        """Tell whether weights make good what their inputs have lost; dense activations have lost nothing."""
+        return self.correction > 0 and self.propagate is not None
+
+    @property
     def folder(self) -> Path:
         return self.root / self.model_name / f"{self.method}-{self.fingerprint}"
 
@@ -139,8 +144,7 @@ def needs_of(settings: BuildSettings, space: Space, entries: Collection[int], bl
             units=(), all_blocks=len(blocks.blocks), walked=0, forwards=0, disk_bytes=0, memory_bytes=0, device_bytes=0
         )
     buffer = tokens.numel() * blocks.hidden_size * blocks.dtype.itemsize if unseen else 0
-    corrected = settings.correction > 0 and settings.propagate is not None
-    buffer *= 2 if corrected else 1
+    buffer *= 2 if settings.corrects else 1
     widest = blocks.widest
     # A large head or embedding: copies in float32, decoded ones, and the codes of all levels.
     outside = max(((12 + 2 * len(unit.levels)) * unit.size for unit in missing if unit.is_outside), default=0)
@@ -155,7 +159,7 @@ def needs_of(settings: BuildSettings, space: Space, entries: Collection[int], bl
         all_blocks=len(blocks.blocks),
         walked=walked,
         forwards=(walked if settings.propagate is None else 2 * walked - bool(walked and not left))
-        + (CORRECTED_FORWARDS * walked if corrected else 0),
+        + (CORRECTED_FORWARDS * walked if settings.corrects else 0),
         disk_bytes=disk + (0 if in_memory else buffer),
         memory_bytes=(buffer if in_memory else 0) + (sweeps if on_host else 2**28),
         device_bytes=0 if on_host else sweeps,
