@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from evopress.baselines.exhaustive import count_to_measure
+from evopress.compress.compressor import free_bytes
 from evopress.errors import EvoPressError
 from evopress.levels.plan import BuildNeeds, check_room
 from evopress.models.blocks import BlockModel
@@ -207,7 +208,7 @@ def _probe(workspace: Workspace, build: BuildNeeds | None) -> Speed | None:
 def _first_block(workspace: Workspace) -> BlockModel | None:
     """Return what stands for a model whose weights are not there; None if the machine has no room for it, or it cannot run."""
     device, blocks = workspace.device, workspace.blocks
-    room = _device_free(device) if device.type == "cuda" else psutil.virtual_memory().available
+    room = free_bytes(device) if device.type == "cuda" else psutil.virtual_memory().available
     try:
         return first_block(
             workspace.model_source.config,
@@ -245,7 +246,7 @@ def plan_table(plan: Plan, workspace: Workspace) -> str:
     ]
     there = [f"{_bytes(psutil.virtual_memory().available)} of memory"]
     if device and workspace.device.type == "cuda":
-        there.append(f"{_bytes(_device_free(workspace.device))} on {workspace.device}")
+        there.append(f"{_bytes(free_bytes(workspace.device))} on {workspace.device}")
     there += [f"{_bytes(free)} of disk for {' and '.join(map(str, folders))}" for folders, free in _disks(_folders(workspace))]
     lines.append(f"available: {', '.join(there)}")
     if plan.speed is None:
@@ -279,12 +280,6 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def _device_free(device: torch.device) -> int:
-    """Return the bytes that the device can still give us, what torch holds unused included."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-
-
 def _check(plan: Plan, workspace: Workspace, build: BuildNeeds | None) -> None:
     """Raise EvoPressError if a stage needs more than there is."""
     if build is not None and build.units and workspace.method.weights is not None:
@@ -299,7 +294,7 @@ def _check(plan: Plan, workspace: Workspace, build: BuildNeeds | None) -> None:
             )
     available = {"of memory": psutil.virtual_memory().available}
     if workspace.device.type == "cuda":
-        available[f"on {workspace.device}"] = _device_free(workspace.device)
+        available[f"on {workspace.device}"] = free_bytes(workspace.device)
     outline = workspace.model_source.is_outline  # what is loaded is in use already
     own = sum(each.numel() * each.element_size() for each in workspace.pretrained.model.parameters()) if outline else 0
     on_host = workspace.device.type == "cpu" or workspace.settings.model.offload

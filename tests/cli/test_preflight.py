@@ -235,7 +235,7 @@ def test_what_a_device_lacks_is_refused(tiny: Callable[..., Any], monkeypatch: p
         put(self, needs, size, host=host)
 
     monkeypatch.setattr(preflight.Planner, "_put", on_device)
-    monkeypatch.setattr(preflight, "_device_free", lambda device: 1000)
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 1000)
     refused(tiny("stages=[evaluate]"), "the stage evaluate needs about", "but 1 kB are free", "model.offload=true")
 
 
@@ -322,7 +322,7 @@ def test_what_is_followed_already_is_not_advised(monkeypatch: pytest.MonkeyPatch
             database_root=Path(),
             cache=Path(),
         )
-        monkeypatch.setattr(preflight, "_device_free", lambda device: 1000)
+        monkeypatch.setattr(preflight, "free_bytes", lambda device: 1000)
         plan = preflight.Plan((preflight.Needs("search", "", device=2000),), None)
         with pytest.raises(EvoPressError, match="the stage search needs about 2 kB on cuda") as caught:
             preflight._check(plan, workspace, None)  # type: ignore[arg-type]
