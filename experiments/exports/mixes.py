@@ -26,8 +26,8 @@ from evopress.export.gguf import FILE, GGUF
 from evopress.export.gguf_model import architecture
 from evopress.stages.exports import what_is_exported
 from evopress.workspace import Workspace
+from experiments.composed import settings_of
 from experiments.exports.llama_cpp import quantize
-from experiments.guided.ranks import settings_of
 
 RUNS = Path("multirun/exports")
 MIXES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M")

@@ -22,15 +22,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from evopress.reporting.drawing import COLOURS, MARKERS, log_scale, new_figure, open_frame, save
 from experiments.exports.engines import bytes_of, engine_of, opened
 from experiments.exports.mixes import DENSE, MIXES, RUNS, workspace_of
 
 FOLDER = Path(__file__).parent
+_NAMED = "llama.cpp's mixes, importance matrix"
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -89,35 +90,25 @@ def named(asked: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
         yield name or Path(path).stem, Path(path), engine or engine_of(Path(path))
 
 
-def draw(rows: pd.DataFrame, path: Path) -> None:
-    """Draw KL divergence against file size, a line for llama.cpp's mixes and one for what was searched."""
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    rows = rows[(rows["engine"] == "llama.cpp") & (rows["kl"] > 0) & (rows["file"] != DENSE)]
-    plain = rows["file"].str.endswith("-plain")
-    ours = rows["file"].str.startswith("ours")
+def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw KL divergence against file size in llama.cpp: its own mixes, and what was fitted and chosen here."""
+    rows = rows[(rows["engine"] == "llama.cpp") & (rows["kl"] > 0)]
+    plain, ours = rows["file"].str.endswith("-plain"), rows["file"].str.startswith("ours")
     mixes = rows["file"].str.removesuffix("-plain").isin(MIXES)
-    kinds = (
-        ("llama.cpp's mixes, no importance matrix", plain & mixes, "#9aa0a6", "x"),
-        ("llama.cpp's mixes, importance matrix", ~plain & mixes, "#5f6368", "o"),
-        ("EvoPress, +method=gguf", ours, "#1a73e8", "o"),
-    )
-    for label, which, colour, marker in kinds:
-        part = rows[which].sort_values("bytes")
-        if part.empty:
-            continue
-        axes.scatter(part["bytes"] / 1e6, part["kl"], color=colour, marker=marker, label=label, zorder=3)
-        if label.startswith("EvoPress"):
-            continue
-        for row in part.to_dict("records") if not label.startswith("llama.cpp's mixes, no") else []:
-            axes.annotate(row["file"], (row["bytes"] / 1e6, row["kl"]), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set_yscale("log")
-    axes.set_xlabel("file, MB")
-    axes.set_ylabel("held-out KL in llama.cpp, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figure = new_figure(7, 4.2)
+    axis = figure.add_subplot()
+    kinds = (("llama.cpp's mixes, no importance matrix", plain & mixes), (_NAMED, ~plain & mixes), ("EvoPress, +method=gguf", ours))
+    for number, (label, which) in enumerate(kinds):
+        part = rows[which]
+        axis.scatter(part["bytes"] / 1e6, part["kl"], color=COLOURS[number], marker=MARKERS[number], label=label, zorder=3)
+        for row in part.to_dict("records") if label == _NAMED else ():
+            axis.annotate(row["file"], (row["bytes"] / 1e6, row["kl"]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    log_scale(axis)
+    open_frame(axis)
+    axis.margins(x=0.1)
+    axis.set(xlabel="file, MB", ylabel="held-out KL in llama.cpp, nats per token")
+    axis.legend(frameon=False, fontsize=9)
+    return save(figure, folder, "kl_by_size")
 
 
 def main() -> None:
@@ -160,7 +151,7 @@ def main() -> None:
         next(row for row in done if (row["file"], row["engine"]) == (name, engine)).update(speeds)
     table = pd.DataFrame(done)
     table.to_csv(asked.results, index=False, float_format="%.6g")
-    draw(table, asked.results.with_name("kl_by_size.png"))
+    draw(table, asked.results.parent)
     print(table.to_string(index=False))
 
 

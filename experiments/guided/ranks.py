@@ -27,32 +27,23 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from evopress import config as configuration
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.population import measure_sequences
 from evopress.reporting.records import read_genome
 from evopress.search.mutation import LevelSwitch, offspring
 from evopress.search.sensitivity import Expected, errors_at, errors_of, latest_sensitivities
-from evopress.settings import RunSettings
 from evopress.stages.baselines import make_fitness
 from evopress.units import Budget, Genome, Space
 from evopress.workspace import Workspace
+from experiments.composed import settings_of
 from experiments.single_runs import evopress, folder_name, why_it_failed
 
 FOLDER = Path(__file__).parent
 RUNS = Path("multirun/guided")
 TARGETS: dict[str, tuple[float, ...]] = {"quant": (2, 2.5, 3), "sparsity": (0.5, 0.7), "drop": (0.125, 0.25)}
 _TARGET = {"quant": "bits", "sparsity": "sparsity", "drop": "sparsity"}
-
-
-def settings_of(overrides: Sequence[str]) -> RunSettings:
-    """Compose the settings of a run."""
-    configuration.register()
-    with initialize_config_dir(str(configuration.config_folder().resolve()), version_base="1.3"):
-        return configuration.to_settings(compose("config", list(overrides)))
 
 
 def around(space: Space, budget: Budget, genome: Genome, *, count: int, switches: int, seed: int) -> list[Genome]:

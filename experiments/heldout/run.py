@@ -32,7 +32,7 @@ from evopress.stages.baselines import stored_baselines
 from evopress.stages.conclude import measured_rows
 from evopress.units import Genome
 from evopress.workspace import Workspace
-from experiments.guided.ranks import settings_of
+from experiments.composed import settings_of
 from experiments.heldout.texts import write_texts
 from experiments.specs import Spec
 from experiments.sweeps import Job

@@ -16,17 +16,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-from hydra import compose, initialize_config_dir
 
-from evopress import config as configuration
 from evopress.baselines.dynamic_programming import dynamic_programming
 from evopress.baselines.uniform import uniform_genomes
 from evopress.evaluation.heldout import measure_held_out
 from evopress.methods import make_method
 from evopress.progress import duration
-from evopress.settings import RunSettings
 from evopress.units import Genome
 from evopress.workspace import Workspace
+from experiments.composed import settings_of
 
 ROWS: dict[str, list[str]] = {
     "paper": ["method.recipe=paper"],
@@ -50,13 +48,6 @@ UNIFORM = ("uniform_4", "uniform_3", "uniform_2")
 FOLDER = Path(__file__).parent
 
 
-def settings_of(overrides: list[str]) -> RunSettings:
-    """Compose the settings of a run of method quant."""
-    configuration.register()
-    with initialize_config_dir(str(configuration.config_folder().resolve()), version_base="1.3"):
-        return configuration.to_settings(compose("config", ["+method=quant", "bits=2.5", "tracker=none", *overrides]))
-
-
 def measure(row: str, overrides: list[str], *, seed: int) -> list[dict[str, Any]]:
     """Build one database anew, in a folder of its own, and measure what it is worth.
 
@@ -65,7 +56,7 @@ def measure(row: str, overrides: list[str], *, seed: int) -> list[dict[str, Any]
     Returns: a record per model.
     """
     with tempfile.TemporaryDirectory() as root:
-        settings = settings_of([f"level_db.root={root}", *overrides])
+        settings = settings_of(["+method=quant", "bits=2.5", "tracker=none", f"level_db.root={root}", *overrides])
         workspace = Workspace(settings, Path(root))
         tokens = workspace.calibration_tokens
         if seed:

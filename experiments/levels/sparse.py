@@ -18,11 +18,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evopress import config as configuration
 from evopress.compress.compressor import with_errors
 from evopress.compress.hessian import damp
 from evopress.compress.sparse import PruneTo, Sparse, SparsityLevels, derive_step, kept_at
@@ -30,6 +28,7 @@ from evopress.compress.sparsegpt import RECIPES, SparseGPT
 from evopress.evaluation.heldout import measure_held_out
 from evopress.levels.union import LevelUnion
 from evopress.workspace import Workspace
+from experiments.composed import settings_of
 
 SPARSITIES = (0.7, 0.6, 0.5)
 TABLE = Path(__file__).with_suffix(".csv")
@@ -118,10 +117,7 @@ def models(
 
 def workspace_of(root: Path, sparsity: float, overrides: Sequence[str]) -> Workspace:
     """Compose the settings of a run of method sparsity."""
-    configuration.register()
-    with initialize_config_dir(str(configuration.config_folder().resolve()), version_base="1.3"):
-        given = ["+method=sparsity", f"sparsity={sparsity}", f"level_db.root={root}", "tracker=none", *overrides]
-        settings = configuration.to_settings(compose("config", given))
+    settings = settings_of(["+method=sparsity", f"sparsity={sparsity}", f"level_db.root={root}", "tracker=none", *overrides])
     if settings.threads:
         torch.set_num_threads(settings.threads)
     return Workspace(settings, root)

@@ -1,0 +1,17 @@
+"""Settings of runs that a script makes in its own process, composed as the command line composes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra import compose, initialize_config_dir
+
+from evopress import config as configuration
+from evopress.settings import RunSettings
+
+
+def settings_of(overrides: Sequence[str]) -> RunSettings:
+    """Compose the settings of a run."""
+    configuration.register()
+    with initialize_config_dir(str(configuration.config_folder().resolve()), version_base="1.3"):
+        return configuration.to_settings(compose("config", list(overrides)))
