@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from evopress.compress.compressor import Compressed, Compressor, Payload, check_numbers, sweep_bytes, with_errors
-from evopress.compress.gguf_fit import Parts, block_order, fit_type
+from evopress.compress.gguf_fit import GRIDS_AT_ONCE, Parts, block_order, fit_types
 from evopress.compress.gguf_types import GGUF_TYPES, Blocks, GGUFType
 from evopress.compress.gptq import DENSE, Dense, uncompressed
 from evopress.compress.hessian import inverse_factor
@@ -44,7 +45,7 @@ class GGUFWeight:
 
 @dataclass(frozen=True)
 class GGUFLevels:
-    """Quantize weights to several types of GGUF, each by GPTQ on its grid and descent after it; see `fit_type`."""
+    """Quantize weights to several types of GGUF, each by GPTQ on its grid and descent after it; see `fit_types`."""
 
     types: tuple[str, ...]
     """Names, those of more bits first."""
@@ -112,23 +113,24 @@ class GGUFLevels:
         blocks_of: dict[str, dict[str, Payload]] = {name: {} for name in weights}
         stacked = torch.cat(list(originals.values()))
         slice_bytes = sweep_bytes(H.device) if self.slice_bytes is None else self.slice_bytes
-        room = max(slice_bytes // (len(H) * 32 + self.block_size * 8), 1)  # as GPTQ's
-        layout: tuple[int, int] | None = None
-        for of in sorted(self._types(len(H)), key=lambda of: (of.width, of.parts)):  # types of one layout share order and factor
-            if layout != (of.width, of.parts):
-                layout = of.width, of.parts
-                order = block_order(H.diagonal(), of)
-                ordered = H[order][:, order]
-                U, share = inverse_factor(ordered, damping=self.damping)
-                damping = max(damping, share)
-            pieces = []
-            for rows in stacked.split(room):
+        for _, group in groupby(sorted(self._types(len(H)), key=_layout), key=_layout):  # they share order and factor
+            types = list(group)
+            # As GPTQ's, and twice the grids that are tried for a block at once.
+            room = slice_bytes // (len(H) * 32 + self.block_size * 8 + types[0].width * GRIDS_AT_ONCE * 8)
+            order = block_order(H.diagonal(), types[0])
+            ordered = H[order][:, order]
+            U, share = inverse_factor(ordered, damping=self.damping)
+            damping = max(damping, share)
+            pieces: list[list[Tensor]] = [[] for _ in types]
+            for rows in stacked.split(max(room // len(types), 1)):
                 Wt = rows.T[order].contiguous()
-                parts = fit_type(Wt, ordered, U, of, block_size=self.block_size, tolerance=self.tolerance)
-                pieces.append(of.pack(_blocks(parts, order, of)))
-            found = torch.cat(pieces).split([len(W) for W in weights.values()])
-            for (name, W), blocks in zip(weights.items(), found, strict=True):
-                blocks_of[name][of.name] = GGUFWeight(blocks.contiguous(), of.name, W.dtype)
+                every = fit_types(Wt, ordered, U, types, block_size=self.block_size, tolerance=self.tolerance)
+                for of, parts, packed in zip(types, every, pieces, strict=True):
+                    packed.append(of.pack(_blocks(parts, order, of)))
+            for of, packed in zip(types, pieces, strict=True):
+                found = torch.cat(packed).split([len(W) for W in weights.values()])
+                for (name, W), blocks in zip(weights.items(), found, strict=True):
+                    blocks_of[name][of.name] = GGUFWeight(blocks.contiguous(), of.name, W.dtype)
         results: dict[str, Sequence[Compressed]] = {}
         for name, W in originals.items():
             stored = [blocks_of[name][of.name] for of in self._types(len(H))]
@@ -138,13 +140,17 @@ class GGUFLevels:
         return results
 
 
+def _layout(of: GGUFType) -> tuple[int, int]:
+    return of.width, of.parts
+
+
 def _blocks(parts: Parts, order: Tensor, of: GGUFType) -> Blocks:
     """Return numbers that were found in an order of columns, rows stacked, as a file has them."""
     place = order.argsort()
     part_size = of.width // of.parts
     of_part, of_block = place[::part_size] // part_size, place[:: of.width] // of.width
     return Blocks(
-        codes=parts.codes[place].T.to(torch.uint8).contiguous(),
+        codes=(parts.steps[place].T + of.offset).to(torch.uint8).contiguous(),
         d=parts.d[of_block].T.to(torch.float16).contiguous(),
         scales=parts.scales[of_part].T.to(torch.int16).contiguous() if of.part else None,
         dmin=parts.dmin[of_block].T.to(torch.float16).contiguous() if of.mins[1] else None,

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from evopress.compress.gguf_fit import Parts, block_order, descend_parts
+from evopress.compress.gguf_fit import Limits, Parts, block_order, descend_parts, fit_types
 from evopress.compress.gguf_levels import GGUFLevels, GGUFWeight
-from evopress.compress.gguf_types import GGUF_TYPES
+from evopress.compress.gguf_types import GGUF_TYPES, GGUFType
 from evopress.compress.gptq import GPTQ, Dense
+from evopress.compress.hessian import inverse_factor
 from evopress.errors import EvoPressError
 from evopress.levels.codec import CODECS, check_meta
 
@@ -80,6 +81,16 @@ def test_k_types_have_less_error_than_our_own_grids_of_as_many_bits() -> None:
     assert theirs["Q3_K"] < ours[0] and theirs["Q2_K"] < ours[1]
 
 
+def of_row(parts: Parts, row: int, of: GGUFType) -> dict[str, list[float]]:
+    """Return the numbers of a row as the literal twin has them."""
+    steps, *rest = (numbers[:, row] for numbers in vars(parts).values())
+    return dict(
+        zip(
+            ("codes", "d", "dmin", "scales", "mins"), ((steps + of.offset).tolist(), *(each.tolist() for each in rest)), strict=True
+        )
+    )
+
+
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_1", "Q5_0"])
 def test_descent_is_its_literal_twin_and_raises_no_row(name: str) -> None:
     of = GGUF_TYPES[name]
@@ -95,20 +106,35 @@ def test_descent_is_its_literal_twin_and_raises_no_row(name: str) -> None:
     d = torch.full((blocks, 2), 0.08 / of.maxq / max(of.scales[1] // 2, 1), dtype=torch.float64).half().double()
     dmin = torch.full((blocks, 2), 0.04 / max(of.mins[1] // 2, 1) if of.mins[1] else 0.0, dtype=torch.float64).half().double()
     scales = drawn(max(of.scales[1] // 4, 1), of.scales[1], parts)
-    start = Parts(drawn(0, of.maxq, columns), d, dmin, scales, drawn(of.mins[1] // 2, of.mins[1], parts))
+    start = Parts(drawn(0, of.maxq, columns) - of.offset, d, dmin, scales, drawn(of.mins[1] // 2, of.mins[1], parts))
     found = Parts(*(numbers.clone() for numbers in vars(start).values()))
-    descend_parts(Wt, H, found, of, tolerance=0.05, max_passes=3)
+    limits = Limits([of], torch.zeros(2, dtype=torch.int64), dtype=torch.float64)
+    descend_parts(Wt, H, found, limits, tolerance=0.05, max_passes=3)
 
     def energies(numbers: Parts) -> Tensor:
-        E = Wt - numbers.values(of)
+        E = Wt - numbers.values()
         return torch.linalg.vecdot(E, H @ E, dim=0)
 
     assert bool((energies(found) < 0.5 * energies(start)).all())
     for row in range(2):
-        numbers = {key: each[:, row].tolist() for key, each in vars(start).items()}
+        numbers = of_row(start, row, of)
         literal.descend(Wt[:, row], H, numbers, of, tolerance=0.05, max_passes=3)
-        for key, each in vars(found).items():
-            assert each[:, row].tolist() == numbers[key], (key, row)
+        assert of_row(found, row, of) == numbers
+
+
+@pytest.mark.parametrize(
+    "names", [("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"), ("Q6_K", "Q3_K", "Q2_K"), ("Q5_K", "Q4_K")], ids=lambda names: names[-1]
+)
+def test_types_that_are_swept_together_are_those_of_a_literal_sweep_of_each(names: tuple[str, ...]) -> None:
+    types = [GGUF_TYPES[name] for name in names]
+    W, H = layer(256, rows=2, seed=3)
+    order = block_order(H.diagonal(), types[0])
+    W, H = W[:, order], H[order][:, order]
+    U, _ = inverse_factor(H, damping=0.01)
+    every = fit_types(W.T, H, U, types, max_passes=0)
+    for of, found in zip(types, every, strict=True):
+        for row in range(2):
+            assert of_row(found, row, of) == literal.sweep(W[row].double(), U.double(), of), (of.name, row)
 
 
 def test_blocks_and_their_parts_stay_together() -> None:
