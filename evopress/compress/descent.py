@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_INNER = 16
-"""Columns that are finished with rank-1 updates before their changes reach the rest of their group in one product."""
+from evopress.compress.columns import descend_run, move_scale, run_length
 
 
 def descend(
@@ -53,7 +52,8 @@ def descend(
         for group in range(groups):
             here = slice(group * group_size, (group + 1) * group_size)
             moved = codes_of_group(H[here, here], steps[here], slope[here], scale[group], low[group], high[group])
-            moved += _scale_of_group(H[here, here], steps[here], slope[here], moved, scale[group], scale_dtype)
+            reach = H[here, here] @ steps[here]
+            move_scale(reach, steps[here], slope[here], scale[group], moved=moved, dtype=scale_dtype)
             error[here] += moved
             slope.addmm_(H[:, here], moved)
         after = energies(error, slope)
@@ -84,43 +84,11 @@ def codes_of_group(H: Tensor, steps: Tensor, slope: Tensor, scale: Tensor, low: 
     """
     slope = slope.clone()
     moved = torch.empty_like(slope)
-    inverse_scale = scale.reciprocal()
-    best = torch.empty_like(scale)
-    diagonal = H.diagonal().tolist()
-    for inner in range(0, len(steps), _INNER):
-        end = min(inner + _INNER, len(steps))
-        for c in range(inner, end):
-            if diagonal[c] <= 0.0:  # never active
-                moved[c] = 0.0
-                continue
-            torch.addcmul(steps[c], slope[c], inverse_scale, value=1.0 / diagonal[c], out=best)
-            torch.clamp(best.round_(), low, high, out=best)
-            torch.sub(steps[c], best, out=moved[c]).mul_(scale)
-            steps[c] = best
-            if c + 1 < end:
-                slope[c + 1 : end].addr_(H[c, c + 1 : end], moved[c])
+    length = run_length(steps.device)
+    for first in range(0, len(steps), length):
+        end = min(first + length, len(steps))
+        run = slice(first, end)
+        descend_run(H[run, run], steps[run], slope[run], scale, low, high, moved=moved[run])
         if end < len(steps):
-            slope[end:].addmm_(H[end:, inner:end], moved[inner:end])
+            slope[end:].addmm_(H[end:, run], moved[run])
     return moved
-
-
-def _scale_of_group(H: Tensor, steps: Tensor, slope: Tensor, moved: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Move a group's scale to the best storable one given all codes and the other groups.
-
-    Args:
-        slope: H E of the group's columns before `moved` was added to E, [c, R].
-        scale: [R]; overwritten.
-
-    Returns: what the errors E changed by, [c, R].
-    """
-    reach = H @ steps
-    curvature = torch.linalg.vecdot(steps, reach, dim=0)  # of the error along the scale
-    gain = torch.linalg.vecdot(steps, slope, dim=0) + torch.linalg.vecdot(reach, moved, dim=0)
-    wanted = torch.where(curvature > 0, scale + gain / curvature, scale)
-    wanted = torch.where(torch.isfinite(wanted), wanted, scale).to(dtype).to(scale.dtype)
-    change = wanted - scale
-    better = (2.0 * gain - change * curvature) * change > 0
-    better &= (wanted > 0) & torch.isfinite(wanted)
-    change = torch.where(better, change, torch.zeros_like(change))
-    scale += change
-    return steps * -change

@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from evopress.compress.columns import round_run, run_length
 from evopress.compress.compressor import Compressed, Compressor, Payload, check_numbers, sweep_bytes, with_errors
 from evopress.compress.descent import descend
-from evopress.compress.grid import Grid, fit_range, round_in_place, spanning
+from evopress.compress.grid import Grid, spanning
 from evopress.compress.hessian import inverse_factor
 from evopress.compress.one_level import OneLevel
 from evopress.compress.order import group_order
+from evopress.compress.ranges import fit_range
 from evopress.errors import EvoPressError
 from evopress.units import Level
 
@@ -316,12 +318,13 @@ def sweep(
     fit: FitGrid,
     *,
     block_size: int = 128,
-    inner_size: int = 16,
+    inner_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round stacked rows column by column, spreading each column's error over the columns still open.
 
-    Source: GPTQ, Algorithm 1. Updates are lazy at two depths: `inner_size` columns are finished with rank-1
-    updates, then reach the rest of their block of `block_size` in one product, and finished blocks reach all later columns in one.
+    Source: GPTQ, Algorithm 1. Updates are lazy at two depths: `inner_size` columns (None: `run_length`) are finished by
+    `round_run`, then reach the rest of their block of `block_size` in one product, and finished blocks reach all later columns in
+    one.
 
     Args:
         Wt: float32 [C, R], transposed stacked weights; overwritten.
@@ -334,7 +337,7 @@ def sweep(
     """
     columns, rows = Wt.shape
     # A group's grid needs every update of the columns before it, so groups start where a block and an inner run start.
-    inner_size = math.gcd(inner_size, group_size)
+    inner_size = math.gcd(inner_size or run_length(Wt.device), group_size)
     if group_size < block_size:
         block_size -= block_size % group_size
     elif group_size < columns and group_size % block_size:
@@ -345,7 +348,6 @@ def sweep(
     errors = torch.empty(min(block_size, columns), rows, device=Wt.device)
     steps = torch.empty(min(inner_size, columns), rows, device=Wt.device)
     spread = U / U.diagonal().unsqueeze(1)  # row c: what a unit of column c's error takes from every later column
-    w_of, error_of, steps_of = Wt.unbind(), errors.unbind(), steps.unbind()
     low = high = scale = zero = maxq  # of a group, from where it starts
     for first in range(0, columns, block_size):
         end = min(first + block_size, columns)
@@ -355,15 +357,11 @@ def sweep(
                 grid = fit(Wt[inner : inner + group_size], inner)
                 scales[inner // group_size], zeros[inner // group_size] = scale, zero = grid.scale, grid.zero
                 low, high = -zero, maxq - zero
-            for c in range(inner, inner_end):
-                error = error_of[c - first]
-                round_in_place(w_of[c], scale, low, high, steps=steps_of[c - inner], error=error)
-                if c + 1 < inner_end:
-                    Wt[c + 1 : inner_end].addr_(spread[c, c + 1 : inner_end], error, alpha=-1.0)
-            codes[inner:inner_end] = steps[: inner_end - inner].add_(zero)
-            done = errors[inner - first : inner_end - first]
+            run, taken, done = slice(inner, inner_end), steps[: inner_end - inner], errors[inner - first : inner_end - first]
+            round_run(Wt[run], spread[run, run], scale, low, high, steps=taken, errors=done)
+            codes[run] = taken.add_(zero)
             if inner_end < end:
-                Wt[inner_end:end].addmm_(spread[inner:inner_end, inner_end:end].T, done, alpha=-1.0)
+                Wt[inner_end:end].addmm_(spread[run, inner_end:end].T, done, alpha=-1.0)
         if end < columns:
             Wt[end:].addmm_(spread[first:end, end:].T, errors[: end - first], alpha=-1.0)
     return codes, scales, zeros

@@ -1,4 +1,4 @@
-"""The integer grid of a group of weights: scale and zero from minimum and maximum, or from the range that costs least."""
+"""The integer grid of a group of weights: scale and zero from a range."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 ZERO_LIMIT = 32767
 """Zeros are stored as int16."""
-_NUM_RANGES = 12
 
 
 @dataclass(frozen=True)
@@ -70,51 +69,6 @@ def symmetric_grid(low: Tensor, high: Tensor, maxq: Tensor, *, scale_dtype: torc
 def spanning(*, symmetric: bool, zero_codes: bool) -> Callable[..., Grid]:
     """Return what spans a grid over a range: `symmetric_grid`, or `fit_grid` with zeros that are codes or may be any number."""
     return symmetric_grid if symmetric else partial(fit_grid, zero_codes=zero_codes)
-
-
-def fit_range(
-    group: Tensor,
-    weights: Tensor,
-    maxq: Tensor,
-    *,
-    symmetric: bool = False,
-    zero_codes: bool = False,
-    scale_dtype: torch.dtype = torch.float16,
-) -> Grid:
-    """Choose among ranges, from the whole to a part that depends on the bit width, the one with the least weighted squared error.
-
-    Clipping a few outliers buys smaller steps for all others: at 2 bits the best range is about two thirds of the whole. Source:
-    the grid search of GPTQ's quantizer (`mse`, arXiv:2210.17323), with errors weighted by what they cost in the layer's output.
-
-    Args:
-        group: float32 [c, R], the group's weights, transposed; left as they are.
-        weights: float32 [c], the cost of a squared error in each column: 1 / U_cc², the variance of the input that later columns
-            cannot make up for.
-        maxq: float32 [R], 2^bits - 1.
-        symmetric: zeros in the middle of the grid, see `symmetric_grid`.
-        zero_codes: see `fit_grid`.
-    """
-    span = spanning(symmetric=symmetric, zero_codes=zero_codes)
-    low, high = group.amin(0), group.amax(0)
-    least = 1.0 - 1.2 * (maxq + 1.0).rsqrt()  # of the whole range: 0.40 at 2 bits, 0.58 at 3, 0.70, 0.79, 0.85 at 6
-    best: Grid | None = None
-    least_cost = torch.full_like(low, torch.inf)
-    work = torch.empty_like(group)
-    for share in torch.linspace(0.0, 1.0, _NUM_RANGES).tolist():
-        part = 1.0 - share * (1.0 - least)
-        grid = span(low * part, high * part, maxq, scale_dtype=scale_dtype)
-        torch.div(group, grid.scale, out=work)
-        torch.clamp(work.round_(), -grid.zero, maxq - grid.zero, out=work)
-        torch.addcmul(group, work, grid.scale, value=-1.0, out=work)
-        cost = weights @ work.square_()
-        if best is None:
-            best, least_cost = grid, cost
-            continue
-        better = cost < least_cost
-        least_cost = torch.where(better, cost, least_cost)
-        best = Grid(scale=torch.where(better, grid.scale, best.scale), zero=torch.where(better, grid.zero, best.zero))
-    assert best is not None
-    return best
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:

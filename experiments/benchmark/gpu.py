@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from evopress.compress import columns
 from evopress.compress.gptq import GPTQ
 from evopress.compress.hessian import HessianSum, add_product
 from evopress.fitness.measures import KLDivergence
@@ -96,7 +98,7 @@ def activations(blocks: BlockModel, tokens: Tensor, length: int, per_paper: floa
 
 
 def sweeps(blocks: BlockModel, hessians: dict[str, Tensor], owners: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """The sweeps of a block, at 256 MiB and as much as there is, for both recipes; packing, on the host and the device."""
+    """The sweeps of a block, at 256 MiB and as much as there is, with Triton and without; packing, on the host and the device."""
     device, linears = blocks.device, blocks.linears(0)
     gptq = GPTQ(bits=(6, 5, 4, 3, 2), group_size=128 if blocks.hidden_size >= 128 else 16)
     made: dict[str, Any] = {}
@@ -106,8 +108,16 @@ def sweeps(blocks: BlockModel, hessians: dict[str, Tensor], owners: dict[str, st
         for owner, H in hessians.items():
             made.update(one.compress({n: linears[n].weight for n in linears if owners[n] == owner}, H))
 
-    for recipe, slice_bytes, name in (("paper", None, "free memory"), ("paper", 2**28, "256 MiB"), ("best", None, "free memory")):
-        took = seconds(partial(compress, recipe, slice_bytes), device, warm=False)
+    kernels, in_torch = columns._kernels, lambda device: None
+    for recipe, slice_bytes, way, name in (
+        ("paper", None, kernels, "free memory"),
+        ("paper", 2**28, kernels, "256 MiB"),
+        ("paper", None, in_torch, "free memory, without Triton"),
+        ("best", None, kernels, "free memory"),
+        ("best", None, in_torch, "free memory, without Triton"),
+    ):
+        with patch.object(columns, "_kernels", way):
+            took = seconds(partial(compress, recipe, slice_bytes), device, warm=way is kernels)
         yield {"part": f"sweeps of a block, recipe={recipe}", "way": name, "seconds": took, "paper": took * BLOCKS}
     payloads = [level.payload for levels in made.values() for level in levels]
     packed = {}

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from evopress.compress.descent import descend
 from evopress.compress.gptq import sweep, whole_range
-from evopress.compress.grid import Grid, fit_range
+from evopress.compress.grid import Grid
 from evopress.compress.hessian import inverse_factor
 from evopress.compress.order import group_order
+from evopress.compress.ranges import fit_range
 
 BITS = (6, 4, 3, 2)
 GROUP_SIZE = 64

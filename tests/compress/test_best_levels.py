@@ -9,11 +9,11 @@ from best_levels_literal import best_literal, descend_literal, order_literal, ra
 from gptq_literal import relative_error
 from torch import Tensor
 
-from evopress.compress import grid
+from evopress.compress import grid, ranges
 from evopress.compress.descent import descend
 from evopress.compress.gptq import GPTQ
-from evopress.compress.grid import fit_range
 from evopress.compress.order import group_order
+from evopress.compress.ranges import fit_range
 from evopress.errors import EvoPressError
 
 
@@ -56,7 +56,7 @@ def test_the_range_is_the_best_of_those_tried(bits, symmetric):
             group[:, row].double().tolist(),
             weights.tolist(),
             bits,
-            num_ranges=grid._NUM_RANGES,
+            num_ranges=ranges._NUM_RANGES,
             scale_dtype=torch.float32,
             symmetric=symmetric,
         )
@@ -136,7 +136,7 @@ def test_a_level_is_the_literal_one(bits, symmetric, H):
     compressor = GPTQ(bits=(bits,), group_size=16, recipe="best", symmetric=symmetric, scale_dtype="float32")
     result = compressor.compress({"w": W}, H)["w"][0]
     literal = best_literal(
-        W, H, bits=bits, group_size=16, num_ranges=grid._NUM_RANGES, scale_dtype=torch.float32, symmetric=symmetric
+        W, H, bits=bits, group_size=16, num_ranges=ranges._NUM_RANGES, scale_dtype=torch.float32, symmetric=symmetric
     )
     same = torch.isclose(result.payload.decode(), literal.float(), rtol=1e-3, atol=1e-5).float().mean()
     assert same > 0.8  # the literal one runs in float64: a tie that falls to the other side leads elsewhere in its row

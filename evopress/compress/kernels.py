@@ -1,0 +1,179 @@
+"""The functions of `columns.py` as Triton kernels: a program takes some rows through a whole run of columns.
+
+Runs are at most `LONGEST` columns. What a column owes to those before it is summed when its turn comes, so that nothing but the
+run's own changes is held, in registers. Sums run in another order than in torch: results differ by rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LONGEST = 128
+_ROWS = 32
+"""Of a program."""
+_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding it leaves no bits for fractions
+
+
+@triton.jit
+def _to_step(x, low, high):
+    """Round half to even, and clamp; beyond 2^22, where adding is not rounding, the clamp decides."""
+    return tl.minimum(tl.maximum((x + _HALF_EVEN) - _HALF_EVEN, low), high)
+
+
+@triton.jit
+def _round_run(
+    W,
+    SPREAD,
+    SCALE,
+    LOW,
+    HIGH,
+    STEPS,
+    ERRORS,
+    columns,
+    rows,
+    w_row,
+    spread_row,
+    spread_column,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, COLUMNS)
+    inside = r < rows
+    scale = tl.load(SCALE + r, mask=inside, other=1.0)
+    low = tl.load(LOW + r, mask=inside, other=0.0)
+    high = tl.load(HIGH + r, mask=inside, other=0.0)
+    errors = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
+    for c in range(columns):
+        spread = tl.load(SPREAD + k * spread_row + c * spread_column, mask=k < c, other=0.0)
+        w = tl.load(W + c * w_row + r, mask=inside, other=0.0) - tl.sum(spread[:, None] * errors, axis=0)
+        step = _to_step(tl.div_rn(w, scale), low, high)
+        error = w - step * scale
+        tl.store(STEPS + c * rows + r, step, mask=inside)
+        tl.store(ERRORS + c * rows + r, error, mask=inside)
+        errors = tl.where(k[:, None] == c, error[None, :], errors)
+
+
+@triton.jit
+def _descend_run(
+    H, STEPS, SLOPE, SCALE, LOW, HIGH, MOVED, columns, rows, h_row, h_column, COLUMNS: tl.constexpr, ROWS: tl.constexpr
+):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, COLUMNS)
+    inside = r < rows
+    scale = tl.load(SCALE + r, mask=inside, other=1.0)
+    low = tl.load(LOW + r, mask=inside, other=0.0)
+    high = tl.load(HIGH + r, mask=inside, other=0.0)
+    moved = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
+    for c in range(columns):
+        curvature = tl.load(H + c * (h_row + h_column))
+        active = curvature > 0.0
+        h = tl.load(H + c * h_row + k * h_column, mask=k < c, other=0.0)
+        slope = tl.load(SLOPE + c * rows + r, mask=inside, other=0.0) + tl.sum(h[:, None] * moved, axis=0)
+        step = tl.load(STEPS + c * rows + r, mask=inside, other=0.0)
+        best = _to_step(step + tl.div_rn(slope, scale * tl.where(active, curvature, 1.0)), low, high)
+        best = tl.where(active, best, step)
+        move = (step - best) * scale
+        tl.store(STEPS + c * rows + r, best, mask=inside)
+        tl.store(MOVED + c * rows + r, move, mask=inside)
+        moved = tl.where(k[:, None] == c, move[None, :], moved)
+
+
+@triton.jit
+def _move_scale(REACH, STEPS, SLOPE, SCALE, MOVED, columns, rows, DTYPE: tl.constexpr, ROWS: tl.constexpr):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = r < rows
+    scale = tl.load(SCALE + r, mask=inside, other=1.0)
+    curvature = tl.zeros((ROWS,), dtype=tl.float32)
+    gain = tl.zeros((ROWS,), dtype=tl.float32)
+    for c in range(columns):
+        reach = tl.load(REACH + c * rows + r, mask=inside, other=0.0)
+        step = tl.load(STEPS + c * rows + r, mask=inside, other=0.0)
+        curvature += step * reach
+        gain += step * tl.load(SLOPE + c * rows + r, mask=inside, other=0.0)
+        gain += reach * tl.load(MOVED + c * rows + r, mask=inside, other=0.0)
+    wanted = (scale + gain / tl.where(curvature > 0, curvature, 1.0)).to(DTYPE).to(tl.float32)
+    change = wanted - scale
+    better = ((2.0 * gain - change * curvature) * change > 0) & (curvature > 0) & (wanted > 0) & (wanted < float("inf"))
+    change = tl.where(better, change, 0.0)
+    tl.store(SCALE + r, scale + change, mask=inside)
+    for c in range(columns):
+        step = tl.load(STEPS + c * rows + r, mask=inside, other=0.0)
+        moved = tl.load(MOVED + c * rows + r, mask=inside, other=0.0)
+        tl.store(MOVED + c * rows + r, moved - step * change, mask=inside)
+
+
+@triton.jit
+def _range_costs(GROUP, WEIGHTS, SCALES, LOWS, HIGHS, COSTS, columns, rows, group_row, ROWS: tl.constexpr):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = r < rows
+    here = tl.program_id(1) * rows + r
+    scale = tl.load(SCALES + here, mask=inside, other=1.0)
+    low = tl.load(LOWS + here, mask=inside, other=0.0)
+    high = tl.load(HIGHS + here, mask=inside, other=0.0)
+    cost = tl.zeros((ROWS,), dtype=tl.float32)
+    for c in range(columns):
+        w = tl.load(GROUP + c * group_row + r, mask=inside, other=0.0)
+        error = w - _to_step(tl.div_rn(w, scale), low, high) * scale
+        cost += tl.load(WEIGHTS + c) * error * error
+    tl.store(COSTS + here, cost, mask=inside)
+
+
+def round_run(Wt: Tensor, spread: Tensor, scale: Tensor, low: Tensor, high: Tensor, steps: Tensor, errors: Tensor) -> None:
+    """See `columns.round_run`."""
+    _dense(Wt, scale, low, high, steps, errors)
+    columns, rows = Wt.shape
+    _round_run[_programs(rows)](
+        Wt, spread, scale, low, high, steps, errors, columns, rows, Wt.stride(0), *spread.stride(), **_tile(columns)
+    )
+
+
+def descend_run(H: Tensor, steps: Tensor, slope: Tensor, scale: Tensor, low: Tensor, high: Tensor, moved: Tensor) -> None:
+    """See `columns.descend_run`."""
+    _dense(steps, slope, scale, low, high, moved)
+    columns, rows = steps.shape
+    _descend_run[_programs(rows)](H, steps, slope, scale, low, high, moved, columns, rows, *H.stride(), **_tile(columns))
+
+
+def move_scale(reach: Tensor, steps: Tensor, slope: Tensor, scale: Tensor, moved: Tensor, dtype: torch.dtype) -> None:
+    """See `columns.move_scale`."""
+    _dense(reach, steps, slope, scale, moved)
+    columns, rows = steps.shape
+    _move_scale[_programs(rows)](reach, steps, slope, scale, moved, columns, rows, DTYPE=_DTYPES[dtype], ROWS=_ROWS, num_warps=1)
+
+
+def range_costs(group: Tensor, weights: Tensor, scales: Tensor, lows: Tensor, highs: Tensor) -> Tensor:
+    """See `columns.range_costs`."""
+    _dense(group, weights, scales, lows, highs)
+    costs = torch.empty_like(scales)
+    columns, rows = group.shape
+    _range_costs[(*_programs(rows), len(scales))](
+        group, weights, scales, lows, highs, costs, columns, rows, group.stride(0), ROWS=_ROWS, num_warps=1
+    )
+    return costs
+
+
+def _programs(rows: int) -> tuple[int]:
+    return (triton.cdiv(rows, _ROWS),)
+
+
+def _dense(*tensors: Tensor) -> None:
+    assert all(tensor.is_contiguous() for tensor in tensors), "kernels take tensors without gaps"
+
+
+def _tile(columns: int) -> dict[str, int]:
+    """Return what a run of columns is compiled for: columns are held in a power of two."""
+    assert columns <= LONGEST, f"a run of {columns} columns does not fit into registers"
+    return {"COLUMNS": max(triton.next_power_of_2(columns), 2), "ROWS": _ROWS, "num_warps": 1}
+
+
+def check(device: torch.device) -> None:
+    """Run a kernel on two numbers; raises what Triton raises where it cannot build or start one."""
+    ones = torch.ones(1, 2, device=device)
+    costs = range_costs(ones, ones[0, :1], ones, ones, ones)
+    if costs.tolist() != [[0.0, 0.0]]:
+        raise RuntimeError(f"a kernel gives {costs.tolist()}, not zeros")
