@@ -5,7 +5,8 @@
 
 Runs of one level database are measured together, each with its genome and its baselines: `results.csv` has every mean, with its
 difference to the reference, `runs.csv` every seed, `table.md` what transfers. The texts are those of `texts.py`, written to
-`multirun/heldout/texts` unless they lie there; `--also NAME=FILE` adds one.
+`multirun/heldout/texts` unless they lie there; `--also NAME=FILE` adds one. `--rebuilt` measures genomes on the levels that the
+same settings have on this machine, where they were found on another build of them. What follows `--` is given to every run.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
+from evopress import machine
 from evopress.earlier_versions import as_written_now
 from evopress.errors import EvoPressError
 from evopress.files import write_bytes
 from evopress.reporting.differences import Difference
-from evopress.reporting.records import read_document, read_genome, read_json
+from evopress.reporting.records import read_document, read_genome
 from evopress.reporting.tables import display_name, significant
 from evopress.settings import RunSettings
-from evopress.stages.baselines import stored_baselines
+from evopress.stages.baselines import read_baselines, stored_baselines
 from evopress.stages.conclude import measured_rows
 from evopress.units import Genome
 from evopress.workspace import Workspace
@@ -77,8 +80,10 @@ class Run:
         return f"{search.strategy.name}{''.join(f', from {start}' for start in search.starts)}{after}"
 
 
-def finished_runs(folders: Sequence[Path], files: Mapping[str, Path]) -> Iterator[Run]:
+def finished_runs(folders: Sequence[Path], files: Mapping[str, Path], further: Sequence[str] = ()) -> Iterator[Run]:
     """Open finished runs, with further held-out texts.
+
+    Args: further: overrides of their settings.
 
     Raises: EvoPressError if there is neither a genome nor a baseline in one.
     """
@@ -90,21 +95,39 @@ def finished_runs(folders: Sequence[Path], files: Mapping[str, Path]) -> Iterato
         lines = as_written_now([str(line) for line in OmegaConf.load(overrides)])
         more = [f"++evaluation.files.{name}={path.resolve()}" for name, path in files.items()]
         database = str(read_document(told, what="file of genomes").get("database"))
-        yield Run(folder, settings_of([*lines, *more]), database)
+        yield Run(folder, settings_of([*lines, *more, *further]), database)
 
 
-def measured(runs: Sequence[Run]) -> Iterator[Job]:
-    """Measure the genomes of runs of one level database, all of them on the same tokens; yield a job for each run."""
+def genomes_of(run: Run, here: Workspace, *, rebuilt: bool) -> dict[str, Genome]:
+    """Return the genomes of a run's baselines and of its search, by name.
+
+    Args: rebuilt: take them too if they were found on another build of the levels.
+
+    Raises: EvoPressError if they do not fit the level database.
+    """
+    space, own = here.database.space, None if rebuilt else here.database.fingerprint
+    found: dict[str, Genome] = {}
+    if (path := run.folder / "baselines.json").is_file():
+        if rebuilt:
+            found = {name: space.check(genome) for name, genome in read_baselines(path)["genomes"].items()}
+        else:
+            found, _ = stored_baselines(here)
+    if (path := run.folder / "genome.json").is_file():
+        found[run.strategy] = read_genome(path, space, database=own)
+    return found
+
+
+def measured(runs: Sequence[Run], *, rebuilt: bool = False) -> Iterator[Job]:
+    """Measure the genomes of runs of one level database, all of them on the same tokens; yield a job for each run.
+
+    Arguments as of `genomes_of`.
+    """
     first = Workspace(runs[0].settings, runs[0].folder)
     genomes: dict[str, Genome | None] = {"dense": None}
     names: list[dict[str, str]] = []
     for run in runs:
         here = first if run is runs[0] else Workspace(run.settings, run.folder, beside=first)
-        found: dict[str, Genome] = {}
-        if (run.folder / "baselines.json").is_file():
-            found, _ = stored_baselines(here)
-        if (path := run.folder / "genome.json").is_file():
-            found[run.strategy] = read_genome(path, first.database.space, database=first.database.fingerprint)
+        found = genomes_of(run, here, rebuilt=rebuilt)
         known = {genome: name for name, genome in genomes.items()}
         names.append({"dense": "dense"})
         for name, genome in found.items():
@@ -130,11 +153,10 @@ def _job(run: Run, shown: Mapping[str, str], rows: Mapping[str, Mapping[str, Any
         for name, row in ((name, rows[key]) for name, key in shown.items())
         if name in ("dense", run.strategy) or size is None or _NEAR[0] * size <= row["bytes"] <= _NEAR[1] * size
     ]
-    environment = run.folder / "environment.json"
     config = OmegaConf.to_container(OmegaConf.load(run.folder / ".hydra" / "config.yaml"))
     assert isinstance(config, dict)
     about = {str(key): value for key, value in config.items()}
-    return Job(run.folder, run.axes, about, {"rows": told}, read_json(environment) if environment.is_file() else {})
+    return Job(run.folder, run.axes, about, {"rows": told}, machine.describe(torch.get_num_threads()))  # of what measures
 
 
 def spec_of(jobs: Sequence[Job], reference: str) -> Spec:
@@ -213,17 +235,20 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of NAME.txt (default %(default)s)")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=FILE", help="a further text: .txt, .jsonl, …")
     parser.add_argument("--reference", default="guided, from dp", help="what others are compared with (default %(default)r)")
+    parser.add_argument("--rebuilt", action="store_true", help="of another build of the levels: measure on those that are here")
     parser.add_argument("--out", type=Path, default=FOLDER)
-    asked = parser.parse_args()
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    asked, further = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
     try:
         files, reasons = write_texts(asked.texts)
         for kind, reason in reasons.items():
             print(f"{kind}: left out, {reason}", flush=True)
         files |= {name: Path(path) for name, _, path in (each.partition("=") for each in asked.also)}
         by_database: dict[str, list[Run]] = {}
-        for run in finished_runs([folder for folder in asked.runs or sorted(RUNS.glob(DEFAULT)) if folder.is_dir()], files):
+        folders = [folder for folder in asked.runs or sorted(RUNS.glob(DEFAULT)) if folder.is_dir()]
+        for run in finished_runs(folders, files, further):
             by_database.setdefault(run.database, []).append(run)
-        jobs = [job for runs in by_database.values() for job in measured(runs)]
+        jobs = [job for runs in by_database.values() for job in measured(runs, rebuilt=asked.rebuilt)]
         table = Table(jobs, spec_of(jobs, asked.reference))
         write_csv(asked.out / "results.csv", table.summary())
         write_csv(asked.out / "runs.csv", table.runs())
