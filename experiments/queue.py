@@ -53,6 +53,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
         f"experiments.guided.measure --method {method} --jobs {{jobs}} -- {{further}}" for method in ("quant", "sparsity", "drop")
     ),
     "heldout": ("experiments.heldout.run",),
+    "calibration": ("experiments.calibration.measure --jobs {jobs} -- {further}",),
     "allocation": ("experiments.allocation.run --jobs {jobs} -- {further}",),
     "joint": ("experiments.joint.run --jobs {jobs} -- {further}",),
 }

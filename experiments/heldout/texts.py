@@ -41,9 +41,14 @@ def _tasks() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "tasks"
 
 
+def module(name: str) -> str:
+    """Return the source of a module of the standard library."""
+    return (Path(get_path("stdlib")) / f"{name}.py").read_text(encoding="utf-8")
+
+
 def code() -> str:
     """Return modules of the standard library, one after the other."""
-    return "\n\n".join((Path(get_path("stdlib")) / f"{name}.py").read_text(encoding="utf-8") for name in MODULES)
+    return "\n\n".join(map(module, MODULES))
 
 
 def chat() -> str:
