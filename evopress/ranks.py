@@ -2,7 +2,8 @@
 
 A function whose work can be shared is marked by `together`: where the first process calls it, all call it, each on what it has
 opened itself. Inside it `divided`, `stacked`, `each`, `first` and `summed` share the work and bring together what was found.
-Outside of it, and without torchrun, they do all the work here; so whoever knows nothing of this module is right too.
+Outside of it, inside of each other, and without torchrun, they do all the work here; so whoever knows nothing of this module is
+right too.
 
 What is found does not depend on how many processes there are: text is cut into `SHARES` shares, a forward never reaches from one
 into the next, a candidate's rows are in no other's forward, and sums of shares are added in one order, float32 ones in a tree.
@@ -56,10 +57,10 @@ class _World:
     size: int
     waiting: Any = None
     """Group of processes for what the first one asks."""
-    gpus: Any = None
-    """Group for tensors on GPUs, made when there is one."""
     depth: int = 0
     """Shared functions that are being called, one inside the other."""
+    alone: bool = False
+    """Doing its own part, which is not shared further."""
     broken: bool = False
     """A process is lost, or left what others are still in."""
     agreed: bool = False
@@ -85,8 +86,8 @@ def leads() -> bool:
 
 
 def size() -> int:
-    """Return how many processes share the work at hand: 1 outside of shared functions."""
-    return _world.size if _world is not None and _world.depth else 1
+    """Return how many processes share the work at hand: 1 outside of shared functions, and in what each does for itself."""
+    return _world.size if _world is not None and _world.depth and not _world.alone else 1
 
 
 def processes() -> int:
@@ -114,7 +115,8 @@ def begin() -> None:
         raise EvoPressError("this torch has no torch.distributed, which torchrun needs: start with python -m evopress")
     _world = _World(rank, count)
     with _together():
-        dist.init_process_group("gloo", timeout=_TOGETHER)
+        # Objects and tensors on the host go by gloo, also where there are GPUs; NCCL waits for the first tensor on one.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if _has_nccl() else "gloo", timeout=_TOGETHER)
         _world.waiting = dist.new_group(backend="gloo", timeout=_WAITING)
 
 
@@ -293,23 +295,24 @@ def summed(total: Tensor) -> Tensor:
     import torch
     import torch.distributed as dist
 
-    group = None
-    if total.is_cuda:
-        if world.gpus is None:
-            world.gpus = dist.new_group(backend="nccl", timeout=_TOGETHER)
-        group = world.gpus
     step = 1
     with _together():
         while step < world.size:
             if world.rank % (2 * step) == step:
-                dist.send(total, world.rank - step, group=group)
+                dist.send(total, world.rank - step)
             elif world.rank % (2 * step) == 0:
                 other = torch.empty_like(total)
-                dist.recv(other, world.rank + step, group=group)
+                dist.recv(other, world.rank + step)
                 total += other
             step *= 2
-        dist.broadcast(total, src=0, group=group)
+        dist.broadcast(total, src=0)
     return total
+
+
+def _has_nccl() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.distributed.is_nccl_available()
 
 
 class _AgreedError(Exception):
@@ -334,11 +337,15 @@ def _found_and_called(find: Callable[[Any], Any], key: Any, function: Callable[.
 
 def _tried(work: Callable[[], T]) -> tuple[Any, Exception | None]:
     """Do something; return what can be sent, (result, what went wrong, whether a user's error), and the error."""
+    assert _world is not None
+    _world.alone = True
     try:
         return (work(), None, False), None
     except Exception as error:
         told = isinstance(error, EvoPressError)
         return (None, str(error) if told else f"{type(error).__name__}: {error}", told), error
+    finally:
+        _world.alone = False
 
 
 def _agreed(found: Sequence[tuple[T, str | None, bool]], mine: Exception | None) -> list[T]:

@@ -7,6 +7,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from evopress.evaluation.heldout import measure_held_out
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import MinibatchFitness, base_states
 from evopress.fitness.population import PopulationEvaluator
+from evopress.fitness.suffix import SuffixLoss
 from evopress.levels.build import ensure_database
 from evopress.levels.calibration import _Tree
 from evopress.levels.live import LiveModel
+from evopress.levels.refine import RefineSettings, ensure_refined
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
 
@@ -116,6 +119,18 @@ class Case:
     def open(self) -> None:
         self.opened("fitness")
 
+    @ranks.together
+    def refine(self, genome: tuple[int, ...], correction: float) -> None:
+        live, settings = self.opened("evaluator").live, self.settings(self._levels)
+        how = RefineSettings(self._levels, {"correction": correction}, batch_tokens=48, correction=correction)
+        database, _ = ensure_database(settings, self.blocks, self.calibration, self.compressor)
+
+        def judge() -> SuffixLoss:
+            base = self.opened("fitness").base
+            return SuffixLoss(live, genome, self.search, base=base, measure=KLDivergence(), chunk_tokens=7, max_tokens_in_flight=48)
+
+        ensure_refined(how, live, database, genome, self.calibration, self.compressor, judge)
+
     def work(self, folder: Path) -> None:
         """Build, measure and write down what was found."""
         self._levels = folder / "levels"
@@ -131,6 +146,10 @@ class Case:
             fitness.attribute(genomes[0], tokens=96, sequences=6),
             [score.by_sequence for score in measure_held_out(self.opened("evaluator"), genomes[:2], self.search, batch_tokens=48)],
         ]
+        for correction in (0.0, 0.5):
+            self.refine(genomes[0], correction)
+        corrected = replace(self.settings(self._levels), correction=0.25, propagate="3", recipe={"corrected": True})
+        ensure_database(corrected, self.blocks, self.calibration, self.compressor)
         torch.save(found, folder / "found.pt")
 
 
@@ -140,12 +159,17 @@ def case(tiny_blocks, compressor, build_settings, tokens) -> Case:
 
 
 def found_in(folder: Path) -> tuple[list[Any], dict[str, bytes]]:
-    levels = {path.name: path.read_bytes() for path in (folder / "levels").rglob("*") if path.is_file() and path.suffix != ".lock"}
+    root = folder / "levels"
+    files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock")
+    levels = {str(path.relative_to(root)): path.read_bytes() for path in files}
     return torch.load(folder / "found.pt", weights_only=True), levels
 
 
 def test_any_number_of_processes_finds_the_same_to_the_bit(case: Case, tmp_path: Path) -> None:
-    """Levels, last hidden states, fitnesses, attributions, held-out numbers; one process that torchrun starts is such a number."""
+    """Levels, refined and corrected ones too, last hidden states, fitnesses, attributions, held-out numbers.
+
+    One process that torchrun starts is such a number.
+    """
     for count in (1, 2, 4):
         assert on(count, tmp_path / str(count), case.work, case.find) == [(0, "")] * count
     (base, *numbers), levels = found_in(tmp_path / "1")

@@ -8,12 +8,13 @@ loses tr((V - Q) H (V - Q)ᵀ) more than that least, so every compressor takes V
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from evopress.compress.hessian import HessianSum, add_product, damp, multiplies_exactly
+from evopress.compress.hessian import HessianSum, ProductSum, damp
 from evopress.errors import EvoPressError
 
 
@@ -42,28 +43,36 @@ class Lost:
 class PairedSum:
     """Accumulate `Lost` over batches, in float32, times 2 / n as a Hessian is, n the sequences."""
 
-    def __init__(self) -> None:
-        self._own: HessianSum | None = None
-        self._inputs: Tensor | None = None
-        self._stream: Tensor | None = None
+    def __init__(self, sums: Mapping[str, ProductSum] | None = None) -> None:
+        """Go on from sums, those that another one has."""
+        self.sums = dict(sums or {})
 
     def add(self, dense: Seen, compressed: Seen) -> None:
         """Add what the two models have of the same tokens."""
-        if self._own is None:
-            self._own = HessianSum(compressed.inputs.shape[-1], device=compressed.inputs.device)
-        self._own.add(compressed.inputs)
-        self._inputs = _added(self._inputs, dense.inputs - compressed.inputs, compressed.inputs)
+        X = compressed.inputs
+        if "own" not in self.sums:
+            self.sums["own"] = HessianSum(X.shape[-1], device=X.device)
+        own = self.sums["own"]
+        assert isinstance(own, HessianSum)
+        own.add(X)
+        self._add("inputs", dense.inputs - X, X)
         if dense.stream is not None and compressed.stream is not None:
-            self._stream = _added(self._stream, dense.stream - compressed.stream, compressed.inputs)
+            self._add("stream", dense.stream - compressed.stream, X)
+
+    def _add(self, name: str, apart: Tensor, X: Tensor) -> None:
+        if name not in self.sums:
+            self.sums[name] = ProductSum(apart.shape[-1], X.shape[-1], device=X.device)
+        self.sums[name].add_both(apart, X)
 
     def result(self) -> Lost:
         """Return the sums.
 
         Raises: EvoPressError if an activation was not finite, or too large to be squared.
         """
-        assert self._own is not None and self._inputs is not None, "nothing was added"
-        scale = 2.0 / max(self._own.num_sequences, 1)
-        return Lost(self._own.result(), self._inputs * scale, None if self._stream is None else self._stream * scale)
+        own, stream = self.sums["own"], self.sums.get("stream")
+        assert isinstance(own, HessianSum)
+        scale = 2.0 / max(own.num_sequences, 1)
+        return Lost(own.result(), self.sums["inputs"].total * scale, None if stream is None else stream.total * scale)
 
 
 def corrected(W: Tensor, lost: Lost, *, share: float, damping: float) -> Tensor:
@@ -82,14 +91,3 @@ def corrected(W: Tensor, lost: Lost, *, share: float, damping: float) -> Tensor:
     if not bool(torch.isfinite(V).all()):
         raise EvoPressError("what corrects it for its inputs is not finite: set refine.correction or method.correction to 0")
     return V.to(W.dtype)
-
-
-def _added(total: Tensor | None, apart: Tensor, inputs: Tensor) -> Tensor:
-    """Return a sum with apartᵀ inputs added, rows being tokens."""
-    apart, rows = (each.reshape(-1, each.shape[-1]) for each in (apart, inputs))
-    if not multiplies_exactly(rows):
-        apart, rows = apart.to(torch.float32), rows.to(torch.float32)
-    if total is None:
-        total = torch.zeros(apart.shape[-1], rows.shape[-1], dtype=torch.float32, device=rows.device)
-    add_product(total, apart, rows)
-    return total

@@ -76,48 +76,68 @@ class SingularHessianError(EvoPressError):
     """A Hessian that no damping makes positive definite; the caller adds the unit's name."""
 
 
-class HessianSum:
-    """Accumulate H = 2 X Xᵀ / n over batches, in float32; see `add_product` for what that means for bfloat16 inputs.
+class ProductSum:
+    """Accumulate leftᵀ right over batches, in float32; see `add_product` for what that means for bfloat16 inputs."""
+
+    def __init__(self, left: int, right: int, *, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(left, right, dtype=torch.float32, device=device)
+        """float32 [A, B]."""
+        self.num_sequences = 0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """What such a sum is made with."""
+        return tuple(self.total.shape)
+
+    def add_both(self, left: Tensor, right: Tensor) -> None:
+        """Add a batch: left [b, ..., A] and right [b, ..., B], b sequences, any floating dtypes."""
+        rows, columns = (each.reshape(-1, each.shape[-1]) for each in (left, right))
+        if not multiplies_exactly(columns):
+            rows, columns = rows.to(torch.float32), columns.to(torch.float32)
+        add_product(self.total, rows, columns)
+        self.num_sequences += right.shape[0]
+
+    def join(self, other: ProductSum) -> None:
+        """Add another sum, of further sequences."""
+        self.total += other.total
+        self.num_sequences += other.num_sequences
+
+
+class HessianSum(ProductSum):
+    """Accumulate H = 2 X Xᵀ / n over batches; of `total`, what is left of the diagonal's panel is not there.
 
     Source: GPTQ, section 3.1 (arXiv:2210.17323); n counts sequences as in the authors' code. Methods do not depend on H's scale.
     """
 
     def __init__(self, columns: int, *, device: torch.device | str = "cpu") -> None:
-        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-        self.num_sequences = 0
+        super().__init__(columns, columns, device=device)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (len(self.total),)
 
     def add(self, X: Tensor) -> None:
         """Add a batch of layer inputs [b, ..., C], b sequences, any floating dtype."""
         rows = X.reshape(-1, X.shape[-1])
         if not multiplies_exactly(rows):
             rows = rows.to(torch.float32)
-        for start, end in panels(len(self._sum)):  # H is symmetric: what lies left of a panel's diagonal is in an earlier one
-            add_product(self._sum[start:end, start:], rows[:, start:end], rows[:, start:])
+        for start, end in panels(len(self.total)):  # H is symmetric: what lies left of a panel's diagonal is in an earlier one
+            add_product(self.total[start:end, start:], rows[:, start:end], rows[:, start:])
         self.num_sequences += X.shape[0]
-
-    def join(self, other: HessianSum) -> None:
-        """Add another sum, of further sequences."""
-        self._sum += other._sum
-        self.num_sequences += other.num_sequences
-
-    @property
-    def total(self) -> Tensor:
-        """The sum itself, float32 [C, C], of which what is left of the diagonal's panel is not there."""
-        return self._sum
 
     @classmethod
     def together(cls, sums: Sequence[HessianSum]) -> HessianSum:
         """Return one sum of several, as if their inputs were those of one layer; they are left as they are."""
-        total = cls(len(sums[0]._sum), device=sums[0]._sum.device)
+        total = cls(len(sums[0].total), device=sums[0].total.device)
         for each in sums:
-            total._sum += each._sum
+            total.total += each.total
             total.num_sequences = max(total.num_sequences, each.num_sequences)
         return total
 
     @property
     def finite(self) -> bool:
         """Tell whether all sums so far are finite; no product exceeds the diagonal's."""
-        return bool(torch.isfinite(self._sum.diagonal()).all())
+        return bool(torch.isfinite(self.total.diagonal()).all())
 
     def result(self) -> Tensor:
         """Return H, float32 [C, C].
@@ -129,7 +149,7 @@ class HessianSum:
                 "its input activations are not finite, or too large to be squared: load the model in bfloat16 or float32 "
                 "(model.dtype), or check its weights"
             )
-        H = self._sum * (2.0 / max(self.num_sequences, 1))
+        H = self.total * (2.0 / max(self.num_sequences, 1))
         for start, end in panels(len(H)):
             H[end:, start:end] = H[start:end, end:].T
         return H

@@ -189,12 +189,14 @@ class GivenText:
     name: str = "given"
     leading_ids: tuple[int, ...] = ()
 
-    def __init__(self, calibration: Tensor, search: Tensor | None = None) -> None:
+    def __init__(self, calibration: Tensor, search: Tensor | None = None, after_search: Tensor | None = None) -> None:
         """Take sequences, token ids int64 [N, L].
 
-        Args: search: what a search draws its minibatches from; None: there will be none.
+        Args:
+            search: what a search draws its minibatches from; None: there will be none.
+            after_search: what the stage refine decides by; None: there will be none.
         """
-        self.calibration, self._search = calibration, search
+        self.calibration, self._search, self._after_search = calibration, search, after_search
         self.evaluation: dict[str, Tensor] = {}
 
     @property
@@ -204,8 +206,13 @@ class GivenText:
         return self._search
 
     def after_search(self, num_tokens: int) -> Tensor:
-        """Refuse: nothing is known of what comes after the search text."""
-        raise EvoPressError(f"there is no text after the search text to refine by ({num_tokens} tokens were asked for)")
+        """Return what was given.
+
+        Raises: EvoPressError if nothing was: what comes after the search text is not known.
+        """
+        if self._after_search is None:
+            raise EvoPressError(f"there is no text after the search text to refine by ({num_tokens} tokens were asked for)")
+        return self._after_search
 
     def check_files(self) -> None:
         """Do nothing: there are no files."""

@@ -13,11 +13,12 @@ from torch import Tensor
 from evopress.fitness.measures import Measure
 from evopress.levels.live import Live, part_held
 from evopress.levels.refine import Weights, block_at
+from evopress.ranks import each, part, share
 from evopress.units import Genome
 
 
 class SuffixLoss:
-    """Judges weights of one block after another; see `Judge`."""
+    """Judges weights of one block after another; see `Judge`. Of several processes each has its share of the text."""
 
     def __init__(
         self,
@@ -38,18 +39,29 @@ class SuffixLoss:
             base: the dense model's last hidden states [N, L, d].
             measure: a measure with one number per token.
         """
-        self.live, self.genome, self.sequences, self.base, self.measure = live, genome, sequences, base, measure
+        self.live, self.genome, self.measure = live, genome, measure
         self.chunk_tokens, self.fused = chunk_tokens, fused
-        batch = max(max_tokens_in_flight // sequences.shape[1], 1)
-        self._parts = [slice(start, start + batch) for start in range(0, len(sequences), batch)]
-        self._states = torch.empty(*sequences.shape, live.blocks.hidden_size, dtype=live.blocks.dtype)
-        embedding = live.blocks.embedding_part
-        with part_held(live, embedding, None if embedding is None else live.levels_in(genome, embedding)):
-            for part in self._parts:
-                self._states[part] = live.blocks.embed(sequences[part]).to(self._states.device)
+        self._count = sequences[:, 1:].numel()
+        batch = part(len(sequences), max(max_tokens_in_flight // sequences.shape[1], 1))
+        mine = share(-(-len(sequences) // batch))
+        own = slice(mine.start * batch, mine.stop * batch)
+        self.sequences, self.base = sequences[own], base[own]
+        self._parts = [slice(start, start + batch) for start in range(0, len(self.sequences), batch)]
+        self._states = torch.empty(*self.sequences.shape, live.blocks.hidden_size, dtype=live.blocks.dtype)
+        each(self._embed)
+
+    def _embed(self) -> None:
+        live, embedding = self.live, self.live.blocks.embedding_part
+        with part_held(live, embedding, None if embedding is None else live.levels_in(self.genome, embedding)):
+            for those in self._parts:
+                self._states[those] = live.blocks.embed(self.sequences[those]).to(self._states.device)
 
     def loss(self, index: int, weights: Weights) -> float:
         """Return the mean of the measure over all predicted tokens; see `Judge`."""
+        return sum(chunk for found in each(lambda: self._sums(index, weights)) for chunk in found) / self._count
+
+    def _sums(self, index: int, weights: Weights) -> list[float]:
+        """Return the measure's sums over the chunks of this process's text."""
         states, head = self._states, self.live.blocks.head_part
         for later in range(index, len(self.live.blocks.blocks)):
             left = torch.empty_like(states) if states is self._states else states
@@ -59,29 +71,28 @@ class SuffixLoss:
 
     def advance(self, index: int, weights: Weights) -> None:
         """See `Judge`."""
-        self._run(index, weights, self._states, self._states)
+        each(lambda: self._run(index, weights, self._states, self._states))
 
     def _run(self, index: int, weights: Weights, states: Tensor, into: Tensor) -> None:
         blocks = self.live.blocks
         with block_at(self.live, index, self.genome, weights):
-            for part in self._parts:
-                into[part] = blocks.run(index, states[part].to(blocks.device), fused=self.fused).to(into.device)
+            for those in self._parts:
+                into[those] = blocks.run(index, states[those].to(blocks.device), fused=self.fused).to(into.device)
 
     @torch.no_grad()
-    def _measure(self, states: Tensor, weights: Weights) -> float:
+    def _measure(self, states: Tensor, weights: Weights) -> list[float]:
         blocks = self.live.blocks
         dense = head = blocks.head()
         if (part_of_head := blocks.head_part) is not None:
             with block_at(self.live, part_of_head, self.genome, weights):
                 head = blocks.head()
-        total, count = torch.zeros((), dtype=torch.float64), 0
-        for part in self._parts:
-            hidden = blocks.finish(states[part].to(blocks.device))[:, :-1].flatten(0, 1)
-            base = self.base[part][:, :-1].flatten(0, 1)
-            labels = self.sequences[part][:, 1:].reshape(-1).to(blocks.device)
+        sums = []
+        for those in self._parts:
+            hidden = blocks.finish(states[those].to(blocks.device))[:, :-1].flatten(0, 1)
+            base = self.base[those][:, :-1].flatten(0, 1)
+            labels = self.sequences[those][:, 1:].reshape(-1).to(blocks.device)
             for start in range(0, len(labels), self.chunk_tokens):
                 chunk = slice(start, start + self.chunk_tokens)
                 reference = self.measure.reference(base[chunk].to(blocks.device), labels[chunk], dense)
-                total += self.measure(hidden[chunk], reference, head)[0].sum(dtype=torch.float64).cpu()
-            count += len(labels)
-        return float(total / count)
+                sums.append(self.measure(hidden[chunk], reference, head)[0].sum(dtype=torch.float64))
+        return torch.stack(sums).tolist() if sums else []

@@ -25,7 +25,7 @@ from evopress.compress.compressor import Compressed, Compressor
 from evopress.errors import EvoPressError
 from evopress.files import make_folder, sync_folder
 from evopress.levels.calibration import activations_of, propagate
-from evopress.levels.compressing import Walking, compress_units, hessians_of
+from evopress.levels.compressing import Walking, compress_units, hessians_of, named
 from evopress.levels.hessians import BlockHessians
 from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
 from evopress.levels.locking import alone_in
@@ -34,18 +34,19 @@ from evopress.levels.plan import BuildSettings, check_room, needs_of, plan_space
 from evopress.levels.store import (
     MANIFEST,
     DamagedDatabaseError,
+    Encoded,
     LevelDatabase,
     block_file,
     check_block,
     encoded,
     entries_of,
     read_manifest,
-    write_encoded,
+    write_block,
     write_manifest,
 )
 from evopress.models.blocks import BlockModel
 from evopress.progress import track
-from evopress.ranks import divided, each, first, part, shares, size, together
+from evopress.ranks import divided, each, first, part, shares, together
 from evopress.units import Space, Unit
 
 logger = logging.getLogger(__name__)
@@ -157,8 +158,7 @@ def _build(
     store = settings.hessians if settings.propagate is None else None
     missing = [index for index in blocks.parts if index not in entries]
     unseen = [index for index in missing if sees_activations(blocks, index) and (store is None or index not in store)]
-    walk = _walk_alone if settings.corrects else _walk_together
-    entries = walk(blocks, settings, tokens, compressor, entries, unseen)
+    entries = _walk(blocks, settings, tokens, compressor, entries, unseen)
     write_manifest(
         folder,
         method=settings.method,
@@ -170,11 +170,7 @@ def _build(
 
 
 @together
-def _walk_together(blocks: BlockModel, *asked: Any) -> dict[int, dict[str, Any]]:
-    return _walk_alone(blocks, *asked)
-
-
-def _walk_alone(
+def _walk(
     blocks: BlockModel,
     settings: BuildSettings,
     tokens: Tensor,
@@ -206,27 +202,24 @@ def _walk_alone(
                 hessians = kept or _hessians(blocks, index, walking, advance=advanced)
                 if store is not None and index in unseen:
                     first(partial(store.write, index, hessians))
-                compressed = _compress_part(blocks, index, hessians, tokens, compressor, walking, units, settings.propagate)
+                compressed, decoded = _compress_part(
+                    blocks, index, hessians, tokens, compressor, walking, units, settings.propagate
+                )
                 parts = each(partial(encoded, compressed, units), to_first=True)
                 entries[index] = first(partial(_write, folder, index, parts, list(blocks.slots(index))))
-                decoded = _at_level(compressed, units, settings.propagate) if size() == 1 else None
             else:
-                advanced, decoded = False, None
+                advanced = False
+                decoded = _stored_level(folder, entries[index], settings.propagate) if index + 1 in walked else {}
             if index + 1 in walked and not advanced:
-                decoded = _stored_level(folder, entries[index], settings.propagate) if decoded is None else decoded
                 propagate(blocks, index, buffer, batch, decoded, mine=mine)
                 if walking.dense is not None:
                     propagate(blocks, index, walking.dense, batch, {}, mine=mine)
     return entries
 
 
-def _write(
-    folder: Path, index: int, parts: Sequence[tuple[dict[str, Tensor], list[dict[str, Any]]]], order: list[str]
-) -> dict[str, Any]:
+def _write(folder: Path, index: int, parts: Sequence[Encoded], order: list[str]) -> dict[str, Any]:
     """Write a block of what each process has of it, and note that it is there."""
-    tensors = {key: tensor for those, _ in parts for key, tensor in those.items()}
-    records = sorted((record for _, those in parts for record in those), key=lambda record: order.index(record["name"]))
-    entry = write_encoded(folder, index, tensors, records)
+    entry = write_block(folder, index, parts, order)
     append(folder / JOURNAL, entry)
     return entry
 
@@ -245,38 +238,30 @@ def _compress_part(
     walking: Walking,
     units: Mapping[str, Unit],
     propagate: str | None,
-) -> dict[str, list[Compressed]]:
-    """Compress this process's share of a part's units to all their levels; activations leave it through the level `propagate`."""
+) -> tuple[dict[str, list[Compressed]], dict[str, Tensor]]:
+    """Compress this process's share of a part's units to all their levels.
+
+    Returns: those, and the weights of all units at the level `propagate`, through which activations leave; none where that is None.
+    """
     slots = blocks.slots(index)
-    compressed: dict[str, list[Compressed]] = {}
+    placed: dict[str, Tensor] = {}
+    if index == blocks.embedding_part:
+        ((name, slot),) = slots.items()
+        H = hessians.hessians[name].to(blocks.device) if index == blocks.head_part else None
 
-    def settled(name: str, levels: list[Compressed]) -> Tensor | None:
-        return _at_level({name: levels}, units, propagate).get(name)
+        compressed: dict[str, list[Compressed]] = {}
 
-    def compress(owners: Sequence[str]) -> None:
-        if index == blocks.embedding_part:
-            ((name, slot),) = slots.items()
-            H = hessians.hessians[name].to(blocks.device) if index == blocks.head_part else None
-            try:
+        def compress(_: Sequence[str]) -> None:
+            with named([name]):
                 compressed[name] = compress_embedding(slot, tokens, compressor, H=H)
-            except EvoPressError as error:
-                raise type(error)(f"{name}: {error}") from None
-            return
-        names = {name for name in slots if hessians.owners[name] in owners}
-        compressed.update(compress_units(blocks, index, names, hessians, compressor, walking, settled=settled))
 
-    divided(list(hessians.hessians) or list(slots), compress)
-    return compressed
+        divided([name], compress)
+        return compressed, placed
 
+    def settled(name: str, levels: list[Compressed]) -> Compressed | None:
+        return next((result for level, result in zip(units[name].levels, levels, strict=True) if level.key == propagate), None)
 
-def _at_level(compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit], key: str | None) -> dict[str, Tensor]:
-    """Decode the units at the level with this key; none of them if the key is None."""
-    if key is None:
-        return {}
-    return {
-        name: next(r for level, r in zip(units[name].levels, results, strict=True) if level.key == key).payload.decode()
-        for name, results in compressed.items()
-    }
+    return compress_units(blocks, index, slots, hessians, compressor, walking, placed=placed, settled=settled), placed
 
 
 def _stored_level(folder: Path, entry: dict[str, Any], key: str | None) -> dict[str, Tensor]:

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from evopress.compress.asymmetric import Lost, PairedSum, Seen
-from evopress.compress.hessian import HessianSum
+from evopress.compress.hessian import HessianSum, ProductSum
 from evopress.errors import EvoPressError
 from evopress.files import explained, make_folder, temporary_beside
 from evopress.levels.hessians import BlockHessians, HessianStore
@@ -31,6 +31,7 @@ from evopress.progress import track
 from evopress.ranks import each, first, part, shares, summed, together
 
 logger = logging.getLogger(__name__)
+Sum = TypeVar("Sum", bound=ProductSum)
 LEAST_TOKENS = 128
 """Of calibration text that an expert must have seen to be compressed by its own Hessian."""
 
@@ -146,7 +147,7 @@ def collect_hessians(
 
         return hook
 
-    total = _Tree()
+    total: _Tree[HessianSum] = _Tree()
     # What is not finite inside a block is not so where it ends; read once, so that no batch waits for it.
     finite: list[tuple[int, Tensor]] = []
 
@@ -197,14 +198,14 @@ def collect_hessians(
     return BlockHessians(owners, hessians)
 
 
-class _Tree:
+class _Tree(Generic[Sum]):
     """Sums of shares, added up in pairs, pairs of these, and so on, as they come: the first two, then the next two to these."""
 
     def __init__(self) -> None:
-        self._partial: list[dict[str, HessianSum]] = []
+        self._partial: list[dict[str, Sum]] = []
         self._count = 0
 
-    def add(self, sums: Mapping[str, HessianSum]) -> None:
+    def add(self, sums: Mapping[str, Sum]) -> None:
         """Take the sums of one more share."""
         self._partial.append(dict(sums))
         self._count += 1
@@ -219,17 +220,17 @@ class _Tree:
             pairs //= 2
 
     @property
-    def sums(self) -> dict[str, HessianSum]:
+    def sums(self) -> dict[str, Sum]:
         """What the last shares, or all of them, add up to."""
         return self._partial[-1]
 
-    def of_all(self, device: torch.device) -> dict[str, HessianSum]:
+    def of_all(self, device: torch.device) -> dict[str, Sum]:
         """Return the sums over all shares of all processes, on each of them."""
-        told = each(lambda: {name: (len(total.total), total.num_sequences) for name, total in self.sums.items()})
+        told = each(lambda: {name: (type(total), total.widths, total.num_sequences) for name, total in self.sums.items()})
         found = {}
-        for name, (columns, _) in {name: about for theirs in told for name, about in theirs.items()}.items():
-            found[name] = self.sums[name] if name in self.sums else HessianSum(columns, device=device)
-            found[name].num_sequences = sum(theirs[name][1] for theirs in told if name in theirs)
+        for name, (kind, widths, _) in {name: about for theirs in told for name, about in theirs.items()}.items():
+            found[name] = self.sums[name] if name in self.sums else kind(*widths, device=device)
+            found[name].num_sequences = sum(theirs[name][2] for theirs in told if name in theirs)
             summed(found[name].total)
         return found
 
@@ -283,7 +284,7 @@ def head_hessian(blocks: BlockModel, buffer: Tensor, batch: int, *, mine: Sequen
     """
     assert blocks.head_part is not None
     (name,) = blocks.slots(blocks.head_part)
-    total = _Tree()
+    total: _Tree[HessianSum] = _Tree()
     finite: list[tuple[int, Tensor]] = []
 
     def walk() -> None:
@@ -313,6 +314,8 @@ def collect_lost(
     batch: int,
     weights: Mapping[str, Tensor],
     adding: tuple[str, str] | None,
+    *,
+    mine: Sequence[range] | None = None,
 ) -> Lost:
     """Sum what one input of a block, or the head's, has lost: as it is, against as it is with weights in their places.
 
@@ -324,14 +327,25 @@ def collect_lost(
         buffer: those that enter it in the compressed model; both are as they were afterwards.
         weights: of the compressed block, by unit.
         adding: what `adding_linears` returned.
+        mine: as in `collect_hessians`.
     """
-    total = PairedSum()
-    walks = (Passage(each, batch, blocks.device) for each in (dense, buffer))
-    for (_, exact), (_, current) in zip(*walks, strict=True):
-        own = _seen_at(blocks, index, name, exact, adding)
-        with weights_placed(blocks, index, weights):
-            total.add(own, _seen_at(blocks, index, name, current, adding))
-    return total.result()
+    total: _Tree[ProductSum] = _Tree()
+
+    def walk() -> None:
+        walks = (_passages(activations, batch, blocks, mine) for activations in (dense, buffer))
+        for passages in zip(*walks, strict=True):
+            paired = PairedSum()
+            for (_, exact), (_, current) in zip(*(passage for _, passage in passages), strict=True):
+                own = _seen_at(blocks, index, name, exact, adding)
+                with weights_placed(blocks, index, weights):
+                    paired.add(own, _seen_at(blocks, index, name, current, adding))
+            total.add(paired.sums)
+
+    each(walk)
+    found = PairedSum(total.of_all(blocks.device))
+    lost: list[Lost] = []
+    each(lambda: lost.append(found.result()))
+    return lost[0]
 
 
 def _seen_at(blocks: BlockModel, index: int, name: str, state: Tensor, adding: tuple[str, str] | None) -> Seen:

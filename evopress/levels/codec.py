@@ -142,6 +142,21 @@ def _decode_gguf(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> GGUF
     return GGUFWeight(tensors["blocks"], meta["type"], _DTYPES[meta["dtype"]])
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A payload that travels between processes as files have it, and arrives on the device of the receiving one."""
+
+    payload: Payload
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        device = next(value.device.type for value in vars(self.payload).values() if isinstance(value, Tensor))
+        return _unpacked, (self.payload.codec, *CODECS[self.payload.codec].encode(self.payload), device)
+
+
+def _unpacked(codec: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], device: str) -> Packed:
+    return Packed(CODECS[codec].decode({name: tensor.to(device) for name, tensor in tensors.items()}, meta))
+
+
 def check_meta(codec: str, meta: Any, *, size: int) -> None:
     """Raise ValueError unless a level's JSON values fit its codec and its unit's number of weights."""
     if not isinstance(meta, dict):

@@ -6,18 +6,23 @@ a share of what those inputs have lost (`compress/asymmetric.py`), to blocks bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from evopress.compress.asymmetric import corrected
+from evopress.compress.asymmetric import Lost, corrected
 from evopress.compress.compressor import Compressed, Compressor
 from evopress.errors import EvoPressError
 from evopress.levels.calibration import adding_linears, collect_hessians, collect_lost, head_hessian
+from evopress.levels.codec import Packed
 from evopress.levels.hessians import BlockHessians
 from evopress.models.blocks import BlockModel
 from evopress.models.experts import ExpertLinear
+from evopress.ranks import divided, first, launched
 
 _DAMPING = 0.01
 """Share of a Hessian's mean diagonal added to it where a weight is corrected."""
@@ -46,13 +51,19 @@ class Walking:
 
 
 def hessians_of(blocks: BlockModel, index: int, walking: Walking, *, advance: bool = False) -> BlockHessians:
-    """Return a part's Hessians as it is; one batch's where weights are corrected, which need only who shares an input."""
-    buffer, mine = walking.buffer, walking.mine
+    """Return a part's Hessians as it is; where weights are corrected, which have others, only who shares an input."""
+    buffer, batch, mine = walking.buffer, walking.batch, walking.mine
     if walking.beside(blocks, index) is not None:
-        buffer, mine = buffer[: walking.batch], None
+        owners = first(lambda: _collected(blocks, index, buffer[:batch], batch).owners)
+        return BlockHessians(owners, {owner: torch.empty(0) for owner in owners.values()})
+    return _collected(blocks, index, buffer, batch, advance=advance, mine=mine)
+
+
+def _collected(blocks: BlockModel, index: int, buffer: Tensor, batch: int, **settings: Any) -> BlockHessians:
     if index == blocks.head_part:
-        return head_hessian(blocks, buffer, walking.batch, mine=mine)
-    return collect_hessians(blocks, index, buffer, walking.batch, advance=advance, mine=mine)
+        settings.pop("advance", None)
+        return head_hessian(blocks, buffer, batch, **settings)
+    return collect_hessians(blocks, index, buffer, batch, **settings)
 
 
 def compress_units(
@@ -64,36 +75,60 @@ def compress_units(
     walking: Walking | None = None,
     *,
     placed: dict[str, Tensor] | None = None,
-    settled: Callable[[str, list[Compressed]], Tensor | None] = lambda name, levels: None,
+    settled: Callable[[str, list[Compressed]], Compressed | None] = lambda name, levels: None,
 ) -> dict[str, list[Compressed]]:
-    """Compress units of a part, held dense on the device, to all their levels.
+    """Compress units of a part, held dense on the device, to all their levels; each process returns those of its share.
 
     Args:
         names: the units, of those that the part has.
         walking: what enters it, where weights are corrected.
-        placed: weights of units that are not the dense ones in the compressed model; takes what `settled` returns.
-        settled: the weight that units after this one shall meet; None: the one that is placed.
+        placed: weights of units that are not the dense ones in the compressed model; takes those that `settled` returns, of all.
+        settled: what units after this one shall meet; None: the weight that is placed.
 
     Raises: EvoPressError with the names of the units.
     """
     slots = blocks.slots(index)
     made: dict[str, list[Compressed]] = {}
-    dense = None if walking is None else walking.beside(blocks, index)
-    adding = None if walking is None or dense is None else adding_linears(blocks, index, dense[: walking.batch])
     placed = {} if placed is None else placed
-    for owner, H in hessians.hessians.items():
-        weights = {name: slots[name].weight for name in slots if name in names and hessians.owners[name] == owner}
-        if not weights:
-            continue
-        try:
-            if walking is not None and dense is not None:
-                lost = collect_lost(blocks, index, owner, dense, walking.buffer, walking.batch, placed, adding)
-                H, share = lost.H, walking.correction
-                weights = {name: corrected(W, lost, share=share, damping=_DAMPING) for name, W in weights.items()}
-            results = compressor.compress(weights, H.to(blocks.device))
-        except EvoPressError as error:
-            raise type(error)(f"{', '.join(weights)}: {error}") from None
-        made |= {name: list(levels) for name, levels in results.items()}
-        if dense is not None:
-            placed |= {name: weight for name in weights if (weight := settled(name, made[name])) is not None}
+    dense = None if walking is None else walking.beside(blocks, index)
+    sharing = [(owner, [name for name in slots if name in names and hessians.owners[name] == owner]) for owner in hessians.hessians]
+    sharing = [(owner, alike) for owner, alike in sharing if alike]
+
+    def compress(groups: Sequence[tuple[list[str], Tensor | Lost]]) -> dict[str, Packed]:
+        found: dict[str, Packed] = {}
+        for alike, stands_on in groups:
+            with named(alike):
+                weights, H = {name: slots[name].weight for name in alike}, stands_on
+                if not isinstance(H, Tensor):
+                    assert walking is not None
+                    share = walking.correction
+                    weights = {name: corrected(W, H, share=share, damping=_DAMPING) for name, W in weights.items()}
+                    H = H.H
+                made.update({name: list(levels) for name, levels in compressor.compress(weights, H.to(blocks.device)).items()})
+            found |= {name: Packed(level.payload) for name in alike if (level := settled(name, made[name])) is not None}
+        return found
+
+    def settle(groups: Sequence[tuple[list[str], Tensor | Lost]]) -> None:
+        for found in divided(groups, compress):
+            placed.update({name: packed.payload.decode() for name, packed in found.items()})
+
+    if walking is None or dense is None:
+        settle([(alike, hessians.hessians[owner]) for owner, alike in sharing])
+    else:
+        start = dense[: walking.batch]
+        adding = first(lambda: adding_linears(blocks, index, start))
+        for owner, alike in sharing:
+            with named(alike):
+                lost = collect_lost(blocks, index, owner, dense, walking.buffer, walking.batch, placed, adding, mine=walking.mine)
+            # Apart where processes share them, so that it does not depend on how many do.
+            settle([([name], lost) for name in alike] if launched() else [(alike, lost)])
     return {name: made[name] for name in slots if name in made}
+
+
+@contextmanager
+def named(units: Sequence[str]) -> Iterator[None]:
+    """Put units' names before an error."""
+    try:
+        yield
+    except EvoPressError as error:
+        raise type(error)(f"{', '.join(units)}: {error}") from None

@@ -37,12 +37,14 @@ from evopress.levels.store import (
     MANIFEST,
     DamagedDatabaseError,
     LevelDatabase,
+    encoded,
     fingerprint,
     read_manifest,
     write_block,
     write_manifest,
 )
 from evopress.progress import track
+from evopress.ranks import each, first, part, shares
 from evopress.units import Genome, Unit
 
 logger = logging.getLogger(__name__)
@@ -145,6 +147,8 @@ def ensure_refined(
 ) -> LevelDatabase:
     """Open the refined levels that the settings name, making them or what is missing or damaged of them first.
 
+    Several processes have the activations of their shares of the text and compress some of a block's units; the first one writes.
+
     Args:
         live: the model with the database's levels, the first ones of its space; dense, and given back so.
         genome: a level of the database for each unit.
@@ -155,21 +159,28 @@ def ensure_refined(
     Raises: EvoPressError as building a database does.
     """
     folder = folder_of(settings, database)
+    try:
+        refined = first(lambda: _whole(folder, len(live.blocks.parts)))
+        if refined is None:
+            _Walk(settings, live, database, genome, tokens, compressor, folder).go(judge)
+    except OSError as error:
+        raise explained(error, folder) from error
+    return refined or first(lambda: LevelDatabase.open(folder))
+
+
+def _whole(folder: Path, num_parts: int) -> LevelDatabase | None:
+    """Open refined levels if all are there; if not, make room for what is missing."""
     refined = _opened(folder)
-    if refined is not None and len(steps_of(refined)) == len(live.blocks.parts):
+    if refined is not None and len(steps_of(refined)) == num_parts:
         with suppress(OSError):  # what a run leaves that is killed right after it has written the manifest
             (folder / JOURNAL).unlink(missing_ok=True)
         return refined
     make_folder(folder)
-    _check_names_are_free(folder, len(live.blocks.parts))
-    try:
-        for pattern in TEMPORARIES:  # what a killed run has left half-written; the run folder is held by this one alone
-            for path in folder.glob(pattern):
-                path.unlink(missing_ok=True)
-        _Walk(settings, live, database, genome, tokens, compressor, folder).go(judge)
-    except OSError as error:
-        raise explained(error, folder) from error
-    return LevelDatabase.open(folder)
+    _check_names_are_free(folder, num_parts)
+    for pattern in TEMPORARIES:  # what a killed run has left half-written; the run folder is held by this one alone
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    return None
 
 
 def folder_of(settings: RefineSettings, database: LevelDatabase) -> Path:
@@ -202,66 +213,77 @@ class _Walk:
         self.places = {unit.name: i for i, unit in enumerate(database.space.units)}
         self.inexact = inexact_units(database, genome)
         self.compressor = compressor.narrowed({name: self.units[name].levels[0] for name in self.units if name in self.inexact})
-        self.batch = max(settings.batch_tokens // tokens.shape[1], 1)
+        self.batch, self.mine = part(len(tokens), max(settings.batch_tokens // tokens.shape[1], 1)), shares(len(tokens))
 
     def go(self, make_judge: Callable[[], Judge]) -> None:
         """Walk up to the last missing block; then write the manifest."""
         parts, embedding = self.blocks.parts, self.blocks.embedding_part
-        entries = _finished_blocks(self.folder, len(parts))
-        steps = _told_steps(self.folder, entries)
-        entries = {index: entry for index, entry in entries.items() if index in steps}
-        told = {index: {**entry, "step": steps[index].to_dict()} for index, entry in entries.items()}
-        rewrite_journal(self.folder / JOURNAL, told)  # before the manifest goes: one of them always names what is finished
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        entries, steps = first(self._begin)
         missing = [index for index in parts if index not in entries]
         walked = range(missing[-1] + 1 if missing else 0)
         if walked:
             judge = make_judge()
             with part_held(self.live, embedding, None if embedding is None else self.live.levels_in(self.genome, embedding)):
-                buffer = activations_of(self.folder, self.settings.activations, self.blocks, self.tokens, self.batch)
-            walking = Walking(buffer, self.batch, correction=self.settings.correction)
+                buffer = self._activations()
+            walking = Walking(buffer, self.batch, correction=self.settings.correction, mine=self.mine)
             if walking.correction:
-                walking.dense = activations_of(self.folder, self.settings.activations, self.blocks, self.tokens, self.batch)
+                walking.dense = self._activations()
         loss: float | None = None  # of the model as it is where the walk has come to
         for index in track(walked, "refining the model"):
             if index in entries:
                 weights, loss = self._stored(entries[index]), None
             else:
-                made = self._compress(index, walking)
-                new = {name: result.payload.decode() for name, result in made.items()}
+                made, new = self._compress(index, walking)
                 before = after = loss
                 if new:
                     before = judge.loss(index, {}) if loss is None else loss
                     after = judge.loss(index, new)
                 kept = bool(new) and _is_better(after, before)
                 weights, loss = (new, after) if kept else ({}, before)
-                step = Step(index, kept, _finite(before), _finite(after))
-                entries[index] = self._write(index, made if kept else {})
-                steps[index] = step
-                append(self.folder / JOURNAL, {**entries[index], "step": step.to_dict()})
+                steps[index] = Step(index, kept, _finite(before), _finite(after))
+                entries[index] = self._write(index, made if kept else {}, steps[index])
             if index + 1 in walked and index < len(self.blocks.blocks):
                 with block_at(self.live, index, self.genome, weights):
-                    propagate(self.blocks, index, buffer, self.batch, {})
+                    propagate(self.blocks, index, buffer, self.batch, {}, mine=self.mine)
                 if walking.dense is not None:
                     with self.blocks.on_device(index):
-                        propagate(self.blocks, index, walking.dense, self.batch, {})
+                        propagate(self.blocks, index, walking.dense, self.batch, {}, mine=self.mine)
                 judge.advance(index, weights)
+        first(lambda: self._end(entries, steps))
+
+    def _begin(self) -> tuple[dict[int, dict[str, Any]], dict[int, Step]]:
+        """Return the entries of the finished parts and what came of each; only the journal names them from now on."""
+        entries = _finished_blocks(self.folder, len(self.blocks.parts))
+        steps = _told_steps(self.folder, entries)
+        entries = {index: entry for index, entry in entries.items() if index in steps}
+        told = {index: {**entry, "step": steps[index].to_dict()} for index, entry in entries.items()}
+        rewrite_journal(self.folder / JOURNAL, told)  # before the manifest goes: one of them always names what is finished
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        return entries, steps
+
+    def _end(self, entries: Mapping[int, dict[str, Any]], steps: Mapping[int, Step]) -> None:
         write_manifest(
             self.folder,
             method=self.database.space.method,
             fingerprint=fingerprint(self.settings.recipe),
             recipe=self.settings.recipe,
-            entries=[entries[index] for index in parts],
-            further={"steps": [steps[index].to_dict() for index in parts]},
+            entries=[entries[index] for index in self.blocks.parts],
+            further={"steps": [steps[index].to_dict() for index in self.blocks.parts]},
         )
         (self.folder / JOURNAL).unlink(missing_ok=True)
 
-    def _compress(self, index: int, walking: Walking) -> dict[str, Compressed]:
-        """Compress what can gain of a block, or the head, for what enters it, and what its own levels make of that."""
+    def _activations(self) -> Tensor:
+        return activations_of(self.folder, self.settings.activations, self.blocks, self.tokens, self.batch, self.mine)
+
+    def _compress(self, index: int, walking: Walking) -> tuple[dict[str, list[Compressed]], dict[str, Tensor]]:
+        """Compress what can gain of a block, or the head, for what enters it, and what its own levels make of that.
+
+        Returns: what this process has made, and the weights of all units that are made.
+        """
         slots = self.blocks.slots(index)
         names = [name for name in slots if name in self.inexact]
         if not names or index == self.blocks.embedding_part:
-            return {}
+            return {}, {}
         with block_at(self.live, index, self.genome, {}):
             placed = {name: slot.weight for name, slot in slots.items()}
             hessians = hessians_of(self.blocks, index, walking)
@@ -274,16 +296,23 @@ class _Walk:
                 self.compressor,
                 walking,
                 placed=placed,
-                settled=lambda name, levels: levels[0].payload.decode(),
+                settled=lambda name, levels: levels[0],
             )
-        return {name: levels[0] for name, levels in made.items()}
+        return made, {name: placed[name] for name in names}
 
-    def _write(self, index: int, made: Mapping[str, Compressed]) -> dict[str, Any]:
-        """Write a block's file: new weights, and the database's where there are none."""
-        compressed = {}
-        for name in self.blocks.slots(index):
-            compressed[name] = [made[name] if name in made else self._of_database(name)]
-        return write_block(self.folder, index, compressed, self.units)
+    def _write(self, index: int, made: Mapping[str, list[Compressed]], step: Step) -> dict[str, Any]:
+        """Write a block's file, new weights and the database's where there are none, and note what came of the block."""
+        parts = each(lambda: encoded(made, self.units), to_first=True)
+
+        def write() -> dict[str, Any]:
+            names = list(self.blocks.slots(index))
+            new = {record["name"] for _, records in parts for record in records}
+            old = encoded({name: [self._of_database(name)] for name in names if name not in new}, self.units)
+            entry = write_block(self.folder, index, [*parts, old], names)
+            append(self.folder / JOURNAL, {**entry, "step": step.to_dict()})
+            return entry
+
+        return first(write)
 
     def _of_database(self, name: str) -> Compressed:
         place = self.places[name]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,8 @@ MANIFEST = "manifest.json"
 _SOURCES = {Quantized.codec: "quant", Dense.codec: "quant", GGUFWeight.codec: "quant", Sparse.codec: "sparsity"}
 """Codec to what makes levels of it; modules that are dropped have none."""
 _MANIFEST_BYTES = 256 * 2**20
+Encoded = tuple[dict[str, Tensor], list[dict[str, Any]]]
+"""What a block's file has of some units: tensors on the host, and a record for each unit."""
 
 
 class DamagedDatabaseError(EvoPressError):
@@ -61,15 +63,8 @@ def fingerprint_in(folder: Path) -> str | None:
     return named[1] if named else None
 
 
-def write_block(folder: Path, index: int, compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit]) -> dict[str, Any]:
-    """Write one block's file and return its manifest entry: file, bytes, SHA-256 and one record per unit."""
-    return write_encoded(folder, index, *encoded(compressed, units))
-
-
-def encoded(
-    compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit]
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Return the tensors that a block's file has of some units, on the host, and a record for each unit."""
+def encoded(compressed: Mapping[str, list[Compressed]], units: Mapping[str, Unit]) -> Encoded:
+    """Return what a block's file has of some units."""
     tensors: dict[str, Tensor] = {}
     records = []
     for name, results in compressed.items():
@@ -95,9 +90,14 @@ def encoded(
     return tensors, records
 
 
-def write_encoded(folder: Path, index: int, tensors: Mapping[str, Tensor], records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write one block's file of what `encoded` returned, as `write_block`."""
+def write_block(folder: Path, index: int, parts: Sequence[Encoded], order: Sequence[str]) -> dict[str, Any]:
+    """Write one block's file and return its manifest entry: file, bytes, SHA-256 and one record per unit, in this order.
+
+    Args: parts: what `encoded` returned of some of its units each.
+    """
     path = folder / block_file(index)
+    tensors = {key: tensor for those, _ in parts for key, tensor in those.items()}
+    records = sorted((record for _, those in parts for record in those), key=lambda record: order.index(record["name"]))
     # No metadata: safetensors does not keep its order, and equal content must be equal bytes.
     write_atomically(path, lambda temporary: save_tensors(tensors, temporary))
     return {"block": index, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path), "units": records}

@@ -94,7 +94,7 @@ class _Opened:
         if opening.settings.threads is not None:
             torch.set_num_threads(opening.settings.threads)
         texts, held_out = opening.texts, "held-out text "
-        text = GivenText(texts["calibration text"], texts.get("search text"))
+        text = GivenText(texts["calibration text"], texts.get("search text"), texts.get("refine text"))
         text.name, text.leading_ids = opening.text, opening.leading_ids
         text.evaluation = {name.removeprefix(held_out): texts[name] for name in texts if name.startswith(held_out)}
         self._main = Workspace(opening.settings, opening.run_dir, text=text)

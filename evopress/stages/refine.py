@@ -16,6 +16,7 @@ from evopress.fitness.minibatch import base_states
 from evopress.fitness.suffix import SuffixLoss
 from evopress.levels.refine import RefineSettings, ensure_refined, folder_of, inexact_units, refined_units, steps_of
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase
+from evopress.ranks import together
 from evopress.reporting.records import read_genome, read_json, write_json
 from evopress.stages.given import take_best_so_far
 from evopress.stages.results import read_result
@@ -61,20 +62,25 @@ def refine(workspace: Workspace) -> None:
         workspace.calibration_tokens.numel(),
         workspace.refine_tokens.numel(),
     )
-    refined = ensure_refined(
-        settings,
-        workspace.untied_live,
-        database,
-        genome,
-        workspace.calibration_tokens,
-        workspace.compressor,
-        lambda: _judge(workspace, genome),
-    )
+    refined = _refined(workspace, settings, genome)
     summary = {**summary_of(refined), "tokens": workspace.refine_tokens.numel(), "seconds": time.monotonic() - started}
     logger.info("refine: %s", said(summary))
     result = read_result(workspace.run_dir)
     result["refine"] = summary
     write_json(workspace.run_dir / "result.json", result)
+
+
+@together
+def _refined(workspace: Workspace, settings: RefineSettings, genome: Genome) -> LevelDatabase:
+    return ensure_refined(
+        settings,
+        workspace.untied_live,
+        _database(workspace),
+        genome,
+        workspace.calibration_tokens,
+        workspace.compressor,
+        lambda: _judge(workspace, genome),
+    )
 
 
 def _database(workspace: Workspace) -> LevelDatabase:

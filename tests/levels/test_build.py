@@ -118,7 +118,7 @@ def test_corrected_levels_make_good_what_units_before_have_lost(
     settings = replace(build_settings(tmp_path, propagate="2", recipe={"correction": 0.5}), correction=0.5)
     plain, _ = ensure_database(build_settings(tmp_path, propagate="2", recipe={"correction": 0}), llama, ids, compressor)
     with monkeypatch.context() as patch:
-        crash_after(patch, "write_encoded", 2)
+        crash_after(patch, "write_block", 2)
         with pytest.raises(CrashError):
             ensure_database(settings, llama, ids, compressor)
     database, _ = ensure_database(settings, llama, ids, compressor)
@@ -216,7 +216,7 @@ def test_the_model_is_given_back(fails, tiny_blocks, tmp_path, build_settings, i
     blocks = tiny_blocks("llama", num_blocks=3)
     before = weights_digest(blocks.model)
     if fails:
-        crash_after(monkeypatch, "write_encoded", 2)
+        crash_after(monkeypatch, "write_block", 2)
         with pytest.raises(CrashError):
             ensure_database(build_settings(tmp_path), blocks, ids, compressor)
     else:
@@ -287,7 +287,7 @@ def test_the_folder_depends_on_the_recipe_and_on_nothing_else(tmp_path, build_se
 
 @pytest.mark.parametrize(
     ("name", "calls"),
-    [(name, calls) for name in ("write_encoded", "append") for calls in range(3)] + [("propagate", 0), ("propagate", 1)],
+    [(name, calls) for name in ("write_block", "append") for calls in range(3)] + [("propagate", 0), ("propagate", 1)],
 )
 def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
     name, calls, tmp_path, whole, build_settings, llama, ids, compressor, compressed_blocks

@@ -320,7 +320,7 @@ def test_a_build_that_was_cut_off_goes_on(finished, load, build_settings, tmp_pa
         with pytest.raises(CutOffError):
             ensure_database(settings, load(), ids, compressor)
     made = []
-    monkeypatch.setattr(build, "write_encoded", lambda *args, write=build.write_encoded: made.append(args[1]) or write(*args))
+    monkeypatch.setattr(build, "write_block", lambda *args, write=build.write_block: made.append(args[1]) or write(*args))
     database, reused = ensure_database(settings, load(), ids, compressor)
     assert not reused and made == list(range(finished, 4))
     assert {path.name: path.read_bytes() for path in database.folder.iterdir()} == {
