@@ -252,16 +252,18 @@ def share(count: int, *, of: int | None = None, number: int | None = None) -> ra
 def divided(things: Sequence[T], work: Callable[[Sequence[T]], R]) -> list[R]:
     """Let every process work on its share of things, and return what was found in their order; who has none does nothing."""
     mine = share(len(things))
-    found = each(lambda: [work(things[mine.start : mine.stop])] if mine or size() == 1 else [])
+    idle = not mine and size() > 1
+    found = each(lambda: [] if idle else [work(things[mine.start : mine.stop])])
     return [result for results in found for result in results]
 
 
 def stacked(things: Sequence[T], work: Callable[[Sequence[T]], Tensor]) -> Tensor:
     """As `divided`, where rows of a tensor on the host are found, many of them: returns all, in the order of the things."""
     mine, rows = share(len(things)), []
+    idle = not mine and size() > 1
 
     def shape() -> Any:
-        if not mine and size() > 1:
+        if idle:
             return None
         rows.append(work(things[mine.start : mine.stop]))
         return rows[0].shape, rows[0].dtype

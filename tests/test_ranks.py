@@ -144,10 +144,12 @@ class Case:
             fitness(genomes, tokens=100),  # six sequences and a rest
             fitness(genomes, tokens=16),  # fewer sequences than processes
             fitness.attribute(genomes[0], tokens=96, sequences=6),
-            [score.by_sequence for score in measure_held_out(self.opened("evaluator"), genomes[:2], self.search, batch_tokens=48)],
+            [
+                score.by_sequence
+                for score in measure_held_out(self.opened("evaluator"), genomes[:2], self.search[:3], batch_tokens=48)
+            ],
         ]
-        for correction in (0.0, 0.5):
-            self.refine(genomes[0], correction)
+        self.refine(genomes[0], correction=0.5)
         corrected = replace(self.settings(self._levels), correction=0.25, propagate="3", recipe={"corrected": True})
         ensure_database(corrected, self.blocks, self.calibration, self.compressor)
         torch.save(found, folder / "found.pt")

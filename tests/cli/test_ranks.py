@@ -18,14 +18,17 @@ import torch
 import torch.distributed  # before processes are forked: it takes a second
 
 from evopress.fitness.minibatch import MinibatchFitness
+from evopress.fitness.suffix import SuffixLoss
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")]
 METHODS = {
-    "quant": ("+method=quant", "bits=3.5", "+debug=tiny"),
+    "quant": ("+method=quant", "bits=3.5", "+debug=tiny", "scale.refine=true"),
     "sparsity": ("+method=sparsity", "sparsity=0.5", "+debug=tiny", "search/strategy=evolution"),
     "drop": ("+method=drop", "sparsity=0.5", "+debug=tiny"),
 }
-HERE = ("hydra.run.dir=run", "level_db.root=levels", "stages=[database,baselines,search,evaluate]")
+HERE = ("hydra.run.dir=run", "level_db.root=levels", "stages=[database,baselines,search,refine,evaluate]")
+KILLED_IN: dict[str, tuple[Any, int]] = {"quant": (SuffixLoss, 2), "sparsity": (MinibatchFitness, 3), "drop": (MinibatchFitness, 3)}
+"""What measures when a process is killed, and how often it has then."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +79,21 @@ def found_in(cwd: Path) -> dict[str, object]:
     """Return all that a run found and measured, and its level database, whatever the time it took."""
     run = cwd / "run"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    levels = sorted(path for path in (cwd / "levels").rglob("*.safetensors"))
+    levels = sorted(path for folder in (cwd / "levels", run / "refined") for path in folder.rglob("*.safetensors"))
+    rows, clock = json.loads((run / "result.json").read_text())["rows"], ("seconds", "seconds_spent")
     return {
         "genome": (run / "genome.json").read_bytes(),
-        "records": [{key: value for key, value in record.items() if key != "seconds"} for record in records],
-        "rows": json.loads((run / "result.json").read_text())["rows"],
-        "levels": {path.name: path.read_bytes() for path in levels},
+        "records": [{key: value for key, value in record.items() if key not in clock} for record in records],
+        "rows": [{key: value for key, value in row.items() if key not in clock} for row in rows],
+        "levels": {str(path.relative_to(cwd)): path.read_bytes() for path in levels},
     }
 
 
-def dying_at(nth: int, of: int) -> Callable[[int], None]:
-    """Let one process be killed when it measures for the n-th time."""
+def dying_in(kind: Any, nth: int, *, of: int) -> Callable[[int], None]:
+    """Let one process be killed when such a thing measures for the n-th time."""
 
     def install(rank: int) -> None:
-        measured, calls = MinibatchFitness._sums, 0
+        measured, calls = kind._sums, 0
 
         def dying(*args: Any) -> Any:
             nonlocal calls
@@ -99,7 +103,7 @@ def dying_at(nth: int, of: int) -> Callable[[int], None]:
             return measured(*args)
 
         if rank == of:
-            MinibatchFitness._sums = dying  # type: ignore[method-assign]
+            kind._sums = dying
 
     return install
 
@@ -113,7 +117,7 @@ def test_a_run_whose_processes_were_killed_goes_on_with_another_number_of_them(
     whole = run_on(1, evopress_in, *command, cwd=tmp_path / "whole")
     assert whole[0].code == 0, whole[0].text
 
-    killed = run_on(4, evopress_in, *command, cwd=tmp_path / "killed", in_child=dying_at(3, of=2))
+    killed = run_on(4, evopress_in, *command, cwd=tmp_path / "killed", in_child=dying_in(*KILLED_IN[method], of=2))
     assert [process.code for process in killed] == [1, 1, -signal.SIGKILL, 1], killed[0].text
     for process in (killed[0], killed[1], killed[3]):
         (error,) = [line for line in process.text.splitlines() if line.startswith("error: ")]
