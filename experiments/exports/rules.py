@@ -5,16 +5,17 @@
     python -m experiments.exports.rules --sizes 80kB --results /tmp/rules.csv -- +debug=tiny model.group_size=32
 
 All are searched by guided from dynamic programming's genome. The bytes of `none` are the level database's, those of an engine its
-file's but for the header; `file_bytes` has the header, too. Runs lie in `multirun/exports/rules/`, are gone on with where they were
-cut off, and `rules.csv` is written anew after each. What follows `--` is given to every run.
+file's but for the header; `file_bytes` has the header, too. Runs lie in `multirun/exports/rules/` and are gone on with where they
+were cut off. `rules.csv` is written anew after each; what it has is not run again. What follows `--` is given to every run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def arguments_of(engine: str, size: str) -> list[str]:
     return [*method, f"engine={engine}", f"size={size}", *export, "tracker=none", "evaluation.every=0"]
 
 
-def rows(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield rows of every engine, size and seed; those that cannot be have a sentence instead of numbers."""
+def rows(asked: argparse.Namespace, known: Collection[tuple[int, str, str]]) -> Iterator[dict[str, Any]]:
+    """Yield rows of every engine, size and seed that is not known; those that cannot be have a sentence instead of numbers."""
 
     def one(which: tuple[int, str, str]) -> list[dict[str, Any]]:
         seed, size, engine = which
@@ -54,9 +55,8 @@ def rows(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
         ]
 
     with ThreadPoolExecutor(asked.jobs) as pool:
-        for found in pool.map(
-            one, [(seed, size, engine) for seed in asked.seeds for size in asked.sizes for engine in asked.engines]
-        ):
+        every = product(asked.seeds, asked.sizes, asked.engines)
+        for found in pool.map(one, [which for which in every if which not in known]):
             yield from found
 
 
@@ -85,8 +85,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=FOLDER / "rules.csv")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
     asked = parser.parse_args()
-    found: list[dict[str, Any]] = []
-    for row in rows(asked):
+    found: list[dict[Any, Any]] = pd.read_csv(asked.results).to_dict("records") if asked.results.exists() else []
+    found = [row for row in found if "row" in row and not pd.isna(row["row"])]  # a sentence may no longer be true
+    for row in rows(asked, {(row["seed"], row["size"], row["engine"]) for row in found}):
         found.append(row)
         pd.DataFrame(found).to_csv(asked.results, index=False, float_format="%.6g")
         print(row, flush=True)

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments.exports import llama_cpp, run
+from experiments.exports import llama_cpp, rules, run
 from experiments.exports.engines import bytes_of, engine_of
 from experiments.exports.mixes import dense_file, importance_of, row_of, workspace_of
 from experiments.exports.rules import arguments_of, table
@@ -58,6 +58,30 @@ def test_the_price_is_the_difference_on_the_same_seed() -> None:
     assert found["engine"].tolist() == ["none", "vllm"] and found["price"].tolist() == [0.0, 0.25]
     assert found["kl"].tolist() == [1.5, 1.75] and found["seeds"].tolist() == [2, 2]
     assert "+method=gguf" in arguments_of("llama_cpp", "1MB") and "export=[compressed_tensors]" in arguments_of("vllm", "1MB")
+
+
+def test_what_the_table_of_rules_has_is_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def fake(folder: Path, arguments: list[str], *, then: str) -> bool:
+        ran.append(folder.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").write_text(json.dumps({"exports": {"gptq": {"bytes": 7}}}))
+        return "llama_cpp" not in folder.name
+
+    monkeypatch.setattr(rules, "has_run", fake)
+    monkeypatch.setattr(rules, "why_it_failed", lambda folder: "cannot")
+    monkeypatch.setattr(rules, "rows_of", lambda folder: [{"row": name, "kl": 1.0} for name in ("dp", "evopress")])
+    common = f"rules --sizes 1MB --runs {tmp_path} --results {tmp_path / 'rules.csv'} --engines llama_cpp none".split()
+    for further in (["--seeds", "0"], ["gptqmodel", "--seeds", "0", "1"]):
+        monkeypatch.setattr(sys, "argv", [*common, *further])
+        rules.main()
+    names = ["llama_cpp-1MB-seed-0", "none-1MB-seed-0", "llama_cpp-1MB-seed-0", "gptqmodel-1MB-seed-0"]
+    assert ran == [*names, *(f"{engine}-1MB-seed-1" for engine in ("llama_cpp", "none", "gptqmodel"))]
+    found = pd.read_csv(tmp_path / "rules.csv")
+    assert found.groupby(["engine", "seed"]).size().to_dict() == {
+        ("gptqmodel", 0): 2, ("gptqmodel", 1): 2, ("llama_cpp", 0): 1, ("llama_cpp", 1): 1, ("none", 0): 2, ("none", 1): 2
+    }  # fmt: skip
 
 
 @pytest.fixture
