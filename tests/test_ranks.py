@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ from evopress import ranks
 from evopress.compress.hessian import HessianSum
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import measure_held_out
+from evopress.evaluation.zero_shot import answering
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import MinibatchFitness, base_states
 from evopress.fitness.population import PopulationEvaluator
@@ -28,7 +30,9 @@ from evopress.levels.build import ensure_database
 from evopress.levels.calibration import _Tree
 from evopress.levels.live import LiveModel
 from evopress.levels.refine import RefineSettings, ensure_refined
+from evopress.models.tiny import byte_tokenizer
 
+HAS_TASKS = importlib.util.find_spec("lm_eval") is not None
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
 
 
@@ -90,8 +94,14 @@ class Case:
 
     def opened(self, word: str) -> Any:
         if word not in self._opened:
-            self._opened[word] = self._evaluator() if word == "evaluator" else self._fitness()
+            make = {"evaluator": self._evaluator, "fitness": self._fitness, "tasks": self._answering}[word]
+            self._opened[word] = make()
         return self._opened[word]
+
+    def _answering(self) -> Any:
+        answers = answering(self.opened("evaluator").live, byte_tokenizer(), 2, "auto")
+        answers.known_as = ("tasks",)
+        return answers
 
     def _evaluator(self) -> PopulationEvaluator:
         database, _ = ensure_database(self.settings(self._levels), self.blocks, self.calibration, self.compressor)
@@ -149,6 +159,13 @@ class Case:
                 for score in measure_held_out(self.opened("evaluator"), genomes[:2], self.search[:3], batch_tokens=48)
             ],
         ]
+        if HAS_TASKS:
+            asked, answers = np.random.default_rng(2), self.opened("tasks")
+            questions = [asked.integers(200, size=size).tolist() for size in asked.integers(3, 14, size=7)]
+            ends = [asked.integers(200, size=size).tolist() for size in (1, 1, 1, 3)]  # the first three are read off one forward
+            requests = [(("", ""), question, end) for question in questions for end in ends]
+            for answers.genome in (genomes[1], None):
+                found.append(answers._loglikelihood_tokens(requests))
         self.refine(genomes[0], correction=0.5)
         corrected = replace(self.settings(self._levels), correction=0.25, propagate="3", recipe={"corrected": True})
         ensure_database(corrected, self.blocks, self.calibration, self.compressor)
@@ -168,7 +185,7 @@ def found_in(folder: Path) -> tuple[list[Any], dict[str, bytes]]:
 
 
 def test_any_number_of_processes_finds_the_same_to_the_bit(case: Case, tmp_path: Path) -> None:
-    """Levels, refined and corrected ones too, last hidden states, fitnesses, attributions, held-out numbers.
+    """Levels, refined and corrected ones too, last hidden states, fitnesses, attributions, held-out numbers, answers to tasks.
 
     One process that torchrun starts is such a number.
     """
@@ -182,6 +199,7 @@ def test_any_number_of_processes_finds_the_same_to_the_bit(case: Case, tmp_path:
     (plain, *others), _ = found_in(tmp_path / "plain")
     torch.testing.assert_close(plain, base)
     assert others[0] == pytest.approx(numbers[0], rel=1e-3) and others[1] == pytest.approx(numbers[1], rel=1e-3)
+    assert not HAS_TASKS or others[-1] == numbers[-1] != numbers[-2]  # the dense model's: batches are not cut
 
 
 def test_where_one_process_is_killed_the_others_end_with_a_sentence(case: Case, tmp_path: Path) -> None:

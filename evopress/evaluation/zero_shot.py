@@ -32,12 +32,15 @@ from evopress.levels.live import Live
 from evopress.models import attention
 from evopress.models.blocks import BlockModel
 from evopress.progress import track
+from evopress.ranks import divided, size, together
 from evopress.units import Genome
 
 logger = logging.getLogger(__name__)
 
 PAPER_TASKS = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande")
 _LOCAL = "_local"
+_Request = tuple[tuple[str, str], list[int], list[int]]
+"""As lm-eval has it: texts, and the tokens of context and continuation."""
 _NOISY = ("lm_eval", "datasets", "evaluate", "huggingface_hub", "httpx", "httpx2", "urllib3", "fsspec")
 
 
@@ -167,11 +170,12 @@ def measure_zero_shot(
     limit: int | None = None,
     batch_size: int = 8,
     bos: str = "auto",
+    known_as: Any = None,
 ) -> dict[str, ZeroShot]:
     """Let the model answer tasks at named genomes (None: the dense model), all of them the same questions.
 
     The numbers are those of `lm_eval --model hf` on the exported checkpoint with the same tasks, limit and batch size: prompts,
-    tokenization, batches and attention are the same.
+    tokenization, batches and attention are the same. They do not depend on how many processes share the batches.
 
     Args:
         live: a model that can be held at a genome; it is the dense one again afterwards.
@@ -179,6 +183,7 @@ def measure_zero_shot(
         limit: the first questions of each task only; None: all.
         batch_size: sequences per forward.
         bos: what every prompt begins with, as `leading_ids` takes it; lm-eval's way is "auto".
+        known_as: see `ranks.Known`, of what `answering` makes of the same.
 
     Raises: EvoPressError if a batch does not fit the device.
     """
@@ -189,22 +194,17 @@ def measure_zero_shot(
     scores = {}
     # Made before lm-eval is silenced: a progress line keeps the stream that it starts with.
     progress = _Progress(len(genomes) * questions, "zero-shot")
-    with contextlib.closing(progress), _undisturbed(), _transformers_attention(live.blocks.model):
-        lm = _harness(live.blocks, tokenizer, batch_size, bos)
+    lm = answering(live, tokenizer, batch_size, bos)
+    lm.known_as = known_as
+    with contextlib.closing(progress), _undisturbed():
         for done, (name, genome) in enumerate(genomes.items()):
-            lm.on_share = lambda share, done=done: progress.move_to(int((done + share) * questions))
-            try:
-                with live.applied(genome):
-                    scores[name] = _answers(lm, tasks, limit)
-            except torch.OutOfMemoryError as error:
-                raise EvoPressError(
-                    f"evaluation.task_batch_size={batch_size} sequences do not fit the memory of {live.blocks.device}: lower it"
-                ) from error
+            lm.genome, lm.on_share = genome, lambda share, done=done: progress.move_to(int((done + share) * questions))
+            scores[name] = _answers(lm, tasks, limit)
     return scores
 
 
 def _answers(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> ZeroShot:
-    """Ask a model that is held at a genome."""
+    """Ask a model at the genome that it is to have."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
 
@@ -237,17 +237,57 @@ def check_questions(
             raise EvoPressError(f"the questions of task {name!r} have {token}: resize the model's embedding or leave the task out")
 
 
-def _harness(blocks: BlockModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: str) -> Any:
-    """Return lm-eval's adapter of transformers models around a live model."""
+@together
+def _likelihoods(lm: Any, genome: Genome | None, requests: Sequence[_Request]) -> list[tuple[float, bool]]:
+    """Return the log-likelihood of each continuation at a genome, and whether it is the likeliest one; batches are shared."""
+    batches = _batches(requests, lm.batch_size)
+    mixed = [batch for number in range(size()) for batch in batches[number :: size()]]  # long ones come first
+
+    def asked(mine: Sequence[list[int]]) -> list[tuple[int, tuple[float, bool]]]:
+        places = [place for batch in mine for place in batch]
+        with _undisturbed(), _transformers_attention(lm.model), lm.live.applied(genome):
+            try:
+                return list(zip(places, lm.ask([requests[place] for place in places]), strict=True))
+            except torch.OutOfMemoryError as error:
+                raise EvoPressError(
+                    f"evaluation.task_batch_size={lm.batch_size} sequences do not fit the memory of {lm.device}: lower it"
+                ) from error
+
+    found = dict(answer for answers in divided(mixed, asked) for answer in answers)
+    return [found[place] for place in range(len(requests))]
+
+
+def _batches(requests: Sequence[_Request], batch_size: int) -> list[list[int]]:
+    """Return the places of requests by the batches that lm-eval asks them in.
+
+    Those that differ in their last token alone are asked once; long ones come first. Whole batches are the same among fewer.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for place, (_, context, continuation) in enumerate(requests):
+        alike.setdefault((*context, *continuation[:-1]), []).append(place)
+
+    def order(places: list[int]) -> tuple[int, list[int]]:
+        _, context, continuation = requests[max(places, key=lambda place: len(requests[place][2]))]
+        return -len(context) - len(continuation), context + continuation
+
+    groups = sorted(alike.values(), key=order)
+    starts = range(0, len(groups), batch_size)
+    return [[place for places in groups[start : start + batch_size] for place in places] for start in starts]
+
+
+def answering(live: Live, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: str) -> Any:
+    """Return lm-eval's adapter of transformers models around a live model; it answers at its `genome`."""
     from lm_eval.models.huggingface import HFLM
 
-    leading = list(leading_ids(tokenizer, bos))
+    blocks, leading = live.blocks, list(leading_ids(tokenizer, bos))
 
     class LiveLM(HFLM):  # type: ignore[misc, unused-ignore]
         """Computes the logits of a model that may be larger than its device, and tells how far it is."""
 
-        on_share: Callable[[float], None]
-        """Called with the share of the requests that are answered, in [0, 1]."""
+        known_as: Any = None
+        genome: Genome | None = None
+        on_share: Callable[[float], None] = staticmethod(lambda share: None)
+        """Called with the share of this process's requests that are answered, in [0, 1]."""
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **settings: Any) -> list[int]:
             ids: list[int] = super().tok_encode(string, add_special_tokens, **settings)
@@ -255,16 +295,17 @@ def _harness(blocks: BlockModel, tokenizer: PreTrainedTokenizerBase, batch_size:
                 return leading + ids
             return ids
 
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            self._done, self._num_requests = 0, len(requests)
-            return super().loglikelihood(requests, disable_tqdm=True)
+        def _loglikelihood_tokens(self, requests: list[_Request], *args: Any, **settings: Any) -> Any:
+            return _likelihoods(self, self.genome, requests)
 
-        def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **settings: Any) -> Any:
+        def ask(self, requests: list[_Request]) -> Any:
+            """Answer requests by the model as it is."""
+            self._done, self._num_requests = 0, len(requests)
             if blocks.offload:  # asked twice: first for the batches alone, so that a block is carried once for many of them
                 self._noted: list[Tensor] | None = []
-                super()._loglikelihood_tokens(requests, *args, **settings)
+                super()._loglikelihood_tokens(requests, disable_tqdm=True)
                 self._coming, self._noted = _walked(blocks, self._noted), None
-            return super()._loglikelihood_tokens(requests, *args, **settings)
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True)
 
         @torch.no_grad()
         def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -282,17 +323,20 @@ def _harness(blocks: BlockModel, tokenizer: PreTrainedTokenizerBase, batch_size:
 
     # lm-eval gives the tokenizer a padding token, which must not get into the exported one.
     own, add_bos = copy.deepcopy(tokenizer), False if bos == "false" else None
-    return LiveLM(pretrained=blocks.model, tokenizer=own, batch_size=batch_size, add_bos_token=add_bos)
+    with _undisturbed():
+        lm = LiveLM(pretrained=blocks.model, tokenizer=own, batch_size=batch_size, add_bos_token=add_bos)
+    lm.live = live
+    return lm
 
 
 def _walked(blocks: BlockModel, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of ids with what leaves the last block, which is carried to the device once for many of them."""
-    for together in _together(blocks, batches):
-        states = [blocks.embed(ids).cpu() for ids in together]
+    for those in _together(blocks, batches):
+        states = [blocks.embed(ids).cpu() for ids in those]
         for index in range(len(blocks.blocks)):
             with blocks.on_device(index):
                 states = [blocks.run(index, state.to(blocks.device)).cpu() for state in states]
-        for ids in together:
+        for ids in those:
             yield ids, states.pop(0).to(blocks.device)
 
 

@@ -148,6 +148,7 @@ def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None]) -> di
         limit=evaluation.task_limit,
         batch_size=evaluation.task_batch_size,
         bos=workspace.settings.model.bos,
+        known_as=("tasks", *workspace.known_as[1:], evaluation.task_batch_size, workspace.settings.model.bos),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evopress.data.opening import GivenText
+from evopress.evaluation.zero_shot import answering
 from evopress.levels.store import LevelDatabase
 from evopress.ranks import each, follow, processes, together
 from evopress.settings import RunSettings
@@ -85,6 +86,8 @@ class _Opened:
         workspace = self._with_levels(further, refined)
         if kind == "fitness":
             return make_fitness(workspace, np.random.default_rng(0), *more)  # the first process draws
+        if kind == "tasks":
+            return answering(workspace.live, workspace.pretrained.tokenizer, *more)
         return workspace.evaluator if kind == "evaluator" else workspace
 
     def open_run(self) -> None:
