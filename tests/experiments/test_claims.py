@@ -16,6 +16,11 @@ def test_the_readme_has_what_the_tables_say() -> None:
     assert written.strip("\n") == claims.text().strip("\n") and written.count("\n- ") > 10
 
 
+def test_each_claim_that_does_not_hold_has_a_sentence_of_its_own() -> None:
+    listed, _, sentences = claims.README.read_text(encoding="utf-8").partition("## What our small model contradicts")
+    assert listed.count("**does not hold**") == sentences.count("\n- ") > 0
+
+
 @pytest.mark.parametrize(
     ("uniform", "verdict", "mean", "said"),
     [
