@@ -5,6 +5,7 @@
     python -m experiments.allocation.run --method sparsity                      # drop: modules, whose levels have no recipe
     python -m experiments.allocation.run --recipes best --budgets 2.5 --seeds 0
     python -m experiments.allocation.run --baselines dp mine --searches         # one of an installed package, no search
+    python -m experiments.allocation.run --baselines --searches --genomes autoscheme=FOLDER     # FOLDER/2.5.txt and so on
     python -m experiments.allocation.run --draw                                 # table and figure, from results.csv
 
 Runs lie in `multirun/allocation/` and are gone on with where they were cut off. Where all budgets have the same levels, one run
@@ -15,7 +16,7 @@ to every run.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,12 @@ def runs(
     baselines: Sequence[str],
     searches: Sequence[str],
     further: Sequence[str],
+    genomes: Mapping[str, Path] | None = None,
 ) -> Iterator[SingleRun]:
-    """Yield the runs of baselines per recipe of levels and seed, then one per search and budget."""
+    """Yield the runs of baselines per recipe of levels and seed, then one per search and budget.
+
+    Args: genomes: row to a folder with a genome for each budget, which are measured as they are.
+    """
     compared = METHODS[method]
 
     def run(recipe: str, seed: int, name: str, at: str, *given: str, **labels: Any) -> SingleRun:
@@ -107,6 +112,9 @@ def runs(
                 for name in searches:
                     given = (f"search/strategy={name}", f"{compared.target}={at}", "baselines.names=[]")
                     yield run(recipe, seed, name, at, *given, "stages=[database,search,evaluate]", target=budget, row=name)
+                for name, folder in (genomes or {}).items():
+                    given = (f"genome={folder.resolve() / f'{at}.txt'}", f"{compared.target}={at}", "baselines.names=[]")
+                    yield run(recipe, seed, name, at, *given, "stages=[database,evaluate]", target=budget, row=name)
 
 
 def ends(run: SingleRun, budgets: Sequence[float], result: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -160,6 +168,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--baselines", nargs="*", default=None)
     parser.add_argument("--searches", nargs="*", default=list(SEARCHES), help="search strategies")
+    parser.add_argument("--genomes", nargs="*", default=[], metavar="ROW=FOLDER", help="of another tool: BUDGET.txt in a folder")
     parser.add_argument("--jobs", type=int, default=1, help="at once")
     parser.add_argument("--results", type=Path, default=FOLDER / "results.csv", help="the figure goes beside it")
     parser.add_argument("--draw", action="store_true", help="draw results.csv, run nothing")
@@ -170,7 +179,8 @@ def main() -> None:
         budgets = asked.budgets or compared.budgets
         baselines = compared.baselines if asked.baselines is None else asked.baselines
         recipes = asked.recipes or compared.recipes
-        all_runs = runs(asked.method, recipes, asked.seeds, budgets, baselines, asked.searches, asked.further)
+        genomes = {row: Path(folder) for row, _, folder in (each.partition("=") for each in asked.genomes)}
+        all_runs = runs(asked.method, recipes, asked.seeds, budgets, baselines, asked.searches, asked.further, genomes)
         for run, well in evopress_all(list(all_runs), at_once=asked.jobs):
             if not well:
                 print(f"{run.folder.name}: {why_it_failed(run.folder)}", flush=True)

@@ -1,7 +1,7 @@
 """Does the text that depth pruning looks at matter more than what searches? Texts, searches and seeds side by side.
 
     python -m experiments.calibration.measure                                # 48 runs: a day on 2 cores
-    python -m experiments.calibration.measure --jobs 24 -- fitness.max_tokens_in_flight=32768        # on a GPU: minutes
+    python -m experiments.calibration.measure --jobs 20 -- fitness.max_tokens_in_flight=32768        # on a GPU: minutes
     python -m experiments.calibration.measure --targets 0.125 --texts docs code --seeds 0 -- threads=1
     python -m experiments.calibration.measure --draw                         # the table, from results.csv
 

@@ -33,6 +33,13 @@ def test_one_run_has_the_baselines_of_all_budgets_where_levels_are_the_same_and_
     assert (row["method"], row["recipe"], row["target"], row["row"]) == ("drop", "", 0.25, "interactions")
 
 
+def test_genomes_of_another_tool_are_measured_as_they_are(tmp_path) -> None:
+    (run,) = runs("quant", ["best"], [0], [2.5], [], [], [], {"autoscheme": tmp_path})
+    assert f"genome={tmp_path}/2.5.txt" in run.arguments and "stages=[database,evaluate]" in run.arguments
+    (row,) = ends(run, [2.5], {"rows": [a_row("dense", 16.0), a_row("folder/2.5.txt", 2.5)]})
+    assert (row["row"], row["target"], row["bits"]) == ("autoscheme", 2.5, 2.5)
+
+
 def test_rows_are_of_one_budget_and_uniform_ones_only_where_they_spend_it(tmp_path) -> None:
     of_all, of_one = list(runs("quant", ["best"], [0], [2.5, 3], ["dp"], ["guided"], []))[:2]
     rows = [a_row("dense", 16.0), a_row("uniform_2", 2.0), a_row("uniform_3", 3.0), a_row("dp@2.5", 2.4, tokens_spent=7)]
