@@ -37,7 +37,7 @@ from evopress.export.gguf_model import (
     order_of_rows,
 )
 from evopress.export.gguf_tokenizer import add_tokenizer
-from evopress.export.written import Weight, shape_of, weights_of, zeros_in
+from evopress.export.written import Weight, modules_dropped, shape_of, weights_of, zeros_in
 
 logger = logging.getLogger(__name__)
 logging.getLogger("gguf").setLevel(logging.WARNING)  # the package tells what it is about to do
@@ -318,9 +318,7 @@ def _rounding(payload: Quantized) -> float:
 
 
 def _gaps(export: Export) -> Gaps | None:
-    live = export.live
-    dropped = [live.dropped_in(export.genome, index) for index in range(len(live.blocks.blocks))]
-    return Gaps.of(export.model.config.to_dict(), [both for both in dropped if not all(both)])
+    return Gaps.of(export.model.config.to_dict(), modules_dropped(export))
 
 
 def _stored(weight: Weight) -> Tensor:

@@ -24,12 +24,15 @@ from evopress.export.card import model_card
 from evopress.export.exporter import INTEGERS, Export, Form
 from evopress.export.rules import refuse_unfit
 from evopress.export.tensors_file import Entry, Section, num_bytes
-from evopress.export.written import Weight, in_order, shape_of, weights_of, write_model, zeros_in
+from evopress.export.written import Weight, in_order, modules_dropped, shape_of, weights_of, write_model, zeros_in
 from evopress.levels.codec import pack_bits
 
 logger = logging.getLogger(__name__)
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
 """Of the architectures that EvoPress knows, those that mlx-lm knows."""
+_WITH_GAPS = "nemotron-nas"
+"""mlx-lm's Llama whose blocks may be without attention or MLP."""
+_OF_A_GAP = {"attention": ("input_layernorm", "self_attn"), "ffn": ("post_attention_layernorm", "mlp")}
 _SCALES = {"float16": torch.float16, "float32": torch.float32}
 _METADATA = {"format": "mlx"}
 _LARGEST = torch.finfo(torch.float16).max
@@ -83,7 +86,8 @@ class MLX:
         rounding = _Rounding()
         with shape_of(export):
             sections, layers = self._sections(export, rounding)
-            write_model(folder, export, sections, engine_config(export.model, layers), _METADATA)
+            config = engine_config(export.model, layers, gaps=_gaps(export))
+            write_model(folder, export, sections, config, _METADATA)
         if self._dtype == torch.float16:
             exactness = (
                 "Scales and biases are float16: no weight differs from the one that was measured by more than "
@@ -108,13 +112,22 @@ class MLX:
         """
         sections: dict[str, Section] = {}
         layers: dict[str, dict[str, int]] = {}
-        for weight in weights_of(export, zeros=zeros_in(ENGINES["mlx"].groups, 2)):
+        gaps = _gaps(export)
+        zeros = zeros_in(ENGINES["mlx"].groups, 2) if gaps is None else lambda columns: None
+        for weight in weights_of(export, zeros=zeros):
             if weight.form.kind == INTEGERS:
                 layers[weight.name] = {"group_size": weight.form.group_size, "bits": weight.form.bits}
                 sections[f"{weight.name}.weight"] = self._packed(weight, rounding)
             else:
                 sections[f"{weight.name}.weight"] = weight.dense_section(export.model.dtype)
-        return in_order(export.model, sections), layers
+        missing = tuple(
+            f"model.layers.{block}.{name}."
+            for block, modules in enumerate(gaps or ())
+            for module, names in _OF_A_GAP.items()
+            for name in names
+            if "no_op" in modules[module]
+        )
+        return [each for each in in_order(export.model, sections) if not each.entries[0].name.startswith(missing)], layers
 
     def _packed(self, weight: Weight, rounding: _Rounding) -> Section:
         rows, columns = weight.shape
@@ -147,7 +160,27 @@ class MLX:
         return stored
 
 
-def engine_config(model: Any, layers: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+def _gaps(export: Export) -> list[dict[str, Any]] | None:
+    """Return what config.json says of every block where some are without attention or MLP.
+
+    None: there is no such block, or mlx-lm's `nemotron-nas` is not this model, so that zeros stay there: it is Llama but for that,
+    takes the size of a head from the model's width, and rounds an MLP's width up to a multiple of 256.
+    """
+    config, dropped = export.model.config, modules_dropped(export)
+    heads, width, inner = config.num_attention_heads, config.hidden_size, getattr(config, "intermediate_size", 1)
+    head_size = getattr(config, "head_dim", None) or width // heads
+    is_it = config.model_type in ("llama", "mistral") and head_size * heads == width and inner % 256 == 0
+    if not is_it or not any(map(any, dropped)) or all(attention for attention, _ in dropped):
+        return None
+    attention = {"n_heads_in_group": heads // config.num_key_value_heads}
+    mlp = {"ffn_mult": 1.5 * (inner - 128) / width}  # its width is 2/3 of that, rounded up
+    gap = {"no_op": True}
+    return [{"attention": gap if gone[0] else attention, "ffn": gap if gone[1] else mlp} for gone in dropped]
+
+
+def engine_config(
+    model: Any, layers: Mapping[str, Mapping[str, int]], *, gaps: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """Return the config.json that mlx-lm reads: the model's own, written out in full, with what mlx-lm calls otherwise.
 
     transformers keeps the base of the rotary embedding in `rope_parameters`. mlx-lm reads `rope_theta` and `rope_scaling` beside
@@ -158,6 +191,8 @@ def engine_config(model: Any, layers: Mapping[str, Mapping[str, int]]) -> dict[s
     config |= _rotary(config.get("rope_parameters") or {})
     if config["model_type"] == "gemma3_text":
         config["sliding_window_pattern"] = _pattern(config["layer_types"])
+    if gaps is not None:
+        config |= {"model_type": _WITH_GAPS, "block_configs": list(gaps)}
     config.pop("quantization_config", None)
     if layers:
         first = next(iter(layers.values()))

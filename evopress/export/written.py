@@ -72,6 +72,13 @@ def shape_of(export: Export) -> Iterator[None]:
         yield
 
 
+def modules_dropped(export: Export) -> list[Sequence[int]]:
+    """Return for every block that is written whether its attention and its MLP are dropped, as 0 or 1 each."""
+    live = export.live
+    dropped = [live.dropped_in(export.genome, index) for index in range(len(live.blocks.blocks))]
+    return [both for both in dropped if not all(both)]
+
+
 def weights_of(export: Export, *, zeros: Callable[[int], Form | None]) -> list[Weight]:
     """Return the weights that a genome says something of, in no order; the model is to be in the shape in which it is written.
 

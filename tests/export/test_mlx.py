@@ -185,7 +185,7 @@ def test_gemma_3_is_told_which_blocks_have_full_attention(exported: Callable[...
 def test_dropped_blocks_are_left_out_and_dropped_modules_are_zeros_of_two_bits(
     exported: Callable[..., Export], tmp_path: Path, ids: torch.Tensor
 ) -> None:
-    export = exported(dropped=DROPPED)
+    export = exported("qwen3", dropped=DROPPED)
     with export.live.applied(export.genome):
         expected = export.model(input_ids=ids, use_cache=False).logits
     folder = write_export(MLX(scales="float32"), tmp_path / "mlx", export)
@@ -203,6 +203,38 @@ def test_dropped_blocks_are_left_out_and_dropped_modules_are_zeros_of_two_bits(
     model.load_state_dict(state)
     with torch.no_grad():
         assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=2e-5)
+
+
+def test_llama_s_blocks_are_without_what_is_dropped(exported: Callable[..., Export], tmp_path: Path) -> None:
+    """As mlx-lm's nemotron-nas has them, which the engine's own test runs."""
+    export = exported(dropped=DROPPED)
+    folder = write_export(MLX(), tmp_path / "mlx", export)
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / FILE)
+    assert config["model_type"] == "nemotron-nas" and config["num_hidden_layers"] == 2
+    first, second = config["block_configs"]
+    assert first["attention"] == second["ffn"] == {"no_op": True} and second["attention"] == {"n_heads_in_group": 2}
+    least = int(2 * round(first["ffn"]["ffn_mult"], 6) * 128 / 3)  # mlx-lm rounds up to a multiple of 256
+    assert 0 < least <= 256
+    parts = {".".join(name.split(".")[2:4]) for name in tensors if name.startswith("model.layers.")}
+    assert parts == {"0.post_attention_layernorm", "0.mlp", "1.input_layernorm", "1.self_attn"}
+    assert all(f"{name}.scales" in tensors for name in config["quantization"] if name.startswith("model."))
+    assert AutoTokenizer.from_pretrained(folder)("ab")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("dropped", "config"),
+    [
+        (DROPPED, {"intermediate_size": 192}),
+        (DROPPED, {"head_dim": 32}),
+        ([(block, "attention") for block in range(3)], {}),
+        ([(1, "attention"), (1, "mlp")], {}),
+    ],
+)
+def test_what_nemotron_nas_is_not_keeps_its_architecture(
+    dropped: Any, config: dict[str, int], exported: Callable[..., Export], tmp_path: Path
+) -> None:
+    folder = write_export(MLX(), tmp_path / "mlx", exported(dropped=dropped, config=config))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
 
 
 @pytest.mark.parametrize(
@@ -268,6 +300,7 @@ np.save(sys.argv[3], np.array(model(mx.array(ids)).astype(mx.float32)))
         *({"model_type": model_type} for model_type in MODEL_TYPES),
         {"tied": True, "include": ("blocks", "embedding")},
         {"dropped": DROPPED},
+        {"model_type": "qwen3", "dropped": DROPPED},
         {"config": {"rope_parameters": {**LLAMA3, "rope_theta": 1e6}}},
     ],
     ids=str,

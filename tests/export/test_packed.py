@@ -80,7 +80,10 @@ def decoded(folder: Path, what: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("what", "model_type"),
-    [*(("compressed_tensors", each) for each in ("llama", "qwen3", "phi3", "gemma3_text", "opt")), ("gptq", "llama")],
+    [
+        *(("compressed_tensors", each) for each in ("llama", "qwen3", "phi3", "gemma3_text", "opt")),
+        *(("gptq", each) for each in ("llama", "qwen3", "gemma3_text")),
+    ],
 )
 def test_every_weight_is_what_its_payload_decodes_to(
     what: str, model_type: str, exported: Callable[..., Export], tmp_path: Path
