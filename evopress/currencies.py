@@ -1,4 +1,4 @@
-"""What a genome can cost: bits as the paper counts them, bytes as stored, bytes that a token reads, weights kept, modules kept.
+"""What a genome can cost: bits as the paper counts them, bytes as stored or read, weights kept, modules and experts kept.
 
 A currency prices one level of one unit, in whole numbers, and owns the words that tables, figures and pages use for it. Prices are
 computed from a level's own facts, whatever source made it, so levels of several sources can stand in one space and under several
@@ -15,6 +15,8 @@ from evopress.errors import EvoPressError
 
 QUANT, SPARSITY, DROP = "quant", "sparsity", "drop"
 """Sources of levels: codes on a grid (or the weight as it is), pruned weights, modules that are kept or dropped."""
+EXPERT = "expert"
+"""Kind of a unit that is an expert, which is kept or dropped."""
 
 
 class PricedUnit(Protocol):
@@ -91,6 +93,15 @@ def _modules(unit: PricedUnit, level: PricedLevel) -> int:
     return 0 if level.drops else num_modules(unit)
 
 
+def num_experts(unit: PricedUnit) -> int:
+    """Return 1 for an expert that can be dropped; everything else stands for none."""
+    return int(unit.kind == EXPERT)
+
+
+def _experts(unit: PricedUnit, level: PricedLevel) -> int:
+    return 0 if level.drops else num_experts(unit)
+
+
 def _read(unit: PricedUnit, level: PricedLevel) -> int:
     return round(level.stored_bits * unit.read)
 
@@ -123,6 +134,9 @@ CURRENCIES = {
         Currency("weights", _weights, "sparsity", taken_away=True, less="less sparse", more="sparser"),
         Currency(
             "modules", _modules, "share of modules dropped", of=num_modules, taken_away=True, less="kept again", more="dropped"
+        ),
+        Currency(
+            "experts", _experts, "share of experts dropped", of=num_experts, taken_away=True, less="kept again", more="dropped"
         ),
     )
 }

@@ -215,7 +215,7 @@ class JointSettings(QuantSettings):
     levels: list[Any] = field(default_factory=lambda: ["dense", 8, 6, 5, 4, 3, 2])
     include: list[str] = field(default_factory=lambda: ["blocks", "head", "embedding"])
     granularity: str = "module"
-    """What can be dropped: module (attention and MLP on their own), block, or pair."""
+    """What can be dropped: module (attention and MLP on their own), block, pair, or expert."""
     exclude: list[Any] = field(default_factory=list)
     """What must stay: as in method drop."""
     dropped: list[Any] = field(default_factory=list)
@@ -223,7 +223,7 @@ class JointSettings(QuantSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _expect_one_of("method.granularity", self.granularity, ("module", "block", "pair"))
+        _expect_one_of("method.granularity", self.granularity, ("module", "block", "pair", "expert"))
 
 
 @dataclass
@@ -258,18 +258,19 @@ class SparsitySettings(MethodSettings):
 
 @dataclass
 class DropSettings(MethodSettings):
-    """Depth pruning (paper section 4.1)."""
+    """Depth pruning (paper section 4.1), or experts that are dropped."""
 
     name: str = "drop"
     granularity: str = "module"
-    """What is dropped: module (attention and MLP on their own), block, or pair (of consecutive blocks, as in Figure 1)."""
+    """What is dropped: module (attention and MLP on their own), block, pair (of consecutive blocks, as in Figure 1), or expert."""
     balanced: bool = True
-    """granularity=module: drop as many attention as MLP modules, as in the paper; false needs search.exchange=any."""
+    """granularity=module: drop as many attention as MLP modules, as in the paper; false needs search.exchange=any.
+    granularity=expert: drop as many experts of each block; false needs search.exchange=fit."""
     exclude: list[Any] = field(default_factory=list)
     """What must stay: numbers of blocks, or names of units with wildcards ("model.layers.0.*", "*.mlp")."""
 
     def __post_init__(self) -> None:
-        _expect_one_of("method.granularity", self.granularity, ("module", "block", "pair"))
+        _expect_one_of("method.granularity", self.granularity, ("module", "block", "pair", "expert"))
 
 
 METHODS: dict[str, type[MethodSettings]] = {
@@ -408,7 +409,8 @@ class BaselinesSettings:
     names: list[str] = field(default_factory=list)
     """uniform, best_of_random, dp, first_order, fisher, linear_model, one_at_a_time; of method sparsity also owl, atp,
     alphapruning; of method drop: best_of_random, shortgpt, sliding_window, weight_subcloning, shortened_llama,
-    shortened_llama_kl, l2, l2_normalized, interactions, exhaustive; and what installed packages offer (docs/extending.md)."""
+    shortened_llama_kl, l2, l2_normalized, interactions, exhaustive; of method experts: best_of_random, least_routed, exhaustive;
+    and what installed packages offer (docs/extending.md)."""
     num_random: int = 32
     """Candidates of best_of_random."""
     random_tokens: int = 2048
@@ -416,7 +418,7 @@ class BaselinesSettings:
     owl_tokens: int = 16384
     """Calibration tokens whose perplexity chooses from the grids of owl, atp and alphapruning."""
     importance_tokens: int = 131072
-    """Calibration tokens that blocks are scored on (method drop)."""
+    """Calibration tokens that blocks are scored on, or experts' tokens are counted on (method drop)."""
     exhaustive_tokens: int | None = None
     """Search tokens that every genome of an exhaustive search is measured on; None: all of data.search_tokens."""
     exhaustive_limit: int = 10000
@@ -580,7 +582,7 @@ class RunSettings:
     own."""
     limits: list[Any] = field(default_factory=list)
     """Further limits: [{currency: bytes, total: 60MB}, {currency: modules, total: 52}], with kind: attention where units of one
-    kind count; currencies are bits, bytes, read (bytes that a token reads), weights and modules."""
+    kind count; currencies are bits, bytes, read (bytes that a token reads), weights, modules and experts."""
     engine: str = "none"
     """What will run the model, by whose rules it is searched (docs/exports.md): none, mlx, vllm, gptqmodel or llama_cpp."""
     seed: int = 0

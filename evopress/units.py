@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 
-from evopress.currencies import Currency, own_currency
+from evopress.currencies import EXPERT, Currency, own_currency
 from evopress.errors import EvoPressError
 
 Genome = tuple[int, ...]
@@ -48,7 +48,7 @@ class Unit:
     """Index of the transformer block that holds it; the head and the embedding count on after the last one."""
     kind: str
     """Last part of the name: "q_proj"; outside the blocks "head" or "embedding" (a tied head's too); when dropping "attention",
-    "mlp", "block" or "pair"."""
+    "mlp", "block", "pair" or "expert"."""
     size: int
     """Number of weights."""
     levels: tuple[Level, ...]
@@ -60,6 +60,11 @@ class Unit:
     def is_outside(self) -> bool:
         """Whether the unit lies in no block."""
         return self.kind in (HEAD, EMBEDDING)
+
+    @property
+    def group(self) -> str:
+        """What it is one of, where as many of each are to stay: its kind, of an expert the layer that it is in."""
+        return self.name.rpartition(".")[0] if self.kind == EXPERT else self.kind
 
     @property
     def place(self) -> str:
@@ -159,12 +164,12 @@ class Space:
         return module is not None and self.units[module].levels[genome[module]].drops
 
     def total(self, prices: Sequence[Sequence[int]], genome: Sequence[int], kind: str | None = None) -> int:
-        """Add up a genome's prices[unit][level], of all units or of one kind; what lies in a dropped module is free."""
+        """Add up a genome's prices[unit][level], of all units or of one kind or group; what lies in a dropped module is free."""
         chosen = zip(self.units, prices, genome, strict=True)
         return sum(
             of_unit[level]
             for index, (unit, of_unit, level) in enumerate(chosen)
-            if kind in (None, unit.kind) and not (self.inside and self.is_gone(genome, index))
+            if kind in (None, unit.kind, unit.group) and not (self.inside and self.is_gone(genome, index))
         )
 
     def cost(self, genome: Sequence[int]) -> int:
@@ -222,7 +227,7 @@ class Limit:
     currency: Currency | None = None
     """None: what the space is priced in."""
     kind: str | None = None
-    """Units of which kind count; None: all."""
+    """Units of which kind, or group, count; None: all."""
 
     def spent(self, space: Space, genome: Sequence[int]) -> int:
         """Return what a genome spends of it."""
@@ -252,7 +257,7 @@ class Budget:
 
     @property
     def by_kind(self) -> dict[str, int]:
-        """The further limits that part the total between kinds of units, by kind."""
+        """The further limits that part the total between kinds of units, or groups, by their names."""
         return {limit.kind: limit.total for limit in self.limits if limit.currency is None and limit.kind is not None}
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cached_property, wraps
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from evopress.compress.compressor import Compressor
-from evopress.currencies import CURRENCIES
+from evopress.currencies import num_experts
 from evopress.data.opening import GivenText, RunText
 from evopress.data.tokens import tokens_digest
 from evopress.engines import engine_of
@@ -33,7 +34,7 @@ from evopress.levels.build import ensure_database
 from evopress.levels.calibration import complete_hessians
 from evopress.levels.hessians import HessianStore
 from evopress.levels.live import LiveModel
-from evopress.levels.modules import ensure_modules
+from evopress.levels.modules import bits_read, ensure_modules, modules_of
 from evopress.levels.plan import BuildNeeds, BuildSettings, plan_space, planned
 from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerprint
 from evopress.levels.tied import TiedLevels, as_engine_has, tied
@@ -45,7 +46,8 @@ from evopress.models.devices import begin_on
 from evopress.models.dropping import check_fields
 from evopress.models.loading import DTYPES, Pretrained, pick_device
 from evopress.models.opening import ModelSource, pick_dtype
-from evopress.models.outline import find_family, num_blocks_of, text_config
+from evopress.models.outline import find_family, num_blocks_of, skeleton, text_config
+from evopress.models.routing import fewer_experts
 from evopress.ranks import SHARES, launched, leads, together
 from evopress.settings import RunSettings
 from evopress.units import BLOCKS, Budget, Genome, Space, is_of_expert
@@ -138,8 +140,11 @@ class Workspace:
         config, fitness = self.model_source.config, self.settings.fitness
         self.model_source.check(kept_logits=fitness.k if fitness.name == "topk_kl" else None)
         if self.method.modules is not None:
-            self._planned_modules()
-            if "export" in self.settings.stages and not find_family(config).is_found:  # of those, blocks can stay, as zeros
+            space, even = self._planned_modules(), self.method.modules.even
+            if "export" in self.settings.stages and any(map(num_experts, space.units)):
+                most = max(Counter(unit.group for unit in space.units).values())
+                fewer_experts(skeleton(config), most, most - 1, even=even)
+            elif "export" in self.settings.stages and not find_family(config).is_found:  # of those, blocks can stay, as zeros
                 check_fields(text_config(config), num_blocks_of(config), find_family(config))
         if self.method.weights is None:
             return
@@ -157,12 +162,15 @@ class Workspace:
         assert self.method.modules is not None
         config = self.model_source.config
         family = find_family(config)
-        if family.undroppable:
+        blocks = [BlockShape(f"{family.prefix}.{i}", kinds=family.parts(i).kinds) for i in range(num_blocks_of(config))]
+        if family.is_found:
+            blocks = BlockModel(skeleton(config), family).shapes()
+        space = self.method.modules.space(blocks, dtype_bits=16)
+        if family.undroppable and any(map(modules_of, space.units)):
             raise EvoPressError(
                 f"modules of {family.name} cannot be dropped: of its blocks {family.undroppable}; choose another model or method"
             )
-        blocks = [BlockShape(f"{family.prefix}.{i}", kinds=family.parts(i).kinds) for i in range(num_blocks_of(config))]
-        return self.method.modules.space(blocks, dtype_bits=16)
+        return space
 
     def generations(self, settings: RunSettings) -> int | None:
         """Return the generations that theory gives for a target on this model; None where the settings must say."""
@@ -347,11 +355,11 @@ class Workspace:
 
     def _as_searched(self, space: Space) -> Space:
         """Return a space of the run's levels with what a token reads of them, its engine's prices, and what is tied."""
+        experts, reads = bool(self.ties), self.blocks.reads()
+        if any(unit.name in reads for unit in space.units):
+            space = replace(space, units=tuple(replace(unit, read=reads.get(unit.name, 1.0)) for unit in space.units))
         if self.method.weights is None:
             return space
-        experts = bool(self.ties)
-        if reads := self.blocks.reads():
-            space = replace(space, units=tuple(replace(unit, read=reads.get(unit.name, 1.0)) for unit in space.units))
         if self.engine is not None:
             dtype = str(self.compressor.settings().get("scale_dtype", "float16"))
             space = as_engine_has(
@@ -610,13 +618,13 @@ class Workspace:
 
         Args: genome: of the space; None: the dense model.
         """
-        if not any(is_of_expert(unit) for unit in space.units):
+        if not any(is_of_expert(unit) or num_experts(unit) for unit in space.units):
             return {}
         itemsize = self.blocks.dtype.itemsize
         if genome is None:
             units = round(sum(unit.size * unit.read for unit in space.units)) * itemsize
         else:
-            units = -(-space.cost_in(CURRENCIES["read"], genome) // 8)
+            units = -(-bits_read(space, genome) // 8)
         rest, embedding = self.other_bytes, self.blocks.model.get_input_embeddings().weight  # type: ignore[operator]
         if self.blocks.embedding_part is None and self.blocks.model.get_output_embeddings().weight is not embedding:  # type: ignore[operator]
             rest -= embedding[1:].numel() * itemsize

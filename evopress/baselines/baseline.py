@@ -22,8 +22,8 @@ from evopress.search import Fitness
 from evopress.settings import RunSettings
 from evopress.units import Budget, Genome, Level, Space
 
-WEIGHTS, MODULES = "weights", "modules"
-"""What levels may be of: compressed weights, or modules that are kept or dropped."""
+WEIGHTS, MODULES, EXPERTS = "weights", "modules", "experts"
+"""What levels may be of: compressed weights, or modules, or experts, that are kept or dropped."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Records(Protocol):
 class Baseline(ABC):
     """A way to choose levels that the search is compared with. Only `find` must be written."""
 
-    serves: Collection[str] = (WEIGHTS, MODULES)
+    serves: Collection[str] = (WEIGHTS, MODULES, EXPERTS)
     """What levels it can choose."""
     not_counted: str | None = None
     """What its passes leave out: "its own levels"."""
@@ -220,6 +220,16 @@ def remembered(problem: Problem, kept: MutableMapping[str, Any], key: str, measu
     elif took in kept:
         problem.spend(**kept[took])
     return kept[key]
+
+
+def check_importance(run: RunSettings, tokens: int) -> None:
+    """Raise EvoPressError unless the calibration text has so many tokens, whole sequences of them."""
+    length, most = run.model.sequence_length, run.data.calibration_tokens
+    if not length <= tokens <= most:
+        raise EvoPressError(
+            f"baselines.importance_tokens={tokens} is out of range: expected one sequence ({length}) to "
+            f"data.calibration_tokens={most}; change one of them"
+        )
 
 
 def check_minibatch(run: RunSettings, key: str, tokens: int) -> None:

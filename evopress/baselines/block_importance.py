@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evopress.baselines.baseline import MODULES, Baseline, Pass, Planned, Problem, remembered
+from evopress.baselines.baseline import MODULES, Baseline, Pass, Planned, Problem, check_importance, remembered
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.levels.modules import PAIR, modules_of
@@ -70,12 +70,7 @@ class RankedBlocks(Baseline):
 
     def check(self, run: RunSettings) -> None:
         """See `Baseline`."""
-        length, most = run.model.sequence_length, run.data.calibration_tokens
-        if not length <= self.tokens <= most:
-            raise EvoPressError(
-                f"baselines.importance_tokens={self.tokens} is out of range: expected one sequence ({length}) to "
-                f"data.calibration_tokens={most}; change one of them"
-            )
+        check_importance(run, self.tokens)
 
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evopress.baselines.baseline import MODULES, Baseline, Pass, Planned, Problem, check_minibatch
+from evopress.baselines.baseline import EXPERTS, MODULES, Baseline, Pass, Planned, Problem, check_minibatch
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.progress import track
@@ -38,7 +38,7 @@ class Exhaustive(Baseline):
     tokens: int | None
     """Search tokens that every genome is measured on; None: all."""
     limit: int
-    serves = (MODULES,)
+    serves = (MODULES, EXPERTS)
 
     def check(self, run: RunSettings) -> None:
         """See `Baseline`."""
@@ -173,7 +173,7 @@ def exhaustive(
 def _parts(space: Space, budget: Budget) -> tuple[list[str], dict[str, int]]:
     """Return the part of the budget that each unit spends from, and each part's total; "" is what these leave over."""
     split = budget.by_kind
-    return [unit.kind if unit.kind in split else "" for unit in space.units], split | {"": budget.total - sum(split.values())}
+    return [unit.group if unit.group in split else "" for unit in space.units], split | {"": budget.total - sum(split.values())}
 
 
 def _ways(space: Space, parts: Sequence[str], targets: Mapping[str, int]) -> list[_Ways]:

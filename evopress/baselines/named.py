@@ -16,6 +16,7 @@ from evopress.baselines.exhaustive import Exhaustive
 from evopress.baselines.first_order import FirstOrder
 from evopress.baselines.fisher import Fisher
 from evopress.baselines.interactions import Interactions
+from evopress.baselines.least_routed import LeastRouted
 from evopress.baselines.linear_model import LinearModel
 from evopress.baselines.one_at_a_time import OneAtATime
 from evopress.baselines.owl import Owl
@@ -33,12 +34,13 @@ _OWN: dict[str, Callable[..., Baseline]] = {
     **{name: partial(RankedBlocks, name) for name in RANKINGS},
     "interactions": Interactions,
     "exhaustive": Exhaustive,
+    "least_routed": LeastRouted,
     **{each.name: each for each in BY_BLOCK},
     **{allocator.name: allocator for allocator in ALLOCATORS},
 }
 BASELINES: Registry[Callable[..., Baseline]] = Registry("baseline", _OWN, group="evopress.baselines")
 """What makes a baseline, called with its options as keywords."""
-_KINDS = (Uniform, BestOfRandom, DynamicProgramming, RankedBlocks, Interactions, Exhaustive, *BY_BLOCK, *ALLOCATORS)
+_KINDS = (Uniform, BestOfRandom, DynamicProgramming, RankedBlocks, LeastRouted, Interactions, Exhaustive, *BY_BLOCK, *ALLOCATORS)
 """The order of the rows; those of other packages come last."""
 
 
@@ -81,6 +83,6 @@ def _options(name: str, settings: BaselinesSettings) -> dict[str, Any]:
         told = {"tokens": settings.owl_tokens}
     elif name == "exhaustive":
         told = {"tokens": settings.exhaustive_tokens, "limit": settings.exhaustive_limit}
-    elif name in RANKINGS:
+    elif name in (*RANKINGS, "least_routed"):
         told = {"tokens": settings.importance_tokens}
     return told | settings.options.get(name, {})

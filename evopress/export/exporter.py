@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evopress.compress.gguf_types import GGUF_TYPES
+from evopress.currencies import num_experts
 from evopress.files import explained
 from evopress.levels.live import LiveModel
 from evopress.levels.store import os_error
@@ -21,6 +22,7 @@ from evopress.levels.union import LevelSource
 from evopress.units import Genome, Level, Unit
 
 INTEGERS, GGUF_TYPE, SPARSE, DENSE, DROPPED, KEPT = "integers", "gguf", "sparse", "dense", "dropped", "kept"
+OF_EXPERT = "expert"
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Form:
     label: str
     """Its level's, for people: "3 bits"."""
     kind: str
-    """INTEGERS with scales and zeros, GGUF_TYPE (its label names it), SPARSE, DENSE (the weight as it is), or, of modules, DROPPED
-    or KEPT."""
+    """INTEGERS with scales and zeros, GGUF_TYPE (its label names it), SPARSE, DENSE (the weight as it is), of modules DROPPED or
+    KEPT, of an expert that is either OF_EXPERT."""
     bits: int = 0
     """Of an integer."""
     group_size: int = 0
@@ -62,7 +64,7 @@ def form_of(unit: Unit, level: Level, columns: int, compressor: Mapping[str, Any
         compressor: the settings of what makes the levels, as a level database's recipe has them.
     """
     if level.source == "drop":
-        return Form(unit.name, level.label, DROPPED if level.drops else KEPT)
+        return Form(unit.name, level.label, OF_EXPERT if num_experts(unit) else DROPPED if level.drops else KEPT)
     if level.source == "quant" and level.key == DENSE:
         return Form(unit.name, level.label, DENSE)
     if level.source == "quant" and level.key.isdecimal():

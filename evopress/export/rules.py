@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from evopress.engines import Engine
 from evopress.errors import EvoPressError
-from evopress.export.exporter import DENSE, GGUF_TYPE, INTEGERS, SPARSE, Form
+from evopress.export.exporter import DENSE, GGUF_TYPE, INTEGERS, OF_EXPERT, SPARSE, Form
 
 
 def refuse_unfit(engine: Engine, forms: Iterable[Form], *, asked: str, otherwise: str) -> None:
@@ -19,6 +19,8 @@ def refuse_unfit(engine: Engine, forms: Iterable[Form], *, asked: str, otherwise
     """
     tied: dict[tuple[str, str], dict[str, list[Form]]] = {}
     for form in forms:
+        if form.kind == OF_EXPERT:
+            raise EvoPressError(f"{asked} is not written for models whose experts are dropped ({form}): {otherwise}")
         if form.kind == SPARSE:
             raise EvoPressError(f"{asked} cannot hold sparse weights ({form}): {otherwise}")
         if form.kind == INTEGERS and engine.gguf_types:

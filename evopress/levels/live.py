@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from evopress.compress.compressor import free_bytes
+from evopress.currencies import num_experts
 from evopress.errors import EvoPressError
 from evopress.levels.modules import ATTENTION, BLOCK, MLP, PAIR, is_module, modules_of
 from evopress.levels.union import LevelSource
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import check_identity, drop, restore, without_dropped
 from evopress.models.experts import gathered
+from evopress.models.routing import check_routers, drop_experts, expert_layer, restore_experts, without_experts
 from evopress.units import Genome, Space
 
 
@@ -120,19 +122,22 @@ class LiveModel:
         units = self.space.whole.units
         self._weights = [[i for i, unit in enumerate(units) if unit.block == part and not is_module(unit)] for part in blocks.parts]
         self._units = [[self.space.places[units[i].name] for i in weights] for weights in self._weights]
-        self._modules = self._places_of_modules()
-        has_weights, has_modules = any(self._weights), bool(self._modules)
+        self._modules, self._layers = self._places_of_modules(), [expert_layer(block) for block in blocks.blocks]
+        self._droppable: Sequence[tuple[int, ...]] = self._modules or self._places_of_experts()
+        has_weights = any(self._weights)
         self._slots = [list(blocks.slots(part).values()) if has_weights else [] for part in blocks.parts]
         self._check_weights()
         self._dense = [[slot.weight for slot in slots] for slots in self._slots]
-        self._free = self._inside_dropped() if has_weights and has_modules else {}
+        self._inside = self._places_inside() if has_weights and self._droppable else []
         self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._cache_bytes = enough_to_keep(self.space, blocks.dtype.itemsize, blocks.device) if cache_bytes is None else cache_bytes
         self._cached_bytes = 0
         self.num_loads = 0
         """Levels decoded so far."""
-        if has_modules:
+        if self._modules:
             check_identity(blocks)
+        elif self._droppable:
+            check_routers(blocks)
 
     def _check_weights(self) -> None:
         found = [(slot.name, slot.weight.numel()) for slots in self._slots for slot in slots]
@@ -157,13 +162,27 @@ class LiveModel:
         # A block that has one of them alone has it in both places.
         return [(places[block, kinds[block][0]], places[block, kinds[block][-1]]) for block in blocks]
 
-    def _inside_dropped(self) -> dict[int, tuple[list[bool], list[bool]]]:
-        """Return for every block which of its weights lie in its attention, and which in its MLP."""
-        found = {}
-        for part in range(len(self.blocks.blocks)):
-            attention = [self.blocks.is_of_attention(slot.name) for slot in self._slots[part]]
-            found[part] = attention, [not inside for inside in attention]
-        return found
+    def _places_of_experts(self) -> list[tuple[int, ...]]:
+        """Return for every block the units of its experts; nothing where none can be dropped."""
+        places = {unit.name: i for i, unit in enumerate(self.space.units) if num_experts(unit)}
+        names = [
+            [f"{self.blocks.block_name(block)}.{layer.name}.{expert}" for expert in range(layer.count)] if layer else []
+            for block, layer in enumerate(self._layers)
+        ]
+        if places and set(places) != {name for of_block in names for name in of_block}:
+            raise EvoPressError(f"the level database is of another model: its {len(places)} experts are not those of this one")
+        return [tuple(places[name] for name in of_block) for of_block in names] if places else []
+
+    def _places_inside(self) -> list[list[int | None]]:
+        """Return of every block, for each weight, which of what can be dropped there it lies in."""
+        if self._modules:
+            return [[0 if self.blocks.is_of_attention(slot.name) else 1 for slot in slots] for slots in self._slots]
+        units = self.space.units
+        places = [{units[unit].name: i for i, unit in enumerate(of_block)} for of_block in self._droppable]
+        return [
+            [of_block.get(slot.name.rpartition(".")[0]) for slot in slots]
+            for slots, of_block in zip(self._slots, places, strict=False)
+        ]
 
     def modules_in(self, index: int) -> tuple[int, ...]:
         """See `Live`."""
@@ -171,7 +190,7 @@ class LiveModel:
 
     def with_modules(self, index: int, levels: Genome | None) -> Genome | None:
         """See `Live`."""
-        if levels is None or index >= len(self._modules):
+        if levels is None or index >= len(self._modules):  # experts that are dropped stay so: nothing would be sent to them
             return levels
         return (*levels[: len(self._slots[index])], 0, 0)
 
@@ -179,12 +198,16 @@ class LiveModel:
         """Return whether a genome drops the attention and the MLP of a block, as 0 or 1 each; other parts have none."""
         if part >= len(self._modules):
             return 0, 0
-        units = self.space.units
-        attention, mlp = (int(units[i].levels[genome[i]].drops) for i in self._modules[part])
+        attention, mlp = self._gone_in(genome, part)
         return attention, mlp
 
+    def _gone_in(self, genome: Genome, part: int) -> tuple[int, ...]:
+        """Return whether a genome drops each of what can be dropped in a block, as 0 or 1."""
+        units = self.space.units
+        return tuple(int(units[i].levels[genome[i]].drops) for i in self._droppable[part])
+
     def levels_in(self, genome: Genome | None, index: int) -> Genome | None:
-        """Return the levels of the weights of a part, and whether its attention and MLP are dropped, 0 or 1 each.
+        """Return the levels of the weights of a part, and whether its attention and MLP, or its experts, are dropped, 0 or 1 each.
 
         Level -1 of a weight is the dense one: a weight in a dropped module has it, whatever the genome says, and others where the
         genome says so. None stands for the dense model.
@@ -192,14 +215,14 @@ class LiveModel:
         if genome is None:
             return None
         weights = tuple(genome[i] for i in self._units[index])
-        if not self._modules or index >= len(self._modules):
+        if index >= len(self._droppable):
             return weights
-        dropped = self.dropped_in(genome, index)
+        dropped = self._gone_in(genome, index)
         if not weights:
             return dropped if any(dropped) else None
-        for gone, inside in zip(dropped, self._free[index], strict=True):
-            if gone:
-                weights = tuple(-1 if free else level for level, free in zip(weights, inside, strict=True))
+        if any(dropped):
+            places = self._inside[index]
+            weights = tuple(-1 if i is not None and dropped[i] else level for level, i in zip(weights, places, strict=True))
         return weights + dropped
 
     def set_block(self, index: int, levels: Sequence[int] | None) -> None:
@@ -209,9 +232,14 @@ class LiveModel:
             dense = levels is None or levels[i] < 0
             weight = self._dense[index][i] if dense else self._weight(self._weights[index][i], levels[i], device)  # type: ignore[index]
             slot.put(weight.to(device))
-        if index < len(self._modules):
-            attention, mlp = (0, 0) if levels is None else levels[len(self._slots[index]) :]
-            drop(self.blocks.blocks[index], self.blocks.family.parts(index), attention=bool(attention), mlp=bool(mlp))
+        if index >= len(self._droppable):
+            return
+        block, gone = self.blocks.blocks[index], () if levels is None else levels[len(self._slots[index]) :]
+        if self._modules:
+            attention, mlp = gone or (0, 0)
+            drop(block, self.blocks.family.parts(index), attention=bool(attention), mlp=bool(mlp))
+        elif (layer := self._layers[index]) is not None:
+            drop_experts(block, layer, gone)
 
     def restore_block(self, index: int) -> None:
         """Give a part back the very weights and modules that it came with, where they lay."""
@@ -219,6 +247,8 @@ class LiveModel:
             slot.put(weight)
         if index < len(self._modules):
             restore(self.blocks.blocks[index], self.blocks.family.parts(index))
+        elif index < len(self._droppable) and (layer := self._layers[index]) is not None:
+            restore_experts(self.blocks.blocks[index], layer)
 
     def on_device(self, index: int) -> AbstractContextManager[nn.Module]:
         """See `Live`; dense weights that levels would replace are not carried there."""
@@ -234,19 +264,21 @@ class LiveModel:
 
     @contextmanager
     def written(self, genome: Genome) -> Iterator[None]:
-        """See `Live`. Where modules are dropped, see `without_dropped`."""
-        if not self._modules:
+        """See `Live`. Where modules are dropped, see `without_dropped`; where experts are, `without_experts`."""
+        if not self._droppable:
             with self.applied(genome), gathered(self.blocks.model):
                 yield
             return
         self.space.check(genome)
-        dropped = [self.dropped_in(genome, index) for index in range(len(self.blocks.blocks))]
+        dropped = [self._gone_in(genome, index) for index in range(len(self.blocks.blocks))]
+        without: Any = without_dropped if self._modules else without_experts
         try:
             for part in self.blocks.parts:
                 levels = self.levels_in(genome, part)
                 if self._slots[part] and levels is not None:
-                    self.set_block(part, (*levels[: len(self._slots[part])], *((0, 0) if part < len(self._modules) else ())))
-            with gathered(self.blocks.model), without_dropped(self.blocks, dropped):
+                    there = (0,) * len(self._droppable[part]) if part < len(self._droppable) else ()
+                    self.set_block(part, (*levels[: len(self._slots[part])], *there))
+            with gathered(self.blocks.model), without(self.blocks, dropped):
                 yield
         finally:
             for part in self.blocks.parts:

@@ -1,18 +1,19 @@
 """The levels of depth pruning, which store no weights: a module is kept, or it is dropped.
 
-A level database of dropped modules is a manifest alone. A unit is an attention module, an MLP, a whole block, or a pair of
-consecutive blocks; its last level drops it.
+A level database of dropped modules is a manifest alone. A unit is an attention module, an MLP, a whole block, a pair of
+consecutive blocks, or an expert; its last level drops it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evopress.compress.compressor import Payload
-from evopress.currencies import num_modules
+from evopress.currencies import CURRENCIES, num_experts, num_modules
 from evopress.files import make_folder
 from evopress.levels.locking import alone_in, clear
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase, fingerprint, write_manifest
@@ -25,13 +26,13 @@ KEEP, DROP = "keep", "drop"
 
 
 def is_module(unit: Unit) -> bool:
-    """Tell whether a unit stands for modules that are kept or dropped, not for a weight."""
-    return num_modules(unit) > 0
+    """Tell whether a unit stands for modules, or an expert, that are kept or dropped, not for a weight."""
+    return num_modules(unit) + num_experts(unit) > 0
 
 
 def modules_of(unit: Unit) -> tuple[tuple[int, str], ...]:
-    """Return what a unit stands for: (block, ATTENTION or MLP) of each of its modules; a weight stands for none."""
-    if not is_module(unit):
+    """Return what a unit stands for: (block, ATTENTION or MLP) of each of its modules; a weight and an expert stand for none."""
+    if not num_modules(unit):
         return ()
     if unit.kind in (ATTENTION, MLP):
         return ((unit.block, unit.kind),)
@@ -44,6 +45,21 @@ def dropped_modules(space: Space, genome: Sequence[int]) -> set[tuple[int, str]]
     return {
         module for unit, level in zip(space.units, genome, strict=True) if unit.levels[level].drops for module in modules_of(unit)
     }
+
+
+def bits_read(space: Space, genome: Sequence[int]) -> int:
+    """Return the bits that a token reads of a genome's units; it is sent to as many experts, however few are left of them."""
+    layers = Counter(unit.group for unit in space.units if num_experts(unit))
+    there = layers - Counter(
+        unit.group for unit, level in zip(space.units, genome, strict=True) if num_experts(unit) and unit.levels[level].drops
+    )
+    prices = space.prices_in(CURRENCIES["read"])
+    more = [layers.get(layer := _layer_of(unit), 1) / there.get(layer, 1) for unit in space.units]
+    return round(sum(more[i] * prices[i][level] for i, level in enumerate(genome) if not space.is_gone(genome, i)))
+
+
+def _layer_of(unit: Unit) -> str:
+    return unit.group if num_experts(unit) else unit.name.rpartition(".")[0].rpartition(".")[0]
 
 
 def ensure_modules(

@@ -67,6 +67,11 @@ def tied(space: Space, engine: Engine | None, *, experts: bool = False) -> Space
     inside: tuple[int | None, ...] = ()
     if space.inside:
         around = [space.inside[indices[0]] for indices in members]
+        if any(space.inside[index] != around[place] for place, indices in enumerate(members) for index in indices):
+            raise EvoPressError(
+                "method.experts=layer gives the experts of a block one level, and method.granularity=expert drops each for itself: "
+                "leave one of them out"
+            )
         inside = tuple(None if module is None else at[module] for module in around)
     return Space(space.method, units, space.currency, inside, untied=space, members=members)
 

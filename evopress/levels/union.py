@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from evopress.compress.compressor import Payload
-from evopress.currencies import Currency
+from evopress.currencies import Currency, num_experts
 from evopress.errors import EvoPressError
 from evopress.levels.modules import ATTENTION, MLP, is_module, modules_of
 from evopress.levels.store import fingerprint
@@ -90,10 +90,16 @@ def join(
             units[unit.name] = unit
             places.setdefault(unit.name, []).append((number, index, len(space.units[index].levels)))
     inside = spaces[0].inside
-    if not inside and weights and (modules := {place: i for i, unit in enumerate(units.values()) for place in modules_of(unit)}):
+    if not inside and weights and any(is_module(unit) for unit in units.values()):
         assert is_of_attention is not None, "modules beside weights"
+        modules = {place: i for i, unit in enumerate(units.values()) for place in modules_of(unit)}
+        experts = {unit.name: i for i, unit in enumerate(units.values()) if num_experts(unit)}
         inside = tuple(
-            None if is_module(unit) else modules.get((unit.block, ATTENTION if is_of_attention(unit.name) else MLP))
+            None
+            if is_module(unit)
+            else experts.get(
+                unit.name.rpartition(".")[0], modules.get((unit.block, ATTENTION if is_of_attention(unit.name) else MLP))
+            )
             for unit in units.values()
         )
     joined = Space(method or spaces[0].method, tuple(units.values()), currency or spaces[0].currency, inside)

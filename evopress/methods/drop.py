@@ -1,15 +1,15 @@
-"""Depth pruning: attention and MLP modules, whole blocks or pairs of blocks are dropped (paper section 4.1)."""
+"""Depth pruning: attention and MLP modules, blocks or pairs of blocks are dropped (paper section 4.1); or experts (not in it)."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from evopress.currencies import num_modules
+from evopress.currencies import CURRENCIES, EXPERT, Currency, num_experts, num_modules
 from evopress.errors import EvoPressError
 from evopress.levels.modules import ATTENTION, BLOCK, DROP, KEEP, MLP, PAIR, dropped_modules
 from evopress.methods.method import NO_REST, Rest
@@ -20,6 +20,16 @@ from evopress.units import Budget, Genome, Level, Limit, Space, Unit
 
 _Place = tuple[str, int, str, int]
 """Name, first block, kind and number of weights of a unit."""
+EXPERTS = CURRENCIES["experts"]
+_AT_LEAST = replace(EXPERTS, measure="experts kept: at least", price=lambda unit, level: -EXPERTS.price(unit, level), scale=-1)
+"""Experts that are there, negative: a limit on it is a floor."""
+
+
+def floors(space: Space) -> tuple[Limit, ...]:
+    """Return the limits that keep in every layer of experts as many as a token is sent to."""
+    reads = {unit.group: unit.read for unit in space.units if num_experts(unit)}
+    counts = Counter(unit.group for unit in space.units)
+    return tuple(Limit(-round(read * counts[layer]), _AT_LEAST, layer) for layer, read in reads.items())
 
 
 @dataclass(frozen=True)
@@ -53,18 +63,30 @@ class Modules:
                 "method.granularity=block"
             )
         places = self._places(blocks)
+        if not places:
+            raise EvoPressError(
+                "method.granularity=expert drops experts, and no layer of them with one router is found in this model: choose "
+                "another model, or another granularity"
+            )
         excluded = self._named(self.exclude, places, count, "exclude")
         gone = self._named(self.dropped, places, count, "dropped")
         if both := sorted(excluded & gone):
             raise EvoPressError(f"method.exclude keeps {both[0]}, which method.dropped drops: leave it out of one of them")
         units = []
+        reads = {each.name: each.chosen / each.count for shape in blocks if (each := shape.experts) is not None}
         for name, block, kind, size in places:
             bits = size * dtype_bits
             keep = Level(label=KEEP, cost=1, key=KEEP, stored_bits=bits, source="drop")
             drop = Level(label=DROP, cost=0, key=DROP, stored_bits=0, source="drop")
             levels = (keep,) if name in excluded else (drop,) if name in gone else (keep, drop)
-            units.append(Unit(name=name, block=block, kind=kind, size=size, levels=levels))
+            read = reads[name.rpartition(".")[0]] if kind == EXPERT else 1.0
+            units.append(Unit(name=name, block=block, kind=kind, size=size, levels=levels, read=read))
         return Space(method="drop", units=tuple(units))
+
+    @property
+    def even(self) -> bool:
+        """See `ModuleSource`."""
+        return False
 
     @property
     def width(self) -> int:
@@ -75,6 +97,9 @@ class Modules:
         """Return name, block, kind and number of weights of every unit."""
         if self.granularity == "block":
             return [(shape.name, index, BLOCK, shape.size) for index, shape in enumerate(blocks)]
+        if self.granularity == EXPERT:
+            layers = [(index, shape.experts) for index, shape in enumerate(blocks) if shape.experts is not None]
+            return [(f"{each.name}.{i}", index, EXPERT, each.size) for index, each in layers for i in range(each.count)]
         if self.granularity == "pair":
             return [(f"{blocks[i].name}-{i + 1}", i, PAIR, blocks[i].size + blocks[i + 1].size) for i in range(0, len(blocks), 2)]
         return [
@@ -141,9 +166,18 @@ class Drop:
         return self
 
     @property
-    def currency(self) -> None:
+    def currency(self) -> Currency | None:
         """Units that are kept."""
-        return None
+        return EXPERTS if self._of_experts else None
+
+    @property
+    def even(self) -> bool:
+        """See `ModuleSource`."""
+        return self.settings.balanced
+
+    @property
+    def _of_experts(self) -> bool:
+        return self.settings.granularity == EXPERT
 
     @property
     def _source(self) -> Modules:
@@ -152,8 +186,14 @@ class Drop:
     def check(self, *, searching: bool) -> None:
         """Refuse a sparsity outside (0, 1), and exchanges that cannot keep what the method promises."""
         if not 0.0 < self.sparsity < 1.0:
-            raise EvoPressError(f"sparsity={self.sparsity:g} is out of range: expected a share of blocks in (0, 1), such as 0.25")
+            what = "experts" if self._of_experts else "blocks"
+            raise EvoPressError(f"sparsity={self.sparsity:g} is out of range: expected a share of {what} in (0, 1), such as 0.25")
         check_targets(None, self.limits)
+        if searching and self._of_experts and self.exchange != "fit" and (self.exchange, self.even) != ("name", True):
+            raise EvoPressError(
+                f"search.exchange={self.exchange} does not keep how many experts of a block stay: use search.exchange=name with "
+                "method.balanced=true, else search.exchange=fit"
+            )
         if not searching or self.settings.granularity != "module":
             return
         if self.settings.balanced and self.exchange != "name":
@@ -182,12 +222,16 @@ class Drop:
         Raises: EvoPressError if the target drops no block or all, pairs come out odd, an excluded name does not exist, or too few
             units are left.
         """
-        count = len(blocks)
+        layers = [shape.experts for shape in blocks if shape.experts is not None] if self._of_experts else []
+        count, most, what = len(blocks), len(blocks) - 1, "blocks"
+        if layers:
+            fewest = min(layers, key=lambda each: each.count)
+            count, most, what = fewest.count, fewest.count - fewest.chosen, f"experts, of which a token is sent to {fewest.chosen}"
         num_dropped = self.num_dropped(count)
-        if not 0 < num_dropped < count:
+        if not 0 < num_dropped <= most:
             raise EvoPressError(
-                f"sparsity={self.sparsity:g} drops {num_dropped} of {count} blocks, expected 1 to {count - 1}: give "
-                f"a share of at least {math.ceil(1e4 / count) / 1e4:g} and below 1"
+                f"sparsity={self.sparsity:g} drops {num_dropped} of {count} {what}, expected 1 to {most}: give "
+                f"a share of at least {math.ceil(1e4 / count) / 1e4:g} and below {(most + 1) / count:.4g}"
             )
         if self.settings.granularity == "pair" and (count % 2 or num_dropped % 2):
             what = f"the model has {count}" if count % 2 else f"sparsity={self.sparsity:g} drops {num_dropped} of {count}"
@@ -199,7 +243,7 @@ class Drop:
         units = space.units
         budget = self.budget(space)
         for kind, kept in budget.by_kind.items() or (("", budget.total),):
-            members = [unit for unit in units if kind in ("", unit.kind)]
+            members = [unit for unit in units if kind in ("", unit.group)]
             free = sum(len(unit.levels) > 1 for unit in members)
             if free < len(members) - kept:
                 raise EvoPressError(
@@ -214,16 +258,17 @@ class Drop:
 
     def budget(self, space: Space, rest: Rest = NO_REST) -> Budget:
         """Return the units that are kept, of each kind the same number where attention and MLP are dropped equally."""
-        kinds = Counter(unit.kind for unit in space.units)
+        kinds = Counter(unit.group for unit in space.units)
         width = self._source.width  # of as many attention modules as MLPs as many are dropped
         parts = tuple(Limit(count - self.num_dropped(count * width) // width, kind=kind) for kind, count in kinds.items())
         by_kind = parts if len(parts) > 1 and self.settings.balanced else ()
-        limits = (*by_kind, *further_limits(self.limits, space, rest))
-        return Budget(total=sum(part.total for part in parts), target=self.sparsity, measure="depth sparsity", limits=limits)
+        limits = (*by_kind, *(() if by_kind else floors(space)), *further_limits(self.limits, space, rest))
+        measure = EXPERTS.measure if self._of_experts else "depth sparsity"
+        return Budget(total=sum(part.total for part in parts), target=self.sparsity, measure=measure, limits=limits)
 
     def generations(self, space: Space) -> int:
         """Return k(n - k) / 1.5 times the scale, for k of n units of a kind that are dropped (paper appendix C, Table 8)."""
-        kinds = Counter(unit.kind for unit in space.units)
+        kinds = Counter(unit.group for unit in space.units)
         n = max(kinds.values())
         k = n - self.budget(space).total // len(kinds)
         return max(math.ceil(k * (n - k) / 1.5 * self.scale - 1e-9), 1)
@@ -233,13 +278,21 @@ class Drop:
         return f"uniform_{level.key}"
 
     def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
-        """Return the share of attention and MLP modules that are dropped, and their number."""
+        """Return the share of attention and MLP modules, or of experts, that are dropped, and their number."""
+        if self._of_experts:
+            return {"sparsity": 1 - space.cost(genome) / len(space), **experts_dropped(space, genome)}
         dropped = len(dropped_modules(space, genome))
         return {"sparsity": dropped / _num_modules(space), "modules_dropped": dropped}
 
     def dense_costs(self, bits: int) -> dict[str, Any]:
         """Return sparsity 0."""
-        return {"sparsity": 0.0, "modules_dropped": 0}
+        return {"sparsity": 0.0, "experts_dropped" if self._of_experts else "modules_dropped": 0}
+
+
+def experts_dropped(space: Space, genome: Genome) -> dict[str, int]:
+    """Return the column of the result table that says how many experts are dropped; nothing where none can be."""
+    there = sum(map(num_experts, space.units))
+    return {"experts_dropped": there - space.cost_in(EXPERTS, genome)} if there else {}
 
 
 def _num_modules(space: Space) -> int:

@@ -6,14 +6,14 @@ is free, so that its bytes can go to what stays.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from evopress.currencies import Currency
+from evopress.currencies import EXPERT, Currency
 from evopress.engines import Engine
 from evopress.errors import EvoPressError
 from evopress.levels.modules import dropped_modules
-from evopress.methods.drop import Modules
+from evopress.methods.drop import Modules, experts_dropped, floors
 from evopress.methods.method import NO_REST, Rest
 from evopress.methods.quant import Quantization, for_engine
 from evopress.methods.targets import BYTES
@@ -77,7 +77,8 @@ class Joint:
 
     def budget(self, space: Space, rest: Rest = NO_REST) -> Budget:
         """Return what the size leaves for the units."""
-        return self.weights.budget(space, rest)
+        budget = self.weights.budget(space, rest)
+        return replace(budget, limits=(*budget.limits, *floors(space)))
 
     def generations(self, space: Space) -> None:
         """The settings say."""
@@ -88,9 +89,11 @@ class Joint:
         return self.weights.uniform_name(level)
 
     def costs(self, space: Space, genome: Genome) -> dict[str, Any]:
-        """Return the bits of codes and as stored, per weight of all units, and the number of modules that are dropped."""
-        return {**self.weights.costs(space, genome), "modules_dropped": len(dropped_modules(space, genome))}
+        """Return the bits of codes and as stored, per weight of all units, and how many modules, or experts, are dropped."""
+        dropped = {"modules_dropped": len(dropped_modules(space, genome))}
+        return {**self.weights.costs(space, genome), **(experts_dropped(space, genome) or dropped)}
 
     def dense_costs(self, bits: int) -> dict[str, Any]:
         """Return the same columns for the dense model."""
-        return {**self.weights.dense_costs(bits), "modules_dropped": 0}
+        what = "experts_dropped" if self.settings.granularity == EXPERT else "modules_dropped"
+        return {**self.weights.dense_costs(bits), what: 0}

@@ -82,6 +82,10 @@ class ModuleSource(Protocol):
     def recipe(self) -> dict[str, Any]:
         """Return what decides the space beside the model."""
 
+    @property
+    def even(self) -> bool:
+        """Whether of every layer of experts as many are kept."""
+
 
 class Method(Protocol):
     """A method with its target. The space of a run is the union of what its sources offer."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from evopress.currencies import CURRENCIES, Currency, currency_of
+from evopress.currencies import CURRENCIES, Currency, currency_of, num_experts
 from evopress.errors import EvoPressError
 from evopress.methods.method import Rest
 from evopress.units import Budget, Limit, Space
@@ -67,9 +67,14 @@ def further_limits(asked: Sequence[Any], space: Space, rest: Rest) -> tuple[Limi
         currency, total, kind = checked_limit(entry)
         in_bits = isinstance(total, str)
         count = size_budget(str(total), space, rest).total if in_bits else math.floor(float(total)) * currency.scale
-        if kind is not None and not any(unit.kind == kind for unit in space.units):
+        if kind is not None and not any(kind in (unit.kind, unit.group) for unit in space.units):
             kinds = ", ".join(dict.fromkeys(unit.kind for unit in space.units))
             raise EvoPressError(f"limits has the kind {kind!r:.100}, which no unit is of: choose one of {kinds}, or leave it out")
+        if currency is CURRENCIES["read"] and any(map(num_experts, space.units)):
+            raise EvoPressError(
+                "limits has the currency read, which no sum over units is where experts are dropped: those that stay are read more "
+                "often; leave it out, or set method.granularity to another"
+            )
         limits.append(Limit(count, currency, kind))
     return tuple(limits)
 

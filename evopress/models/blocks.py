@@ -24,8 +24,22 @@ from evopress.models.families import Family, Parts
 from evopress.models.head import Head, scale_of, softcap_of
 from evopress.models.looking import look_at, say
 from evopress.models.outline import is_linear
+from evopress.models.routing import expert_layer
 from evopress.models.slots import Slot, outside_slots
 from evopress.units import BLOCKS, EMBEDDING
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """What a layer of experts is called and how many there are."""
+
+    name: str
+    """Full name of the module that holds them: "model.layers.0.mlp.experts"."""
+    count: int
+    chosen: int
+    """How many of them a token is sent to."""
+    size: int
+    """Weights of one expert, biases and its row of the router included."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,8 @@ class BlockShape:
     """Of the whole block, norms included."""
     kinds: tuple[str, ...] = ("attention", "mlp")
     """Which of them it has."""
+    experts: ExpertShape | None = None
+    """Its layer of experts, where it has one whose router is found."""
 
 
 @contextmanager
@@ -163,10 +179,13 @@ class BlockModel:
         return {name: Slot(name, kind_of(name, linear), linear) for name, linear in self.linears(part).items()}
 
     def reads(self) -> dict[str, float]:
-        """Return the share of a slot's weight that a token reads, by name, where that is not all of it: see `Unit.read`."""
+        """Return the share of a slot's weight, or of an expert, that a token reads, by name, where that is not all of it."""
         text: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
         slots = [slot for part in self.parts for slot in self.slots(part).values()]
         found = {slot.name: chosen_share(text, slot.module.count) for slot in slots if isinstance(slot.module, ExpertLinear)}
+        for shape in self.shapes():
+            if (each := shape.experts) is not None:
+                found |= {f"{each.name}.{expert}": each.chosen / each.count for expert in range(each.count)}
         if self.embedding_part not in (None, self.head_part):
             found |= {slot.name: 1 / len(slot.weight) for slot in slots if slot.kind == EMBEDDING}
         return found
@@ -180,7 +199,8 @@ class BlockModel:
 
     def shapes(self) -> list[BlockShape]:
         """Return the names and sizes of all blocks."""
-        return [_shape(f"{self._prefix}.{i}", block, self.family.parts(i)) for i, block in enumerate(self.blocks)]
+        text: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
+        return [_shape(f"{self._prefix}.{i}", block, self.family.parts(i), text) for i, block in enumerate(self.blocks)]
 
     @property
     def widest(self) -> int:
@@ -479,10 +499,16 @@ class BlockModel:
         return f"{wider}check the model's weights"
 
 
-def _shape(name: str, block: nn.Module, parts: Parts) -> BlockShape:
+def _shape(name: str, block: nn.Module, parts: Parts, config: Any) -> BlockShape:
     beside = [each for each in parts.around_mlp if is_linear(block.get_submodule(each))]
     attention, mlp = (sum(_num_parameters(block, each) for each in names) for names in (parts.attention, (*parts.mlp, *beside)))
-    return BlockShape(name, attention=attention, mlp=mlp, size=_num_parameters(block, ""), kinds=parts.kinds)
+    experts = None
+    if layer := expert_layer(block):
+        parameters = (each for name_ in (layer.name, layer.router) for each in block.get_submodule(name_).parameters())
+        of_all = sum(parameter.numel() for parameter in parameters if parameter.shape[0] == layer.count)
+        chosen = round(chosen_share(config, layer.count) * layer.count)
+        experts = ExpertShape(f"{name}.{layer.name}", layer.count, chosen, of_all // layer.count)
+    return BlockShape(name, attention=attention, mlp=mlp, size=_num_parameters(block, ""), kinds=parts.kinds, experts=experts)
 
 
 def _num_parameters(block: nn.Module, name: str) -> int:

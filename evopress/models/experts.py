@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evopress.errors import EvoPressError
+
 _CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 _LOOPED: dict[type, type] = {}
@@ -180,10 +182,15 @@ def _forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> T
     numbers, weights = (*args, *kwargs.values())[:2]
     total, k = numbers.shape
     order = torch.argsort(numbers.flatten(), stable=True)
-    sizes: Sequence[int] = torch.bincount(numbers.flatten(), minlength=count).tolist()
+    sizes: Sequence[int] = tokens_of(module, hidden_states, numbers).tolist()
+    if any(sizes[expert] for expert in vars(module).get("dropped", ())):
+        raise EvoPressError(
+            f"a token is sent to an expert that is dropped, by the router beside this {type(module).__name__}: fewer are left than "
+            "it chooses, or it chooses by more than its logits; drop fewer, or choose another model"
+        )
     # Summed over a token's experts in their order: adding in place would depend on the order of a GPU's threads.
     made, start = hidden_states.new_zeros(total * k, hidden_states.shape[-1]), 0
-    for expert, size in enumerate(sizes[:count]):  # numbers beyond are of no expert
+    for expert, size in enumerate(sizes):
         if size:
             places = order[start : start + size]
             tokens = places // k
@@ -191,6 +198,15 @@ def _forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> T
             made = made.index_copy(0, places, (each * weights.flatten()[places, None]).to(made.dtype))
         start += size
     return made.view(total, k, -1).sum(1)
+
+
+def tokens_of(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return how many tokens a layer hands to each of its experts, int64 [E], from what its forward is given."""
+    count = len(module.down_proj)
+    if _is_sorted(module):
+        return hidden_states.view(count, -1, hidden_states.shape[-1]).any(-1).sum(1)
+    numbers: Tensor = (*args, *kwargs.values())[0]
+    return torch.bincount(numbers.flatten(), minlength=count)[:count]  # numbers beyond are of no expert
 
 
 def _expert(module: Any, linears: dict[str, ExpertLinear], expert: int, x: Tensor, routed: tuple[Tensor, int] | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from evopress.currencies import num_experts
 from evopress.reporting.drawing import new_figure, save
 from evopress.reporting.figures import draw_cells, measure, measure_name, measured_size
 from evopress.units import Genome, Space, is_of_expert
@@ -14,8 +15,9 @@ def of_experts(space: Space, genome: Genome) -> dict[tuple[int, int], float]:
     whole, unfolded = space.whole, space.unfold(genome)
     totals: dict[tuple[int, int], list[int]] = {}
     for index, (unit, level) in enumerate(zip(whole.units, unfolded, strict=True)):
-        if is_of_expert(unit) and not whole.is_gone(unfolded, index):
-            total = totals.setdefault((int(unit.name.split(".")[-2]), unit.block), [0, 0])
+        if (is_of_expert(unit) or num_experts(unit)) and not whole.is_gone(unfolded, index):
+            expert = unit.name.split(".")[-1 if num_experts(unit) else -2]
+            total = totals.setdefault((int(expert), unit.block), [0, 0])
             total[0] += whole.prices[index][level]
             total[1] += measured_size(whole, unit)
     return {place: measure(whole, cost, size) for place, (cost, size) in totals.items() if size}

@@ -211,6 +211,7 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
         column("sparsity", lambda row: row.get("sparsity"), "{:.3f}".format),
         column("weights kept", lambda row: row.get("weights_kept"), "{:,.0f}".format),
         column("modules dropped", lambda row: row.get("modules_dropped"), "{:.0f}".format),
+        column("experts dropped", lambda row: row.get("experts_dropped"), "{:.0f}".format),
         column("size MB if packed", lambda row: _megabytes(row.get("bytes")), "{:.1f}".format),
         column("MB read per token", lambda row: _megabytes(row.get("bytes_read_per_token")), "{:.1f}".format),
         column("checkpoint MB", lambda row: _megabytes(row.get("checkpoint_bytes")), "{:.1f}".format),

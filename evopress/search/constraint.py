@@ -167,7 +167,7 @@ def tables_of(space: Space, budget: Budget) -> list[tuple[Prices, int]]:
     tables: list[tuple[Prices, int]] = [(space.prices, budget.total)]
     for limit in budget.limits:
         prices = space.prices_in(limit.currency or space.words)
-        counted = [limit.kind in (None, unit.kind) for unit in space.units]
+        counted = [limit.kind in (None, unit.kind, unit.group) for unit in space.units]
         tables.append((tuple(p if here else (0,) * len(p) for p, here in zip(prices, counted, strict=True)), limit.total))
     return tables
 
@@ -221,6 +221,11 @@ class Spending:
         """Tell whether all limits are kept with so much more."""
         return all(more <= left or more <= 0 for more, left in zip(added, self.left, strict=True))
 
+    def helps(self, unit: int) -> bool:
+        """Tell whether compressing a unit more brings a limit that is exceeded nearer, and exceeds no other."""
+        added = self.step(unit, 1)
+        return any(added[i] < 0 for i in self.exceeded) and self.fits(added)
+
     def move(self, unit: int, by: int) -> None:
         """Move a unit that is there."""
         added = self.step(unit, by)
@@ -258,11 +263,11 @@ class FittingExchange:
             return False
         moved = {_draw(movable, rng)}
         spending.move(next(iter(moved)), by)
-        while exceeded := spending.exceeded:
+        while spending.exceeded:
             helpful = [
                 unit
                 for unit in range(len(self._space))
-                if unit not in moved and spending.can_move(unit, 1) and any(spending.step(unit, 1)[i] < 0 for i in exceeded)
+                if unit not in moved and spending.can_move(unit, 1) and spending.helps(unit)
             ]
             if not helpful:
                 return False
@@ -275,13 +280,13 @@ class FittingExchange:
 
 EXCHANGES: dict[str, Callable[[Space, Budget], Exchange]] = {
     "size": lambda space, budget: GroupSwitch(space, lambda unit: unit.size),
-    "name": lambda space, budget: GroupSwitch(space, lambda unit: unit.kind),
+    "name": lambda space, budget: GroupSwitch(space, lambda unit: unit.group),
     "any": lambda space, budget: ExactExchange(space),
     "none": RepairedExchange,
     "fit": FittingExchange,
 }
-"""The values of `exchange`: between units of equal size, of equal kind, any that balance exactly, any repaired to fit; fit: any,
-whatever the costs and limits, modules beside weights too."""
+"""The values of `exchange`: between units of equal size, of equal kind (experts of one layer), any that balance exactly, any
+repaired to fit; fit: any, whatever the costs and limits, modules beside weights too."""
 
 
 class Deviation:

@@ -41,7 +41,7 @@ def random_mix(space: Space, budget: Budget, rng: np.random.Generator) -> Genome
     if space.inside or len(budget.by_kind) < len(budget.limits):
         return _fitting_mix(space, budget, rng)
     for kind, total in budget.by_kind.items() or ((None, budget.total),):
-        members = [index for index, unit in enumerate(space.units) if kind in (None, unit.kind)]
+        members = [index for index, unit in enumerate(space.units) if kind in (None, unit.group)]
         part = _part(space, members)
         mix = _mix(part, Budget(total, budget.target, budget.measure), rng)
         for index, level in zip(members, mix, strict=True):
@@ -69,14 +69,14 @@ def _fitting_mix(space: Space, budget: Budget, rng: np.random.Generator) -> Geno
         levels[index] = 0
     spending = Spending(space, budget, levels)
     order = iter(rng.permutation(modules).tolist() if modules else [])
-    while exceeded := spending.exceeded:
+    while spending.exceeded:
         module = next(order, None)
         if module is None:
             raise EvoPressError(
                 f"no genome found meets target {budget.target:g} {budget.measure}"
                 f"{''.join(f', {limit}' for limit in budget.limits)}: raise one of them or add more compressed levels"
             )
-        if spending.can_move(module, 1) and any(spending.step(module, 1)[i] < 0 for i in exceeded):
+        if spending.can_move(module, 1) and spending.helps(module):
             spending.move(module, 1)
     there = [index for index in weights if not space.is_gone(levels, index)]
     part, total = _part(space, there), budget.total - sum(space.prices[index][levels[index]] for index in modules)

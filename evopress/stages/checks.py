@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from evopress.baselines.baseline import MODULES, WEIGHTS, check_minibatch
+from evopress.baselines.baseline import EXPERTS, MODULES, WEIGHTS, check_minibatch
 from evopress.baselines.named import BASELINES, make_baselines, names_serving
+from evopress.currencies import EXPERT
 from evopress.data.special_tokens import ids_beyond
 from evopress.errors import EvoPressError
 from evopress.evaluation import zero_shot
@@ -19,7 +20,9 @@ from evopress.workspace import Workspace
 
 def check_names(settings: RunSettings) -> None:
     """Raise EvoPressError for baselines that do not exist, or not for this method."""
-    kind = MODULES if isinstance(settings.method, DropSettings) else WEIGHTS
+    kind = WEIGHTS
+    if isinstance(settings.method, DropSettings):
+        kind = EXPERTS if settings.method.granularity == EXPERT else MODULES
     for name in settings.baselines.names:
         if name not in BASELINES or kind not in make_baselines(settings.baselines, [name])[name].serves:
             raise EvoPressError(
@@ -86,6 +89,11 @@ def check_strategy(settings: RunSettings) -> None:
     if "search" not in settings.stages or not any(ask.attribution for ask in searching(settings.search, derived=1).asks()):
         return
     name = settings.search.strategy.name
+    if getattr(settings.method, "granularity", None) == EXPERT:
+        raise EvoPressError(
+            f"search/strategy={name} asks what each unit holds, and of an expert that no token is sent to nothing tells: use "
+            "search/strategy=evolution"
+        )
     if settings.fitness.evaluator == "plain":
         raise EvoPressError(
             f"search/strategy={name} runs blocks alone, which fitness.evaluator=plain does not: leave one of them out"

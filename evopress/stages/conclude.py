@@ -9,7 +9,7 @@ from typing import Any
 
 from evopress.evaluation.heldout import MEANS, Scores, scores_by_data_set
 from evopress.evaluation.zero_shot import ZeroShot, load_tasks, measure_zero_shot
-from evopress.levels.modules import dropped_modules
+from evopress.levels.modules import dropped_modules, modules_of
 from evopress.reporting import figures, tables
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.dropped import dropped_modules_figure
@@ -179,7 +179,8 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
         others = {name: other for name, other in others.items() if not name.startswith("uniform_") and name != shown_as}
         if workspace.method.modules is not None:
             dropped = {name: dropped_modules(union, each) for name, each in {**others, shown_as: genome}.items()}
-            pictures += dropped_modules_figure(dropped, len(workspace.blocks.blocks), run_dir / "figures")
+            if any(map(modules_of, union.units)):
+                pictures += dropped_modules_figure(dropped, len(workspace.blocks.blocks), run_dir / "figures")
         if workspace.method.weights is not None:
             pictures += figures.level_profile(union, {**others, shown_as: genome}, run_dir / "figures")
         pictures += expert_figure(space, genome, run_dir / "figures")

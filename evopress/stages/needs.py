@@ -16,6 +16,7 @@ from evopress.baselines.named import make_baselines
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.levels.live import enough_to_keep
+from evopress.levels.modules import modules_of
 from evopress.levels.plan import CORRECTED_FORWARDS, BuildNeeds
 from evopress.reporting.records import read_json
 from evopress.search.initial import uniform_genome
@@ -307,7 +308,7 @@ class Planner:
         """Add the evaluation of candidates on so many tokens each, so many times."""
         plain = self.settings.fitness.evaluator == "plain"
         share = 1.0 if plain or candidates == 1 else _SHARED
-        if self.modules:  # what is dropped is not run
+        if self.modules and modules_of(self.space.units[0]):  # what is dropped is not run
             share *= 1.0 - (self.settings.sparsity or 0.0)
         forwards = share * candidates * tokens * self.num_blocks * times
         needs.tokens += candidates * tokens * times

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evopress.baselines.baseline import MODULES, WEIGHTS
+from evopress.baselines.baseline import EXPERTS, MODULES, WEIGHTS
 from evopress.baselines.named import BASELINES, make_baselines, names_serving
 from evopress.errors import EvoPressError
 from evopress.settings import BaselinesSettings
@@ -28,12 +28,13 @@ class Nothing:
 """
 
 
-def test_every_name_serves_weights_or_modules() -> None:
+def test_every_name_serves_weights_modules_or_experts() -> None:
     ranked = ["shortgpt", "sliding_window", "weight_subcloning", "shortened_llama", "shortened_llama_kl", "l2", "l2_normalized"]
     allocators = ["first_order", "fisher", "linear_model", "one_at_a_time"]
     assert names_serving(WEIGHTS) == ["uniform", "best_of_random", "dp", "owl", "atp", "alphapruning", *allocators]
     assert names_serving(MODULES) == ["best_of_random", *ranked, "interactions", "exhaustive"]
-    assert {*names_serving(WEIGHTS), *names_serving(MODULES)} == set(BASELINES)
+    assert names_serving(EXPERTS) == ["best_of_random", "exhaustive", "least_routed"]
+    assert {*names_serving(WEIGHTS), *names_serving(MODULES), *names_serving(EXPERTS)} == set(BASELINES)
 
 
 def test_rows_have_an_order_of_their_own_and_rankings_that_of_the_settings() -> None:

@@ -78,7 +78,8 @@ def test_every_option_composes(group: str, option: str, composed: Callable[..., 
     assert isinstance(result, RunSettings)
     name = getattr(getattr(result, group, None), "name", None)
     if name is not None:
-        assert name == {"gguf": "quant"}.get(option, option)  # +method=gguf is quantization to other grids
+        # +method=gguf is quantization to other grids, +method=experts depth pruning of smaller things
+        assert name == {"gguf": "quant", "experts": "drop"}.get(option, option)
 
 
 def test_groups_are_those_that_are_documented() -> None:

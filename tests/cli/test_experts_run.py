@@ -86,3 +86,42 @@ def test_the_experts_of_a_block_can_have_one_level(folder: Path, evopress: Calla
     assert len(levels) == 4 and all(len(each) == 4 and len(set(each)) == 1 for each in levels.values())
     assert len({each[0] for each in levels.values()}) > 1  # not all that there is to it
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_experts_are_dropped_from_the_command_to_a_smaller_checkpoint(
+    folder: Path, evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    arguments = ("sparsity=0.25", "+debug=tiny", "model=local", f"model.path={folder}", "model.dtype=float32", "hydra.run.dir=run")
+    uneven = ("method.balanced=false", "search.exchange=fit") if folder.name == "gpt_oss" else ()
+    outcome = evopress("+method=experts", *arguments, "model.sequence_length=64", *uneven, STAGES)
+    assert outcome.code == 0, outcome.text
+    run = tmp_path / "run"
+    units = json.loads((run / "genome.json").read_text(encoding="utf-8"))["units"]
+    assert len(units) == 8 and sum(unit["label"] == "drop" for unit in units) == 2
+    rows = {row["name"]: row for row in json.loads((run / "result.json").read_text(encoding="utf-8"))["rows"]}
+    assert {"dense", "best_of_4", "least_routed", "evopress"} == set(rows)
+    assert rows["evopress"]["sparsity"] == 0.25 and rows["evopress"]["experts_dropped"] == 2
+    assert rows["evopress"]["bytes_read_per_token"] == rows["dense"]["bytes_read_per_token"]
+    assert " experts dropped " in markdown_table([*rows.values()])
+    written = AutoModelForCausalLM.from_pretrained(run / "checkpoint", dtype=torch.float32)
+    if not uneven:
+        assert sum(4 * parameter.numel() for parameter in written.parameters()) == rows["evopress"]["bytes"]
+
+
+REFUSED_EXPERTS = {
+    "guided": (("search/strategy=guided",), "of an expert that no token is sent to nothing tells: use search/strategy=evolution"),
+    "uneven": (("method.balanced=false", "search.exchange=fit"), "one number of experts for all blocks"),
+    "packed": (("export=[compressed_tensors]",), "export=[compressed_tensors] is not written for models whose experts are dropped"),
+}
+
+
+def test_what_experts_cannot_be_is_refused_before_anything_is_built(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    any_model("qwen3_moe", num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    model = ("model=local", "model.path=model", "model.sequence_length=64")
+    arguments = ("+method=experts", "sparsity=0.25", "+debug=tiny", *model, "hydra.run.dir=run")
+    for further, sentence in REFUSED_EXPERTS.values():
+        outcome = evopress(*arguments, *further)
+        assert outcome.code == 1 and "Traceback" not in outcome.text, outcome.text
+        (said,) = outcome.errors
+        assert sentence in said

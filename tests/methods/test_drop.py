@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from evopress.errors import EvoPressError
 from evopress.levels.modules import ATTENTION, MLP, dropped_modules
 from evopress.methods import make_method
-from evopress.models.blocks import BlockShape
+from evopress.models.blocks import BlockShape, ExpertShape
 from evopress.search import LevelSwitch, offspring, random_mix
 from evopress.settings import DropSettings, RunSettings, ScaleSettings, SearchConfig
 
@@ -61,6 +61,33 @@ def test_every_genome_drops_what_the_target_says(count: int, share: float, granu
         assert kinds == {ATTENTION: wanted, MLP: wanted}
         assert budget.met_by(space, child) and space.cost(child) == budget.total
         assert method.costs(space, child) == {"sparsity": wanted / count, "modules_dropped": 2 * wanted}
+
+
+def experts_of(count: int, blocks: int = 3, chosen: int = 2) -> list[BlockShape]:
+    names = [f"model.layers.{i}" for i in range(blocks)]
+    return [BlockShape(name, experts=ExpertShape(f"{name}.mlp.experts", count, chosen, 50)) for name in names]
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(count=st.integers(3, 9), dropped=st.integers(1, 7), balanced=st.booleans(), seed=st.integers(0, 99))
+def test_every_genome_keeps_as_many_experts_of_a_block_as_a_token_is_sent_to(
+    count: int, dropped: int, balanced: bool, seed: int
+) -> None:
+    dropped, exchange = min(dropped, count - 2), "name" if balanced else "fit"
+    method = method_of(dropped / count, granularity="expert", balanced=balanced, exchange=exchange)
+    space = method.space(experts_of(count), dtype_bits=16).priced(method.currency)
+    budget, rng = method.budget(space), np.random.default_rng(seed)
+    genome = random_mix(space, budget, rng)
+    children = (genome,)
+    if 3 * (count - dropped) > 3 * 2 or balanced:  # else there is nothing to trade
+        children += tuple(offspring(LevelSwitch(space, budget, exchange=exchange), genome, 4, rng))
+    for child in children:
+        kept = [count - sum(child[i * count : (i + 1) * count]) for i in range(3)]
+        assert sum(kept) == 3 * (count - dropped) and min(kept) >= 2 and budget.met_by(space, child)
+        assert len(set(kept)) == 1 or not balanced
+        assert method.costs(space, child) == {"sparsity": pytest.approx(dropped / count), "experts_dropped": 3 * dropped}
+    too_few = tuple(int(i < count - 1) for i in range(count)) + (0,) * (2 * count)
+    assert not budget.met_by(space, too_few)
 
 
 def test_the_target_is_rounded_down_but_not_below_a_whole_number() -> None:
@@ -135,7 +162,14 @@ REFUSED = {
     "not a number": ({"sparsity": math.nan}, ["sparsity=nan"]),
     "less than a block": ({"sparsity": 0.03}, ["drops 0 of 30 blocks", "0.0334"]),
     "an odd number in pairs": ({"sparsity": 0.25, "granularity": "pair"}, ["7 of 30 blocks", "two at a time", "block"]),
-    "unknown granularity": ({"granularity": "head"}, ["method.granularity=head", "module, block, pair"]),
+    "unknown granularity": ({"granularity": "head"}, ["method.granularity=head", "module, block, pair, expert"]),
+    "too few experts": (
+        {"sparsity": 0.8, "granularity": "expert"},
+        ["drops 6 of 8 experts", "is sent to 3", "1 to 5", "below 0.75"],
+    ),
+    "no expert": ({"sparsity": 0.1, "granularity": "expert"}, ["drops 0 of 8 experts", "at least 0.125"]),
+    "experts of any block": ({"exchange": "any", "granularity": "expert"}, ["search.exchange=any", "search.exchange=name"]),
+    "experts of unequal blocks": ({"balanced": False, "granularity": "expert"}, ["search.exchange=name", "search.exchange=fit"]),
     "an exchange of kinds": ({"exchange": "any"}, ["search.exchange=any", "search.exchange=name", "method.balanced=false"]),
     "no exchange of kinds": ({"balanced": False}, ["method.balanced=false", "search.exchange=any"]),
     "too few are left": ({"exclude": list(range(25))}, ["leaves 5 attention units", "drops 7", "exclude fewer"]),
@@ -149,8 +183,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_is_refused(case: str) -> None:
     arguments, parts = REFUSED[case]
+    blocks = experts_of(8, 30, 3) if arguments.get("granularity") == "expert" else blocks_of(30)
     with pytest.raises(EvoPressError) as caught:
-        space_of(method_of(**arguments))
+        method_of(**arguments).space(blocks, dtype_bits=16)
     for part in parts:
         assert part in str(caught.value)
 
