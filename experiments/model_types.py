@@ -12,6 +12,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import Tensor
 from evopress.compress.compressor import Compressor
 from evopress.compress.gptq import GPTQ
 from evopress.compress.sparsegpt import SparseGPT
+from evopress.currencies import EXPERT
 from evopress.errors import EvoPressError
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator
@@ -34,6 +36,7 @@ from evopress.levels.modules import ModuleLevels
 from evopress.levels.plan import BuildSettings
 from evopress.methods.drop import Modules
 from evopress.models.blocks import BlockModel, by_blocks
+from evopress.models.experts import linears_of
 from evopress.models.families import named_family
 from evopress.models.outline import outlined
 from evopress.models.tiny_any import any_model, causal_types
@@ -59,7 +62,9 @@ class Row:
     dense: tuple[str, ...] = ()
     """Why others have none."""
     no_drop: str = ""
-    """Why nothing of it can be dropped."""
+    """Why no module of it can be dropped."""
+    experts: str | None = None
+    """Why no expert of it can be dropped; empty: they can; None: it has none."""
     differences: tuple[tuple[str, float], ...] = ()
     """Largest differences, of logits or last hidden states."""
     cache: bool | None = None
@@ -106,13 +111,16 @@ def _methods(model_type: str, blocks: BlockModel, check: float, ids: Tensor, fol
     wrong = [f"{name} differs by {value:.2g}" for name, value in (*found, *quant, *sparse) if not value < TOLERANCE]
     dropped, no_drop = _modules(blocks, ids, folder)
     far = [f"{name} differs by {value:.2g}" for name, value in dropped if not value < TOLERANCE]
+    sent, experts = _experts(blocks, ids, folder) if any(map(linears_of, blocks.model.modules())) else ([], None)
+    off = [f"{name} differs by {value:.2g}" for name, value in sent if not value < TOLERANCE]
     return Row(
         model_type,
         refused=f"WRONG: {'; '.join(wrong)}" if wrong else "",
         units=sum(sizes) / whole,
         dense=tuple(dict.fromkeys(blocks.family.dense.values())),
         no_drop=f"WRONG: {'; '.join(far)}" if far else no_drop,
-        differences=(*found, *quant, *sparse, *dropped),
+        experts=f"WRONG: {'; '.join(off)}" if off else experts,
+        differences=(*found, *quant, *sparse, *dropped, *sent),
         cache=cache,
     )
 
@@ -146,6 +154,22 @@ def _modules(blocks: BlockModel, ids: Tensor, folder: Path) -> tuple[list[tuple[
     found = [("drop: population", _evaluators(live, [genome], ids))]
     difference, _ = _export(live, genome, ids, folder / "shorter")
     return [*found, ("drop: export", difference)], ""
+
+
+def _experts(blocks: BlockModel, ids: Tensor, folder: Path) -> tuple[list[tuple[str, float]], str]:
+    """Drop one expert of every layer, each time another, and compare; or say why that cannot be."""
+    try:
+        space: Space = Modules(EXPERT).space(blocks.shapes(), dtype_bits=32)
+        live = LiveModel(blocks, ModuleLevels(space))
+        layers = list(dict.fromkeys(unit.group for unit in space.units))
+        counts = Counter(unit.group for unit in space.units)
+        gone = {f"{layer}.{index % counts[layer]}" for index, layer in enumerate(layers)}
+        genome = tuple(int(unit.name in gone) for unit in space.units)
+        found = [("experts: population", _evaluators(live, [genome], ids))]
+        difference, _ = _export(live, genome, ids, folder / "fewer")
+    except EvoPressError as error:
+        return [], str(error)
+    return [*found, ("experts: export", difference)], ""
 
 
 def _evaluators(live: LiveModel, genomes: Sequence[Genome], ids: Tensor) -> float:
@@ -210,8 +234,10 @@ Written by `python -m experiments.model_types`, from transformers {version}: of 
 with random weights was taken through what a run does, in float32 on a CPU. A test does the same.
 
 {works} of {built} architectures work for quantization and sparsity, {drop} of them for depth pruning; of {unbuilt} no tiny model
-was made. *Works* means: block by block is the whole model, the population is the plain way, and a checkpoint that is exported
-computes in plain transformers what was measured, all to {tolerance:g}. The largest difference that was seen is {largest:.1e}.
+was made. Of {mixtures} mixtures of experts, {experts} work for dropping experts, as many of each block. *Works* means: block by
+block is the whole model, the population is the plain way, and a checkpoint that is exported computes in plain transformers what was
+measured, all to {tolerance:g}. The largest difference that was seen is {largest:.1e}. Routers here have one group of
+experts; those that choose among several groups first, as DeepSeek V3's does, are refused for dropping experts.
 
 A model type is `model_type` in the checkpoint's config.json. *Weights with levels* is the share of the blocks' weights that
 compression reaches, in these tiny models; of real ones it is larger, since norms and gates are smaller beside the rest. What stays
@@ -245,6 +271,7 @@ def page(rows: Sequence[Row]) -> str:
     built = [row for row in rows if not row.built]
     refused = [row for row in built if row.refused]
     largest = max((value for row in working for _, value in row.differences), default=0.0)
+    of_experts = [row for row in working if row.experts is not None]
     lines = [
         HEAD.format(
             version=transformers.__version__,
@@ -252,13 +279,19 @@ def page(rows: Sequence[Row]) -> str:
             built=len(built),
             unbuilt=len(rows) - len(built),
             drop=sum(not row.no_drop for row in working),
+            mixtures=len(of_experts),
+            experts=sum(not row.experts for row in of_experts),
             tolerance=TOLERANCE,
             largest=largest,
         ),
         "## These work",
-        "| model type | weights with levels | also dense | depth pruning |",
-        "|---|---:|---|---|",
-        *(f"| {row.model_type} | {row.units:.0%} | {', '.join(row.dense)} | {row.no_drop or 'works'} |" for row in working),
+        "| model type | weights with levels | also dense | depth pruning | dropping experts |",
+        "|---|---:|---|---|---|",
+        *(
+            f"| {row.model_type} | {row.units:.0%} | {', '.join(row.dense)} | {row.no_drop or 'works'} "
+            f"| {'' if row.experts is None else row.experts or 'works'} |"
+            for row in working
+        ),
         "",
         "## These are refused",
         "| model type | sentence |",
