@@ -297,18 +297,19 @@ def summed(total: Tensor) -> Tensor:
     import torch
     import torch.distributed as dist
 
+    at_hand = total.cpu() if total.is_cuda and not _has_nccl() else total
     step = 1
     with _together():
         while step < world.size:
             if world.rank % (2 * step) == step:
-                dist.send(total, world.rank - step)
+                dist.send(at_hand, world.rank - step)
             elif world.rank % (2 * step) == 0:
-                other = torch.empty_like(total)
+                other = torch.empty_like(at_hand)
                 dist.recv(other, world.rank + step)
-                total += other
+                at_hand += other
             step *= 2
-        dist.broadcast(total, src=0)
-    return total
+        dist.broadcast(at_hand, src=0)
+    return total if at_hand is total else total.copy_(at_hand)
 
 
 def _has_nccl() -> bool:
