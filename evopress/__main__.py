@@ -104,19 +104,24 @@ def _among_others() -> Iterator[None]:
         if ranks.leads():
             yield
             return
-        logging.disable(logging.WARNING)  # the first process says what there is to say
-        os.environ["TERM"] = "dumb"
-        machine.keep_freed_memory()
-        machine.exact_products()
-        from evopress.stages.following import follow_run
-
-        try:
-            follow_run()
-        except KeyboardInterrupt as stop:  # of which the first process speaks
-            sys.exit(exit_code(stop))
+        _follow()
     finally:
         ranks.end()
     sys.exit(0)
+
+
+def _follow() -> None:
+    """Do this process's share until the first one ends, which says what there is to say."""
+    logging.disable(logging.WARNING)
+    os.environ["TERM"] = "dumb"
+    machine.keep_freed_memory()
+    machine.exact_products()
+    from evopress.stages.following import follow_run
+
+    try:
+        follow_run()
+    except KeyboardInterrupt as stop:  # of which the first process speaks
+        sys.exit(exit_code(stop))
 
 
 def _compose_and_run(entry: Callable[[], None]) -> None:
@@ -247,6 +252,20 @@ def _hydras_own(overrides: Path) -> list[str]:
 
 
 def _task(config: DictConfig) -> float:
+    """Run one job, or this process's share of it where a launcher has started several tasks for it."""
+    if os.getpid() == _started_in or ranks.asked_for() or not ranks.is_task_of_several():
+        return _job(config)
+    try:
+        ranks.begin()
+        if ranks.leads():
+            return _job(config)
+        _follow()
+        return float("nan")
+    finally:
+        ranks.end()
+
+
+def _job(config: DictConfig) -> float:
     """Run one job; a user's error is one sentence, in a multirun too, where the other jobs go on. A signal stops them all."""
     configuration.register()  # in the process that a launcher starts for the job, nobody has
     folder = Path(HydraConfig.get().runtime.output_dir)

@@ -1,4 +1,4 @@
-"""One run on several processes, as `torchrun` starts them: the first decides and writes, the others do their share of what it asks.
+"""One run on several processes, as torchrun or Slurm starts them: the first decides and writes, the others do their share.
 
 A function whose work can be shared is marked by `together`: where the first process calls it, all call it, each on what it has
 opened itself. Inside it `divided`, `stacked`, `each`, `first` and `summed` share the work and bring together what was found.
@@ -75,8 +75,20 @@ def asked_for() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def is_task_of_several() -> bool:
+    """Tell whether Slurm has started this process as one of several tasks of a step; then note what torchrun would tell it."""
+    told = os.environ
+    if "SLURM_STEP_ID" not in told or int(told.get("SLURM_NTASKS", "1")) < 2:
+        return False
+    port = 20000 + int(told["SLURM_JOB_ID"]) % 20000
+    address = told.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    os.environ |= {"RANK": told["SLURM_PROCID"], "LOCAL_RANK": told["SLURM_LOCALID"], "WORLD_SIZE": told["SLURM_NTASKS"]}
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    return True
+
+
 def launched() -> bool:
-    """Tell whether this is a run under torchrun, also on one process."""
+    """Tell whether this is a run under torchrun, or of several tasks of Slurm, also on one process."""
     return _world is not None
 
 
@@ -108,7 +120,10 @@ def begin() -> None:
     global _world
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if SHARES % count:
-        raise EvoPressError(f"torchrun has started {count} processes, expected 1, 2, 4 or {SHARES}: give --nproc-per-node=N")
+        raise EvoPressError(
+            f"this run was started as {count} processes, expected 1, 2, 4 or {SHARES}: give torchrun --nproc-per-node=N, or "
+            "hydra.launcher.tasks_per_node=N"
+        )
     import torch.distributed as dist
 
     if not dist.is_available():

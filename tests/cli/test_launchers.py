@@ -128,6 +128,12 @@ def test_processes_share_the_cores_that_nobody_has_set(monkeypatch: pytest.Monke
     [
         pytest.param("local", "JoblibLauncher", {"n_jobs": 2}, marks=needs("joblib")),
         pytest.param("slurm", "SlurmLauncher", {"gpus_per_node": 1, "max_num_timeout": 10}, marks=needs("submitit")),
+        pytest.param(
+            "slurm_gpus",
+            "SlurmLauncher",
+            {"gpus_per_node": 4, "tasks_per_node": 4, "cpus_per_task": 8, "max_num_timeout": 10},
+            marks=needs("submitit"),
+        ),
         pytest.param("cluster", "RayLauncher", {"ray.remote.num_gpus": 1}, marks=needs("ray")),
     ],
 )

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed  # before processes are forked: it takes a second
 
+from evopress import __main__ as program
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.fitness.suffix import SuffixLoss
 
@@ -128,6 +129,31 @@ def test_a_run_whose_processes_were_killed_goes_on_with_another_number_of_them(
     assert [process.code for process in ended] == [0, 0], ended[0].text
     assert ended[1].text == ""  # the first one says what there is to say
     assert found_in(tmp_path / "killed") == found_in(tmp_path / "whole")
+
+
+def as_tasks_of_slurm(rank: int) -> None:
+    """Let a process be what a launcher's job is: one of two tasks that srun has started, which runs the job that it is given."""
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        del os.environ[name]
+    job = str(int(os.environ.pop("MASTER_PORT")) % 20000)
+    os.environ |= {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}
+    os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+    task = program._task
+
+    def launched(config: Any) -> float:
+        program._started_in = 0
+        return task(config)
+
+    program._task = launched
+
+
+def test_tasks_of_a_slurm_job_share_it(evopress_in: Callable[..., Any], tmp_path: Path) -> None:
+    command = (*METHODS["drop"], *HERE)
+    ends = [run_on(2, evopress_in, *command, cwd=tmp_path / "torchrun")]
+    ends.append(run_on(2, evopress_in, *command, cwd=tmp_path / "slurm", in_child=as_tasks_of_slurm))
+    assert [process.code for end in ends for process in end] == [0] * 4, ends[1][0].text
+    assert "2 processes share the work" in ends[1][0].text
+    assert found_in(tmp_path / "slurm") == found_in(tmp_path / "torchrun")
 
 
 def test_what_is_refused_is_said_once_and_ends_all(evopress_in: Callable[..., Any], tmp_path: Path) -> None:
