@@ -318,8 +318,7 @@ def _along(H: Tensor, direction: Tensor, slope: Tensor, moved: Tensor) -> tuple[
 
 def _best(gain: Tensor, curvature: Tensor) -> Tensor:
     """Return the move that lowers the error most, [R]."""
-    best = torch.where(curvature > 0, gain / curvature, torch.zeros_like(gain))
-    return torch.where(torch.isfinite(best), best, torch.zeros_like(best))
+    return torch.nan_to_num(gain / curvature.clamp(min=0.0), nan=0.0, posinf=0.0, neginf=0.0)  # 0 without curvature
 
 
 def _kept(direction: Tensor, gain: Tensor, curvature: Tensor, move: Tensor, number: Tensor, wanted: Tensor) -> Tensor:
@@ -330,5 +329,5 @@ def _kept(direction: Tensor, gain: Tensor, curvature: Tensor, move: Tensor, numb
     Returns: what the errors change by, [c, R].
     """
     better = 2.0 * gain * move - curvature * move.square() > 0
-    number.copy_(torch.where(better, wanted, number))
-    return direction * torch.where(better, -move, torch.zeros_like(move))
+    torch.where(better, wanted, number, out=number)
+    return direction * (move * better).neg_()
