@@ -243,6 +243,8 @@ class SparsitySettings(MethodSettings):
     """sparsegpt: share of the Hessian's mean diagonal added to its diagonal, in (0, 1)."""
     block_size: int = 128
     """sparsegpt, recipe=paper: columns that are masked together."""
+    experts: str = "each"
+    """As in method quant."""
     include: list[str] = field(default_factory=lambda: ["blocks"])
     """As in method quant."""
     centre: float | None = None
@@ -251,6 +253,7 @@ class SparsitySettings(MethodSettings):
     def __post_init__(self) -> None:
         _expect_one_of("method.compressor", self.compressor, ("sparsegpt", "wanda", "magnitude"))
         _expect_one_of("method.recipe", self.recipe, ("paper", "best"))
+        _expect_one_of("method.experts", self.experts, ("each", "layer"))
         check_include(self.include)
         within = self.centre is None or 0.0 < self.centre < 1.0
         _expect(within, "method.centre", self.centre, "a share of weights in (0, 1), or null for the target")

@@ -65,8 +65,8 @@ class Sparsity:
 
     @property
     def experts_together(self) -> bool:
-        """Every expert has levels of its own."""
-        return False
+        """See `WeightSource.experts_together`."""
+        return self.settings.experts == "layer"
 
     @property
     def centre(self) -> float:
@@ -115,7 +115,7 @@ class Sparsity:
 
     def budget(self, space: Space, rest: Rest = NO_REST) -> Budget:
         """Return the weights that uniform sparsity keeps."""
-        total = sum(kept_at(unit.size, self.sparsity) for unit in space.units)
+        total = sum(kept_at(unit.size, self.sparsity) for unit in space.whole.units)
         limits = further_limits(self.limits, space, rest)
         return Budget(total=total, target=self.sparsity, measure="sparsity", limits=limits)
 

@@ -16,6 +16,7 @@ from evopress.compress.sparse import derive_step, kept_at
 from evopress.compress.sparsegpt import SparseGPT
 from evopress.compress.wanda import Wanda
 from evopress.errors import EvoPressError
+from evopress.levels.tied import tied
 from evopress.methods import make_method
 from evopress.search import uniform_genome
 from evopress.settings import RunSettings, SearchConfig, SparsitySettings
@@ -50,6 +51,16 @@ def test_the_target_is_a_level_of_every_unit_whatever_the_rounding(sizes: list[i
     ]
     assert uniform_genomes(space, method.uniform_name)["uniform"] == genome
     assert method.costs(space, genome) == {"sparsity": 1 - budget.total / sum(sizes), "weights_kept": budget.total}
+
+
+def test_the_target_is_a_level_of_experts_that_have_one_together() -> None:
+    method = method_of(experts="layer")
+    levels = method.compressor((101,), dtype_bits=16).levels((1, 101))
+    each = tuple(Unit(f"block.experts.{i}.down_proj", 0, "experts.down_proj", 101, levels) for i in range(5))
+    space = tied(Space("sparsity", each), None, experts=method.experts_together)
+    assert [(unit.name, unit.size) for unit in space.units] == [("block.experts.down_proj", 505)]
+    assert kept_at(505, 0.7) != 5 * kept_at(101, 0.7) == method.budget(space).total
+    assert uniform_genome(space, method.budget(space)) is not None
 
 
 def test_the_compressor_is_the_one_that_is_named() -> None:
