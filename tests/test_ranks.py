@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import socket
@@ -32,7 +31,12 @@ from evopress.levels.live import LiveModel
 from evopress.levels.refine import RefineSettings, ensure_refined
 from evopress.models.tiny import byte_tokenizer
 
-HAS_TASKS = importlib.util.find_spec("lm_eval") is not None
+try:
+    import lm_eval.models.huggingface  # noqa: F401 - before processes are forked, too
+
+    HAS_TASKS = True
+except ImportError:  # an extra
+    HAS_TASKS = False
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
 
 

@@ -1,11 +1,16 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evopress.compress.gptq import GPTQ, Quantized
-from evopress.levels.codec import CODECS, pack_bits, unpack_bits
+from evopress.compress.gguf_levels import GGUFWeight
+from evopress.compress.gguf_types import GGUF_TYPES
+from evopress.compress.gptq import GPTQ, Dense, Quantized
+from evopress.compress.sparse import Sparse
+from evopress.levels.codec import CODECS, Packed, pack_bits, unpack_bits
 
 
 def packed_literally(codes: list[int], bits: int) -> list[int]:
@@ -48,3 +53,17 @@ def test_a_payload_comes_back_bit_for_bit(dtype, scale_dtype, rows, columns, gro
         assert again.decode().dtype == dtype
         assert torch.equal(again.decode(), payload.decode())
         assert tensors["codes"].numel() == -(-rows * columns * payload.bits // 8)
+
+
+def test_between_processes_payloads_are_as_small_as_in_files():
+    W = torch.randn(6, 256, generator=torch.Generator().manual_seed(0))
+    (quantized,) = GPTQ(bits=(3,), group_size=64).compress({"w": W}, torch.eye(256))["w"]
+    gguf = GGUFWeight(torch.arange(6 * GGUF_TYPES["Q4_0"].row_bytes(256), dtype=torch.uint8).reshape(6, -1), "Q4_0", torch.float32)
+    for payload in (quantized.payload, Sparse(mask=W > 0, values=W[W > 0]), Dense(W), gguf):
+        sent = pickle.dumps(Packed(payload))
+        found = pickle.loads(sent).payload
+        assert type(found) is type(payload) and vars(found).keys() == vars(payload).keys()
+        for name, value in vars(payload).items():
+            same = torch.equal(vars(found)[name], value) if isinstance(value, torch.Tensor) else vars(found)[name] == value
+            assert same, name
+    assert len(pickle.dumps(Packed(quantized.payload))) < W.numel() * 3 / 8 + 1500
