@@ -16,7 +16,6 @@ _METHOD = {
     "include": ["blocks"],
     "experts": "each",
     "centre": None,
-    "around": None,
     "correction": 0.0,
 }
 """Settings of a method that weights are compressed by, with the value that they had before they were settings."""

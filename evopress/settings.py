@@ -166,8 +166,6 @@ class QuantSettings(MethodSettings):
     """float16, bfloat16 or float32, of the stored scales; auto: float16, or what `engine` keeps as it is."""
     propagate_bits: int | None = 4
     """Activations leave a block through this level while the database is built; None: through the dense block."""
-    around: str | None = None
-    """genome.json, or the folder of a run: activations leave each unit at the level that it has there, not at propagate_bits."""
     correction: float = 0.0
     """Share of what they have lost there that the levels of the units after them make good, from 0 to 1."""
     experts: str = "each"
@@ -199,7 +197,7 @@ class QuantSettings(MethodSettings):
                 "or null for dense"
             )
         check_correction("method.correction", self.correction)
-        if self.correction and self.propagate_bits is None and self.around is None:
+        if self.correction and self.propagate_bits is None:
             raise EvoPressError(
                 f"method.correction={self.correction:g} makes good what activations lose, and with method.propagate_bits=null they "
                 "lose nothing: name the level that they leave blocks through, or set it to 0"

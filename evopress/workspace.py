@@ -29,13 +29,12 @@ from evopress.fitness.fusion import can_compile
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import Evaluator, PopulationEvaluator
-from evopress.levels.around import keys_of_genome
 from evopress.levels.build import ensure_database
 from evopress.levels.calibration import complete_hessians
 from evopress.levels.hessians import HessianStore
 from evopress.levels.live import LiveModel
 from evopress.levels.modules import bits_read, ensure_modules, modules_of
-from evopress.levels.plan import BuildNeeds, BuildSettings, plan_space, planned
+from evopress.levels.plan import BuildNeeds, BuildSettings, planned
 from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerprint
 from evopress.levels.tied import TiedLevels, as_engine_has, tied
 from evopress.levels.union import Levels, LevelSource, LevelUnion, join, joint_fingerprint
@@ -265,14 +264,11 @@ class Workspace:
         """Return how `database_of` builds, without building."""
         settings, source = self.settings, self.method.weights
         assert source is not None
-        propagate: str | dict[str, str] | None = source.propagate
-        if source.around is not None:
-            propagate = keys_of_genome(source.around, plan_space(self.blocks, compressor, method=name))
         recipe = {
             **self._source_recipe,
             "method": name,
             "compressor": compressor.settings(),
-            "propagate": propagate,
+            "propagate": source.propagate,
         }
         if source.correction:
             recipe["correction"] = source.correction
@@ -283,7 +279,7 @@ class Workspace:
             method=name,
             model_name=self.pretrained.name,
             recipe=recipe,
-            propagate=propagate,
+            propagate=source.propagate,
             correction=source.correction,
             batch_tokens=settings.level_db.batch_tokens,
             activations=settings.level_db.activations,

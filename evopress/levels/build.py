@@ -1,7 +1,7 @@
 """Build a level database in one walk over the blocks, or go on where an earlier build stopped.
 
 Calibration activations enter block i, the first from the dense embedding; one Hessian per distinct input is accumulated; all levels
-of all units on that input are made and written; the activations leave through the block, dense or at the levels that `propagate`
+of all units on that input are made and written; the activations leave through the block, dense or at the level that `propagate`
 names. Where weights are corrected for what these have lost, the dense model's walk beside. Only one block and its inputs are on the
 device at a time. Head and embedding, where they are units, come last (outside.py).
 
@@ -30,7 +30,7 @@ from evopress.levels.hessians import BlockHessians
 from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
 from evopress.levels.locking import alone_in
 from evopress.levels.outside import compress_embedding
-from evopress.levels.plan import BuildSettings, check_room, key_of, needs_of, plan_space, sees_activations
+from evopress.levels.plan import BuildSettings, check_room, needs_of, plan_space, sees_activations
 from evopress.levels.store import (
     MANIFEST,
     DamagedDatabaseError,
@@ -68,9 +68,8 @@ def ensure_database(
     space = plan_space(blocks, compressor, method=settings.method)
     for unit in space.units:
         keys = [level.key for level in unit.levels]
-        left = key_of(settings.propagate, unit.name)
-        if left is not None and left not in keys:
-            raise EvoPressError(f"activations cannot leave through level {left!r}: {unit.name} has {', '.join(keys)}")
+        if settings.propagate is not None and settings.propagate not in keys:
+            raise EvoPressError(f"activations cannot leave through level {settings.propagate!r}: {unit.name} has {', '.join(keys)}")
     database = _opened(folder)  # a manifest is written last, so a whole database needs no lock, and no right to write
     if database is not None:
         _remove_journal(folder)
@@ -238,11 +237,11 @@ def _compress_part(
     compressor: Compressor,
     walking: Walking,
     units: Mapping[str, Unit],
-    propagate: str | Mapping[str, str] | None,
+    propagate: str | None,
 ) -> tuple[dict[str, list[Compressed]], dict[str, Tensor]]:
     """Compress this process's share of a part's units to all their levels.
 
-    Returns: those, and the weights of all units at the levels `propagate`, at which activations leave; none where that is None.
+    Returns: those, and the weights of all units at the level `propagate`, through which activations leave; none where that is None.
     """
     slots = blocks.slots(index)
     placed: dict[str, Tensor] = {}
@@ -260,20 +259,17 @@ def _compress_part(
         return compressed, placed
 
     def settled(name: str, levels: list[Compressed]) -> Compressed | None:
-        key = key_of(propagate, name)
-        return next((result for level, result in zip(units[name].levels, levels, strict=True) if level.key == key), None)
+        return next((result for level, result in zip(units[name].levels, levels, strict=True) if level.key == propagate), None)
 
     return compress_units(blocks, index, slots, hessians, compressor, walking, placed=placed, settled=settled), placed
 
 
-def _stored_level(folder: Path, entry: dict[str, Any], propagate: str | Mapping[str, str] | None) -> dict[str, Tensor]:
-    """Decode a finished block's units at the levels that activations leave them at, from its file."""
-    if propagate is None:
+def _stored_level(folder: Path, entry: dict[str, Any], key: str | None) -> dict[str, Tensor]:
+    """Decode a finished block's units at the level with this key from its file."""
+    if key is None:
         return {}
     database = LevelDatabase(folder, {"method": "", "units": entry["units"], "files": [entry]})
     return {
-        unit.name: database.read(
-            i, next(j for j, level in enumerate(unit.levels) if level.key == key_of(propagate, unit.name))
-        ).decode()
+        unit.name: database.read(i, next(j for j, level in enumerate(unit.levels) if level.key == key)).decode()
         for i, unit in enumerate(database.space.units)
     }

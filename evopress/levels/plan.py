@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ class BuildSettings:
     model_name: str
     recipe: dict[str, Any]
     """Everything that decides the content: model and data digests, compressor settings, propagated level."""
-    propagate: str | Mapping[str, str] | None
-    """Key of the level through which activations leave a block ("4"), or of each unit's by name; None: dense."""
+    propagate: str | None
+    """Key of the level through which activations leave a block ("4"); None: dense."""
     correction: float = 0.0
     """Share of what inputs have lost, where activations leave through a level, that all levels make good; `recipe` says it too."""
     batch_tokens: int = 4096
@@ -59,11 +59,6 @@ class BuildSettings:
     @property
     def folder(self) -> Path:
         return self.root / self.model_name / f"{self.method}-{self.fingerprint}"
-
-
-def key_of(propagate: str | Mapping[str, str] | None, name: str) -> str | None:
-    """Return the key of the level at which activations leave a unit."""
-    return propagate[name] if isinstance(propagate, Mapping) else propagate
 
 
 def plan_space(blocks: BlockModel, compressor: Compressor, *, method: str) -> Space:

@@ -42,10 +42,6 @@ class WeightSource(Protocol):
         """Key of the level through which activations leave a block while the database is built; None: dense."""
 
     @property
-    def around(self) -> str | None:
-        """Genome file whose levels activations leave units at while the database is built, instead."""
-
-    @property
     def correction(self) -> float:
         """Share of what activations have lost there that levels make good, in [0, 1]."""
 

@@ -126,11 +126,6 @@ class Quantization:
         return None if self.settings.propagate_bits is None else str(self.settings.propagate_bits)
 
     @property
-    def around(self) -> str | None:
-        """Genome whose levels activations leave units at, instead."""
-        return self.settings.around
-
-    @property
     def correction(self) -> float:
         """Share of what activations have lost there that levels make good."""
         return self.settings.correction

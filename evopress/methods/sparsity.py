@@ -84,11 +84,6 @@ class Sparsity:
         return None
 
     @property
-    def around(self) -> None:
-        """See `propagate`."""
-        return None
-
-    @property
     def correction(self) -> float:
         """Dense activations have lost nothing."""
         return 0.0

@@ -14,7 +14,6 @@ from evopress.baselines.uniform import uniform_genomes
 from evopress.errors import EvoPressError
 from evopress.files import given_path
 from evopress.json_files import clip, shown
-from evopress.levels.around import genome_file
 from evopress.reporting.records import read_document, read_genome, write_genome
 from evopress.settings import RunSettings
 from evopress.stages.baselines import stored_baselines
@@ -73,9 +72,6 @@ def check_given(settings: RunSettings) -> None:
     """Raise EvoPressError if a genome that the settings name by a file is not there; before any model work."""
     if settings.genome is not None:
         file_of(settings.genome, "genome")
-    around = getattr(settings.method, "around", None)
-    if around is not None:
-        genome_file(around)
     for name in settings.search.starts if "search" in settings.stages else ():
         file_of(name, "search.starts")
 

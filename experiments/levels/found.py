@@ -5,8 +5,7 @@
     python -m experiments.levels.found --rows whole --bits 2.5 --seeds 0 -- threads=1
 
 The second pass is measured at 2.25, 2.5 and 3 bits, models that are compressed whole at 2.5, 3 and 4. Level databases can be
-corrected as the second pass is, for what activations lose at one level, where uniform models of this level are better then, others
-worse; or around the genome that a run has found, where a further search can begin.
+corrected as the second pass is, for what activations lose at one level: uniform models of this level are better then, others worse.
 Runs lie in `multirun/found/` and are gone on with where they were cut off; `found.csv` beside this file is written anew after each.
 What follows `--` is given to every run.
 """
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +32,11 @@ CORRECTED = ["method.correction=0.5", "baselines.names=[uniform,dp]"]
 ROWS: dict[str, tuple[tuple[float, ...], list[str]]] = {
     "second pass": ((2.25, 2.5, 3), PASS),
     "second pass, not corrected": ((2.25, 2.5, 3), [*PASS, "refine.correction=0"]),
-    "around": ((2.25, 2.5, 3), [*PASS, "method.correction=0.5"]),
-    "around again": ((2.25, 2.5, 3), [*PASS, "method.correction=0.5"]),
     "corrected through 2 bits": ((2.5,), [*PASS, *CORRECTED, "method.propagate_bits=2"]),
     "corrected through 3 bits": ((2.5,), [*PASS, *CORRECTED, "method.propagate_bits=3"]),
     "whole": ((2.5, 3, 4), [LEVELS, "method.include=[blocks,head,embedding]", "stages=[database,search,evaluate,export]"]),
 }
 """A row to the bits per weight it is measured at, and the overrides that make it."""
-AROUND = {"around": "second pass", "around again": "around"}
-"""A row to the one whose genome, at the same target and seed, its level database is built around and its search begins with."""
 
 
 def runs(names: Sequence[str], bits: Sequence[float] | None, seeds: Sequence[int], further: Sequence[str]) -> Iterator[SingleRun]:
@@ -53,9 +47,7 @@ def runs(names: Sequence[str], bits: Sequence[float] | None, seeds: Sequence[int
         for target in bits or at:
             for seed in seeds:
                 folder = RUNS / f"{name.replace(' ', '-')}-{target:g}-{seed}"
-                before = RUNS / f"{AROUND.get(name, '').replace(' ', '-')}-{target:g}-{seed}"
-                around = [f"method.around={before}", f"search.starts=[dp,{before}]"] if name in AROUND else []
-                given = (*common, *overrides, *around, *further, f"bits={target:g}", f"seed={seed}")
+                given = (*common, *overrides, *further, f"bits={target:g}", f"seed={seed}")
                 yield SingleRun(folder, given, {"row": name, "target": target, "seed": seed})
 
 
@@ -87,9 +79,7 @@ def main() -> None:
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
     asked = parser.parse_args()
     found: list[dict[str, Any]] = []
-    in_order = sorted(asked.rows, key=list(ROWS).index)  # a row before those that are around it
-    jobs = (evopress_all(runs([name], asked.bits, asked.seeds, asked.further), at_once=asked.jobs) for name in in_order)
-    for run, well in chain.from_iterable(jobs):
+    for run, well in evopress_all(runs(asked.rows, asked.bits, asked.seeds, asked.further), at_once=asked.jobs):
         if not well:
             print(f"{run.folder.name}: {why_it_failed(run.folder)}", flush=True)
             continue

@@ -135,17 +135,6 @@ def test_it_is_what_the_obvious_walk_makes(settings, case, ids, weights_digest):
     )
 
 
-def test_a_database_around_a_genome_has_what_the_second_pass_makes_of_it(settings, case, ids, tmp_path, build_settings):
-    live, database, compressor, genome = case
-    refined, _ = refined_of(replace(settings, recipe={"correction": 0.5}, correction=0.5), case, ids)
-    at = {unit.name: unit.levels[level].key for unit, level in zip(database.space.units, genome, strict=True)}
-    built = replace(build_settings(tmp_path, propagate=at, recipe={"propagate": at, "correction": 0.5}), correction=0.5)
-    around, _ = ensure_database(built, live.blocks, ids, compressor)
-    for one, other in zip(levels_at(around, genome), levels_at(refined, (0,) * len(genome)), strict=True):
-        assert torch.equal(one, other)
-    assert len(set(at.values())) > 1, "one level only would not tell it from propagate"
-
-
 def test_corrected_it_is_what_the_obvious_walk_makes(settings, case, ids, weights_digest):
     """The twin holds whole models, the dense one and the one made so far, and sees what enters one linear after the other."""
     live, database, compressor, genome = case
