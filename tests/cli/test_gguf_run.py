@@ -16,9 +16,12 @@ from evopress.methods.quant import Quantization
 from evopress.settings import QuantSettings
 
 
-def test_a_run_ends_with_a_file_of_the_bits_that_the_table_says(evopress: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_guided_run_by_llama_cpp_s_rules_ends_with_a_file_of_the_bits_that_the_table_says(
+    evopress: Callable[..., Any], tmp_path: Path
+) -> None:
     few = ("method.levels=[Q5_0,Q4_1,Q4_0]", "baselines.names=[uniform]", "stages=[database,baselines,search,evaluate,export]")
-    outcome = evopress("+method=gguf", "bits=4.9", "+debug=tiny", "export=[gguf]", "hydra.run.dir=run", *few)
+    by = ("search/strategy=guided", "engine=llama_cpp")
+    outcome = evopress("+method=gguf", "bits=4.9", "+debug=tiny", "export=[gguf]", "hydra.run.dir=run", *few, *by)
     assert outcome.code == 0, outcome.text
     rows = {row["name"]: row for row in json.loads((tmp_path / "run" / "result.json").read_text())["rows"]}
     assert rows["uniform_Q4_1"]["bits_per_weight"] == 5.0 and rows["uniform_Q4_0"]["bits_per_weight"] == 4.5

@@ -304,7 +304,7 @@ def test_levels_that_gguf_cannot_hold_are_refused(form: Form, sentence: str) -> 
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"model_type": "gemma2"}, "of type gemma2: it knows llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gemma3_text"}, "of type gemma3_text: it knows llama, mistral, qwen2, qwen3"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rotary embedding \(dynamic\)"),
         (
