@@ -156,7 +156,7 @@ def _extremes(space: Space, genome: Genome, config: Mapping[str, Any]) -> str:
         inside = {getattr(unit, by) for unit in space.units if by == "kind" or not unit.is_outside}
         values = {key: value for key, value in averages(space, genome, by=by).items() if key in inside}
         most_first = sorted(values, key=lambda key: values[key], reverse=not space.words.taken_away)
-        if len(most_first) >= 4:
+        if len(most_first) >= 4 and values[most_first[0]] != values[most_first[-1]]:
             few = min(3, len(most_first) // 2)
             named = [f"{name} {key} ({values[key]:.3g})".strip() for key in most_first]
             said.append(f"Most was kept in {', '.join(named[:few])}; least in {', '.join(named[-few:])}.")

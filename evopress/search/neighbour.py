@@ -61,9 +61,7 @@ def _moved_at_random(space: Space, budget: Budget, genome: Genome, rng: np.rando
     """Compress random units until the budget is kept, then spend what is left on random others; None where that does not do."""
     spending = Spending(space, budget, list(genome))
     for unit in rng.permutation(len(space)).tolist():
-        while (exceeded := spending.exceeded) and spending.can_move(unit, 1):
-            if not any(spending.step(unit, 1)[limit] < 0 for limit in exceeded):
-                break
+        while spending.can_move(unit, 1) and spending.helps(unit):
             spending.move(unit, 1)
     if spending.exceeded:
         return None

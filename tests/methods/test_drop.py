@@ -17,6 +17,8 @@ from evopress.levels.modules import ATTENTION, MLP, dropped_modules
 from evopress.methods import make_method
 from evopress.models.blocks import BlockShape, ExpertShape
 from evopress.search import LevelSwitch, offspring, random_mix
+from evopress.search.neighbour import genomes_from_neighbour
+from evopress.search.strategy import Neighbour, Problem
 from evopress.settings import DropSettings, RunSettings, ScaleSettings, SearchConfig
 
 
@@ -86,6 +88,12 @@ def test_every_genome_keeps_as_many_experts_of_a_block_as_a_token_is_sent_to(
         assert sum(kept) == 3 * (count - dropped) and min(kept) >= 2 and budget.met_by(space, child)
         assert len(set(kept)) == 1 or not balanced
         assert method.costs(space, child) == {"sparsity": pytest.approx(dropped / count), "experts_dropped": 3 * dropped}
+    if dropped > 1:  # what a run of several budgets begins from
+        beside = method_of(1 / count, granularity="expert", balanced=balanced, exchange=exchange).budget(space)
+        problem = Problem(space, budget, [], rng, rng, neighbour=Neighbour(random_mix(space, beside, rng)))
+        starts = genomes_from_neighbour(problem)
+        assert all(budget.met_by(space, start) and space.cost(start) == budget.total for start in starts)
+        assert starts
     too_few = tuple(int(i < count - 1) for i in range(count)) + (0,) * (2 * count)
     assert not budget.met_by(space, too_few)
 
