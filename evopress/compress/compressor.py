@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -66,6 +66,48 @@ class Compressor(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the result, for the database's fingerprint; JSON values only."""
+
+
+@dataclass(frozen=True)
+class Working:
+    """What memory `compress` takes, beside the weights and their Hessian: a compressor's `working`, or this one if it has none.
+
+    The Hessian's factor is made first; then rows are worked on, a slice at a time; then errors are measured.
+    """
+
+    factoring: float = 5.5
+    """Matrices of the Hessian's size that are there at once while it is factorised."""
+    sweeping: float = 2.0
+    """And beside a slice."""
+    per_weight: int = 33
+    """Bytes for each weight of a slice, that of every level counted."""
+    cut_by: int = 32
+    """Bytes for each of them by which slices are cut."""
+    whole_units: bool = False
+    """No slice is less than one level of a unit."""
+    alone: int = 10
+    """Bytes for each weight of the largest unit, beside the result: its errors are measured a level at a time."""
+    unpacked: Callable[[Level, int], int] = lambda level, size: level.stored_bits // 8
+    """Bytes of a weight of so many numbers at a level, as a payload."""
+
+    def bytes(self, shapes: Sequence[tuple[int, int]], levels: Sequence[Sequence[Level]], *, room: int) -> tuple[int, int]:
+        """Return the bytes at the peak, the result included, and those of the result.
+
+        Args:
+            shapes: of weights that share an input.
+            levels: of each of them.
+            room: bytes of a slice.
+        """
+        columns, sizes = shapes[0][1], [math.prod(shape) for shape in shapes]
+        result = sum(self.unpacked(level, size) for size, own in zip(sizes, levels, strict=True) for level in own)
+        swept = sum(size * len(own) for size, own in zip(sizes, levels, strict=True))
+        part = min(swept, max(room // self.cut_by, max(sizes) if self.whole_units else 0))
+        before = result * (1 - part / max(swept, 1))  # of earlier slices
+        square = 4 * columns * columns
+        peak = max(
+            self.factoring * square, self.sweeping * square + part * self.per_weight + before, result + self.alone * max(sizes)
+        )
+        return round(4 * sum(sizes) + peak), result
 
 
 def free_bytes(device: torch.device) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evopress.compress.columns import round_run, run_length
-from evopress.compress.compressor import Compressed, Compressor, Payload, check_numbers, sweep_bytes, with_errors
+from evopress.compress.compressor import Compressed, Compressor, Payload, Working, check_numbers, sweep_bytes, with_errors
 from evopress.compress.descent import descend
 from evopress.compress.grid import Grid, spanning
 from evopress.compress.hessian import inverse_factor
@@ -169,6 +169,16 @@ class GPTQ:
     def narrowed(self, levels: Mapping[str, Level]) -> Compressor:
         """Return a compressor that makes one bit width, or the weight as it is, of each of these units."""
         return OneLevel({name: self._narrowed(level.key) for name, level in levels.items()})
+
+    @property
+    def working(self) -> Working:
+        """See `Working`: codes are held a byte each."""
+
+        def unpacked(level: Level, size: int) -> int:
+            return 0 if level.key == DENSE else size + (level.stored_bits - level.cost) // 8
+
+        paper = Working(factoring=4.5, sweeping=2.0, per_weight=5, cut_by=9, unpacked=unpacked)
+        return paper if self.recipe == "paper" else Working(unpacked=unpacked)
 
     def _narrowed(self, key: str) -> GPTQ:
         if key == DENSE:

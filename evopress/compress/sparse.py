@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evopress.compress.compressor import Compressed, Compressor
+from evopress.compress.compressor import Compressed, Compressor, Working
 from evopress.errors import EvoPressError
 from evopress.units import Level
 
@@ -157,6 +157,11 @@ class SparsityLevels:
         """Return a compressor that makes one level of each of these units, whose cost is what it keeps."""
         return PruneTo(pruner=self, kept={name: (level.cost,) for name, level in levels.items()})
 
+    @property
+    def working(self) -> Working:
+        """See `Working`: scores and their ranks, a unit at a time; a mask is held a byte a weight."""
+        return Working(factoring=0.0, sweeping=0.0, per_weight=0, alone=24, unpacked=unpacked)
+
     def prune(self, weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[Compressed]]:
         """Prune weights that share one input to any numbers of kept weights; see `sparsegpt`."""
         raise NotImplementedError
@@ -194,6 +199,11 @@ class PruneTo:
     def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
         """Prune every weight to every level; see `Compressor.compress`."""
         return self.pruner.prune(weights, H, {name: self.kept[name] for name in weights})
+
+
+def unpacked(level: Level, size: int) -> int:
+    """Return the bytes of a `Sparse` weight in memory, a byte for each number of its mask."""
+    return (level.stored_bits + 7 * size) // 8
 
 
 def _level(size: int, kept: int, key: str, dtype_bits: int) -> Level:

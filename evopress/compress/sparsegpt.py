@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from evopress.compress.alps import regularized, walk
-from evopress.compress.compressor import Compressed, check_numbers, sweep_bytes, with_errors
+from evopress.compress.compressor import Compressed, Working, check_numbers, sweep_bytes, with_errors
 from evopress.compress.hessian import damp, inverse_factor
-from evopress.compress.sparse import Sparse, SparsityLevels, distribute, lowest, to_float32
+from evopress.compress.sparse import Sparse, SparsityLevels, distribute, lowest, to_float32, unpacked
 from evopress.errors import EvoPressError
 
 RECIPES = ("paper", "best")
@@ -49,6 +49,13 @@ class SparseGPT(SparsityLevels):
         settings = asdict(self)
         del settings["slice_bytes"], settings["recipe" if self.recipe == "paper" else "block_size"]
         return settings | {"compressor": "sparsegpt", "numerics": 1}
+
+    @property
+    def working(self) -> Working:
+        """See `Working`: inverses at every ρ and a unit at a time, or slices of whole units."""
+        if self.recipe == "best":
+            return Working(factoring=6.5, sweeping=4.0, per_weight=32, cut_by=2**62, whole_units=True, unpacked=unpacked)
+        return Working(factoring=4.5, sweeping=1.0, per_weight=6, cut_by=5, whole_units=True, unpacked=unpacked)
 
     def prune(self, weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[Compressed]]:
         """Prune weights that share one input to any numbers of kept weights; see `sparsegpt` and `alps_levels`."""

@@ -90,7 +90,7 @@ def measure_held_out(
     # The dense model comes first where its last hidden states are the base of the others' KL divergence.
     measured, extra = (list(genomes), 0) if base is not None else ([None, *genomes], 1)
 
-    together = walked_together(evaluator, len(measured), sequences.shape[1], batch)
+    together = walked_together(evaluator.live.blocks, len(measured), sequences.shape[1], batch)
 
     def sums(starts: Sequence[int]) -> Tensor:
         found, end = [], min(starts[-1] + batch, len(sequences))

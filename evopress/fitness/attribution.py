@@ -29,6 +29,7 @@ from evopress.errors import EvoPressError
 from evopress.fitness.measures import KLDivergence, Measure, TopkKL
 from evopress.levels.live import Live, part_held
 from evopress.levels.refine import block_at
+from evopress.models.blocks import BlockModel
 from evopress.models.dropping import contributions
 from evopress.models.head import Head
 from evopress.models.slots import Slot
@@ -140,6 +141,20 @@ def attribution(entry: Entry, delta: Tensor) -> Tensor:
         return products.reshape(entry.num_sequences, -1).sum(1).double()
     values = products.new_zeros(entry.num_sequences, dtype=torch.float64)
     return values.index_add_(0, entry.sequences, products.sum(1).double())
+
+
+def attribution_bytes(blocks: BlockModel, tokens: int, *, max_tokens_in_flight: int, chunk_tokens: int) -> int:
+    """Return the bytes at the peak of `attribute` where it is computed, beside the levels: going back through a block, or the head.
+
+    Those are the errors of a block's weights, what the block keeps of each token to go back, and the products of one linear's
+    gradients in float32; or a chunk's logits, their logarithms, probabilities and gradients.
+
+    Args: tokens: of all sequences.
+    """
+    weights = max(sum(slot.weight.numel() for slot in blocks.slots(index).values()) for index in range(len(blocks.blocks)))
+    itemsize, width, tokens = blocks.dtype.itemsize, blocks.inner_size, min(max_tokens_in_flight, tokens)
+    block = weights * itemsize + tokens * (itemsize * (7 * blocks.hidden_size + 4 * width) + 15 * width)
+    return max(block, 24 * min(chunk_tokens, tokens) * blocks.head().weight.shape[0])
 
 
 class BackwardPass:

@@ -187,7 +187,7 @@ def base_states(evaluator: Evaluator, sequences: Tensor, *, batch_tokens: int) -
     """
     batch = part(len(sequences), max(batch_tokens // sequences.shape[1], 1))
 
-    together = walked_together(evaluator, 1, sequences.shape[1], batch)
+    together = walked_together(evaluator.live.blocks, 1, sequences.shape[1], batch)
 
     def states(starts: Sequence[int]) -> Tensor:
         parts, end = [], min(starts[-1] + batch, len(sequences))

@@ -20,12 +20,15 @@ from evopress.compress.compressor import free_bytes
 from evopress.fitness.measures import Measure
 from evopress.levels.live import Live, part_held
 from evopress.levels.passage import SHARE_OF_DEVICE
+from evopress.models.blocks import BlockModel
 from evopress.ranks import launched
 from evopress.units import Genome
 
 _T = TypeVar("_T")
-_HELD = 3
-"""Times that hidden states are held at most: before a block, behind it, and as they are finished and measured."""
+_BESIDE = 3
+"""States that are held beside those of all models at most: as they enter a block, leave it, and are joined or finished."""
+PER_LOGIT = 16
+"""Bytes that a measure takes for a logit of a chunk: float32 logits, logarithms, probabilities, and those of the last chunk."""
 MOST_ON_HOST = 2**30
 """Bytes of hidden states of one walk, where the device is the host."""
 
@@ -104,7 +107,11 @@ class PopulationEvaluator:
                     finally:
                         live.restore_block(index)
             states = following
-        finished = [blocks.finish(state) for state in states if state is not None]
+        finished = []
+        while states:  # each goes when it has been finished
+            state = states.pop(0)
+            assert state is not None
+            finished.append(blocks.finish(state))
         return state_of, finished
 
     def alone(self, num_sequences: int, length: int) -> bool:
@@ -127,9 +134,7 @@ class PopulationEvaluator:
         apart: int | None,
     ) -> None:
         """Run one assignment of block `index` over all states that need it, several states to a forward; free used-up parents."""
-        first = states[parents[0]]
-        assert first is not None
-        b, length = first.shape[:2]
+        b, length = next(state for state in states if state is not None).shape[:2]
         per_forward = apart or max(self.max_tokens_in_flight // length, 1)  # sequences
         together = 1 if apart else self._together(b, length)  # states
         for start in range(0, len(parents), together):
@@ -140,6 +145,7 @@ class PopulationEvaluator:
             outputs = [self.live.blocks.run(index, part, fused=self.fused) for part in hidden.split(per_forward)]
             self.num_block_tokens += hidden.shape[0] * length
             joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            del hidden, outputs  # before the next forward
             for parent, output in zip(group, joined.split(b), strict=True):
                 following[children[parent, levels]] = output
                 uses[parent] -= 1
@@ -147,16 +153,15 @@ class PopulationEvaluator:
                     states[parent] = None
 
 
-def walked_together(evaluator: Evaluator, models: int, length: int, batch: int) -> int:
+def walked_together(blocks: BlockModel, models: int, length: int, batch: int) -> int:
     """Return how many sequences go through all blocks in one walk, a multiple of `batch`.
 
     That is a batch; or where a walk carries the blocks to the device, as many as there is room for, of so many models' states.
     """
-    blocks = evaluator.live.blocks
     if not blocks.offload:
         return batch
     room = free_bytes(blocks.device) * SHARE_OF_DEVICE if blocks.device.type == "cuda" else MOST_ON_HOST
-    held = _HELD * models * length * blocks.hidden_size * blocks.dtype.itemsize  # for each sequence
+    held = (models + _BESIDE) * length * blocks.hidden_size * blocks.dtype.itemsize  # for each sequence
     return max(int(room // held) // batch, 1) * batch
 
 
@@ -257,7 +262,9 @@ def _by_chunks(
             heads[head_levels] = live.blocks.head()
     device = states[0].device
     labels = ids[:, 1:].reshape(-1).to(device)
-    flat = [state[:, :-1].reshape(-1, state.shape[-1]) for state in states]
+    flat: list[Tensor] = []
+    while states:  # without their last positions they are copies
+        flat.append(states.pop(0)[:, :-1].flatten(0, 1))
     flat_base = flat[state_of[0]] if base is None else base[:, : ids.shape[1] - 1].reshape(-1, base.shape[-1])
 
     def measured() -> Iterator[tuple[int, slice, Tensor]]:
@@ -268,6 +275,41 @@ def _by_chunks(
                     yield i, chunk, measure(flat[state][chunk], reference, heads[head_levels])
 
     return end_of, len(ends), measured()
+
+
+def evaluation_bytes(
+    blocks: BlockModel,
+    candidates: int,
+    tokens: int,
+    length: int,
+    *,
+    max_tokens_in_flight: int,
+    chunk_tokens: int,
+    per_logit: int = PER_LOGIT,
+    decoding: int = 0,
+    apart: bool = False,
+    plain: bool = False,
+) -> int:
+    """Return the bytes at the peak of measuring distinct candidates, beside their levels: on the way, at its end, or at the logits.
+
+    Args:
+        tokens: that each is measured on at a time, in sequences of a length.
+        per_logit: bytes that the measure takes for each logit of a chunk.
+        decoding: bytes that decoding a level takes.
+        apart: no forward has two candidates.
+        plain: one candidate goes through the whole model after the other.
+    """
+    state = tokens * blocks.hidden_size * blocks.dtype.itemsize
+    most = max(max_tokens_in_flight // length, 1) * length  # tokens of a forward
+    together = 1 if apart or plain else min(max(most // tokens, 1), candidates)
+    forward = blocks.forward_bytes(min(most, together * tokens))
+    # What has entered or left the block, and beside it what a forward takes together, in and out, and joined if it comes in parts.
+    walked = candidates * state + max(2 * together * state + forward, (2 if plain else 3) * state if tokens > most else 0)
+    itemsize = blocks.dtype.itemsize
+    decoded = (candidates + 1) * state + decoding
+    ended = (candidates + (2 if itemsize == 4 else 4)) * state  # the final norm computes in float32
+    logits = per_logit * min(chunk_tokens, tokens) * blocks.head().weight.shape[0]
+    return max(decoded, walked, ended, candidates * state + logits)
 
 
 def _chunks(count: int, size: int, *, within: int | None) -> Iterator[slice]:

@@ -81,7 +81,7 @@ def ensure_database(
             return database, True
         _check_names_are_free(folder, len(blocks.parts))
         entries = _finished_blocks(folder, len(blocks.parts))
-        _preflight(settings, space, entries, blocks, tokens)
+        _preflight(settings, space, entries, blocks, tokens, compressor)
         _build(settings, blocks, tokens, compressor, entries)
         return LevelDatabase.open(folder), False
 
@@ -128,9 +128,11 @@ def _finished_blocks(folder: Path, num_parts: int) -> dict[int, dict[str, Any]]:
     return entries
 
 
-def _preflight(settings: BuildSettings, space: Space, entries: Mapping[int, Any], blocks: BlockModel, tokens: Tensor) -> None:
+def _preflight(
+    settings: BuildSettings, space: Space, entries: Mapping[int, Any], blocks: BlockModel, tokens: Tensor, compressor: Compressor
+) -> None:
     """Compare what the build needs with what there is, before the first forward pass."""
-    needs = needs_of(settings, space, entries, blocks, tokens)
+    needs = needs_of(settings, space, entries, blocks, tokens, compressor)
     logger.info(
         "level database: %s to build, %d units, %d levels, %.2f GB on disk, about %.2f GB of memory, %d calibration tokens",
         needs.what,
@@ -186,7 +188,6 @@ def _walk(
     """
     folder, entries = settings.folder, dict(entries)
     missing = [index for index in blocks.parts if index not in entries]
-    store = settings.hessians if settings.propagate is None else None
     walked = range(unseen[-1] + 1 if unseen else 0)  # blocks that activations must pass or enter, the head after them
     units = {unit.name: unit for unit in plan_space(blocks, compressor, method=settings.method).units}
     batch, mine = part(len(tokens), max(settings.batch_tokens // tokens.shape[1], 1)), shares(len(tokens))
@@ -197,16 +198,10 @@ def _walk(
     for index in track(sorted({*missing, *walked}), "building the level database"):
         with blocks.on_device(index):
             if index in missing:
-                kept = store.read(index) if store is not None and sees_activations(blocks, index) and index not in unseen else None
-                advanced = kept is None and settings.propagate is None and index + 1 in walked
-                hessians = kept or _hessians(blocks, index, walking, advance=advanced)
-                if store is not None and index in unseen:
-                    first(partial(store.write, index, hessians))
-                compressed, decoded = _compress_part(
-                    blocks, index, hessians, tokens, compressor, walking, units, settings.propagate
+                on = index + 1 in walked
+                entries[index], decoded, advanced = _built(
+                    blocks, settings, tokens, compressor, walking, units, index, unseen, on=on
                 )
-                parts = each(partial(encoded, compressed, units), to_first=True)
-                entries[index] = first(partial(_write, folder, index, parts, list(blocks.slots(index))))
             else:
                 advanced = False
                 decoded = _stored_level(folder, entries[index], settings.propagate) if index + 1 in walked else {}
@@ -214,7 +209,37 @@ def _walk(
                 propagate(blocks, index, buffer, batch, decoded, mine=mine)
                 if walking.dense is not None:
                     propagate(blocks, index, walking.dense, batch, {}, mine=mine)
+            del decoded  # before the next block
     return entries
+
+
+def _built(
+    blocks: BlockModel,
+    settings: BuildSettings,
+    tokens: Tensor,
+    compressor: Compressor,
+    walking: Walking,
+    units: Mapping[str, Unit],
+    index: int,
+    unseen: Sequence[int],
+    *,
+    on: bool,
+) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
+    """Compress a part and write it; of what was made, the next part finds no more in memory than is returned.
+
+    Args: on: activations go on to the next part.
+
+    Returns: its entry, its weights at the level that activations leave through, and whether they have left it already.
+    """
+    folder, store = settings.folder, settings.hessians if settings.propagate is None else None
+    kept = store.read(index) if store is not None and sees_activations(blocks, index) and index not in unseen else None
+    advanced = kept is None and settings.propagate is None and on
+    hessians = kept or _hessians(blocks, index, walking, advance=advanced)
+    if store is not None and index in unseen:
+        first(partial(store.write, index, hessians))
+    compressed, decoded = _compress_part(blocks, index, hessians, tokens, compressor, walking, units, settings.propagate)
+    parts = each(partial(encoded, compressed, units), to_first=True)
+    return first(partial(_write, folder, index, parts, list(blocks.slots(index)))), decoded, advanced
 
 
 def _write(folder: Path, index: int, parts: Sequence[Encoded], order: list[str]) -> dict[str, Any]:

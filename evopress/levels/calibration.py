@@ -191,8 +191,8 @@ def collect_hessians(
                 f"{idle[0]} was never called in its block's forward: its family's adapter names a module that is not used"
             )
         _pool_experts({name: sum(counts[name] for _, counts in seen) for name in experts}, owners, found)
-        for owner, each_sum in found.items():
-            hessians[owner] = _result(each_sum, [name for name in linears if owners[name] == owner])
+        for owner in list(found):  # each sum goes when its Hessian is there
+            hessians[owner] = _result(found.pop(owner), [name for name in linears if owners[name] == owner])
 
     each(finish)
     return BlockHessians(owners, hessians)
@@ -225,11 +225,11 @@ class _Tree(Generic[Sum]):
         return self._partial[-1]
 
     def of_all(self, device: torch.device) -> dict[str, Sum]:
-        """Return the sums over all shares of all processes, on each of them."""
+        """Return the sums over all shares of all processes, on each of them; the tree has them no more."""
         told = each(lambda: {name: (type(total), total.widths, total.num_sequences) for name, total in self.sums.items()})
         found = {}
         for name, (kind, widths, _) in {name: about for theirs in told for name, about in theirs.items()}.items():
-            found[name] = self.sums[name] if name in self.sums else kind(*widths, device=device)
+            found[name] = self.sums.pop(name) if name in self.sums else kind(*widths, device=device)
             found[name].num_sequences = sum(theirs[name][2] for theirs in told if name in theirs)
             summed(found[name].total)
         return found

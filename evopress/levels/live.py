@@ -102,6 +102,11 @@ def enough_to_keep(space: Space, itemsize: int, device: torch.device | None = No
     return max(2**28, 2 * max(sizes.values(), default=0), spare)
 
 
+def decoding_bytes(size: int, dtype: torch.dtype) -> int:
+    """Return the bytes that decoding a weight of so many numbers takes: codes of a byte, float32, and the model's dtype."""
+    return size * (5 + (0 if dtype.itemsize == 4 else dtype.itemsize))
+
+
 class LiveModel:
     """A model whose units can be switched to levels, block by block: weights exchanged, modules dropped.
 

@@ -20,14 +20,17 @@ SHARE_OF_DEVICE = 0.4
 
 def room_for_activations(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an uninitialised tensor: on a GPU where it has room, else in the host's memory, pinned where there is a GPU."""
-    if device.type != "cuda":
-        return torch.empty(shape, dtype=dtype)
-    if math.prod(shape) * dtype.itemsize <= SHARE_OF_DEVICE * free_bytes(device):
+    if stay_on_device(math.prod(shape) * dtype.itemsize, device):
         return torch.empty(shape, dtype=dtype, device=device)
     try:
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
     except RuntimeError:  # the system allows no more of it
         return torch.empty(shape, dtype=dtype)
+
+
+def stay_on_device(size: int, device: torch.device) -> bool:
+    """Tell whether activations of so many bytes lie on a GPU."""
+    return device.type == "cuda" and size <= SHARE_OF_DEVICE * free_bytes(device)
 
 
 class Passage:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from torch import Tensor
 
-from evopress.compress.compressor import Compressor
+from evopress.compress.compressor import Compressor, Working, sweep_bytes
+from evopress.compress.hessian import multiplies_exactly
 from evopress.errors import EvoPressError
 from evopress.levels.hessians import HessianStore
 from evopress.levels.journal import JOURNAL, read_journal
+from evopress.levels.passage import stay_on_device
 from evopress.levels.store import DamagedDatabaseError, block_file, entries_of, fingerprint, read_manifest
 from evopress.models.blocks import BlockModel
-from evopress.models.experts import ExpertLinear
 from evopress.units import Space, Unit
 
 CORRECTED_FORWARDS = 6
@@ -124,10 +126,13 @@ def planned(settings: BuildSettings, blocks: BlockModel, tokens: Tensor, compres
         found = set(entries_of(read_manifest(settings.folder)))
     except DamagedDatabaseError:
         found = {entry["block"] for entry in read_journal(settings.folder / JOURNAL)}
-    return space, needs_of(settings, space, {i for i in found if (settings.folder / block_file(i)).is_file()}, blocks, tokens)
+    whole = {i for i in found if (settings.folder / block_file(i)).is_file()}
+    return space, needs_of(settings, space, whole, blocks, tokens, compressor)
 
 
-def needs_of(settings: BuildSettings, space: Space, entries: Collection[int], blocks: BlockModel, tokens: Tensor) -> BuildNeeds:
+def needs_of(
+    settings: BuildSettings, space: Space, entries: Collection[int], blocks: BlockModel, tokens: Tensor, compressor: Compressor
+) -> BuildNeeds:
     """Add up what the blocks without an entry need."""
     missing = tuple(unit for unit in space.units if unit.block not in entries)
     disk = database_bytes(Space(space.method, missing))
@@ -145,13 +150,12 @@ def needs_of(settings: BuildSettings, space: Space, entries: Collection[int], bl
         )
     buffer = tokens.numel() * blocks.hidden_size * blocks.dtype.itemsize if unseen else 0
     buffer *= 2 if settings.corrects else 1
-    widest = blocks.widest
-    # A large head or embedding: copies in float32, decoded ones, and the codes of all levels.
-    outside = max(((12 + 2 * len(unit.levels)) * unit.size for unit in missing if unit.is_outside), default=0)
-    # Every expert has a Hessian of its own, and those of a block are there at once.
-    experts = max((_hessian_bytes(blocks, index, experts=True) for index in unseen if index < len(blocks.blocks)), default=0)
-    sweeps, on_host = 6 * widest * widest * 4 + 2**28 + outside + experts, blocks.device.type == "cpu"
-    in_memory = settings.activations == "memory"
+    parts = [[unit for unit in missing if unit.block == index] for index in sorted({unit.block for unit in missing})]
+    batch = batch_of(tokens, settings.batch_tokens)
+    device = max(part_bytes(blocks, units, compressor, batch=batch, corrects=settings.corrects) for units in parts)
+    host = max(database_bytes(Space(settings.method, tuple(units))) for units in parts)  # packed, as they are written
+    on_host, in_memory = blocks.device.type == "cpu", settings.activations == "memory"
+    beside = in_memory and stay_on_device(buffer, blocks.device)
     walked = min(max(unseen, default=-1) + 1, len(blocks.blocks))
     left = blocks.head_part in unseen  # the last block, whose output is needed
     return BuildNeeds(
@@ -161,18 +165,59 @@ def needs_of(settings: BuildSettings, space: Space, entries: Collection[int], bl
         forwards=(walked if settings.propagate is None else 2 * walked - bool(walked and not left))
         + (CORRECTED_FORWARDS * walked if settings.corrects else 0),
         disk_bytes=disk + (0 if in_memory else buffer),
-        memory_bytes=(buffer if in_memory else 0) + (sweeps if on_host else 2**28),
-        device_bytes=0 if on_host else sweeps,
+        memory_bytes=(buffer if in_memory and not beside else 0) + (device if on_host else host),
+        device_bytes=0 if on_host else device + (buffer if beside else 0),
     )
 
 
-def _hessian_bytes(blocks: BlockModel, index: int, *, experts: bool = False) -> int:
-    """Bytes of a block's Hessians, at most: which linears share an input shows only in a forward.
+def _hessian_bytes(blocks: BlockModel, index: int) -> int:
+    """Bytes of a block's Hessians, at most: which linears share an input shows only in a forward."""
+    return sum(4 * slot.weight.shape[1] ** 2 for slot in blocks.slots(index).values())
 
-    Args: experts: of experts alone.
+
+def batch_of(tokens: Tensor, batch_tokens: int) -> int:
+    """Return the tokens of a forward over calibration text."""
+    return min(max(batch_tokens // tokens.shape[1], 1), len(tokens)) * tokens.shape[1]
+
+
+def part_bytes(blocks: BlockModel, units: Sequence[Unit], compressor: Compressor, *, batch: int, corrects: bool) -> int:
+    """Return the bytes that compressing units of a part takes at its peak where it is computed, beside the activations.
+
+    First text goes through the block, then come its inputs one after the other, each with what was made for those before; at the
+    end all is packed. Linears of one module share an input, but for its last one: what else is shared shows only in a forward.
+
+    Args:
+        batch: tokens of a forward.
+        corrects: weights make good what their inputs have lost.
     """
-    slots = blocks.slots(index).values()
-    return sum(4 * slot.weight.shape[1] ** 2 for slot in slots if not experts or isinstance(slot.module, ExpertLinear))
+    index, on_host = units[0].block, blocks.device.type == "cpu"
+    shapes = {name: (int(slot.weight.shape[0]), int(slot.weight.shape[1])) for name, slot in blocks.slots(index).items()}
+    of = {unit.name: unit for unit in units}
+    names = [name for name in shapes if name in of]
+    lasts = {name.rpartition(".")[0]: name for name in names}
+    inputs: dict[tuple[Any, ...], list[str]] = {}
+    for name in names:
+        outer = name.rpartition(".")[0]
+        inputs.setdefault((outer, shapes[name][1], lasts[outer] == name), []).append(name)
+    hessians = sum(4 * columns**2 for _, columns, _ in inputs) if sees_activations(blocks, index) else 0
+    working: Working = getattr(compressor, "working", Working())
+    held, peak = 0, 0
+    for those in inputs.values():
+        group = [shapes[name] for name in those]
+        most, result = working.bytes(group, [of[name].levels for name in those], room=sweep_bytes(blocks.device))
+        if corrects:  # what the inputs have lost, by the dense ones and by what the block adds its outputs to
+            most += 8 * group[0][1] ** 2 + 4 * sum(rows * columns for rows, columns in group)
+        peak, held = max(peak, hessians + held + most), held + result
+    packed = database_bytes(Space("", tuple(units))) if on_host else 0
+    peak = max(peak, hessians + held + 5 * max(unit.size for unit in units) + packed)
+    if index < len(blocks.blocks):
+        hidden, widest, itemsize = blocks.hidden_size, blocks.widest, blocks.dtype.itemsize
+        exact = multiplies_exactly(torch.empty(0, dtype=blocks.dtype, device=blocks.device)) or itemsize == 4
+        multiplied = batch * ((widest + 2 * hidden) * itemsize + (0 if exact else 4 * widest))  # the widest input, in float32
+        inputs_held = 3 * batch * hidden * itemsize
+        peak = max(peak, hessians + inputs_held + max(blocks.forward_bytes(batch), multiplied))
+        peak += blocks.carried_bytes(index)
+    return peak
 
 
 def sees_activations(blocks: BlockModel, index: int) -> bool:

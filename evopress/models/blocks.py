@@ -150,6 +150,13 @@ class BlockModel:
         return int(config.get_text_config().hidden_size)
 
     @property
+    def inner_size(self) -> int:
+        """Width of an MLP, as the model's config has it; four times the hidden size where it does not say."""
+        config: Any = self.model.config
+        text = config.get_text_config()
+        return int(getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * self.hidden_size)
+
+    @property
     def parts(self) -> range:
         """Indices of all that has slots: the blocks, then the head, then the embedding, as far as these are included."""
         return range(len(self.blocks) + len(self._outside))
@@ -207,6 +214,13 @@ class BlockModel:
         """Most inputs of a linear in the blocks."""
         return max(slot.weight.shape[1] for index in range(len(self.blocks)) for slot in self.slots(index).values())
 
+    def forward_bytes(self, tokens: int) -> int:
+        """Return the bytes that a block's forward over so many tokens takes at its peak, its output included, by its widths.
+
+        That is in the MLP, where its two inner products are multiplied: what it is added to, its input, and three times its width.
+        """
+        return tokens * max(2 * self.hidden_size + 3 * self.inner_size, 8 * self.hidden_size) * self.dtype.itemsize
+
     def linears(self, index: int) -> dict[str, Any]:
         """Return block `index`'s units: full module name to module, in the order of the computation; for weights see `slots`.
 
@@ -251,6 +265,13 @@ class BlockModel:
             for tensor, data in at_home:
                 tensor.data = data
             look_again(block)
+
+    def carried_bytes(self, index: int, *, dense: bool = True) -> int:
+        """Return the bytes that `on_device` puts beside what lies on the compute device."""
+        if not self.offload or index >= len(self.blocks):
+            return 0
+        left_out = set() if dense else {id(linear.weight) for linear in self.linears(index).values()}
+        return sum(each.nbytes for each in self.blocks[index].parameters() if id(each) not in left_out)
 
     def _carried(self, data: Tensor) -> Tensor:
         """Return a copy on the compute device."""

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from evopress.baselines.baseline import Baseline, Pass, Planned
 from evopress.baselines.named import make_baselines
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
-from evopress.levels.live import enough_to_keep
+from evopress.fitness.attribution import attribution_bytes
+from evopress.fitness.population import evaluation_bytes, walked_together
+from evopress.levels.live import decoding_bytes, enough_to_keep
 from evopress.levels.modules import modules_of
-from evopress.levels.plan import CORRECTED_FORWARDS, BuildNeeds
+from evopress.levels.plan import CORRECTED_FORWARDS, BuildNeeds, batch_of, part_bytes
 from evopress.reporting.records import read_json
 from evopress.search.initial import uniform_genome
 from evopress.search.strategy import NEIGHBOURS_TOGETHER, Asks, Searching, backward_tokens
@@ -29,9 +31,6 @@ from evopress.workspace import MOST_KEPT_BYTES, Workspace
 
 _SHARED = 0.8
 """Share of the block work that is left where candidates share their prefixes, at 5 to 16 of them (DESIGN, section 4)."""
-_PEAK = 3.05
-"""Times the states of all candidates that a stage of selection holds at its peak, counted: what enters a block and what leaves
-it, or last states and their copies without the last position, and the final norm's float32 copies of one candidate's."""
 _REPORT_BYTES = 4 * 2**20
 _RECORD_BYTES = 400
 
@@ -187,8 +186,12 @@ class Planner:
         if needs.seconds is not None and self.speed is not None:
             by_blocks = (counted + 1) * self.num_blocks * self.speed.block
             needs.seconds += tokens * (by_blocks + self.speed.reference + counted * self.speed.head)
-        itemsize = blocks.dtype.itemsize
-        self._put(needs, 0, host=ask.tokens * blocks.hidden_size * itemsize * (self.num_blocks + (2 if gates else 1)))
+        fitness, state = self.settings.fitness, ask.tokens * blocks.hidden_size * blocks.dtype.itemsize
+        there = attribution_bytes(
+            blocks, ask.tokens, max_tokens_in_flight=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens
+        )
+        # What enters each block and leaves the last one, gradients, and the base of these sequences.
+        self._put(needs, there + self._levels_kept, host=self._bases + state * (self.num_blocks + (4 if gates else 3)))
 
     def _held_out(self, needs: Needs, times: int) -> None:
         """Add the measurements on held-out text, and the dense model's states there, which are kept where they are few."""
@@ -232,9 +235,10 @@ class Planner:
         if not in_memory:
             needs.disk[workspace.run_dir] += walking
         self._hold(needs, 1, min(self.settings.fitness.max_tokens_in_flight, judged))
-        widest = workspace.blocks.widest
         held = 3 * judged * hidden * itemsize + (walking if in_memory else 0)
-        self._put(needs, 6 * widest * widest * 4 + 2**28, host=held)
+        batch = batch_of(workspace.calibration_tokens, self.settings.level_db.batch_tokens)
+        ones = [replace(unit, levels=unit.levels[:1]) for unit in self.space.units if unit.block == 0]
+        self._put(needs, part_bytes(workspace.blocks, ones, workspace.compressor, batch=batch, corrects=corrected), host=held)
         return needs
 
     def _refined_before(self) -> int | None:
@@ -271,13 +275,18 @@ class Planner:
             needs.what += " (zero-shot tasks not counted)"
             self._hold_decoded(needs)
         self._score(needs, models, tokens)
-        self._hold(needs, models, min(self.settings.fitness.max_tokens_in_flight, tokens))
+        length = max(sequences.shape[1] for sequences in data.values())
+        batch = max(self.settings.fitness.max_tokens_in_flight // length, 1)
+        together = walked_together(self.workspace.blocks, models, length, batch) * length
+        self._hold(needs, models, min(together, tokens), apart=True, given=False)  # models that differ in every block
         return needs
 
     def _export(self) -> Needs:
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.workspace.pretrained.model.parameters())
         needs = Needs("export", "checkpoint", disk={self.workspace.run_dir: size})
         self._hold_decoded(needs)
+        if self.workspace.device.type != "cpu" and not self.workspace.blocks.offload:
+            self._put(needs, 0, host=size)  # what is written is copied first
         return needs
 
     def _report(self) -> Needs:
@@ -318,48 +327,70 @@ class Planner:
             needs.seconds += forwards * self.speed.block + references * self.speed.reference
             needs.seconds += candidates * tokens * times * self.speed.head
 
-    def _hold(self, needs: Needs, candidates: int, tokens: int) -> None:
-        """Let the stage's peak be at least that of evaluating candidates on so many tokens each."""
+    def _hold(self, needs: Needs, candidates: int, tokens: int, *, apart: bool = False, given: bool = True) -> None:
+        """Let the stage's peak be at least that of evaluating candidates on so many tokens each.
+
+        Args:
+            apart: no forward has two candidates.
+            given: the dense model's states are there already.
+        """
         blocks, fitness = self.workspace.blocks, self.settings.fitness
-        config, itemsize = blocks.model.config, blocks.dtype.itemsize
-        width = int(getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * blocks.hidden_size)
-        states = peak_of_states(candidates, tokens * blocks.hidden_size * itemsize, plain=fitness.evaluator == "plain")
-        forward = min(fitness.max_tokens_in_flight, candidates * tokens) * (6 * blocks.hidden_size + 3 * width) * itemsize
-        logits = 4 * min(fitness.chunk_tokens, tokens) * blocks.head().weight.shape[0] * 4
-        decoded = 0 if self.modules else max(len(unit.levels) for unit in self.space.units) * self.space.size * itemsize
-        heads = sum(len(unit.levels) * unit.size * itemsize for unit in self.space.units if unit.block == blocks.head_part)
-        base = self.workspace.search_tokens.numel() * blocks.hidden_size * itemsize if self.based else 0
-        kept = self.settings.level_db.cache_bytes
-        kept = enough_to_keep(self.space, itemsize) if kept is None else kept
-        whole = self._decoded if fitness.evaluator == "plain" else 0
-        self._put(needs, states + forward + logits + max(min(kept, decoded), whole) + heads, host=base + self.kept)
+        itemsize, plain = blocks.dtype.itemsize, fitness.evaluator == "plain"
+        measured = evaluation_bytes(
+            blocks,
+            candidates,
+            tokens,
+            min(self.workspace.search_tokens.shape[1], tokens),
+            max_tokens_in_flight=fitness.max_tokens_in_flight,
+            chunk_tokens=fitness.chunk_tokens,
+            decoding=self._decoding,
+            apart=apart,
+            plain=plain,
+        )
+        heads = [unit for unit in self.space.units if unit.block == blocks.head_part]
+        measured += sum(min(len(unit.levels), candidates) * unit.size * itemsize for unit in heads)
+        measured += max(self._levels_kept, self._decoded if plain else 0)
+        if blocks.offload:
+            measured += max(blocks.carried_bytes(index) for index in range(self.num_blocks))
+        minibatch = 2 * given * tokens * blocks.hidden_size * itemsize  # of the base, drawn and without the last positions
+        self._put(needs, measured, host=self._bases + minibatch)
+
+    @property
+    def _bases(self) -> int:
+        """Bytes of the dense model's last states that are held: of the search text, and of held-out text."""
+        blocks = self.workspace.blocks
+        tokens = self.workspace.search_tokens.numel() if self.based else 0
+        return tokens * blocks.hidden_size * blocks.dtype.itemsize + self.kept
+
+    @property
+    def _levels_kept(self) -> int:
+        """Bytes of decoded levels that stay between switches."""
+        itemsize, kept = self.workspace.blocks.dtype.itemsize, self.settings.level_db.cache_bytes
+        if self.modules:
+            return 0
+        kept = enough_to_keep(self.space, itemsize, self.workspace.device) if kept is None else kept
+        return min(kept, max(len(unit.levels) for unit in self.space.units) * self.space.size * itemsize)
 
     @property
     def _decoded(self) -> int:
         """Bytes of all units at one genome, beside the dense ones, which stay."""
         return 0 if self.modules else self.space.size * self.workspace.blocks.dtype.itemsize
 
+    @property
+    def _decoding(self) -> int:
+        """Bytes that decoding the largest unit takes, the decoded weight included."""
+        return 0 if self.modules else decoding_bytes(max(unit.size for unit in self.space.units), self.workspace.blocks.dtype)
+
     def _hold_decoded(self, needs: Needs) -> None:
         """Let the stage's peak be at least that of the whole model at a genome: where its blocks lie, they are decoded."""
         if self.workspace.blocks.offload:
-            needs.memory = max(needs.memory, self._decoded)
+            needs.memory = max(needs.memory, self._decoded + self._decoding)
         else:
-            self._put(needs, self._decoded)
+            there = self._decoded if not self.based else max(self._decoded, self._levels_kept)
+            self._put(needs, there + self._decoding, host=self._bases)
 
     def _put(self, needs: Needs, size: int, *, host: int = 0) -> None:
         """Let a stage's peak be at least so much on the compute device, and in host memory beside it."""
         on_host = self.workspace.device.type == "cpu"
         needs.memory = max(needs.memory, host + (size if on_host else 0))
         needs.device = max(needs.device, 0 if on_host else size)
-
-
-def peak_of_states(candidates: int, state_bytes: int, *, plain: bool) -> int:
-    """Return the bytes of hidden states that evaluating distinct candidates holds at its peak.
-
-    Args:
-        state_bytes: of one candidate's on all tokens.
-        plain: one candidate at a time: its last states, their copies, and one that is put together.
-    """
-    if plain:
-        return (2 * candidates + 1) * state_bytes
-    return round(max(_PEAK * candidates, 2 * candidates + _PEAK) * state_bytes)

@@ -501,7 +501,7 @@ def test_too_little_disk_is_refused_before_any_forward(activations, tmp_path, bu
 
 
 def test_too_little_memory_is_refused_before_any_forward(tmp_path, build_settings, llama, ids, compressor, monkeypatch):
-    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(2**28))
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(100_000))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llama, "run", None)
         patch.setattr(llama, "embed", None)
@@ -511,10 +511,12 @@ def test_too_little_memory_is_refused_before_any_forward(tmp_path, build_setting
 
 def test_activations_on_disk_take_no_memory(tmp_path, build_settings, llama, tokens, compressor, monkeypatch):
     many = tokens(2048, 128)  # 32 MB of activations
-    available = 6 * 64 * 64 * 4 + 2**28
+    on_disk = build_settings(tmp_path, activations="disk")
+    available = plan.planned(on_disk, llama, many, compressor)[1].memory_bytes
+    assert available < 2**24
     monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(available))
     monkeypatch.setattr(build, "_build", lambda *args: (_ for _ in ()).throw(CrashError))
     with pytest.raises(EvoPressError, match="of memory"):
         ensure_database(build_settings(tmp_path), llama, many, compressor)
     with pytest.raises(CrashError):  # past the preflight
-        ensure_database(build_settings(tmp_path, activations="disk"), llama, many, compressor)
+        ensure_database(on_disk, llama, many, compressor)

@@ -1,0 +1,44 @@
+"""What a run says that it will take of memory is what is counted, within a fifth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.benchmark import peaks
+from experiments.benchmark.alive import BOTH, DEVICE, HOST, Alive
+
+
+def near(said: Mapping[str, int], counted: Mapping[str, int]) -> None:
+    """Check every stage."""
+    ratios = {stage: said[stage] / counted[stage] for stage in peaks.STAGES}
+    assert all(0.8 < ratio < 1.2 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize("case", peaks.CASES[:2], ids=lambda case: case.model)
+def test_of_large_models_of_shapes_alone(case: peaks.Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
+    near(peaks.planned(case, tmp_path), peaks.counted(case))
+
+
+SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 2, "vocab_size": 512}
+
+
+@pytest.mark.parametrize(("dtype", "cache"), [("float32", 1_572_864), ("bfloat16", 786_432)])
+def test_of_small_models_that_run(dtype: str, cache: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
+    near(*peaks.counted_in_run(peaks.Case("small", SMALL, dtype, 128, 2048, 4, 1024, 512, str(cache)), tmp_path))
+
+
+def test_what_is_alive_is_counted_where_it_lies() -> None:
+    with Alive(shapes=True) as alive:
+        first = torch.zeros(1000)
+        there = first.to("meta")
+        both = torch.cat([there, there])
+        assert (alive.now[HOST], alive.now[DEVICE]) == (4000, 12_000)
+        del there, both
+        assert alive.now[DEVICE] == 0 and alive.peak == {HOST: 4000, DEVICE: 12_000, BOTH: 16_000}
+        assert bool(first.isfinite().all()) and first.sum().tolist() == 1.0
