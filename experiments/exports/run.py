@@ -93,11 +93,16 @@ def named(asked: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
 def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw KL divergence against file size in llama.cpp: its own mixes, and what was fitted and chosen here."""
     rows = rows[(rows["engine"] == "llama.cpp") & (rows["kl"] > 0)]
-    plain, ours = rows["file"].str.endswith("-plain"), rows["file"].str.startswith("ours")
+    plain = rows["file"].str.endswith("-plain")
     mixes = rows["file"].str.removesuffix("-plain").isin(MIXES)
     figure = new_figure(7, 4.2)
     axis = figure.add_subplot()
-    kinds = (("llama.cpp's mixes, no importance matrix", plain & mixes), (_NAMED, ~plain & mixes), ("EvoPress, +method=gguf", ours))
+    kinds = (
+        ("llama.cpp's mixes, no importance matrix", plain & mixes),
+        (_NAMED, ~plain & mixes),
+        ("+method=gguf, dynamic programming", rows["file"].str.startswith("ours by dp")),
+        ("+method=gguf, guided", rows["file"].str.startswith("ours by guided")),
+    )
     for number, (label, which) in enumerate(kinds):
         part = rows[which]
         axis.scatter(part["bytes"] / 1e6, part["kl"], color=COLOURS[number], marker=MARKERS[number], label=label, zorder=3)
