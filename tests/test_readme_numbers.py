@@ -96,7 +96,7 @@ CLAIMS: list[tuple[str, tuple[Number, ...]]] = [
     ("| the same genome | | **{:.3f}** | **{:.1f}** |", second_pass("kl", "perplexity")),
     (
         "a held-out KL of {:.3f} against {:.3f}",
-        tuple(mean("exports", "kl", file=file, engine="llama.cpp") for file in ("ours by dp, at Q2_K", "Q2_K")),
+        tuple(mean("exports", "kl", file=file, engine="llama.cpp") for file in ("ours by guided, at Q2_K", "Q2_K")),
     ),
     ("the demo ends at {:.3f}:", (kl("demo", "evopress", "held-out KL python_docs"),)),
     (
