@@ -39,8 +39,8 @@ class GivenStates:
         self._states = states
 
     def final_states(self, genomes: object, ids: Tensor, *, apart: int | None = None) -> tuple[list[int], list[Tensor]]:
-        """Return the states that were given."""
-        return list(range(len(self._states))), self._states
+        """Return the states that were given, in a list that may be emptied."""
+        return list(range(len(self._states))), list(self._states)
 
 
 @torch.no_grad()

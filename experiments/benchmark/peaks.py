@@ -38,7 +38,6 @@ from evopress.models.tiny import byte_tokenizer
 from evopress.stages import preflight
 from evopress.stages.preflight import Plan
 from experiments.benchmark.alive import BOTH, Alive
-from experiments.composed import settings_of
 
 STAGES = ("database", "search", "evaluate", "export")
 LARGE = {
@@ -153,6 +152,8 @@ def counted_in_run(case: Case, folder: Path) -> tuple[dict[str, int], dict[str, 
 
 def _run(overrides: list[str], folder: Path) -> Plan:
     """Run, and return the plan that was made before."""
+    from experiments.composed import settings_of  # needs Hydra, which the other parts do not
+
     (folder / "run").mkdir()
     plans: list[Plan] = []
     made = preflight.preflight

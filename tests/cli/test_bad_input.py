@@ -258,7 +258,7 @@ def test_no_method(evopress: Callable[..., Any]) -> None:
 
 COMMANDS = {
     # what Hydra would refuse in words of its own
-    "a method that is none": (["+method=spqr"], ["method=spqr", "drop, gguf, joint, quant, sparsity"]),
+    "a method that is none": (["+method=spqr"], ["method=spqr", "drop, experts, gguf, joint, quant, sparsity"]),
     "a method without a name": (["method=", "bits=2.5"], ["method= names no option", "+method=sparsity"]),
     "two methods": (["+method=quant", "+method=drop"], ["method is chosen twice"]),
     "two methods in one": (["+method=quant,drop"], ["several values", "-m"]),

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from evopress.compress.gptq import GPTQ
 from evopress.errors import EvoPressError
 from evopress.levels import store
-from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase, fingerprint, write_block, write_manifest
+from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase, encoded, fingerprint, write_block, write_manifest
 from evopress.units import Unit
 
 GPTQ_8_TO_1 = GPTQ(bits=(8, 5, 3, 2, 1), group_size=8)
@@ -28,7 +28,7 @@ def written(tmp_path):
         weights = {f"layers.{block}.{kind}": random_weight(6, 16, block) for kind in ("up", "up_proj")}
         compressed = GPTQ_8_TO_1.compress(weights, torch.eye(16))
         units = {n: Unit(n, block, n.rsplit(".", 1)[-1], 96, GPTQ_8_TO_1.levels((6, 16))) for n in weights}
-        entries.append(write_block(tmp_path, block, compressed, units))
+        entries.append(write_block(tmp_path, block, [encoded(compressed, units)], list(compressed)))
         results |= compressed
     write_manifest(tmp_path, method="quant", fingerprint="f" * 16, recipe={"a": 1}, entries=entries)
     return tmp_path, results
@@ -69,7 +69,7 @@ def test_equal_content_is_equal_bytes(written, tmp_path_factory):
     folder, results = written
     other = tmp_path_factory.mktemp("other")
     units = {u.name: u for u in LevelDatabase.open(folder).space.units if u.block == 1}
-    write_block(other, 1, {name: results[name] for name in units}, units)
+    write_block(other, 1, [encoded({name: results[name] for name in units}, units)], list(units))
     name = store.block_file(1)
     assert (other / name).read_bytes() == (folder / name).read_bytes()
 
@@ -168,5 +168,5 @@ def test_a_failing_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch
     weights = {"layers.0.up": random_weight(6, 16, 0)}
     units = {"layers.0.up": Unit("layers.0.up", 0, "up", 96, GPTQ_8_TO_1.levels((6, 16)))}
     with pytest.raises(EvoPressError, match=sentence):
-        write_block(tmp_path, 0, GPTQ_8_TO_1.compress(weights, torch.eye(16)), units)
+        write_block(tmp_path, 0, [encoded(GPTQ_8_TO_1.compress(weights, torch.eye(16)), units)], list(units))
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from evopress.finished import FINISHED, settings_digest, stages_done
 from evopress.levels.build import _finished_blocks
 from evopress.levels.hessians import BlockHessians, HessianStore
 from evopress.levels.refine import Step
-from evopress.levels.store import MANIFEST, LevelDatabase, write_block, write_manifest
+from evopress.levels.store import MANIFEST, LevelDatabase, encoded, write_block, write_manifest
 from evopress.models.loading import find_weights
 from evopress.reporting.generations import read_generations
 from evopress.reporting.records import append_record, read_genome, write_genome, write_json
@@ -93,7 +93,7 @@ def make_database(folder: Path, *, journal: bool = False) -> None:
         weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(block))
         units = {name: Unit(name, block, "up", 96, gptq.levels((6, 16)))}
         compressed = {name: list(levels) for name, levels in gptq.compress({name: weight}, torch.eye(16)).items()}
-        entries.append(write_block(folder, block, compressed, units))
+        entries.append(write_block(folder, block, [encoded(compressed, units)], list(compressed)))
     if journal:
         lines = [json.dumps(seal({"schema": 1, "database": folder.name, **entry})) for entry in entries]
         (folder / "journal.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -258,8 +258,13 @@ def test_levels_that_activations_leave_through_are_looked_at(
     tmp_path: Path, build_settings: Callable[..., Any], tiny_blocks: Callable[..., Any], tokens: Callable[..., Tensor],
     compressor: GPTQ, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    decoded = build._at_level
-    monkeypatch.setattr(build, "_at_level", lambda *args: {name: weight * INF for name, weight in decoded(*args).items()})
+    compress = build._compress_part
+
+    def broken(*args: Any) -> tuple[Any, dict[str, Tensor]]:
+        compressed, placed = compress(*args)
+        return compressed, {name: weight * INF for name, weight in placed.items()}
+
+    monkeypatch.setattr(build, "_compress_part", broken)
     with pytest.raises(
         EvoPressError, match=r"output of model\.layers\.0, at the level .* not finite, first on calibration sequences 0"
     ):
