@@ -6,6 +6,10 @@ run's own changes is held, in registers. Sums run in another order than in torch
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -123,6 +127,18 @@ def _range_costs(GROUP, WEIGHTS, SCALES, LOWS, HIGHS, COSTS, columns, rows, grou
     tl.store(COSTS + here, cost, mask=inside)
 
 
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch where the first tensor lies: Triton takes the current device, whichever the tensors are on."""
+
+    @functools.wraps(launch)
+    def launched(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launch(first, *rest)
+
+    return launched
+
+
+@_on_its_device
 def round_run(Wt: Tensor, spread: Tensor, scale: Tensor, low: Tensor, high: Tensor, steps: Tensor, errors: Tensor) -> None:
     """See `columns.round_run`."""
     _dense(Wt, scale, low, high, steps, errors)
@@ -132,6 +148,7 @@ def round_run(Wt: Tensor, spread: Tensor, scale: Tensor, low: Tensor, high: Tens
     )
 
 
+@_on_its_device
 def descend_run(H: Tensor, steps: Tensor, slope: Tensor, scale: Tensor, low: Tensor, high: Tensor, moved: Tensor) -> None:
     """See `columns.descend_run`."""
     _dense(steps, slope, scale, low, high, moved)
@@ -139,6 +156,7 @@ def descend_run(H: Tensor, steps: Tensor, slope: Tensor, scale: Tensor, low: Ten
     _descend_run[_programs(rows)](H, steps, slope, scale, low, high, moved, columns, rows, *H.stride(), **_tile(columns))
 
 
+@_on_its_device
 def move_scale(reach: Tensor, steps: Tensor, slope: Tensor, scale: Tensor, moved: Tensor, dtype: torch.dtype) -> None:
     """See `columns.move_scale`."""
     _dense(reach, steps, slope, scale, moved)
@@ -146,6 +164,7 @@ def move_scale(reach: Tensor, steps: Tensor, slope: Tensor, scale: Tensor, moved
     _move_scale[_programs(rows)](reach, steps, slope, scale, moved, columns, rows, DTYPE=_DTYPES[dtype], ROWS=_ROWS, num_warps=1)
 
 
+@_on_its_device
 def range_costs(group: Tensor, weights: Tensor, scales: Tensor, lows: Tensor, highs: Tensor) -> Tensor:
     """See `columns.range_costs`."""
     _dense(group, weights, scales, lows, highs)
