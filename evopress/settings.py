@@ -230,7 +230,7 @@ class SparsitySettings(MethodSettings):
 
     name: str = "sparsity"
     compressor: str = "sparsegpt"
-    """sparsegpt, wanda or magnitude."""
+    """sparsegpt, wanda, magnitude, or a pruner of an installed package."""
     recipe: str = "best"
     """sparsegpt: best (mask and values found together, see `alps`) or paper (SparseGPT as section 4.2 has it)."""
     step: int | None = None
@@ -249,7 +249,6 @@ class SparsitySettings(MethodSettings):
     """Sparsity in the middle of the levels, in (0, 1); None: the target, or the middle one of several budgets."""
 
     def __post_init__(self) -> None:
-        _expect_one_of("method.compressor", self.compressor, ("sparsegpt", "wanda", "magnitude"))
         _expect_one_of("method.recipe", self.recipe, ("paper", "best"))
         _expect_one_of("method.experts", self.experts, ("each", "layer"))
         check_include(self.include)

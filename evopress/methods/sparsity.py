@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from evopress.compress.compressor import Compressor
-from evopress.compress.magnitude import Magnitude
 from evopress.compress.sparse import check_step, derive_step, kept_at
 from evopress.compress.sparsegpt import SparseGPT
-from evopress.compress.wanda import Wanda
 from evopress.errors import EvoPressError
 from evopress.methods.method import NO_REST, Rest
+from evopress.methods.pruners import PRUNERS
 from evopress.methods.targets import check_targets, further_limits
 from evopress.settings import RunSettings, SparsitySettings
 from evopress.units import Budget, Genome, Level, Space
@@ -94,19 +93,9 @@ class Sparsity:
         step = s.step if s.step is not None else derive_step(sizes, self.centre, s.num_levels) if sizes else 1
         if sizes:
             check_step(sizes, sparsity=self.centre, step=step)
-        if s.compressor == "magnitude":
-            return Magnitude(sparsity=self.centre, step=step, num_levels=s.num_levels, dtype_bits=dtype_bits)
-        if s.compressor == "wanda":
-            return Wanda(sparsity=self.centre, step=step, num_levels=s.num_levels, dtype_bits=dtype_bits)
-        return SparseGPT(
-            sparsity=self.centre,
-            step=step,
-            num_levels=s.num_levels,
-            dtype_bits=dtype_bits,
-            recipe=s.recipe,
-            damping=s.damping,
-            block_size=s.block_size,
-        )
+        make = PRUNERS.get(s.compressor, key="method.compressor")
+        own = {"recipe": s.recipe, "damping": s.damping, "block_size": s.block_size} if make is SparseGPT else {}
+        return make(sparsity=self.centre, step=step, num_levels=s.num_levels, dtype_bits=dtype_bits, **own)
 
     def budget(self, space: Space, rest: Rest = NO_REST) -> Budget:
         """Return the weights that uniform sparsity keeps."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 
@@ -82,3 +83,22 @@ def test_a_baseline_from_outside_is_a_row_and_a_start(
     levels = json.loads((tmp_path / "run" / "baselines.json").read_text())["genomes"]["deeper"]
     assert row["bits_per_weight"] <= 3.5 and row["kl"] > 0
     assert levels == sorted(levels) and levels[0] < levels[-1]  # the last blocks most
+
+
+def test_a_pruner_from_outside_makes_a_database_and_is_searched(
+    install: Callable[..., Path], tiny: Callable[..., Any], evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    blocks = examples("A pruner of your own")
+    installed(blocks, install)
+    given = blocks["sh"].split("evopress ")[1].split()
+    outcome = evopress(*given, "+debug=tiny", "hydra.run.dir=run", "stages=[database,baselines,search,evaluate,export]")
+    assert outcome.code == 0, outcome.text
+    rows = {row["name"]: row for row in json.loads((tmp_path / "run" / "result.json").read_text())["rows"]}
+    assert rows["evopress"]["sparsity"] == pytest.approx(0.5, abs=1e-3) and rows["uniform"]["kl"] > 0
+    uniform = evopress(
+        *given, "+debug=tiny", "hydra.run.dir=other", "genome=uniform", "stages=[database,baselines,evaluate,export]"
+    )
+    assert uniform.code == 0, uniform.text
+    (file,) = (tmp_path / "other").rglob("model.safetensors")
+    fours = [w.reshape(-1, 4) for name, w in load_file(file).items() if name.endswith("_proj.weight")]
+    assert len(fours) == 14 and all(((four != 0).sum(1) == 2).all() for four in fours), "the level of 50% is a 2:4 mask"
