@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evopress.errors import EvoPressError
-from evopress.files import write_bytes
-from experiments.tables import fill_readme, write_csv
+from experiments.tables import write_csv, write_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,8 +177,7 @@ def perplexities(evaluator: PopulationEvaluator, genomes: Sequence[Genome | None
 def publish(out: Path, title: str, text: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write results.csv, table.md and the part of README.md between its marks, and print the text."""
     write_csv(out / "results.csv", rows)
-    write_bytes(out / "table.md", f"# {title}\n\n{text}".encode())
-    fill_readme(out / "README.md", text)
+    write_table(out, title, text)
     print(text)
 
 

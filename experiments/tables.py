@@ -273,8 +273,7 @@ def make_table(experiment: str, *, root: Path, out: Path) -> Sweep:
     path = (home(spec.twin_of) if spec.twin_of else out) / "paper.csv"
     paper = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
     text = render(sweep, spec, paper)
-    write_bytes(out / "table.md", f"# {spec.title}\n\n{text}".encode())
-    fill_readme(out / "README.md", text)
+    write_table(out, spec.title, text)
     return sweep
 
 
@@ -293,6 +292,12 @@ def make_table_of(folder: Path, *, out: Path) -> tuple[Sweep, Spec]:
     text = f"# {spec.title}\n\n{jobs_as_markdown(jobs)}\n{render(sweep, spec, [])}"
     write_bytes(out / "table.md", text.encode())
     return sweep, spec
+
+
+def write_table(folder: Path, title: str, text: str) -> None:
+    """Write an experiment's table.md, and the same text into its README."""
+    write_bytes(folder / "table.md", f"# {title}\n\n{text}".encode())
+    fill_readme(folder / "README.md", text)
 
 
 def fill_readme(readme: Path, text: str) -> None:

@@ -29,6 +29,15 @@ def _to_step(x, low, high):
 
 
 @triton.jit
+def _grid_of(SCALE, LOW, HIGH, r, inside):
+    """Load the grids of some rows."""
+    scale = tl.load(SCALE + r, mask=inside, other=1.0)
+    low = tl.load(LOW + r, mask=inside, other=0.0)
+    high = tl.load(HIGH + r, mask=inside, other=0.0)
+    return scale, low, high
+
+
+@triton.jit
 def _round_run(
     W,
     SPREAD,
@@ -48,9 +57,7 @@ def _round_run(
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, COLUMNS)
     inside = r < rows
-    scale = tl.load(SCALE + r, mask=inside, other=1.0)
-    low = tl.load(LOW + r, mask=inside, other=0.0)
-    high = tl.load(HIGH + r, mask=inside, other=0.0)
+    scale, low, high = _grid_of(SCALE, LOW, HIGH, r, inside)
     errors = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
     for c in range(columns):
         spread = tl.load(SPREAD + k * spread_row + c * spread_column, mask=k < c, other=0.0)
@@ -69,9 +76,7 @@ def _descend_run(
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, COLUMNS)
     inside = r < rows
-    scale = tl.load(SCALE + r, mask=inside, other=1.0)
-    low = tl.load(LOW + r, mask=inside, other=0.0)
-    high = tl.load(HIGH + r, mask=inside, other=0.0)
+    scale, low, high = _grid_of(SCALE, LOW, HIGH, r, inside)
     moved = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
     for c in range(columns):
         curvature = tl.load(H + c * (h_row + h_column))
@@ -116,9 +121,7 @@ def _range_costs(GROUP, WEIGHTS, SCALES, LOWS, HIGHS, COSTS, columns, rows, grou
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = r < rows
     here = tl.program_id(1) * rows + r
-    scale = tl.load(SCALES + here, mask=inside, other=1.0)
-    low = tl.load(LOWS + here, mask=inside, other=0.0)
-    high = tl.load(HIGHS + here, mask=inside, other=0.0)
+    scale, low, high = _grid_of(SCALES, LOWS, HIGHS, here, inside)
     cost = tl.zeros((ROWS,), dtype=tl.float32)
     for c in range(columns):
         w = tl.load(GROUP + c * group_row + r, mask=inside, other=0.0)

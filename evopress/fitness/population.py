@@ -43,7 +43,7 @@ class Evaluator(Protocol):
     def final_states(
         self, genomes: Sequence[Genome | None], ids: Tensor, *, apart: int | None = None
     ) -> tuple[list[int], list[Tensor]]:
-        """Return the distinct last hidden states [b, l, d], and for each genome the index of its own.
+        """Return the distinct last hidden states [b, l, d], a list that may be emptied, and for each genome the index of its own.
 
         Args:
             ids: int64 [b, l].

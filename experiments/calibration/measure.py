@@ -25,14 +25,13 @@ import numpy as np
 import pandas as pd
 
 from evopress.errors import EvoPressError
-from evopress.files import write_bytes
 from evopress.reporting.differences import Difference
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name, significant
 from experiments.calibration.texts import HELD_OUT, KINDS, TEXTS, write_texts
 from experiments.guided.measure import KEYS, merged, read
 from experiments.single_runs import SingleRun, evopress_all, why_it_failed
-from experiments.tables import fill_readme, markdown
+from experiments.tables import markdown, write_table
 
 FOLDER = Path(__file__).parent
 RUNS = Path("multirun/calibration")
@@ -231,8 +230,7 @@ def main() -> None:
         if not asked.results.is_file():
             raise EvoPressError(f"{asked.results} is not there: no run has ended well yet")
         text = render(read(asked.results))
-        write_bytes(asked.results.with_name("table.md"), f"# Text against search\n\n{text}".encode())
-        fill_readme(asked.results.with_name("README.md"), text)
+        write_table(asked.results.parent, "Text against search", text)
     except EvoPressError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

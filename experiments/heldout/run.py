@@ -26,7 +26,6 @@ from omegaconf import OmegaConf
 from evopress import machine
 from evopress.earlier_versions import as_written_now
 from evopress.errors import EvoPressError
-from evopress.files import write_bytes
 from evopress.reporting.differences import Difference
 from evopress.reporting.records import read_document, read_genome
 from evopress.reporting.tables import display_name, significant
@@ -39,7 +38,7 @@ from experiments.composed import settings_of
 from experiments.heldout.texts import write_texts
 from experiments.specs import Spec
 from experiments.sweeps import Job
-from experiments.tables import Group, Table, about_sweep, fill_readme, in_order, markdown, write_csv
+from experiments.tables import Group, Table, about_sweep, in_order, markdown, write_csv, write_table
 
 FOLDER = Path(__file__).parent
 TEXTS = Path("multirun/heldout/texts")
@@ -253,8 +252,7 @@ def main() -> None:
         write_csv(asked.out / "results.csv", table.summary())
         write_csv(asked.out / "runs.csv", table.runs())
         text = render(jobs, table)
-        write_bytes(asked.out / "table.md", f"# {table.spec.title}\n\n{text}".encode())
-        fill_readme(asked.out / "README.md", text)
+        write_table(asked.out, table.spec.title, text)
     except EvoPressError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
