@@ -66,6 +66,10 @@ class Unit:
         """What it is one of, where as many of each are to stay: its kind, of an expert the layer that it is in."""
         return self.name.rpartition(".")[0] if self.kind == EXPERT else self.kind
 
+    def is_of(self, kind: str | None) -> bool:
+        """Tell whether it counts where units of a kind, or of a group, do; None: all do."""
+        return kind in (None, self.kind, self.group)
+
     @property
     def place(self) -> str:
         """Where the unit lies, for people: the block's number, or "head" or "embedding"."""
@@ -169,7 +173,7 @@ class Space:
         return sum(
             of_unit[level]
             for index, (unit, of_unit, level) in enumerate(chosen)
-            if kind in (None, unit.kind, unit.group) and not (self.inside and self.is_gone(genome, index))
+            if unit.is_of(kind) and not (self.inside and self.is_gone(genome, index))
         )
 
     def cost(self, genome: Sequence[int]) -> int:

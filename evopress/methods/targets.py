@@ -67,7 +67,7 @@ def further_limits(asked: Sequence[Any], space: Space, rest: Rest) -> tuple[Limi
         currency, total, kind = checked_limit(entry)
         in_bits = isinstance(total, str)
         count = size_budget(str(total), space, rest).total if in_bits else math.floor(float(total)) * currency.scale
-        if kind is not None and not any(kind in (unit.kind, unit.group) for unit in space.units):
+        if kind is not None and not any(unit.is_of(kind) for unit in space.units):
             kinds = ", ".join(dict.fromkeys(unit.kind for unit in space.units))
             raise EvoPressError(f"limits has the kind {kind!r:.100}, which no unit is of: choose one of {kinds}, or leave it out")
         if currency is CURRENCIES["read"] and any(map(num_experts, space.units)):

@@ -193,12 +193,12 @@ def without_experts(blocks: BlockModel, dropped: Sequence[Sequence[int]]) -> Ite
     Raises: EvoPressError as `fewer_experts`.
     """
     kept = {index: [i for i, gone in enumerate(of_block) if not gone] for index, of_block in enumerate(dropped) if of_block}
-    count, most = max(map(len, dropped)), max(map(len, kept.values()))
-    if most == count and min(map(len, kept.values())) == count:
+    fewest, most, count = min(map(len, kept.values())), max(map(len, kept.values())), max(map(len, dropped))
+    if fewest == count:
         yield
         return
     model: Any = blocks.model
-    config, cut = fewer_experts(model, count, min(most, count - 1), even=min(map(len, kept.values())) == most)
+    config, cut = fewer_experts(model, count, min(most, count - 1), even=fewest == most)
     tensors, whole = _tensors(model), model.config
     before = {name: tensors[name].data for name in cut}
     try:
@@ -227,7 +227,7 @@ def fewer_experts(model: Any, count: int, fewer: int, *, even: bool) -> tuple[An
     Raises: EvoPressError if the configuration cannot say so, or some blocks keep fewer and no bias keeps tokens from what is
         filled up.
     """
-    config = copy.deepcopy(model.config)
+    config, tensors = copy.deepcopy(model.config), _tensors(model)
     text, name = config.get_text_config(), model.config.model_type
     for key, value in vars(text).items():
         if _COUNT.fullmatch(key) and value == count:
@@ -236,7 +236,7 @@ def fewer_experts(model: Any, count: int, fewer: int, *, even: bool) -> tuple[An
         with torch.device("meta"):
             smaller = _tensors(type(model)._from_config(type(config).from_dict(config.to_dict())))  # as read from its file
         cut = {}
-        for key, tensor in _tensors(model).items():
+        for key, tensor in tensors.items():
             axes = [axis for axis, (a, b) in enumerate(zip(tensor.shape, smaller[key].shape, strict=True)) if a != b]
             if axes:
                 (cut[key],) = axes
@@ -245,7 +245,7 @@ def fewer_experts(model: Any, count: int, fewer: int, *, even: bool) -> tuple[An
         raise EvoPressError(
             f"the config of {name} cannot say that {fewer} of {count} experts are left in a block: leave export out of stages"
         ) from error
-    if not even and not any(_is_bias(key, _tensors(model)[key], count) for key in cut):
+    if not even and not any(_is_bias(key, tensors[key], count) for key in cut):
         raise EvoPressError(
             f"the config of {name} has one number of experts for all blocks, and its routers have no bias that could keep tokens "
             "from experts that fill up a block: drop as many of each with method.balanced=true, or leave export out of stages"

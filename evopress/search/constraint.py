@@ -167,7 +167,7 @@ def tables_of(space: Space, budget: Budget) -> list[tuple[Prices, int]]:
     tables: list[tuple[Prices, int]] = [(space.prices, budget.total)]
     for limit in budget.limits:
         prices = space.prices_in(limit.currency or space.words)
-        counted = [limit.kind in (None, unit.kind, unit.group) for unit in space.units]
+        counted = [unit.is_of(limit.kind) for unit in space.units]
         tables.append((tuple(p if here else (0,) * len(p) for p, here in zip(prices, counted, strict=True)), limit.total))
     return tables
 
