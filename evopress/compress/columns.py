@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from evopress.compress.grid import round_in_place
+from evopress.compress.sparse import lowest
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,44 @@ def round_run(Wt: Tensor, spread: Tensor, scale: Tensor, low: Tensor, high: Tens
         if c + 1 < len(Wt):
             Wt[c + 1 :].addr_(spread[c, c + 1 :], error_of[c], alpha=-1.0)
     return None
+
+
+def prune_run(Wt: Tensor, U: Tensor, pruned: Tensor, *, errors: Tensor) -> None:
+    """Prune a run of columns of stacked rows; each column's error moves those of the run after it.
+
+    Source: SparseGPT (arXiv:2301.00774), Algorithm 1, its inner loop.
+
+    Args:
+        Wt: float [c, R], transposed; overwritten by the weights that are kept, 0 elsewhere.
+        U: float [c, c], the run's part of the upper Cholesky factor of the inverse Hessian.
+        pruned: bool [c, R].
+        errors: takes what each pruned weight was before, over U_cc, and 0 for those kept, float [c, R].
+    """
+    if (kernels := _kernels(Wt.device.type)) is not None:
+        return kernels.prune_run(Wt, U, pruned, errors)
+    factors = torch.div(pruned, U.diagonal().unsqueeze(1))  # 1 / U_cc where pruned, else 0
+    for c in range(len(Wt)):
+        torch.mul(Wt[c], factors[c], out=errors[c])
+        if c + 1 < len(Wt):
+            Wt[c + 1 :].addr_(U[c, c + 1 :], errors[c], alpha=-1.0)
+    Wt.masked_fill_(pruned, 0.0)
+    return None
+
+
+def lowest_of_each(scores: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """Mark the lowest scores of each of several stacked parts, by column, then row, among equal ones; see `lowest`.
+
+    Args:
+        scores: float [c, R], finite and at least 0.
+        rows: int32 [n], of each part, in order; they add up to R.
+        counts: int32 [n], how many to mark of each.
+
+    Returns: bool [c, R].
+    """
+    if (kernels := _kernels(scores.device.type)) is not None:
+        return kernels.lowest_of_each(scores, rows, counts)
+    parts = zip(scores.split(rows.tolist(), dim=1), counts.tolist(), strict=True)
+    return torch.cat([lowest(part.reshape(-1), count).reshape(part.shape) for part, count in parts], dim=1)
 
 
 def descend_run(H: Tensor, steps: Tensor, slope: Tensor, scale: Tensor, low: Tensor, high: Tensor, *, moved: Tensor) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor
 LONGEST = 128
 _ROWS = 32
 """Of a program."""
+_TILE = 8192
+"""Scores that a program looks at together."""
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding it leaves no bits for fractions
 
@@ -67,6 +69,60 @@ def _round_run(
         tl.store(STEPS + c * rows + r, step, mask=inside)
         tl.store(ERRORS + c * rows + r, error, mask=inside)
         errors = tl.where(k[:, None] == c, error[None, :], errors)
+
+
+@triton.jit
+def _prune_run(W, U, PRUNED, ERRORS, columns, rows, w_row, u_row, u_column, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, COLUMNS)
+    inside = r < rows
+    errors = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
+    for c in range(columns):
+        u = tl.load(U + k * u_row + c * u_column, mask=k < c, other=0.0)
+        w = tl.load(W + c * w_row + r, mask=inside, other=0.0) - tl.sum(u[:, None] * errors, axis=0)
+        pruned = tl.load(PRUNED + c * rows + r, mask=inside, other=0) != 0
+        error = tl.where(pruned, tl.div_rn(w, tl.load(U + c * (u_row + u_column))), 0.0)
+        tl.store(W + c * w_row + r, tl.where(pruned, 0.0, w), mask=inside)
+        tl.store(ERRORS + c * rows + r, error, mask=inside)
+        errors = tl.where(k[:, None] == c, error[None, :], errors)
+
+
+@triton.jit
+def _load_bits(SCORES, start, rows, size, all_rows, TILE: tl.constexpr):
+    """Load some scores of a part, column by column, as integers, which are in the order of what they stand for."""
+    at = start + tl.arange(0, TILE)
+    column = at // rows
+    where = column * all_rows + at - column * rows
+    inside = at < size
+    return tl.load(SCORES + where, mask=inside, other=0.0).to(tl.int32, bitcast=True), where, inside
+
+
+@triton.jit
+def _lowest_of_each(SCORES, PARTS, COUNTS, MARKED, columns, all_rows, NUM: tl.constexpr, TILE: tl.constexpr):
+    part = tl.program_id(0)
+    k = tl.arange(0, NUM)
+    first = tl.sum(tl.load(PARTS + k, mask=k < part, other=0))
+    rows = tl.load(PARTS + part)
+    size = columns * rows
+    left = tl.load(COUNTS + part)  # to mark of those that begin like the greatest one that is marked
+    greatest = tl.zeros((), dtype=tl.int32)  # as far as it is known, 6 bits at a time
+    bins = tl.arange(0, 128)
+    for digit in tl.static_range(6):
+        shift = 30 - 6 * digit
+        histogram = tl.zeros((128,), dtype=tl.int32)
+        for start in range(0, size, TILE):
+            bits, _, inside = _load_bits(SCORES + first, start, rows, size, all_rows, TILE)
+            alike = inside & (((bits >> shift) >> 6) == greatest)
+            histogram += tl.histogram(tl.where(alike, (bits >> shift) & 63, 64), 128)
+        before = (tl.cumsum(histogram) < left) & (bins < 64)
+        left -= tl.sum(tl.where(before, histogram, 0))
+        greatest = greatest * 64 + tl.sum(before.to(tl.int32))
+    for start in range(0, size, TILE):
+        bits, where, inside = _load_bits(SCORES + first, start, rows, size, all_rows, TILE)
+        equal = (inside & (bits == greatest)).to(tl.int32)
+        marked = (bits < greatest) | ((equal > 0) & (tl.cumsum(equal) <= left))
+        tl.store(MARKED + first + where, marked, mask=inside)
+        left -= tl.sum(equal)
 
 
 @triton.jit
@@ -149,6 +205,26 @@ def round_run(Wt: Tensor, spread: Tensor, scale: Tensor, low: Tensor, high: Tens
     _round_run[_programs(rows)](
         Wt, spread, scale, low, high, steps, errors, columns, rows, Wt.stride(0), *spread.stride(), **_tile(columns)
     )
+
+
+@_on_its_device
+def prune_run(Wt: Tensor, U: Tensor, pruned: Tensor, errors: Tensor) -> None:
+    """See `columns.prune_run`."""
+    _dense(Wt, pruned, errors)
+    columns, rows = Wt.shape
+    _prune_run[_programs(rows)](Wt, U, pruned, errors, columns, rows, Wt.stride(0), *U.stride(), **_tile(columns))
+
+
+@_on_its_device
+def lowest_of_each(scores: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """See `columns.lowest_of_each`: a program for each part finds the bits of the greatest score that is marked."""
+    _dense(scores, rows, counts)
+    marked = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    parts = len(rows)
+    _lowest_of_each[(parts,)](
+        scores, rows, counts, marked, *scores.shape, NUM=max(triton.next_power_of_2(parts), 2), TILE=_TILE, num_warps=16
+    )
+    return marked
 
 
 @_on_its_device

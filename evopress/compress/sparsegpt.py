@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from evopress.compress.alps import regularized, walk
+from evopress.compress.columns import lowest_of_each, prune_run, run_length
 from evopress.compress.compressor import Compressed, Working, check_numbers, sweep_bytes, with_errors
 from evopress.compress.hessian import damp, inverse_factor
-from evopress.compress.sparse import Sparse, SparsityLevels, distribute, lowest, to_float32, unpacked
+from evopress.compress.sparse import Sparse, SparsityLevels, distribute, to_float32, unpacked
 from evopress.errors import EvoPressError
 
 RECIPES = ("paper", "best")
@@ -162,7 +163,7 @@ def _slices(jobs: Sequence[tuple[str, int]], rows: Mapping[str, int], room: int)
 
 
 def sweep(
-    Wt: Tensor, U: Tensor, rows: Sequence[int], kept: Sequence[int], *, block_size: int = 128, inner_size: int = 16
+    Wt: Tensor, U: Tensor, rows: Sequence[int], kept: Sequence[int], *, block_size: int = 128, inner_size: int | None = None
 ) -> Tensor:
     """Prune stacked rows column by column, spreading each column's error over the columns still open.
 
@@ -177,34 +178,28 @@ def sweep(
 
     Returns: mask bool [C, R], true where a weight is kept.
     """
-    columns = len(Wt)
+    columns, device = len(Wt), Wt.device
+    inner_size = inner_size or run_length(device)
     starts = range(0, columns, block_size)
     widths = [min(block_size, columns - first) for first in starts]
     shares = [distribute(count * columns - keep, widths) for count, keep in zip(rows, kept, strict=True)]
-    mask = torch.empty(Wt.shape, dtype=torch.bool, device=Wt.device)
+    counts = torch.tensor(shares, dtype=torch.int32).T.to(device).contiguous()  # [blocks, units and levels]
+    rows_of = torch.tensor(rows, dtype=torch.int32, device=device)
+    mask = torch.empty(Wt.shape, dtype=torch.bool, device=device)
     diagonal = U.diagonal().unsqueeze(1)  # [C, 1]
-    errors = torch.empty(widths[0], Wt.shape[1], dtype=Wt.dtype, device=Wt.device)
+    errors = torch.empty(widths[0], Wt.shape[1], dtype=Wt.dtype, device=device)
     for index, first in enumerate(starts):
         end = first + widths[index]
         scores = Wt[first:end].abs().div_(diagonal[first:end])  # square roots of the paper's, in the same order
-        pruned = torch.cat(
-            [
-                lowest(part.reshape(-1), share[index]).reshape(part.shape)
-                for part, share in zip(scores.split(list(rows), dim=1), shares, strict=True)
-            ],
-            dim=1,
-        )
-        factors = torch.div(pruned, diagonal[first:end], out=scores)  # 1 / U_cc where pruned, else 0
+        pruned = lowest_of_each(scores, rows_of, counts[index])
+        del scores
         for inner in range(first, end, inner_size):
             inner_end = min(inner + inner_size, end)
-            for c in range(inner, inner_end):
-                error = torch.mul(Wt[c], factors[c - first], out=errors[c - first])
-                if c + 1 < inner_end:
-                    Wt[c + 1 : inner_end].addr_(U[c, c + 1 : inner_end], error, alpha=-1.0)
+            run, done = slice(inner, inner_end), errors[inner - first : inner_end - first]
+            prune_run(Wt[run], U[run, run], pruned[inner - first : inner_end - first], errors=done)
             if inner_end < end:
-                Wt[inner_end:end].addmm_(U[inner:inner_end, inner_end:end].T, errors[inner - first : inner_end - first], alpha=-1.0)
+                Wt[inner_end:end].addmm_(U[run, inner_end:end].T, done, alpha=-1.0)
         if end < columns:
             Wt[end:].addmm_(U[first:end, end:].T, errors[: end - first], alpha=-1.0)
-        Wt[first:end].masked_fill_(pruned, 0.0)
         torch.logical_not(pruned, out=mask[first:end])
     return mask

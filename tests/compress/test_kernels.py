@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from evopress.compress import columns
+from evopress.compress.gptq import GPTQ
+from evopress.compress.sparsegpt import SparseGPT
 
 SHAPES = [(1, 1), (5, 3), (16, 40), (64, 33)]  # columns of a run, stacked rows: with and without whole programs
 
@@ -58,6 +60,34 @@ def test_a_run_is_rounded_as_in_torch(length, rows, kernels, monkeypatch):
 
 
 @pytest.mark.parametrize(("length", "rows"), SHAPES)
+def test_a_run_is_pruned_as_in_torch(length, rows, kernels, monkeypatch):
+    monkeypatch.setattr(columns, "_kernels", lambda device: None)
+    run = Run(length, rows)
+    U = run.H.triu() / 100.0 if length % 2 else (run.H.triu() / 100.0).T.contiguous().T
+    U.diagonal().add_(0.5)
+    pruned = run.Wt.abs() < 0.7
+    plain, expected = run.Wt.clone(), torch.empty_like(run.Wt)
+    kernels.prune_run(run.Wt, U, pruned, run.new)
+    columns.prune_run(plain, U, pruned, errors=expected)
+    torch.testing.assert_close(run.Wt, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run.new, expected, rtol=1e-4, atol=1e-4)
+    assert not run.Wt[pruned].any() and not run.new[~pruned].any()
+
+
+@pytest.mark.parametrize("kind", ["random", "few values", "tiny and zero"])
+def test_the_lowest_are_those_of_torch(kind, kernels, monkeypatch):
+    monkeypatch.setattr(columns, "_kernels", lambda device: None)
+    rows, length = torch.tensor([200, 1, 7, 200, 1500], dtype=torch.int32), 9
+    scores = torch.randn(length, int(rows.sum()), generator=torch.Generator().manual_seed(0)).abs()
+    scores = {"random": scores, "few values": (2 * scores).round(), "tiny and zero": (scores - 1.0).clamp(min=0.0) * 1e-40}[kind]
+    counts = torch.tensor([600, 4, 63, 0, 10_001], dtype=torch.int32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    marked = kernels.lowest_of_each(*(each.to(device) for each in (scores, rows, counts))).cpu()
+    assert torch.equal(marked, columns.lowest_of_each(scores, rows, counts))
+    assert [int(part.sum()) for part in marked.split(rows.tolist(), dim=1)] == counts.tolist()
+
+
+@pytest.mark.parametrize(("length", "rows"), SHAPES)
 def test_codes_descend_as_in_torch(length, rows, kernels, monkeypatch):
     monkeypatch.setattr(columns, "_kernels", lambda device: None)
     run = Run(length, rows)
@@ -100,15 +130,20 @@ def test_ranges_cost_what_they_cost_in_torch(length, rows, kernels, monkeypatch)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["paper", "best"])
-def test_levels_made_by_kernels_are_as_close_as_those_made_in_torch(recipe, kernels, monkeypatch):
-    from evopress.compress.gptq import GPTQ
-
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        GPTQ(bits=(8, 4, 3, 2), group_size=64, recipe="paper"),
+        GPTQ(bits=(8, 4, 3, 2), group_size=64, recipe="best"),
+        SparseGPT(sparsity=0.5, step=9000, num_levels=2, dtype_bits=32),
+    ],
+    ids=["quant, paper", "quant, best", "sparsity"],
+)
+def test_levels_made_by_kernels_are_as_close_as_those_made_in_torch(compressor, kernels, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(2000, 576, generator=generator) * torch.rand(576, generator=generator)
     H = (X.T @ X).cuda() / 1000
     weights = {"a": torch.randn(300, 576, generator=generator), "b": torch.randn(65, 576, generator=generator)}
-    compressor = GPTQ(bits=(8, 4, 3, 2), group_size=64, recipe=recipe)
     assert columns._kernels("cuda") is kernels
     fast = compressor.compress(weights, H)
     monkeypatch.setattr(columns, "_kernels", lambda device: None)
