@@ -112,7 +112,7 @@ def read_sweep(
     unfinished = []
     for path in sorted(folder.glob("**/.hydra/overrides.yaml")):
         try:
-            job = _read_job(path.parent.parent, keys)
+            job = read_job(path.parent.parent, keys)
         except EvoPressError as error:
             unfinished.append((path.parent.parent, str(error)))
             continue
@@ -143,7 +143,7 @@ def setting(job: Job, key: str) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def _read_job(folder: Path, keys: Sequence[str]) -> Job:
+def read_job(folder: Path, keys: Sequence[str]) -> Job:
     """Read one job; raise EvoPressError if it has no results yet or they cannot be read."""
     if not (folder / "result.json").is_file():
         raise EvoPressError("not evaluated yet")

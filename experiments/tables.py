@@ -263,18 +263,22 @@ def make_table(experiment: str, *, root: Path, out: Path) -> Sweep:
 
     Raises: EvoPressError if no job has finished, or the jobs do not belong together.
     """
-    spec, folder = SPECS[experiment], root / experiment
     sweep = sweep_of(experiment, root)
     if not sweep.jobs:
-        raise EvoPressError(f"no finished job lies in {folder}: run {command_of(experiment)} first")
+        raise EvoPressError(f"no finished job lies in {root / experiment}: run {command_of(experiment)} first")
+    write_tables(experiment, sweep, out)
+    return sweep
+
+
+def write_tables(experiment: str, sweep: Sweep, out: Path) -> None:
+    """Write the table of an experiment's jobs: results.csv, runs.csv, table.md, and the README's part."""
+    spec = SPECS[experiment]
     table = Table(sweep.jobs, spec)
     write_csv(out / "results.csv", table.summary())
     write_csv(out / "runs.csv", table.runs())
     path = (home(spec.twin_of) if spec.twin_of else out) / "paper.csv"
     paper = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
-    text = render(sweep, spec, paper)
-    write_table(out, spec.title, text)
-    return sweep
+    write_table(out, spec.title, render(sweep, spec, paper))
 
 
 def make_table_of(folder: Path, *, out: Path) -> tuple[Sweep, Spec]:

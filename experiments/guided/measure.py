@@ -97,11 +97,17 @@ def runs(
                     if name == "baselines" and seed != seeds[0]:
                         continue
                     labels = dict(zip(KEYS, (method, recipe, target, name, seed), strict=True))
-                    folder = RUNS / folder_name("-".join(str(label) for label in labels.values() if label != ""))
+                    folder = folder_of(labels)
                     given = [*common, *levels, f"{_TARGET[method]}={target:g}", f"seed={seed}", *ROWS[method][name], *further]
                     if (name, target) in AS_LONG:
                         given.append(f"search.strategy.generations_after={AS_LONG[name, target]}")
                     yield SingleRun(folder, tuple(given), labels)
+
+
+def folder_of(labels: Mapping[str, Any], root: Path = RUNS) -> Path:
+    """Return the folder of the run that has these labels, one for each of `KEYS`."""
+    parts = [f"{labels[key]:g}" if key == "target" else str(labels[key]) for key in KEYS if labels[key] != ""]
+    return root / folder_name("-".join(parts))
 
 
 def ends(folder: Path) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,60 @@
+"""Tables of the paper from the runs of guided: which rows a job gets, from which folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.guided import tables
+from experiments.guided.measure import folder_of, runs
+
+
+def _row(name: str, kl: float, bits: float = 2.25, **more: Any) -> dict[str, Any]:
+    return {"name": name, "kl": kl, "bits_per_weight": bits, "bytes": bits * 100, **more}
+
+
+def _write(root: Path, row: str, seed: int, rows: list[dict[str, Any]], target: float = 2.25) -> Path:
+    folder = folder_of({"method": "quant", "recipe": "best", "target": target, "row": row, "seed": seed}, root)
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").write_text("seed: 0\n")
+    (folder / ".hydra" / "overrides.yaml").write_text(f"- seed={seed}\n")
+    search = {} if row == "baselines" else {"search": {"tokens": 500}}
+    (folder / "result.json").write_text(json.dumps({"rows": [_row("dense", 0.0, 16.0), *rows], **search}))
+    return folder
+
+
+def _record(folder: Path, evaluations: int) -> None:
+    held_out = {"kl": 0.9, "perplexity": {"docs": 30.0}, "top1_agreement": 0.5}
+    (folder / "metrics.jsonl").write_text(json.dumps({"evaluations": evaluations, "tokens": 320, "held_out": held_out}) + "\n")
+
+
+def test_a_job_has_its_baselines_its_start_guided_and_what_it_found(tmp_path: Path) -> None:
+    _record(_write(tmp_path, "evolution", 1, [_row("evopress", 0.8)]), 32)
+    _write(tmp_path, "baselines", 0, [_row("uniform_2", 1.3, 2.0), _row("dp", 0.85)])
+    _write(tmp_path, "guided", 1, [_row("evopress", 0.6)])
+    found = list(tables.jobs_of("table16_best", tmp_path))
+    assert [axes for axes, job in found if job is not None] == [{"bits": "2.25", "seed": "1"}] and len(found) == 6
+    job = next(job for _, job in found if job is not None)
+    assert [(row["name"], row["kl"]) for row in job.result["rows"]] == [
+        ("dense", 0.0),
+        ("dp", 0.85),
+        ("best_of_32", 0.9),
+        ("guided", 0.6),
+        ("evopress", 0.8),
+    ]
+    start, _, ours = job.result["rows"][2:]
+    assert (start["bits_per_weight"], start["kl_by_data_set"], start["tokens_spent"]) == (2.25, {"docs": 0.9}, 320)
+    assert (ours["tokens_spent"], job.axes) == (500, {"bits": "2.25", "seed": "1"})
+
+
+def test_a_search_from_a_level_began_with_no_random_mix(tmp_path: Path) -> None:
+    _record(_write(tmp_path, "evolution", 0, [_row("evopress", 0.3, 3.0)], target=3), 0)
+    _write(tmp_path, "baselines", 0, [_row("uniform_3", 0.34, 3.0)], target=3)
+    job = next(job for _, job in tables.jobs_of("table3_best", tmp_path) if job is not None)
+    assert [row["name"] for row in job.result["rows"]] == ["dense", "uniform_3", "evopress"]
+
+
+def test_folders_are_those_that_measure_makes() -> None:
+    (run,) = runs("quant", ["best"], ["evolution"], [3.0], [0], [])
+    assert run.folder == folder_of(tables.labels_of("table3_best", {"seed": "0"}, "evolution"))
