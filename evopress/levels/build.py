@@ -30,7 +30,7 @@ from evopress.levels.hessians import BlockHessians
 from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
 from evopress.levels.locking import alone_in
 from evopress.levels.outside import compress_embedding
-from evopress.levels.plan import BuildSettings, check_room, needs_of, plan_space, sees_activations
+from evopress.levels.plan import BuildSettings, needs_of, plan_space, sees_activations
 from evopress.levels.store import (
     MANIFEST,
     DamagedDatabaseError,
@@ -47,6 +47,7 @@ from evopress.levels.store import (
 from evopress.models.blocks import BlockModel
 from evopress.progress import track
 from evopress.ranks import divided, each, first, part, shares, together
+from evopress.room import check_room, rooms
 from evopress.units import Space, Unit
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def _preflight(
         needs.memory_bytes / 1e9,
         tokens.numel(),
     )
-    check_room(settings, needs)
+    check_room([needs.in_folder(settings.folder)], rooms(blocks), offload=blocks.offload)
 
 
 def _build(

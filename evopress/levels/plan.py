@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -20,6 +18,7 @@ from evopress.levels.journal import JOURNAL, read_journal
 from evopress.levels.passage import stay_on_device
 from evopress.levels.store import DamagedDatabaseError, block_file, entries_of, fingerprint, read_manifest
 from evopress.models.blocks import BlockModel
+from evopress.room import Needs
 from evopress.units import Space, Unit
 
 CORRECTED_FORWARDS = 6
@@ -112,6 +111,19 @@ class BuildNeeds:
     def what(self) -> str:
         """Say what is to build: "2 of 30 blocks, head, embedding"."""
         return ", ".join([f"{self.num_blocks} of {self.all_blocks} blocks", *(unit.kind for unit in self.units if unit.is_outside)])
+
+    def in_folder(self, folder: Path) -> Needs:
+        """Return it as what a run's stage takes, whose files are in a folder."""
+        return Needs(
+            "database",
+            f"{self.what} to build",
+            disk={folder: self.disk_bytes},
+            memory=self.memory_bytes,
+            device=self.device_bytes,
+            name="building the level database",
+            less_memory="use fewer calibration tokens (data.calibration_tokens) or level_db.activations=disk",
+            less_disk="store fewer levels (method.levels) or use another level_db.root",
+        )
 
 
 def planned(settings: BuildSettings, blocks: BlockModel, tokens: Tensor, compressor: Compressor) -> tuple[Space, BuildNeeds]:
@@ -223,19 +235,3 @@ def part_bytes(blocks: BlockModel, units: Sequence[Unit], compressor: Compressor
 def sees_activations(blocks: BlockModel, index: int) -> bool:
     """Tell whether a part's levels go by activations that enter it: a block's and the head's do, an untied embedding's do not."""
     return index < len(blocks.blocks) or index == blocks.head_part
-
-
-def check_room(settings: BuildSettings, needs: BuildNeeds) -> None:
-    """Raise EvoPressError unless the disk and the host's memory have room for a build."""
-    folder = next(path for path in (settings.folder, *settings.folder.parents) if path.exists())
-    free, available = shutil.disk_usage(folder).free, psutil.virtual_memory().available
-    if needs.disk_bytes * 1.02 > free:
-        raise EvoPressError(
-            f"building the level database needs {needs.disk_bytes / 1e9:.2f} GB but {settings.folder} has {free / 1e9:.2f} GB "
-            "free: free some space, store fewer levels (method.levels) or use another level_db.root"
-        )
-    if needs.memory_bytes > available:
-        raise EvoPressError(
-            f"building the level database needs about {needs.memory_bytes / 1e9:.2f} GB of memory but {available / 1e9:.2f} GB are "
-            "available: use fewer calibration tokens (data.calibration_tokens) or level_db.activations=disk"
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor
 from evopress.data.opening import GivenText
 from evopress.evaluation.zero_shot import answering
 from evopress.levels.store import LevelDatabase
+from evopress.models.loading import pick_device
 from evopress.ranks import each, follow, processes, together
+from evopress.room import Room, rooms
 from evopress.settings import RunSettings
 from evopress.stages.baselines import make_fitness
 from evopress.workspace import Workspace
@@ -33,6 +35,36 @@ def open_for_all(workspace: Workspace) -> None:
         settings, text = workspace.settings, workspace.text
         texts = {name: tokens.clone() for name, tokens in workspace.texts(settings.stages).items()}  # of a part all would be sent
         _open(_Opening(settings, workspace.run_dir, text.name, text.leading_ids, texts))
+
+
+def rooms_of(workspace: Workspace) -> list[Room]:
+    """Return what each process of a run finds, before the others open it, and what of the model it has yet to load.
+
+    Raises: EvoPressError if one of them finds no device.
+    """
+    size = sum(each.numel() * each.element_size() for each in workspace.pretrained.model.parameters())
+    on_host = workspace.device.type == "cpu" or workspace.settings.model.offload
+    found = rooms(_Here(workspace.settings.model.device, workspace.device))
+    opened = 0 if workspace.model_source.is_outline else 1
+    loading = [replace(room, to_load=size * on_host, to_load_there=size * (not on_host)) for room in found[opened:]]
+    return [*found[:opened], *loading]
+
+
+@dataclass(frozen=True)
+class _Here:
+    """Where a process will compute."""
+
+    name: str
+    """As the settings have it."""
+    taken: torch.device | None = None
+
+    @property
+    def known_as(self) -> tuple[Any, ...]:
+        return "here", self.name
+
+    @property
+    def device(self) -> torch.device:
+        return self.taken or pick_device(self.name)
 
 
 def follow_run() -> None:
@@ -75,8 +107,11 @@ class _Opened:
     def find(self, key: tuple[Any, ...]) -> Any:
         """Return what this process has of something that is `Known` by a key."""
         kind, *rest = key
-        if kind == "run":
+        if kind in ("here", "run"):
             self._main = self._other = None  # before another model is opened
+        if kind == "here":
+            return _Here(*rest)
+        if kind == "run":
             self._opening = rest[0]
             return self
         assert self._main is not None, "no run has been opened"

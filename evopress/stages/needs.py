@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 from evopress.baselines.baseline import Baseline, Pass, Planned
 from evopress.baselines.named import make_baselines
@@ -21,6 +20,7 @@ from evopress.levels.live import decoding_bytes, enough_to_keep
 from evopress.levels.modules import modules_of
 from evopress.levels.plan import CORRECTED_FORWARDS, BuildNeeds, batch_of, part_bytes
 from evopress.reporting.records import read_json
+from evopress.room import Needs
 from evopress.search.initial import uniform_genome
 from evopress.search.strategy import NEIGHBOURS_TOGETHER, Asks, Searching, backward_tokens
 from evopress.settings import STAGES
@@ -33,26 +33,6 @@ _SHARED = 0.8
 """Share of the block work that is left where candidates share their prefixes, at 5 to 16 of them (DESIGN, section 4)."""
 _REPORT_BYTES = 4 * 2**20
 _RECORD_BYTES = 400
-
-
-@dataclass
-class Needs:
-    """What one stage takes."""
-
-    stage: str
-    what: str
-    tokens: int = 0
-    """Tokens that enter a model, those of every candidate counted."""
-    block_tokens: float = 0.0
-    """Tokens times the blocks that compute them, prefixes that candidates share counted once."""
-    disk: dict[Path, int] = field(default_factory=dict)
-    """Bytes by folder."""
-    memory: int = 0
-    """Of the host, beside the model."""
-    device: int = 0
-    """Of the compute device, beside the model; 0 where that is the host."""
-    seconds: float | None = None
-    """None: it was not measured what such a stage takes."""
 
 
 class Planner:
@@ -106,16 +86,8 @@ class Planner:
             seconds = tokens * (build.walked * speed.hessians + (build.forwards - build.walked) * speed.block)
             seconds += build.num_blocks * speed.compress
             seconds += sum(speed.outside.get(unit.name, 0.0) for unit in build.units)
-        return Needs(
-            "database",
-            f"{build.what} to build",
-            tokens=tokens,
-            block_tokens=tokens * build.forwards,
-            disk={self.workspace.database_root: build.disk_bytes},
-            memory=build.memory_bytes,
-            device=build.device_bytes,
-            seconds=seconds,
-        )
+        needs = build.in_folder(self.workspace.database_root)
+        return replace(needs, tokens=tokens, block_tokens=tokens * build.forwards, seconds=seconds)
 
     def _baselines(self) -> Needs:
         settings = self.settings.baselines
@@ -219,6 +191,8 @@ class Planner:
         needs = Needs(
             "refine",
             f"{n} blocks anew",
+            less_memory="use fewer calibration tokens (data.calibration_tokens), level_db.activations=disk, "
+            "or leave refine out of stages",
             tokens=tokens + (n + 2) * judged,
             block_tokens=forwards * n * tokens + (n + suffixes) * judged,
             disk={workspace.run_dir: self._stored_bytes()},
@@ -283,7 +257,12 @@ class Planner:
 
     def _export(self) -> Needs:
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.workspace.pretrained.model.parameters())
-        needs = Needs("export", "checkpoint", disk={self.workspace.run_dir: size})
+        needs = Needs(
+            "export",
+            "checkpoint",
+            disk={self.workspace.run_dir: size},
+            less_memory="leave export out of stages, or use a machine with more memory",
+        )
         self._hold_decoded(needs)
         if self.workspace.device.type != "cpu" and not self.workspace.blocks.offload:
             self._put(needs, 0, host=size)  # what is written is copied first

@@ -6,7 +6,6 @@ What the stages take is counted in `needs.py`; times rest on the second or two o
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,22 +14,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from evopress.baselines.exhaustive import count_to_measure
-from evopress.compress.compressor import free_bytes
 from evopress.errors import EvoPressError
-from evopress.levels.plan import BuildNeeds, check_room
+from evopress.levels.plan import BuildNeeds
 from evopress.models.blocks import BlockModel
 from evopress.models.first_block import first_block
 from evopress.progress import duration
 from evopress.reporting.records import read_json
+from evopress.room import Needs, Room, amount, check_room, disks, in_bytes, room_on
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.search.strategy import Asks, Searching
 from evopress.stages.baselines import make_measure
+from evopress.stages.following import rooms_of
 from evopress.stages.given import check_levels
-from evopress.stages.needs import Needs, Planner
+from evopress.stages.needs import Planner
 from evopress.stages.probe import Speed, measure_speed
 from evopress.units import BLOCKS, Budget, Space
 from evopress.workspace import Workspace
@@ -38,12 +37,6 @@ from evopress.workspace import Workspace
 logger = logging.getLogger(__name__)
 _MOST_TRIES = 32
 _FEW_TOKENS = 16
-_ADVICE = {
-    "database": "use fewer calibration tokens (data.calibration_tokens) or level_db.activations=disk",
-    "refine": "use fewer calibration tokens (data.calibration_tokens), level_db.activations=disk, or leave refine out of stages",
-    "export": "leave export out of stages, or use a machine with more memory",
-}
-_LESS = "lower fitness.max_tokens_in_flight, fitness.chunk_tokens, level_db.cache_bytes, data.search_tokens or search.tokens"
 
 
 @dataclass(frozen=True)
@@ -101,9 +94,10 @@ def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple
         for place, ((run, numbers, budget), asks) in enumerate(zip(runs, asked, strict=True))
     ]
     plan = Plan(together([list(planner.stages()) for planner in planners]), speed, planners[0].built_first)
-    logger.info("what this run will take, beside the model:\n%s", plan_table(plan, workspace))
+    found = rooms_of(workspace)
+    logger.info("what this run will take, beside the model:\n%s", plan_table(plan, workspace, found))
     try:
-        _check(plan, workspace, build)
+        check_room(plan.stages, found, offload=workspace.settings.model.offload)
     except EvoPressError as error:
         if not workspace.model_source.is_outline:
             raise
@@ -208,46 +202,54 @@ def _probe(workspace: Workspace, build: BuildNeeds | None) -> Speed | None:
 def _first_block(workspace: Workspace) -> BlockModel | None:
     """Return what stands for a model whose weights are not there; None if the machine has no room for it, or it cannot run."""
     device, blocks = workspace.device, workspace.blocks
-    room = free_bytes(device) if device.type == "cuda" else psutil.virtual_memory().available
+    room = room_on(device)
     try:
         return first_block(
             workspace.model_source.config,
             dtype=blocks.dtype,
             device=device,
             include=(BLOCKS,) if workspace.method.weights is None else workspace.method.weights.include,
-            most_bytes=room // 4,
+            most_bytes=(room.memory if room.device is None else room.device) // 4,
         )
     except EvoPressError as error:
         logger.warning("%s", error)
         return None
 
 
-def plan_table(plan: Plan, workspace: Workspace) -> str:
+def plan_table(plan: Plan, workspace: Workspace, found: Sequence[Room]) -> str:
     """Lay a plan out, with what there is and what the times rest on."""
     device = workspace.device.type != "cpu"
-    head = ["stage", "to do", "tokens", "blocks x tokens", "disk", "memory", *(["device"] if device else []), "time"]
-    rows = [head]
-    for needs in plan.stages:
+
+    def cells(needs: Needs) -> list[str]:
+        sizes = [sum(needs.disk.values()), needs.memory, *([needs.device] if device else [])]
+        numbers = [amount(needs.tokens), amount(needs.block_tokens), *map(in_bytes, sizes)]
         time_ = "-" if needs.seconds is None else duration(needs.seconds)
-        cells = [needs.stage, needs.what, _amount(needs.tokens), _amount(needs.block_tokens), _bytes(sum(needs.disk.values()))]
-        rows.append([*cells, _bytes(needs.memory), *([_bytes(needs.device)] if device else []), time_])
-    seconds = [needs.seconds for needs in plan.stages if needs.seconds is not None]
+        return [needs.stage, needs.what, *("-" if number in ("0", "0 B") else number for number in numbers), time_]
+
+    head = ["stage", "to do", "tokens", "blocks x tokens", "disk", "memory", *(["device"] if device else []), "time"]
+    rows = [head, *map(cells, plan.stages)]
     if len(plan.stages) > 1:
-        disk = sum(sum(needs.disk.values()) for needs in plan.stages)
-        total = duration(sum(seconds)) if seconds else "-"
-        most = [_bytes(max(needs.memory for needs in plan.stages))]
-        most += [_bytes(max(needs.device for needs in plan.stages))] if device else []
-        tokens, forwards = sum(needs.tokens for needs in plan.stages), sum(needs.block_tokens for needs in plan.stages)
-        rows.append(["all", "", _amount(tokens), _amount(forwards), _bytes(disk), *most, total])
+        seconds = [needs.seconds for needs in plan.stages if needs.seconds is not None]
+        whole = Needs(
+            "all",
+            "",
+            tokens=sum(needs.tokens for needs in plan.stages),
+            block_tokens=sum(needs.block_tokens for needs in plan.stages),
+            disk={Path(): sum(sum(needs.disk.values()) for needs in plan.stages)},
+            memory=max(needs.memory for needs in plan.stages),
+            device=max(needs.device for needs in plan.stages),
+            seconds=sum(seconds) if seconds else None,
+        )
+        rows.append(cells(whole))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [
         "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     ]
-    there = [f"{_bytes(psutil.virtual_memory().available)} of memory"]
-    if device and workspace.device.type == "cuda":
-        there.append(f"{_bytes(free_bytes(workspace.device))} on {workspace.device}")
-    there += [f"{_bytes(free)} of disk for {' and '.join(map(str, folders))}" for folders, free in _disks(_folders(workspace))]
+    there = [f"{in_bytes(found[0].memory)} of memory"]
+    there += [f"{in_bytes(room.device)} on {room.where}" for room in found[:1] if room.device is not None]
+    folders = [workspace.run_dir, workspace.database_root, workspace.cache]
+    there += [f"{in_bytes(free)} of disk for {' and '.join(map(str, those))}" for those, free in disks(folders)]
     lines.append(f"available: {', '.join(there)}")
     if plan.speed is None:
         why = (
@@ -262,61 +264,3 @@ def plan_table(plan: Plan, workspace: Workspace) -> str:
             f"{plan.speed.head * 1e6:.3g} us per token for logits and measure); loading levels, export and report are not in them"
         )
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _folders(workspace: Workspace) -> list[Path]:
-    return [workspace.run_dir, workspace.database_root, workspace.cache]
-
-
-def _disks(folders: Sequence[Path]) -> list[tuple[list[Path], int]]:
-    """Group folders by the file system that they are on, with the bytes that are free there."""
-    groups: dict[int, list[Path]] = {}
-    for folder in folders:
-        groups.setdefault(_existing(folder).stat().st_dev, []).append(folder)
-    return [(group, shutil.disk_usage(_existing(group[0])).free) for group in groups.values()]
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
-def _check(plan: Plan, workspace: Workspace, build: BuildNeeds | None) -> None:
-    """Raise EvoPressError if a stage needs more than there is."""
-    if build is not None and build.units and workspace.method.weights is not None:
-        check_room(workspace.build_settings(workspace.method.weights.name, workspace.compressor), build)
-    for folders, free in _disks(_folders(workspace)):
-        sizes = {needs.stage: size for needs in plan.stages if (size := sum(needs.disk.get(folder, 0) for folder in folders))}
-        if sum(sizes.values()) * 1.02 > free:
-            parts = ", ".join(f"{stage} {_bytes(size)}" for stage, size in sizes.items())
-            raise EvoPressError(
-                f"this run needs {_bytes(sum(sizes.values()))} of disk ({parts}) but {' and '.join(map(str, folders))} has "
-                f"{_bytes(free)} free: free some space, leave stages out (stages), or use another hydra.run.dir or level_db.root"
-            )
-    available = {"of memory": psutil.virtual_memory().available}
-    if workspace.device.type == "cuda":
-        available[f"on {workspace.device}"] = free_bytes(workspace.device)
-    outline = workspace.model_source.is_outline  # what is loaded is in use already
-    own = sum(each.numel() * each.element_size() for each in workspace.pretrained.model.parameters()) if outline else 0
-    on_host = workspace.device.type == "cpu" or workspace.settings.model.offload
-    for needs in plan.stages:
-        taken = (needs.memory + own * on_host, needs.device + own * (not on_host))
-        for (where, room), needed in zip(available.items(), taken, strict=False):
-            if needed > room:
-                offload = where != "of memory" and not workspace.settings.model.offload
-                raise EvoPressError(
-                    f"the stage {needs.stage} needs about {_bytes(needed)} {where}{', the model included,' if outline else ''} but "
-                    f"{_bytes(room)} are free: "
-                    f"{_ADVICE.get(needs.stage, _LESS)}{', or set model.offload=true' if offload else ''}"
-                )
-
-
-def _amount(count: float) -> str:
-    """Say a number with three digits: "7.34 M"; nothing is "-"."""
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.0f}" if count else "-"
-
-
-def _bytes(count: float) -> str:
-    return f"{_amount(count)}B" if count >= 1e3 else (f"{count:.0f} B" if count else "-")

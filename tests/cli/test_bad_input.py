@@ -540,8 +540,8 @@ def test_what_runs_nothing_needs_no_folder(evopress_in: Callable[..., Any]) -> N
 
 
 def test_a_disk_without_room_for_the_database(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evopress.levels.plan.shutil.disk_usage", lambda path: DiskUsage(10**9, 10**9 - 1000, 1000))
-    refused(tiny(f"level_db.root={tmp_path / 'levels'}"), "level_db.root", "GB free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: DiskUsage(10**9, 10**9 - 1000, 1000))
+    refused(tiny(f"level_db.root={tmp_path / 'levels'}"), "of disk (database ", "has 1 kB free", "level_db.root")
     assert not list((tmp_path / "levels").rglob("*.safetensors"))
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evopress import room
 from evopress.errors import EvoPressError
 from evopress.finished import FINISHED
 from evopress.fitness.measures import KLDivergence
@@ -22,6 +23,7 @@ from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator, evaluation_bytes, measure_sums
 from evopress.levels import build
 from evopress.levels.live import decoding_bytes
+from evopress.room import Needs, Room, check_room
 from evopress.stages import preflight, probe
 from evopress.units import Level, Space, Unit
 from experiments.benchmark.alive import BOTH, Alive
@@ -208,7 +210,7 @@ def test_too_little_disk_is_refused_before_anything_is_touched(
     monkeypatch.setattr("shutil.disk_usage", lambda path: DiskUsage(10**9, 10**9, 100_000))
     refused(evopress("resume=earlier", "seed=0"), "needs 4.33 MB of disk (export 140 kB, report 4.19 MB)", "100 kB free", "earlier")
     assert contents(folder) == before
-    refused(evopress("resume=earlier", "stages=[export]"), "needs 140 kB of disk (export 140 kB)")
+    refused(evopress("resume=earlier", "stages=[export]"), "the stage export needs 140 kB of disk but")
     assert evopress("resume=earlier", "stages=[evaluate]", DRY).code == 0
 
 
@@ -223,7 +225,11 @@ def test_too_little_memory_is_refused_before_anything_is_touched(
         "environment.json",
         *(f".hydra/{n}" for n in ("config.yaml", "hydra.yaml", "overrides.yaml", "overrides.json")),
     }
-    refused(tiny(f"level_db.root={tmp_path / 'levels'}"), "building the level database needs about", "GB of memory but")
+    refused(
+        tiny(f"level_db.root={tmp_path / 'levels'}"),
+        "building the level database needs about",
+        "of memory but 1 MB are free: use fewer",
+    )
     assert not list((tmp_path / "levels").rglob("*.safetensors"))
 
 
@@ -237,7 +243,7 @@ def test_what_a_device_lacks_is_refused(tiny: Callable[..., Any], monkeypatch: p
         put(self, needs, size, host=host)
 
     monkeypatch.setattr(preflight.Planner, "_put", on_device)
-    monkeypatch.setattr(preflight, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1000)
     refused(tiny("stages=[evaluate]"), "the stage evaluate needs about", "but 1 kB are free", "model.offload=true")
 
 
@@ -320,21 +326,11 @@ def test_zero_shot_tasks_and_the_plain_evaluator_decode_the_whole_model() -> Non
     assert planner("cuda", evaluator="plain")._evaluate().device > 7 * GB
 
 
-def test_what_is_followed_already_is_not_advised(monkeypatch: pytest.MonkeyPatch) -> None:
-    for offload in (False, True):
-        workspace = SimpleNamespace(
-            device=torch.device("cuda"),
-            settings=SimpleNamespace(model=SimpleNamespace(offload=offload)),
-            model_source=SimpleNamespace(is_outline=False),
-            run_dir=Path(),
-            database_root=Path(),
-            cache=Path(),
-        )
-        monkeypatch.setattr(preflight, "free_bytes", lambda device: 1000)
-        plan = preflight.Plan((preflight.Needs("search", "", device=2000),), None)
-        with pytest.raises(EvoPressError, match="the stage search needs about 2 kB on cuda") as caught:
-            preflight._check(plan, workspace, None)  # type: ignore[arg-type]
-        assert ("model.offload=true" in str(caught.value)) != offload
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_is_followed_already_is_not_advised(offload: bool) -> None:
+    with pytest.raises(EvoPressError, match="the stage search needs about 2 kB on cuda but 1 kB are free") as caught:
+        check_room([Needs("search", "", device=2000)], [Room("here", GB, 1000, "cuda")], offload=offload)
+    assert ("model.offload=true" in str(caught.value)) != offload
 
 
 @pytest.mark.parametrize("evaluator", ["population", "plain"])

@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "compress": {"units", "errors", "machine"},
     "models": VOCABULARY | {"endings", "settings", "machine", "ranks"},
     "data": VOCABULARY | {"settings"},
-    "levels": VOCABULARY | {"ranks", "compress", "models", "data"},
+    "room": {"compress", "errors", "ranks"},
+    "levels": VOCABULARY | {"ranks", "room", "compress", "models", "data"},
     "fitness": VOCABULARY | {"ranks", "compress", "models", "data", "levels"},
     "evaluation": VOCABULARY | {"ranks", "compress", "models", "data", "levels", "fitness"},
     "export": VOCABULARY | {"compress", "models", "data", "levels", "fitness"},
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     "workspace": VOCABULARY
     | {"machine", "ranks", "endings", "compress", "models", "data", "levels", "fitness", "methods", "settings"},
     "stages": VOCABULARY
-    | {"endings", "ranks", "compress", "models", "data", "levels", "fitness", "search", "settings"}
+    | {"endings", "ranks", "room", "compress", "models", "data", "levels", "fitness", "search", "settings"}
     | {"methods", "workspace", "baselines", "evaluation", "export", "reporting"},
     "finished": VOCABULARY | {"earlier_versions", "data", "levels", "reporting", "settings", "stages", "workspace"},
     "pipeline": VOCABULARY | {"finished", "methods", "reporting", "settings", "stages", "workspace"},

@@ -14,6 +14,7 @@ import pytest
 import torch
 from database_literal import captured_inputs, output_errors
 
+from evopress import room
 from evopress.compress import gptq
 from evopress.compress.gptq import GPTQ
 from evopress.compress.hessian import SingularHessianError
@@ -495,17 +496,17 @@ def test_too_little_disk_is_refused_before_any_forward(activations, tmp_path, bu
     monkeypatch.setattr(llama, "run", None)
     monkeypatch.setattr(llama, "embed", None)
     free = needed - 1 if activations == "memory" else int(needed * 1.03)  # enough but for the activations
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: Usage(10**12, 0, free))
-    with pytest.raises(EvoPressError, match=r"needs .* GB but .* GB free"):
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: Usage(10**12, 0, free))
+    with pytest.raises(EvoPressError, match=r"the level database needs .*B of disk but .*B free: .*method.levels"):
         ensure_database(settings, llama, ids, compressor)
 
 
 def test_too_little_memory_is_refused_before_any_forward(tmp_path, build_settings, llama, ids, compressor, monkeypatch):
-    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(100_000))
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(100_000))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llama, "run", None)
         patch.setattr(llama, "embed", None)
-        with pytest.raises(EvoPressError, match=r"GB of memory but .* available.*activations=disk"):
+        with pytest.raises(EvoPressError, match=r"kB of memory but 100 kB are free: .*activations=disk"):
             ensure_database(build_settings(tmp_path), llama, ids, compressor)
 
 
@@ -514,7 +515,7 @@ def test_activations_on_disk_take_no_memory(tmp_path, build_settings, llama, tok
     on_disk = build_settings(tmp_path, activations="disk")
     available = plan.planned(on_disk, llama, many, compressor)[1].memory_bytes
     assert available < 2**24
-    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(available))
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(available))
     monkeypatch.setattr(build, "_build", lambda *args: (_ for _ in ()).throw(CrashError))
     with pytest.raises(EvoPressError, match="of memory"):
         ensure_database(build_settings(tmp_path), llama, many, compressor)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from evopress import room
 from evopress.compress.sparsegpt import SparseGPT
 from evopress.errors import EvoPressError
-from evopress.levels import compressing, plan, store
+from evopress.levels import compressing, store
 from evopress.levels.build import ensure_database
 from evopress.levels.calibration import collect_hessians, complete_hessians
 from evopress.levels.hessians import BlockHessians, HessianStore
@@ -178,8 +179,8 @@ Usage = namedtuple("Usage", "total used free")
 def test_room_for_hessians_is_asked_for_before_any_forward(settings, llama, ids, forwards, monkeypatch):
     levels = database_bytes(plan_space(llama, at(0.5), method="sparsity"))
     at_most = 3 * 4 * (6 * 32**2 + 64**2)  # as if no two linears shared their input
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: Usage(10**12, 0, int(1.02 * (levels + at_most)) - 100))
-    with pytest.raises(EvoPressError, match="GB free"):
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: Usage(10**12, 0, int(1.02 * (levels + at_most)) - 100))
+    with pytest.raises(EvoPressError, match="B free"):
         ensure_database(settings(0.5), llama, ids, at(0.5))
     assert forwards == []
     ensure_database(settings(0.5, kept=False), llama, ids, at(0.5))

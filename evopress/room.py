@@ -1,0 +1,159 @@
+"""What there is to work in, on disk and in memory, and the one comparison of that with what work takes."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+
+from evopress.compress.compressor import free_bytes
+from evopress.errors import EvoPressError
+from evopress.ranks import Known, each, together
+
+_SPARE = 1.02
+"""Of the disk: headers of files and the like."""
+
+
+@dataclass
+class Needs:
+    """What one stage of a run takes; where processes share it, the one with the most to do."""
+
+    stage: str
+    what: str
+    tokens: int = 0
+    """Tokens that enter a model, those of every candidate counted."""
+    block_tokens: float = 0.0
+    """Tokens times the blocks that compute them, prefixes that candidates share counted once."""
+    disk: dict[Path, int] = field(default_factory=dict)
+    """Bytes by folder, of all processes together."""
+    memory: int = 0
+    """Of the host, beside the model."""
+    device: int = 0
+    """Of the compute device, beside the model; 0 where that is the host."""
+    seconds: float | None = None
+    """None: it was not measured what such a stage takes."""
+    alone: bool = False
+    """Whether the first process does it by itself."""
+    name: str = ""
+    """What it is in a sentence; nothing: "the stage search"."""
+    less_memory: str = (
+        "lower fitness.max_tokens_in_flight, fitness.chunk_tokens, level_db.cache_bytes, data.search_tokens or search.tokens"
+    )
+    """What to do where there is too little."""
+    less_disk: str = "leave stages out (stages), or use another hydra.run.dir or level_db.root"
+
+    def __post_init__(self) -> None:
+        self.name = self.name or f"the stage {self.stage}"
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory that one process of a run finds free, in bytes."""
+
+    machine: str
+    """Whose memory it shares with the run's other processes there."""
+    memory: int
+    device: int | None = None
+    """Of its GPU; None: it has none."""
+    where: str = ""
+    """The GPU's name."""
+    to_load: int = 0
+    """Bytes of the model that will come into the host's memory."""
+    to_load_there: int = 0
+    """And into the GPU's."""
+
+
+class Placed(Known, Protocol):
+    """What every process has on a device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+
+
+@together
+def rooms(of: Placed) -> list[Room]:
+    """Return what each process of the run finds."""
+    return each(lambda: room_on(of.device))
+
+
+def room_on(device: torch.device) -> Room:
+    """Return what this process finds where it computes on a device."""
+    there = free_bytes(device) if device.type == "cuda" else None
+    return Room(socket.gethostname(), psutil.virtual_memory().available, there, str(device))
+
+
+def disks(folders: Iterable[Path]) -> list[tuple[list[Path], int]]:
+    """Group folders by the file system that they are on, with the bytes that are free there."""
+    groups: dict[int, list[Path]] = {}
+    for folder in folders:
+        groups.setdefault(_existing(folder).stat().st_dev, []).append(folder)
+    return [(group, shutil.disk_usage(_existing(group[0])).free) for group in groups.values()]
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def check_room(stages: Sequence[Needs], rooms: Sequence[Room], *, offload: bool = False) -> None:
+    """Raise EvoPressError if stages, one after the other, need more than there is; what they write stays.
+
+    Args:
+        rooms: of each process, the first one's first; those on one machine share its memory.
+        offload: the model's blocks lie in the host's memory already.
+    """
+    for folders, free in disks(dict.fromkeys(folder for needs in stages for folder in needs.disk)):
+        writing = [(needs, size) for needs in stages if (size := sum(needs.disk.get(folder, 0) for folder in folders))]
+        total = sum(size for _, size in writing)
+        if total * _SPARE > free:
+            who, parts, less = writing[0][0].name, "", writing[0][0].less_disk
+            if len(writing) > 1:
+                who, parts, less = (
+                    "this run",
+                    ", ".join(f"{needs.stage} {in_bytes(size)}" for needs, size in writing),
+                    Needs.less_disk,
+                )
+            raise EvoPressError(
+                f"{who} needs {in_bytes(total)} of disk{parts and f' ({parts})'} but {' and '.join(map(str, folders))} has "
+                f"{in_bytes(free)} free: free some space, {less}"
+            )
+    for needs in stages:
+        for machine in dict.fromkeys(room.machine for room in rooms):
+            there = [room for room in rooms if room.machine == machine]
+            taken = [(0 if needs.alone and room is not rooms[0] else needs.memory) + room.to_load for room in there]
+            many = f" for {len(there)} processes on {machine}" if len(rooms) > 1 else ""
+            fewer = ", or start fewer processes" if len(there) > 1 else ""
+            loading, free = any(room.to_load for room in there), min(room.memory for room in there)
+            _compare(needs, sum(taken), free, f"of memory{many}", loading=loading, otherwise=fewer)
+        for room in rooms:
+            if room.device is not None:
+                taken_there = (0 if needs.alone and room is not rooms[0] else needs.device) + room.to_load_there
+                otherwise = "" if offload else ", or set model.offload=true"
+                _compare(needs, taken_there, room.device, f"on {room.where}", loading=bool(room.to_load_there), otherwise=otherwise)
+
+
+def _compare(needs: Needs, needed: int, free: int, where: str, *, loading: bool, otherwise: str) -> None:
+    if needed > free:
+        raise EvoPressError(
+            f"{needs.name} needs about {in_bytes(needed)} {where}{', the model included,' if loading else ''} but {in_bytes(free)} "
+            f"are free: {needs.less_memory}{otherwise}"
+        )
+
+
+def amount(count: float) -> str:
+    """Say a number with three digits: "7.34 M"."""
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def in_bytes(count: float) -> str:
+    """Say a number of bytes with three digits: "7.34 MB"."""
+    return f"{amount(count)}B" if count >= 1e3 else f"{count:.0f} B"
