@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evopress.errors import EvoPressError
+from evopress.search.evolution import SearchSettings
 
 MUST_BE_CHOSEN = "???"
 AUTO = "auto"
@@ -361,45 +362,16 @@ def all_at_scale(numbers: Sequence[int], factor: float, least: Sequence[float]) 
 
 
 @dataclass
-class SearchConfig:
-    """The search: numbers of the evolutionary one (paper, Algorithm 1 and Table 8), and the strategy."""
+class SearchConfig(SearchSettings):
+    """The search: numbers of the evolutionary one, where it starts, the strategy, and what a scale multiplies."""
 
-    generations: int | None = None
-    """None: k(n - k) / 1.5, for depth pruning."""
-    num_offspring: int = 16
-    """λ."""
-    survivors: list[int] = field(default_factory=lambda: [1])
-    """Per stage of selection; the last is 1."""
-    tokens: list[int] = field(default_factory=lambda: [8192])
-    """Per stage of selection."""
-    initial_candidates: int = 32
-    """Random mixes to start from where the target is between two levels."""
-    initial_tokens: int = 2048
-    """Tokens that choose among them."""
     starts: list[str] = field(default_factory=list)
     """Baselines or files of genomes that join the initial candidates, such as [dp]; not in the paper."""
-    max_switches: int = 3
-    """Greatest number of level switches per offspring."""
-    distribution: str = "min_uniform"
-    """Of the number of switches: min_uniform or constant (paper B.1)."""
-    exchange: str = "size"
-    """Which units exchange levels: size, name, none or any."""
-    max_level: int | None = None
-    """Greatest deviation of a unit from the target's level, in levels; None: any."""
-    max_total_deviation: int | None = None
-    """Greatest sum of those deviations; None: any."""
     strategy: Any = None
     """What searches, `search/strategy=NAME`, with its own settings; None: evolution, the paper's."""
     paper: PaperNumbers = field(default_factory=PaperNumbers)
     """What the numbers above are at scale=paper; at another scale they follow from it, where they are not given."""
     least: LeastShares = field(default_factory=LeastShares)
-
-    def __post_init__(self) -> None:
-        _expect(self.num_offspring <= 100_000, "search.num_offspring", self.num_offspring, "at most 100000")
-        if len(self.survivors) != len(self.tokens):
-            raise EvoPressError(
-                f"search.survivors {self.survivors} and search.tokens {self.tokens} differ in length: give one of each per stage"
-            )
 
 
 @dataclass

@@ -5,7 +5,7 @@ from evopress.search.evolution import Evolution, EvolutionStrategy, SearchSettin
 from evopress.search.initial import initial_candidates, one_level, random_mix, random_mixes, uniform_genome
 from evopress.search.mutation import DISTRIBUTIONS, LevelSwitch, Mutation, offspring
 from evopress.search.record import GenerationRecord, StageRecord
-from evopress.search.selection import Stage, check_stages, select_fittest
+from evopress.search.selection import check_stages, select_fittest
 from evopress.search.strategies import STRATEGIES, strategy_of
 from evopress.search.strategy import Asks, Attribution, Fitness, Neighbour, Problem, Question, Searching, Strategy, run_search
 
@@ -27,7 +27,6 @@ __all__ = [
     "Question",
     "SearchSettings",
     "Searching",
-    "Stage",
     "StageRecord",
     "Strategy",
     "check_stages",

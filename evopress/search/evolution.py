@@ -7,60 +7,84 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from evopress.errors import EvoPressError
-from evopress.search.constraint import Deviation
+from evopress.search.constraint import EXCHANGES, Deviation
 from evopress.search.initial import initial_candidates, uniform_genome
-from evopress.search.mutation import LevelSwitch, Mutation, offspring
+from evopress.search.mutation import DISTRIBUTIONS, LevelSwitch, Mutation, offspring
 from evopress.search.neighbour import genomes_from_neighbour
 from evopress.search.racing import Race, RaceRules
 from evopress.search.record import GenerationRecord, StageRecord
-from evopress.search.selection import Stage, check_stages, select_fittest
+from evopress.search.selection import check_stages, select_fittest
 from evopress.search.strategy import Asks, Problem, Question
 from evopress.units import Budget, Genome, Space
 
 _MAX_BOUNDED_ATTEMPTS = 20_000
 """Draws for one offspring where deviations are bounded: at a tight bound few of the switches are allowed."""
+_LEAST = {"generations": 0, "num_offspring": 1, "initial_candidates": 1, "initial_tokens": 1, "max_switches": 1}
+_MOST_OFFSPRING = 100_000
 _MAX_FRUITLESS = 10
 """Generations in a row without one offspring of finite fitness, after which the search stops."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class SearchSettings:
-    """The numbers of a search (paper, Table 8)."""
+    """The numbers of a search (paper, Algorithm 1 and Table 8), `search` in the config."""
 
-    generations: int
-    num_offspring: int
-    stages: tuple[Stage, ...]
-    initial_candidates: int
-    """Random mixes to start from where the target is not a level."""
-    initial_tokens: int
-    """Tokens to choose among them."""
-    max_switches: int
-    distribution: str
-    """A name in `mutation.DISTRIBUTIONS`."""
-    exchange: str
-    """A name in `constraint.EXCHANGES`."""
+    generations: int | None = None
+    """None: k(n - k) / 1.5, for depth pruning, put in its place once n is known."""
+    num_offspring: int = 16
+    """λ."""
+    survivors: list[int] = field(default_factory=lambda: [1])
+    """Per stage of selection; the last is 1."""
+    tokens: list[int] = field(default_factory=lambda: [8192])
+    """Per stage of selection."""
+    initial_candidates: int = 32
+    """Random mixes to start from where the target is between two levels."""
+    initial_tokens: int = 2048
+    """Tokens that choose among them."""
+    max_switches: int = 3
+    """Greatest number of level switches per offspring."""
+    distribution: str = "min_uniform"
+    """Of the number of switches: min_uniform or constant (paper B.1)."""
+    exchange: str = "size"
+    """Which units exchange levels: size, name, any, none or fit (`constraint.EXCHANGES`)."""
     max_level: int | None = None
-    """Greatest deviation of a unit from the target's level; None: any."""
+    """Greatest deviation of a unit from the target's level, in levels; None: any."""
     max_total_deviation: int | None = None
     """Greatest sum of those deviations; None: any."""
 
     def __post_init__(self) -> None:
-        for name, least in (("generations", 0), ("num_offspring", 1), ("initial_candidates", 1), ("initial_tokens", 1)):
-            if getattr(self, name) < least:
-                raise EvoPressError(f"search.{name}={getattr(self, name)} is out of range: expected at least {least}")
-        check_stages(self.stages, self.num_offspring)
+        for key, least in _LEAST.items():
+            if (value := getattr(self, key)) is not None and value < least:
+                raise EvoPressError(f"search.{key}={value} is out of range: expected at least {least}")
+        if self.num_offspring > _MOST_OFFSPRING:
+            raise EvoPressError(f"search.num_offspring={self.num_offspring} is out of range: expected at most {_MOST_OFFSPRING}")
+        check_stages(self.tokens, self.survivors, self.num_offspring)
+        for key, known in (("exchange", EXCHANGES), ("distribution", DISTRIBUTIONS)):
+            if (value := getattr(self, key)) not in known:
+                raise EvoPressError(f"search.{key}={value} is unknown: choose one of {', '.join(known)}")
+        for key, least in (("max_level", 1), ("max_total_deviation", 2)):
+            if (value := getattr(self, key)) is not None and value < least:
+                raise EvoPressError(
+                    f"search.{key}={value} allows no switch, which moves two units a level: expected at least {least}, or null "
+                    "for any"
+                )
 
     def identity(self) -> dict[str, Any]:
         """Return what makes two searches the same one, as it reads back from JSON; the number of generations may differ."""
-        identity = asdict(self)
-        del identity["generations"]
-        return identity | {"stages": [[stage.tokens, stage.survivors] for stage in self.stages]}
+        numbers = {key: value for key, value in asdict(self).items() if key not in ("generations", "survivors", "tokens")}
+        return numbers | {"stages": [list(stage) for stage in zip(self.tokens, self.survivors, strict=True)]}
+
+    @property
+    def num_generations(self) -> int:
+        """See `Searching`."""
+        assert self.generations is not None, "what None stands for is put in its place before the search begins"
+        return self.generations
 
     @property
     def strategy(self) -> str:
@@ -75,21 +99,16 @@ class SearchSettings:
     def asks(self, state: Mapping[str, Any] | None = None) -> list[Asks]:
         """See `Searching`."""
         done = 0 if state is None else int(state["generation"])
-        left = max(self.generations - max(done, 1) + 1, 0)
+        left = max(self.num_generations - max(done, 1) + 1, 0)
         asks = [] if done else [Asks("search.initial_tokens", self.initial_tokens, self.initial_candidates, initial=True)]
-        candidates = self.num_offspring
-        for stage in self.stages:
-            asks.append(Asks("search.tokens", stage.tokens, candidates + (stage is self.stages[-1]), times=left))
-            candidates = stage.survivors
-        return asks
+        stages = zip(self.tokens, self.candidates(self.num_offspring), strict=True)
+        return asks + [Asks("search.tokens", tokens, candidates, times=left) for tokens, candidates in stages]
 
-    def tokens_of(self, num_offspring: int) -> int:
-        """Return the tokens of a generation in which the mutation found so many offspring."""
-        candidates, tokens = num_offspring, 0
-        for stage in self.stages:
-            tokens += stage.tokens * (candidates + (stage is self.stages[-1]))
-            candidates = stage.survivors
-        return tokens
+    def candidates(self, num_offspring: int) -> list[int]:
+        """Return how many candidates each stage has in a generation of so many offspring; the parent joins the last."""
+        candidates = [num_offspring, *self.survivors[:-1]]
+        candidates[-1] += 1
+        return candidates
 
     def make(self, problem: Problem) -> Evolution:
         """See `Searching`."""
@@ -186,7 +205,7 @@ class Evolution:
     @property
     def finished(self) -> bool:
         """Tell whether all generations are done."""
-        return self._generation > self._settings.generations
+        return self._generation > self._settings.num_generations
 
     @property
     def generation(self) -> int:
@@ -219,7 +238,8 @@ class Evolution:
                 if self._rules is None:
                     self._question = self._stage_question(0, children)
                 else:
-                    self._race = Race((self._parent, *children), tokens=settings.tokens_of(len(children)), rules=self._rules)
+                    tokens = int(np.dot(settings.tokens, settings.candidates(len(children))))
+                    self._race = Race((self._parent, *children), tokens=tokens, rules=self._rules)
                     self._question = self._race.ask()
         return self._question
 
@@ -237,7 +257,7 @@ class Evolution:
             return self._tell_race(self._race, fitnesses)
         genomes, tokens, stage = self._question.genomes, self._question.tokens, self._question.stage
         values = self._question.numbers(fitnesses)
-        survivors = select_fittest(genomes, values, 1 if stage < 0 else self._settings.stages[stage].survivors)
+        survivors = select_fittest(genomes, values, 1 if stage < 0 else self._settings.survivors[stage])
         best = survivors[0]
         survivors = [index for index in survivors if math.isfinite(values[index])]
         with_parent = self._parent in genomes  # in the last stage, and where it is alone
@@ -252,7 +272,7 @@ class Evolution:
         self._stages.append(StageRecord(tokens, len(genomes), values, tuple(survivors)))
         lost = len(values) - sum(map(math.isfinite, values))
         self._lost, self._non_finite = self._lost + lost, self._non_finite + lost
-        if 0 <= stage < len(self._settings.stages) - 1:
+        if 0 <= stage < len(self._settings.tokens) - 1:
             self._question = self._stage_question(stage + 1, [genomes[i] for i in survivors])
             return None
         first = stage < 0
@@ -340,10 +360,10 @@ class Evolution:
 
     def _stage_question(self, stage: int, candidates: Sequence[Genome]) -> Question:
         # The authors' code adds the parent by survivor count; Algorithm 1 adds it in the last stage. In front, it wins ties.
-        last = stage == len(self._settings.stages) - 1
+        last = stage == len(self._settings.tokens) - 1
         others = tuple(candidate for candidate in candidates if candidate != self.parent)
         genomes = (self.parent, *others) if last or not others else others
-        return Question(genomes, self._settings.stages[stage].tokens, stage)
+        return Question(genomes, self._settings.tokens[stage], stage)
 
     def _finish(self, winner: Genome, *, fitness: float | None, accepted: bool, parent_fitness: float | None) -> GenerationRecord:
         """Make the winner the parent, close the generation and return its record."""

@@ -113,7 +113,7 @@ class GuidedSettings:
         return self.numbers.name
 
     @property
-    def generations(self) -> int:
+    def num_generations(self) -> int:
         """See `Searching`."""
         return self.numbers.rounds + self.numbers.delta_rounds + self.numbers.generations_after
 

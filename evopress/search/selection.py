@@ -7,30 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from evopress.errors import EvoPressError
 from evopress.units import Genome
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of the selection."""
+def check_stages(tokens: Sequence[int], survivors: Sequence[int], num_offspring: int) -> None:
+    """Raise EvoPressError unless the survivors go down from at most `num_offspring` to 1, on positive numbers of tokens.
 
-    tokens: int
-    """Tokens that every candidate is evaluated on."""
-    survivors: int
-    """Candidates that go on."""
-
-
-def check_stages(stages: Sequence[Stage], num_offspring: int) -> None:
-    """Raise EvoPressError unless the survivors go down from at most `num_offspring` to 1, on positive numbers of tokens."""
-    if not stages:
+    Args:
+        tokens: of each stage, that every candidate is evaluated on.
+        survivors: of each stage, the candidates that go on.
+    """
+    if len(survivors) != len(tokens):
+        raise EvoPressError(f"search.survivors {survivors} and search.tokens {tokens} differ in length: give one of each per stage")
+    if not tokens:
         raise EvoPressError("the selection has no stage: give at least one number of tokens with 1 survivor")
-    survivors, tokens = [stage.survivors for stage in stages], [stage.tokens for stage in stages]
     if min(tokens) < 1:
         raise EvoPressError(f"the selection's tokens are {tokens}: every stage needs at least 1 token")
-    if min(survivors) < 1 or survivors[-1] != 1 or survivors != sorted(survivors, reverse=True):
+    if min(survivors) < 1 or survivors[-1] != 1 or list(survivors) != sorted(survivors, reverse=True):
         raise EvoPressError(f"the selection's survivors are {survivors}: they must descend to 1 and never rise")
     if survivors[0] > num_offspring:
         raise EvoPressError(

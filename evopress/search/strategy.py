@@ -203,7 +203,7 @@ class Searching(Protocol):
         """The strategy's name."""
 
     @property
-    def generations(self) -> int:
+    def num_generations(self) -> int:
         """Generations after generation 0, at most."""
 
     @property

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 from evopress.baselines.baseline import EXPERTS, MODULES, WEIGHTS, check_minibatch
 from evopress.baselines.named import BASELINES, make_baselines, names_serving
 from evopress.currencies import EXPERT
 from evopress.data.special_tokens import ids_beyond
 from evopress.errors import EvoPressError
 from evopress.evaluation import zero_shot
-from evopress.search.constraint import EXCHANGES
 from evopress.search.evolution import SearchSettings
-from evopress.search.mutation import DISTRIBUTIONS
-from evopress.search.selection import Stage
 from evopress.search.strategies import strategy_of
 from evopress.search.strategy import Searching
 from evopress.settings import DropSettings, RunSettings, SearchConfig
@@ -77,11 +76,20 @@ def check_tokens(settings: RunSettings) -> None:
 
 
 def searching(config: SearchConfig, *, derived: int | None = None) -> Searching:
-    """Return the numbers of the search by the strategy that the settings choose; otherwise as `search_settings`.
+    """Return the numbers of the search by the strategy that the settings choose.
 
-    Raises: EvoPressError if there is no such strategy, or one of its numbers is out of range.
+    Args: derived: generations where the settings give none.
+
+    Raises: EvoPressError if neither gives any, or there is no such strategy, or one of its numbers is out of range.
     """
-    return strategy_of(config.strategy).searching(search_settings(config, derived=derived))
+    numbers = SearchSettings(**{each.name: getattr(config, each.name) for each in fields(SearchSettings)})
+    if numbers.generations is None:
+        numbers = replace(numbers, generations=derived)
+    if numbers.generations is None:
+        raise EvoPressError(
+            "search.generations is null, which only depth pruning derives: give a number, such as search.generations=50"
+        )
+    return strategy_of(config.strategy).searching(numbers)
 
 
 def check_strategy(settings: RunSettings) -> None:
@@ -98,42 +106,6 @@ def check_strategy(settings: RunSettings) -> None:
         raise EvoPressError(
             f"search/strategy={name} runs blocks alone, which fitness.evaluator=plain does not: leave one of them out"
         )
-
-
-def search_settings(config: SearchConfig, *, derived: int | None = None) -> SearchSettings:
-    """Convert and check the numbers of the evolutionary search.
-
-    Args: derived: generations where the settings give none.
-
-    Raises: EvoPressError if the survivors do not descend to 1, or a number or a rule is missing or unknown.
-    """
-    generations = derived if config.generations is None else config.generations
-    if generations is None:
-        raise EvoPressError(
-            "search.generations is null, which only depth pruning derives: give a number, such as search.generations=50"
-        )
-    for key, value, known in (("exchange", config.exchange, EXCHANGES), ("distribution", config.distribution, DISTRIBUTIONS)):
-        if value not in known:
-            raise EvoPressError(f"search.{key}={value} is unknown: choose one of {', '.join(known)}")
-    if config.max_switches < 1:
-        raise EvoPressError(f"search.max_switches={config.max_switches} is out of range: expected at least 1")
-    for key, bound, least in (("max_level", config.max_level, 1), ("max_total_deviation", config.max_total_deviation, 2)):
-        if bound is not None and bound < least:
-            raise EvoPressError(
-                f"search.{key}={bound} allows no switch, which moves two units a level: expected at least {least}, or null for any"
-            )
-    return SearchSettings(
-        generations=generations,
-        num_offspring=config.num_offspring,
-        stages=tuple(Stage(tokens, survivors) for tokens, survivors in zip(config.tokens, config.survivors, strict=True)),
-        initial_candidates=config.initial_candidates,
-        initial_tokens=config.initial_tokens,
-        max_switches=config.max_switches,
-        distribution=config.distribution,
-        exchange=config.exchange,
-        max_level=config.max_level,
-        max_total_deviation=config.max_total_deviation,
-    )
 
 
 def search_cost(numbers: Searching, *, modules: bool = False, units: int = 0) -> int:

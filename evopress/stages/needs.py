@@ -122,12 +122,12 @@ class Planner:
     def _search(self) -> Needs:
         searching, asks, zero = self.searching, self.asks or (), 0.0 if self.speed else None
         if not asks:
-            return Needs("search", f"done: {searching.generations} generations", seconds=zero)
+            return Needs("search", f"done: {searching.num_generations} generations", seconds=zero)
         later = [ask for ask in asks if not ask.initial]
         milestones = max((ask.times for ask in later if ask.milestone), default=0)
         generations = milestones + max((ask.times for ask in later if not ask.milestone), default=0)
         most = "at most " if milestones else ""
-        needs = Needs("search", f"{most}{generations} of {searching.generations} generations", seconds=zero)
+        needs = Needs("search", f"{most}{generations} of {searching.num_generations} generations", seconds=zero)
         self._base(needs)
         if every := self.settings.evaluation.every:
             self._held_out(needs, milestones + (generations - milestones) // every + 1)

@@ -83,10 +83,10 @@ def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple
     asked = []
     for run, numbers, budget in runs:
         asks = None if "search" not in run.settings.stages else _asks(run, numbers)
-        if asks and numbers.generations and isinstance(numbers, SearchSettings):
+        if asks and numbers.num_generations and isinstance(numbers, SearchSettings):
             check_switches(space, budget, numbers)
         asked.append(asks)
-    if any(asked) and searching.generations and isinstance(searching, SearchSettings):
+    if any(asked) and searching.num_generations and isinstance(searching, SearchSettings):
         _say_what_stays(space, workspace.settings.search.exchange)
     speed = _probe(workspace, build)
     planners = [

@@ -58,7 +58,7 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
         )
         truncate_records(metrics, strategy.generation - 1)
         check_records(metrics, strategy, database.space)
-        logger.info("search: going on at generation %d of %d", strategy.generation, searching.generations)
+        logger.info("search: going on at generation %d of %d", strategy.generation, searching.num_generations)
     else:
         metrics.unlink(missing_ok=True)
     if not strategy.finished:
@@ -93,8 +93,8 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
             live.show(entry, shown)
             stop_if_asked()
 
-        num_stages = len(searching.stages) if isinstance(searching, SearchSettings) else None
-        with LiveSearch(searching.generations, num_stages, run_dir=run_dir) as live:
+        num_stages = len(searching.tokens) if isinstance(searching, SearchSettings) else None
+        with LiveSearch(searching.num_generations, num_stages, run_dir=run_dir) as live:
             run_search(
                 strategy,
                 live.watching(fitness),

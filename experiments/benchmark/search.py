@@ -102,8 +102,8 @@ class Searcher:
         """Return the rows of the text that the generations draw, whatever wins."""
         rng = np.random.default_rng((self._seed, 2))
         count, length = self.sequences.shape
-        stages = [stage for _ in range(self.settings.generations) for stage in self.settings.stages]
-        return {row for stage in stages for row in draw(count, length, tokens=stage.tokens, rng=rng).indices}
+        asked = self.settings.tokens * self.settings.num_generations
+        return {row for tokens in asked for row in draw(count, length, tokens=tokens, rng=rng).indices}
 
 
 def searcher(bench: Bench, row: str) -> Searcher:
@@ -126,7 +126,7 @@ def prepare(
     Args: known: number of tokens to those that were fetched before, of the same model; added to.
     """
     known = {} if known is None else known
-    count = max(size.search_tokens, *(stage.tokens for stage in settings.stages))
+    count = max(size.search_tokens, *settings.tokens)
     count = -(-count // subject.sequence_length) * subject.sequence_length
     if count not in known:
         sequences = subject.tokens("search", count)
@@ -167,8 +167,8 @@ def generations(bench: Bench) -> Iterator[Row]:
 
 def describe(settings: SearchSettings) -> str:
     """Say what a generation evaluates."""
-    tokens = ", ".join(f"{stage.tokens:,}" for stage in settings.stages)
-    return f"λ = {settings.num_offspring}, survivors {', '.join(str(s.survivors) for s in settings.stages)}, tokens {tokens}"
+    tokens = ", ".join(f"{tokens:,}" for tokens in settings.tokens)
+    return f"λ = {settings.num_offspring}, survivors {', '.join(map(str, settings.survivors))}, tokens {tokens}"
 
 
 def memory(bench: Bench) -> Iterator[Row]:

@@ -12,7 +12,6 @@ from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.search.evolution import SearchSettings
-from evopress.search.selection import Stage
 from evopress.settings import all_at_scale, at_scale
 
 FOLDER = Path(__file__).parent / "sizes"
@@ -140,12 +139,11 @@ def table8(row: str, size: Size) -> SearchSettings:
     return SearchSettings(
         generations=size.generations,
         num_offspring=at_scale(paper["num_offspring"], scale["offspring"], least["num_offspring"]),
-        stages=tuple(Stage(max(count // size.shrink, 8), num) for count, num in zip(tokens, survivors, strict=True)),
+        survivors=survivors,
+        tokens=[max(count // size.shrink, 8) for count in tokens],
         initial_candidates=1,
         initial_tokens=1,
-        max_switches=values.get("max_switches", 3),
-        distribution=values.get("distribution", "min_uniform"),
-        exchange=values.get("exchange", "size"),
+        **{key: values[key] for key in ("max_switches", "distribution", "exchange") if key in values},
     )
 
 

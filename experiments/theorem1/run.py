@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from evopress.reporting.drawing import save
-from evopress.search import Evolution, SearchSettings, Stage
+from evopress.search import Evolution, SearchSettings
 from evopress.units import Budget, Genome, Level, Space, Unit
 
 NUM_BITS = (20, 40, 60, 80)
@@ -55,7 +55,8 @@ def generations_to_optimum(n: int, k: int, num_offspring: int, rng: np.random.Ge
     settings = SearchSettings(
         generations=100 * k * (n - k),
         num_offspring=num_offspring,
-        stages=(Stage(tokens=1, survivors=1),),
+        survivors=[1],
+        tokens=[1],
         initial_candidates=1,
         initial_tokens=1,
         max_switches=1,

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "registry": {"errors"},
     "machine": set(),
     "ranks": {"errors"},
-    "settings": {"errors"},
+    "settings": {"errors", "search"},
     "run_folder": VOCABULARY | {"reporting"},
     "config": {"settings", "errors", "run_folder", "search"},
     "command_line": {"settings"},

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from evopress.search import Evolution, SearchSettings, Stage, run_search
+from evopress.search import Evolution, SearchSettings, run_search
 from evopress.units import Budget, Genome, Level, Space, Unit
 
 SEARCH_TRACE = Path(__file__).parent / "search_trace.json"
@@ -31,7 +31,8 @@ def search_trace() -> list[dict[str, Any]]:
     settings = SearchSettings(
         generations=8,
         num_offspring=6,
-        stages=(Stage(2, 3), Stage(9, 1)),
+        survivors=[3, 1],
+        tokens=[2, 9],
         initial_candidates=4,
         initial_tokens=3,
         max_switches=3,

@@ -21,6 +21,10 @@ class RandomSearch:
     strategy = "random"
 
     @property
+    def num_generations(self) -> int:
+        return self.generations
+
+    @property
     def summary(self) -> str:
         return f"{self.generations} times {self.candidates} random mixes"
 

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 from evopress.currencies import currency_of
-from evopress.search import SearchSettings, Stage
+from evopress.search import SearchSettings
 from evopress.units import Budget, Level, Space, Unit
 
 SETTINGS = SearchSettings(
     generations=12,
     num_offspring=8,
-    stages=(Stage(10, 4), Stage(40, 2), Stage(160, 1)),
+    survivors=[4, 2, 1],
+    tokens=[10, 40, 160],
     initial_candidates=6,
     initial_tokens=20,
     max_switches=3,

@@ -24,7 +24,6 @@ from evopress.reporting.generations import read_generations
 from evopress.reporting.records import append_record, read_genome, write_genome, write_json
 from evopress.run_folder import keep_overrides, kept_overrides
 from evopress.search import Evolution, SearchSettings, run_search
-from evopress.search.selection import Stage
 from evopress.settings import DataSettings, LevelDatabaseSettings, PathsSettings, QuantSettings, RunSettings, ScaleSettings
 from evopress.stages.baselines import read_baselines
 from evopress.stages.refine import said, summary_of
@@ -65,7 +64,7 @@ class Reader:
 
 
 def search() -> tuple[Evolution, np.random.Generator]:
-    numbers = SearchSettings(3, 4, (Stage(8, 2), Stage(16, 1)), 4, 8, 3, "min_uniform", "any")
+    numbers = SearchSettings(3, 4, [2, 1], [8, 16], 4, 8, 3, "min_uniform", "any")
     return Evolution(SPACE, BUDGET, numbers, rng_initial=np.random.default_rng(0), rng_mutation=np.random.default_rng(1)), (
         np.random.default_rng(2)
     )

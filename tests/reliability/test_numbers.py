@@ -28,7 +28,7 @@ from evopress.levels import build, compressing
 from evopress.levels.build import ensure_database
 from evopress.levels.hessians import BlockHessians
 from evopress.levels.live import LiveModel
-from evopress.search import EXCHANGES, Evolution, LevelSwitch, SearchSettings, Stage, initial_candidates, random_mix, run_search
+from evopress.search import EXCHANGES, Evolution, LevelSwitch, SearchSettings, initial_candidates, random_mix, run_search
 from evopress.stages.preflight import check_switches
 from evopress.units import Budget, Genome, Level, Space, Unit
 
@@ -63,7 +63,7 @@ def test_it_loses_and_is_counted_whatever_the_number_of_survivors(broken: float)
 
 
 def test_a_generation_without_one_says_nothing_of_it() -> None:
-    evolution = evolution_of(settings=replace(SETTINGS, stages=(Stage(8, 1),)))
+    evolution = evolution_of(settings=replace(SETTINGS, survivors=[1], tokens=[8]))
     evolution.ask()
     record = evolution.tell([1.0] * 9)
     assert record is not None and "non_finite" not in record.to_dict()
@@ -86,7 +86,7 @@ def test_a_stage_that_loses_all_offspring_leaves_the_parent(stage: int) -> None:
 
 
 def test_a_finite_parent_stays_where_the_last_stage_loses_the_others() -> None:
-    evolution = evolution_of(settings=replace(SETTINGS, stages=(Stage(8, 1),)))
+    evolution = evolution_of(settings=replace(SETTINGS, survivors=[1], tokens=[8]))
     parent = evolution.parent
     evolution.ask()
     record = evolution.tell([2.0] + [NAN] * 8)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evopress.search.evolution import Evolution, SearchSettings, Stage
+from evopress.search.evolution import Evolution, SearchSettings
 from evopress.units import Budget, Genome, Level, Space, Unit
 
 SIZES = {
@@ -167,7 +167,8 @@ def evolution(space: Space) -> Callable[..., Evolution]:
         settings = SearchSettings(
             generations=generations,
             num_offspring=num_offspring,
-            stages=tuple(Stage(*stage) for stage in stages),
+            survivors=[survivors for _, survivors in stages],
+            tokens=[tokens for tokens, _ in stages],
             initial_candidates=4,
             initial_tokens=32,
             max_switches=3,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evopress.errors import EvoPressError
-from evopress.search import EXCHANGES, Evolution, SearchSettings, Stage, make_exchange, run_search
+from evopress.search import EXCHANGES, Evolution, SearchSettings, make_exchange, run_search
 from evopress.search.constraint import Deviation
 from evopress.units import Budget, Level, Space, Unit
 
@@ -190,7 +190,8 @@ def bounded(space, *, max_level=None, max_total=None, generations=60, num_offspr
     settings = SearchSettings(
         generations=generations,
         num_offspring=num_offspring,
-        stages=(Stage(1, 1),),
+        survivors=[1],
+        tokens=[1],
         initial_candidates=1,
         initial_tokens=1,
         max_switches=3,
@@ -255,7 +256,8 @@ def test_bounds_need_a_target_that_is_a_level(quant_space, bounds):
     settings = SearchSettings(
         generations=1,
         num_offspring=1,
-        stages=(Stage(1, 1),),
+        survivors=[1],
+        tokens=[1],
         initial_candidates=1,
         initial_tokens=1,
         max_switches=1,

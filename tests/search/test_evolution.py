@@ -8,7 +8,7 @@ import pytest
 from toy_search import SETTINGS
 
 from evopress.errors import EvoPressError
-from evopress.search import EXCHANGES, Evolution, SearchSettings, Stage, run_search
+from evopress.search import EXCHANGES, Evolution, SearchSettings, run_search
 from evopress.units import Budget, Genome, Level, Limit, Space, Unit
 
 SIZES = (8, 3, 3, 1, 1, 8, 3, 3, 1, 1, 8, 8)
@@ -174,7 +174,7 @@ def test_a_generation_runs_through_its_stages(quant_space, budget_of):
         if stage:
             assert question.genomes[-len(survivors) :] == tuple(survivors)
         values = fitness(question.genomes, tokens=tokens)
-        survivors = [question.genomes[i] for i in np.argsort(values, kind="stable")[: SETTINGS.stages[stage].survivors]]
+        survivors = [question.genomes[i] for i in np.argsort(values, kind="stable")[: SETTINGS.survivors[stage]]]
         record = evolution.tell(values)
         assert (record is None) == (stage < 2)
     assert record is not None
@@ -194,7 +194,7 @@ def test_a_generation_runs_through_its_stages(quant_space, budget_of):
 @pytest.mark.parametrize("survivors", [(1, 1), (2, 1), (1,)])
 def test_the_parent_joins_the_last_stage_by_position_and_wins_ties(quant_space, budget_of, survivors):
     space = quant_space(SIZES)
-    settings = replace(SETTINGS, stages=tuple(Stage(8, k) for k in survivors), generations=3)
+    settings = replace(SETTINGS, survivors=list(survivors), tokens=[8] * len(survivors), generations=3)
     evolution = evolution_of(space, budget_of(space, 4), settings)
     parent = evolution.parent
     while not evolution.finished:
@@ -206,7 +206,7 @@ def test_the_parent_joins_the_last_stage_by_position_and_wins_ties(quant_space, 
 
 def test_nan_loses_and_nothing_but_nan_is_an_error(quant_space, budget_of):
     space = quant_space(SIZES)
-    evolution = evolution_of(space, budget_of(space, 4), replace(SETTINGS, stages=(Stage(8, 1),)))
+    evolution = evolution_of(space, budget_of(space, 4), replace(SETTINGS, survivors=[1], tokens=[8]))
     question = evolution.ask()
     record = evolution.tell([math.nan] * 8 + [3.0])
     assert record is not None
@@ -249,15 +249,15 @@ def test_a_space_with_fewer_offspring_than_asked_is_searched(quant_space, budget
         ({"num_offspring": 3}, "4 survivors of 3 offspring"),
         ({"initial_candidates": 0}, "initial_candidates=0 is out of range"),
         ({"initial_tokens": 0}, "initial_tokens=0 is out of range"),
-        ({"exchange": "sizes"}, 'exchange "sizes"'),
-        ({"distribution": "poisson"}, 'distribution "poisson"'),
-        ({"max_switches": 0}, "max_switches is 0"),
+        ({"exchange": "sizes"}, "exchange=sizes is unknown"),
+        ({"distribution": "poisson"}, "distribution=poisson is unknown"),
+        ({"max_switches": 0}, "max_switches=0 is out of range"),
+        ({"max_level": 0}, "max_level=0 allows no switch"),
     ],
 )
-def test_settings_out_of_range_are_refused(quant_space, budget_of, change, sentence):
-    space = quant_space(SIZES)
+def test_settings_out_of_range_are_refused(change, sentence):
     with pytest.raises(EvoPressError, match=sentence):
-        evolution_of(space, budget_of(space, 4), replace(SETTINGS, **change))
+        replace(SETTINGS, **change)
 
 
 def test_a_budget_that_cannot_be_met_is_refused(quant_space, budget_of):
@@ -270,7 +270,7 @@ def test_a_start_joins_the_initial_candidates_and_wins_if_it_is_the_fittest():
     space = Space("toy", tuple(Unit(f"u{i}", i, "u", 1, (Level("1", 1, "1", 1), Level("0", 0, "0", 0))) for i in range(12)))
     budget = Budget(6, 0.5, "kept")
     best = (0, 1) * 6
-    settings = SearchSettings(0, 1, (Stage(1, 1),), 4, 1, 1, "constant", "size")
+    settings = SearchSettings(0, 1, [1], [1], 4, 1, 1, "constant", "size")
 
     def evolution(starts):
         return Evolution(
@@ -292,7 +292,7 @@ def test_a_start_that_breaks_the_budgets_split_is_refused():
     units = [Unit(f"{i}.{kind}", i, kind, 4, (keep, drop)) for i in range(3) for kind in ("attention", "mlp")]
     space = Space("drop", tuple(units))
     budget = Budget(4, 1 / 3, "depth sparsity", limits=(Limit(2, kind="attention"), Limit(2, kind="mlp")))
-    settings = SearchSettings(3, 2, (Stage(8, 1),), 2, 8, 1, "constant", "name")
+    settings = SearchSettings(3, 2, [1], [8], 2, 8, 1, "constant", "name")
     rngs = {"rng_initial": np.random.default_rng(0), "rng_mutation": np.random.default_rng(1)}
     Evolution(space, budget, settings, **rngs, starts=[(1, 0, 0, 1, 0, 0)])
     with pytest.raises(EvoPressError, match=r"limits \(2 of attention, 2 of mlp\)"):

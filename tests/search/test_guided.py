@@ -12,12 +12,12 @@ import pytest
 from guided_literal import best_of_all, shrunk
 
 from evopress.errors import EvoPressError
-from evopress.search import Attribution, Problem, Question, SearchSettings, Stage, run_search
+from evopress.search import Attribution, Problem, Question, SearchSettings, run_search
 from evopress.search.guided import GuidedStrategy
 from evopress.search.sensitivity import sensitivities
 from evopress.units import Budget, Genome, Level, Limit, Space, Unit
 
-EVOLUTION = SearchSettings(9, 4, (Stage(8, 2), Stage(16, 1)), 3, 8, 3, "min_uniform", "any")
+EVOLUTION = SearchSettings(9, 4, [2, 1], [8, 16], 3, 8, 3, "min_uniform", "any")
 NUMBERS = GuidedStrategy(rounds=5, attribution_tokens=64, attribution_sequences=8, screen_tokens=32, changes=[3, 1])
 
 

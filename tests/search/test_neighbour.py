@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evopress.search import Attribution, Neighbour, Problem, Question, SearchSettings, Stage, run_search
+from evopress.search import Attribution, Neighbour, Problem, Question, SearchSettings, run_search
 from evopress.search.guided import GuidedStrategy
 from evopress.search.neighbour import genomes_from_neighbour, moved
 from evopress.units import Budget, Level, Limit, Space, Unit
 
-EVOLUTION = SearchSettings(2, 4, (Stage(8, 1),), 3, 8, 3, "min_uniform", "any")
+EVOLUTION = SearchSettings(2, 4, [1], [8], 3, 8, 3, "min_uniform", "any")
 
 
 def problem_of(space, budget, errors, neighbour=None, *, seed: int = 0) -> Problem:

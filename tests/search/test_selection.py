@@ -3,7 +3,7 @@ import math
 import pytest
 
 from evopress.errors import EvoPressError
-from evopress.search import Stage, check_stages, select_fittest
+from evopress.search import check_stages, select_fittest
 
 GENOMES = [(0,), (1,), (2,), (3,), (4,)]
 
@@ -30,28 +30,29 @@ def test_one_fitness_for_each_genome():
 
 
 @pytest.mark.parametrize(
-    "stages",
+    ("tokens", "survivors"),
     [
-        (Stage(2048, 16), Stage(16384, 4), Stage(131072, 1)),
-        (Stage(512, 1), Stage(8192, 1)),
-        (Stage(1, 1),),
+        ([2048, 16384, 131072], [16, 4, 1]),
+        ([512, 8192], [1, 1]),
+        ([1], [1]),
     ],
 )
-def test_the_papers_stages_are_accepted(stages):
-    check_stages(stages, 16)
+def test_the_papers_stages_are_accepted(tokens, survivors):
+    check_stages(tokens, survivors, 16)
 
 
 @pytest.mark.parametrize(
-    ("stages", "sentence"),
+    ("tokens", "survivors", "sentence"),
     [
-        ((), "no stage"),
-        ((Stage(8, 2),), r"survivors are \[2\]"),
-        ((Stage(8, 0), Stage(8, 1)), r"survivors are \[0, 1\]"),
-        ((Stage(8, 2), Stage(8, 4), Stage(8, 1)), "descend to 1"),
-        ((Stage(0, 1),), r"tokens are \[0\]"),
-        ((Stage(8, 17), Stage(8, 1)), "17 survivors of 16 offspring"),
+        ([], [], "no stage"),
+        ([8], [2, 1], "differ in length"),
+        ([8], [2], r"survivors are \[2\]"),
+        ([8, 8], [0, 1], r"survivors are \[0, 1\]"),
+        ([8, 8, 8], [2, 4, 1], "descend to 1"),
+        ([0], [1], r"tokens are \[0\]"),
+        ([8, 8], [17, 1], "17 survivors of 16 offspring"),
     ],
 )
-def test_stages_that_do_not_descend_to_one_are_refused(stages, sentence):
+def test_stages_that_do_not_descend_to_one_are_refused(tokens, survivors, sentence):
     with pytest.raises(EvoPressError, match=sentence):
-        check_stages(stages, 16)
+        check_stages(tokens, survivors, 16)

@@ -18,13 +18,12 @@ from evopress.search import (
     Problem,
     Question,
     SearchSettings,
-    Stage,
     initial_candidates,
     run_search,
     strategy_of,
 )
 
-SETTINGS = SearchSettings(5, 4, (Stage(8, 2), Stage(16, 1)), 3, 8, 3, "min_uniform", "size")
+SETTINGS = SearchSettings(5, 4, [2, 1], [8, 16], 3, 8, 3, "min_uniform", "size")
 
 
 def problem_of(space, budget, seed: int = 0) -> Problem:
@@ -57,7 +56,7 @@ def test_a_name_over_another_strategy_s_settings_is_refused() -> None:
 @pytest.mark.parametrize("generations", [0, 5])
 def test_what_evolution_says_it_asks_is_what_it_asks(quant_space, budget_of, generations) -> None:
     space = quant_space((8, 3, 3, 8, 3, 3, 8, 8))
-    settings = SearchSettings(generations, 4, SETTINGS.stages, 3, 8, 3, "min_uniform", "size")
+    settings = SearchSettings(generations, 4, SETTINGS.survivors, SETTINGS.tokens, 3, 8, 3, "min_uniform", "size")
     asked = [0]
 
     def counting(genomes, *, tokens):
