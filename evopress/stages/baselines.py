@@ -31,9 +31,11 @@ from evopress.levels.union import LevelSource, LevelUnion
 from evopress.methods.points import has_limit
 from evopress.models.blocks import BlockModel
 from evopress.reporting.records import append_record, read_document, read_records, write_json
+from evopress.room import Needs
 from evopress.search import Fitness
-from evopress.search.strategy import BACKWARD_TOKENS
+from evopress.search.strategy import BACKWARD_TOKENS, Asks
 from evopress.settings import FitnessSettings
+from evopress.stages.needs import Planner
 from evopress.stages.results import read_result
 from evopress.units import Budget, Genome, Level, Space
 from evopress.workspace import Workspace
@@ -41,6 +43,28 @@ from evopress.workspace import Workspace
 logger = logging.getLogger(__name__)
 _DATABASE = re.compile("[a-z]+-[0-9a-f]{16}")
 """A level database's folder, beside the run's own."""
+
+
+def database_needs(planner: Planner) -> Needs:
+    """Return what the stage `database` takes."""
+    build, workspace = planner.build, planner.workspace
+    if build is None:
+        return planner.needs("database", "no weights to store")
+    if not build.units:
+        return planner.needs("database", f"there: {planner.num_blocks} blocks")
+    needs, tokens = build.in_folder(workspace.database_root), workspace.calibration_tokens.numel()
+    needs.what += "" if "database" in planner.settings.stages else ", first"
+    planner.add(
+        needs,
+        tokens,
+        tokens * build.forwards,
+        lambda speed: (
+            tokens * (build.walked * speed.hessians + (build.forwards - build.walked) * speed.block)
+            + build.num_blocks * speed.compress
+            + sum(speed.outside.get(unit.name, 0.0) for unit in build.units)
+        ),
+    )
+    return needs
 
 
 def build_database(workspace: Workspace) -> None:
@@ -125,6 +149,30 @@ def _asked(workspace: Workspace) -> dict[str, Any]:
     if not baselines["options"]:
         del baselines["options"]  # earlier versions had none
     return {**what_decides_fitness(workspace), **baselines}
+
+
+def baselines_needs(planner: Planner) -> Needs:
+    """Return what the stage `baselines` takes; of passes that are made once, it is the one with the most genomes."""
+    settings, in_flight = planner.settings.baselines, planner.settings.fitness.max_tokens_in_flight
+    if baselines_as_asked(planner.workspace) is not None:
+        return planner.needs("baselines", "found before")
+    needs = planner.needs("baselines", ", ".join(settings.names) or "none")
+    baselines = make_baselines(settings).values()
+    passes = [each for baseline in baselines for each in baseline.passes(planner.planned)]
+    most = {each.shared: each for each in sorted(passes, key=lambda each: each.genomes)}
+    for each in (each for each in passes if each.shared is None or each is most[each.shared]):
+        if each.on_search_text:
+            planner.base(needs)
+        if each.backward:
+            planner.attribute(needs, Asks("", each.tokens, times=each.genomes))
+        else:
+            planner.score(needs, each.genomes, each.tokens, together=each.together)
+        if each.together is not None:
+            planner.hold(needs, min(each.genomes, each.together), min(in_flight, each.tokens))
+    for what in (baseline.not_counted for baseline in baselines if baseline.not_counted):
+        needs.what += f" ({what} not counted)"
+    planner.hold(needs, settings.num_random, settings.random_tokens)
+    return needs
 
 
 def find_baselines(workspace: Workspace) -> None:

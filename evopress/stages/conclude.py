@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from evopress.baselines.named import make_baselines
 from evopress.evaluation.heldout import MEANS, Scores, scores_by_data_set
 from evopress.evaluation.zero_shot import ZeroShot, load_tasks, measure_zero_shot
+from evopress.fitness.population import walked_together
 from evopress.levels.modules import dropped_modules, modules_of
 from evopress.reporting import figures, tables
 from evopress.reporting.curve import held_out_curve
@@ -21,9 +23,11 @@ from evopress.reporting.metrics import baseline_lines, best_metrics, final_metri
 from evopress.reporting.records import read_genome, write_json
 from evopress.reporting.report import headline, write_report
 from evopress.reporting.tracker import Tracker, track_figures
-from evopress.stages.baselines import spent_on_baselines, stored_baselines
+from evopress.room import Needs
+from evopress.stages.baselines import read_baselines, spent_on_baselines, stored_baselines
 from evopress.stages.exports import add_sizes, served
 from evopress.stages.given import named_genome, take_best_so_far
+from evopress.stages.needs import Planner
 from evopress.stages.refine import refined_levels
 from evopress.stages.results import read_result
 from evopress.stages.search import as_held_out, held_out_in_search
@@ -31,6 +35,35 @@ from evopress.units import Genome, Space
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
+_REPORT_BYTES = 4 * 2**20
+
+
+def evaluate_needs(planner: Planner) -> Needs:
+    """Return what the stage `evaluate` takes."""
+    models, data = 1 + _num_genomes(planner), planner.workspace.evaluation_data
+    tokens = sum(sequences.numel() for sequences in data.values())
+    needs = planner.needs("evaluate", f"{models} models on {', '.join(data)}")
+    if planner.settings.evaluation.tasks:
+        needs.what += " (zero-shot tasks not counted)"
+        planner.hold_decoded(needs)
+    planner.score(needs, models, tokens)
+    length = max(sequences.shape[1] for sequences in data.values())
+    batch = max(planner.settings.fitness.max_tokens_in_flight // length, 1)
+    together = walked_together(planner.workspace.blocks, models, length, batch) * length
+    planner.hold(needs, models, min(together, tokens), apart=True, given=False)  # models that differ in every block
+    return needs
+
+
+def _num_genomes(planner: Planner) -> int:
+    """Return how many genomes will be there to evaluate."""
+    settings, folder, count = planner.settings, planner.workspace.run_dir, 0
+    if "baselines" in settings.stages:
+        count = sum(baseline.num_genomes(planner.planned) for baseline in make_baselines(settings.baselines).values())
+    elif (folder / "baselines.json").exists():
+        count = len(read_baselines(folder / "baselines.json")["genomes"])
+    refined = "refine" in settings.stages and planner.workspace.refines
+    found = "search" in settings.stages or (folder / "genome.json").exists()
+    return count + (settings.genome is not None) + refined + found
 
 
 def evaluate(workspace: Workspace, tracker: Tracker) -> None:
@@ -150,6 +183,11 @@ def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None]) -> di
         bos=workspace.settings.model.bos,
         known_as=("tasks", *workspace.known_as[1:], evaluation.task_batch_size, workspace.settings.model.bos),
     )
+
+
+def report_needs(planner: Planner) -> Needs:
+    """Return what the stage `report` takes."""
+    return Needs("report", "tables, figures, page", disk={planner.workspace.run_dir: _REPORT_BYTES})
 
 
 def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> None:

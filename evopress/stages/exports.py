@@ -18,8 +18,10 @@ from evopress.files import make_folder
 from evopress.levels.modules import is_module
 from evopress.reporting.records import read_genome, read_json, write_genome, write_json
 from evopress.reporting.tables import markdown_table
+from evopress.room import Needs
 from evopress.settings import RunSettings
 from evopress.stages.given import Given, file_of, named_genome, take_best_so_far
+from evopress.stages.needs import Planner
 from evopress.stages.refine import is_refined, refined_levels, summary_of
 from evopress.stages.results import read_result
 from evopress.units import Genome, Level, Space, Unit
@@ -127,6 +129,18 @@ def what_is_exported(
             **told,
         },
     )
+
+
+def export_needs(planner: Planner) -> Needs:
+    """Return what the stage `export` takes."""
+    workspace = planner.workspace
+    size = sum(parameter.numel() * parameter.element_size() for parameter in workspace.pretrained.model.parameters())
+    less = "leave export out of stages, or use a machine with more memory"
+    needs = Needs("export", "checkpoint", disk={workspace.run_dir: size}, less_memory=less)
+    planner.hold_decoded(needs)
+    if workspace.device.type != "cpu" and not workspace.blocks.offload:
+        planner.put(needs, 0, host=size)  # what is written is copied first
+    return needs
 
 
 def export(workspace: Workspace, *, command: str) -> None:

@@ -1,6 +1,6 @@
 """Say what a run will take before it takes it, and refuse it where the machine has less: tokens, forwards, disk, memory, time.
 
-What the stages take is counted in `needs.py`; times rest on the second or two of measuring in `probe.py`.
+What a stage takes is counted beside its work; times rest on the second or two of measuring in `probe.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,17 +26,32 @@ from evopress.reporting.records import read_json
 from evopress.room import Needs, Room, amount, check_room, disks, in_bytes, room_on
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.search.strategy import Asks, Searching
-from evopress.stages.baselines import make_measure
+from evopress.settings import STAGES
+from evopress.stages.baselines import baselines_needs, database_needs, make_measure
+from evopress.stages.conclude import evaluate_needs, report_needs
+from evopress.stages.exports import export_needs
 from evopress.stages.following import rooms_of
 from evopress.stages.given import check_levels
 from evopress.stages.needs import Planner
 from evopress.stages.probe import Speed, measure_speed
+from evopress.stages.refine import refine_needs
+from evopress.stages.search import search_needs
 from evopress.units import BLOCKS, Budget, Space
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 _MOST_TRIES = 32
 _FEW_TOKENS = 16
+_NEEDS: dict[str, Callable[[Planner], Needs]] = {
+    "database": database_needs,
+    "baselines": baselines_needs,
+    "search": search_needs,
+    "refine": refine_needs,
+    "evaluate": evaluate_needs,
+    "export": export_needs,
+    "report": report_needs,
+}
+"""What each stage says it takes."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,10 @@ def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple
         Planner(run, space, budget, build, numbers, asks, speed, based=place > 0)
         for place, ((run, numbers, budget), asks) in enumerate(zip(runs, asked, strict=True))
     ]
-    plan = Plan(together([list(planner.stages()) for planner in planners]), speed, planners[0].built_first)
+    asked_for = runs[0][0].settings.stages
+    built_first = bool("database" not in asked_for and build is not None and build.units)
+    stages = [stage for stage in STAGES if stage in asked_for or (stage == "database" and built_first)]
+    plan = Plan(together([[_NEEDS[stage](planner) for stage in stages] for planner in planners]), speed, built_first)
     found = rooms_of(workspace)
     logger.info("what this run will take, beside the model:\n%s", plan_table(plan, workspace, found))
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from evopress.files import explained
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.suffix import SuffixLoss
+from evopress.levels.plan import CORRECTED_FORWARDS, batch_of, part_bytes
 from evopress.levels.refine import RefineSettings, ensure_refined, folder_of, inexact_units, refined_units, steps_of
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase
 from evopress.ranks import together
 from evopress.reporting.records import read_genome, read_json, write_json
+from evopress.room import Needs
 from evopress.stages.given import take_best_so_far
+from evopress.stages.needs import Planner
 from evopress.stages.results import read_result
 from evopress.units import Genome
 from evopress.workspace import Workspace
@@ -35,6 +40,71 @@ def refuse_without_genome(workspace: Workspace) -> None:
     begun = (workspace.run_dir / "state.json").exists()
     if "refine" in stages and "search" not in stages and not begun and workspace.refines:
         _genome_file(workspace)
+
+
+def refine_needs(planner: Planner) -> Needs:
+    """Return what the stage `refine` takes.
+
+    Calibration text goes through each block, more often where weights are corrected, and candidates through what comes after it.
+    """
+    workspace, level_db, n = planner.workspace, planner.settings.level_db, planner.num_blocks
+    if not workspace.refines:
+        return planner.needs("refine", "nothing: modules are dropped")
+    if (steps := _refined_before(planner)) is not None:
+        return planner.needs("refine", f"done: {steps} blocks")
+    tokens, judged = workspace.calibration_tokens.numel(), workspace.refine_tokens.numel()
+    corrected = planner.settings.refine.correction > 0
+    forwards = 2.0 + (CORRECTED_FORWARDS if corrected else 0)  # of the calibration text through each block
+    suffixes = n + n * (n + 1) // 2 + n  # the genome as it was found, the candidates, the blocks that are settled
+    walking = planner.states(tokens) * (2 if corrected else 1)
+    in_memory = level_db.activations == "memory"
+    needs = planner.needs(
+        "refine",
+        f"{n} blocks anew",
+        disk={workspace.run_dir: _stored_bytes(planner) + (0 if in_memory else walking)},
+        less_memory="use fewer calibration tokens (data.calibration_tokens), level_db.activations=disk, or leave refine out of "
+        "stages",
+    )
+    most = max(len(unit.levels) for unit in planner.space.units)
+    planner.add(
+        needs,
+        tokens + (n + 2) * judged,
+        forwards * n * tokens + (n + suffixes) * judged,
+        lambda speed: (
+            n * (tokens * (speed.hessians + (forwards - 1) * speed.block) + speed.compress / most)
+            + judged * ((n + suffixes) * speed.block + (n + 1) * (speed.head + speed.reference))
+        ),
+    )
+    planner.hold(needs, 1, min(planner.settings.fitness.max_tokens_in_flight, judged))
+    batch = batch_of(workspace.calibration_tokens, level_db.batch_tokens)
+    ones = [replace(unit, levels=unit.levels[:1]) for unit in planner.space.units if unit.block == 0]
+    held = 3 * planner.states(judged) + (walking if in_memory else 0)
+    planner.put(needs, part_bytes(workspace.blocks, ones, workspace.compressor, batch=batch, corrects=corrected), host=held)
+    return needs
+
+
+def _refined_before(planner: Planner) -> int | None:
+    """Return the blocks of refined levels that are there, whole by their names; None if the stage has to work."""
+    folder = planner.workspace.run_dir
+    if planner.asks:
+        return None
+    for path in (folder / REFINED).glob(f"*/{MANIFEST}"):
+        try:
+            recipe, files = (read_json(path)[key] for key in ("recipe", "files"))
+            genome = [unit["level"] for unit in read_json(folder / "genome.json")["units"]]
+            if recipe["genome"] == genome and recipe["decided_by"] == tokens_digest(planner.workspace.refine_tokens):
+                return sum(file["block"] < planner.num_blocks for file in files)
+        except (EvoPressError, KeyError, TypeError):
+            continue  # the stage says what is wrong with it
+    return None
+
+
+def _stored_bytes(planner: Planner) -> int:
+    """Return the bytes that a genome's levels take at the budget: between those of the least and the most."""
+    space, least, most = planner.space, planner.space.least_cost, planner.space.greatest_cost
+    share = (planner.budget.total - least) / max(most - least, 1)
+    ends = [sum(unit.levels[i].stored_bits for unit in space.units) for i in (-1, 0)]
+    return math.ceil((ends[0] + share * (ends[1] - ends[0])) / 8)
 
 
 def refine(workspace: Workspace) -> None:

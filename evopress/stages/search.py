@@ -21,16 +21,59 @@ from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics, best_metrics
 from evopress.reporting.records import append_record, read_document, truncate_records, write_genome, write_json
 from evopress.reporting.tracker import Tracker
+from evopress.room import Needs
 from evopress.search.evolution import SearchSettings
+from evopress.search.initial import uniform_genome
 from evopress.search.record import GenerationRecord
-from evopress.search.strategy import Neighbour, Problem, Searching, Strategy, run_search
+from evopress.search.strategy import NEIGHBOURS_TOGETHER, Neighbour, Problem, Searching, Strategy, run_search
 from evopress.stages.baselines import make_fitness, what_decides_fitness
 from evopress.stages.checks import search_cost
 from evopress.stages.given import find_genome
+from evopress.stages.needs import Planner
 from evopress.units import Genome, Space
-from evopress.workspace import Workspace
+from evopress.workspace import MOST_KEPT_BYTES, Workspace
 
 logger = logging.getLogger(__name__)
+_RECORD_BYTES = 400
+
+
+def search_needs(planner: Planner) -> Needs:
+    """Return what the stage `search` takes."""
+    searching, asks, space = planner.searching, planner.asks or (), planner.space
+    if not asks:
+        return planner.needs("search", f"done: {searching.num_generations} generations")
+    later = [ask for ask in asks if not ask.initial]
+    milestones = max((ask.times for ask in later if ask.milestone), default=0)
+    generations = milestones + max((ask.times for ask in later if not ask.milestone), default=0)
+    most = "at most " if milestones else ""
+    needs = planner.needs("search", f"{most}{generations} of {searching.num_generations} generations")
+    planner.base(needs)
+    if every := planner.settings.evaluation.every:
+        _held_out_needs(planner, needs, milestones + (generations - milestones) // every + 1)
+    for ask in asks:
+        candidates = ask.candidates_of(len(space))
+        if ask.attribution:
+            planner.attribute(needs, ask)
+        elif not ask.initial or uniform_genome(space, planner.budget) is None:
+            together = NEIGHBOURS_TOGETHER + 1 if ask.neighbours else None
+            planner.score(needs, candidates, ask.tokens, times=ask.times, together=together)
+        if not ask.initial:
+            planner.hold(needs, min(candidates, NEIGHBOURS_TOGETHER + 1) if ask.neighbours else candidates, ask.tokens)
+    per_record = _RECORD_BYTES + 4 * len(space) + 24 * sum(ask.candidates_of(len(space)) for ask in later)
+    per_record += 24 * len(space) if milestones else 0
+    needs.disk = {planner.workspace.run_dir: generations * per_record}
+    return needs
+
+
+def _held_out_needs(planner: Planner, needs: Needs, times: int) -> None:
+    """Add the measurements on held-out text, and the dense model's states there, which are kept where they are few."""
+    tokens = next(iter(planner.workspace.evaluation_data.values())).numel()
+    tokens = min(tokens, planner.settings.evaluation.every_tokens or tokens)
+    if planner.states(tokens) > MOST_KEPT_BYTES:
+        planner.score(needs, 2, tokens, times=times)
+    else:
+        planner.score(needs, 1, tokens, times=times + 1)
+        planner.kept = planner.states(tokens)
 
 
 def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neighbour: Neighbour | None = None) -> None:

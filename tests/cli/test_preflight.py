@@ -25,6 +25,9 @@ from evopress.levels import build
 from evopress.levels.live import decoding_bytes
 from evopress.room import Needs, Room, check_room
 from evopress.stages import preflight, probe
+from evopress.stages.conclude import evaluate_needs
+from evopress.stages.exports import export_needs
+from evopress.stages.needs import Planner
 from evopress.units import Level, Space, Unit
 from experiments.benchmark.alive import BOTH, Alive
 
@@ -235,14 +238,14 @@ def test_too_little_memory_is_refused_before_anything_is_touched(
 
 def test_what_a_device_lacks_is_refused(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands for a GPU: the stage's needs are put on a device, whose free memory is made up."""
-    put = preflight.Planner._put
+    put = Planner.put
     device = namedtuple("device", "type")("cuda")
 
     def on_device(self: Any, needs: Any, size: int, *, host: int = 0) -> None:
         self.workspace.device = device
         put(self, needs, size, host=host)
 
-    monkeypatch.setattr(preflight.Planner, "_put", on_device)
+    monkeypatch.setattr(Planner, "put", on_device)
     monkeypatch.setattr(room, "free_bytes", lambda device: 1000)
     refused(tiny("stages=[evaluate]"), "the stage evaluate needs about", "but 1 kB are free", "model.offload=true")
 
@@ -305,7 +308,7 @@ def planner(device: str, *, offload: bool = False, evaluator: str = "population"
         method=SimpleNamespace(weights=object()),
         refines=True,
     )
-    return preflight.Planner(workspace, space, None, None, None, None, None)  # type: ignore[arg-type]
+    return Planner(workspace, space, None, None, None, None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -313,17 +316,17 @@ def planner(device: str, *, offload: bool = False, evaluator: str = "population"
     [("cpu", False, WHOLE, 0), ("cuda", False, 0, WHOLE), ("cuda", True, WHOLE, 0)],
 )
 def test_the_export_decodes_the_model_where_its_blocks_lie(device: str, offload: bool, memory: int, on_device: int) -> None:
-    needs = planner(device, offload=offload)._export()
+    needs = export_needs(planner(device, offload=offload))
     assert (needs.memory, needs.device) == (memory, on_device)
 
 
 def test_zero_shot_tasks_and_the_plain_evaluator_decode_the_whole_model() -> None:
-    less = planner("cuda")._evaluate()
+    less = evaluate_needs(planner("cuda"))
     assert less.device < GB and less.memory == 0
-    assert planner("cuda", tasks=("piqa",))._evaluate().device == WHOLE
-    offloaded = planner("cuda", offload=True, tasks=("piqa",))._evaluate()
+    assert evaluate_needs(planner("cuda", tasks=("piqa",))).device == WHOLE
+    offloaded = evaluate_needs(planner("cuda", offload=True, tasks=("piqa",)))
     assert offloaded.memory == WHOLE and offloaded.device == less.device
-    assert planner("cuda", evaluator="plain")._evaluate().device > 7 * GB
+    assert evaluate_needs(planner("cuda", evaluator="plain")).device > 7 * GB
 
 
 @pytest.mark.parametrize("offload", [False, True])
