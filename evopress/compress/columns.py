@@ -47,25 +47,23 @@ def round_run(Wt: Tensor, spread: Tensor, scale: Tensor, low: Tensor, high: Tens
     return None
 
 
-def prune_run(Wt: Tensor, U: Tensor, pruned: Tensor, *, errors: Tensor) -> None:
-    """Prune a run of columns of stacked rows; each column's error moves those of the run after it.
+def prune_run(Wt: Tensor, U: Tensor, factors: Tensor, *, errors: Tensor) -> None:
+    """Take a run of columns of stacked rows through the errors of those before; what is pruned is left as it is then.
 
     Source: SparseGPT (arXiv:2301.00774), Algorithm 1, its inner loop.
 
     Args:
-        Wt: float [c, R], transposed; overwritten by the weights that are kept, 0 elsewhere.
+        Wt: float [c, R], transposed; overwritten.
         U: float [c, c], the run's part of the upper Cholesky factor of the inverse Hessian.
-        pruned: bool [c, R].
-        errors: takes what each pruned weight was before, over U_cc, and 0 for those kept, float [c, R].
+        factors: float [c, R], 1 / U_cc where a weight is pruned, else 0.
+        errors: takes what each column is then times its factors, float [c, R].
     """
     if (kernels := _kernels(Wt.device.type)) is not None:
-        return kernels.prune_run(Wt, U, pruned, errors)
-    factors = torch.div(pruned, U.diagonal().unsqueeze(1))  # 1 / U_cc where pruned, else 0
+        return kernels.prune_run(Wt, U, factors, errors)
     for c in range(len(Wt)):
         torch.mul(Wt[c], factors[c], out=errors[c])
         if c + 1 < len(Wt):
             Wt[c + 1 :].addr_(U[c, c + 1 :], errors[c], alpha=-1.0)
-    Wt.masked_fill_(pruned, 0.0)
     return None
 
 

@@ -72,7 +72,7 @@ def _round_run(
 
 
 @triton.jit
-def _prune_run(W, U, PRUNED, ERRORS, columns, rows, w_row, u_row, u_column, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def _prune_run(W, U, FACTORS, ERRORS, columns, rows, w_row, u_row, u_column, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, COLUMNS)
     inside = r < rows
@@ -80,9 +80,8 @@ def _prune_run(W, U, PRUNED, ERRORS, columns, rows, w_row, u_row, u_column, COLU
     for c in range(columns):
         u = tl.load(U + k * u_row + c * u_column, mask=k < c, other=0.0)
         w = tl.load(W + c * w_row + r, mask=inside, other=0.0) - tl.sum(u[:, None] * errors, axis=0)
-        pruned = tl.load(PRUNED + c * rows + r, mask=inside, other=0) != 0
-        error = tl.where(pruned, tl.div_rn(w, tl.load(U + c * (u_row + u_column))), 0.0)
-        tl.store(W + c * w_row + r, tl.where(pruned, 0.0, w), mask=inside)
+        error = w * tl.load(FACTORS + c * rows + r, mask=inside, other=0.0)
+        tl.store(W + c * w_row + r, w, mask=inside)
         tl.store(ERRORS + c * rows + r, error, mask=inside)
         errors = tl.where(k[:, None] == c, error[None, :], errors)
 
@@ -208,11 +207,11 @@ def round_run(Wt: Tensor, spread: Tensor, scale: Tensor, low: Tensor, high: Tens
 
 
 @_on_its_device
-def prune_run(Wt: Tensor, U: Tensor, pruned: Tensor, errors: Tensor) -> None:
+def prune_run(Wt: Tensor, U: Tensor, factors: Tensor, errors: Tensor) -> None:
     """See `columns.prune_run`."""
-    _dense(Wt, pruned, errors)
+    _dense(Wt, factors, errors)
     columns, rows = Wt.shape
-    _prune_run[_programs(rows)](Wt, U, pruned, errors, columns, rows, Wt.stride(0), *U.stride(), **_tile(columns))
+    _prune_run[_programs(rows)](Wt, U, factors, errors, columns, rows, Wt.stride(0), *U.stride(), **_tile(columns))
 
 
 @_on_its_device

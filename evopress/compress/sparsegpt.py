@@ -192,14 +192,15 @@ def sweep(
         end = first + widths[index]
         scores = Wt[first:end].abs().div_(diagonal[first:end])  # square roots of the paper's, in the same order
         pruned = lowest_of_each(scores, rows_of, counts[index])
-        del scores
+        factors = torch.div(pruned, diagonal[first:end], out=scores)
         for inner in range(first, end, inner_size):
             inner_end = min(inner + inner_size, end)
-            run, done = slice(inner, inner_end), errors[inner - first : inner_end - first]
-            prune_run(Wt[run], U[run, run], pruned[inner - first : inner_end - first], errors=done)
+            run, own = slice(inner, inner_end), slice(inner - first, inner_end - first)
+            prune_run(Wt[run], U[run, run], factors[own], errors=errors[own])
             if inner_end < end:
-                Wt[inner_end:end].addmm_(U[run, inner_end:end].T, done, alpha=-1.0)
+                Wt[inner_end:end].addmm_(U[run, inner_end:end].T, errors[own], alpha=-1.0)
         if end < columns:
             Wt[end:].addmm_(U[first:end, end:].T, errors[: end - first], alpha=-1.0)
+        Wt[first:end].masked_fill_(pruned, 0.0)
         torch.logical_not(pruned, out=mask[first:end])
     return mask
