@@ -33,6 +33,8 @@ class Alive(TorchDispatchMode):
         super().__init__()
         self.now = {HOST: 0, DEVICE: 0}
         self.peak = {HOST: 0, DEVICE: 0, BOTH: 0}
+        self.of_meta = DEVICE
+        """Where a tensor lies that is made on the meta device or moved there: on the host if that is where the blocks stay."""
         self._places: dict[int, str] = {}
         self._calls: AbstractContextManager[Any] = _Calls(self) if shapes else nullcontext()
 
@@ -46,12 +48,14 @@ class Alive(TorchDispatchMode):
         self._calls.__exit__(*raised)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        given = {_key(tensor): self.place(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        if function is torch.ops.aten.index.Tensor:  # wherever the indices are
+            given = {_key(args[0]): self.place(args[0])}
         made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and _key(tensor) not in given and _key(tensor) not in self._places:
-                on_host = not tensor.is_meta or (given and all(self._places.get(key) == HOST for key in given))
-                self.put(tensor, HOST if on_host else DEVICE)
+                on_host = not tensor.is_meta or (given and all(place == HOST for place in given.values()))
+                self.put(tensor, HOST if on_host else self.of_meta)
         return made
 
     def place(self, tensor: Tensor) -> str:
@@ -89,6 +93,8 @@ class _Calls(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if function in (torch.empty, torch.zeros) and str(kwargs.get("device") or "cpu") == "cpu":
             return self._made(args[0] if len(args) == 1 else args, kwargs.get("dtype") or torch.get_default_dtype(), HOST)
+        if name == "new_empty" and kwargs.get("device") is not None:
+            return self._made(args[1], args[0].dtype, HOST if str(kwargs["device"]) == "cpu" else DEVICE)
         if name == "index_add_" and args[0].is_meta:
             return args[0]  # the index is on the host
         if args and isinstance(args[0], Tensor) and args[0].is_meta:
@@ -99,7 +105,7 @@ class _Calls(TorchFunctionMode):
             if name in ("cpu", "to"):
                 where = ["cpu"] if name == "cpu" else [str(each) for each in (*args[1:], *kwargs.values()) if _is_device(each)]
                 tensor = args[0]
-                if where and self.alive.place(tensor) != (place := HOST if where[0] == "cpu" else DEVICE):
+                if where and self.alive.place(tensor) != (place := HOST if where[0] == "cpu" else self.alive.of_meta):
                     tensor = self._made(tensor.shape, tensor.dtype, place)
                 rest = [each for each in args[1:] if not _is_device(each)]
                 kwargs = {key: each for key, each in kwargs.items() if not _is_device(each)}

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,7 +38,7 @@ from evopress.models.outline import find_family
 from evopress.models.tiny import byte_tokenizer
 from evopress.stages import preflight
 from evopress.stages.preflight import Plan
-from experiments.benchmark.alive import BOTH, Alive
+from experiments.benchmark.alive import BOTH, DEVICE, HOST, Alive
 
 STAGES = ("database", "search", "evaluate", "export")
 LARGE = {
@@ -117,12 +118,15 @@ CASES = (
 )
 
 
-def planned(case: Case, folder: Path) -> dict[str, int]:
-    """Return the bytes of memory that a dry run says of each stage, with a model's config.json alone."""
+def planned(case: Case, folder: Path, *further: str) -> dict[str, dict[str, int]]:
+    """Return the bytes of memory that a dry run says of each stage, by where they lie, with a model's config.json alone.
+
+    Args: further: settings of the run.
+    """
     case.config.save_pretrained(folder / "model")
     (folder / "model" / "config.json").write_text(json.dumps({**case.config.to_dict(), "architectures": ["LlamaForCausalLM"]}))
-    plan = _run([*case.overrides(folder), "dry_run=true"], folder)
-    return {needs.stage: needs.memory for needs in plan.stages if needs.stage in STAGES}
+    plan = _run([*case.overrides(folder), "dry_run=true", *further], folder)
+    return {needs.stage: {HOST: needs.memory, DEVICE: needs.device} for needs in plan.stages if needs.stage in STAGES}
 
 
 def counted_in_run(case: Case, folder: Path) -> tuple[dict[str, int], dict[str, int]]:
@@ -168,61 +172,71 @@ def _run(overrides: list[str], folder: Path) -> Plan:
     return plans[-1]
 
 
-def counted(case: Case) -> dict[str, int]:
-    """Return the bytes of memory that each stage takes of a model of shapes alone, beside the model."""
-    peaks = {}
+def counted(case: Case, *, copied: bool = False, offload: bool = False) -> dict[str, dict[str, int]]:
+    """Return the bytes of memory that each stage takes of a model of shapes alone, beside the model, by where they lie.
+
+    Args:
+        copied: what is written is copied to the host first, from a device that is another.
+        offload: the blocks lie on the host.
+    """
+    export, peaks = partial(_export, copied=copied), {}
+    works: tuple[Callable[..., None], ...] = (_database, _search, _evaluate, export)
     with _without_columns():
-        for stage, work in {"database": _database, "search": _search, "evaluate": _evaluate, "export": _export}.items():
-            blocks = _blocks(case if stage != "database" else replace(case, blocks=1))  # one block after the other
+        for stage, work in zip(STAGES, works, strict=True):
+            blocks = _blocks(case if stage != "database" else replace(case, blocks=1), offload=offload)  # one by one
             with Alive(shapes=True) as alive, torch.no_grad():
+                for tensor in (each for block in blocks.blocks for each in block.parameters() if offload):
+                    alive.put(tensor, HOST)
                 blocks.prepare(case.length)
                 alive.begin()
-                before = alive.peak[BOTH]
-                work(case, blocks)
-                peaks[stage] = alive.peak[BOTH] - before
+                before = dict(alive.peak)
+                work(case, blocks, alive)
+                peaks[stage] = {place: size - before[place] for place, size in alive.peak.items()}
     return peaks
 
 
-def _blocks(case: Case) -> BlockModel:
+def _blocks(case: Case, *, offload: bool) -> BlockModel:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(case.config, dtype=getattr(torch, case.dtype), attn_implementation="sdpa")
-    return BlockModel(model.eval(), find_family(case.config.to_dict()), device="meta")
+    return BlockModel(model.eval(), find_family(case.config.to_dict()), device="meta", offload=offload)
 
 
 def _ids(case: Case, tokens: int) -> Tensor:
     return torch.zeros(tokens // case.length, case.length, dtype=torch.int64)
 
 
-def _database(case: Case, blocks: BlockModel) -> None:
+def _database(case: Case, blocks: BlockModel, alive: Alive) -> None:
     settings = BuildSettings(root=Path("unused"), method="quant", model_name="shapes", recipe={}, propagate=None)
     build._walk(blocks, settings, _ids(case, case.calibration), GPTQ(), {}, list(blocks.parts))
 
 
-def _live(blocks: BlockModel) -> LiveModel:
-    levels: Any = _Levels(blocks)
-    return LiveModel(blocks, levels)
+def _live(case: Case, blocks: BlockModel, alive: Alive) -> LiveModel:
+    levels: Any = _Levels(blocks, alive)
+    return LiveModel(blocks, levels, cache_bytes=None if case.cache_bytes == "null" else int(case.cache_bytes))
 
 
-def _search(case: Case, blocks: BlockModel) -> None:
-    live = _live(blocks)
+def _search(case: Case, blocks: BlockModel, alive: Alive) -> None:
+    live = _live(case, blocks, alive)
     count = len(live.space.units)
     genomes = [tuple(2 if unit == each else 3 for unit in range(count)) for each in range(case.candidates)]
     ids = _ids(case, case.tokens)
     text = torch.zeros(len(ids), case.length, blocks.hidden_size, dtype=blocks.dtype)  # the base of all, here as many
-    measure_sums(PopulationEvaluator(live), genomes, ids, text[list(range(len(ids)))], KLDivergence())
+    evaluator = PopulationEvaluator(live, max_tokens_in_flight=case.in_flight)
+    measure_sums(evaluator, genomes, ids, text[list(range(len(ids)))], KLDivergence())
 
 
-def _evaluate(case: Case, blocks: BlockModel) -> None:
+def _evaluate(case: Case, blocks: BlockModel, alive: Alive) -> None:
     text = torch.zeros(case.tokens, blocks.hidden_size, dtype=blocks.dtype)  # of the search, still there
-    live = _live(blocks)
-    measure_held_out(PopulationEvaluator(live), [(3,) * len(live.space.units)], _ids(case, case.tokens))
+    live = _live(case, blocks, alive)
+    evaluator = PopulationEvaluator(live, max_tokens_in_flight=case.in_flight)
+    measure_held_out(evaluator, [(3,) * len(live.space.units)], _ids(case, case.tokens), batch_tokens=case.in_flight)
     del text
 
 
-def _export(case: Case, blocks: BlockModel) -> None:
-    live = _live(blocks)
+def _export(case: Case, blocks: BlockModel, alive: Alive, *, copied: bool) -> None:
+    live, alive.of_meta = _live(case, blocks, alive), HOST if blocks.offload else DEVICE
     with live.written((3,) * len(live.space.units)):
-        pass
+        _ = [each.cpu() for each in blocks.model.parameters() if copied]
 
 
 class _Levels:
@@ -230,9 +244,11 @@ class _Levels:
 
     folder = Path("unused")
 
-    def __init__(self, blocks: BlockModel) -> None:
+    def __init__(self, blocks: BlockModel, alive: Alive) -> None:
+        self.alive = alive
+        self.slots = {name: slot for part in blocks.parts for name, slot in blocks.slots(part).items()}
         self.space = plan_space(blocks, GPTQ(), method="quant")
-        self.shapes = {name: list(slot.weight.shape) for part in blocks.parts for name, slot in blocks.slots(part).items()}
+        self.shapes = {name: list(slot.weight.shape) for name, slot in self.slots.items()}
         self.dtype = str(blocks.dtype).removeprefix("torch.")
 
     def read(self, unit: int, level: int, device: Any) -> Any:
@@ -241,10 +257,11 @@ class _Levels:
         rows, columns = self.shapes[of.name]
         bits = int(of.levels[level].key)
         groups = (rows, columns // 128)
+        device = "cpu" if self.alive.place(self.slots[of.name].weight) == HOST else "meta"
         tensors = {
-            "codes": torch.empty(of.size * bits // 8, dtype=torch.uint8, device="meta"),
-            "scales": torch.empty(groups, dtype=torch.float16, device="meta"),
-            "zeros": torch.empty(groups, dtype=torch.int16, device="meta"),
+            "codes": torch.empty(of.size * bits // 8, dtype=torch.uint8, device=device),
+            "scales": torch.empty(groups, dtype=torch.float16, device=device),
+            "zeros": torch.empty(groups, dtype=torch.int16, device=device),
         }
         return codec.CODECS["packed_integers"].decode(tensors, {"bits": bits, "shape": [rows, columns], "dtype": self.dtype})
 
@@ -277,7 +294,8 @@ def compared() -> Iterator[tuple[Case, dict[str, int], dict[str, int]]]:
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
             if case.model in LARGE:
-                yield case, planned(case, Path(folder)), counted(case)
+                said, found = planned(case, Path(folder)), counted(case)
+                yield case, {stage: said[stage][HOST] for stage in said}, {stage: found[stage][BOTH] for stage in found}
             else:
                 yield case, *counted_in_run(case, Path(folder))
 

@@ -21,7 +21,8 @@ def near(said: Mapping[str, int], counted: Mapping[str, int]) -> None:
 @pytest.mark.parametrize("case", peaks.CASES[:2], ids=lambda case: case.model)
 def test_of_large_models_of_shapes_alone(case: peaks.Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
-    near(peaks.planned(case, tmp_path), peaks.counted(case))
+    said, counted = peaks.planned(case, tmp_path), peaks.counted(case)
+    near({stage: said[stage][HOST] for stage in said}, {stage: counted[stage][BOTH] for stage in counted})
 
 
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 2, "vocab_size": 512}
@@ -31,6 +32,20 @@ SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 2,
 def test_of_small_models_that_run(dtype: str, cache: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
     near(*peaks.counted_in_run(peaks.Case("small", SMALL, dtype, 128, 2048, 4, 1024, 512, str(cache)), tmp_path))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_lies_on_a_device_is_said_of_it_and_not_of_the_host(
+    offload: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is torch's meta device, for the run that says and for the work that is counted."""
+    monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("evopress.workspace.pick_device", lambda name: torch.device("meta"))
+    case = peaks.Case("small", SMALL, "bfloat16", 128, 2048, 8, 2048, 512, "786432")
+    said, counted = peaks.planned(case, tmp_path, f"model.offload={offload}"), peaks.counted(case, copied=True, offload=offload)
+    for place in (HOST, DEVICE):
+        sizes = {stage: (said[stage][place], counted[stage][place]) for stage in peaks.STAGES}
+        assert all(size == found == 0 or 0.8 * found < size < 1.2 * found for size, found in sizes.values()), (place, sizes)
 
 
 def test_what_is_alive_is_counted_where_it_lies() -> None:
