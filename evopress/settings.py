@@ -130,21 +130,47 @@ def check_correction(name: str, value: float) -> None:
     _expect(0.0 <= value <= 1.0, name, value, "a share, 0 to 1")
 
 
-def check_include(include: list[str]) -> None:
-    """Raise EvoPressError unless the blocks are included, with or without what lies outside them."""
-    for name in include:
-        _expect_one_of("method.include", name, ("blocks", "head", "embedding"))
-    if "blocks" not in include or len(set(include)) < len(include):
-        raise EvoPressError(f"method.include={include} must name blocks, and head or embedding beside them, each once")
+@dataclass
+class WeightSettings(MethodSettings):
+    """Methods whose units are weights."""
+
+    recipe: str = "best"
+    """How levels are made: best, or paper (sections 4.2 and 4.3); see `GPTQ`, and `SparseGPT`, whose alone it is in method sparsity."""
+    damping: float = 0.01
+    """GPTQ, SparseGPT: share of the Hessian's mean diagonal added to its diagonal, in (0, 1)."""
+    block_size: int = 128
+    """GPTQ: columns per lazy update; SparseGPT, recipe=paper: columns that are masked together."""
+    experts: str = "each"
+    """Levels of experts: each (every expert has its own) or layer (those of a block have one for all their weights of a name)."""
+    include: list[str] = field(default_factory=lambda: ["blocks"])
+    """What has units: blocks (the paper's), and head, embedding or both beside them; tied ones are one unit, whichever is named."""
+
+    def __post_init__(self) -> None:
+        _expect_one_of("method.experts", self.experts, ("each", "layer"))
+        for name in self.include:
+            _expect_one_of("method.include", name, ("blocks", "head", "embedding"))
+        if "blocks" not in self.include or len(set(self.include)) < len(self.include):
+            raise EvoPressError(f"method.include={self.include} must name blocks, and head or embedding beside them, each once")
 
 
 @dataclass
-class QuantSettings(MethodSettings):
+class ModuleSettings(MethodSettings):
+    """Methods that drop modules, or experts."""
+
+    granularity: str = "module"
+    """What is dropped: module (attention and MLP on their own), block, pair (of consecutive blocks, as in Figure 1), or expert."""
+    exclude: list[Any] = field(default_factory=list)
+    """What must stay: numbers of blocks, or names of units with wildcards ("model.layers.0.*", "*.mlp")."""
+
+    def __post_init__(self) -> None:
+        _expect_one_of("method.granularity", self.granularity, ("module", "block", "pair", "expert"))
+
+
+@dataclass
+class QuantSettings(WeightSettings):
     """Mixed-bit GPTQ (paper section 4.3)."""
 
     name: str = "quant"
-    recipe: str = "best"
-    """How levels are made: best (fitted to the layer's outputs) or paper (section 4.3); see `GPTQ`."""
     grid: str = "integers"
     """What a level's numbers lie on: integers (codes with a scale and a zero per group) or gguf (the types of GGUF files)."""
     levels: list[Any] = field(default_factory=lambda: [6, 5, 4, 3, 2])
@@ -157,10 +183,6 @@ class QuantSettings(MethodSettings):
     """Zeros are the grids' middle codes: for engines that take no others, at a price in error."""
     tolerance: float = 0.02
     """recipe=best: a row is done once a pass over its codes takes less than this share of its error away, in (0, 1)."""
-    damping: float = 0.01
-    """Share of the Hessian's mean diagonal added to its diagonal, in (0, 1)."""
-    block_size: int = 128
-    """Columns per lazy update."""
     zeros: str = "any"
     """any, or codes: every zero is one of its grid's codes, for formats that pack it as one; `engine` can ask for codes, too."""
     scale_dtype: str = AUTO
@@ -169,18 +191,14 @@ class QuantSettings(MethodSettings):
     """Activations leave a block through this level while the database is built; None: through the dense block."""
     correction: float = 0.0
     """Share of what they have lost there that the levels of the units after them make good, from 0 to 1."""
-    experts: str = "each"
-    """Levels of experts: each (every expert has its own) or layer (those of a block have one for all their weights of a name)."""
-    include: list[str] = field(default_factory=lambda: ["blocks"])
-    """What has units: blocks (the paper's), and head, embedding or both beside them; tied ones are one unit, whichever is named."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.group_size not in (None, AUTO):
             _expect_int("method.group_size", self.group_size, "null or auto")
         if not self.levels:
             raise EvoPressError("method.levels is empty: give bit widths in descending order, such as [4, 3, 2]")
         _expect_one_of("method.grid", self.grid, ("integers", "gguf"))
-        _expect_one_of("method.experts", self.experts, ("each", "layer"))
         for level in self.levels:
             if self.grid == "gguf" and type(level) is int:
                 raise EvoPressError(
@@ -203,75 +221,52 @@ class QuantSettings(MethodSettings):
                 f"method.correction={self.correction:g} makes good what activations lose, and with method.propagate_bits=null they "
                 "lose nothing: name the level that they leave blocks through, or set it to 0"
             )
-        check_include(self.include)
 
 
 @dataclass
-class JointSettings(QuantSettings):
+class JointSettings(QuantSettings, ModuleSettings):
     """Quantized levels, weights as they are and dropped modules under one budget (not in the paper)."""
 
     name: str = "joint"
     levels: list[Any] = field(default_factory=lambda: ["dense", 8, 6, 5, 4, 3, 2])
     include: list[str] = field(default_factory=lambda: ["blocks", "head", "embedding"])
-    granularity: str = "module"
-    """What can be dropped: module (attention and MLP on their own), block, pair, or expert."""
-    exclude: list[Any] = field(default_factory=list)
-    """What must stay: as in method drop."""
     dropped: list[Any] = field(default_factory=list)
     """What is gone from the start, such as what a depth pruning run has found; named as in exclude."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        _expect_one_of("method.granularity", self.granularity, ("module", "block", "pair", "expert"))
+        QuantSettings.__post_init__(self)
+        ModuleSettings.__post_init__(self)
 
 
 @dataclass
-class SparsitySettings(MethodSettings):
+class SparsitySettings(WeightSettings):
     """Unstructured sparsity (paper section 4.2)."""
 
     name: str = "sparsity"
     compressor: str = "sparsegpt"
     """sparsegpt, wanda, magnitude, or a pruner of an installed package."""
-    recipe: str = "best"
-    """sparsegpt: best (mask and values found together, see `alps`) or paper (SparseGPT as section 4.2 has it)."""
     step: int | None = None
     """Weights between neighbouring levels (the paper's 7B models: 1000000); None: derived from the model's median unit."""
     num_levels: int = 8
     """Most levels on each side of the target."""
-    damping: float = 0.01
-    """sparsegpt: share of the Hessian's mean diagonal added to its diagonal, in (0, 1)."""
-    block_size: int = 128
-    """sparsegpt, recipe=paper: columns that are masked together."""
-    experts: str = "each"
-    """As in method quant."""
-    include: list[str] = field(default_factory=lambda: ["blocks"])
-    """As in method quant."""
     centre: float | None = None
     """Sparsity in the middle of the levels, in (0, 1); None: the target, or the middle one of several budgets."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _expect_one_of("method.recipe", self.recipe, ("paper", "best"))
-        _expect_one_of("method.experts", self.experts, ("each", "layer"))
-        check_include(self.include)
         within = self.centre is None or 0.0 < self.centre < 1.0
         _expect(within, "method.centre", self.centre, "a share of weights in (0, 1), or null for the target")
 
 
 @dataclass
-class DropSettings(MethodSettings):
+class DropSettings(ModuleSettings):
     """Depth pruning (paper section 4.1), or experts that are dropped."""
 
     name: str = "drop"
-    granularity: str = "module"
-    """What is dropped: module (attention and MLP on their own), block, pair (of consecutive blocks, as in Figure 1), or expert."""
     balanced: bool = True
     """granularity=module: drop as many attention as MLP modules, as in the paper; false needs search.exchange=any.
     granularity=expert: drop as many experts of each block; false needs search.exchange=fit."""
-    exclude: list[Any] = field(default_factory=list)
-    """What must stay: numbers of blocks, or names of units with wildcards ("model.layers.0.*", "*.mlp")."""
-
-    def __post_init__(self) -> None:
-        _expect_one_of("method.granularity", self.granularity, ("module", "block", "pair", "expert"))
 
 
 METHODS: dict[str, type[MethodSettings]] = {
