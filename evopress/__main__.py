@@ -363,6 +363,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
             write_json(run_dir / "environment.json", environment)
 
         logger.info("run folder %s", _shown(run_dir))
+        paper = configuration.at_paper_scale(config)
         try:
             return pipeline.run(
                 settings,
@@ -371,7 +372,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
                 config=configuration.plain_dict(config),
                 command=f"python -m evopress {shlex.join(overrides)}".strip(),
                 environment=environment,
-                paper=replace(configuration.at_paper_scale(config), model=settings.model, method=settings.method),
+                paper=paper and replace(paper, model=settings.model, method=settings.method),
             )
         except Exception as error:
             if any((*run_dir.glob("state.json"), *run_dir.glob("points/*/state.json"))):

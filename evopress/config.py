@@ -217,15 +217,22 @@ def _check_keys(settings: Any, prefix: str = "") -> None:
             _check_keys(value, f"{prefix}{key}.")
 
 
-def at_paper_scale(config: DictConfig) -> RunSettings:
-    """Return the same run at the paper's size, to say what it would cost; explicit values stay."""
+def at_paper_scale(config: DictConfig) -> RunSettings | None:
+    """Return the same run at the paper's size, to say what it would cost; explicit values stay.
+
+    Returns: None where they do not go with the paper's, such as fewer offspring than it has survivors.
+    """
     other = copy.deepcopy(config)
     paper = OmegaConf.load(config_folder() / "scale" / "paper.yaml")
     assert isinstance(paper, DictConfig)
     del paper["defaults"]
     OmegaConf.set_readonly(other, False)
     other.scale = OmegaConf.merge(OmegaConf.structured(schema.ScaleSettings), paper)
-    return to_settings(other)
+    try:
+        return to_settings(other)
+    except EvoPressError as error:
+        logger.debug("at scale=paper: %s", error)
+        return None
 
 
 def with_numbers(config: DictConfig) -> DictConfig:

@@ -223,10 +223,17 @@ def test_a_runs_own_numbers_can_be_put_at_the_papers_scale(composed: Callable[..
     config = composed("+method=quant", "search.generations=7")
     before = OmegaConf.to_yaml(config)
     paper = configuration.at_paper_scale(config)
+    assert paper is not None
     assert paper.scale.name == "paper"
     assert paper.search.generations == 7
     assert (paper.search.num_offspring, paper.search.survivors, paper.search.tokens) == TABLE_8["quantization"][1:]
     assert OmegaConf.to_yaml(config) == before
+
+
+def test_fewer_offspring_than_the_paper_has_survivors_are_no_error(composed: Callable[..., DictConfig]) -> None:
+    config = composed("+method=quant", "search.num_offspring=8")
+    assert configuration.to_settings(config).search.num_offspring == 8
+    assert configuration.at_paper_scale(config) is None
 
 
 def test_method_is_chosen_by_name_alone(composed: Callable[..., DictConfig]) -> None:
