@@ -135,7 +135,7 @@ class WeightSettings(MethodSettings):
     """Methods whose units are weights."""
 
     recipe: str = "best"
-    """How levels are made: best, or paper (sections 4.2 and 4.3); see `GPTQ`, and `SparseGPT`, whose alone it is in method sparsity."""
+    """How levels of `GPTQ` and `SparseGPT` are made: best, or paper (sections 4.2 and 4.3)."""
     damping: float = 0.01
     """GPTQ, SparseGPT: share of the Hessian's mean diagonal added to its diagonal, in (0, 1)."""
     block_size: int = 128

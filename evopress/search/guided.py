@@ -17,7 +17,7 @@ SELECTIONS = ("mean", "racing")
 
 
 @dataclass
-class GuidedStrategy:
+class GuidedStrategy(RaceRules):
     """The settings, `search.strategy` in the config."""
 
     name: str = "guided"
@@ -40,12 +40,6 @@ class GuidedStrategy:
     attribution says what dropping them would add."""
     selection: str = "mean"
     """mean: all proposals are measured on `screen_tokens`, the best mean is next; racing: see `racing.py`, in at most as many."""
-    race_parts: int = 8
-    """Minibatches that the tokens of a race are divided into, if nobody drops out."""
-    race_margin: float = 2.0
-    """Standard errors behind the leader at which a candidate drops out of a race."""
-    race_accept: float = 1.0
-    """Standard errors that the winner of a race must be ahead of the current genome to be the next."""
     delta_rounds: int = 0
     """Rounds, after the others, in which both neighbours of every unit are measured instead; one that finds nothing is the last."""
     delta_tokens: int = 256
@@ -81,7 +75,6 @@ class GuidedStrategy:
             raise EvoPressError(
                 f"search.strategy.predicted_offspring={self.predicted_offspring:g} is out of range: expected a share, 0 to 1"
             )
-        _ = self.race
         if any(most < 1 for most in self.changes):
             raise EvoPressError(
                 f"search.strategy.changes={self.changes} is out of range: expected numbers of units, at least 1 each"
@@ -96,8 +89,7 @@ class GuidedStrategy:
     @property
     def race(self) -> RaceRules | None:
         """How candidates race; None: they do not."""
-        rules = RaceRules(self.race_parts, self.race_margin, self.race_accept)
-        return rules if self.selection == "racing" else None
+        return self if self.selection == "racing" else None
 
 
 @dataclass(frozen=True)

@@ -22,24 +22,20 @@ _FEWEST = 3
 """Minibatches before a standard error says anything."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RaceRules:
-    """How candidates race."""
+    """How candidates race, in the settings of strategies that let them."""
 
-    parts: int = 8
-    """Minibatches that the tokens of a candidate are divided into, if nobody drops out."""
-    margin: float = 2.0
-    """Standard errors that a candidate must be behind the leader by to drop out."""
-    accept: float = 1.0
-    """Standard errors that a winner must be ahead of the current genome by to take its place."""
+    race_parts: int = 8
+    """Minibatches that the tokens of a race are divided into, if nobody drops out."""
+    race_margin: float = 2.0
+    """Standard errors behind the leader at which a candidate drops out of a race."""
+    race_accept: float = 1.0
+    """Standard errors that the winner of a race must be ahead of the current genome to be the next."""
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("race_parts", self.parts, _FEWEST),
-            ("race_margin", self.margin, 0),
-            ("race_accept", self.accept, 0),
-        ):
-            if not value >= least:
+        for name, least in (("race_parts", _FEWEST), ("race_margin", 0), ("race_accept", 0)):
+            if not (value := getattr(self, name)) >= least:
                 raise EvoPressError(f"search.strategy.{name}={value:g} is out of range: expected at least {least}")
 
 
@@ -52,7 +48,7 @@ class Race:
         Args: tokens: to spend in all, at most.
         """
         self.genomes, self._rules = tuple(genomes), rules
-        self._part = max(tokens // (rules.parts * len(self.genomes)), 2)
+        self._part = max(tokens // (rules.race_parts * len(self.genomes)), 2)
         self._left = tokens
         self._running = list(range(len(self.genomes)))
         self._values: list[list[float]] = [[] for _ in self.genomes]
@@ -84,7 +80,7 @@ class Race:
         self._running = finite
         leader = self._leader
         if len(self._values[leader]) >= _FEWEST:
-            self._running = [i for i in finite if i == leader or not self._is_behind(i, leader, self._rules.margin)]
+            self._running = [i for i in finite if i == leader or not self._is_behind(i, leader, self._rules.race_margin)]
 
     @property
     def finished(self) -> bool:
@@ -101,7 +97,7 @@ class Race:
     def winner(self) -> int:
         """Index of the leader, or of the current genome as long as the leader is not ahead of it beyond doubt."""
         leader = self._leader
-        if leader and 0 in self._running and not self._is_behind(0, leader, self._rules.accept):
+        if leader and 0 in self._running and not self._is_behind(0, leader, self._rules.race_accept):
             return 0
         return leader
 

@@ -39,7 +39,7 @@ def test_what_is_saved_is_spent_on_the_close_ones() -> None:
 def test_a_winner_within_its_error_does_not_take_the_place_of_the_current_genome() -> None:
     def wins(accept: float) -> int:
         return sum(
-            race_of([1.0, 1.0], noise=1.0, seed=seed, rules=RaceRules(margin=9.0, accept=accept)).winner for seed in range(60)
+            race_of([1.0, 1.0], noise=1.0, seed=seed, rules=RaceRules(race_margin=9.0, race_accept=accept)).winner for seed in range(60)
         )
 
     assert wins(0.0) > 20 > wins(1.0) > wins(3.0)
@@ -60,7 +60,7 @@ def test_what_is_not_finite_drops_out_at_once() -> None:
         race.tell([1.0, 1.0])
 
 
-@pytest.mark.parametrize("wrong", [{"parts": 2}, {"margin": -1.0}, {"accept": float("nan")}])
+@pytest.mark.parametrize("wrong", [{"race_parts": 2}, {"race_margin": -1.0}, {"race_accept": float("nan")}])
 def test_rules_out_of_range_are_refused(wrong) -> None:
-    with pytest.raises(EvoPressError, match=rf"search\.strategy\.race_{next(iter(wrong))}="):
+    with pytest.raises(EvoPressError, match=rf"search\.strategy\.{next(iter(wrong))}="):
         RaceRules(**wrong)
