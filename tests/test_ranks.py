@@ -28,7 +28,8 @@ from evopress.fitness.suffix import SuffixLoss
 from evopress.levels.build import ensure_database
 from evopress.levels.calibration import _Tree
 from evopress.levels.live import LiveModel
-from evopress.levels.refine import RefineSettings, ensure_refined
+from evopress.levels.plan import WalkSettings
+from evopress.levels.refine import ensure_refined
 from evopress.models.tiny import byte_tokenizer
 
 try:
@@ -136,7 +137,7 @@ class Case:
     @ranks.together
     def refine(self, genome: tuple[int, ...], correction: float) -> None:
         live, settings = self.opened("evaluator").live, self.settings(self._levels)
-        how = RefineSettings(self._levels, {"correction": correction}, batch_tokens=48, correction=correction)
+        how = WalkSettings(root=self._levels, recipe={"correction": correction}, batch_tokens=48, correction=correction)
         database, _ = ensure_database(settings, self.blocks, self.calibration, self.compressor)
 
         def judge() -> SuffixLoss:

@@ -25,24 +25,30 @@ CORRECTED_FORWARDS = 6
 """More forwards of a block where weights are corrected: to each of some four inputs and no further, in two models; one to go on."""
 
 
-@dataclass(frozen=True)
-class BuildSettings:
-    """How a database is built; nothing here changes its content beyond rounding except what `recipe` says."""
+@dataclass(frozen=True, kw_only=True)
+class WalkSettings:
+    """How levels are made, block by block; nothing here changes them beyond rounding except what `recipe` says."""
 
     root: Path
-    """Databases lie in <root>/<model>/<method>-<fingerprint>."""
-    method: str
-    model_name: str
+    """A database lies in <root>/<model>/<method>-<fingerprint>, refined levels in <root>/<method>-<fingerprint>."""
     recipe: dict[str, Any]
     """Everything that decides the content: model and data digests, compressor settings, propagated level."""
-    propagate: str | None
-    """Key of the level through which activations leave a block ("4"); None: dense."""
     correction: float = 0.0
-    """Share of what inputs have lost, where activations leave through a level, that all levels make good; `recipe` says it too."""
+    """Share of what inputs have lost behind compressed blocks that new weights make good; `recipe` says it too."""
     batch_tokens: int = 4096
     """Tokens per forward of one block."""
     activations: str = "memory"
     """Where calibration activations live between blocks: "memory" (of the host) or "disk"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings(WalkSettings):
+    """How a database is built."""
+
+    method: str
+    model_name: str
+    propagate: str | None
+    """Key of the level through which activations leave a block ("4"); None: dense."""
     hessians: HessianStore | None = None
     """Where dense activations' Hessians are kept for further databases; used where activations leave blocks dense."""
     lock_timeout: float = 24 * 3600.0

@@ -33,6 +33,7 @@ from evopress.levels.compressing import Walking, compress_units, hessians_of
 from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
 from evopress.levels.live import Live, part_held
 from evopress.levels.locking import TEMPORARIES
+from evopress.levels.plan import WalkSettings
 from evopress.levels.store import (
     MANIFEST,
     DamagedDatabaseError,
@@ -88,22 +89,6 @@ class Step:
         return cls(value["block"], value["kept"], *losses)
 
 
-@dataclass(frozen=True)
-class RefineSettings:
-    """How a model is refined; nothing here changes the result beyond rounding except what `recipe` says."""
-
-    root: Path
-    """The refined levels lie in <root>/<method>-<fingerprint>."""
-    recipe: dict[str, Any]
-    """Everything that decides the content."""
-    batch_tokens: int = 4096
-    """Tokens per forward of one block."""
-    activations: str = "memory"
-    """Where calibration activations live between blocks: "memory" (of the host) or "disk"."""
-    correction: float = 0.0
-    """Share of what inputs have lost that the new weights make good; `recipe` says it too."""
-
-
 def refined_units(database: LevelDatabase, genome: Genome) -> tuple[Unit, ...]:
     """Return a database's units, each with the one level that a genome gives it."""
     return tuple(
@@ -137,7 +122,7 @@ def block_at(live: Live, index: int, genome: Genome | None, weights: Weights) ->
 
 
 def ensure_refined(
-    settings: RefineSettings,
+    settings: WalkSettings,
     live: Live,
     database: LevelDatabase,
     genome: Genome,
@@ -183,7 +168,7 @@ def _whole(folder: Path, num_parts: int) -> LevelDatabase | None:
     return None
 
 
-def folder_of(settings: RefineSettings, database: LevelDatabase) -> Path:
+def folder_of(settings: WalkSettings, database: LevelDatabase) -> Path:
     """Return where the refined levels of these settings lie."""
     return settings.root / f"{database.space.method}-{fingerprint(settings.recipe)}"
 
@@ -199,7 +184,7 @@ class _Walk:
 
     def __init__(
         self,
-        settings: RefineSettings,
+        settings: WalkSettings,
         live: Live,
         database: LevelDatabase,
         genome: Genome,

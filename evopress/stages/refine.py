@@ -16,8 +16,8 @@ from evopress.files import explained
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.suffix import SuffixLoss
-from evopress.levels.plan import CORRECTED_FORWARDS, batch_of, part_bytes
-from evopress.levels.refine import RefineSettings, ensure_refined, folder_of, inexact_units, refined_units, steps_of
+from evopress.levels.plan import CORRECTED_FORWARDS, WalkSettings, batch_of, part_bytes
+from evopress.levels.refine import ensure_refined, folder_of, inexact_units, refined_units, steps_of
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase
 from evopress.ranks import together
 from evopress.reporting.records import read_genome, read_json, write_json
@@ -141,7 +141,7 @@ def refine(workspace: Workspace) -> None:
 
 
 @together
-def _refined(workspace: Workspace, settings: RefineSettings, genome: Genome) -> LevelDatabase:
+def _refined(workspace: Workspace, settings: WalkSettings, genome: Genome) -> LevelDatabase:
     return ensure_refined(
         settings,
         workspace.untied_live,
@@ -179,10 +179,10 @@ def said(summary: dict[str, Any]) -> str:
     return f"{what}, KL {summary['kl_before']:.4f} before and {summary['kl_after']:.4f} after"
 
 
-def refine_settings(workspace: Workspace, genome: Genome) -> RefineSettings:
+def refine_settings(workspace: Workspace, genome: Genome) -> WalkSettings:
     """Return how a genome is refined."""
     level_db, correction = workspace.settings.level_db, workspace.settings.refine.correction
-    return RefineSettings(
+    return WalkSettings(
         root=workspace.run_dir / REFINED,
         recipe={
             "refined": 1,

@@ -23,7 +23,8 @@ from evopress.fitness.suffix import SuffixLoss
 from evopress.levels import refine
 from evopress.levels.build import ensure_database
 from evopress.levels.live import LiveModel
-from evopress.levels.refine import RefineSettings, ensure_refined, inexact_units, refined_units, steps_of
+from evopress.levels.plan import WalkSettings
+from evopress.levels.refine import ensure_refined, inexact_units, refined_units, steps_of
 from evopress.levels.store import MANIFEST, LevelDatabase, block_file
 from evopress.levels.union import LevelUnion
 from evopress.models.blocks import BlockModel
@@ -77,7 +78,7 @@ def case(request, tmp_path_factory, build_settings, blocks, ids, compressor):
 
 @pytest.fixture
 def settings(tmp_path):
-    return RefineSettings(root=tmp_path / "refined", recipe={"a": 1}, batch_tokens=64)
+    return WalkSettings(root=tmp_path / "refined", recipe={"a": 1}, batch_tokens=64)
 
 
 def refined_of(settings, case, ids, better=frozenset(range(BLOCKS)), judge=None):
@@ -252,7 +253,7 @@ def test_it_is_reused_and_not_asked_again(settings, case, ids):
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(where, activations, settings, case, ids, tmp_path, monkeypatch):
     whole, _ = refined_of(settings, case, ids, better={0, 2})
     expected = tree(whole.folder)
-    again = RefineSettings(root=tmp_path / "again", recipe=settings.recipe, batch_tokens=64, activations=activations)
+    again = WalkSettings(root=tmp_path / "again", recipe=settings.recipe, batch_tokens=64, activations=activations)
     written: list[int] = []
     write = refine.write_block
 
@@ -308,7 +309,7 @@ def test_damage_is_noticed_and_mended(damage, settings, case, ids):
 
 
 def test_a_journal_of_other_refined_levels_is_not_believed(settings, case, ids, tmp_path, monkeypatch):
-    other = RefineSettings(root=tmp_path / "other", recipe={"a": 2}, batch_tokens=64)
+    other = WalkSettings(root=tmp_path / "other", recipe={"a": 2}, batch_tokens=64)
     with monkeypatch.context() as patch:
         patch.setattr(refine, "write_manifest", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

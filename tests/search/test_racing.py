@@ -38,9 +38,8 @@ def test_what_is_saved_is_spent_on_the_close_ones() -> None:
 
 def test_a_winner_within_its_error_does_not_take_the_place_of_the_current_genome() -> None:
     def wins(accept: float) -> int:
-        return sum(
-            race_of([1.0, 1.0], noise=1.0, seed=seed, rules=RaceRules(race_margin=9.0, race_accept=accept)).winner for seed in range(60)
-        )
+        rules = RaceRules(race_margin=9.0, race_accept=accept)
+        return sum(race_of([1.0, 1.0], noise=1.0, seed=seed, rules=rules).winner for seed in range(60))
 
     assert wins(0.0) > 20 > wins(1.0) > wins(3.0)
     assert all(race_of([1.0, 1.0], seed=seed).winner == 0 for seed in range(3)), "a tie stays"
