@@ -40,6 +40,7 @@ from evopress.models.experts import linears_of
 from evopress.models.families import named_family
 from evopress.models.outline import outlined
 from evopress.models.tiny_any import any_model, causal_types
+from evopress.settings import ModuleSettings
 from evopress.units import Genome, Space
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -159,7 +160,7 @@ def _modules(blocks: BlockModel, ids: Tensor, folder: Path) -> tuple[list[tuple[
 def _experts(blocks: BlockModel, ids: Tensor, folder: Path) -> tuple[list[tuple[str, float]], str]:
     """Drop one expert of every layer, each time another, and compare; or say why that cannot be."""
     try:
-        space: Space = Modules(EXPERT).space(blocks.shapes(), dtype_bits=32)
+        space: Space = Modules(ModuleSettings(granularity=EXPERT)).space(blocks.shapes(), dtype_bits=32)
         live = LiveModel(blocks, ModuleLevels(space))
         layers = list(dict.fromkeys(unit.group for unit in space.units))
         counts = Counter(unit.group for unit in space.units)

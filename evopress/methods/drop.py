@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,7 +15,7 @@ from evopress.levels.modules import ATTENTION, BLOCK, DROP, KEEP, MLP, PAIR, dro
 from evopress.methods.method import NO_REST, Rest
 from evopress.methods.targets import check_targets, further_limits
 from evopress.models.blocks import BlockShape
-from evopress.settings import DropSettings, RunSettings
+from evopress.settings import DropSettings, ModuleSettings, RunSettings
 from evopress.units import Budget, Genome, Level, Limit, Space, Unit
 
 _Place = tuple[str, int, str, int]
@@ -36,9 +36,8 @@ def floors(space: Space) -> tuple[Limit, ...]:
 class Modules:
     """Offers a level that keeps a module and one that drops it, without weights of its own; see `ModuleSource`."""
 
-    granularity: str = "module"
-    exclude: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
+    settings: ModuleSettings = field(default_factory=ModuleSettings)
+    dropped: Sequence[Any] = ()
     """What is gone from the start; named as in `exclude`."""
 
     @property
@@ -48,8 +47,8 @@ class Modules:
 
     def recipe(self) -> dict[str, Any]:
         """See `ModuleSource`."""
-        gone = {"dropped": list(self.dropped)} if self.dropped else {}
-        return {"granularity": self.granularity, "exclude": list(self.exclude), **gone}
+        gone = {"dropped": list(map(str, self.dropped))} if self.dropped else {}
+        return {"granularity": self.settings.granularity, "exclude": list(map(str, self.settings.exclude)), **gone}
 
     def space(self, blocks: Sequence[BlockShape], *, dtype_bits: int) -> Space:
         """Return all units; those that are excluded, or gone from the start, have one level.
@@ -57,7 +56,7 @@ class Modules:
         Raises: EvoPressError if pairs come out odd, a name does not exist, or a unit is both excluded and gone.
         """
         count = len(blocks)
-        if self.granularity == "pair" and count % 2:
+        if self.settings.granularity == "pair" and count % 2:
             raise EvoPressError(
                 f"the model has {count} blocks, an odd number, and method.granularity=pair drops two at a time: use "
                 "method.granularity=block"
@@ -68,7 +67,7 @@ class Modules:
                 "method.granularity=expert drops experts, and no layer of them with one router is found in this model: choose "
                 "another model, or another granularity"
             )
-        excluded = self._named(self.exclude, places, count, "exclude")
+        excluded = self._named(self.settings.exclude, places, count, "exclude")
         gone = self._named(self.dropped, places, count, "dropped")
         if both := sorted(excluded & gone):
             raise EvoPressError(f"method.exclude keeps {both[0]}, which method.dropped drops: leave it out of one of them")
@@ -91,16 +90,16 @@ class Modules:
     @property
     def width(self) -> int:
         """Blocks in a unit that is a block or more."""
-        return 2 if self.granularity == "pair" else 1
+        return 2 if self.settings.granularity == "pair" else 1
 
     def _places(self, blocks: Sequence[BlockShape]) -> list[_Place]:
         """Return name, block, kind and number of weights of every unit."""
-        if self.granularity == "block":
+        if self.settings.granularity == "block":
             return [(shape.name, index, BLOCK, shape.size) for index, shape in enumerate(blocks)]
-        if self.granularity == EXPERT:
+        if self.settings.granularity == EXPERT:
             layers = [(index, shape.experts) for index, shape in enumerate(blocks) if shape.experts is not None]
             return [(f"{each.name}.{i}", index, EXPERT, each.size) for index, each in layers for i in range(each.count)]
-        if self.granularity == "pair":
+        if self.settings.granularity == "pair":
             return [(f"{blocks[i].name}-{i + 1}", i, PAIR, blocks[i].size + blocks[i + 1].size) for i in range(0, len(blocks), 2)]
         return [
             place
@@ -112,15 +111,15 @@ class Modules:
             if place[2] in shape.kinds
         ]
 
-    def _named(self, entries: Sequence[str], places: Sequence[_Place], num_blocks: int, key: str) -> set[str]:
+    def _named(self, entries: Sequence[Any], places: Sequence[_Place], num_blocks: int, key: str) -> set[str]:
         """Return the names of the units that a setting such as `method.exclude` means."""
         names = [name for name, *_ in places]
         meant: set[str] = set()
-        for entry in entries:
-            if str(entry).isdigit():
+        for entry in map(str, entries):
+            if entry.isdigit():
                 found = {name for name, block, *_ in places if block <= int(entry) < block + self.width}
             else:
-                found = {name for name in names if fnmatchcase(name, str(entry))}
+                found = {name for name in names if fnmatchcase(name, entry)}
             if not found:
                 shown = entry if entry.isdigit() else repr(entry)
                 raise EvoPressError(
@@ -181,7 +180,7 @@ class Drop:
 
     @property
     def _source(self) -> Modules:
-        return Modules(self.settings.granularity, tuple(str(name) for name in self.settings.exclude))
+        return Modules(self.settings)
 
     def check(self, *, searching: bool) -> None:
         """Refuse a sparsity outside (0, 1), and exchanges that cannot keep what the method promises."""

@@ -54,8 +54,7 @@ class Joint:
     @property
     def modules(self) -> Modules:
         """Attention and MLP modules, or whole blocks."""
-        s = self.settings
-        return Modules(s.granularity, tuple(map(str, s.exclude)), tuple(map(str, s.dropped)))
+        return Modules(self.settings, dropped=self.settings.dropped)
 
     @property
     def currency(self) -> Currency:

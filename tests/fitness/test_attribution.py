@@ -23,6 +23,7 @@ from evopress.methods.drop import Modules
 from evopress.models.blocks import BlockModel
 from evopress.models.loading import load_pretrained
 from evopress.models.tiny import make_tiny
+from evopress.settings import ModuleSettings
 
 MODELS = [("llama", False), ("llama", True), ("gemma2", True), ("qwen3", True), ("opt", True), ("phi3", False)]
 MEASURES = [KLDivergence(), KLDivergence(fused=True), TopkKL(5), NegativeLogLikelihood()]
@@ -194,7 +195,7 @@ def test_a_gate_s_derivative_is_that_of_differences(joint, tokens) -> None:
 @pytest.mark.parametrize("granularity", ["module", "block", "pair"])
 def test_at_the_dense_model_the_curvature_tells_and_several_modules_have_one_gate(tiny_blocks, tokens, granularity) -> None:
     blocks = tiny_blocks("llama", num_blocks=2)
-    live = LiveModel(blocks, ModuleLevels(Modules(granularity).space(blocks.shapes(), dtype_bits=32)))
+    live = LiveModel(blocks, ModuleLevels(Modules(ModuleSettings(granularity=granularity)).space(blocks.shapes(), dtype_bits=32)))
     ids = tokens(2, 12, seed=5)
     base, uniform = (
         base_states(PopulationEvaluator(live), ids, batch_tokens=48),

@@ -31,7 +31,7 @@ from evopress.models.outline import outlined
 from evopress.models.routing import drop_experts, expert_layer, restore_experts
 from evopress.models.tiny_any import any_model
 from evopress.search import LevelSwitch, random_mix
-from evopress.settings import JointSettings
+from evopress.settings import JointSettings, ModuleSettings
 from evopress.units import Genome
 
 IDS = torch.arange(48).reshape(2, 24) * 7919 % 257
@@ -51,7 +51,7 @@ def live_of(model_type: str, **changes: Any) -> LiveModel:
             if "bias" in name and tensor.numel() == 4:
                 tensor.normal_()
     blocks = BlockModel(model, outlined(model))
-    return LiveModel(blocks, ModuleLevels(Modules("expert").space(blocks.shapes(), dtype_bits=32)))
+    return LiveModel(blocks, ModuleLevels(Modules(ModuleSettings(granularity="expert")).space(blocks.shapes(), dtype_bits=32)))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_what_lies_in_a_dropped_expert_is_free_and_the_rest_is_compressed(
 ) -> None:
     blocks = live_of("qwen3_moe").blocks
     weights, _ = ensure_database(build_settings(tmp_path, propagate=None), blocks, IDS, GPTQ(bits=(4, 2), group_size=16))
-    modules = Modules("expert").space(blocks.shapes(), dtype_bits=32)
+    modules = Modules(ModuleSettings(granularity="expert")).space(blocks.shapes(), dtype_bits=32)
     experts, _ = ensure_modules(tmp_path, model_name="tiny", method="drop", recipe={}, space=modules)
     levels = LevelUnion([weights, experts], method="joint", currency=BYTES, is_of_attention=blocks.is_of_attention)
     live, space = LiveModel(blocks, levels), levels.space
@@ -195,4 +195,4 @@ def test_no_token_is_sent_to_a_dropped_expert_in_silence() -> None:
 
 def test_a_model_without_experts_is_refused(tiny_blocks: Callable[..., BlockModel]) -> None:
     with pytest.raises(EvoPressError, match="no layer of them with one router is found"):
-        Modules("expert").space(tiny_blocks("llama").shapes(), dtype_bits=32)
+        Modules(ModuleSettings(granularity="expert")).space(tiny_blocks("llama").shapes(), dtype_bits=32)
