@@ -216,6 +216,17 @@ def shares(count: int) -> list[range]:
     return [range(min(number * width, count), min((number + 1) * width, count)) for number in share(SHARES)]
 
 
+def busiest(count: int, most: int | None = None) -> int:
+    """Return how many of `count` things the process has that has most of them, where the run's processes share them.
+
+    Args: most: that go together as `part` has it, where `divided` shares what goes together; None: sequences that `shares` cuts.
+    """
+    if most is None:
+        return min(count, -(-count // SHARES) * (SHARES // processes()))
+    together = part(count, most)
+    return min(count, -(-count // (together * processes())) * together)
+
+
 def each(work: Callable[[], T], *, to_first: bool = False) -> list[T]:
     """Do something on every process, and return what all found, in their order; an error of one is raised on all.
 

@@ -124,26 +124,34 @@ def check_room(stages: Sequence[Needs], rooms: Sequence[Room], *, offload: bool 
                 f"{in_bytes(free)} free: free some space, {less}"
             )
     for needs in stages:
-        for machine in dict.fromkeys(room.machine for room in rooms):
-            there = [room for room in rooms if room.machine == machine]
-            taken = [(0 if needs.alone and room is not rooms[0] else needs.memory) + room.to_load for room in there]
-            many = f" for {len(there)} processes on {machine}" if len(rooms) > 1 else ""
-            fewer = ", or start fewer processes" if len(there) > 1 else ""
-            loading, free = any(room.to_load for room in there), min(room.memory for room in there)
-            _compare(needs, sum(taken), free, f"of memory{many}", loading=loading, otherwise=fewer)
-        for room in rooms:
+        work = [needs if number == 0 or not needs.alone else Needs(needs.stage, "") for number in range(len(rooms))]
+        for words, those in by_machine(rooms).items():
+            needed = sum(work[number].memory + rooms[number].to_load for number in those)
+            fewer = ", or start fewer processes" if len(those) > 1 else ""
+            _compare(needs, needed, min(rooms[number].memory for number in those), words, any(r.to_load for r in rooms), fewer)
+        for own, room in zip(work, rooms, strict=True):
             if room.device is not None:
-                taken_there = (0 if needs.alone and room is not rooms[0] else needs.device) + room.to_load_there
                 otherwise = "" if offload else ", or set model.offload=true"
-                _compare(needs, taken_there, room.device, f"on {room.where}", loading=bool(room.to_load_there), otherwise=otherwise)
+                loading = bool(room.to_load_there)
+                _compare(needs, own.device + room.to_load_there, room.device, f"on {room.where}", loading, otherwise)
 
 
-def _compare(needs: Needs, needed: int, free: int, where: str, *, loading: bool, otherwise: str) -> None:
+def _compare(needs: Needs, needed: int, free: int, where: str, loading: bool, otherwise: str) -> None:
     if needed > free:
         raise EvoPressError(
             f"{needs.name} needs about {in_bytes(needed)} {where}{', the model included,' if loading else ''} but {in_bytes(free)} "
             f"are free: {needs.less_memory}{otherwise}"
         )
+
+
+def by_machine(rooms: Sequence[Room]) -> dict[str, list[int]]:
+    """Return the numbers of the processes that share a memory, by what it is in a sentence."""
+    found: dict[str, list[int]] = {}
+    for number, room in enumerate(rooms):
+        found.setdefault(room.machine, []).append(number)
+    if len(rooms) == 1:
+        return {"of memory": [0]}
+    return {f"of memory for {len(those)} process{'es' * (len(those) > 1)} on {name}": those for name, those in found.items()}
 
 
 def amount(count: float) -> str:

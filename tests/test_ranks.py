@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ import torch.distributed  # before processes are forked: it takes a second
 
 from evopress import ranks
 from evopress.compress.hessian import HessianSum
+from evopress.data.minibatch import Minibatch
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import measure_held_out
 from evopress.evaluation.zero_shot import answering
@@ -31,6 +35,7 @@ from evopress.levels.live import LiveModel
 from evopress.levels.plan import WalkSettings
 from evopress.levels.refine import ensure_refined
 from evopress.models.tiny import byte_tokenizer
+from evopress.stages.needs import Planner
 
 try:
     import lm_eval.models.huggingface  # noqa: F401 - before processes are forked, too
@@ -261,6 +266,34 @@ def test_other_numbers_of_processes_are_refused(count: int, says: str, monkeypat
     with pytest.raises(EvoPressError, match=says):
         ranks.begin()
     assert not ranks.launched()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 11, 64])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_what_is_said_of_the_busiest_process_is_what_it_does(size: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def most(work_of: Callable[[], int]) -> int:
+        """Return the most that one of the processes has."""
+        found = []
+        for rank in range(size):
+            monkeypatch.setattr(ranks, "_world", ranks._World(rank, size, depth=1))
+            found.append(work_of())
+        return max(found)
+
+    def measured(candidates: int, in_flight: int) -> int:
+        fitness: Any = SimpleNamespace(max_tokens_in_flight=in_flight)
+        parts = list(MinibatchFitness._parts(fitness, Minibatch(tuple(range(count)), (16,) * count)))
+        of = min(max(size // len(parts), 1), candidates)
+        tokens = [len(rows) * length * len(ranks.share(candidates, of=of, number=n)) for rows, length in parts for n in range(of)]
+        return sum(tokens[place] for place in ranks.share(len(tokens)))
+
+    assert most(lambda: sum(map(len, ranks.shares(count)))) == ranks.busiest(count)
+    for candidates, in_flight in ((1, 16), (6, 16), (6, 64)):
+        planner: Any = SimpleNamespace(
+            workspace=SimpleNamespace(search_tokens=torch.empty(64, 16)),
+            settings=SimpleNamespace(fitness=SimpleNamespace(max_tokens_in_flight=in_flight)),
+        )
+        said = math.prod(Planner.mine(planner, candidates, 16 * count))
+        assert said == most(partial(measured, candidates, in_flight))
 
 
 def test_sums_of_shares_are_added_in_one_tree() -> None:

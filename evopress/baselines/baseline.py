@@ -39,6 +39,8 @@ class Pass:
     """Genomes that are measured at a time; None: all."""
     backward: bool = False
     """Forward and backward: so many times the tokens, of one genome each time."""
+    alone: bool = False
+    """By the first of a run's processes, without the others."""
     shared: str | None = None
     """Of passes with this name, only the one with the most genomes is made: its numbers are kept."""
 

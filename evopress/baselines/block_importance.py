@@ -75,7 +75,9 @@ class RankedBlocks(Baseline):
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""
         by_removal = RANKINGS[self.name].score in ("perplexity", "kl")
-        return [Pass(len(spans_of(plan.space)) + 1 if by_removal else 1, self.tokens, shared="scores of blocks")]
+        return [
+            Pass(len(spans_of(plan.space)) + 1 if by_removal else 1, self.tokens, alone=not by_removal, shared="scores of blocks")
+        ]
 
     def find(self, problem: Problem) -> dict[str, Genome]:
         """See `Baseline`."""

@@ -34,7 +34,7 @@ class LeastRouted(Baseline):
 
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""
-        return [Pass(1, self.tokens)]
+        return [Pass(1, self.tokens, alone=True)]
 
     def find(self, problem: Problem) -> dict[str, Genome]:
         """See `Baseline`."""

@@ -18,6 +18,7 @@ from evopress.levels.journal import JOURNAL, read_journal
 from evopress.levels.passage import stay_on_device
 from evopress.levels.store import DamagedDatabaseError, block_file, entries_of, fingerprint, read_manifest
 from evopress.models.blocks import BlockModel
+from evopress.ranks import busiest, part
 from evopress.room import Needs
 from evopress.units import Space, Unit
 
@@ -98,14 +99,18 @@ class BuildNeeds:
     """Those that are missing."""
     all_blocks: int
     """Of the model."""
-    walked: int
+    walked: int = 0
     """Blocks that activations enter."""
-    forwards: int
+    forwards: int = 0
     """Passes of the whole text through one block."""
-    disk_bytes: int
-    memory_bytes: int
+    tokens: int = 0
+    """Of the text, that go through blocks; of several processes those of one."""
+    compressing: float = 0.0
+    """Share of a block's compression that one process does."""
+    disk_bytes: int = 0
+    memory_bytes: int = 0
     """Of the host, beside the model."""
-    device_bytes: int
+    device_bytes: int = 0
     """Of the compute device, beside the model; 0 where that is the host."""
 
     @property
@@ -163,11 +168,10 @@ def needs_of(
     if store is not None:
         disk += sum(_hessian_bytes(blocks, index) for index in unseen)
     if not missing:
-        return BuildNeeds(
-            units=(), all_blocks=len(blocks.blocks), walked=0, forwards=0, disk_bytes=0, memory_bytes=0, device_bytes=0
-        )
-    buffer = tokens.numel() * blocks.hidden_size * blocks.dtype.itemsize if unseen else 0
-    buffer *= 2 if settings.corrects else 1
+        return BuildNeeds(units=(), all_blocks=len(blocks.blocks))
+    mine = busiest(len(tokens)) * tokens.shape[1]
+    per_token = blocks.hidden_size * blocks.dtype.itemsize * (2 if settings.corrects else 1) if unseen else 0
+    buffer = mine * per_token
     parts = [[unit for unit in missing if unit.block == index] for index in sorted({unit.block for unit in missing})]
     batch = batch_of(tokens, settings.batch_tokens)
     device = max(part_bytes(blocks, units, compressor, batch=batch, corrects=settings.corrects) for units in parts)
@@ -182,7 +186,9 @@ def needs_of(
         walked=walked,
         forwards=(walked if settings.propagate is None else 2 * walked - bool(walked and not left))
         + (CORRECTED_FORWARDS * walked if settings.corrects else 0),
-        disk_bytes=disk + (0 if in_memory else buffer),
+        tokens=mine,
+        compressing=compressing_share(blocks, parts[0], corrects=settings.corrects),
+        disk_bytes=disk + (0 if in_memory else tokens.numel() * per_token),
         memory_bytes=(buffer if in_memory and not beside else 0) + (device if on_host else host),
         device_bytes=0 if on_host else device + (buffer if beside else 0),
     )
@@ -195,28 +201,43 @@ def _hessian_bytes(blocks: BlockModel, index: int) -> int:
 
 def batch_of(tokens: Tensor, batch_tokens: int) -> int:
     """Return the tokens of a forward over calibration text."""
-    return min(max(batch_tokens // tokens.shape[1], 1), len(tokens)) * tokens.shape[1]
+    return min(part(len(tokens), max(batch_tokens // tokens.shape[1], 1)), len(tokens)) * tokens.shape[1]
+
+
+def _inputs(blocks: BlockModel, units: Sequence[Unit]) -> tuple[dict[str, tuple[int, int]], dict[tuple[str, int, bool], list[str]]]:
+    """Return the shapes of a part's weights, and which of its units share an input: those of one module, but for its last one."""
+    shapes = {n: (int(slot.weight.shape[0]), int(slot.weight.shape[1])) for n, slot in blocks.slots(units[0].block).items()}
+    of = {unit.name for unit in units}
+    names = [name for name in shapes if name in of]
+    lasts = {name.rpartition(".")[0]: name for name in names}
+    inputs: dict[tuple[str, int, bool], list[str]] = {}
+    for name in names:
+        outer = name.rpartition(".")[0]
+        inputs.setdefault((outer, shapes[name][1], lasts[outer] == name), []).append(name)
+    return shapes, inputs
+
+
+def compressing_share(blocks: BlockModel, units: Sequence[Unit], *, corrects: bool) -> float:
+    """Return the share of a part's compression that the busiest process does: of its inputs, or of the weights of each."""
+    _, inputs = _inputs(blocks, units)
+    if corrects:
+        return sum(busiest(len(names), 1) for names in inputs.values()) / len(units)
+    return busiest(len(inputs), 1) / len(inputs)
 
 
 def part_bytes(blocks: BlockModel, units: Sequence[Unit], compressor: Compressor, *, batch: int, corrects: bool) -> int:
     """Return the bytes that compressing units of a part takes at its peak where it is computed, beside the activations.
 
     First text goes through the block, then come its inputs one after the other, each with what was made for those before; at the
-    end all is packed. Linears of one module share an input, but for its last one: what else is shared shows only in a forward.
+    end all is packed. What shares an input beyond a module shows only in a forward.
 
     Args:
         batch: tokens of a forward.
         corrects: weights make good what their inputs have lost.
     """
     index, on_host = units[0].block, blocks.device.type == "cpu"
-    shapes = {name: (int(slot.weight.shape[0]), int(slot.weight.shape[1])) for name, slot in blocks.slots(index).items()}
     of = {unit.name: unit for unit in units}
-    names = [name for name in shapes if name in of]
-    lasts = {name.rpartition(".")[0]: name for name in names}
-    inputs: dict[tuple[Any, ...], list[str]] = {}
-    for name in names:
-        outer = name.rpartition(".")[0]
-        inputs.setdefault((outer, shapes[name][1], lasts[outer] == name), []).append(name)
+    shapes, inputs = _inputs(blocks, units)
     hessians = sum(4 * columns**2 for _, columns, _ in inputs) if sees_activations(blocks, index) else 0
     working: Working = getattr(compressor, "working", Working())
     held, peak = 0, 0

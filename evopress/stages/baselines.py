@@ -52,15 +52,15 @@ def database_needs(planner: Planner) -> Needs:
         return planner.needs("database", "no weights to store")
     if not build.units:
         return planner.needs("database", f"there: {planner.num_blocks} blocks")
-    needs, tokens = build.in_folder(workspace.database_root), workspace.calibration_tokens.numel()
+    needs = build.in_folder(workspace.database_root)
     needs.what += "" if "database" in planner.settings.stages else ", first"
     planner.add(
         needs,
-        tokens,
-        tokens * build.forwards,
+        build.tokens,
+        build.tokens * build.forwards,
         lambda speed: (
-            tokens * (build.walked * speed.hessians + (build.forwards - build.walked) * speed.block)
-            + build.num_blocks * speed.compress
+            build.tokens * (build.walked * speed.hessians + (build.forwards - build.walked) * speed.block)
+            + build.num_blocks * build.compressing * speed.compress
             + sum(speed.outside.get(unit.name, 0.0) for unit in build.units)
         ),
     )
@@ -164,14 +164,15 @@ def baselines_needs(planner: Planner) -> Needs:
         if each.on_search_text:
             planner.base(needs)
         if each.backward:
-            planner.attribute(needs, Asks("", each.tokens, times=each.genomes))
+            planner.attribute(needs, Asks("", each.tokens, times=each.genomes), alone=True)
         else:
-            planner.score(needs, each.genomes, each.tokens, together=each.together)
+            mine = planner.mine(each.genomes, each.tokens, split=each.on_search_text, alone=each.alone)
+            planner.score(needs, *mine, together=each.together)
         if each.together is not None:
             planner.hold(needs, min(each.genomes, each.together), min(in_flight, each.tokens))
     for what in (baseline.not_counted for baseline in baselines if baseline.not_counted):
         needs.what += f" ({what} not counted)"
-    planner.hold(needs, settings.num_random, settings.random_tokens)
+    planner.hold(needs, *planner.mine(settings.num_random, settings.random_tokens))
     return needs
 
 

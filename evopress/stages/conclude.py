@@ -46,11 +46,12 @@ def evaluate_needs(planner: Planner) -> Needs:
     if planner.settings.evaluation.tasks:
         needs.what += " (zero-shot tasks not counted)"
         planner.hold_decoded(needs)
-    planner.score(needs, models, tokens)
+    _, mine = planner.mine(models, tokens, split=False)
+    planner.score(needs, models, mine)
     length = max(sequences.shape[1] for sequences in data.values())
     batch = max(planner.settings.fitness.max_tokens_in_flight // length, 1)
     together = walked_together(planner.workspace.blocks, models, length, batch) * length
-    planner.hold(needs, models, min(together, tokens), apart=True, given=False)  # models that differ in every block
+    planner.hold(needs, models, min(together, mine), apart=True, given=False)  # models that differ in every block
     return needs
 
 
@@ -187,7 +188,7 @@ def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None]) -> di
 
 def report_needs(planner: Planner) -> Needs:
     """Return what the stage `report` takes."""
-    return Needs("report", "tables, figures, page", disk={planner.workspace.run_dir: _REPORT_BYTES})
+    return Needs("report", "tables, figures, page", disk={planner.workspace.run_dir: _REPORT_BYTES}, alone=True)
 
 
 def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> None:

@@ -136,7 +136,7 @@ def export_needs(planner: Planner) -> Needs:
     workspace = planner.workspace
     size = sum(parameter.numel() * parameter.element_size() for parameter in workspace.pretrained.model.parameters())
     less = "leave export out of stages, or use a machine with more memory"
-    needs = Needs("export", "checkpoint", disk={workspace.run_dir: size}, less_memory=less)
+    needs = Needs("export", "checkpoint", disk={workspace.run_dir: size}, alone=True, less_memory=less)
     planner.hold_decoded(needs)
     if workspace.device.type != "cpu" and not workspace.blocks.offload:
         planner.put(needs, 0, host=size)  # what is written is copied first

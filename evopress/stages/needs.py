@@ -16,8 +16,9 @@ from evopress.fitness.population import evaluation_bytes
 from evopress.levels.live import decoding_bytes, enough_to_keep
 from evopress.levels.modules import modules_of
 from evopress.levels.plan import BuildNeeds
+from evopress.ranks import busiest, part, processes
 from evopress.room import Needs
-from evopress.search.strategy import Asks, Searching, backward_tokens
+from evopress.search.strategy import Asks, Attribution, Searching, backward_tokens
 from evopress.stages.probe import Speed
 from evopress.units import Budget, Space
 from evopress.workspace import Workspace
@@ -73,12 +74,26 @@ class Planner:
     def base(self, needs: Needs) -> None:
         """Add the dense model's last hidden states of the search text, once for all stages."""
         if not self.based:
-            tokens = self.workspace.search_tokens.numel()
+            _, tokens = self.mine(1, self.workspace.search_tokens.numel())
             self.add(needs, tokens, tokens * self.num_blocks, lambda speed: tokens * self.num_blocks * speed.block)
         self.based = True
 
+    def mine(self, candidates: int, tokens: int, *, split: bool = True, alone: bool = False) -> tuple[int, int]:
+        """Return how many candidates, on how many tokens each, one process measures, of those that share it the busiest.
+
+        Args:
+            split: where there are more processes than parts of the text, they share the candidates too (`MinibatchFitness`).
+            alone: they share nothing.
+        """
+        if alone:
+            return candidates, tokens
+        length = min(self.workspace.search_tokens.shape[1], tokens)
+        rows, most = -(-tokens // length), max(self.settings.fitness.max_tokens_in_flight // length, 1)
+        columns = max(min(processes() // -(-rows // part(rows, most)), candidates), 1) if split else 1
+        return -(-candidates // columns), min(busiest(rows, most) * length, tokens)
+
     def score(self, needs: Needs, candidates: int, tokens: int, *, times: int = 1, together: int | None = None) -> None:
-        """Add the evaluation of candidates on so many tokens each, so many times."""
+        """Add the evaluation of candidates on so many tokens each, so many times, as `mine` says how many."""
         plain = self.settings.fitness.evaluator == "plain"
         share = 1.0 if plain or candidates == 1 else _SHARED
         if self.modules and modules_of(self.space.units[0]):  # what is dropped is not run
@@ -93,12 +108,18 @@ class Planner:
             lambda speed: forwards * speed.block + references * speed.reference + whole * speed.head,
         )
 
-    def attribute(self, needs: Needs, ask: Asks) -> None:
+    def attribute(self, needs: Needs, ask: Asks, *, alone: bool = False) -> None:
         """Add attributions: each block forward, then forward again and backward; what enters each block is held meanwhile.
 
         Where modules can be dropped, there is one more way back.
+
+        Args: alone: processes do not share it.
         """
-        tokens, blocks, fitness = ask.tokens * ask.times, self.workspace.blocks, self.settings.fitness
+        blocks, fitness, (available, length) = self.workspace.blocks, self.settings.fitness, self.workspace.search_tokens.shape
+        rows = min(max(Attribution.sequences, -(-ask.tokens // length)), available)
+        shared = rows if alone else busiest(rows, max(fitness.max_tokens_in_flight * rows // ask.tokens, 1))
+        mine = -(-ask.tokens * shared // rows)
+        tokens = mine * ask.times
         gates = self.workspace.method.modules is not None
         counted = backward_tokens(gates)
         forwards = (counted + 1) * tokens * self.num_blocks
@@ -109,10 +130,10 @@ class Planner:
             lambda speed: forwards * speed.block + tokens * (speed.reference + counted * speed.head),
         )
         there = attribution_bytes(
-            blocks, ask.tokens, max_tokens_in_flight=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens
+            blocks, mine, max_tokens_in_flight=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens
         )
         # What enters each block and leaves the last one, gradients, and the base of these sequences.
-        held = (self.num_blocks + (4 if gates else 3)) * self.states(ask.tokens)
+        held = (self.num_blocks + (4 if gates else 3)) * self.states(mine)
         self.put(needs, there + self._levels_kept, host=self._bases + held)
 
     def hold(self, needs: Needs, candidates: int, tokens: int, *, apart: bool = False, given: bool = True) -> None:

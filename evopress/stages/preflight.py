@@ -23,7 +23,7 @@ from evopress.models.blocks import BlockModel
 from evopress.models.first_block import first_block
 from evopress.progress import duration
 from evopress.reporting.records import read_json
-from evopress.room import Needs, Room, amount, check_room, disks, in_bytes, room_on
+from evopress.room import Needs, Room, amount, by_machine, check_room, disks, in_bytes, room_on
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.search.strategy import Asks, Searching
 from evopress.settings import STAGES
@@ -113,7 +113,8 @@ def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple
     stages = [stage for stage in STAGES if stage in asked_for or (stage == "database" and built_first)]
     plan = Plan(together([[_NEEDS[stage](planner) for stage in stages] for planner in planners]), speed, built_first)
     found = rooms_of(workspace)
-    logger.info("what this run will take, beside the model:\n%s", plan_table(plan, workspace, found))
+    each = f" in each of {len(found)} processes (disk: in all)" if len(found) > 1 else ""
+    logger.info("what this run will take%s, beside the model:\n%s", each, plan_table(plan, workspace, found))
     try:
         check_room(plan.stages, found, offload=workspace.settings.model.offload)
     except EvoPressError as error:
@@ -264,8 +265,8 @@ def plan_table(plan: Plan, workspace: Workspace, found: Sequence[Room]) -> str:
         "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     ]
-    there = [f"{in_bytes(found[0].memory)} of memory"]
-    there += [f"{in_bytes(room.device)} on {room.where}" for room in found[:1] if room.device is not None]
+    there = [f"{in_bytes(min(found[number].memory for number in those))} {words}" for words, those in by_machine(found).items()]
+    there += [f"{in_bytes(room.device)} on {room.where}" for room in found if room.device is not None]
     folders = [workspace.run_dir, workspace.database_root, workspace.cache]
     there += [f"{in_bytes(free)} of disk for {' and '.join(map(str, those))}" for those, free in disks(folders)]
     lines.append(f"available: {', '.join(there)}")

@@ -16,10 +16,10 @@ from evopress.files import explained
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.suffix import SuffixLoss
-from evopress.levels.plan import CORRECTED_FORWARDS, WalkSettings, batch_of, part_bytes
+from evopress.levels.plan import CORRECTED_FORWARDS, WalkSettings, batch_of, compressing_share, part_bytes
 from evopress.levels.refine import ensure_refined, folder_of, inexact_units, refined_units, steps_of
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase
-from evopress.ranks import together
+from evopress.ranks import busiest, together
 from evopress.reporting.records import read_genome, read_json, write_json
 from evopress.room import Needs
 from evopress.stages.given import take_best_so_far
@@ -52,33 +52,36 @@ def refine_needs(planner: Planner) -> Needs:
         return planner.needs("refine", "nothing: modules are dropped")
     if (steps := _refined_before(planner)) is not None:
         return planner.needs("refine", f"done: {steps} blocks")
-    tokens, judged = workspace.calibration_tokens.numel(), workspace.refine_tokens.numel()
+    calibration, judging = workspace.calibration_tokens, workspace.refine_tokens
+    tokens, (_, judged) = busiest(len(calibration)) * calibration.shape[1], planner.mine(1, judging.numel())
     corrected = planner.settings.refine.correction > 0
     forwards = 2.0 + (CORRECTED_FORWARDS if corrected else 0)  # of the calibration text through each block
     suffixes = n + n * (n + 1) // 2 + n  # the genome as it was found, the candidates, the blocks that are settled
-    walking = planner.states(tokens) * (2 if corrected else 1)
+    walking = 2 if corrected else 1  # activations of all the text
     in_memory = level_db.activations == "memory"
     needs = planner.needs(
         "refine",
         f"{n} blocks anew",
-        disk={workspace.run_dir: _stored_bytes(planner) + (0 if in_memory else walking)},
+        disk={workspace.run_dir: _stored_bytes(planner) + (0 if in_memory else walking * planner.states(calibration.numel()))},
         less_memory="use fewer calibration tokens (data.calibration_tokens), level_db.activations=disk, or leave refine out of "
         "stages",
     )
-    most = max(len(unit.levels) for unit in planner.space.units)
+    ones = [replace(unit, levels=unit.levels[:1]) for unit in planner.space.units if unit.block == 0]
+    compressing = compressing_share(workspace.blocks, ones, corrects=corrected) / max(
+        len(unit.levels) for unit in planner.space.units
+    )
     planner.add(
         needs,
         tokens + (n + 2) * judged,
         forwards * n * tokens + (n + suffixes) * judged,
         lambda speed: (
-            n * (tokens * (speed.hessians + (forwards - 1) * speed.block) + speed.compress / most)
+            n * (tokens * (speed.hessians + (forwards - 1) * speed.block) + speed.compress * compressing)
             + judged * ((n + suffixes) * speed.block + (n + 1) * (speed.head + speed.reference))
         ),
     )
     planner.hold(needs, 1, min(planner.settings.fitness.max_tokens_in_flight, judged))
-    batch = batch_of(workspace.calibration_tokens, level_db.batch_tokens)
-    ones = [replace(unit, levels=unit.levels[:1]) for unit in planner.space.units if unit.block == 0]
-    held = 3 * planner.states(judged) + (walking if in_memory else 0)
+    batch = batch_of(calibration, level_db.batch_tokens)
+    held = planner.states(judging.numel() + 2 * judged + (walking * tokens if in_memory else 0))  # base, states twice
     planner.put(needs, part_bytes(workspace.blocks, ones, workspace.compressor, batch=batch, corrects=corrected), host=held)
     return needs
 

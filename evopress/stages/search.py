@@ -45,8 +45,8 @@ def search_needs(planner: Planner) -> Needs:
     later = [ask for ask in asks if not ask.initial]
     milestones = max((ask.times for ask in later if ask.milestone), default=0)
     generations = milestones + max((ask.times for ask in later if not ask.milestone), default=0)
-    most = "at most " if milestones else ""
-    needs = planner.needs("search", f"{most}{generations} of {searching.num_generations} generations")
+    at_most = "at most " if milestones else ""
+    needs = planner.needs("search", f"{at_most}{generations} of {searching.num_generations} generations")
     planner.base(needs)
     if every := planner.settings.evaluation.every:
         _held_out_needs(planner, needs, milestones + (generations - milestones) // every + 1)
@@ -56,9 +56,10 @@ def search_needs(planner: Planner) -> Needs:
             planner.attribute(needs, ask)
         elif not ask.initial or uniform_genome(space, planner.budget) is None:
             together = NEIGHBOURS_TOGETHER + 1 if ask.neighbours else None
-            planner.score(needs, candidates, ask.tokens, times=ask.times, together=together)
+            planner.score(needs, *planner.mine(candidates, ask.tokens), times=ask.times, together=together)
         if not ask.initial:
-            planner.hold(needs, min(candidates, NEIGHBOURS_TOGETHER + 1) if ask.neighbours else candidates, ask.tokens)
+            most = NEIGHBOURS_TOGETHER + 1 if ask.neighbours else candidates
+            planner.hold(needs, *planner.mine(min(candidates, most), ask.tokens))
     per_record = _RECORD_BYTES + 4 * len(space) + 24 * sum(ask.candidates_of(len(space)) for ask in later)
     per_record += 24 * len(space) if milestones else 0
     needs.disk = {planner.workspace.run_dir: generations * per_record}
@@ -69,11 +70,9 @@ def _held_out_needs(planner: Planner, needs: Needs, times: int) -> None:
     """Add the measurements on held-out text, and the dense model's states there, which are kept where they are few."""
     tokens = next(iter(planner.workspace.evaluation_data.values())).numel()
     tokens = min(tokens, planner.settings.evaluation.every_tokens or tokens)
-    if planner.states(tokens) > MOST_KEPT_BYTES:
-        planner.score(needs, 2, tokens, times=times)
-    else:
-        planner.score(needs, 1, tokens, times=times + 1)
-        planner.kept = planner.states(tokens)
+    stay = planner.states(tokens) <= MOST_KEPT_BYTES
+    planner.score(needs, *planner.mine(1 if stay else 2, tokens, split=False), times=times + stay)
+    planner.kept = planner.states(tokens) if stay else 0
 
 
 def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neighbour: Neighbour | None = None) -> None:

@@ -11,8 +11,10 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed  # before processes are forked: it takes a second
@@ -153,10 +155,27 @@ def test_tasks_of_a_slurm_job_share_it(evopress_in: Callable[..., Any], tmp_path
     ends.append(run_on(2, evopress_in, *command, cwd=tmp_path / "slurm", in_child=as_tasks_of_slurm))
     assert [process.code for end in ends for process in end] == [0] * 4, ends[1][0].text
     assert "2 processes share the work" in ends[1][0].text
+    assert ends[0][0].text.count("what this run will take in each of 2 processes") == 1
+    assert f"of memory for 2 processes on {socket.gethostname()}" in ends[0][0].text
     assert found_in(tmp_path / "slurm") == found_in(tmp_path / "torchrun")
 
 
-def test_what_is_refused_is_said_once_and_ends_all(evopress_in: Callable[..., Any], tmp_path: Path) -> None:
-    refused = run_on(2, evopress_in, "+method=quant", "bits=99", "+debug=tiny", cwd=tmp_path)
+def without_memory(rank: int) -> None:
+    """Let the second process find no memory."""
+    if rank:
+        psutil.virtual_memory = lambda: SimpleNamespace(available=1000)
+
+
+@pytest.mark.parametrize(
+    ("argument", "in_child", "says"),
+    [("bits=99", lambda rank: None, "99"), ("bits=3", without_memory, "of memory for 2 processes on")],
+)
+def test_what_is_refused_is_said_once_and_ends_all(
+    argument: str, in_child: Callable[[int], None], says: str, evopress_in: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Also what another process has too little for, before one of them begins."""
+    refused = run_on(2, evopress_in, "+method=quant", argument, "+debug=tiny", *HERE, cwd=tmp_path / "two", in_child=in_child)
     assert [process.code for process in refused] == [1, 0]
-    assert len([line for line in refused[0].text.splitlines() if line.startswith("error: ")]) == 1 and refused[1].text == ""
+    (error,) = [line for line in refused[0].text.splitlines() if line.startswith("error: ")]
+    assert says in error and refused[1].text == ""
+    assert not list(tmp_path.rglob("*.safetensors"))
