@@ -81,6 +81,10 @@ class Working:
     """And beside a slice."""
     per_weight: int = 33
     """Bytes for each weight of a slice, that of every level counted."""
+    block: tuple[int, int] = (0, 0)
+    """Columns that are worked on together, and further bytes for each weight of a slice in them."""
+    left: int = 0
+    """Bytes for each weight of a slice that stay until its results are taken out of it."""
     cut_by: int = 32
     """Bytes for each of them by which slices are cut."""
     whole_units: bool = False
@@ -89,6 +93,8 @@ class Working:
     """Bytes for each weight of the largest unit, beside the result: its errors are measured a level at a time."""
     unpacked: Callable[[Level, int], int] = lambda level, size: level.stored_bits // 8
     """Bytes of a weight of so many numbers at a level, as a payload."""
+    packed: Callable[[Level, int], int] = lambda level, size: level.stored_bits // 8
+    """Bytes that it takes as it is stored, beside its payload where that lies in the host's memory."""
 
     def bytes(self, shapes: Sequence[tuple[int, int]], levels: Sequence[Sequence[Level]], *, room: int) -> tuple[int, int]:
         """Return the bytes at the peak, the result included, and those of the result.
@@ -104,8 +110,12 @@ class Working:
         part = min(swept, max(room // self.cut_by, max(sizes) if self.whole_units else 0))
         before = result * (1 - part / max(swept, 1))  # of earlier slices
         square = 4 * columns * columns
+        together, each = self.block
+        working = part * self.per_weight + part * min(together, columns) // columns * each
         peak = max(
-            self.factoring * square, self.sweeping * square + part * self.per_weight + before, result + self.alone * max(sizes)
+            self.factoring * square,
+            self.sweeping * square + max(working + before, part * self.left + result),
+            result + self.alone * max(sizes),
         )
         return round(4 * sum(sizes) + peak), result
 

@@ -160,7 +160,7 @@ class SparsityLevels:
     @property
     def working(self) -> Working:
         """See `Working`: scores and their ranks, a unit at a time; a mask is held a byte a weight."""
-        return Working(factoring=0.0, sweeping=0.0, per_weight=0, alone=24, unpacked=unpacked)
+        return Working(factoring=0.0, sweeping=0.0, per_weight=0, alone=24, unpacked=unpacked, packed=packed)
 
     def prune(self, weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[Compressed]]:
         """Prune weights that share one input to any numbers of kept weights; see `sparsegpt`."""
@@ -204,6 +204,11 @@ class PruneTo:
 def unpacked(level: Level, size: int) -> int:
     """Return the bytes of a `Sparse` weight in memory, a byte for each number of its mask."""
     return (level.stored_bits + 7 * size) // 8
+
+
+def packed(level: Level, size: int) -> int:
+    """Return the bytes of a `Sparse` weight as stored, beside itself: the mask's, for the values are the same."""
+    return -(-size // 8)
 
 
 def _level(size: int, kept: int, key: str, dtype_bits: int) -> Level:

@@ -18,7 +18,7 @@ from evopress.compress.alps import regularized, walk
 from evopress.compress.columns import lowest_of_each, prune_run, run_length
 from evopress.compress.compressor import Compressed, Working, check_numbers, sweep_bytes, with_errors
 from evopress.compress.hessian import damp, inverse_factor
-from evopress.compress.sparse import Sparse, SparsityLevels, distribute, to_float32, unpacked
+from evopress.compress.sparse import Sparse, SparsityLevels, distribute, packed, to_float32, unpacked
 from evopress.errors import EvoPressError
 
 RECIPES = ("paper", "best")
@@ -54,9 +54,11 @@ class SparseGPT(SparsityLevels):
     @property
     def working(self) -> Working:
         """See `Working`: inverses at every ρ and a unit at a time, or slices of whole units."""
+        forms: dict[str, Any] = {"unpacked": unpacked, "packed": packed}
         if self.recipe == "best":
-            return Working(factoring=6.5, sweeping=4.0, per_weight=32, cut_by=2**62, whole_units=True, unpacked=unpacked)
-        return Working(factoring=4.5, sweeping=1.0, per_weight=6, cut_by=5, whole_units=True, unpacked=unpacked)
+            return Working(factoring=6.5, sweeping=4.0, per_weight=32, cut_by=2**62, whole_units=True, **forms)
+        block = (self.block_size, 10)  # scores, errors, and masks, twice
+        return Working(factoring=4.5, sweeping=1.0, per_weight=5, block=block, left=5, cut_by=5, whole_units=True, **forms)
 
     def prune(self, weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]]) -> dict[str, Sequence[Compressed]]:
         """Prune weights that share one input to any numbers of kept weights; see `sparsegpt` and `alps_levels`."""

@@ -240,21 +240,29 @@ def part_bytes(blocks: BlockModel, units: Sequence[Unit], compressor: Compressor
     shapes, inputs = _inputs(blocks, units)
     hessians = sum(4 * columns**2 for _, columns, _ in inputs) if sees_activations(blocks, index) else 0
     working: Working = getattr(compressor, "working", Working())
-    held, peak = 0, 0
-    for those in inputs.values():
+    held, peak, most_lost = 0, 0, 0
+    for (_, columns, last), those in inputs.items():
         group = [shapes[name] for name in those]
         most, result = working.bytes(group, [of[name].levels for name in those], room=sweep_bytes(blocks.device))
-        if corrects:  # what the inputs have lost, by the dense ones and by what the block adds its outputs to
-            most += 8 * group[0][1] ** 2 + 4 * sum(rows * columns for rows, columns in group)
-        peak, held = max(peak, hessians + held + most), held + result
-    packed = database_bytes(Space("", tuple(units))) if on_host else 0
+        there = hessians
+        if corrects:  # H and D of this input alone, and E where a block adds the output (`compress/asymmetric.py`)
+            weights = columns * sum(rows for rows, _ in group)
+            there = max(hessians, 8 * columns**2 + 4 * weights * (last and index < len(blocks.blocks)))
+            most_lost = max(most_lost, there + held)
+            most += blocks.dtype.itemsize * weights
+        peak, held = max(peak, there + held + most), held + result
+    packed = sum(working.packed(level, unit.size) for unit in units for level in unit.levels) if on_host else 0
     peak = max(peak, hessians + held + 5 * max(unit.size for unit in units) + packed)
     if index < len(blocks.blocks):
         hidden, widest, itemsize = blocks.hidden_size, blocks.widest, blocks.dtype.itemsize
         exact = multiplies_exactly(torch.empty(0, dtype=blocks.dtype, device=blocks.device)) or itemsize == 4
-        multiplied = batch * ((widest + 2 * hidden) * itemsize + (0 if exact else 4 * widest))  # the widest input, in float32
+        forward, multiplied = blocks.forward_bytes(batch), batch * (widest + 2 * hidden) * itemsize
+        multiplied += 0 if exact else 4 * batch * widest  # the widest input, in float32
+        if corrects:  # what the dense model has at that input waits for what the compressed one has, and is multiplied with it
+            forward += batch * (widest + 2 * hidden) * itemsize
+            multiplied += batch * 2 * widest * itemsize + (0 if exact else 4 * batch * widest)
         inputs_held = 3 * batch * hidden * itemsize
-        peak = max(peak, hessians + inputs_held + max(blocks.forward_bytes(batch), multiplied))
+        peak = max(peak, max(most_lost, hessians) + inputs_held + max(forward, multiplied))
         peak += blocks.carried_bytes(index)
     return peak
 

@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig
 
 from evopress import pipeline
 from evopress.compress import gptq
@@ -49,10 +49,18 @@ SMALL = {
     "256 wide": {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "vocab_size": 1024},
     "384 wide": {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "vocab_size": 2048},
 }
+QUANT = ("+method=quant", "bits=3", "method.recipe=paper")
+SPARSITY = ("+method=sparsity", "sparsity=0.5", "search.initial_tokens={tokens}")
+METHODS = {
+    "quant": QUANT,
+    "SparseGPT": (*SPARSITY, "method.recipe=paper"),
+    "ALPS": SPARSITY,
+    "GGUF": ("+method=gguf", "bits=5", "method.levels=[Q8_0,Q4_K,Q2_K]"),
+    "drop": ("+method=drop", "sparsity=0.5"),
+    "corrected, refined": (*QUANT, "method.propagate_bits=3", "method.correction=0.5"),
+}
+"""The settings of levels by their name in the table."""
 COMMON = (
-    "+method=quant",
-    "bits=3",
-    "method.recipe=paper",
     "data=python_docs",
     "search/strategy=evolution",
     "search.num_offspring={candidates}",
@@ -71,7 +79,7 @@ COMMON = (
     "data.calibration_tokens={calibration}",
     "data.search_tokens={tokens}",
     "data.evaluation_tokens={tokens}",
-    "stages=[database,search,evaluate,export]",
+    "stages=[{stages}]",
 )
 
 
@@ -88,13 +96,17 @@ class Case:
     tokens: int = 8192
     in_flight: int = 4096
     cache_bytes: str = "null"
+    method: tuple[str, ...] = QUANT
+    """The settings of its levels."""
+    measured: tuple[str, ...] = STAGES
+    """The stages of the run."""
     blocks: int = 2
     """Memory beside the model's grows with them in the export alone, and with what the cache of levels may hold."""
 
     @property
-    def config(self) -> LlamaConfig:
+    def config(self) -> PretrainedConfig:
         """Of the model."""
-        return LlamaConfig(
+        return (MixtralConfig if "num_local_experts" in self.shape else LlamaConfig)(
             **self.shape,
             num_hidden_layers=self.blocks,
             num_key_value_heads=max(self.shape["num_attention_heads"] // 4, 2),
@@ -105,7 +117,7 @@ class Case:
 
     def overrides(self, folder: Path) -> list[str]:
         """Return the settings of the run."""
-        given = [text.format(**vars(self)) for text in COMMON]
+        given = [text.format(**vars(self) | {"stages": ",".join(self.measured)}) for text in (*self.method, *COMMON)]
         return [*given, f"model.path={folder / 'model'}", f"level_db.root={folder / 'levels'}"]
 
 
@@ -126,7 +138,7 @@ def planned(case: Case, folder: Path, *further: str) -> dict[str, dict[str, int]
     case.config.save_pretrained(folder / "model")
     (folder / "model" / "config.json").write_text(json.dumps({**case.config.to_dict(), "architectures": ["LlamaForCausalLM"]}))
     plan = _run([*case.overrides(folder), "dry_run=true", *further], folder)
-    return {needs.stage: {HOST: needs.memory, DEVICE: needs.device} for needs in plan.stages if needs.stage in STAGES}
+    return {needs.stage: {HOST: needs.memory, DEVICE: needs.device} for needs in plan.stages if needs.stage in case.measured}
 
 
 def counted_in_run(case: Case, folder: Path) -> tuple[dict[str, int], dict[str, int]]:
@@ -151,7 +163,7 @@ def counted_in_run(case: Case, folder: Path) -> tuple[dict[str, int], dict[str, 
 
         with mock.patch.object(Plan, "timed", timed):
             plan = _run(case.overrides(folder), folder)
-    return {needs.stage: needs.memory for needs in plan.stages if needs.stage in STAGES}, counted
+    return {needs.stage: needs.memory for needs in plan.stages if needs.stage in case.measured}, counted
 
 
 def _run(overrides: list[str], folder: Path) -> Plan:

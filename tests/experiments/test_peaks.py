@@ -14,7 +14,7 @@ from experiments.benchmark.alive import BOTH, DEVICE, HOST, Alive
 
 def near(said: Mapping[str, int], counted: Mapping[str, int]) -> None:
     """Check every stage."""
-    ratios = {stage: said[stage] / counted[stage] for stage in peaks.STAGES}
+    ratios = {stage: said[stage] / counted[stage] for stage in counted}
     assert all(0.8 < ratio < 1.2 for ratio in ratios.values()), ratios
 
 
@@ -46,6 +46,19 @@ def test_what_lies_on_a_device_is_said_of_it_and_not_of_the_host(
     for place in (HOST, DEVICE):
         sizes = {stage: (said[stage][place], counted[stage][place]) for stage in peaks.STAGES}
         assert all(size == found == 0 or 0.8 * found < size < 1.2 * found for size, found in sizes.values()), (place, sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "stages"),
+    [("SparseGPT", "num_levels=4", ("database",)), ("corrected, refined", "levels=[4,3,2]", ("database", "search", "refine"))],
+)
+def test_of_levels_of_other_methods(
+    name: str, levels: str, stages: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
+    method = (*peaks.METHODS[name], f"method.{levels}", "level_db.batch_tokens=512")
+    case = peaks.Case("small", SMALL, "float32", 128, 1024, 2, 1024, 512, "1572864", method, stages, blocks=1)
+    near(*peaks.counted_in_run(case, tmp_path))
 
 
 def test_what_is_alive_is_counted_where_it_lies() -> None:
