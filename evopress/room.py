@@ -112,23 +112,20 @@ def check_room(stages: Sequence[Needs], rooms: Sequence[Room], *, offload: bool 
         writing = [(needs, size) for needs in stages if (size := sum(needs.disk.get(folder, 0) for folder in folders))]
         total = sum(size for _, size in writing)
         if total * _SPARE > free:
-            who, parts, less = writing[0][0].name, "", writing[0][0].less_disk
-            if len(writing) > 1:
-                who, parts, less = (
-                    "this run",
-                    ", ".join(f"{needs.stage} {in_bytes(size)}" for needs, size in writing),
-                    Needs.less_disk,
-                )
+            parts = ", ".join(f"{needs.stage} {in_bytes(size)}" for needs, size in writing)
+            one, *others = (needs for needs, _ in writing)
             raise EvoPressError(
-                f"{who} needs {in_bytes(total)} of disk{parts and f' ({parts})'} but {' and '.join(map(str, folders))} has "
-                f"{in_bytes(free)} free: free some space, {less}"
+                f"{'this run' if others else one.name} needs {in_bytes(total)} of disk{f' ({parts})' if others else ''} but "
+                f"{' and '.join(map(str, folders))} has {in_bytes(free)} free: free some space, "
+                f"{Needs.less_disk if others else one.less_disk}"
             )
     for needs in stages:
         work = [needs if number == 0 or not needs.alone else Needs(needs.stage, "") for number in range(len(rooms))]
         for words, those in by_machine(rooms).items():
             needed = sum(work[number].memory + rooms[number].to_load for number in those)
             fewer = ", or start fewer processes" if len(those) > 1 else ""
-            _compare(needs, needed, min(rooms[number].memory for number in those), words, any(r.to_load for r in rooms), fewer)
+            free, loading = min(rooms[number].memory for number in those), any(rooms[number].to_load for number in those)
+            _compare(needs, needed, free, words, loading, fewer)
         for own, room in zip(work, rooms, strict=True):
             if room.device is not None:
                 otherwise = "" if offload else ", or set model.offload=true"

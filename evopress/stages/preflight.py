@@ -128,27 +128,32 @@ def together(runs: Sequence[Sequence[Needs]]) -> tuple[Needs, ...]:
     """Add up what the same stages of several runs take, which share a level database and are evaluated all at once."""
     if len(runs) == 1:
         return tuple(runs[0])
-    found = []
-    for stage, *others in zip(*runs, strict=True):
-        if stage.stage not in ("database", "report"):
-            disk: dict[Path, int] = {}
-            for needs in (stage, *others):
-                for folder, size in needs.disk.items():
-                    disk[folder] = disk.get(folder, 0) + size
-            seconds = [needs.seconds for needs in (stage, *others)]
-            at_once = sum if stage.stage == "evaluate" else max
-            stage = replace(
-                stage,
-                what=f"{len(runs)} budgets: {stage.what}",
-                tokens=sum(needs.tokens for needs in (stage, *others)),
-                block_tokens=sum(needs.block_tokens for needs in (stage, *others)),
-                disk=disk,
-                memory=at_once([needs.memory for needs in (stage, *others)]),
-                device=at_once([needs.device for needs in (stage, *others)]),
-                seconds=None if None in seconds else sum(each for each in seconds if each is not None),
-            )
-        found.append(stage)
-    return tuple(found)
+    return tuple(
+        same[0]
+        if same[0].stage in ("database", "report")
+        else _added(same, same[0].stage, f"{len(runs)} budgets: {same[0].what}", at_once=same[0].stage == "evaluate")
+        for same in zip(*runs, strict=True)
+    )
+
+
+def _added(all_of: Sequence[Needs], stage: str, what: str, *, at_once: bool = False) -> Needs:
+    """Add up what is done one after the other, or all at once."""
+    disk: Counter[Path] = Counter()
+    for needs in all_of:
+        disk.update(needs.disk)
+    seconds = [needs.seconds for needs in all_of if needs.seconds is not None]
+    peak = sum if at_once else max
+    return replace(
+        all_of[0],
+        stage=stage,
+        what=what,
+        tokens=sum(needs.tokens for needs in all_of),
+        block_tokens=sum(needs.block_tokens for needs in all_of),
+        disk=dict(disk),
+        memory=peak([needs.memory for needs in all_of]),
+        device=peak([needs.device for needs in all_of]),
+        seconds=sum(seconds) if seconds else None,
+    )
 
 
 def check_switches(space: Space, budget: Budget, searching: SearchSettings) -> None:
@@ -248,18 +253,7 @@ def plan_table(plan: Plan, workspace: Workspace, found: Sequence[Room]) -> str:
     head = ["stage", "to do", "tokens", "blocks x tokens", "disk", "memory", *(["device"] if device else []), "time"]
     rows = [head, *map(cells, plan.stages)]
     if len(plan.stages) > 1:
-        seconds = [needs.seconds for needs in plan.stages if needs.seconds is not None]
-        whole = Needs(
-            "all",
-            "",
-            tokens=sum(needs.tokens for needs in plan.stages),
-            block_tokens=sum(needs.block_tokens for needs in plan.stages),
-            disk={Path(): sum(sum(needs.disk.values()) for needs in plan.stages)},
-            memory=max(needs.memory for needs in plan.stages),
-            device=max(needs.device for needs in plan.stages),
-            seconds=sum(seconds) if seconds else None,
-        )
-        rows.append(cells(whole))
+        rows.append(cells(_added(plan.stages, "all", "")))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [
         "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
