@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,6 +57,7 @@ METHODS = {
     "ALPS": SPARSITY,
     "GGUF": ("+method=gguf", "bits=5", "method.levels=[Q8_0,Q4_K,Q2_K]"),
     "drop": ("+method=drop", "sparsity=0.5"),
+    "experts": ("+method=experts", "sparsity=0.5"),
     "corrected, refined": (*QUANT, "method.propagate_bits=3", "method.correction=0.5"),
 }
 """The settings of levels by their name in the table."""
@@ -128,6 +129,15 @@ CASES = (
     Case("256 wide", SMALL["256 wide"], "bfloat16", 256, 8192, 4, 2048, 1024, "3145728"),
     Case("384 wide", SMALL["384 wide"], "float32", 256, 8192, 4, 2048, 1024, "12582912"),
 )
+_MORE = ("database", "search", "refine", "evaluate", "export")
+_OTHER = {
+    name: {**SMALL["256 wide"], **({"num_local_experts": 4} if name == "experts" else {})} for name in METHODS if name != "quant"
+}
+OTHERS = {
+    name: Case("256 wide", shape, "float32", 256, 4096, 2, 1024, 512, "6291456", METHODS[name], _MORE)
+    for name, shape in _OTHER.items()
+}
+"""Small models with levels of other methods, by their name."""
 
 
 def planned(case: Case, folder: Path, *further: str) -> dict[str, dict[str, int]]:
@@ -301,9 +311,9 @@ def _without_columns() -> Iterator[None]:
         yield
 
 
-def compared() -> Iterator[tuple[Case, dict[str, int], dict[str, int]]]:
+def compared(cases: Iterable[Case]) -> Iterator[tuple[Case, dict[str, int], dict[str, int]]]:
     """Yield what is said and what is counted of each stage, in bytes, for each case."""
-    for case in CASES:
+    for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             if case.model in LARGE:
                 said, found = planned(case, Path(folder)), counted(case)
@@ -313,12 +323,16 @@ def compared() -> Iterator[tuple[Case, dict[str, int], dict[str, int]]]:
 
 
 def main() -> None:
-    """Print the table."""
-    print("| model | dtype | " + " | ".join(f"{stage}: said | counted | ratio" for stage in STAGES) + " |")
-    print("|---|---|" + "---:|---:|---:|" * len(STAGES))
-    for case, said, found in compared():
-        cells = [f"{_shown(said[s])} | {_shown(found[s])} | {said[s] / found[s]:.2f}" for s in STAGES]
-        print(f"| {case.model} | {case.dtype} | {' | '.join(cells)} |", flush=True)
+    """Print the tables."""
+    for cases, stages in (({f"{case.model}, {case.dtype}": case for case in CASES}, STAGES), (OTHERS, _MORE)):
+        print("| | " + " | ".join(f"{stage}: said | counted | ratio" for stage in stages) + " |")
+        print("|---|" + "---:|---:|---:|" * len(stages))
+        for name, (_, said, found) in zip(cases, compared(cases.values()), strict=True):
+            print(f"| {name} | {' | '.join(_cells(said[s], found[s]) for s in stages)} |", flush=True)
+
+
+def _cells(said: int, found: int) -> str:
+    return f"{_shown(said)} | {_shown(found)} | {said / found:.2f}" if said and found else " | | "
 
 
 def _shown(size: int) -> str:
