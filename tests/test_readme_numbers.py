@@ -100,7 +100,7 @@ CLAIMS: list[tuple[str, tuple[Number, ...]]] = [
         "a held-out KL of {:.3f} against {:.3f}",
         tuple(mean("exports", "kl", file=file, engine="llama.cpp") for file in ("ours by guided, at Q2_K", "Q2_K")),
     ),
-    ("the demo ends at {:.3f}:", (kl("demo", "evopress", BY_TEXT),)),
+    ("the demo ends at {:.3f}, three seeds:", (kl("demo", "evopress", BY_TEXT),)),
     (
         "held-out KL {:.3f} (dynamic programming), {:.3f} (uniform), **{:.3f}** (EvoPress)",
         tuple(kl("table3", method) for method in ("dp", "uniform", "evopress")),
