@@ -50,16 +50,18 @@ def search_needs(planner: Planner) -> Needs:
     planner.base(needs)
     if every := planner.settings.evaluation.every:
         _held_out_needs(planner, needs, milestones + (generations - milestones) // every + 1)
+    from_level = uniform_genome(space, planner.budget) is not None
     for ask in asks:
+        if ask.initial and from_level:
+            continue
         candidates = ask.candidates_of(len(space))
+        most = min(candidates, NEIGHBOURS_TOGETHER + 1) if ask.neighbours else candidates
         if ask.attribution:
             planner.attribute(needs, ask)
-        elif not ask.initial or uniform_genome(space, planner.budget) is None:
+        else:
             together = NEIGHBOURS_TOGETHER + 1 if ask.neighbours else None
             planner.score(needs, *planner.mine(candidates, ask.tokens), times=ask.times, together=together)
-        if not ask.initial:
-            most = NEIGHBOURS_TOGETHER + 1 if ask.neighbours else candidates
-            planner.hold(needs, *planner.mine(min(candidates, most), ask.tokens))
+        planner.hold(needs, *planner.mine(most, ask.tokens))
     per_record = _RECORD_BYTES + 4 * len(space) + 24 * sum(ask.candidates_of(len(space)) for ask in later)
     per_record += 24 * len(space) if milestones else 0
     needs.disk = {planner.workspace.run_dir: generations * per_record}

@@ -50,14 +50,19 @@ def test_what_lies_on_a_device_is_said_of_it_and_not_of_the_host(
 
 @pytest.mark.parametrize(
     ("name", "levels", "stages"),
-    [("SparseGPT", "num_levels=4", ("database",)), ("corrected, refined", "levels=[4,3,2]", ("database", "search", "refine"))],
+    [
+        ("SparseGPT", "num_levels=4", ("database",)),
+        ("corrected, refined", "levels=[4,3,2]", ("database", "search", "refine")),
+        ("from random mixes", "levels=[4,3,2]", ("database", "search")),
+    ],
 )
 def test_of_levels_of_other_methods(
     name: str, levels: str, stages: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
-    method = (*peaks.METHODS[name], f"method.{levels}", "level_db.batch_tokens=512")
-    case = peaks.Case("small", SMALL, "float32", 128, 1024, 2, 1024, 512, "1572864", method, stages, blocks=1)
+    mixes = ("+method=quant", "bits=2.5", "method.recipe=paper", "search.initial_tokens=1024")
+    method = (*peaks.METHODS.get(name, mixes), f"method.{levels}", "level_db.batch_tokens=512")
+    case = peaks.Case("small", SMALL, "float32", 128, 1024, 2, 1024, 512, "1572864", method, stages, blocks=1 + ("mixes" in name))
     near(*peaks.counted_in_run(case, tmp_path))
 
 
