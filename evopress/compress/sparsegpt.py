@@ -93,8 +93,7 @@ def sparsegpt(
     U, used_damping = inverse_factor(H, damping=damping)
     originals, payloads = _begun(weights, H, kept)
     jobs = [(name, count) for name in weights for count in dict.fromkeys(kept[name]) if count not in payloads[name]]
-    # Per stacked row: the weight (float32), the mask, and scores, factors and errors of one block of columns.
-    room = (sweep_bytes(H.device) if slice_bytes is None else slice_bytes) // (H.shape[0] * 5 + block_size * 12)
+    room = rows_within(sweep_bytes(H.device) if slice_bytes is None else slice_bytes, H.shape[0], block_size=block_size)
     for part in _slices(jobs, {name: len(W) for name, W in originals.items()}, room):
         Wt = torch.cat([originals[name].T for name, _ in part], dim=1)  # [C, stacked rows]
         rows = [len(originals[name]) for name, _ in part]
@@ -150,6 +149,11 @@ def _begun(
                 payloads[name][count] = Sparse.of(weights[name].to(H.device), mask, weights[name].dtype)
         W[:, dead] = 0.0
     return originals, payloads
+
+
+def rows_within(room: int, columns: int, *, block_size: int = 128) -> int:
+    """Return how many stacked rows a sweep takes within some bytes: weights, masks, and a block's scores, factors and errors."""
+    return room // (columns * 5 + block_size * 12)
 
 
 def _slices(jobs: Sequence[tuple[str, int]], rows: Mapping[str, int], room: int) -> Iterator[list[tuple[str, int]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 
 from evopress.baselines.baseline import EXPERTS, MODULES, WEIGHTS, check_minibatch
 from evopress.baselines.named import BASELINES, make_baselines, names_serving
@@ -82,9 +82,10 @@ def searching(config: SearchConfig, *, derived: int | None = None) -> Searching:
 
     Raises: EvoPressError if neither gives any, or there is no such strategy, or one of its numbers is out of range.
     """
-    numbers = SearchSettings(**{each.name: getattr(config, each.name) for each in fields(SearchSettings)})
-    if numbers.generations is None:
-        numbers = replace(numbers, generations=derived)
+    given = {each.name: getattr(config, each.name) for each in fields(SearchSettings)}
+    if config.generations is None:
+        given["generations"] = derived
+    numbers = SearchSettings(**given)
     if numbers.generations is None:
         raise EvoPressError(
             "search.generations is null, which only depth pruning derives: give a number, such as search.generations=50"

@@ -67,7 +67,7 @@ def pruning(units: dict[str, int], width: int) -> Iterator[int]:
     sizes = [rows * columns for columns, inputs in BLOCK.items() for each in inputs for rows in each.values()]
     levels = SparsityLevels(sparsity=0.5, step=derive_step(sizes, 0.5, 8))
     jobs = [(name, count) for name, rows in units.items() for count in levels.kept(rows * width)]
-    for part in sparsegpt._slices(jobs, units, ROOM // (width * 5 + 128 * 12)):
+    for part in sparsegpt._slices(jobs, units, sparsegpt.rows_within(ROOM, width)):
         kept = [count // units[name] for name, count in part]
         sparsegpt.sweep(torch.ones(width, len(part)).uniform_(), torch.eye(width), [1] * len(part), kept)
         yield width

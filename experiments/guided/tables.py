@@ -30,11 +30,11 @@ TABLES = tuple(name for each in EXPERIMENTS for name in (each, f"{each}_best"))
 
 def labels_of(experiment: str, axes: Mapping[str, str], row: str) -> dict[str, Any]:
     """Return the labels of the run that has a row of an experiment's job; baselines are there at the first seed."""
-    spec, is_sparse = SPECS[experiment], "sparsity" in experiment
+    spec, is_sparse = SPECS[experiment], "sparsity" in axes
     return {
         "method": "sparsity" if is_sparse else "quant",
         "recipe": "best" if spec.twin_of else "paper",
-        "target": float(axes.get("sparsity" if is_sparse else "bits", 3)),
+        "target": float(axes["sparsity"] if is_sparse else axes.get("bits", 3)),
         "row": row,
         "seed": 0 if row == "baselines" else int(axes["seed"]),
     }

@@ -53,17 +53,23 @@ def test_what_lies_on_a_device_is_said_of_it_and_not_of_the_host(
     [
         ("SparseGPT", "num_levels=4", ("database",)),
         ("corrected, refined", "levels=[4,3,2]", ("database", "search", "refine")),
-        ("from random mixes", "levels=[4,3,2]", ("database", "search")),
     ],
 )
 def test_of_levels_of_other_methods(
     name: str, levels: str, stages: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
-    mixes = ("+method=quant", "bits=2.5", "method.recipe=paper", "search.initial_tokens=1024")
-    method = (*peaks.METHODS.get(name, mixes), f"method.{levels}", "level_db.batch_tokens=512")
-    case = peaks.Case("small", SMALL, "float32", 128, 1024, 2, 1024, 512, "1572864", method, stages, blocks=1 + ("mixes" in name))
+    method = (*peaks.METHODS[name], f"method.{levels}", "level_db.batch_tokens=512")
+    case = peaks.Case("small", SMALL, "float32", 128, 1024, 2, 1024, 512, "1572864", method, stages, blocks=1)
     near(*peaks.counted_in_run(case, tmp_path))
+
+
+def test_of_a_search_from_random_mixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target is between two levels: all the mixes are there at once, more than any generation has."""
+    monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
+    method = ("+method=quant", "bits=2.5", "method.recipe=paper", "method.levels=[4,3,2]", "search.initial_tokens=1024")
+    stages = ("database", "search")
+    near(*peaks.counted_in_run(peaks.Case("small", SMALL, "float32", 128, 1024, 2, 1024, 512, "1572864", method, stages), tmp_path))
 
 
 def test_what_is_alive_is_counted_where_it_lies() -> None:
