@@ -68,6 +68,7 @@ METHODS = {
         (0.125, 0.25, 0.375, 0.5),
         ("shortgpt", "shortened_llama", "interactions"),
         recipes=("",),
+        together=True,
     ),
 }
 _EXACT = 1e-3

@@ -27,9 +27,9 @@ def test_one_run_has_the_baselines_of_all_budgets_where_levels_are_the_same_and_
     assert "budgets=[2.25,2.5,3,3.5,4]" in made[0].arguments and made[0].arguments[-1] == "threads=1"
     assert not any(set(",=[] ") & set(str(run.folder)) for run in made)
     assert len(list(runs("sparsity", ["best"], [0], [0.5, 0.7], sparsity.baselines, ["guided"], []))) == 4
-    (alone,) = runs("drop", [""], [0], [0.25], ["interactions"], [], [])
-    assert "sparsity=0.25" in alone.arguments and not any("recipe" in each for each in alone.arguments)
-    (row,) = ends(alone, [0.25], {"rows": [a_row("dense", 16.0), a_row("interactions", None)]})
+    (alone,) = runs("drop", [""], [0], [0.25, 0.5], ["interactions"], [], [])
+    assert "budgets=[0.25,0.5]" in alone.arguments and not any("recipe" in each for each in alone.arguments)
+    (row,) = ends(alone, [0.25, 0.5], {"rows": [a_row("dense", 16.0), a_row("interactions@0.25", None)]})
     assert (row["method"], row["recipe"], row["target"], row["row"]) == ("drop", "", 0.25, "interactions")
 
 
