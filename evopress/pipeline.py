@@ -84,6 +84,8 @@ def run(
         check_stages(settings)
     started = time.monotonic()
     workspace = Workspace(settings, run_dir)
+    if workspace.dtype != settings.model.dtype:
+        logger.info("model.dtype=%s: %s on this %s", settings.model.dtype, workspace.dtype, workspace.device.type.upper())
     points = open_points(workspace) if has_points(settings) else []
     numbers = searching(settings.search, derived=workspace.generations(settings))
     if "search" in settings.stages:

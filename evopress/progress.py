@@ -9,8 +9,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from typing import Any, TextIO, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, ClassVar, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -29,14 +29,48 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
     if on_terminal(sys.stderr):
         yield from tqdm(items, desc=what, unit="", dynamic_ncols=True, leave=False)
         return
-    started = last = time.monotonic()
-    for done, item in enumerate(items):
+    lines = _Lines(what, len(items))
+    _Lines.open.append(lines)
+    try:
+        for lines.done, item in enumerate(items):
+            lines.tell(lines.done)
+            yield item
+    finally:
+        _Lines.open.remove(lines)
+
+
+@contextmanager
+def tracked(what: str) -> Iterator[None]:
+    """Show how far work in one piece is, as it says itself (`within`)."""
+    for _ in track(range(1), what):
+        yield
+
+
+def within(share: float) -> None:
+    """Say what share of its item the innermost of the tracked work has done: the lines of the outermost tell it."""
+    for lines in reversed(_Lines.open[1:]):
+        share = (lines.done + share) / lines.count
+    if _Lines.open:
+        _Lines.open[0].tell(_Lines.open[0].done + share)
+
+
+class _Lines:
+    """Plain lines of how far work is."""
+
+    open: ClassVar[list[_Lines]] = []
+    """Of all the work that goes on, one inside the other."""
+
+    def __init__(self, what: str, count: int) -> None:
+        self.what, self.count, self.done = what, count, 0
+        self._started = self._last = time.monotonic()
+
+    def tell(self, done: float) -> None:
+        """Write a line, now and then."""
         now = time.monotonic()
-        if done and now - last >= _SECONDS_BETWEEN_LINES:
-            last = now
-            left = (now - started) / done * (len(items) - done)
-            logger.info("%s: %d of %d, about %s left", what, done, len(items), duration(left))
-        yield item
+        if done and now - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = now
+            left = (now - self._started) / done * (self.count - done)
+            logger.info("%s: %s of %d, about %s left", self.what, f"{done:.2f}".removesuffix(".00"), self.count, duration(left))
 
 
 def _beside(line: StatusLine, items: Sequence[T], what: str) -> Iterator[T]:

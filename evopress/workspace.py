@@ -103,8 +103,6 @@ class Workspace:
         self.device = pick_device(settings.model.device)
         begin_on(self.device)
         self.dtype = pick_dtype(settings.model.dtype, self.device)
-        if self.dtype != settings.model.dtype:
-            logger.info("model.dtype=%s: %s on this %s", settings.model.dtype, self.dtype, self.device.type.upper())
         if settings.model.offload and settings.fitness.evaluator == "plain" and self.device.type != "cpu":
             raise EvoPressError(
                 "fitness.evaluator=plain runs the whole model on the device, where model.offload=true does not put it: leave one "

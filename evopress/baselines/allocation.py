@@ -20,6 +20,7 @@ from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.fitness.gradients import Score
 from evopress.levels.union import LevelSource
+from evopress.progress import track
 from evopress.search.program import best_in
 from evopress.search.sensitivity import is_droppable
 from evopress.settings import RunSettings
@@ -107,7 +108,8 @@ def scored(
     batches = [
         Minibatch(minibatch.indices[start : start + together], minibatch.lengths[start : start + together]) for start in starts
     ]
-    found: list[list[float]] = sum(problem.gradient_scores(genome, errors_of, batch, score) for batch in batches).tolist()  # type: ignore[union-attr]
+    scores = [problem.gradient_scores(genome, errors_of, batch, score) for batch in track(batches, "scores by gradients")]
+    found: list[list[float]] = sum(scores).tolist()  # type: ignore[union-attr]
     return found
 
 
@@ -147,16 +149,19 @@ def divergences(
     levels: LevelSource | None = None,
 ) -> list[float | None]:
     """Return the KL divergence of genomes, measured as far as it is not kept, some at a time; None: it is not finite."""
-    found: list[float | None] = []
-    for start in range(0, len(genomes), TOGETHER):
+
+    def measured(start: int) -> list[float | None]:
         some = genomes[start : start + TOGETHER]
+        found: list[float | None] = remembered(
+            problem, kept, str(start), lambda: [score.kl for score in problem.measure(some, ids, what=what, levels=levels)]
+        )
+        return found
 
-        def measure(some: Sequence[Genome] = some, start: int = start) -> list[float]:
-            shown = f"{what}, {start + len(some)} of {len(genomes)}"
-            return [score.kl for score in problem.measure(some, ids, what=shown, levels=levels)]
-
-        found += remembered(problem, kept, str(start), measure)
-    return found
+    starts = range(0, len(genomes), TOGETHER)
+    found = {start: measured(start) for start in starts if str(start) in kept}
+    missing = [start for start in starts if start not in found]
+    found |= {start: measured(start) for start in track(missing, f"{what}, batches of {TOGETHER}")}
+    return [kl for start in starts for kl in found[start]]
 
 
 def check_tokens(name: str, tokens: int) -> None:

@@ -42,7 +42,7 @@ class Pass:
     alone: bool = False
     """By the first of a run's processes, without the others."""
     shared: str | None = None
-    """Of passes with this name, only the one with the most genomes is made: its numbers are kept."""
+    """Of passes with this name, only the one with the most genomes is made, whatever the budgets: its numbers are kept."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Baseline(ABC):
     serves: Collection[str] = (WEIGHTS, MODULES, EXPERTS)
     """What levels it can choose."""
     not_counted: str | None = None
-    """What its passes leave out: "its own levels"."""
+    """What its passes leave out, of one such baseline or several: "building further levels"."""
 
     def check(self, run: RunSettings) -> None:  # noqa: B027
         """Raise EvoPressError if the settings do not allow it; before any model work."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from evopress.baselines.baseline import Baseline, Pass, Planned, Problem, check_minibatch
 from evopress.errors import EvoPressError
+from evopress.progress import tracked
 from evopress.search import Fitness, random_mixes, select_fittest
 from evopress.settings import RunSettings
 from evopress.units import Budget, Genome, Space
@@ -35,14 +36,15 @@ class BestOfRandom(Baseline):
     def find(self, problem: Problem) -> dict[str, Genome]:
         """See `Baseline`."""
         logger.info("best of %d random: %d tokens each", self.num_candidates, self.tokens)
-        genome, _ = best_of_random(
-            problem.space,
-            problem.budget,
-            problem.fitness(),
-            num_candidates=self.num_candidates,
-            tokens=self.tokens,
-            rng=problem.rng,
-        )
+        with tracked(f"best of {self.num_candidates} random"):
+            genome, _ = best_of_random(
+                problem.space,
+                problem.budget,
+                problem.fitness(),
+                num_candidates=self.num_candidates,
+                tokens=self.tokens,
+                rng=problem.rng,
+            )
         return {f"best_of_{self.num_candidates}": genome}
 
 

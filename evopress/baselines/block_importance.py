@@ -74,10 +74,10 @@ class RankedBlocks(Baseline):
 
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""
-        by_removal = RANKINGS[self.name].score in ("perplexity", "kl")
-        return [
-            Pass(len(spans_of(plan.space)) + 1 if by_removal else 1, self.tokens, alone=not by_removal, shared="scores of blocks")
-        ]
+        if RANKINGS[self.name].score in ("perplexity", "kl"):
+            return [Pass(len(spans_of(plan.space)) + 1, self.tokens, shared="blocks by their removal")]
+        shared = None if self.name == "sliding_window" else "blocks by their activations"  # windows are as long as what is dropped
+        return [Pass(1, self.tokens, alone=True, shared=shared)]
 
     def find(self, problem: Problem) -> dict[str, Genome]:
         """See `Baseline`."""

@@ -42,7 +42,7 @@ class BlockSparsity(Baseline):
     tokens: int
     """Calibration tokens whose perplexity chooses."""
     serves = (WEIGHTS,)
-    not_counted = "its own levels"
+    not_counted = "building further levels"
     name: ClassVar[str]
     """Of its row, and of its levels' folder."""
     num_candidates: ClassVar[int]

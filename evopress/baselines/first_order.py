@@ -15,6 +15,7 @@ from evopress.baselines.allocation import SEQUENCES, Allocator, by_unit, levels_
 from evopress.baselines.baseline import Pass, Planned, Problem, remembered
 from evopress.data.minibatch import Minibatch
 from evopress.fitness.gradients import first_order
+from evopress.progress import track
 from evopress.units import Genome
 
 
@@ -29,12 +30,12 @@ class FirstOrder(Allocator):
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""
         count = len(levels_everywhere(plan.space))
-        return [Pass(count, min(self.tokens, plan.search_tokens), on_search_text=True, backward=True)]
+        return [Pass(count, min(self.tokens, plan.search_tokens), on_search_text=True, backward=True, shared=self.name)]
 
     def values(self, problem: Problem, minibatch: Minibatch, ids: Tensor, kept: MutableMapping[str, Any]) -> list[list[float]]:
         """See `Allocator`."""
         scores = []
-        for level, genome in enumerate(levels_everywhere(problem.space)):
+        for level, genome in enumerate(track(levels_everywhere(problem.space), "scores by gradients, levels")):
 
             def measure(genome: Genome = genome) -> list[float]:
                 return scored(problem, genome, [genome], minibatch, first_order, together=SEQUENCES)[0]

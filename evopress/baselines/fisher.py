@@ -28,7 +28,7 @@ class Fisher(Allocator):
 
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""
-        return [Pass(1, min(self.tokens, plan.search_tokens), on_search_text=True, backward=True)]
+        return [Pass(1, min(self.tokens, plan.search_tokens), on_search_text=True, backward=True, shared=self.name)]
 
     def values(self, problem: Problem, minibatch: Minibatch, ids: Tensor, kept: MutableMapping[str, Any]) -> list[list[float]]:
         """See `Allocator`."""

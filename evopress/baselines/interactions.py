@@ -42,7 +42,7 @@ class Interactions(Baseline):
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""
         count = len(plan.space)
-        return [Pass(count * (count + 1) // 2, min(self.tokens, plan.search_tokens), together=TOGETHER)]
+        return [Pass(count * (count + 1) // 2, min(self.tokens, plan.search_tokens), together=TOGETHER, shared="interactions")]
 
     def find(self, problem: Problem) -> dict[str, Genome]:
         """Raise EvoPressError if dropping a module or two makes the KL divergence something that is not finite."""

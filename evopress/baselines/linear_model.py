@@ -43,7 +43,7 @@ class LinearModel(Allocator):
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""
         count = len(self.sizes) * len(plan.space)
-        return [Pass(count, min(self.tokens, plan.search_tokens), together=TOGETHER, alone=True)]
+        return [Pass(count, min(self.tokens, plan.search_tokens), together=TOGETHER, alone=True, shared=self.name)]
 
     def values(
         self, problem: Problem, minibatch: Minibatch, ids: Tensor, kept: MutableMapping[str, Any]

@@ -27,7 +27,7 @@ class OneAtATime(Allocator):
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""
         count = sum(len(unit.levels) for unit in plan.space.units)
-        return [Pass(count, min(self.tokens, plan.search_tokens), together=TOGETHER)]
+        return [Pass(count, min(self.tokens, plan.search_tokens), together=TOGETHER, shared=self.name)]
 
     def values(
         self, problem: Problem, minibatch: Minibatch, ids: Tensor, kept: MutableMapping[str, Any]

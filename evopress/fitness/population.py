@@ -21,12 +21,15 @@ from evopress.fitness.measures import Measure
 from evopress.levels.live import Live, part_held
 from evopress.levels.passage import SHARE_OF_DEVICE
 from evopress.models.blocks import BlockModel
+from evopress.progress import within
 from evopress.ranks import launched
 from evopress.units import Genome
 
 _T = TypeVar("_T")
 _BESIDE = 3
 """States that are held beside those of all models at most: as they enter a block, leave it, and are joined or finished."""
+_IN_BLOCKS = 0.5
+"""Of the time that measuring takes, for how far it is: the rest goes into logits, more of it in small models than in large ones."""
 PER_LOGIT = 16
 """Bytes that a measure takes for a logit of a chunk: float32 logits, logarithms, probabilities, and those of the last chunk."""
 MOST_ON_HOST = 2**30
@@ -107,6 +110,7 @@ class PopulationEvaluator:
                     finally:
                         live.restore_block(index)
             states = following
+            within((index + 1) / len(blocks.blocks) * _IN_BLOCKS)
         finished = []
         while states:  # each goes when it has been finished
             state = states.pop(0)
@@ -273,6 +277,7 @@ def _by_chunks(
                 reference = measure.reference(flat_base[chunk].to(device), labels[chunk], dense)
                 for i, (state, head_levels) in enumerate(ends):
                     yield i, chunk, measure(flat[state][chunk], reference, heads[head_levels])
+                within(_IN_BLOCKS + (1 - _IN_BLOCKS) * chunk.stop / labels.numel())
 
     return end_of, len(ends), measured()
 

@@ -154,11 +154,12 @@ def _asked(workspace: Workspace) -> dict[str, Any]:
 def baselines_needs(planner: Planner) -> Needs:
     """Return what the stage `baselines` takes; of passes that are made once, it is the one with the most genomes."""
     settings, in_flight = planner.settings.baselines, planner.settings.fitness.max_tokens_in_flight
+    baselines = make_baselines(settings).values()
+    passes = [each for baseline in baselines for each in baseline.passes(planner.planned) if each.shared not in planner.measured]
+    planner.measured.update(each.shared for each in passes if each.shared is not None)
     if baselines_as_asked(planner.workspace) is not None:
         return planner.needs("baselines", "found before")
     needs = planner.needs("baselines", ", ".join(settings.names) or "none")
-    baselines = make_baselines(settings).values()
-    passes = [each for baseline in baselines for each in baseline.passes(planner.planned)]
     most = {each.shared: each for each in sorted(passes, key=lambda each: each.genomes)}
     for each in (each for each in passes if each.shared is None or each is most[each.shared]):
         if each.on_search_text:
@@ -170,7 +171,7 @@ def baselines_needs(planner: Planner) -> Needs:
             planner.score(needs, *mine, together=each.together)
         if each.together is not None:
             planner.hold(needs, min(each.genomes, each.together), min(in_flight, each.tokens))
-    for what in (baseline.not_counted for baseline in baselines if baseline.not_counted):
+    for what in dict.fromkeys(baseline.not_counted for baseline in baselines if baseline.not_counted):
         needs.what += f" ({what} not counted)"
     planner.hold(needs, *planner.mine(settings.num_random, settings.random_tokens))
     return needs

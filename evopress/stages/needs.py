@@ -40,18 +40,21 @@ class Planner:
         asks: Sequence[Asks] | None,
         speed: Speed | None,
         *,
-        based: bool = False,
+        after: Planner | None = None,
     ) -> None:
         """Take what is known.
 
-        Args: based: the run of another budget has computed the dense model's states of the search text.
+        Args: after: of another budget, which has been counted: what does not depend on the budget is there.
         """
         self.workspace, self.space, self.budget, self.build = workspace, space, budget, build
         self.searching, self.asks, self.speed = searching, asks, speed
         self.settings = workspace.settings
         self.num_blocks = len(workspace.blocks.blocks)
         self.modules = workspace.method.weights is None
-        self.based = based
+        self.based: bool = after is not None and after.based
+        """Whether the dense model's states of the search text are there."""
+        self.measured: set[str] = set() if after is None else after.measured
+        """Names of the passes whose numbers are kept (`Pass.shared`)."""
         self.kept = 0
         """Bytes of the dense model's states on held-out text that stay."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from evopress.baselines.exhaustive import count_to_measure
 from evopress.errors import EvoPressError
 from evopress.levels.plan import BuildNeeds
+from evopress.methods.points import has_limit
 from evopress.models.blocks import BlockModel
 from evopress.models.first_block import first_block
 from evopress.progress import duration
@@ -104,14 +105,16 @@ def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple
     if any(asked) and searching.num_generations and isinstance(searching, SearchSettings):
         _say_what_stays(space, workspace.settings.search.exchange)
     speed = _probe(workspace, build)
-    planners = [
-        Planner(run, space, budget, build, numbers, asks, speed, based=place > 0)
-        for place, ((run, numbers, budget), asks) in enumerate(zip(runs, asked, strict=True))
-    ]
     asked_for = runs[0][0].settings.stages
     built_first = bool("database" not in asked_for and build is not None and build.units)
     stages = [stage for stage in STAGES if stage in asked_for or (stage == "database" and built_first)]
-    plan = Plan(together([[_NEEDS[stage](planner) for stage in stages] for planner in planners]), speed, built_first)
+    taken: list[list[Needs]] = []
+    planner = None
+    for (run, numbers, budget), asks in zip(runs, asked, strict=True):
+        planner = Planner(run, space, budget, build, numbers, asks, speed, after=planner)
+        taken.append([_NEEDS[stage](planner) for stage in stages])
+    once = {"database", "report", *(["baselines"] if has_limit(workspace.settings) else [])}  # those are of the answer alone
+    plan = Plan(together(taken, once=once), speed, built_first)
     found = rooms_of(workspace)
     each = f" in each of {len(found)} processes (disk: in all)" if len(found) > 1 else ""
     logger.info("what this run will take%s, beside the model:\n%s", each, plan_table(plan, workspace, found))
@@ -124,13 +127,16 @@ def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple
     return plan
 
 
-def together(runs: Sequence[Sequence[Needs]]) -> tuple[Needs, ...]:
-    """Add up what the same stages of several runs take, which share a level database and are evaluated all at once."""
+def together(runs: Sequence[Sequence[Needs]], *, once: Collection[str]) -> tuple[Needs, ...]:
+    """Add up what the same stages of several runs take, which are evaluated all at once.
+
+    Args: once: stages that are done once for all of them.
+    """
     if len(runs) == 1:
         return tuple(runs[0])
     return tuple(
         same[0]
-        if same[0].stage in ("database", "report")
+        if same[0].stage in once
         else _added(same, same[0].stage, f"{len(runs)} budgets: {same[0].what}", at_once=same[0].stage == "evaluate")
         for same in zip(*runs, strict=True)
     )

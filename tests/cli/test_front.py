@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -196,6 +197,28 @@ def test_the_smallest_model_that_keeps_a_kl_is_found_by_bisection_and_exported(a
     assert {path: after[path] for path in before if path.name != "genome.json"} == {
         path: data for path, data in before.items() if path.name != "genome.json"
     }
+
+
+def test_what_no_budget_decides_is_planned_and_said_once(
+    asked: RunSettings, paths: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def planned(settings: RunSettings, **changed: Any) -> str:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            run(replace(settings, dry_run=True, **changed), tmp_path / "run")
+        return next(line for line in caplog.text.splitlines() if line.startswith("baselines "))
+
+    def tokens(row: str) -> str:
+        return re.split(" {2,}", row)[2]
+
+    scored = replace(asked, baselines=replace(asked.baselines, names=["one_at_a_time"]), stages=["baselines"])
+    assert tokens(planned(scored, budgets=[4, 3.5, 3, 2.5])) == tokens(planned(scored, budgets=[], bits=3.0)) != "-"
+    mixed = replace(scored, baselines=replace(asked.baselines, names=["best_of_random"]))
+    assert tokens(planned(mixed, max_kl=0.1)) != tokens(planned(mixed)), "of two budgets that are tried, those of the answer alone"
+    names = "baselines.names=[uniform,owl,atp,alphapruning]"
+    pruned = planned(settings_of("+method=sparsity", "budgets=[0.5,0.6]", "model.dtype=auto", names, *paths), stages=["baselines"])
+    assert "uniform, owl, atp, alphapruning (building further levels not counted)  " in pruned
+    assert caplog.text.count("model.dtype=auto: ") == 1
 
 
 def test_what_no_budget_keeps_is_one_sentence_before_anything_is_searched(asked: RunSettings, tmp_path: Path) -> None:

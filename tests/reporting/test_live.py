@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from evopress import progress
-from evopress.progress import StatusLine, on_terminal, track
+from evopress.progress import StatusLine, on_terminal, track, tracked, within
 from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics
 from evopress.search import Evolution, run_search
@@ -228,4 +228,29 @@ def test_plain_progress_of_other_work(monkeypatch: pytest.MonkeyPatch, caplog: p
         "building: 1 of 6, about 1 min 40 s left",
         "building: 3 of 6, about 40 s left",
         "building: 5 of 6, about 12 s left",
+    ]
+
+
+def test_long_items_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """In the lines of the outermost work, whatever is tracked inside it."""
+    caplog.set_level(logging.INFO)
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    within(0.5)  # of nothing
+    for _ in track(range(4), "batches"):
+        for _ in track(range(2), "sequences"):
+            now += 8
+            within(0.5)
+    with tracked("one piece"):
+        now += 20
+        within(0.25)
+    now += 20
+    within(0.5)
+    assert [record.getMessage() for record in caplog.records] == [
+        "batches: 0.75 of 4, about 1 min 9 s left",
+        "batches: 1.75 of 4, about 41 s left",
+        "batches: 2.75 of 4, about 22 s left",
+        "batches: 3.75 of 4, about 4 s left",
+        "one piece: 0.25 of 1, about 1 min 0 s left",
     ]
