@@ -8,7 +8,7 @@ rules serve bit widths, sparsities and dropped modules.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -175,62 +175,69 @@ def tables_of(space: Space, budget: Budget) -> list[tuple[Prices, int]]:
 class Spending:
     """What a list of levels spends of every limit, kept up to date while units move one by one.
 
-    What lies in a dropped module is free, so the cost of a module's step depends on the levels of what lies in it.
+    What lies in a dropped module is free, so the cost of a module's step depends on the levels of what lies in it. There may be a
+    limit for each of many groups, so a unit knows which of them count it.
     """
 
     def __init__(self, space: Space, budget: Budget, levels: list[int]) -> None:
-        """Take `levels`, which only `move` may change from now on."""
-        self.levels = levels
+        """Begin with `levels`, which only `move` may change from now on."""
         self._space = space
-        limits = tables_of(space, budget)
-        self._tables, self._totals = [table for table, _ in limits], [total for _, total in limits]
+        self._totals = [budget.total, *(limit.total for limit in budget.limits)]
+        self._counted = _counted(space, budget)
         self._members: dict[int, list[int]] = {}
         for index, module in enumerate(space.inside):
             if module is not None:
                 self._members.setdefault(module, []).append(index)
-        self._spent = [space.total(table, levels) for table in self._tables]
+        self.begin(levels)
+
+    def begin(self, levels: list[int]) -> Spending:
+        """Take other levels, which only `move` may change from now on."""
+        self.levels = levels
+        self._spent = [0] * len(self._totals)
+        for unit, level in enumerate(levels):
+            if not self._space.is_gone(levels, unit):
+                for limit, prices in self._counted[unit]:
+                    self._spent[limit] += prices[level]
+        self.exceeded = [limit for limit, left in enumerate(self.left) if left < 0]
+        """The limits that are exceeded, 0 being the budget's own total."""
+        return self
 
     @property
     def left(self) -> list[int]:
         """What each limit leaves, the budget's own total first; below 0 where it is exceeded."""
         return [total - spent for spent, total in zip(self._spent, self._totals, strict=True)]
 
-    @property
-    def exceeded(self) -> list[int]:
-        """The limits that are exceeded, 0 being the budget's own total."""
-        return [i for i, left in enumerate(self.left) if left < 0]
-
     def can_move(self, unit: int, by: int) -> bool:
         """Tell whether a unit that is there has a level so many levels further."""
         return 0 <= self.levels[unit] + by < len(self._space.units[unit].levels) and not self._space.is_gone(self.levels, unit)
 
-    def step(self, unit: int, by: int) -> list[int]:
-        """Return what moving a unit that is there adds to every limit."""
+    def step(self, unit: int, by: int) -> dict[int, int]:
+        """Return what moving a unit that is there adds to the limits that count it or what lies in it; to others, nothing."""
         options, old = self._space.units[unit].levels, self.levels[unit]
         new = old + by
-        before, after = options[old].drops, options[new].drops
-        added = []
-        for table in self._tables:
-            cost = table[unit][new] - table[unit][old]
-            if before != after:
-                cost += (-1 if after else 1) * sum(table[member][self.levels[member]] for member in self._members.get(unit, ()))
-            added.append(cost)
+        added = {limit: prices[new] - prices[old] for limit, prices in self._counted[unit]}
+        if options[old].drops != options[new].drops:
+            sign = -1 if options[new].drops else 1
+            for member in self._members.get(unit, ()):
+                for limit, prices in self._counted[member]:
+                    added[limit] = added.get(limit, 0) + sign * prices[self.levels[member]]
         return added
 
-    def fits(self, added: Sequence[int]) -> bool:
+    def fits(self, added: Mapping[int, int]) -> bool:
         """Tell whether all limits are kept with so much more."""
-        return all(more <= left or more <= 0 for more, left in zip(added, self.left, strict=True))
+        return all(more <= 0 or more <= self._totals[limit] - self._spent[limit] for limit, more in added.items())
 
     def helps(self, unit: int) -> bool:
         """Tell whether compressing a unit more brings a limit that is exceeded nearer, and exceeds no other."""
         added = self.step(unit, 1)
-        return any(added[i] < 0 for i in self.exceeded) and self.fits(added)
+        return any(added.get(limit, 0) < 0 for limit in self.exceeded) and self.fits(added)
 
     def move(self, unit: int, by: int) -> None:
         """Move a unit that is there."""
-        added = self.step(unit, by)
-        self._spent = [s + a for s, a in zip(self._spent, added, strict=True)]
+        for limit, more in self.step(unit, by).items():
+            self._spent[limit] += more
         self.levels[unit] += by
+        self.exceeded = [limit for limit, left in enumerate(self.left) if left < 0]
 
     def fill(self, rng: np.random.Generator, *, but: Collection[int] = ()) -> int:
         """Make random units less compressed, each by one level, as far as the limits allow it; return how many."""
@@ -242,6 +249,20 @@ class Spending:
         return moved
 
 
+def _counted(space: Space, budget: Budget) -> list[list[tuple[int, Sequence[int]]]]:
+    """Return of every unit the limits that count it, 0 being the budget's own total, each with what its levels cost of that."""
+    counted: list[list[tuple[int, Sequence[int]]]] = [[(0, prices)] for prices in space.prices]
+    of_kind: dict[str | None, list[int]] = {None: list(range(len(space)))}
+    for index, unit in enumerate(space.units):
+        for kind in {unit.kind, unit.group}:
+            of_kind.setdefault(kind, []).append(index)
+    for place, limit in enumerate(budget.limits, start=1):
+        prices = space.prices_in(limit.currency or space.words)
+        for index in of_kind.get(limit.kind, ()):
+            counted[index].append((place, prices[index]))
+    return counted
+
+
 class FittingExchange:
     """Move one unit one level, and others the other way: as many as it takes to keep all limits, or as many as then fit.
 
@@ -250,10 +271,10 @@ class FittingExchange:
     """
 
     def __init__(self, space: Space, budget: Budget) -> None:
-        self._space, self._budget = space, budget
+        self._space, self._spending = space, Spending(space, budget, [0] * len(space))
 
     def __call__(self, levels: list[int], num_switches: int, rng: np.random.Generator) -> bool:
-        spending = Spending(self._space, self._budget, levels)
+        spending = self._spending.begin(levels)
         return all(self._exchange(spending, rng) for _ in range(num_switches))
 
     def _exchange(self, spending: Spending, rng: np.random.Generator) -> bool:

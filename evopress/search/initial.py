@@ -62,13 +62,11 @@ def _fitting_mix(space: Space, budget: Budget, rng: np.random.Generator) -> Geno
 
     Raises: EvoPressError if no genome meets the limits.
     """
-    modules = [index for index, unit in enumerate(space.units) if any(level.drops for level in unit.levels)]
+    modules = {index: None for index, unit in enumerate(space.units) if any(level.drops for level in unit.levels)}  # in order
     weights = [index for index in range(len(space)) if index not in modules]
-    levels = [len(unit.levels) - 1 for unit in space.units]
-    for index in modules:
-        levels[index] = 0
+    levels = [0 if index in modules else len(unit.levels) - 1 for index, unit in enumerate(space.units)]
     spending = Spending(space, budget, levels)
-    order = iter(rng.permutation(modules).tolist() if modules else [])
+    order = iter(rng.permutation(list(modules)).tolist() if modules else [])
     while spending.exceeded:
         module = next(order, None)
         if module is None:
@@ -86,10 +84,12 @@ def _fitting_mix(space: Space, budget: Budget, rng: np.random.Generator) -> Geno
         mix = [0] * len(there)
     for index, level in zip(there, mix, strict=True):
         levels[index] = level
-    spending = Spending(space, budget, levels)
-    for index in rng.permutation(there).tolist():  # further limits on weights
-        while spending.exceeded and spending.can_move(index, 1):
-            spending.move(index, 1)
+    spending.begin(levels)
+    permuted = rng.permutation(there).tolist()
+    for may in (spending.helps, lambda index: True):  # further limits on weights; anything moves where what helps is not enough
+        for index in permuted:
+            while spending.exceeded and spending.can_move(index, 1) and may(index):
+                spending.move(index, 1)
     spending.fill(rng, but=modules)
     return tuple(levels)
 

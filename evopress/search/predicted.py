@@ -32,13 +32,14 @@ class PredictedSwitch:
     def __init__(
         self, space: Space, budget: Budget, values: Sequence[Sequence[float]], *, max_switches: int, distribution: str
     ) -> None:
-        self._space, self._budget, self._expected = space, budget, Expected(space, values)
+        self._space, self._expected = space, Expected(space, values)
+        self._spending = Spending(space, budget, [0] * len(space))
         self._max_switches, self._draw_num_switches = max_switches, DISTRIBUTIONS[distribution]
 
     def __call__(self, parent: Genome, rng: np.random.Generator) -> Genome:
         """Return an offspring of the parent, different from it and within the budget."""
         for _ in range(self.max_attempts):
-            spending = Spending(self._space, self._budget, list(parent))
+            spending = self._spending.begin(list(parent))
             moved: set[int] = set()
             for _ in range(self._draw_num_switches(self._max_switches, rng)):
                 self._switch(spending, moved, rng)
@@ -54,7 +55,7 @@ class PredictedSwitch:
         ups = [unit for unit in range(len(self._space)) if unit not in moved and spending.can_move(unit, -1)]
         if not ups:
             return
-        gains = [-self._expected.change(spending.levels, unit, -1) / max(*spending.step(unit, -1), 1) for unit in ups]
+        gains = [-self._expected.change(spending.levels, unit, -1) / max(*spending.step(unit, -1).values(), 1) for unit in ups]
         unit = ups[_draw(gains, rng)]
         spending.move(unit, -1)
         moved.add(unit)
@@ -63,7 +64,8 @@ class PredictedSwitch:
             for unit in range(len(self._space)):
                 if unit in moved or not spending.can_move(unit, 1):
                     continue
-                released = max(-spending.step(unit, 1)[i] for i in exceeded)
+                added = spending.step(unit, 1)
+                released = max(-added.get(i, 0) for i in exceeded)
                 if released > 0:
                     downs.append(unit)
                     ease.append(released / max(self._expected.change(spending.levels, unit, 1), 1e-12))

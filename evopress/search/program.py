@@ -7,7 +7,7 @@ kept: the levels of both then add up to the same. So what lies in a dropped modu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -83,6 +83,8 @@ def best_genome(
     # The solver stops at an absolute gap of 1e-6, which must be small against every difference that matters.
     objective = np.array(above_least(values)[0])
     allowed = np.isfinite(objective)
+    if near is not None and most_changes is not None:
+        allowed &= _worth_making(limits, values, near, most_changes, inside, drops)
     objective = np.where(allowed, objective, 0.0)
     objective = objective / (np.abs(objective).max() or 1.0) * 1e4
     rows, columns, entries = [np.repeat(np.arange(len(counts)), counts)], [np.arange(size)], [np.ones(size)]
@@ -128,3 +130,39 @@ def best_genome(
         if module is not None and drops[module][genome[module]]:
             genome[unit] = 0 if near is None else near[unit]
     return tuple(genome)
+
+
+def _worth_making(
+    limits: Sequence[tuple[Prices, int]],
+    values: Sequence[Sequence[float]],
+    near: Genome,
+    most_changes: int,
+    inside: Sequence[int | None],
+    drops: Sequence[Sequence[bool]],
+) -> np.ndarray:
+    """Tell which levels the best genome within so many changes may have, [units and levels]: of thousands of units these are few.
+
+    Of moves that add the same to every limit, of units that are there together, only so many of the best can be made: for any
+    other, one of theirs is left that does as well.
+    """
+    modules = set(inside)
+    alike: dict[Hashable, list[tuple[float, int, int]]] = {}
+    worth = [[True] * len(of_unit) for of_unit in values]
+    for unit, (of_unit, module) in enumerate(zip(values, inside, strict=True)):
+        now = near[unit]
+        if unit in modules or not math.isfinite(of_unit[now]) or (module is not None and drops[module][near[module]]):
+            continue  # what others depend on, and what may change for nothing
+        for level, value in enumerate(of_unit):
+            if level != now:
+                added = (prices[unit][level] - prices[unit][now] for prices, _ in limits)
+                alike.setdefault((module, *added), []).append((value - of_unit[now], unit, level))
+                worth[unit][level] = False
+    for moves in alike.values():
+        units: set[int] = set()
+        for _, unit, level in sorted(moves):
+            if len(units) == most_changes:
+                break
+            if unit not in units:
+                units.add(unit)
+                worth[unit][level] = True
+    return np.array([each for of_unit in worth for each in of_unit])

@@ -116,9 +116,38 @@ def test_spending_is_what_counting_anew_finds():
         added = spending.step(unit, by)
         spending.move(unit, by)
         after = [space.cost(spending.levels), *(limit.spent(space, spending.levels) for limit in budget.limits)]
-        assert [a - b for a, b in zip(after, before, strict=True)] == added
+        assert [a - b for a, b in zip(after, before, strict=True)] == [added.get(i, 0) for i in range(3)]
         totals = [budget.total, *(limit.total for limit in budget.limits)]
         assert spending.exceeded == [i for i, (spent, total) in enumerate(zip(after, totals, strict=True)) if spent > total]
+
+
+def test_a_step_counts_for_the_limits_of_its_own_group_alone():
+    keep, drop = Level("keep", 1, "keep", 8, "drop"), Level("drop", 0, "drop", 0, "drop")
+    bits = (Level("4 bits", 4, "4", 4, "quant"), Level("2 bits", 2, "2", 2, "quant"))
+    experts = tuple(Unit(f"{i // 4}.experts.{i % 4}", i // 4, "expert", 1, (keep, drop)) for i in range(12))
+    weights = tuple(Unit(f"{unit.name}.up", unit.block, "experts.up", 1, bits) for unit in experts)
+    space = Space("joint", (*weights, *experts), CURRENCIES["bits"], (*range(12, 24), *(None,) * 12))
+    floors = tuple(
+        Limit(-2, replace(CURRENCIES["experts"], price=lambda unit, level: -level.cost), f"{i}.experts") for i in range(3)
+    )
+    spending = Spending(space, Budget(100, 1.0, ""), [0] * 24)
+    assert spending.step(0, 1) == {0: -2}
+    spending = Spending(space, Budget(100, 1.0, "", floors), [0] * 24)
+    assert spending.step(0, 1) == {0: -2}
+    assert spending.step(12, 1) == {0: -8 - 4, 1: 1} and spending.step(23, 1) == {0: -8 - 4, 3: 1}
+    spending.move(12, 1)
+    spending.move(13, 1)
+    assert not spending.fits(spending.step(14, 1)) and spending.fits(spending.step(16, 1))
+
+
+def test_a_mix_compresses_what_eases_a_limit_and_nothing_else():
+    levels = tuple(Level(f"{b} bits", b, str(b), b, "quant") for b in (6, 5, 4, 3, 2))
+    space = Space("quant", tuple(Unit(f"{i}.{kind}", i, kind, 1, levels) for i in range(10) for kind in ("up", "down")))
+    budget = Budget(80, 4.0, "", (Limit(30, BITS, "down"),))
+    for seed in range(10):
+        mix = random_mix(space, budget, np.random.default_rng(seed))
+        assert budget.met_by(space, mix)
+        assert max(mix[::2]) <= 2, "no up below the four bits that the budget has for all"
 
 
 @pytest.mark.parametrize("exchange", ["size", "name", "any", "none"])

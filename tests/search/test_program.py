@@ -11,7 +11,7 @@ from guided_literal import best_of_all
 
 from evopress.currencies import currency_of
 from evopress.search.constraint import tables_of
-from evopress.search.program import best_genome, best_in
+from evopress.search.program import _worth_making, best_genome, best_in
 from evopress.units import Budget, Limit
 
 
@@ -59,6 +59,19 @@ def test_further_limits_bind_too(quant_space, seed) -> None:
     genomes = [genome for genome in itertools.product(range(3), repeat=5) if budget.met_by(space, genome)]
     assert total_of(values, found) == pytest.approx(min(total_of(values, genome) for genome in genomes), rel=1e-9)
     assert found != best_genome(limits[:1], values), "the further limit mattered"
+
+
+def test_of_moves_that_cost_the_same_as_many_of_the_best_are_looked_at_as_can_be_made(quant_space) -> None:
+    rng, space = np.random.default_rng(0), quant_space([1] * 40 + [3] * 40, bits=(4, 3, 2))
+    parent = tuple(rng.integers(0, 3, size=80).tolist())
+    values = rng.lognormal(size=(80, 3)).cumsum(axis=1)
+    tables = tables_of(space, Budget(space.cost(parent), 3.0, ""))
+    worth = _worth_making(tables, values.tolist(), parent, 4, (None,) * 80, [(False,) * 3] * 80).reshape(80, 3)
+    assert worth[np.arange(80), parent].all() and worth.sum() <= 80 + 4 * 8  # one or two levels up or down, of two sizes
+    gains = [values[u, parent[u] - 1] - values[u, parent[u]] for u in range(40) if parent[u] == 1]
+    ups = [(u, parent[u] - 1) for u in range(40) if parent[u] == 1]
+    best = sorted(zip(gains, ups, strict=True))[:2]
+    assert all(worth[u, level] for _, (u, level) in best) and not all(worth[u, level] for u, level in ups)
 
 
 def test_a_level_of_infinite_value_is_not_chosen() -> None:
