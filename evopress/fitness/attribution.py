@@ -31,6 +31,7 @@ from evopress.levels.live import Live, part_held
 from evopress.levels.refine import block_at
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import contributions
+from evopress.models.experts import kept_per_token
 from evopress.models.head import Head
 from evopress.models.slots import Slot
 from evopress.units import Genome
@@ -153,7 +154,8 @@ def attribution_bytes(blocks: BlockModel, tokens: int, *, max_tokens_in_flight: 
     """
     weights = max(sum(slot.weight.numel() for slot in blocks.slots(index).values()) for index in range(len(blocks.blocks)))
     itemsize, width, tokens = blocks.dtype.itemsize, blocks.inner_size, min(max_tokens_in_flight, tokens)
-    block = weights * itemsize + tokens * (itemsize * (7 * blocks.hidden_size + 4 * width) + 15 * width)
+    kept = 7 * blocks.hidden_size + blocks.most_inside(4 * width, kept_per_token)
+    block = weights * itemsize + tokens * (itemsize * kept + 15 * width)
     return max(block, 24 * min(chunk_tokens, tokens) * blocks.head().weight.shape[0])
 
 

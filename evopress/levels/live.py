@@ -95,11 +95,16 @@ def enough_to_keep(space: Space, itemsize: int, device: torch.device | None = No
     A block at one genome differs from the block at the next in few units; the others should not be decoded again. A GPU keeps an
     eighth of what it has free: what is not decoded again is not read from the disk again either.
     """
+    spare = free_bytes(device) // 8 if device is not None and device.type == "cuda" else 0
+    return max(2**28, 2 * block_bytes(space, itemsize), spare)
+
+
+def block_bytes(space: Space, itemsize: int) -> int:
+    """Return the bytes of the decoded levels of a space's largest block, which are there while it runs, kept or not."""
     sizes: dict[int, int] = {}
     for unit in space.units:
         sizes[unit.block] = sizes.get(unit.block, 0) + unit.size * itemsize
-    spare = free_bytes(device) // 8 if device is not None and device.type == "cuda" else 0
-    return max(2**28, 2 * max(sizes.values(), default=0), spare)
+    return max(sizes.values(), default=0)
 
 
 def decoding_bytes(size: int, dtype: torch.dtype) -> int:

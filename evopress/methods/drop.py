@@ -261,7 +261,7 @@ class Drop:
         width = self._source.width  # of as many attention modules as MLPs as many are dropped
         parts = tuple(Limit(count - self.num_dropped(count * width) // width, kind=kind) for kind, count in kinds.items())
         by_kind = parts if len(parts) > 1 and self.settings.balanced else ()
-        limits = (*by_kind, *(() if by_kind else floors(space)), *further_limits(self.limits, space, rest))
+        limits = (*by_kind, *(() if self.settings.balanced else floors(space)), *further_limits(self.limits, space, rest))
         measure = EXPERTS.measure if self._of_experts else "depth sparsity"
         return Budget(total=sum(part.total for part in parts), target=self.sparsity, measure=measure, limits=limits)
 

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from evopress.endings import is_out_of_memory
 from evopress.errors import EvoPressError
 from evopress.models.calls import Call, Form, as_returned, first_of, returned
-from evopress.models.experts import ExpertLinear, chosen_share, kind_of, look_again, loop, named_linear, together
+from evopress.models.experts import (
+    ExpertLinear,
+    chosen_share,
+    held_per_token,
+    kind_of,
+    linears_of,
+    look_again,
+    loop,
+    named_linear,
+    together,
+)
 from evopress.models.families import Family, Parts
 from evopress.models.head import Head, scale_of, softcap_of
 from evopress.models.looking import look_at, say
@@ -217,9 +227,17 @@ class BlockModel:
     def forward_bytes(self, tokens: int) -> int:
         """Return the bytes that a block's forward over so many tokens takes at its peak, its output included, by its widths.
 
-        That is in the MLP, where its two inner products are multiplied: what it is added to, its input, and three times its width.
+        That is in the MLP, where its two inner products are multiplied: what it is added to, its input, and three times its width;
+        or in its experts, of which one may be handed all tokens.
         """
-        return tokens * max(2 * self.hidden_size + 3 * self.inner_size, 8 * self.hidden_size) * self.dtype.itemsize
+        inside = self.most_inside(3 * self.inner_size, held_per_token)
+        return tokens * max(2 * self.hidden_size + inside, 8 * self.hidden_size) * self.dtype.itemsize
+
+    def most_inside(self, mlp: int, of_experts: Callable[[nn.Module, Any], int]) -> int:
+        """Return the most numbers of a token inside a block: those in an MLP, or in a layer of experts."""
+        config: Any = self.model.config
+        layers = (module for block in self.blocks for module in block.modules() if linears_of(module))
+        return max([mlp, *(of_experts(layer, config.get_text_config()) for layer in layers)])
 
     def linears(self, index: int) -> dict[str, Any]:
         """Return block `index`'s units: full module name to module, in the order of the computation; for weights see `slots`.

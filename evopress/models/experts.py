@@ -195,9 +195,51 @@ def _forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> T
             places = order[start : start + size]
             tokens = places // k
             each = _expert(module, linears, expert, hidden_states[tokens], (tokens, total))
-            made = made.index_copy(0, places, (each * weights.flatten()[places, None]).to(made.dtype))
+            made.index_copy_(0, places, (each * weights.flatten()[places, None]).to(made.dtype))
         start += size
     return made.view(total, k, -1).sum(1)
+
+
+def held_per_token(module: nn.Module, config: Any) -> int:
+    """Return how many numbers a layer holds for each of its tokens at the peak of its forward, if all go to the same experts.
+
+    Args: config: the language model's.
+    """
+    up, down = _first_linears(module)
+    # What all have made; and of one what it is handed, its inner product, that activated and multiplied by its gate, or its output.
+    made = (3 if _is_sorted(module) else 1) * _called_per_token(module, config)
+    return made * down.out_features + up.in_features + max(2 * up.out_features, down.in_features + down.out_features)
+
+
+def kept_per_token(module: nn.Module, config: Any) -> int:
+    """Return how many numbers a layer keeps of each of its tokens to go back; see `held_per_token`."""
+    up, down = _first_linears(module)
+    return _called_per_token(module, config) * (up.in_features + 2 * up.out_features + down.out_features)
+
+
+def _first_linears(module: nn.Module) -> tuple[ExpertLinear, ExpertLinear]:
+    linears = linears_of(module)
+    return linears[f"0.{_up(module)}"], linears[f"0.{DOWN}"]
+
+
+def _called_per_token(module: nn.Module, config: Any) -> int:
+    """Return how many experts are handed a token."""
+    count: int = len(module.down_proj)  # type: ignore[arg-type]
+    return count if _is_sorted(module) else round(chosen_share(config, count) * count)
+
+
+def copied_for_export(model: nn.Module, *, levels: bool, kept: float, fewer: bool) -> int:
+    """Return the bytes of copies in which a model's experts are written: `gathered`, cut, and split by transformers.
+
+    Args:
+        levels: their weights are levels.
+        kept: share of them that stays.
+        fewer: some are dropped.
+    """
+    linears = [(name, linear) for module in model.modules() for name, linear in linears_of(module).items()]
+    whole = sum(linear.weight.nbytes for _, linear in linears)
+    ups = sum(linear.weight.nbytes for name, linear in linears if name.endswith(f".{UP[0]}"))
+    return round(levels * whole + kept * (fewer * whole + ups))
 
 
 def tokens_of(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from evopress.baselines.uniform import uniform_genomes
+from evopress.currencies import num_experts
 from evopress.errors import EvoPressError
 from evopress.export.exporter import DROPPED, Export, Exporter, Form, Serves, form_of, write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.export.rules import refuse_unfit
 from evopress.files import make_folder
 from evopress.levels.modules import is_module
+from evopress.models.experts import copied_for_export
 from evopress.reporting.records import read_genome, read_json, write_genome, write_json
 from evopress.reporting.tables import markdown_table
 from evopress.room import Needs
@@ -137,7 +139,10 @@ def export_needs(planner: Planner) -> Needs:
     size = sum(parameter.numel() * parameter.element_size() for parameter in workspace.pretrained.model.parameters())
     less = "leave export out of stages, or use a machine with more memory"
     needs = Needs("export", "checkpoint", disk={workspace.run_dir: size}, alone=True, less_memory=less)
-    planner.hold_decoded(needs)
+    dropping = any(map(num_experts, planner.space.units))
+    kept = 1.0 - (planner.settings.sparsity or 0.0) if dropping and planner.modules else 1.0
+    copied = copied_for_export(workspace.pretrained.model, levels=not planner.modules, kept=kept, fewer=dropping)
+    planner.hold_decoded(needs, beside=copied)
     if workspace.device.type != "cpu" and not workspace.blocks.offload:
         planner.put(needs, 0, host=size)  # what is written is copied first
     return needs

@@ -13,7 +13,7 @@ from typing import Any
 from evopress.baselines.baseline import Planned
 from evopress.fitness.attribution import attribution_bytes
 from evopress.fitness.population import evaluation_bytes
-from evopress.levels.live import decoding_bytes, enough_to_keep
+from evopress.levels.live import block_bytes, decoding_bytes, enough_to_keep
 from evopress.levels.modules import modules_of
 from evopress.levels.plan import BuildNeeds
 from evopress.ranks import busiest, part, processes
@@ -167,13 +167,16 @@ class Planner:
         minibatch = 2 * given * self.states(tokens)  # of the base, drawn and without the last positions
         self.put(needs, measured, host=self._bases + minibatch)
 
-    def hold_decoded(self, needs: Needs) -> None:
-        """Let the stage's peak be at least that of the whole model at a genome: where its blocks lie, they are decoded."""
+    def hold_decoded(self, needs: Needs, *, beside: int = 0) -> None:
+        """Let the stage's peak be at least that of the whole model at a genome: where its blocks lie, they are decoded.
+
+        Args: beside: bytes that are taken there then.
+        """
         if self.workspace.blocks.offload:
-            needs.memory = max(needs.memory, self._decoded + self._decoding)
+            needs.memory = max(needs.memory, self._decoded + max(self._decoding, beside))
         else:
             there = self._decoded if not self.based else max(self._decoded, self._levels_kept)
-            self.put(needs, there + self._decoding, host=self._bases)
+            self.put(needs, there + max(self._decoding, beside), host=self._bases)
 
     def put(self, needs: Needs, size: int, *, host: int = 0) -> None:
         """Let a stage's peak be at least so much on the compute device, and in host memory beside it."""
@@ -192,12 +195,13 @@ class Planner:
 
     @property
     def _levels_kept(self) -> int:
-        """Bytes of decoded levels that stay between switches."""
+        """Bytes of decoded levels that stay between switches, or of those in place."""
         itemsize, kept = self.workspace.blocks.dtype.itemsize, self.settings.level_db.cache_bytes
         if self.modules:
             return 0
         kept = enough_to_keep(self.space, itemsize, self.workspace.device) if kept is None else kept
-        return min(kept, max(len(unit.levels) for unit in self.space.units) * self.space.size * itemsize)
+        kept = min(kept, max(len(unit.levels) for unit in self.space.units) * self.space.size * itemsize)
+        return max(kept, block_bytes(self.space, itemsize))
 
     @property
     def _decoded(self) -> int:

@@ -59,6 +59,7 @@ METHODS = {
     "drop": ("+method=drop", "sparsity=0.5"),
     "experts": ("+method=experts", "sparsity=0.5"),
     "corrected, refined": (*QUANT, "method.propagate_bits=3", "method.correction=0.5"),
+    "quantized experts": QUANT,
 }
 """The settings of levels by their name in the table."""
 COMMON = (
@@ -130,8 +131,12 @@ CASES = (
     Case("384 wide", SMALL["384 wide"], "float32", 256, 8192, 4, 2048, 1024, "12582912"),
 )
 _MORE = ("database", "search", "refine", "evaluate", "export")
+_EXPERTS = {"experts": 8, "quantized experts": 4}
+"""Of a layer; with fewer there are not as many ways to drop half of them as a search begins with."""
 _OTHER = {
-    name: {**SMALL["256 wide"], **({"num_local_experts": 4} if name == "experts" else {})} for name in METHODS if name != "quant"
+    name: {**SMALL["256 wide"], **({"num_local_experts": _EXPERTS[name]} if name in _EXPERTS else {})}
+    for name in METHODS
+    if name != "quant"
 }
 OTHERS = {
     name: Case("256 wide", shape, "float32", 256, 4096, 2, 1024, 512, "6291456", METHODS[name], _MORE)

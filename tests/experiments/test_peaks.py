@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from evopress.models.blocks import BlockModel
+from evopress.models.experts import copied_for_export, gathered
+from evopress.models.outline import find_family
 from experiments.benchmark import peaks
 from experiments.benchmark.alive import BOTH, DEVICE, HOST, Alive
 
@@ -70,6 +74,29 @@ def test_of_a_search_from_random_mixes(tmp_path: Path, monkeypatch: pytest.Monke
     method = ("+method=quant", "bits=2.5", "method.recipe=paper", "method.levels=[4,3,2]", "search.initial_tokens=1024")
     stages = ("database", "search")
     near(*peaks.counted_in_run(peaks.Case("small", SMALL, "float32", 128, 1024, 2, 1024, 512, "1572864", method, stages), tmp_path))
+
+
+def test_of_experts(tmp_path: Path) -> None:
+    """All tokens go to both; levels of them are copied together, and apart again, for an export."""
+    model = AutoModelForCausalLM.from_config(peaks.Case("small", {**SMALL, "num_local_experts": 2}, "float32", blocks=1).config)
+    blocks = BlockModel(model.requires_grad_(False), find_family(model.config.to_dict()))
+    slots = [slot for name, slot in blocks.slots(0).items() if ".experts." in name]
+    with Alive() as alive:
+        for slot in slots:
+            slot.put(slot.weight.clone())
+        hidden = torch.rand(2, 128, 128)
+        blocks.prepare(128)
+        alive.begin()
+        before = alive.peak[BOTH]
+        blocks.run(0, hidden)
+        near({"forward": blocks.forward_bytes(256)}, {"forward": alive.peak[BOTH] - before})
+        alive.begin()
+        with gathered(model):
+            model.save_pretrained(tmp_path)
+        near(
+            {"export": copied_for_export(model, levels=True, kept=1.0, fewer=False)},
+            {"export": alive.peak[BOTH] - before},
+        )
 
 
 def test_what_is_alive_is_counted_where_it_lies() -> None:

@@ -98,6 +98,13 @@ def test_every_genome_keeps_as_many_experts_of_a_block_as_a_token_is_sent_to(
     assert not budget.met_by(space, too_few)
 
 
+def test_one_layer_of_experts_has_the_total_alone() -> None:
+    """Exchanges by name keep it; a floor beside it would ask for others."""
+    method = method_of(0.5, granularity="expert")
+    budget = method.budget(method.space(experts_of(8, blocks=1), dtype_bits=16).priced(method.currency))
+    assert budget.total == 4 and not budget.limits
+
+
 def test_the_target_is_rounded_down_but_not_below_a_whole_number() -> None:
     assert [method_of(s).num_dropped(30) for s in (0.125, 0.25, 0.375, 0.5)] == [3, 7, 11, 15]
     assert method_of(0.7).num_dropped(10) == 7 and method_of(0.29).num_dropped(100) == 29  # 0.29 x 100 is 28.999999999999996
