@@ -273,7 +273,7 @@ WHOLE = 7 * GB + decoding_bytes(SIZE, torch.bfloat16)
 def planner(device: str, *, offload: bool = False, evaluator: str = "population", tasks: tuple[str, ...] = ()) -> Any:
     """Return a planner for a run of a model of 7 GB of units, on a device that is made up."""
     space = Space("quant", tuple(Unit(f"u{i}", i % 2, "u", SIZE, (Level("4", "4", 4, 4),)) for i in range(70)))
-    model = SimpleNamespace(config=SimpleNamespace(intermediate_size=4096), parameters=lambda: iter(()))
+    model = SimpleNamespace(config=SimpleNamespace(intermediate_size=4096), parameters=lambda: iter(()), modules=lambda: iter(()))
     blocks = SimpleNamespace(
         blocks=[None] * 2,
         dtype=torch.bfloat16,
@@ -320,7 +320,7 @@ def test_the_export_decodes_the_model_where_its_blocks_lie(device: str, offload:
 
 def test_zero_shot_tasks_and_the_plain_evaluator_decode_the_whole_model() -> None:
     less = evaluate_needs(planner("cuda"))
-    assert less.device < GB and less.memory == 0
+    assert 3.5 * GB < less.device < 4 * GB and less.memory == 0  # a block's
     assert evaluate_needs(planner("cuda", tasks=("piqa",))).device == WHOLE
     offloaded = evaluate_needs(planner("cuda", offload=True, tasks=("piqa",)))
     assert offloaded.memory == WHOLE and offloaded.device == less.device
