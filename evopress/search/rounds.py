@@ -186,7 +186,7 @@ class Guided:
         self._sensitivities = sensitivities.tolist()
         self._generation, self._settled = state["rounds"] + 1, bool(state["settled"])
         self._deltas_done, self._deltas_settled = state.get("deltas", (0, False))
-        self._race = self._deltas = None
+        self._race = self._deltas = self._above = None  # generation 0 is over
         self._tokens, self._evaluations, self._non_finite = state["tokens"], state["evaluations"], state["non_finite"]
         self._question, self._details, self.initial_record, self._evolution = None, {}, None, None
         problem.rng_initial.bit_generator.state = state["rng_initial"]

@@ -395,6 +395,17 @@ def test_modules_are_dropped_and_taken_back_beside_weights(joint_space, seed, to
     assert [bool(value) for value in records[1]["details"]["dropping"][:2]] == [not level for level in records[0]["genome"][:2]]
 
 
+def test_a_search_that_came_down_to_its_budget_goes_on_from_there_when_it_is_killed(joint_space) -> None:
+    toy, budget, settings = WithModules(joint_space, 0), Budget(8, 1.6, "bits per weight"), NUMBERS.searching(EVOLUTION)
+    strategy, states = settings.make(problem_of(joint_space, budget, toy.errors)), []
+    best = run_search(strategy, toy, attribute=toy.attribute, on_generation=lambda record: states.append(strategy.state()))
+    asked, toy.asked = toy.asked, []
+    later = settings.make(problem_of(joint_space, budget, toy.errors))
+    later.restore(json.loads(json.dumps(states[0])))
+    assert run(later, toy)[0] == best
+    assert asked[0] == (0, 0, 2, 2, 2, 2, 2) and toy.asked == asked[-len(toy.asked) :] and asked[0] not in toy.asked
+
+
 def depth_space(count: int) -> Space:
     levels = (Level("keep", 1, "keep", 32, "drop"), Level("drop", 0, "drop", 0, "drop"))
     return Space(
