@@ -194,9 +194,9 @@ def report_needs(planner: Planner) -> Needs:
 def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> None:
     """Stage `report`: tables, figures and one HTML page; prints the table."""
     settings, run_dir, database = workspace.settings, workspace.run_dir, workspace.database
+    take_best_so_far(workspace)
     result, records = read_result(run_dir), read_generations(run_dir / "metrics.jsonl", database.space)
     rows = result.get("rows", [])
-    take_best_so_far(workspace)
     given = named_genome(workspace)
     genome, space, title = None, database.space, f"{workspace.budget.target:g} {workspace.budget.measure}"
     checkpoint = run_dir / "checkpoint"

@@ -17,6 +17,7 @@ from evopress.json_files import clip, shown
 from evopress.reporting.records import read_document, read_genome, write_genome
 from evopress.settings import RunSettings
 from evopress.stages.baselines import stored_baselines
+from evopress.stages.results import forget_found
 from evopress.units import Genome, Space
 from evopress.workspace import Workspace
 
@@ -158,6 +159,19 @@ def take_best_so_far(workspace: Workspace) -> None:
     if found.exists() and read_genome(found, database.space, database=database.fingerprint) == genome:
         return
     logger.info("search: cut off after generation %d; its best genome so far is taken", done)
+    keep_found(workspace, genome)
+
+
+def keep_found(workspace: Workspace, genome: Genome) -> None:
+    """Write `genome.json`; results of another genome that was found before are left out from then on."""
+    run_dir, database = workspace.run_dir, workspace.database
+    path = run_dir / "genome.json"
+    try:
+        same = path.exists() and read_genome(path, database.space, database=database.fingerprint) == genome
+    except EvoPressError:
+        same = False
+    if not same:
+        forget_found(run_dir)
     write_genome(
-        found, run_dir / "genome.txt", space=database.space, genome=genome, database=database.fingerprint, budget=workspace.budget
+        path, run_dir / "genome.txt", space=database.space, genome=genome, database=database.fingerprint, budget=workspace.budget
     )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
-from evopress.reporting.records import read_document
+from evopress.reporting.records import read_document, write_json
+
+logger = logging.getLogger(__name__)
+_OF_FOUND = ("evopress", "evopress_refined")
+"""Rows of what a search found."""
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
@@ -23,3 +28,12 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     if not whole or not all(isinstance(result.get(key, {}), dict) for key in ("search", "database", "memory", "refine")):
         raise EvoPressError(f"{path} is damaged: it is not laid out as a result file; remove it, and run the stage evaluate again")
     return result
+
+
+def forget_found(run_dir: Path) -> None:
+    """Take the rows of what was found out of the results: another genome stands in its place, which nobody has measured."""
+    result = read_result(run_dir)
+    rows = [row for row in result.get("rows", []) if row["name"] not in _OF_FOUND]
+    if len(rows) < len(result.get("rows", [])):
+        logger.info("the results of the genome that was found before are left out: the stage evaluate measures the new one")
+        write_json(run_dir / "result.json", {key: value for key, value in result.items() if key != "refine"} | {"rows": rows})

@@ -19,7 +19,7 @@ from evopress.ranks import together
 from evopress.reporting.generations import read_generations
 from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics, best_metrics
-from evopress.reporting.records import append_record, read_document, truncate_records, write_genome, write_json
+from evopress.reporting.records import append_record, read_document, truncate_records, write_json
 from evopress.reporting.tracker import Tracker
 from evopress.room import Needs
 from evopress.search.evolution import SearchSettings
@@ -28,7 +28,7 @@ from evopress.search.record import GenerationRecord
 from evopress.search.strategy import NEIGHBOURS_TOGETHER, Neighbour, Problem, Searching, Strategy, run_search
 from evopress.stages.baselines import make_fitness, what_decides_fitness
 from evopress.stages.checks import search_cost
-from evopress.stages.given import find_genome
+from evopress.stages.given import find_genome, keep_found
 from evopress.stages.needs import Planner
 from evopress.units import Genome, Space
 from evopress.workspace import MOST_KEPT_BYTES, Workspace
@@ -147,14 +147,7 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
             )
         workspace.archive.tell("search")
     tracker.summarize(best_metrics(read_generations(metrics, database.space)))
-    write_genome(
-        run_dir / "genome.json",
-        run_dir / "genome.txt",
-        space=database.space,
-        genome=strategy.parent,
-        database=database.fingerprint,
-        budget=workspace.budget,
-    )
+    keep_found(workspace, strategy.parent)
 
 
 def strategy_in(state: Mapping[str, Any]) -> Any:

@@ -95,9 +95,13 @@ def test_longer_searches_that_are_cut_off_export_the_newer_genome(copied: Path, 
     give, take = next((i, j) for i, j in itertools.permutations(range(len(parent)), 2) if parent[i] == 3 and parent[j] == 2)
     parent[give], parent[take] = 2, 3  # as a later generation may leave it
     (copied / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    assert evopress(f"resume={copied}", "stages=[export]").code == 0
+    before = {each["name"] for each in json.loads((copied / "result.json").read_text(encoding="utf-8"))["rows"]}
+    outcome = evopress(f"resume={copied}", "stages=[export,report]")
+    assert outcome.code == 0 and "the stage evaluate measures the new one" in outcome.text, outcome.text
     exported = json.loads((copied / "checkpoint" / "genome.json").read_text(encoding="utf-8"))
     assert [unit["level"] for unit in exported["units"]] == parent
+    after = {each["name"] for each in json.loads((copied / "result.json").read_text(encoding="utf-8"))["rows"]}
+    assert before - after == {"evopress"} and "EvoPress" not in (copied / "results.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["uniform_2", "dp"])
