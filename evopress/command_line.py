@@ -51,10 +51,14 @@ def _home() -> str:
 
 
 def with_plus(arguments: Sequence[str]) -> list[str]:
-    """Let `method=quant` mean `+method=quant`, since there is no other by default; beside an experiment it means that one's."""
+    """Let `method=quant` mean `+method=quant`, since there is no other by default; beside an experiment it means that one's.
+
+    `+debug=tiny` comes last wherever it is typed: it makes smaller what the others choose, and the last one counts.
+    """
     chosen = any(argument.lstrip("+").startswith("experiment=") for argument in arguments)
     found = [_WITHOUT_PLUS.match(argument) for argument in arguments]
-    return [f"+{each}" if of and not (chosen and of[1] == "method") else each for each, of in zip(arguments, found, strict=True)]
+    meant = [f"+{each}" if of and not (chosen and of[1] == "method") else each for each, of in zip(arguments, found, strict=True)]
+    return sorted(meant, key=lambda each: each.startswith("+debug="))
 
 
 def with_numbers_shown(arguments: Sequence[str]) -> list[str]:

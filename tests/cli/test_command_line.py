@@ -113,6 +113,10 @@ def test_an_element_of_a_list_that_a_scale_makes_is_refused(evopress: Callable[.
         (["method=quant", "bits=3"], ["+method=quant", "bits=3"]),
         (["+method=quant", "debug=tiny"], ["+method=quant", "+debug=tiny"]),
         (["-m", "method=quant,drop"], ["-m", "+method=quant,drop"]),
+        (
+            ["debug=tiny", "+method=sparsity", "seed=1"],
+            ["+method=sparsity", "seed=1", "+debug=tiny"],
+        ),  # it makes smaller what that has
         (["+experiment=table4", "method=quant"], ["+experiment=table4", "method=quant"]),  # in the place of the experiment's
         (["method=", "method.levels=[3,2]", "hydra.run.dir=a=b"], ["method=", "method.levels=[3,2]", "hydra.run.dir=a=b"]),
     ],
