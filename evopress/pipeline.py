@@ -41,7 +41,14 @@ from evopress.stages.given import check_given
 from evopress.stages.preflight import preflight
 from evopress.stages.refine import refine, refuse_without_genome
 from evopress.stages.search import search
-from evopress.stages.smallest import budgets_to_try, export_smallest, find_smallest, likely_tries
+from evopress.stages.smallest import (
+    budgets_to_try,
+    export_smallest,
+    find_baselines_of_smallest,
+    find_smallest,
+    likely_tries,
+    refuse_without_answer,
+)
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -101,6 +108,8 @@ def run(
     refuse_other_settings(workspace, numbers)
     if has_points(settings):
         refuse_other_points(points)
+        if has_limit(settings):
+            refuse_without_answer(workspace)
     else:
         refuse_without_genome(workspace)
         refuse_other_work(workspace, numbers)
@@ -146,7 +155,7 @@ def run(
     }
     if has_points(settings):
         work |= {
-            "baselines": lambda: find_all_baselines([] if has_limit(settings) else points),
+            "baselines": lambda: find_baselines_of_smallest(workspace) if has_limit(settings) else find_all_baselines(points),
             "search": lambda: find_smallest(workspace, tried, points) if has_limit(settings) else search_all(points),
             "evaluate": lambda: evaluate_all(workspace, points, tracker),
             "refine": lambda: left_to_the_picked(workspace, "refine"),

@@ -75,7 +75,10 @@ def picked(settings: RunSettings, run_dir: Path) -> tuple[Point, Path]:
     """
     if not has_points(settings):
         raise EvoPressError(f"pick={settings.pick} names a budget of a run with several: give it with resume=RUN, of such a run")
-    point = point_at(settings, settings.pick)
+    try:
+        point = point_at(settings, settings.pick)
+    except EvoPressError:
+        raise EvoPressError(f"pick={settings.pick} is no budget: give one of this run's, such as pick=2.5 or pick=60MB") from None
     folder = run_dir / POINTS / point.name
     if not any((folder / name).exists() for name in ("genome.json", "state.json")):
         there = sorted(path.name for path in (run_dir / POINTS).glob("*") if (path / "genome.json").exists())

@@ -161,15 +161,31 @@ def find_smallest(workspace: Workspace, tried: Sequence[Point], points: list[Poi
     points[:] = sorted(runs.values(), key=lambda run: places[run.name])
 
 
+def refuse_without_answer(workspace: Workspace) -> None:
+    """Raise EvoPressError if a stage is for the smallest budget, and none was found nor will be: before any model work."""
+    stages = set(workspace.settings.stages)
+    if stages & {"baselines", "export"} and "search" not in stages:
+        _answer(workspace)
+
+
+def find_baselines_of_smallest(workspace: Workspace) -> None:
+    """Stage `baselines`: those of the smallest budget that keeps what is asked for; a search finds them when it has found it."""
+    if "search" not in workspace.settings.stages:
+        find_baselines(_answer(workspace).workspace)
+
+
 def export_smallest(workspace: Workspace, *, command: str) -> None:
     """Stage `export`: write what was found at the smallest budget that keeps what is asked for."""
+    export(_answer(workspace).workspace, command=command)
+
+
+def _answer(workspace: Workspace) -> PointRun:
     told = _told(workspace)
     if told is None:
         raise EvoPressError(
-            f"there is no front.json in {workspace.run_dir} that names a budget to export: run the stage search first"
+            f"there is no front.json in {workspace.run_dir} that names the smallest budget: run the stage search first"
         )
-    run = open_point(workspace, point_at(workspace.settings, told["answer"]), all_stages=True)
-    export(run.workspace, command=command)
+    return open_point(workspace, point_at(workspace.settings, told["answer"]), all_stages=True)
 
 
 def _kept_by_none(kept: Kept, entry: dict[str, Any], where: str, otherwise: str) -> EvoPressError:

@@ -110,6 +110,7 @@ def test_a_point_is_picked_and_the_front_stays(asked: RunSettings, copied: Path)
     assert read(point / "finished.json")["stages"] == ["export"]
     for changed, sentence in (
         ({"pick": 3.5}, r"pick=3.5 was not searched in .* \(2.5, 4\)"),
+        ({"pick": "abc"}, "pick=abc is no budget"),
         ({"stages": ["export"]}, "is for one genome"),
         ({"pick": 3, "budgets": [], "bits": 3.0}, "names a budget of a run with several"),
     ):
@@ -189,6 +190,8 @@ def test_the_smallest_model_that_keeps_a_kl_is_found_by_bisection_and_exported(a
     assert result["kept"]["answer"] == told["answer"] and [point["budget"] for point in result["front"]] == ["4", "3.5", "3"]
     said = front_words(result["rows"], front_rows(result), result["kept"])
     assert f"{told['answer']} is the smallest whose KL is at most 0.015 on search text" in said and "on held-out text" in said
+    run(replace(ask, stages=["baselines"]), tmp_path / "run")
+    assert [path.parent.name for path in tmp_path.glob("run/points/*/baselines.json")] == [told["answer"]]
     before = contents(tmp_path / "run" / "points")
     run(replace(ask, max_kl=2 * kls["3"], stages=SEARCH), tmp_path / "run")
     again = read(tmp_path / "run" / "front.json")
@@ -222,6 +225,8 @@ def test_what_no_budget_decides_is_planned_and_said_once(
 
 
 def test_what_no_budget_keeps_is_one_sentence_before_anything_is_searched(asked: RunSettings, tmp_path: Path) -> None:
+    with pytest.raises(EvoPressError, match=r"no front.json in .* run the stage search first"):
+        run(replace(asked, budgets=[], max_kl=0.1, stages=["database", "baselines"]), tmp_path / "run")
     with pytest.raises(EvoPressError, match="max_kl=1e-09 is kept by no budget: with every unit at its least compressed level"):
         run(replace(asked, budgets=[], max_kl=1e-9, stages=SEARCH), tmp_path / "run")
     assert not (tmp_path / "run" / "points").exists()
