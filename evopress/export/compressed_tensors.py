@@ -26,7 +26,7 @@ from evopress.engines import ENGINES
 from evopress.errors import EvoPressError
 from evopress.export.card import model_card
 from evopress.export.exporter import Export, Form
-from evopress.export.rules import refuse_unfit
+from evopress.export.rules import refuse_experts, refuse_unfit
 from evopress.export.tensors_file import Entry, Section, num_bytes
 from evopress.export.written import Weight, hub_config, packed_sections, shape_of, unquantized, write_model
 from evopress.levels.codec import pack_bits
@@ -62,7 +62,9 @@ class CompressedTensors:
 
     def check(self, config: Mapping[str, Any], forms: Iterable[Form]) -> None:
         """Refuse what compressed-tensors does not hold, or vLLM would run as something else."""
+        forms = list(forms)
         refuse_unfit(ENGINE, forms, asked=ENGINE.export, otherwise="use export=[dequantized]")
+        refuse_experts(forms, asked=ENGINE.export)
 
     def serve(self, folder: str, dtype: torch.dtype) -> str:
         """See `Serves`."""

@@ -50,6 +50,8 @@ class Form:
     """It is the embedding or the head."""
     tied: str = ""
     """Name of the unit that gives this weight and others one level."""
+    of_expert: bool = False
+    """It is a weight of an expert, which lies in one tensor with those of the others."""
 
     def __str__(self) -> str:
         groups = f" in groups of {self.group_size}" if self.group_size else ""

@@ -28,7 +28,7 @@ from evopress.engines import ENGINES
 from evopress.export.card import model_card
 from evopress.export.compressed_tensors import zeros_as_codes
 from evopress.export.exporter import Export, Form
-from evopress.export.rules import refuse_unfit
+from evopress.export.rules import refuse_experts, refuse_unfit
 from evopress.export.tensors_file import Entry, Section, num_bytes
 from evopress.export.written import Weight, hub_config, packed_sections, shape_of, unquantized, write_model
 from evopress.levels.codec import pack_bits
@@ -45,7 +45,9 @@ class GPTQFiles:
 
     def check(self, config: Mapping[str, Any], forms: Iterable[Form]) -> None:
         """Refuse what GPTQModel does not hold."""
+        forms = list(forms)
         refuse_unfit(ENGINE, forms, asked=ENGINE.export, otherwise="use export=[dequantized]")
+        refuse_experts(forms, asked=ENGINE.export)
 
     def num_bytes(self, export: Export) -> int:
         """See `Exporter`."""

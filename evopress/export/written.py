@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from evopress.compress.compressor import Payload
 from evopress.compress.gptq import Dense, Quantized
@@ -41,6 +42,8 @@ class Weight:
     form: Form
     read: Callable[[], Payload]
     """Reads it from the level database, packed."""
+    transposed: bool = False
+    """The model, and its checkpoint, hold it as [C, R], as GPT-2's do."""
 
     def integers(self) -> Quantized:
         """Read a weight of integers.
@@ -53,14 +56,15 @@ class Weight:
         return payload
 
     def dense_section(self, dtype: torch.dtype) -> Section:
-        """Return what writes a weight as it is, in a dtype."""
-        return Section((Entry(f"{self.name}.weight", dtype, self.shape),), lambda: [self._dense().to(dtype)])
+        """Return what writes a weight as it is, in a dtype and as the model holds it."""
+        shape = self.shape[::-1] if self.transposed else self.shape
+        return Section((Entry(f"{self.name}.weight", dtype, shape),), lambda: [self._dense().to(dtype)])
 
     def _dense(self) -> torch.Tensor:
         payload = self.read()
         if not isinstance(payload, Dense):
             raise EvoPressError(f"{self.form} is stored otherwise in the level database: remove it, and it is built again")
-        return payload.weight
+        return payload.weight.T if self.transposed else payload.weight
 
 
 @contextmanager
@@ -96,7 +100,8 @@ def weights_of(export: Export, *, zeros: Callable[[int], Form | None]) -> list[W
             continue
         if unit.is_outside or (unit.block, _module_of(blocks, unit.name)) not in gone:
             rows, columns = slots[unit.name].weight.shape
-            found.append(Weight(name, (rows, columns), form, partial(export.levels.read, index, export.genome[index])))
+            read = partial(export.levels.read, index, export.genome[index])
+            found.append(Weight(name, (rows, columns), form, read, isinstance(slots[unit.name].module, Conv1D)))
     for block in range(len(blocks.blocks)):
         for inner, slot in blocks.slots(block).items():
             written, (rows, columns) = names.get(id(slot.module)), slot.weight.shape
@@ -170,7 +175,7 @@ def hub_config(model: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 def unquantized(model: nn.Module, packed: Collection[str]) -> list[str]:
     """Return the names of a model's linears that are not packed, in its order."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and name not in packed]
 
 
 def zeros_in(groups: Sequence[int], bits: int) -> Callable[[int], Form | None]:

@@ -26,7 +26,7 @@ from evopress.stages.given import Given, file_of, named_genome, take_best_so_far
 from evopress.stages.needs import Planner
 from evopress.stages.refine import is_refined, refined_levels, summary_of
 from evopress.stages.results import read_result
-from evopress.units import Genome, Level, Space, Unit
+from evopress.units import Genome, Level, Space, Unit, is_of_expert
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def _described(workspace: Workspace, space: Space) -> Any:
     compressor = {} if workspace.method.weights is None else workspace.compressor.settings()
 
     def describe(unit: Unit, level: Level) -> Form:
-        form = form_of(unit, level, 0 if is_module(unit) else columns[unit.name], compressor)
+        form = replace(form_of(unit, level, 0 if is_module(unit) else columns[unit.name], compressor), of_expert=is_of_expert(unit))
         by = space.units[space.places[unit.name]].name
         return form if by == unit.name else replace(form, tied=by)
 

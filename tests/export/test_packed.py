@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import packed_literal
@@ -16,14 +17,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from evopress.compress.gptq import Quantized
+from evopress.compress.gptq import Dense, Quantized
 from evopress.engines import ENGINES, Shape
 from evopress.errors import EvoPressError
 from evopress.export.compressed_tensors import CompressedTensors
 from evopress.export.exporter import DENSE, INTEGERS, SPARSE, Export, Exporter, Form, write_export
 from evopress.export.gptq import GPTQFiles
 from evopress.export.tensors_file import Entry, Section, header, write_sections
+from evopress.levels.live import LiveModel
 from evopress.levels.modules import is_module
+from evopress.models.blocks import BlockModel
+from evopress.models.outline import outlined
+from evopress.models.tiny import byte_tokenizer
+from evopress.models.tiny_any import any_model
+from evopress.units import Level, Space, Unit
 
 FILE = "model.safetensors"
 EXPORTERS: dict[str, Callable[..., Exporter]] = {"compressed_tensors": CompressedTensors, "gptq": GPTQFiles}
@@ -107,6 +114,32 @@ def test_every_weight_is_what_its_payload_decodes_to(
     assert all(torch.equal(tensor, before[name]) for name, tensor in export.model.state_dict().items())
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == model_type and config["dtype"] == "float32" and config["architectures"]
+
+
+@pytest.mark.parametrize("what", EXPORTERS)
+def test_a_weight_as_it_is_lies_as_the_model_holds_it(what: str, tmp_path: Path) -> None:
+    """GPT-2's are transposed."""
+    model = any_model("gpt2")
+    blocks = BlockModel(model, outlined(model))
+    slots = [(part, slot) for part in blocks.parts for slot in blocks.slots(part).values()]
+    dense = (Level("dense", 32, DENSE, 32, "quant"),)
+    units = tuple(Unit(slot.name, part, slot.kind, slot.weight.numel(), dense) for part, slot in slots)
+    read = lambda unit, level, device="cpu": Dense(slots[unit][1].weight)  # noqa: E731
+    levels: Any = SimpleNamespace(space=Space("quant", units), folder=Path(), read=read)
+    forms = tuple(Form(unit.name, "dense", DENSE) for unit in units)
+    export = Export(LiveModel(blocks, levels), model, byte_tokenizer(), (0,) * len(units), forms)
+    state = load_file(write_export(EXPORTERS[what](), tmp_path / what, export) / FILE)
+    before = model.state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    assert {f"{unit.name}.weight" for unit in units} < state.keys()
+    assert schemes(tmp_path / what)("transformer.h.0.attn.c_attn") is None
+
+
+@pytest.mark.parametrize("what", EXPORTERS)
+def test_experts_are_refused_before_a_search(what: str) -> None:
+    form = Form("experts.0.down_proj", "4 bits", INTEGERS, 4, 64, rows=64, columns=64, of_expert=True)
+    with pytest.raises(EvoPressError, match=r"is not written for experts \(experts\.0\.down_proj at 4 bits"):
+        EXPORTERS[what]().check({"model_type": "mixtral"}, iter([form]))
 
 
 def test_a_weight_takes_what_its_engine_is_said_to_store(exported: Callable[..., Export]) -> None:
