@@ -228,7 +228,7 @@ def main() -> None:
         parser.error(f"--jobs {asked.jobs} is out of range: expected at least 1")
     if not any(each.startswith("threads=") for each in further):
         further.append("threads=1")
-    names = asked.names or every
+    names = list(dict.fromkeys(asked.names)) or every
     asked.root.mkdir(parents=True, exist_ok=True)
     try:
         with stopping_at_signals():

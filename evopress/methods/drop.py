@@ -266,10 +266,10 @@ class Drop:
         return Budget(total=sum(part.total for part in parts), target=self.sparsity, measure=measure, limits=limits)
 
     def generations(self, space: Space) -> int:
-        """Return k(n - k) / 1.5 times the scale, for k of n units of a kind that are dropped (paper appendix C, Table 8)."""
+        """Return k(n - k) / 1.5 times the scale, for k of the n units of the most frequent kind (paper appendix C, Table 8)."""
         kinds = Counter(unit.group for unit in space.units)
         n = max(kinds.values())
-        k = n - self.budget(space).total // len(kinds)
+        k = self.num_dropped(n * self._source.width) // self._source.width
         return max(math.ceil(k * (n - k) / 1.5 * self.scale - 1e-9), 1)
 
     def uniform_name(self, level: Level) -> str:

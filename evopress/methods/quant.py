@@ -118,7 +118,7 @@ class Quantization:
     @property
     def target_is_level(self) -> bool:
         """Tell whether the target is one of the levels."""
-        return self.bits in self.settings.levels
+        return self.bits in [bits_of(level) for level in self.settings.levels if level != DENSE]
 
     @property
     def propagate(self) -> str | None:

@@ -138,6 +138,12 @@ def test_generations_follow_theorem_1(sparsity: float, granularity: str, expecte
     assert half.generations(space_of(half)) == math.ceil(expected / 2)
 
 
+def test_generations_are_those_of_the_kind_that_has_most_units() -> None:
+    blocks = [BlockShape(f"{i}", kinds=("attention", "mlp") if i % 3 == 0 else ("mlp",)) for i in range(24)]
+    method = method_of(0.25)
+    assert method.generations(method.space(blocks, dtype_bits=16)) == math.ceil(6 * 18 / 1.5)
+
+
 def test_excluded_units_have_nothing_but_the_level_that_keeps_them() -> None:
     method = method_of(exclude=[0, "29", "model.layers.1.attention", "*.2?.mlp"])
     space = space_of(method)

@@ -102,6 +102,8 @@ def test_bounds_count_from_a_target_that_is_a_level(bound: dict[str, int]) -> No
         make_method(settings(2.5, search=search))
     assert make_method(settings(3.0, search=search)).target_is_level
     assert not make_method(settings(2.5, search=search, stages=["database"])).target_is_level
+    types = {"grid": "gguf", "levels": ["Q8_0", "Q4_K", "Q2_K"], "propagate_bits": None}
+    assert make_method(settings(4.5, search=search, **types)).target_is_level
 
 
 def test_another_schema_is_no_method() -> None:
