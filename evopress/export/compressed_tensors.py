@@ -56,7 +56,7 @@ class CompressedTensors:
 
         Args: dtype: that the model is served in, float16, bfloat16 or float32; None: its own.
         """
-        if dtype is not None and dtype not in _DTYPES:
+        if dtype is not None and dtype not in tuple(_DTYPES):
             raise EvoPressError(f"export_options.compressed_tensors.dtype={dtype} is unknown: choose {', '.join(_DTYPES)}")
         self._dtype = None if dtype is None else _DTYPES[dtype]
 

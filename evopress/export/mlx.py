@@ -59,7 +59,7 @@ class MLX:
 
         Args: scales: dtype of scales and biases, float16 or float32.
         """
-        if scales not in _SCALES:
+        if scales not in tuple(_SCALES):
             raise EvoPressError(f"export_options.mlx.scales={scales} is unknown: choose {' or '.join(_SCALES)}")
         self._dtype = _SCALES[scales]
 

@@ -23,6 +23,7 @@ from evopress.errors import EvoPressError
 from evopress.export.compressed_tensors import CompressedTensors
 from evopress.export.exporter import DENSE, INTEGERS, SPARSE, Export, Exporter, Form, write_export
 from evopress.export.gptq import GPTQFiles
+from evopress.export.named import make_exporters
 from evopress.export.tensors_file import Entry, Section, header, write_sections
 from evopress.levels.live import LiveModel
 from evopress.levels.modules import is_module
@@ -133,6 +134,14 @@ def test_a_weight_as_it_is_lies_as_the_model_holds_it(what: str, tmp_path: Path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
     assert {f"{unit.name}.weight" for unit in units} < state.keys()
     assert schemes(tmp_path / what)("transformer.h.0.attn.c_attn") is None
+
+
+@pytest.mark.parametrize(
+    ("what", "option", "value"), [("mlx", "scales", [16]), ("compressed_tensors", "dtype", ["float16"]), ("gguf", "pre_tokenizer", 3)]
+)
+def test_an_option_of_another_type_is_refused(what: str, option: str, value: Any) -> None:
+    with pytest.raises(EvoPressError, match=rf"export_options\.{what}\.{option}="):
+        make_exporters([what], {what: {option: value}})
 
 
 @pytest.mark.parametrize("what", EXPORTERS)
