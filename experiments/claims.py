@@ -36,10 +36,11 @@ def claims(name: str) -> Iterator[str]:
         where = dict(zip(spec.group, group, strict=True))
         here = {row["method"]: row for row in _of(ours, where) if row["measure"] == measure}
         there = _of(paper, where)
+        compared = [method for method in here if method not in (spec.reference, *spec.apart) and spec.reference in here]
         told = [
-            _against(method, row, float(here[spec.reference]["mean"]), _ratios(there, method, spec.reference))
-            for method, row in here.items()
-            if method not in (spec.reference, *spec.apart) and any(each["method"] == method for each in there)
+            _against(method, here[method], float(here[spec.reference]["mean"]), ratios)
+            for method in compared
+            if (ratios := _ratios(there, method, spec.reference))
         ]
         if told:
             about = f", {describe(where)}" if where else ""
@@ -53,7 +54,12 @@ def _of(rows: Sequence[dict[str, str]], where: Mapping[str, str]) -> list[dict[s
 def _ratios(rows: Sequence[Mapping[str, str]], method: str, reference: str) -> list[float]:
     """Return a method's perplexity over the reference's in each column of each model of the paper."""
     of = {(row["model"], row["method"]): row for row in rows}
-    columns = [key for key in rows[0] if key not in ("model", "method", *(key for spec in SPECS.values() for key in spec.group))]
+    columns = [
+        key
+        for row in rows[:1]
+        for key in row
+        if key not in ("model", "method", *(key for spec in SPECS.values() for key in spec.group))
+    ]
     return [
         float(row[column]) / float(other[column])
         for (model, name), row in of.items()

@@ -38,3 +38,14 @@ def test_verdicts(uniform: str, verdict: str, mean: str, said: str, tmp_path: Pa
     rows = f"uniform,ppl x,{mean},{verdict}\nevopress,ppl x,20,\ndp,ppl x,25,worse\nuniform,held-out KL,1,worse\n"
     (tmp_path / "results.csv").write_text(f"method,measure,mean,verdict\n{rows}")
     assert list(claims.claims("table3")) == [f"Table 3: 3 bits per weight: perplexity over that of EvoPress: {said}."]
+
+
+def test_nothing_is_said_without_the_reference_here_or_in_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as a sweep is half-finished."""
+    monkeypatch.setattr(claims, "home", lambda name: tmp_path)
+    (tmp_path / "paper.csv").write_text("model,method,a\nM,uniform,12\nM,evopress,10\n")
+    (tmp_path / "results.csv").write_text("method,measure,mean,verdict\nuniform,ppl x,30,\n")
+    assert not list(claims.claims("table3"))
+    (tmp_path / "paper.csv").write_text("model,method,a\nM,uniform,12\n")
+    (tmp_path / "results.csv").write_text("method,measure,mean,verdict\nuniform,ppl x,30,\nevopress,ppl x,20,\n")
+    assert not list(claims.claims("table3"))
