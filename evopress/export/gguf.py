@@ -97,7 +97,7 @@ class GGUF:
         if not isinstance(exact, bool):
             raise EvoPressError(f"export_options.gguf.exact={exact} is neither true nor false")
         if not isinstance(pre_tokenizer, str | None):
-            raise EvoPressError(f"export_options.gguf.pre_tokenizer={pre_tokenizer} is no name: give llama.cpp's, such as llama-bpe")
+            raise EvoPressError(f"export_options.gguf.pre_tokenizer={pre_tokenizer} is no name: give one, such as llama-bpe")
         self._exact, self._dense, self._rounded, self._pre = exact, dtypes.get(dense or ""), dense == _ROUNDED.name, pre_tokenizer
 
     def check(self, config: Mapping[str, Any], forms: Iterable[Form]) -> None:

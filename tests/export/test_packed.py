@@ -137,7 +137,8 @@ def test_a_weight_as_it_is_lies_as_the_model_holds_it(what: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("what", "option", "value"), [("mlx", "scales", [16]), ("compressed_tensors", "dtype", ["float16"]), ("gguf", "pre_tokenizer", 3)]
+    ("what", "option", "value"),
+    [("mlx", "scales", [16]), ("compressed_tensors", "dtype", ["float16"]), ("gguf", "pre_tokenizer", 3)],
 )
 def test_an_option_of_another_type_is_refused(what: str, option: str, value: Any) -> None:
     with pytest.raises(EvoPressError, match=rf"export_options\.{what}\.{option}="):
