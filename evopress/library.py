@@ -97,6 +97,7 @@ class Model:
                 separator=settings.separator,
                 bos=settings.bos,
             )
+        self.source.check(length=sequences.shape[1])
         if (rows := self.source.embedding_rows) is not None:
             check_embedded(sequences, self.tokenizer, num_rows=rows, what="the text", separator=settings.separator)
         return sequences

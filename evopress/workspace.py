@@ -135,7 +135,9 @@ class Workspace:
     def _check_model(self) -> None:
         """Raise EvoPressError if the settings do not fit the model; reads its config and the heads of its weight files alone."""
         config, fitness = self.model_source.config, self.settings.fitness
-        self.model_source.check(kept_logits=fitness.k if fitness.name == "topk_kl" else None)
+        self.model_source.check(
+            length=self.settings.model.sequence_length, kept_logits=fitness.k if fitness.name == "topk_kl" else None
+        )
         if self.method.modules is not None:
             space, even = self._planned_modules(), self.method.modules.even
             if "export" in self.settings.stages and any(map(num_experts, space.units)):

@@ -130,6 +130,15 @@ def test_what_cannot_be_is_one_sentence(model: Any, tiny_folder: Callable[..., P
         evopress.load_model("/no/such/model")
 
 
+def test_sequences_are_as_long_as_the_model_takes_them(tiny_folder: Callable[..., Path]) -> None:
+    model = evopress.load_model(tiny_folder(), dtype="float32", device="cpu")
+    positions = model.model.config.max_position_embeddings
+    assert model.settings.sequence_length == positions
+    levels = evopress.build_levels(model, torch.zeros(1, positions, dtype=torch.int64), method="drop", sparsity=0.5)
+    with pytest.raises(EvoPressError, match=f"^model.sequence_length={positions + 1} is more than the {positions} positions"):
+        evopress.evaluate(levels, torch.zeros(1, positions + 1, dtype=torch.int64))
+
+
 def test_a_search_refuses_unknown_settings_and_too_little_text(model: Any) -> None:
     text = ["Some words to calibrate on. " * 40]
     levels = evopress.build_levels(model, text, bits=3, levels=(4, 3, 2))

@@ -169,13 +169,15 @@ class ModelSource:
         rows = self.config.get("vocab_size", text_config(self.config).get("vocab_size"))
         return rows if isinstance(rows, int) else None
 
-    def check(self, *, kept_logits: int | None) -> None:
+    def check(self, *, length: int, kept_logits: int | None = None) -> None:
         """Raise EvoPressError if sequences are longer than the model's positions, or more logits are kept than it has tokens.
 
-        Args: kept_logits: `fitness.k` where the fitness keeps the greatest logits alone, else None.
+        Args:
+            length: of the sequences, in tokens.
+            kept_logits: `fitness.k` where the fitness keeps the greatest logits alone, else None.
         """
         config = text_config(self.config)
-        length, positions = self._settings.sequence_length, config.get("max_position_embeddings")
+        positions = config.get("max_position_embeddings")
         if isinstance(positions, int) and length > positions:
             raise EvoPressError(f"model.sequence_length={length} is more than the {positions} positions of this model: lower it")
         vocabulary = config.get("vocab_size")

@@ -47,11 +47,11 @@ def test_shapes_of_a_damaged_file_are_not_known(source: Callable[..., ModelSourc
 
 def test_what_exceeds_the_model_is_refused(source: Callable[..., ModelSource]) -> None:
     positions, rows = source().config["max_position_embeddings"], source().config["vocab_size"]
-    source(sequence_length=positions).check(kept_logits=rows)
+    source().check(length=positions, kept_logits=rows)
     with pytest.raises(EvoPressError, match=f"model.sequence_length={positions + 1} is more than the {positions} positions"):
-        source(sequence_length=positions + 1).check(kept_logits=None)
+        source().check(length=positions + 1)
     with pytest.raises(EvoPressError, match=rf"fitness\.k={rows + 1} is more than the {rows} tokens"):
-        source().check(kept_logits=rows + 1)
+        source().check(length=positions, kept_logits=rows + 1)
 
 
 def test_a_model_must_be_named(tmp_path: Path) -> None:
