@@ -29,6 +29,7 @@ from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.export.exporter import write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
+from evopress.files import make_folder
 from evopress.models.loading import DTYPES, pick_device, take_model
 from evopress.models.opening import ModelSource, greatest_group, longest_sequence, pick_dtype
 from evopress.reporting.generations import read_generations
@@ -48,6 +49,7 @@ from evopress.settings import (
     SearchConfig,
 )
 from evopress.stages.checks import check_strategy, check_tokens, searching
+from evopress.stages.earlier import refuse_other_settings
 from evopress.stages.exports import forms_of, refuse_unfit_formats, what_is_exported
 from evopress.stages.search import search as run_the_search
 from evopress.units import Genome, Space
@@ -86,8 +88,12 @@ class Model:
         if isinstance(text, str):
             raise EvoPressError("the text is one string: give a list of documents, or token ids")
         if isinstance(text, Tensor):
-            if text.dim() != 2 or text.dtype != torch.int64 or not text.numel():
-                raise EvoPressError(f"the token ids are {text.dtype} {list(text.shape)}: give int64 [sequences, tokens]")
+            if text.dim() != 2 or text.dtype != torch.int64 or not len(text) or text.shape[1] < 2:
+                raise EvoPressError(
+                    f"the token ids are {text.dtype} {list(text.shape)}: give int64 [sequences, tokens], at least 2 tokens each"
+                )
+            if (least := int(text.min())) < 0:
+                raise EvoPressError(f"the token ids have {least}: give ids of the model's tokenizer, 0 or more")
             sequences = text.cpu()
         else:
             sequences = sequences_of(
@@ -260,7 +266,7 @@ def search(
         settings: the search's own: generations=50, num_offspring=16, survivors=[4, 1], tokens=[2048, 16384], starts=["dp"] and
             what else `SearchConfig` has.
 
-    Raises: EvoPressError if a setting is unknown or out of range, or there is too little text.
+    Raises: EvoPressError if a setting is unknown or out of range, there is too little text, or the folder has another search.
     """
     if exchange := _EXCHANGES.get(levels.settings.method.name):
         settings.setdefault("exchange", exchange)
@@ -268,7 +274,7 @@ def search(
     calibration = levels.workspace.calibration_tokens
     kept = tempfile.TemporaryDirectory(prefix="evopress-") if folder is None else None
     run_dir = Path(kept.name if kept is not None else str(folder)).expanduser()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
     run = replace(
         levels.settings,
         model=replace(levels.model.settings, sequence_length=tokens.shape[1]),
@@ -283,7 +289,9 @@ def search(
     workspace = Workspace(
         run, run_dir, model=levels.model.source, text=GivenText(calibration, tokens), blocks=levels.workspace.blocks
     )
-    run_the_search(workspace, searching(run.search, derived=workspace.generations(run)), NullTracker())
+    numbers = searching(run.search, derived=workspace.generations(run))
+    refuse_other_settings(workspace, numbers)
+    run_the_search(workspace, numbers, NullTracker())
     records = read_generations(run_dir / "metrics.jsonl", workspace.database.space)
     return Found(tuple(records[-1]["genome"]), float(records[-1]["fitness"]), run_dir, records, kept)
 
@@ -305,14 +313,17 @@ def evaluate(levels: Levels, text: Text, genome: Genome | Found | None = None) -
 
 
 def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format: str = DEQUANTIZED, **options: Any) -> Path:
-    """Write the model at a genome, replacing an older folder; return the folder.
+    """Write the model at a genome, replacing an older export; return the folder.
 
     Args:
         format: dequantized, a checkpoint that transformers loads; mlx; gguf; compressed_tensors; gptq; others' (docs/exports.md).
         options: the format's own, such as scales="float32".
 
-    Raises: EvoPressError if the genome does not fit the levels or the format, or the folder cannot be written.
+    Raises: EvoPressError if the genome does not fit the levels or the format, or the folder cannot be written or holds no export.
     """
+    folder = Path(folder).expanduser()
+    if folder.exists() and not (folder / "evopress.json").is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise EvoPressError(f"{folder} is there and holds no export, which alone may be replaced: give another folder")
     workspace, genome, space = levels.workspace, _genome(levels, genome), levels.space
     exporter = make_exporters([format], {format: options})[format]
     exporter.check(workspace.model_source.config, forms_of(workspace, space, genome))
@@ -321,7 +332,7 @@ def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format
         write_genome(*files, space=space, genome=genome, database=workspace.database.fingerprint, budget=workspace.budget)
         told = {} if format == DEQUANTIZED else {"export": {"format": format, "options": options}}
         what = what_is_exported(workspace, genome, files=files, told={**workspace.method.costs(space, genome), **told})
-        return write_export(exporter, Path(folder).expanduser(), what)
+        return write_export(exporter, folder, what)
 
 
 def _genome(levels: Levels, genome: Genome | Found) -> Genome:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,10 @@ def test_what_cannot_be_is_one_sentence(model: Any, tiny_folder: Callable[..., P
         evopress.build_levels(model, ["short"], bits=3)
     with pytest.raises(EvoPressError, match=r"^the token ids are torch\.float32 \[2, 2\]: give int64"):
         evopress.build_levels(model, torch.ones(2, 2), bits=3)
+    with pytest.raises(EvoPressError, match=r"int64 \[4, 1\]: give .*, at least 2 tokens each"):
+        model.sequences(torch.ones(4, 1, dtype=torch.int64))
+    with pytest.raises(EvoPressError, match=r"^the token ids have -100: give ids of the model's tokenizer"):
+        model.sequences(torch.full((2, 4), -100))
     with pytest.raises(EvoPressError, match=r"^the model has no tokenizer: give load_model\(model, tokenizer\)$"):
         evopress.load_model(AutoModelForCausalLM.from_pretrained(tiny_folder()))
     with pytest.raises(EvoPressError, match=r"is not a folder|not a folder: give"):
@@ -157,3 +162,20 @@ def test_modules_are_dropped_by_the_same_calls(model: Any, tmp_path: Path) -> No
     assert levels.space.cost(found.genome) == 2 and (tmp_path / "run" / "genome.json").exists()
     tokenizer: Any = AutoTokenizer.from_pretrained(model.source.folder)
     assert evopress.evaluate(levels, text, found).num_tokens == len(tokenizer(text[0])["input_ids"]) // 32 * 31
+    few, before = SMALL | {"generations": 2}, (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(EvoPressError, match=r"^the search in .*run had other settings \(seed 0 there, 1 here\)"):
+        evopress.search(levels, text, seed=1, folder=tmp_path / "run", **few)
+    with pytest.raises(EvoPressError, match=r"had other settings \(search text "):
+        evopress.search(levels, ["Other words than those that it had. " * 60], folder=tmp_path / "run", **few)
+    assert evopress.search(levels, text, folder=tmp_path / "run", **few).genome == found.genome
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["folder", "file"])
+def test_what_is_no_export_stays(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder" / "thesis.txt", tmp_path / "file"):
+        path.write_text("years of work")
+    with pytest.raises(EvoPressError, match=r"is there and holds no export, which alone may be replaced: give another folder"):
+        evopress.export(SimpleNamespace(), (), tmp_path / name)  # type: ignore[arg-type]
+    assert (tmp_path / "folder" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "years of work"
