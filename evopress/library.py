@@ -35,6 +35,7 @@ from evopress.models.opening import ModelSource, greatest_group, longest_sequenc
 from evopress.reporting.generations import read_generations
 from evopress.reporting.records import write_genome
 from evopress.reporting.tracker import NullTracker
+from evopress.search.strategies import STRATEGIES
 from evopress.settings import (
     AUTO,
     METHODS,
@@ -264,12 +265,14 @@ def search(
         seed: of every generator.
         folder: run folder, in which a search that was interrupted goes on; None: a temporary one.
         settings: the search's own: generations=50, num_offspring=16, survivors=[4, 1], tokens=[2048, 16384], starts=["dp"] and
-            what else `SearchConfig` has.
+            what else `SearchConfig` has. strategy: a name, "evolution" (the default) or "guided"; or that with numbers of its own,
+            {"name": "guided", "rounds": 3}.
 
     Raises: EvoPressError if a setting is unknown or out of range, there is too little text, or the folder has another search.
     """
     if exchange := _EXCHANGES.get(levels.settings.method.name):
         settings.setdefault("exchange", exchange)
+    settings["strategy"] = _strategy(settings.get("strategy"))
     tokens = levels.model.sequences(text)
     calibration = levels.workspace.calibration_tokens
     kept = tempfile.TemporaryDirectory(prefix="evopress-") if folder is None else None
@@ -347,6 +350,18 @@ def _data(calibration: Tensor, search: Tensor) -> DataSettings:
         search_tokens=search.numel(),
         evaluation_tokens=search.numel(),
     )
+
+
+def _strategy(given: Any) -> Any:
+    """Return the settings of a strategy that is given by its name, or by a dict of that and its numbers; others as they are.
+
+    Raises: EvoPressError if there is no such strategy, or it has no such number.
+    """
+    told = {"name": given} if isinstance(given, str) else given
+    if not isinstance(told, dict) or not isinstance(told.get("name"), str):
+        return given
+    numbers = {key: value for key, value in told.items() if key != "name"}
+    return _made(STRATEGIES.get(told["name"], key="strategy"), numbers, what=f"strategy {told['name']}")
 
 
 def _made(schema: type, settings: dict[str, Any], *, what: str) -> Any:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -600,7 +601,7 @@ class RunSettings:
         if "export" in self.stages and not self.export:
             raise EvoPressError("export is empty: name a format, such as export=[dequantized], or leave export out of stages")
         _expect(self.seed >= 0, "seed", self.seed, "0 or more")
-        _expect(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null for torch's choice")
+        _expect(self.threads is None or 1 <= self.threads <= 1024, "threads", self.threads, "1 to 1024, or null for torch's choice")
 
     def _check_budgets(self) -> None:
         """Let several budgets, or what is to be kept, stand in the place of the one target, which a method may have by default."""
@@ -609,7 +610,7 @@ class RunSettings:
             raise EvoPressError(
                 f"max_kl={self.max_kl} and min_agreement={self.min_agreement} are both given: leave one of them out"
             )
-        _expect(self.max_kl is None or self.max_kl > 0, "max_kl", self.max_kl, "more than 0 nats per token")
+        _expect(self.max_kl is None or 0 < self.max_kl < math.inf, "max_kl", self.max_kl, "more than 0 nats per token")
         agreement = self.min_agreement
         _expect(agreement is None or 0 < agreement < 1, "min_agreement", agreement, "a share of tokens in (0, 1), such as 0.9")
         given = {"budgets": self.budgets, **kept} if self.budgets else kept

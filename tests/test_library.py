@@ -151,8 +151,20 @@ def test_a_search_refuses_unknown_settings_and_too_little_text(model: Any) -> No
         evopress.search(levels, text, offspring=3)
     with pytest.raises(EvoPressError, match=r"asks for a minibatch of 2048 tokens: expected 2 to "):
         evopress.search(levels, text, generations=2)
+    with pytest.raises(EvoPressError, match=r"^search strategy guide is unknown|^strategy=guide is "):
+        evopress.search(levels, text, strategy="guide")
+    with pytest.raises(EvoPressError, match=r"^strategy guided has no setting round: choose among .*rounds"):
+        evopress.search(levels, text, strategy={"name": "guided", "round": 1})
     with pytest.raises(EvoPressError, match=r"^the genome has 1 levels but the level database has 14 units"):
         evopress.evaluate(levels, text, (0,))
+
+
+def test_guided_searches_by_its_name(model: Any) -> None:
+    text = ["Some words to calibrate on, and a few more of them. " * 40]
+    levels = evopress.build_levels(model, text, bits=3, levels=(4, 3, 2))
+    guided = {"name": "guided", "rounds": 1, "attribution_tokens": 128, "attribution_sequences": 4, "screen_tokens": 64}
+    found = evopress.search(levels, text, strategy=guided, starts=["dp"])
+    assert levels.space.cost(found.genome) <= 3 * levels.space.size and len(found.records) == 2
 
 
 def test_modules_are_dropped_by_the_same_calls(model: Any, tmp_path: Path) -> None:

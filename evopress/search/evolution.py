@@ -130,6 +130,10 @@ class EvolutionStrategy:
 
     def searching(self, evolution: SearchSettings) -> SearchSettings:
         """See `StrategySettings`."""
+        if evolution.generations is None:
+            raise EvoPressError(
+                "search.generations is null, which only depth pruning derives: give a number, such as search.generations=50"
+            )
         return evolution
 
 

@@ -231,9 +231,10 @@ class StrategySettings(Protocol):
     def searching(self, evolution: SearchSettings) -> Searching:
         """Return the numbers of a search.
 
-        Args: evolution: those of the evolutionary one, the rest of `search`, for a strategy that has it inside.
+        Args: evolution: those of the evolutionary one, the rest of `search`, for a strategy that has it inside; without generations
+            where nobody gives any.
 
-        Raises: EvoPressError if a number is out of range.
+        Raises: EvoPressError if a number is out of range, or one that it needs is missing.
         """
 
 

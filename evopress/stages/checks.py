@@ -80,17 +80,12 @@ def searching(config: SearchConfig, *, derived: int | None = None) -> Searching:
 
     Args: derived: generations where the settings give none.
 
-    Raises: EvoPressError if neither gives any, or there is no such strategy, or one of its numbers is out of range.
+    Raises: EvoPressError if there is no such strategy, or one of its numbers is out of range, or missing.
     """
     given = {each.name: getattr(config, each.name) for each in fields(SearchSettings)}
     if config.generations is None:
         given["generations"] = derived
-    numbers = SearchSettings(**given)
-    if numbers.generations is None:
-        raise EvoPressError(
-            "search.generations is null, which only depth pruning derives: give a number, such as search.generations=50"
-        )
-    return strategy_of(config.strategy).searching(numbers)
+    return strategy_of(config.strategy).searching(SearchSettings(**given))
 
 
 def check_strategy(settings: RunSettings) -> None:
