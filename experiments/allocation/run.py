@@ -149,10 +149,12 @@ def draw(results: pd.DataFrame, folder: Path) -> list[Path]:
     for panel, (method, recipe) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         here = results[(results.method == method) & (results.recipe == recipe)]
         for name, of_name in here.groupby("row", sort=False):
-            look, kl = names.index(name) % len(COLOURS), of_name.groupby("target").held_out_kl.mean()
-            style = {"color": COLOURS[look], "linestyle": STYLES[look], "marker": MARKERS[look], "ms": 3, "lw": 1.2}
+            (again, look), kl = divmod(names.index(name), len(COLOURS)), of_name.groupby("target").held_out_kl.mean()
+            other = (look + again) % len(COLOURS)  # of a colour that comes again
+            style = {"color": COLOURS[look], "linestyle": STYLES[other], "marker": MARKERS[other], "ms": 3.5, "lw": 1.2}
             (lines[display_name(str(name))],) = panel.plot(kl.index, kl, **style)
         panel.set(title=f"{method}{f', {recipe} levels' if recipe else ''}", xlabel=METHODS[str(method)].shown)
+        panel.set_xticks(sorted(set(here.target)))
         log_scale(panel)
         open_frame(panel)
     figure.supylabel("held-out KL, mean over seeds", fontsize=10)
