@@ -53,12 +53,15 @@ def _home() -> str:
 def with_plus(arguments: Sequence[str]) -> list[str]:
     """Let `method=quant` mean `+method=quant`, since there is no other by default; beside an experiment it means that one's.
 
-    `+debug=tiny` comes last wherever it is typed: it makes smaller what the others choose, and the last one counts.
+    `+debug=tiny` comes after them wherever it is typed: it makes smaller what they choose, and the last one counts.
     """
     chosen = any(argument.lstrip("+").startswith("experiment=") for argument in arguments)
     found = [_WITHOUT_PLUS.match(argument) for argument in arguments]
     meant = [f"+{each}" if of and not (chosen and of[1] == "method") else each for each, of in zip(arguments, found, strict=True)]
-    return sorted(meant, key=lambda each: each.startswith("+debug="))
+    last = max((place for place, each in enumerate(meant) if each.startswith(("+method=", "+experiment="))), default=0)
+    before = [each for each in meant[:last] if not each.startswith("+debug=")]
+    early = [each for each in meant[:last] if each.startswith("+debug=")]
+    return [*before, *meant[last : last + 1], *early, *meant[last + 1 :]]
 
 
 def with_numbers_shown(arguments: Sequence[str]) -> list[str]:

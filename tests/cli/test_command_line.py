@@ -115,7 +115,7 @@ def test_an_element_of_a_list_that_a_scale_makes_is_refused(evopress: Callable[.
         (["-m", "method=quant,drop"], ["-m", "+method=quant,drop"]),
         (
             ["debug=tiny", "+method=sparsity", "seed=1"],
-            ["+method=sparsity", "seed=1", "+debug=tiny"],
+            ["+method=sparsity", "+debug=tiny", "seed=1"],
         ),  # it makes smaller what that has
         (["+experiment=table4", "method=quant"], ["+experiment=table4", "method=quant"]),  # in the place of the experiment's
         (["method=", "method.levels=[3,2]", "hydra.run.dir=a=b"], ["method=", "method.levels=[3,2]", "hydra.run.dir=a=b"]),

@@ -216,7 +216,7 @@ def test_what_no_budget_decides_is_planned_and_said_once(
 
     scored = replace(asked, baselines=replace(asked.baselines, names=["one_at_a_time"]), stages=["baselines"])
     assert tokens(planned(scored, budgets=[4, 3.5, 3, 2.5])) == tokens(planned(scored, budgets=[], bits=3.0)) != "-"
-    mixed = replace(scored, baselines=replace(asked.baselines, names=["best_of_random"]))
+    mixed = replace(scored, baselines=replace(asked.baselines, names=["best_of_random"]), stages=["search", "baselines"])
     assert tokens(planned(mixed, max_kl=0.1)) != tokens(planned(mixed)), "of two budgets that are tried, those of the answer alone"
     names = "baselines.names=[uniform,owl,atp,alphapruning]"
     pruned = planned(settings_of("+method=sparsity", "budgets=[0.5,0.6]", "model.dtype=auto", names, *paths), stages=["baselines"])
