@@ -59,9 +59,7 @@ def with_plus(arguments: Sequence[str]) -> list[str]:
     found = [_WITHOUT_PLUS.match(argument) for argument in arguments]
     meant = [f"+{each}" if of and not (chosen and of[1] == "method") else each for each, of in zip(arguments, found, strict=True)]
     last = max((place for place, each in enumerate(meant) if each.startswith(("+method=", "+experiment="))), default=0)
-    before = [each for each in meant[:last] if not each.startswith("+debug=")]
-    early = [each for each in meant[:last] if each.startswith("+debug=")]
-    return [*before, *meant[last : last + 1], *early, *meant[last + 1 :]]
+    return [*sorted(meant[: last + 1], key=lambda each: each.startswith("+debug=")), *meant[last + 1 :]]
 
 
 def with_numbers_shown(arguments: Sequence[str]) -> list[str]:

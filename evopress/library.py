@@ -325,7 +325,8 @@ def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format
     Raises: EvoPressError if the genome does not fit the levels or the format, or the folder cannot be written or holds no export.
     """
     folder = Path(folder).expanduser()
-    if folder.exists() and not (folder / "evopress.json").is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_empty and not (folder / "evopress.json").is_file():
         raise EvoPressError(f"{folder} is there and holds no export, which alone may be replaced: give another folder")
     workspace, genome, space = levels.workspace, _genome(levels, genome), levels.space
     exporter = make_exporters([format], {format: options})[format]

@@ -66,9 +66,14 @@ class Unit:
         """What it is one of, where as many of each are to stay: its kind, of an expert the layer that it is in."""
         return self.name.rpartition(".")[0] if self.kind == EXPERT else self.kind
 
+    @property
+    def kinds(self) -> set[str | None]:
+        """Where it counts: among units of its kind, of its group, and of none in particular."""
+        return {None, self.kind, self.group}
+
     def is_of(self, kind: str | None) -> bool:
         """Tell whether it counts where units of a kind, or of a group, do; None: all do."""
-        return kind in (None, self.kind, self.group)
+        return kind in self.kinds
 
     @property
     def place(self) -> str:

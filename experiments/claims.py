@@ -54,12 +54,8 @@ def _of(rows: Sequence[dict[str, str]], where: Mapping[str, str]) -> list[dict[s
 def _ratios(rows: Sequence[Mapping[str, str]], method: str, reference: str) -> list[float]:
     """Return a method's perplexity over the reference's in each column of each model of the paper."""
     of = {(row["model"], row["method"]): row for row in rows}
-    columns = [
-        key
-        for row in rows[:1]
-        for key in row
-        if key not in ("model", "method", *(key for spec in SPECS.values() for key in spec.group))
-    ]
+    apart = {"model", "method", *(key for spec in SPECS.values() for key in spec.group)}
+    columns = [key for key in (rows[0] if rows else ()) if key not in apart]
     return [
         float(row[column]) / float(other[column])
         for (model, name), row in of.items()

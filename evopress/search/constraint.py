@@ -164,12 +164,12 @@ class RepairedExchange:
 
 def tables_of(space: Space, budget: Budget) -> list[tuple[Prices, int]]:
     """Return what every level of every unit costs of each limit, and the limit's total; the budget's own first."""
-    tables: list[tuple[Prices, int]] = [(space.prices, budget.total)]
-    for limit in budget.limits:
-        prices = space.prices_in(limit.currency or space.words)
-        counted = [unit.is_of(limit.kind) for unit in space.units]
-        tables.append((tuple(p if here else (0,) * len(p) for p, here in zip(prices, counted, strict=True)), limit.total))
-    return tables
+    totals = [budget.total, *(limit.total for limit in budget.limits)]
+    tables: list[list[Sequence[int]]] = [[(0,) * len(unit.levels) for unit in space.units] for _ in totals]
+    for unit, counted in enumerate(_counted(space, budget)):
+        for limit, prices in counted:
+            tables[limit][unit] = prices
+    return list(zip(tables, totals, strict=True))
 
 
 class Spending:
@@ -252,9 +252,9 @@ class Spending:
 def _counted(space: Space, budget: Budget) -> list[list[tuple[int, Sequence[int]]]]:
     """Return of every unit the limits that count it, 0 being the budget's own total, each with what its levels cost of that."""
     counted: list[list[tuple[int, Sequence[int]]]] = [[(0, prices)] for prices in space.prices]
-    of_kind: dict[str | None, list[int]] = {None: list(range(len(space)))}
+    of_kind: dict[str | None, list[int]] = {}
     for index, unit in enumerate(space.units):
-        for kind in {unit.kind, unit.group}:
+        for kind in unit.kinds:
             of_kind.setdefault(kind, []).append(index)
     for place, limit in enumerate(budget.limits, start=1):
         prices = space.prices_in(limit.currency or space.words)
