@@ -1,12 +1,14 @@
 """What is measured per token: KL divergence, sparse (top-k) KL divergence, perplexity, and what is reported.
 
-Logits exist for one chunk of tokens at a time. The base model's part of a chunk is computed once for all candidates.
+Logits exist for one chunk of tokens at a time. The base model's part of a chunk is computed once for all candidates. On a CPU what
+follows the head's product is done for a few tokens after the other, so that their logits stay in the core's cache.
 
 Shapes: T tokens of a chunk, d hidden size, V vocabulary, k tokens kept by the sparse KL.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +17,9 @@ from torch import Tensor
 
 from evopress.fitness.fusion import compiled
 from evopress.models.head import Head
+
+_IN_CACHE = 2**18
+"""Logits that are worked on at a time on a CPU: in float32, with what is made of them, a core's cache holds them."""
 
 
 class Measure(Protocol):
@@ -45,15 +50,14 @@ class KLDivergence:
     """Through torch.compile: one pass over a candidate's logits."""
 
     def reference(self, base: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        logp = torch.log_softmax(head.logits(base), dim=-1)
-        p = logp.exp()
-        return p, _expected(p, logp)  # [T, V] and Σ p log p, [T]
+        return _of_base(head.scores(base))
 
     def __call__(self, hidden: Tensor, reference: tuple[Tensor, Tensor], head: Head) -> Tensor:
         p, negative_entropy = reference
         if self.fused:
             return compiled(_divergence)(head.scores(hidden), p, negative_entropy).unsqueeze(0)
-        return (negative_entropy - _expected(p, torch.log_softmax(head.logits(hidden), dim=-1))).unsqueeze(0)
+        found = _by_tokens(lambda scores, p: torch.linalg.vecdot(p, _logarithms(scores)), head.scores(hidden), p)
+        return (negative_entropy - found).unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,9 @@ class NegativeLogLikelihood:
         return labels
 
     def __call__(self, hidden: Tensor, reference: Tensor, head: Head) -> Tensor:
-        logq = torch.log_softmax(head.logits(hidden), dim=-1)
-        return -logq.gather(-1, reference.unsqueeze(-1)).T
+        return -_by_tokens(
+            lambda scores, labels: _logarithms(scores).gather(-1, labels.unsqueeze(-1)).T, head.scores(hidden), reference
+        )
 
 
 @dataclass(frozen=True)
@@ -102,21 +107,33 @@ class HeldOut:
     names: tuple[str, ...] = ("kl", "nll", "top1_agreement", "acceptance_rate", "flips")
 
     def reference(self, base: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits = head.logits(base)
-        logp = torch.log_softmax(logits, dim=-1)
-        p = logp.exp()
-        return p, _expected(p, logp), logits.argmax(-1), labels
+        scores = head.scores(base)
+        return *_of_base(scores), _by_tokens(lambda scores: scores.float().argmax(-1), scores), labels
 
     def __call__(self, hidden: Tensor, reference: tuple[Tensor, Tensor, Tensor, Tensor], head: Head) -> Tensor:
-        p, negative_entropy, top1, labels = reference
-        logq = torch.log_softmax(head.logits(hidden), dim=-1)
-        kl = negative_entropy - _expected(p, logq)
-        nll = -logq.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        most_likely = logq.argmax(-1)
-        q = logq.exp_()  # of no further use as logarithms
-        accepted = torch.minimum(p, q, out=q).sum(-1)
-        flips = (most_likely == labels) != (top1 == labels)
-        return torch.stack([kl, nll, (most_likely == top1).float(), accepted, flips.float()])
+        return _by_tokens(_held_out, head.scores(hidden), *reference)
+
+
+def _held_out(scores: Tensor, p: Tensor, negative_entropy: Tensor, top1: Tensor, labels: Tensor) -> Tensor:
+    logq = _logarithms(scores)
+    kl = negative_entropy - torch.linalg.vecdot(p, logq)
+    nll = -logq.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    most_likely = logq.argmax(-1)
+    q = logq.exp_()  # of no further use as logarithms
+    accepted = torch.minimum(p, q, out=q).sum(-1)
+    flips = (most_likely == labels) != (top1 == labels)
+    return torch.stack([kl, nll, (most_likely == top1).float(), accepted, flips.float()])
+
+
+def _of_base(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return p [T, V] and Σ p log p, [T], of logits [T, V]."""
+    p = torch.empty_like(scores, dtype=_wide(scores.dtype))
+
+    def expected(scores: Tensor, p: Tensor) -> Tensor:
+        logp = _logarithms(scores)
+        return torch.linalg.vecdot(torch.exp(logp, out=p), logp)
+
+    return p, _by_tokens(expected, scores, p)
 
 
 def _divergence(scores: Tensor, p: Tensor, negative_entropy: Tensor) -> Tensor:
@@ -124,11 +141,19 @@ def _divergence(scores: Tensor, p: Tensor, negative_entropy: Tensor) -> Tensor:
     return negative_entropy - (p * torch.log_softmax(scores.float(), dim=-1)).sum(-1)
 
 
-def _expected(p: Tensor, values: Tensor) -> Tensor:
-    """Return Σ p · values over the vocabulary, [T], of two float32 [T, V]; one pass, no temporary.
+def _by_tokens(function: Callable[..., Tensor], scores: Tensor, *others: Tensor) -> Tensor:
+    """Return a function's value, [..., T], for logits [T, V] and others [T, ...]: on a CPU for a few tokens at a time."""
+    if scores.device.type != "cpu":
+        return function(scores, *others)
+    few = max(_IN_CACHE // scores.shape[-1], 1)
+    return torch.cat([function(*parts) for parts in zip(*(each.split(few) for each in (scores, *others)), strict=True)], dim=-1)
 
-    On a GPU a batch of products of one row and one column each takes nearly twice as long (experiments/benchmark, gpu).
-    """
-    if p.is_cuda:
-        return torch.linalg.vecdot(p, values)
-    return torch.bmm(p.unsqueeze(1), values.unsqueeze(2)).reshape(-1)
+
+def _logarithms(scores: Tensor) -> Tensor:
+    """Return the logarithms of the probabilities, in float32, of logits [T, V]."""
+    return torch.log_softmax(scores.to(_wide(scores.dtype)), dim=-1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return float32, or the dtype where it is wider."""
+    return torch.promote_types(dtype, torch.float32)

@@ -39,7 +39,7 @@ def first_block(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
-    if family.plain_attention and device.type == "cpu":
+    if family.plain_attention and attention.suits(device, dtype):
         model.set_attn_implementation(attention.register())  # type: ignore[operator]
     with by_blocks(family):
         return BlockModel(model.eval(), replace(family, by_block=family.by_block[:1]), device=device, include=include)

@@ -306,8 +306,8 @@ def load_pretrained(
     Args:
         folder: a Hugging Face checkpoint with safetensors weights.
         dtype: float32, bfloat16 or float16, of all weights.
-        attn_implementation: as transformers takes it; None: `causal_chunks` for plain attention on a CPU, else
-            transformers' choice.
+        attn_implementation: as transformers takes it; None: `causal_chunks` for plain attention where it is faster
+            (`attention.suits`), else transformers' choice.
         device: where the model will run; it is loaded into host memory all the same.
         trust_remote_code: run code that comes with the checkpoint; off unless asked for by name.
 
@@ -325,7 +325,7 @@ def load_pretrained(
             "than they would on weights that were never rounded",
             *(READABLE[quantized["quant_method"]], dtype),
         )
-    if attn_implementation is None and family.plain_attention and torch.device(device).type == "cpu":
+    if attn_implementation is None and family.plain_attention and attention.suits(device, DTYPES[dtype]):
         attn_implementation = attention.register()
     try:
         model, found = (wrapper_of(config) or AutoModelForCausalLM).from_pretrained(

@@ -9,6 +9,7 @@ from measures_literal import (
     topk_kl_divergence,
 )
 
+from evopress.fitness import measures
 from evopress.fitness.measures import HeldOut, KLDivergence, NegativeLogLikelihood, TopkKL
 from evopress.models.head import Head
 
@@ -58,6 +59,26 @@ def test_kl_divergence(case):
     expected = kl_divergence(p, q)
     assert expected.mean() > 0.01
     close(measured(KLDivergence(), base, hidden, labels, head)[0], expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, T - 1, T])
+@pytest.mark.parametrize("measure", [KLDivergence(), NegativeLogLikelihood(), HeldOut()], ids=["kl", "nll", "held-out"])
+def test_a_few_tokens_at_a_time_are_measured_as_all_at_once(case, measure, tokens, monkeypatch):
+    head, base, hidden, labels, _, _ = case
+    monkeypatch.setattr(measures, "_IN_CACHE", T * V)
+    expected = measured(measure, base, hidden, labels, head)
+    monkeypatch.setattr(measures, "_IN_CACHE", tokens * V + V - 1)
+    close(measured(measure, base, hidden, labels, head), expected)
+
+
+def test_a_divergence_far_below_the_logits_is_not_lost_in_their_rounding():
+    head = Head(draw(20_000, D, seed=0, scale=3.0))
+    base = draw(T, D, seed=2)
+    hidden = base + draw(T, D, seed=3, scale=1e-3)
+    expected = kl_divergence(logits_of(head, base), logits_of(head, hidden))
+    assert 1e-6 < expected.mean() < 1e-4
+    mine = measured(KLDivergence(), base, hidden, torch.zeros(T, dtype=torch.int64), head)[0]
+    assert abs(float((mine - expected).mean())) < 1e-7
 
 
 @pytest.mark.parametrize("k", [1, 2, 10, V])

@@ -40,6 +40,23 @@ def test_models_give_the_logits_that_they_give_with_torchs_attention(family, tmp
     )
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "capabilities", "suits"),
+    [
+        ("cpu", "float32", {"amx_bf16": True}, True),
+        ("cpu", "bfloat16", {"amx_bf16": True}, False),
+        ("cpu", "bfloat16", {"amx_bf16": False}, True),
+        ("cpu", "bfloat16", {}, True),
+        ("cuda", "float32", {}, False),
+    ],
+)
+def test_torchs_own_attention_runs_where_it_is_faster(device, dtype, capabilities, suits, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    model = load_pretrained(make_tiny(tmp_path / "llama"), dtype=dtype, device=device).model
+    assert (model.config._attn_implementation == NAME) is suits
+    assert model.config._attn_implementation in (NAME, "sdpa")
+
+
 def test_generation_with_a_cache_equals_generation_without(tmp_path):
     model = load_pretrained(make_tiny(tmp_path / "llama"), dtype="float32").model
     prompt = torch.arange(20).unsqueeze(0)
