@@ -12,11 +12,13 @@ The parts are those of a run (`python -m evopress`), and equal settings and text
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -229,6 +231,7 @@ def build_levels(
     calibration = model.sequences(text)
     kept = tempfile.TemporaryDirectory(prefix="evopress-") if folder is None else None
     root = Path(kept.name if kept is not None else str(folder)).expanduser()
+    _check_types(RunSettings, {"bits": bits, "sparsity": sparsity, "size": size, "engine": engine}, what="the target")
     run = RunSettings(
         model=replace(model.settings, sequence_length=calibration.shape[1]),
         data=_data(calibration, calibration),
@@ -368,10 +371,30 @@ def _strategy(given: Any) -> Any:
 def _made(schema: type, settings: dict[str, Any], *, what: str) -> Any:
     """Make a dataclass of settings; sequences may be tuples.
 
-    Raises: EvoPressError for a setting that it has not.
+    Raises: EvoPressError for a setting that it has not, or a value of another type.
     """
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     known = [name for name in signature(schema).parameters if name != "name" or schema is FitnessSettings]
     if unknown := [key for key in settings if key not in known]:
         raise EvoPressError(f"{what} has no setting {unknown[0]}: choose among {', '.join(known)}")
+    _check_types(schema, settings, what=what)
     return schema(**settings)
+
+
+def _check_types(schema: type, settings: Mapping[str, Any], *, what: str) -> None:
+    """Raise EvoPressError if a value is not of the type that a dataclass of settings gives its name."""
+    types = get_type_hints(schema)
+    for key, value in settings.items():
+        if not _is_of(value, types[key]):
+            expected = types[key].__name__ if type(types[key]) is type else types[key]
+            raise EvoPressError(f"{what} takes no {key}={value!r}: expected {expected}")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType) or get_origin(hint) is Union:
+        return any(_is_of(value, each) for each in get_args(hint))
+    if hint is Any:
+        return True
+    if hint in (int, float):
+        return isinstance(value, Real if hint is float else Integral) and not isinstance(value, bool)
+    return isinstance(value, get_origin(hint) or hint)

@@ -119,6 +119,12 @@ def test_what_cannot_be_is_one_sentence(model: Any, tiny_folder: Callable[..., P
         evopress.build_levels(model, text, bits=3, bit=3)
     with pytest.raises(EvoPressError, match=r"method quant needs a target"):
         evopress.build_levels(model, text)
+    with pytest.raises(EvoPressError, match=r"^the target takes no bits='3': expected float \| None$"):
+        evopress.build_levels(model, text, bits="3")
+    with pytest.raises(EvoPressError, match=r"^method quant takes no damping='much': expected float$"):
+        evopress.build_levels(model, text, bits=3, damping="much")
+    with pytest.raises(EvoPressError, match=r"^method quant takes no levels=4: expected "):
+        evopress.build_levels(model, text, bits=3, levels=4)
     with pytest.raises(EvoPressError, match=r"^the text is one string: give a list"):
         evopress.build_levels(model, text[0], bits=3)
     with pytest.raises(EvoPressError, match=r"^the text has 5 tokens, which fill no sequence of 32: give more text"):
