@@ -50,11 +50,14 @@ def search_needs(planner: Planner) -> Needs:
     planner.base(needs)
     if every := planner.settings.evaluation.every:
         _held_out_needs(planner, needs, milestones + (generations - milestones) // every + 1)
+    starts = len(planner.settings.search.starts)
     from_level = uniform_genome(space, planner.budget) is not None
     for ask in asks:
-        if ask.initial and from_level:
-            continue
         candidates = ask.candidates_of(len(space))
+        if ask.initial:
+            if from_level and not starts:
+                continue
+            candidates = starts + (1 if from_level else candidates)
         most = min(candidates, NEIGHBOURS_TOGETHER + 1) if ask.neighbours else candidates
         if ask.attribution:
             planner.attribute(needs, ask)

@@ -86,6 +86,17 @@ def test_what_is_said_is_what_is_done(finished: Any, tiny: Callable[..., Any]) -
     assert rows(outcome.text)["search"][1:3] == [f"{(base + tokens) / 1e3:.3g} k", f"{2 * (base + tokens) / 1e3:.3g} k"]
 
 
+@pytest.mark.parametrize("bits", [3.0, 3.5])  # the first is a level, from which a search begins where it is given nothing
+def test_genomes_to_start_from_are_counted(bits: float, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    asked = (f"bits={bits}", "search/strategy=evolution", "search.starts=[dp]", "baselines.names=[dp]", "stages=[baselines,search]")
+    plain = ("evaluation.every=0", "fitness.evaluator=plain", "seed=2")
+    said = rows(tiny(DRY, *asked, *plain, folder=tmp_path / "dry").text)["search"][1]
+    outcome = tiny(*asked, *plain)
+    assert outcome.code == 0, outcome.text
+    tokens = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["tokens"]
+    assert said == f"{(2048 + tokens) / 1e3:.3g} k"
+
+
 def test_what_is_there_counts_as_done(finished: Any, evopress: Callable[..., Any], tmp_path: Path) -> None:
     folder = shutil.copytree(finished.folder, tmp_path / "earlier")
     before = contents(folder)
