@@ -19,11 +19,12 @@ import evopress.fitness.minibatch as minibatch_fitness
 import evopress.pipeline as pipeline
 import evopress.stages.search as search_stage
 from evopress import config as configuration
+from evopress.__main__ import _with_resumed
 from evopress.errors import EvoPressError
 from evopress.finished import settings_digest
 from evopress.models.opening import fitted
 from evopress.reporting.front import front_rows, front_words
-from evopress.run_folder import looks_aside
+from evopress.run_folder import keep_overrides, looks_aside
 from evopress.settings import RunSettings
 
 NAMES = ["4", "2.5"]
@@ -161,6 +162,17 @@ def test_a_further_budget_is_searched_alone_and_other_settings_are_refused(asked
     run(replace(asked, budgets=[4, 2.5, 3.5], stages=SEARCH), copied)
     after = genomes(copied)
     assert sorted(after) == ["2.5", "3.5", "4"] and {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize("given", ["bits=3", "sparsity=0.5"])
+def test_one_target_means_nothing_to_several_budgets_that_are_resumed(given: str, tmp_path: Path) -> None:
+    keep_overrides(tmp_path, ["+method=quant", "bits=2.5", "budgets=[4,2.5]"])
+    with pytest.raises(
+        EvoPressError, match=rf"^{given} means nothing to the run in .*, which has budgets=\[4,2\.5\]: give further"
+    ):
+        _with_resumed([f"resume={tmp_path}", given], tmp_path)
+    assert "budgets=null" in _with_resumed([f"resume={tmp_path}", given, "budgets=null"], tmp_path)
+    assert "budgets=[3]" in _with_resumed([f"resume={tmp_path}", "budgets=[3]"], tmp_path)
 
 
 @pytest.mark.parametrize(
