@@ -103,11 +103,11 @@ CLAIMS: list[tuple[str, tuple[Number, ...]]] = [
     ("the demo ends at {:.3f}, three seeds:", (kl("demo", "evopress", BY_TEXT),)),
     (
         "held-out KL {:.3f} (dynamic programming), {:.3f} (uniform), **{:.3f}** (EvoPress)",
-        tuple(kl("table3", method) for method in ("dp", "uniform", "evopress")),
+        tuple(kl("table3", method, BY_TEXT) for method in ("dp", "uniform", "evopress")),
     ),
     (
         "{:.3f} (uniform), {:.3f} (OWL), **{:.3f}** (EvoPress)",
-        tuple(kl("table2_sparsity", method) for method in ("uniform", "owl", "evopress")),
+        tuple(kl("table2_sparsity", method, BY_TEXT) for method in ("uniform", "owl", "evopress")),
     ),
     (
         "{:.3f}, {:.3f}, {:.3f} on the best ones, and **{:.3f}** by guided",
