@@ -8,6 +8,7 @@ models and texts; ours is the ratio of means over seeds, with the verdict of `re
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -89,6 +90,7 @@ def write() -> None:
 
 def main() -> None:
     """Write it, and show it."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     write()
     print(text())
 
