@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP) ## create .venv and install evopress with our pins
 
-demo: $(STAMP) ## the main job: SmolLM2-135M to 2.5 bits, table, report, checkpoint and the files of two engines (no model hub; 10 to 30 minutes on 2 cores)
+demo: $(STAMP) ## the main job: SmolLM2-135M to 2.5 bits, table, report, checkpoint and the files of two engines (no model hub; 4 to 30 minutes on 2 cores)
 	$(BIN)/python -m evopress +method=quant bits=2.5 'export=[dequantized,mlx,gguf]' $(ARGS)
 
 smoke: $(STAMP) ## the same on a tiny random model, in seconds
