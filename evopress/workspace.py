@@ -424,6 +424,18 @@ class Workspace:
         )
         return self._as_searched(joined), needs
 
+    def plan_further(self, name: str, compressor: Compressor, *, seen: bool) -> tuple[Space, BuildNeeds]:
+        """Return the space of levels that `database_of` would make, and what that needs, without building.
+
+        Args: seen: by then the Hessians of dense activations will be there.
+        """
+        return planned(self.build_settings(name, compressor), self.blocks, self.calibration_tokens, compressor, seen=seen)
+
+    def any_compressor(self) -> Compressor:
+        """Return what makes the levels of compressed weights, whatever the units' sizes."""
+        assert self.method.weights is not None
+        return self.method.weights.compressor((), dtype_bits=8 * self.blocks.dtype.itemsize)
+
     @property
     def refines(self) -> bool:
         """Whether a found genome can be refined: all levels are of compressed weights."""

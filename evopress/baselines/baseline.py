@@ -39,6 +39,8 @@ class Pass:
     """Genomes that are measured at a time; None: all."""
     backward: bool = False
     """Forward and backward: so many times the tokens, of one genome each time."""
+    errors: int = 1
+    """Of each weight, that are multiplied with what enters it on the way back."""
     alone: bool = False
     """By the first of a run's processes, without the others."""
     shared: str | None = None
@@ -189,8 +191,6 @@ class Baseline(ABC):
 
     serves: Collection[str] = (WEIGHTS, MODULES, EXPERTS)
     """What levels it can choose."""
-    not_counted: str | None = None
-    """What its passes leave out, of one such baseline or several: "building further levels"."""
 
     def check(self, run: RunSettings) -> None:  # noqa: B027
         """Raise EvoPressError if the settings do not allow it; before any model work."""
@@ -198,6 +198,13 @@ class Baseline(ABC):
     def passes(self, plan: Planned) -> Iterable[Pass]:
         """Return what it measures, for the plan of the run."""
         return ()
+
+    def further(self, plan: Planned, compressor: Compressor) -> Compressor | None:
+        """Return what makes as many levels as `find` adds beside the run's, at most, for the plan of the run; None: it adds none.
+
+        Args: compressor: what makes the run's levels, whatever the units' sizes.
+        """
+        return None
 
     def num_genomes(self, plan: Planned) -> int:
         """Return how many rows it gives."""

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from evopress.baselines.baseline import WEIGHTS, Baseline, Pass, Planned, Problem
+from evopress.compress.compressor import Compressor
 from evopress.compress.sparse import PruneTo, SparsityLevels, kept_at
 from evopress.errors import EvoPressError
 from evopress.settings import RunSettings
@@ -42,7 +43,6 @@ class BlockSparsity(Baseline):
     tokens: int
     """Calibration tokens whose perplexity chooses."""
     serves = (WEIGHTS,)
-    not_counted = "building further levels"
     name: ClassVar[str]
     """Of its row, and of its levels' folder."""
     num_candidates: ClassVar[int]
@@ -71,6 +71,15 @@ class BlockSparsity(Baseline):
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""
         return [Pass(self.num_candidates + 1, self.tokens)]
+
+    def further(self, plan: Planned, compressor: Compressor) -> Compressor:
+        """See `Baseline`: every candidate may have a level of its own of every weight, on average at the target."""
+        assert isinstance(compressor, SparsityLevels)
+        count, kept = self.num_candidates, {}
+        for unit in plan.space.whole.units:
+            most = min(kept_at(unit.size, plan.budget.target) + count // 2, unit.size)
+            kept[unit.name] = range(most, max(most - count, -1), -1)
+        return PruneTo(pruner=compressor, kept=kept)
 
     @abstractmethod
     def candidates(self, problem: Problem) -> list[Candidate]:

@@ -28,7 +28,8 @@ class Fisher(Allocator):
 
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""
-        return [Pass(1, min(self.tokens, plan.search_tokens), on_search_text=True, backward=True, shared=self.name)]
+        tokens, errors = min(self.tokens, plan.search_tokens), len(levels_everywhere(plan.space))
+        return [Pass(1, tokens, on_search_text=True, backward=True, errors=errors, shared=self.name)]
 
     def values(self, problem: Problem, minibatch: Minibatch, ids: Tensor, kept: MutableMapping[str, Any]) -> list[list[float]]:
         """See `Allocator`."""

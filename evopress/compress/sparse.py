@@ -196,6 +196,11 @@ class PruneTo:
         """Return a compressor that makes one level of each of these units."""
         return self.pruner.narrowed(levels)
 
+    @property
+    def working(self) -> Working:
+        """See `Working`."""
+        return self.pruner.working
+
     def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
         """Prune every weight to every level; see `Compressor.compress`."""
         return self.pruner.prune(weights, H, {name: self.kept[name] for name in weights})

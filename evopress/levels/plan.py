@@ -137,10 +137,14 @@ class BuildNeeds:
         )
 
 
-def planned(settings: BuildSettings, blocks: BlockModel, tokens: Tensor, compressor: Compressor) -> tuple[Space, BuildNeeds]:
+def planned(
+    settings: BuildSettings, blocks: BlockModel, tokens: Tensor, compressor: Compressor, *, seen: bool = False
+) -> tuple[Space, BuildNeeds]:
     """Return the space of a database and what `ensure_database` would need for what is missing of it now; changes nothing.
 
     Files are looked for, not read: one that is damaged shows later.
+
+    Args: seen: by then all Hessians will be there, of dense activations.
 
     Raises: EvoPressError if the compressor's settings fit no unit, with the unit's name.
     """
@@ -150,20 +154,27 @@ def planned(settings: BuildSettings, blocks: BlockModel, tokens: Tensor, compres
     except DamagedDatabaseError:
         found = {entry["block"] for entry in read_journal(settings.folder / JOURNAL)}
     whole = {i for i in found if (settings.folder / block_file(i)).is_file()}
-    return space, needs_of(settings, space, whole, blocks, tokens, compressor)
+    return space, needs_of(settings, space, whole, blocks, tokens, compressor, seen=seen)
 
 
 def needs_of(
-    settings: BuildSettings, space: Space, entries: Collection[int], blocks: BlockModel, tokens: Tensor, compressor: Compressor
+    settings: BuildSettings,
+    space: Space,
+    entries: Collection[int],
+    blocks: BlockModel,
+    tokens: Tensor,
+    compressor: Compressor,
+    *,
+    seen: bool = False,
 ) -> BuildNeeds:
-    """Add up what the blocks without an entry need."""
+    """Add up what the blocks without an entry need; see `planned`."""
     missing = tuple(unit for unit in space.units if unit.block not in entries)
     disk = database_bytes(Space(space.method, missing))
     store = settings.hessians if settings.propagate is None else None
     unseen = {
         unit.block
         for unit in missing
-        if sees_activations(blocks, unit.block) and (store is None or not store.has_record(unit.block))
+        if sees_activations(blocks, unit.block) and not seen and (store is None or not store.has_record(unit.block))
     }
     if store is not None:
         disk += sum(_hessian_bytes(blocks, index) for index in unseen)

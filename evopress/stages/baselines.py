@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from evopress.baselines.baseline import Planned
 from evopress.baselines.named import make_baselines
 from evopress.compress.compressor import Compressor
 from evopress.data.minibatch import Minibatch
@@ -54,16 +55,7 @@ def database_needs(planner: Planner) -> Needs:
         return planner.needs("database", f"there: {planner.num_blocks} blocks")
     needs = build.in_folder(workspace.database_root)
     needs.what += "" if "database" in planner.settings.stages else ", first"
-    planner.add(
-        needs,
-        build.tokens,
-        build.tokens * build.forwards,
-        lambda speed: (
-            build.tokens * (build.walked * speed.hessians + (build.forwards - build.walked) * speed.block)
-            + build.num_blocks * build.compressing * speed.compress
-            + sum(speed.outside.get(unit.name, 0.0) for unit in build.units)
-        ),
-    )
+    planner.build_levels(needs, build)
     return needs
 
 
@@ -165,16 +157,28 @@ def baselines_needs(planner: Planner) -> Needs:
         if each.on_search_text:
             planner.base(needs)
         if each.backward:
-            planner.attribute(needs, Asks("", each.tokens, times=each.genomes), alone=True)
+            planner.attribute(needs, Asks("", each.tokens, times=each.genomes), alone=True, errors=each.errors)
         else:
             mine = planner.mine(each.genomes, each.tokens, split=each.on_search_text, alone=each.alone)
             planner.score(needs, *mine, together=each.together)
         if each.together is not None:
             planner.hold(needs, min(each.genomes, each.together), min(in_flight, each.tokens))
-    for what in dict.fromkeys(baseline.not_counted for baseline in baselines if baseline.not_counted):
-        needs.what += f" ({what} not counted)"
+    further = further_levels(planner.workspace, planner.planned)
+    if further:
+        most = sum(planner.build_further(needs, name, compressor) for name, compressor in further.items())
+        needs.what += f" (at most {most} further levels of each weight)"
     planner.hold(needs, *planner.mine(settings.num_random, settings.random_tokens))
     return needs
+
+
+def further_levels(workspace: Workspace, planned: Planned) -> dict[str, Compressor]:
+    """Return what makes the levels that the stage `baselines` adds to the run's, by baselines; see `Baseline.further`."""
+    settings = workspace.settings
+    if "baselines" not in settings.stages or workspace.method.weights is None or baselines_as_asked(workspace) is not None:
+        return {}
+    compressor = workspace.any_compressor()
+    found = {name: baseline.further(planned, compressor) for name, baseline in make_baselines(settings.baselines).items()}
+    return {name: each for name, each in found.items() if each is not None}
 
 
 def find_baselines(workspace: Workspace) -> None:
@@ -309,9 +313,7 @@ class RunProblem:
         return self._workspace.method.uniform_name(level)
 
     def compressor(self) -> Compressor:
-        weights = self._workspace.method.weights
-        assert weights is not None
-        return weights.compressor((), dtype_bits=8 * self._workspace.blocks.dtype.itemsize)
+        return self._workspace.any_compressor()
 
     def hessians(self) -> HessianStore:
         return self._workspace.complete_hessians()

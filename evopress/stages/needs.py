@@ -1,7 +1,8 @@
 """What stages count by what they take before they begin: tokens, forwards, memory, and seconds where the machine was probed.
 
-What each takes it says itself, beside its work. Tokens and disk are exact but for what only the run itself can tell (OWL's levels,
-zero-shot questions). Memory is what the largest buffers take, beside the model. What is there already counts as done.
+What each takes it says itself, beside its work. Tokens and disk are exact but for what only the run itself can tell: OWL's levels,
+of which some may be the same or there already, and zero-shot questions. Memory is what the largest buffers take, beside the model.
+What is there already counts as done.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from evopress.baselines.baseline import Planned
+from evopress.compress.compressor import Compressor
 from evopress.fitness.attribution import attribution_bytes
 from evopress.fitness.population import evaluation_bytes
 from evopress.levels.live import block_bytes, decoding_bytes, enough_to_keep
@@ -25,6 +27,11 @@ from evopress.workspace import Workspace
 
 _SHARED = 0.8
 """Share of the block work that is left where candidates share their prefixes, at 5 to 16 of them (DESIGN, section 4)."""
+
+
+def planned_for(workspace: Workspace, space: Space, budget: Budget) -> Planned:
+    """Return what baselines are told before anything is built; reads the search text."""
+    return Planned(space, budget, search_tokens=workspace.search_tokens.numel())
 
 
 class Planner:
@@ -55,13 +62,15 @@ class Planner:
         """Whether the dense model's states of the search text are there."""
         self.measured: set[str] = set() if after is None else after.measured
         """Names of the passes whose numbers are kept (`Pass.shared`)."""
+        self.seen: bool = bool(build is not None and build.units) or (after is not None and after.seen)
+        """Whether the Hessians of dense activations are there after the level database is, where they are kept."""
         self.kept = 0
         """Bytes of the dense model's states on held-out text that stay."""
 
     @property
     def planned(self) -> Planned:
         """What baselines are told."""
-        return Planned(self.space, self.budget, search_tokens=self.workspace.search_tokens.numel())
+        return planned_for(self.workspace, self.space, self.budget)
 
     def needs(self, stage: str, what: str, **more: Any) -> Needs:
         """Begin to count what a stage takes whose time can be told."""
@@ -73,6 +82,37 @@ class Planner:
         needs.block_tokens += block_tokens
         if self.speed is not None:
             needs.seconds = (needs.seconds or 0.0) + seconds(self.speed)
+
+    def build_levels(self, needs: Needs, build: BuildNeeds, *, times: float = 1.0) -> None:
+        """Add the walk over the blocks and the compression of what is missing of a database.
+
+        Args: times: what a block's compression takes, in that of the run's own levels.
+        """
+        self.add(
+            needs,
+            build.tokens * bool(build.forwards),
+            build.tokens * build.forwards,
+            lambda speed: (
+                build.tokens * (build.walked * speed.hessians + (build.forwards - build.walked) * speed.block)
+                + build.num_blocks * build.compressing * speed.compress * times
+                + sum(speed.outside.get(unit.name, 0.0) for unit in build.units)
+            ),
+        )
+
+    def build_further(self, needs: Needs, name: str, compressor: Compressor) -> int:
+        """Add levels that are built beside the run's, none of which is there, and return how many a weight has, at most.
+
+        One takes as long as one of the run's own does on average.
+        """
+        space, build = self.workspace.plan_further(name, compressor, seen=self.seen)
+        self.seen = True
+        mine, own = (sum(unit.size * len(unit.levels) for unit in each.whole.units) for each in (space, self.space))
+        self.build_levels(needs, build, times=mine / own)
+        folder = self.workspace.database_root
+        needs.disk[folder] = needs.disk.get(folder, 0) + build.disk_bytes
+        needs.memory = max(needs.memory, self._bases + build.memory_bytes)
+        needs.device = max(needs.device, build.device_bytes)
+        return max(len(unit.levels) for unit in space.units)
 
     def base(self, needs: Needs) -> None:
         """Add the dense model's last hidden states of the search text, once for all stages."""
@@ -111,12 +151,14 @@ class Planner:
             lambda speed: forwards * speed.block + references * speed.reference + whole * speed.head,
         )
 
-    def attribute(self, needs: Needs, ask: Asks, *, alone: bool = False) -> None:
+    def attribute(self, needs: Needs, ask: Asks, *, alone: bool = False, errors: int = 1) -> None:
         """Add attributions: each block forward, then forward again and backward; what enters each block is held meanwhile.
 
         Where modules can be dropped, there is one more way back.
 
-        Args: alone: processes do not share it.
+        Args:
+            alone: processes do not share it.
+            errors: of each weight, whose products with what enters it take about what a forward does.
         """
         blocks, fitness, (available, length) = self.workspace.blocks, self.settings.fitness, self.workspace.search_tokens.shape
         rows = min(max(Attribution.sequences, -(-ask.tokens // length)), available)
@@ -125,7 +167,7 @@ class Planner:
         tokens = mine * ask.times
         gates = self.workspace.method.modules is not None
         counted = backward_tokens(gates)
-        forwards = (counted + 1) * tokens * self.num_blocks
+        forwards = (counted + errors) * tokens * self.num_blocks
         self.add(
             needs,
             counted * tokens,
@@ -133,7 +175,7 @@ class Planner:
             lambda speed: forwards * speed.block + tokens * (speed.reference + counted * speed.head),
         )
         there = attribution_bytes(
-            blocks, mine, max_tokens_in_flight=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens
+            blocks, mine, max_tokens_in_flight=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens, errors=errors
         )
         # What enters each block and leaves the last one, gradients, and the base of these sequences.
         held = (self.num_blocks + (4 if gates else 3)) * self.states(mine)

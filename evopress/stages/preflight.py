@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from evopress.baselines.exhaustive import count_to_measure
+from evopress.compress.compressor import Compressor
 from evopress.errors import EvoPressError
-from evopress.levels.plan import BuildNeeds
 from evopress.methods.points import has_limit
 from evopress.models.blocks import BlockModel
 from evopress.models.first_block import first_block
@@ -28,12 +28,12 @@ from evopress.room import Needs, Room, amount, by_machine, check_room, disks, in
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.search.strategy import Asks, Searching
 from evopress.settings import STAGES
-from evopress.stages.baselines import baselines_needs, database_needs, make_measure
+from evopress.stages.baselines import baselines_needs, database_needs, further_levels, make_measure
 from evopress.stages.conclude import evaluate_needs, report_needs
 from evopress.stages.exports import export_needs
 from evopress.stages.following import rooms_of
 from evopress.stages.given import check_levels
-from evopress.stages.needs import Planner
+from evopress.stages.needs import Planner, planned_for
 from evopress.stages.probe import Speed, measure_speed
 from evopress.stages.refine import refine_needs
 from evopress.stages.search import search_needs
@@ -104,7 +104,12 @@ def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple
         asked.append(asks)
     if any(asked) and searching.num_generations and isinstance(searching, SearchSettings):
         _say_what_stays(space, workspace.settings.search.exchange)
-    speed = _probe(workspace, build)
+    compresses = build is not None and (
+        build.units
+        or "refine" in workspace.settings.stages
+        or any(further_levels(run, planned_for(run, space, budget)) for run, _, budget in runs)
+    )
+    speed = _probe(workspace, workspace.compressor if compresses else None)
     asked_for = runs[0][0].settings.stages
     built_first = bool("database" not in asked_for and build is not None and build.units)
     stages = [stage for stage in STAGES if stage in asked_for or (stage == "database" and built_first)]
@@ -211,7 +216,7 @@ def _asks(workspace: Workspace, searching: Searching) -> list[Asks]:
     return [ask for ask in asks if ask.times and (not ask.of_modules or workspace.method.modules is not None)]
 
 
-def _probe(workspace: Workspace, build: BuildNeeds | None) -> Speed | None:
+def _probe(workspace: Workspace, compressor: Compressor | None) -> Speed | None:
     settings, ids, blocks = workspace.settings.fitness, workspace.calibration_tokens, workspace.blocks
     if workspace.model_source.is_outline:
         first = _first_block(workspace)
@@ -224,7 +229,7 @@ def _probe(workspace: Workspace, build: BuildNeeds | None) -> Speed | None:
         blocks,
         ids,
         make_measure(settings),
-        workspace.compressor if build is not None and (build.units or "refine" in workspace.settings.stages) else None,
+        compressor,
         chunk_tokens=settings.chunk_tokens,
     )
 

@@ -232,7 +232,7 @@ def test_what_no_budget_decides_is_planned_and_said_once(
     assert tokens(planned(mixed, max_kl=0.1)) != tokens(planned(mixed)), "of two budgets that are tried, those of the answer alone"
     names = "baselines.names=[uniform,owl,atp,alphapruning]"
     pruned = planned(settings_of("+method=sparsity", "budgets=[0.5,0.6]", "model.dtype=auto", names, *paths), stages=["baselines"])
-    assert "uniform, owl, atp, alphapruning (building further levels not counted)  " in pruned
+    assert "uniform, owl, atp, alphapruning (at most 34 further levels of each weight)  " in pruned
     assert caplog.text.count("model.dtype=auto: ") == 1
 
 

@@ -22,6 +22,7 @@ from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator, evaluation_bytes, measure_sums
 from evopress.levels import build
 from evopress.levels.live import decoding_bytes
+from evopress.progress import duration
 from evopress.stages import preflight, probe
 from evopress.stages.conclude import evaluate_needs
 from evopress.stages.exports import export_needs
@@ -95,6 +96,49 @@ def test_genomes_to_start_from_are_counted(bits: float, tiny: Callable[..., Any]
     assert outcome.code == 0, outcome.text
     tokens = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["tokens"]
     assert said == f"{(2048 + tokens) / 1e3:.3g} k"
+
+
+def test_levels_that_baselines_build_are_counted(
+    sparse: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks whose levels take an hour each; a level that a baseline adds takes as long as one of the run's."""
+    probed: list[Any] = []
+
+    def measured(blocks: Any, ids: Any, measure: Any, compressor: Any, **options: Any) -> probe.Speed:
+        probed.append(compressor)
+        return probe.Speed(0.0, 0.0, 0.0, 0.0, 0.0 if compressor is None else 3600.0, {}, 0.0)
+
+    monkeypatch.setattr(preflight, "measure_speed", measured)
+    root = f"level_db.root={tmp_path / 'levels'}"
+    asked = ("baselines.names=[uniform,atp]", root)
+    both = rows(sparse(*asked, "stages=[database,baselines]", DRY).text)
+    assert both["database"][-1] == duration(7200)
+    outcome = sparse(*asked, "stages=[database]")
+    assert outcome.code == 0, outcome.text
+    (manifest,) = (json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "levels").rglob("sparsity-*/manifest.json"))
+    own = sum(unit["size"] * len(unit["levels"]) for unit in manifest["units"]) / sum(unit["size"] for unit in manifest["units"])
+    outcome = sparse(*asked, "stages=[baselines]")
+    assert outcome.code == 0, outcome.text
+    alone = rows(outcome.text)["baselines"]
+    assert alone == both["baselines"] and alone[0] == "uniform, atp (at most 9 further levels of each weight)"
+    assert alone[-1] == duration(2 * 3600 * 9 / own) and probed[-1] is not None
+    stored = sum(path.stat().st_size for path in (tmp_path / "levels").rglob("atp-*/*.safetensors"))
+    number, unit = alone[3].split()
+    assert 0.8 < float(number) * {"kB": 1e3, "MB": 1e6}[unit] / stored < 1.1
+    assert rows(sparse(*asked, "stages=[baselines]", DRY).text)["baselines"][0] == "found before" and probed[-1] is None
+
+
+def test_fisher_scores_count_the_products_of_all_levels(tiny: Callable[..., Any]) -> None:
+    asked = ("bits=3.5", "stages=[baselines]", DRY)
+    told = {
+        name: rows(tiny(*asked, f"baselines.names=[{name}]", f"+baselines.options.{name}.tokens=512").text)["baselines"]
+        for name in ("fisher", "first_order")
+    }
+    num_levels = 5
+    base = 2048  # tokens of the dense model on the search text
+    assert told["fisher"][1:3] == [f"{(base + 3 * 512) / 1e3:.3g} k", f"{2 * (base + (3 + num_levels) * 512) / 1e3:.3g} k"]
+    each = num_levels * 512  # every level has a pass of its own
+    assert told["first_order"][1:3] == [f"{(base + 3 * each) / 1e3:.3g} k", f"{2 * (base + 4 * each) / 1e3:.3g} k"]
 
 
 def test_what_is_there_counts_as_done(finished: Any, evopress: Callable[..., Any], tmp_path: Path) -> None:
