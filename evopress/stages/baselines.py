@@ -165,8 +165,8 @@ def baselines_needs(planner: Planner) -> Needs:
             planner.hold(needs, min(each.genomes, each.together), min(in_flight, each.tokens))
     further = further_levels(planner.workspace, planner.planned)
     if further:
-        most = sum(planner.build_further(needs, name, compressor) for name, compressor in further.items())
-        needs.what += f" (at most {most} further levels of each weight)"
+        count = sum(planner.build_further(needs, name, compressor) for name, compressor in further.items())
+        needs.what += f" (at most {count} further levels of each weight)"
     planner.hold(needs, *planner.mine(settings.num_random, settings.random_tokens))
     return needs
 
