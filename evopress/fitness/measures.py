@@ -128,6 +128,10 @@ def _held_out(scores: Tensor, p: Tensor, negative_entropy: Tensor, top1: Tensor,
 
 def _of_base(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Return p [T, V] and Σ p log p, [T], of logits [T, V]."""
+    if scores.device.type != "cpu":  # no more is held at a time than `population.PER_LOGIT` says
+        logp = _logarithms(scores)
+        p = logp.exp()
+        return p, logp.mul_(p).sum(-1)
     p = torch.empty_like(scores, dtype=_wide(scores.dtype))
 
     def expected(scores: Tensor, p: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from measures_literal import (
 
 from evopress.fitness import measures
 from evopress.fitness.measures import HeldOut, KLDivergence, NegativeLogLikelihood, TopkKL
+from evopress.fitness.population import PER_LOGIT
 from evopress.models.head import Head
+from experiments.benchmark.alive import DEVICE, Alive
 
 T, D, V = 37, 16, 101
 
@@ -124,6 +126,20 @@ def test_divergence_is_never_negative_but_for_rounding(case, measure):
     for seed in range(20):
         hidden = base + draw(T, D, seed=seed, scale=10.0 ** -(seed % 6))
         assert measured(measure, base, hidden, labels, head)[0].min() > -1e-6 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("measure", [KLDivergence(), NegativeLogLikelihood(), HeldOut()], ids=["kl", "nll", "held-out"])
+def test_beside_a_host_a_logit_takes_no_more_than_is_counted(measure, dtype):
+    """Of two chunks one after the other; small ones of T numbers are not looked at."""
+    head = Head(torch.empty(5000, D, dtype=dtype, device="meta"))
+    states, labels = torch.empty(T, D, dtype=dtype, device="meta"), torch.empty(T, dtype=torch.int64, device="meta")
+    with Alive() as alive:
+        for _ in range(2):
+            reference = measure.reference(states, labels, head)
+            for _ in range(2):
+                measure(states, reference, head)
+    assert 0.5 * PER_LOGIT < alive.peak[DEVICE] / (T * 5000) < 1.01 * PER_LOGIT
 
 
 def test_half_precision_states_are_measured_in_float32():
