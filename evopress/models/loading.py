@@ -275,6 +275,17 @@ def _snapshot(hub_id: str, revision: str | None, cache_dir: Path | None, pattern
         ) from None
 
 
+def digest_model(folder: Path, *, trust_remote_code: bool = False) -> str:
+    """Return the digest that level databases know a model by: of weights and config, and of the code beside them if it runs them.
+
+    Raises: EvoPressError as `find_weights` and `read_config`.
+    """
+    digest = digest_files([*find_weights(folder), folder / "config.json"])
+    if not (trust_remote_code and read_config(folder).get("auto_map")):  # transformers' own code
+        return digest
+    return hashlib.sha256(f"{digest} {digest_files(sorted(folder.glob('*.py')))}".encode()).hexdigest()
+
+
 def digest_files(paths: list[Path]) -> str:
     """SHA-256 over names and contents of files, in the order given."""
     digest = hashlib.sha256()
@@ -316,7 +327,7 @@ def load_pretrained(
     if dtype not in DTYPES:
         raise EvoPressError(f"model.dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     folder = folder.expanduser()
-    weights = find_weights(folder)
+    find_weights(folder)
     config = read_config(folder)
     family = find_family(config)
     if quantized := readable_quantization(config):
@@ -363,6 +374,6 @@ def load_pretrained(
         family=family,
         name=safe_name(name or os.path.basename(os.path.abspath(folder))),
         folder=folder,
-        digest=digest_files([*weights, folder / "config.json"]),
+        digest=digest_model(folder, trust_remote_code=trust_remote_code),
         left_out=left_out,
     )

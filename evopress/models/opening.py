@@ -23,7 +23,7 @@ from evopress.models.loading import (
     DTYPES,
     Pretrained,
     check_folder,
-    digest_files,
+    digest_model,
     fetch_from_hub,
     find_weights,
     has_weights,
@@ -216,7 +216,7 @@ class ModelSource:
 
     @cached_property
     def _digest_of_files(self) -> str:
-        return digest_files([*find_weights(self.folder), self.folder / "config.json"])
+        return digest_model(self.folder, trust_remote_code=self._settings.trust_remote_code)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -1,12 +1,22 @@
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from evopress.errors import EvoPressError
-from evopress.models.loading import fetch_from_hub, find_weights, load_pretrained, pick_device, read_config, safe_name
+from evopress.models.loading import (
+    digest_files,
+    digest_model,
+    fetch_from_hub,
+    find_weights,
+    load_pretrained,
+    pick_device,
+    read_config,
+    safe_name,
+)
 
 
 @pytest.fixture
@@ -42,6 +52,36 @@ def test_the_digest_depends_on_weights_and_config(folder):
     weights["model.norm.weight"][0] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert len({first, second, load_pretrained(folder).digest}) == 3
+
+
+OWN_CODE = """
+from transformers import LlamaForCausalLM
+
+
+class Own(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = {scale} * output.logits
+        return output
+"""
+
+
+def test_the_digest_depends_on_code_beside_the_weights_where_it_runs_them(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    plain = digest_model(folder)
+    (folder / "own.py").write_text(OWN_CODE.format(scale=2.0))
+    assert digest_model(folder) == digest_model(folder, trust_remote_code=True) == plain, "nothing names the code"
+    change_config(folder, auto_map={"AutoModelForCausalLM": "own.Own"})
+    built_in, own = (load_pretrained(folder, dtype="float32", trust_remote_code=trusted) for trusted in (False, True))
+    assert (type(built_in.model).__name__, type(own.model).__name__) == ("LlamaForCausalLM", "Own")
+    ids = torch.arange(8).unsqueeze(0)
+    assert not torch.equal(built_in.model(input_ids=ids).logits, own.model(input_ids=ids).logits)
+    assert built_in.digest == digest_files([folder / "model.safetensors", folder / "config.json"]) != own.digest
+    assert own.digest == digest_model(folder, trust_remote_code=True)
+    (folder / "own.py").write_text(OWN_CODE.format(scale=3.0))
+    assert digest_model(folder) == built_in.digest
+    assert digest_model(folder, trust_remote_code=True) not in (own.digest, built_in.digest)
 
 
 def no_folder(folder):
