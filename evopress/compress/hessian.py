@@ -106,7 +106,8 @@ class ProductSum:
 class HessianSum(ProductSum):
     """Accumulate H = 2 X Xᵀ / n over batches; of `total`, what is left of the diagonal's panel is not there.
 
-    Source: GPTQ, section 3.1 (arXiv:2210.17323); n counts sequences as in the authors' code. Methods do not depend on H's scale.
+    Source: GPTQ, section 3.1 (arXiv:2210.17323); n counts sequences as in the authors' code. Methods do not depend on H's scale,
+    but for how much they damp where columns were never active.
     """
 
     def __init__(self, columns: int, *, device: torch.device | str = "cpu") -> None:
@@ -158,7 +159,7 @@ class HessianSum(ProductSum):
 def inverse_factor(H: Tensor, *, damping: float, attempts: int = 4) -> tuple[Tensor, float]:
     """Return the upper Cholesky factor U of the damped inverse, H⁻¹ = Uᵀ U, and the damping that it took.
 
-    Columns that were never active (H[c, c] = 0) get a unit diagonal, as in GPTQ; their weights must be zero.
+    Columns that were never active (H[c, c] = 0) get a unit diagonal, which counts in the mean, as in GPTQ; their weights must be 0.
 
     Args:
         H: float32 [C, C], undamped; left as it is.
