@@ -9,6 +9,9 @@ dropped. At the dense model the derivative in s is 0, so the curvature is needed
 diagonal is the mean square, over labels that the model at the genome draws itself, of the derivative of their log likelihood: one
 draw, and one more way back, for all modules.
 
+What moving a unit from its level's weight Q to another's, Q', changes is to second order ⟨∂KL/∂W, Q' - Q⟩ and half the curvature
+along Q' - Q. The same draw gives that of all units and levels: each keeps the products of its error with what enters it.
+
 Weights need no gradient. What enters each block is kept on the way forward; on the way back each block is run again with gradients
 of its hidden states, so that one block's activations are there at a time.
 
@@ -112,12 +115,55 @@ def derivatives(
         ids,
         base,
         measure,
-        uniform=uniform,
+        uniform=uniform if live.modules_in(0) else None,
         max_tokens_in_flight=max_tokens_in_flight,
         chunk_tokens=chunk_tokens,
     )
     first, second = back.run()
     return Derivatives(first[0], second)
+
+
+def expand(
+    live: Live,
+    genome: Genome,
+    ids: Tensor,
+    base: Tensor,
+    measure: Measure,
+    *,
+    uniform: Tensor,
+    max_tokens_in_flight: int = 4096,
+    chunk_tokens: int = 256,
+) -> Tensor:
+    """Return what moving each unit alone to each of its levels changes of a genome's measure, to second order; see `Expansion`.
+
+    Args and errors: as `derivatives`, where no module can be dropped.
+
+    Returns: float64 [b, units, levels] on the host, per predicted token; 0 at the genome's own level, and NaN for levels that a
+        unit has not, and for all others of one outside the blocks, which is not expanded.
+    """
+    assert not live.modules_in(0), "modules are not expanded"
+    units, longest = live.space.units, max(len(unit.levels) for unit in live.space.units)
+    levels = [tuple(min(level, len(unit.levels) - 1) for unit in units) for level in range(longest)]
+    back = BackwardPass(
+        live,
+        genome,
+        ids,
+        base,
+        measure,
+        errors_of=(genome, *levels),
+        uniform=uniform,
+        max_tokens_in_flight=max_tokens_in_flight,
+        chunk_tokens=chunk_tokens,
+    )
+    first, _ = back.run()
+    tokens = ids.shape[1] - 1
+    found = (first[1:] - first[0] + (back.drawn[1:] - back.drawn[0]) ** 2 / tokens / 2).permute(1, 2, 0).clone()
+    for place, (unit, own) in enumerate(zip(units, genome, strict=True)):
+        if not 0 <= unit.block < len(live.blocks.blocks):
+            found[:, place] = torch.nan
+        found[:, place, len(unit.levels) :] = torch.nan
+        found[:, place, own] = 0.0
+    return found
 
 
 class Entry(NamedTuple):
@@ -184,16 +230,18 @@ class BackwardPass:
             genome: where the model is; None: the dense one.
             errors_of: genomes whose levels' errors are scored, in blocks; none: those of the genome itself.
             score: what a unit of a block gets for an error, on each sequence.
-            uniform: None: modules are not looked at.
+            uniform: numbers that draw the labels of a second way back, [b, l - 1], for modules and errors; None: there is none.
         """
         self.live, self.blocks, self.genome, self.measure = live, live.blocks, genome, _unfused(measure)
         self.ids, self.base, self.chunk_tokens = ids, base, chunk_tokens
         self.errors_of, self.score = tuple(errors_of) or (genome,), score
-        self.uniform = uniform if live.modules_in(0) else None
+        self.uniform = uniform
         batch = max(max_tokens_in_flight // ids.shape[1], 1)
         self.parts = [slice(start, start + batch) for start in range(0, len(ids), batch)]
         self.place = live.space.places
         self.found = torch.zeros(len(self.errors_of), len(ids), len(live.space), dtype=torch.float64)
+        self.drawn = torch.zeros_like(self.found if uniform is not None else self.found[:0])
+        """What units get for errors on the second way back, sums over tokens, [errors, b, units]."""
         self.scores = torch.zeros_like(self.found[0])
         self.adding: tuple[str, str] | None = None
 
@@ -303,7 +351,7 @@ class BackwardPass:
         with self.live.on_device(index):
             try:
                 self.live.set_block(index, None)
-                if self.uniform is not None and self.adding is None:
+                if self.uniform is not None and modules and self.adding is None:
                     self.adding = self._contributions(index, entering)
                 dense = [slot.weight for slot in slots]
                 deltas = []
@@ -328,9 +376,10 @@ class BackwardPass:
                                     gate.take(closed.pop(0))
                                 found[rows, unit] += gate.held.cpu()
                             gradient[rows] = into.cpu()
-                            if number == 0:
-                                for (error, name), values in held.items():
-                                    self.found[error, rows, self.place[name]] += values.cpu()
+                            to = self.drawn if number else self.found
+                            for (error, name), values in held.items():
+                                to[error, rows, self.place[name]] += values.cpu()
+                            held.clear()
             finally:
                 self.live.restore_block(index)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from evopress.data.minibatch import Minibatch, draw, draw_equal
 from evopress.errors import EvoPressError
 from evopress.fitness.archive import Archiving, NoArchive
-from evopress.fitness.attribution import attribute
+from evopress.fitness.attribution import attribute, expand
 from evopress.fitness.measures import Measure, NegativeLogLikelihood
 from evopress.fitness.population import Evaluator, measure_parts, walked_together
 from evopress.progress import track
@@ -154,6 +154,35 @@ class MinibatchFitness:
             )
 
         return stacked(parts, attributed).numpy()
+
+    @together
+    def expand(self, genome: Genome, *, tokens: int, sequences: int) -> list[list[list[float]]]:
+        """Return what moving each unit alone to each of its levels adds to a genome's fitness, to second order.
+
+        On sequences of fresh text, drawn as those of `attribute`: floats [sequences][units][levels], NaN where it is not known.
+
+        Args and errors: as `attribute`, where no module can be dropped.
+        """
+        available, longest = self.sequences.shape
+        drawn = draw_equal(available, longest, tokens=tokens, sequences=sequences, rng=self.rng)
+        rows, length = list(drawn.indices), drawn.lengths[0]
+        uniform = torch.from_numpy(self.rng.random((len(rows), length - 1)))
+        most = part(len(rows), max(self.max_tokens_in_flight // length, 1))
+
+        def expanded(mine: Sequence[slice]) -> Tensor:
+            those = slice(mine[0].start, mine[-1].stop)
+            return expand(
+                self.evaluator.live,
+                genome,
+                self.sequences[rows[those], :length],
+                self.base[rows[those]],
+                self.measure,
+                uniform=uniform[those],
+                max_tokens_in_flight=most * length,
+                chunk_tokens=self.chunk_tokens,
+            )
+
+        return stacked([slice(start, start + most) for start in range(0, len(rows), most)], expanded).tolist()
 
     def _explain(self, genome: Genome, rows: list[int], ids: Tensor) -> None:
         """Say, the first time, where a genome's numbers stop being finite.

@@ -73,13 +73,13 @@ class LiveSearch:
 
         return cast(Fitness, watched)
 
-    def attributing(self, attribute: Callable[..., Any]) -> Callable[[Any], Any]:
-        """Return what answers a question for attributions by `attribute(genome, tokens=n, sequences=k)`; the line says so."""
+    def attributing(self, answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Return what answers a question for attributions or an expansion as `answer` does; the line says so."""
 
         def watched(question: Any) -> Any:
             if self._line is not None:
                 self._line.show(detail=f"what each unit holds: {question.tokens:,} tokens")
-            return attribute(question.genome, tokens=question.tokens, sequences=question.sequences)
+            return answer(question)
 
         return watched
 

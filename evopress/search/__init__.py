@@ -7,7 +7,18 @@ from evopress.search.mutation import DISTRIBUTIONS, LevelSwitch, Mutation, offsp
 from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.selection import check_stages, select_fittest
 from evopress.search.strategies import STRATEGIES, strategy_of
-from evopress.search.strategy import Asks, Attribution, Fitness, Neighbour, Problem, Question, Searching, Strategy, run_search
+from evopress.search.strategy import (
+    Asks,
+    Attribution,
+    Expansion,
+    Fitness,
+    Neighbour,
+    Problem,
+    Question,
+    Searching,
+    Strategy,
+    run_search,
+)
 
 __all__ = [
     "DISTRIBUTIONS",
@@ -18,6 +29,7 @@ __all__ = [
     "Evolution",
     "EvolutionStrategy",
     "Exchange",
+    "Expansion",
     "Fitness",
     "GenerationRecord",
     "LevelSwitch",

@@ -40,6 +40,14 @@ class GuidedStrategy(RaceRules):
     attribution says what dropping them would add."""
     selection: str = "mean"
     """mean: all proposals are measured on `screen_tokens`, the best mean is next; racing: see `racing.py`, in at most as many."""
+    second_order_rounds: int = 0
+    """Rounds, after the others, by what every unit's levels change to second order; one that finds nothing is the last. There are
+    none where modules can be dropped."""
+    second_order_tokens: int | None = None
+    """Search tokens that go forward, and backward twice, in such a round; null: twice `attribution_tokens`. They are divided into
+    twice `attribution_sequences`, at least."""
+    second_order_changes: list[int] = field(default_factory=lambda: [80, 40, 20, 10])
+    """Its proposals: with at most so many units changed."""
     delta_rounds: int = 0
     """Rounds, after the others, in which both neighbours of every unit are measured instead; one that finds nothing is the last."""
     delta_tokens: int = 256
@@ -61,6 +69,7 @@ class GuidedStrategy(RaceRules):
             ("averaged", 1),
             ("approach", 1),
             ("approach_tokens", 2 * self.delta_parts if self.approach_tokens else 0),
+            ("second_order_rounds", 0),
             ("delta_rounds", 0),
             ("delta_parts", 2),
             ("delta_tokens", 2 * self.delta_parts),
@@ -69,22 +78,37 @@ class GuidedStrategy(RaceRules):
             value = getattr(self, name)
             if value < least:
                 raise EvoPressError(f"search.strategy.{name}={value} is out of range: expected at least {least}")
+        if self.second_order_tokens is not None and self.second_order_tokens < 4:
+            raise EvoPressError(
+                f"search.strategy.second_order_tokens={self.second_order_tokens} is out of range: expected at least 4, or null"
+            )
+        if self.second_order_rounds and not self.rounds:
+            raise EvoPressError(
+                f"search.strategy.second_order_rounds={self.second_order_rounds} goes on from what rounds of attributions "
+                "found, and search.strategy.rounds=0: ask for at least one"
+            )
         if self.selection not in SELECTIONS:
             raise EvoPressError(f"search.strategy.selection={self.selection} is unknown: choose one of {', '.join(SELECTIONS)}")
         if not 0 <= self.predicted_offspring <= 1:
             raise EvoPressError(
                 f"search.strategy.predicted_offspring={self.predicted_offspring:g} is out of range: expected a share, 0 to 1"
             )
-        if any(most < 1 for most in self.changes):
-            raise EvoPressError(
-                f"search.strategy.changes={self.changes} is out of range: expected numbers of units, at least 1 each"
-            )
+        for name in ("changes", "second_order_changes"):
+            if any(most < 1 for most in getattr(self, name)):
+                raise EvoPressError(
+                    f"search.strategy.{name}={getattr(self, name)} is out of range: expected numbers of units, at least 1 each"
+                )
         if evolution.max_level is not None or evolution.max_total_deviation is not None:
             raise EvoPressError(
                 f"search.max_level={evolution.max_level} and search.max_total_deviation={evolution.max_total_deviation} bound the "
                 "mutations of evolution, and the integer program of search/strategy=guided knows no such bounds: leave them null"
             )
         return GuidedSettings(self, replace(evolution, generations=self.generations_after))
+
+    @property
+    def expansion_tokens(self) -> int:
+        """Tokens of an expansion."""
+        return 2 * self.attribution_tokens if self.second_order_tokens is None else self.second_order_tokens
 
     @property
     def race(self) -> RaceRules | None:
@@ -107,32 +131,37 @@ class GuidedSettings:
     @property
     def num_generations(self) -> int:
         """See `Searching`."""
-        return self.numbers.rounds + self.numbers.delta_rounds + self.numbers.generations_after
+        numbers = self.numbers
+        return numbers.rounds + numbers.second_order_rounds + numbers.delta_rounds + numbers.generations_after
 
     @property
     def summary(self) -> str:
         """See `Searching`."""
+        expanded = f", {self.numbers.second_order_rounds} of second order" if self.numbers.second_order_rounds else ""
         measured = f" and {self.numbers.delta_rounds} of measured neighbours" if self.numbers.delta_rounds else ""
         after = f", then {self.evolution.summary}" if self.numbers.generations_after else ""
-        return f"at most {self.numbers.rounds} guided rounds{measured}{after}"
+        return f"at most {self.numbers.rounds} guided rounds{expanded}{measured}{after}"
 
     def identity(self) -> dict[str, Any]:
         """See `Searching`: numbers of rounds and generations may differ, since a search can be gone on with."""
-        longer = ("name", "rounds", "delta_rounds", "generations_after")
+        longer = ("name", "rounds", "second_order_rounds", "delta_rounds", "generations_after")
         numbers = {key: value for key, value in asdict(self.numbers).items() if key not in longer}
         return numbers | ({"evolution": self.evolution.identity()} if self.numbers.generations_after else {})
 
     def asks(self, state: Mapping[str, Any] | None = None) -> list[Asks]:
         """See `Searching`."""
         numbers, times, later = self.numbers, self.numbers.rounds, None
-        deltas = numbers.delta_rounds
+        expansions, deltas = numbers.second_order_rounds, numbers.delta_rounds
         if state is not None:
             later = state["evolution"]
+            expanded, expansions_settled = state.get("expansions", (0, False))
             done, settled = state.get("deltas", (0, False))
-            times = 0 if state["settled"] or done or later else max(numbers.rounds - int(state["generation"]) + 1, 0)
+            over = state["settled"] or expanded or done or later
+            times = 0 if over else max(numbers.rounds - int(state["generation"]) + 1, 0)
+            expansions = 0 if expansions_settled or done or later else max(expansions - expanded, 0)
             deltas = 0 if settled or later else max(deltas - done, 0)
         key = "search.strategy.attribution_tokens"
-        proposals = 2 + len(numbers.changes)
+        proposals = max(2 + len(numbers.changes), 1 + len(numbers.second_order_changes) if expansions else 0)
         way = numbers.approach if state is None and (numbers.rounds or numbers.approach_tokens) else 0
         approach: dict[str, Any] = {"times": way, "initial": True, "of_modules": True}
         asks = [
@@ -140,7 +169,17 @@ class GuidedSettings:
             if numbers.approach_tokens
             else Asks(key, numbers.attribution_tokens, attribution=True, **approach),
             Asks(key, numbers.attribution_tokens, times=times, attribution=True, milestone=True),
-            Asks("search.strategy.screen_tokens", numbers.screen_tokens, proposals, times=times + deltas, milestone=True),
+            Asks(
+                "search.strategy.second_order_tokens",
+                numbers.expansion_tokens,
+                times=expansions,
+                attribution=True,
+                expansion=True,
+                milestone=True,
+            ),
+            Asks(
+                "search.strategy.screen_tokens", numbers.screen_tokens, proposals, times=times + expansions + deltas, milestone=True
+            ),
             Asks("search.strategy.delta_tokens", numbers.delta_tokens, 0, times=deltas, milestone=True, neighbours=True),
         ]
         if numbers.generations_after:

@@ -5,6 +5,8 @@ own error. Its sensitivity, α_u = a_u / (2 e_u(g_u)), is that per unit of the r
 for every level l. Genomes that minimise Σ α_u e_u(l_u) within the budget, all units free or few of them changed, are then measured
 beside g on fresh tokens, and the best is the next g. One attribution costs three times its tokens, whatever the number of units.
 
+Then there may be rounds of second order: an expansion at g says what moving each unit alone to each of its levels changes.
+
 A module that can be dropped has the error 1 where it is dropped: all that it adds is gone. Its attribution says what dropping adds
 to the fitness from where g is. Beside weights, that is counted from the dense ones: dropping also takes away what they hold.
 """
@@ -28,9 +30,10 @@ from evopress.search.predicted import EitherMutation, PredictedSwitch
 from evopress.search.program import best_in
 from evopress.search.racing import Race
 from evopress.search.record import GenerationRecord, StageRecord
+from evopress.search.second_order import second_order_values
 from evopress.search.selection import select_fittest
 from evopress.search.sensitivity import Expected, errors_at, errors_of, is_droppable, latest_sensitivities
-from evopress.search.strategy import Attribution, Problem, Question, backward_tokens
+from evopress.search.strategy import Attribution, Expansion, Problem, Question, backward_tokens
 from evopress.units import Budget, Genome, Space
 
 if TYPE_CHECKING:
@@ -63,6 +66,7 @@ class Guided:
         self._evolution: Evolution | None = None
         self._race: Race | None = None
         self._deltas: Deltas | None = None
+        self._expansions_done, self._expansions_settled = 0, False  # rounds of second order, and whether the last found nothing
         self._deltas_done, self._deltas_settled = 0, False  # rounds of measured neighbours, and whether the last found nothing
         self._above: Genome | None = None  # above the budget: where the way to the first genome has come
         self._steps = 0  # of that way, so far
@@ -84,7 +88,7 @@ class Guided:
         """Tell whether the rounds are over, and the evolution after them."""
         if self._evolution is not None:
             return self._evolution.finished
-        return self._rounds_over and not self._measures_deltas and not self._numbers.generations_after
+        return self._rounds_over and not self._expands and not self._measures_deltas and not self._numbers.generations_after
 
     @property
     def generation(self) -> int:
@@ -113,6 +117,8 @@ class Guided:
                 self._question = self._race.ask()
             elif self._above is not None and self._measures_the_way:
                 self._question = self._deltas_at(self._above, numbers.approach_tokens).ask()
+            elif self._expands:
+                self._question = Expansion(self.parent, numbers.expansion_tokens, 2 * numbers.attribution_sequences)
             elif self._measures_deltas:
                 self._question = self._deltas_at(self.parent, numbers.delta_tokens).ask()
             elif (genome := self._parent if self._above is None else self._above) is None:
@@ -136,8 +142,10 @@ class Guided:
             return self._tell_deltas(self._deltas, answer)
         if isinstance(self._question, Question):
             return self._choose(self._question, answer)
+        if isinstance(self._question, Expansion):
+            return self._propose(self._expanded(self._question, answer), self._numbers.second_order_changes)
         values = self._attributed(self._question, answer)
-        return self._propose(values) if self._above is None else self._come_down(values)
+        return self._propose(values, (None, *self._changes)) if self._above is None else self._come_down(values)
 
     def state(self) -> dict[str, Any]:
         """Return, between generations, all that `restore` needs to go on, as JSON-able values."""
@@ -150,6 +158,7 @@ class Guided:
             "rounds": self._generation - 1,
             "found": None if self._parent is None else list(self._parent),
             "settled": self._settled,
+            **({"expansions": [self._expansions_done, self._expansions_settled]} if self._expansions_done else {}),
             **({"deltas": [self._deltas_done, self._deltas_settled]} if self._deltas_done else {}),
             "tokens": self._tokens,
             "evaluations": self._evaluations,
@@ -185,6 +194,7 @@ class Guided:
             raise ValueError("its sensitivities are not all positive numbers")
         self._sensitivities = sensitivities.tolist()
         self._generation, self._settled = state["rounds"] + 1, bool(state["settled"])
+        self._expansions_done, self._expansions_settled = state.get("expansions", (0, False))
         self._deltas_done, self._deltas_settled = state.get("deltas", (0, False))
         self._race = self._deltas = self._above = None  # generation 0 is over
         self._tokens, self._evaluations, self._non_finite = state["tokens"], state["evaluations"], state["non_finite"]
@@ -262,6 +272,21 @@ class Guided:
         self._details = self._held(genome, held.mean(axis=0) / 2)
         return self._values()
 
+    def _expanded(self, question: Expansion, answer: Any) -> list[list[float]]:
+        """Turn an expansion into values[unit][level], what every level changes, drawn towards what the sensitivities say."""
+        space = self._problem.space
+        found = np.asarray(answer, dtype=np.float64)
+        shape = (len(space), max(len(unit.levels) for unit in space.units))
+        if found.ndim != 3 or found.shape[1:] != shape or len(found) < 2 or bool(np.isinf(found).any()):
+            raise EvoPressError(
+                f"the expansion returned {'x'.join(map(str, found.shape))} numbers for at least 2 sequences of {shape[0]} units "
+                f"with {shape[1]} levels, or infinite ones: use search.strategy.second_order_rounds=0"
+            )
+        self._tokens += backward_tokens(True) * question.tokens
+        self._evaluations += 1
+        self._details = {"second_order": True}
+        return second_order_values(space, question.genome, found, self._values())
+
     def _held(self, genome: Genome, means: np.ndarray) -> dict[str, Any]:
         """Lay out what each unit holds; a module that is kept holds nothing, and what dropping it would add stands apart."""
         space = self._problem.space
@@ -287,10 +312,13 @@ class Guided:
         self._candidates = tuple(dict.fromkeys((*mixes, *self._candidates)))
         return self._finish(self._candidates[0]) if len(self._candidates) == 1 else None
 
-    def _propose(self, values: Sequence[Sequence[float]]) -> GenerationRecord | None:
-        """Make proposals by values[unit][level], and ask for their fitness; where there are none, the round is over."""
+    def _propose(self, values: Sequence[Sequence[float]], changes: Sequence[int | None]) -> GenerationRecord | None:
+        """Make proposals by values[unit][level], and ask for their fitness; where there are none, the round is over.
+
+        Args: changes: the most units that each changes; None: any.
+        """
         parent = self.parent
-        proposals = self._proposals(parent, values)
+        proposals = self._proposals(parent, values, changes)
         expected = Expected(self._problem.space, values).of
         self._details["proposals"] = [
             {
@@ -321,7 +349,7 @@ class Guided:
         self._details = {"deltas": deltas.report(expected)}
         values = deltas.values(expected)
         if self._above is None:
-            return self._propose(values)
+            return self._propose(values, (None, *self._changes))
         self._deltas = None
         return self._come_down(values)
 
@@ -356,11 +384,13 @@ class Guided:
             non_finite=race.lost,
         )
 
-    def _proposals(self, parent: Genome, values: Sequence[Sequence[float]]) -> dict[Genome, int | None]:
+    def _proposals(
+        self, parent: Genome, values: Sequence[Sequence[float]], changes: Sequence[int | None]
+    ) -> dict[Genome, int | None]:
         """Return the genomes that are best by the sensitivities, each with the number of changes that was allowed; None: any."""
         space, budget = self._problem.space, self._problem.budget
         found: dict[Genome, int | None] = {}
-        for most in (None, *self._changes):
+        for most in changes:
             genome = best_in(space, budget, values, near=parent, most_changes=most)
             if genome is not None and genome != parent and budget.met_by(space, genome):
                 found.setdefault(genome, most)
@@ -413,7 +443,9 @@ class Guided:
             details=self._details,
             milestone=True,
         )
-        if self._deltas is not None:
+        if self._expands:
+            self._expansions_done, self._expansions_settled = self._expansions_done + 1, not finished.accepted
+        elif self._deltas is not None:
             self._deltas_done, self._deltas_settled = self._deltas_done + 1, not finished.accepted
         else:
             self._settled = self._generation > 0 and not finished.accepted
@@ -432,12 +464,25 @@ class Guided:
         return self._numbers.approach_tokens > 0 and all(self._droppable)
 
     @property
+    def _expands(self) -> bool:
+        """Tell whether a round of second order is next: after the others, as long as they find something."""
+        wanted = not self._expansions_settled and self._expansions_done < self._numbers.second_order_rounds
+        return self._rounds_over and wanted and not self._deltas_done and not any(self._droppable)
+
+    @property
     def _measures_deltas(self) -> bool:
-        return self._rounds_over and not self._deltas_settled and self._deltas_done < self._numbers.delta_rounds
+        over = self._rounds_over and not self._expands
+        return over and not self._deltas_settled and self._deltas_done < self._numbers.delta_rounds
 
     def _evolve_if_over(self) -> None:
         """Begin the evolution once the rounds are over, where one was asked for."""
-        if self._rounds_over and not self._measures_deltas and self._numbers.generations_after and self._parent is not None:
+        if (
+            self._rounds_over
+            and not self._expands
+            and not self._measures_deltas
+            and self._numbers.generations_after
+            and self._parent is not None
+        ):
             self._evolution = self._evolution_from(self._parent)
 
     def _evolution_from(self, genome: Genome) -> Evolution:

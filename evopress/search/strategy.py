@@ -1,7 +1,8 @@
 """What a search strategy is: it asks about genomes and is told, by whoever runs it, until it has found one.
 
-There are two kinds of question. A `Question` asks for the fitness of genomes on so many tokens; an `Attribution` asks how much of
-one genome's fitness each unit holds. A strategy knows neither model nor text; `fitness/` answers.
+There are three kinds of question. A `Question` asks for the fitness of genomes on so many tokens; an `Attribution` asks how much of
+one genome's fitness each unit holds; an `Expansion` what each unit's other levels would change of it. A strategy knows neither
+model nor text; `fitness/` answers.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ BACKWARD_TOKENS = 3
 """What a token that goes forward and backward through the model counts as, in tokens that go forward."""
 
 
-def backward_tokens(modules: bool) -> int:
-    """Return what an attribution counts a token as; it goes back a second time where modules can be dropped."""
-    return BACKWARD_TOKENS + (2 if modules else 0)
+def backward_tokens(twice: bool) -> int:
+    """Return what a token of an attribution or expansion counts as; it goes back a second time where labels are drawn.
+
+    That is in every expansion, and in attributions where modules can be dropped.
+    """
+    return BACKWARD_TOKENS + (2 if twice else 0)
 
 
 NEIGHBOURS_TOGETHER = 64
@@ -76,6 +80,16 @@ class Attribution:
     """Into which the tokens are divided, at least; longer ones of the text are cut."""
 
 
+@dataclass(frozen=True)
+class Expansion(Attribution):
+    """A genome of which is asked what moving each unit alone to each of its levels adds to its fitness, to second order.
+
+    From the unit's weights Q to Q' that is the derivative of the fitness along Q' - Q and half its curvature there, the
+    Gauss-Newton matrix's, per predicted token: floats [sequences][units][levels], 0 at the genome's own level. Levels of which it
+    is not known, and those that a unit has not, have NaN. There are no modules to be dropped.
+    """
+
+
 class Fitness(Protocol):
     """Score genomes; lower is better."""
 
@@ -84,8 +98,8 @@ class Fitness(Protocol):
         ...
 
 
-Attribute = Callable[[Attribution], Sequence[Sequence[float]]]
-"""Answers an `Attribution` on fresh text; drawing it is done there."""
+Attribute = Callable[[Attribution], Sequence[Sequence[Any]]]
+"""Answers an `Attribution` or an `Expansion` on fresh text; drawing it is done there."""
 
 
 class Strategy(Protocol):
@@ -143,6 +157,9 @@ class Asks:
     candidates: int = 1
     times: int = 1
     attribution: bool = False
+    """Whether tokens go forward and backward."""
+    expansion: bool = False
+    """An attribution that is an `Expansion`."""
     initial: bool = False
     """In generation 0, where the uniform genome does not keep the budget."""
     milestone: bool = False
@@ -165,7 +182,12 @@ class Asks:
         """Return the tokens in all, in tokens that go forward, by whether modules can be dropped and how many units there are."""
         if self.of_modules and not modules:
             return 0
-        return self.tokens * self.candidates_of(units) * self.times * (backward_tokens(modules) if self.attribution else 1)
+        return (
+            self.tokens
+            * self.candidates_of(units)
+            * self.times
+            * (backward_tokens(modules or self.expansion) if self.attribution else 1)
+        )
 
 
 @dataclass(frozen=True)
@@ -249,7 +271,7 @@ def run_search(
 
     Args:
         fitness: answers a `Question`.
-        attribute: answers an `Attribution`; None: nobody does.
+        attribute: answers an `Attribution` and an `Expansion`; None: nobody does.
         on_generation: called with every record.
 
     Raises: EvoPressError if an attribution is asked for and nobody answers, or from the strategy.

@@ -154,7 +154,7 @@ class Planner:
     def attribute(self, needs: Needs, ask: Asks, *, alone: bool = False, errors: int = 1) -> None:
         """Add attributions: each block forward, then forward again and backward; what enters each block is held meanwhile.
 
-        Where modules can be dropped, there is one more way back.
+        Where modules can be dropped, and in expansions, there is one more way back.
 
         Args:
             alone: processes do not share it.
@@ -166,8 +166,9 @@ class Planner:
         mine = -(-ask.tokens * shared // rows)
         tokens = mine * ask.times
         gates = self.workspace.method.modules is not None
-        counted = backward_tokens(gates)
-        forwards = (counted + errors) * tokens * self.num_blocks
+        counted = backward_tokens(gates or ask.expansion)
+        # An expansion has the products on both ways back.
+        forwards = (counted + errors * (2 if ask.expansion else 1)) * tokens * self.num_blocks
         self.add(
             needs,
             counted * tokens,
@@ -178,7 +179,7 @@ class Planner:
             blocks, mine, max_tokens_in_flight=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens, errors=errors
         )
         # What enters each block and leaves the last one, gradients, and the base of these sequences.
-        held = (self.num_blocks + (4 if gates else 3)) * self.states(mine)
+        held = (self.num_blocks + (4 if gates or ask.expansion else 3)) * self.states(mine)
         self.put(needs, there + self._levels_kept, host=self._bases + held)
 
     def hold(self, needs: Needs, candidates: int, tokens: int, *, apart: bool = False, given: bool = True) -> None:

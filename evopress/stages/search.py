@@ -25,7 +25,16 @@ from evopress.room import Needs
 from evopress.search.evolution import SearchSettings
 from evopress.search.initial import uniform_genome
 from evopress.search.record import GenerationRecord
-from evopress.search.strategy import NEIGHBOURS_TOGETHER, Neighbour, Problem, Searching, Strategy, run_search
+from evopress.search.strategy import (
+    NEIGHBOURS_TOGETHER,
+    Attribution,
+    Expansion,
+    Neighbour,
+    Problem,
+    Searching,
+    Strategy,
+    run_search,
+)
 from evopress.stages.baselines import make_fitness, what_decides_fitness
 from evopress.stages.checks import search_cost
 from evopress.stages.given import find_genome, keep_found
@@ -60,7 +69,8 @@ def search_needs(planner: Planner) -> Needs:
             candidates = starts + (1 if from_level else candidates)
         most = min(candidates, NEIGHBOURS_TOGETHER + 1) if ask.neighbours else candidates
         if ask.attribution:
-            planner.attribute(needs, ask)
+            most = max(len(unit.levels) for unit in space.units)
+            planner.attribute(needs, ask, errors=most + 1 if ask.expansion else 1)
         else:
             together = NEIGHBOURS_TOGETHER + 1 if ask.neighbours else None
             planner.score(needs, *planner.mine(candidates, ask.tokens), times=ask.times, together=together)
@@ -140,12 +150,16 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
             live.show(entry, shown)
             stop_if_asked()
 
+        def answer(question: Attribution) -> Any:
+            asked = fitness.expand if isinstance(question, Expansion) else fitness.attribute
+            return asked(question.genome, tokens=question.tokens, sequences=question.sequences)
+
         num_stages = len(searching.tokens) if isinstance(searching, SearchSettings) else None
         with LiveSearch(searching.num_generations, num_stages, run_dir=run_dir) as live:
             run_search(
                 strategy,
                 live.watching(fitness),
-                attribute=live.attributing(fitness.attribute),
+                attribute=live.attributing(answer),
                 on_generation=finish_generation,
             )
         workspace.archive.tell("search")

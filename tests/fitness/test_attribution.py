@@ -7,14 +7,20 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from attribution_literal import attribute_by_differences, attribute_plainly, gate_by_differences, gates_plainly
+from attribution_literal import (
+    attribute_by_differences,
+    attribute_plainly,
+    expand_plainly,
+    gate_by_differences,
+    gates_plainly,
+)
 
 from evopress.currencies import CURRENCIES
 from evopress.errors import EvoPressError
-from evopress.fitness.attribution import attribute, derivatives
+from evopress.fitness.attribution import attribute, derivatives, expand
 from evopress.fitness.measures import KLDivergence, NegativeLogLikelihood, TopkKL
 from evopress.fitness.minibatch import MinibatchFitness, base_states
-from evopress.fitness.population import PopulationEvaluator
+from evopress.fitness.population import PopulationEvaluator, measure_sequences
 from evopress.levels.build import ensure_database
 from evopress.levels.live import LiveModel
 from evopress.levels.modules import ModuleLevels, ensure_modules, is_module
@@ -68,6 +74,40 @@ def test_block_by_block_equals_the_whole_model_s_gradients(case, measure, weight
     assert weights_digest(case.live.blocks.model) == before
     assert [(p.requires_grad, p.grad) for p in case.live.blocks.model.parameters()] == flags
     assert not any(module._forward_hooks for module in case.live.blocks.model.modules())
+
+
+def test_an_expansion_is_the_whole_model_s_taylor_series(case, weights_digest) -> None:
+    genome, before = genome_of(case.live), weights_digest(case.live.blocks.model)
+    uniform = torch.rand(3, 11, generator=torch.Generator().manual_seed(2))
+    found = expand(case.live, genome, case.ids, case.base, KLDivergence(), uniform=uniform, max_tokens_in_flight=24, chunk_tokens=7)
+    expected = expand_plainly(case.live, genome, case.ids, KLDivergence(), uniform)
+    inside = [0 <= unit.block < len(case.live.blocks.blocks) for unit in case.live.space.units]
+    assert not all(inside), "head and embedding are units"
+    close(found[:, inside], expected[:, inside])
+    for unit, level in enumerate(genome):
+        assert bool((found[:, unit, level] == 0).all())
+        others = [other for other in range(found.shape[2]) if other != level]
+        assert bool(found[:, unit, others].isnan().all()) is not inside[unit], "what lies outside the blocks is not expanded"
+    assert weights_digest(case.live.blocks.model) == before
+    assert not any(module._forward_hooks for module in case.live.blocks.model.modules())
+
+
+def test_an_expansion_tells_what_a_small_step_changes(live_model, tokens) -> None:
+    """On average over drawn labels, and where the other level is near: the levels here are 4, 3 and 2 bits."""
+    live, ids = live_model("llama", num_blocks=2), tokens(1, 12, seed=5)
+    base = base_states(PopulationEvaluator(live), ids, batch_tokens=48)
+    genome = (1,) * len(live.space)
+    draws = [torch.rand(1, 11, generator=torch.Generator().manual_seed(seed)) for seed in range(40)]
+    told = torch.stack([expand(live, genome, ids, base, KLDivergence(), uniform=uniform)[0] for uniform in draws]).mean(0)
+    moved = [tuple(0 if i == unit else 1 for i in range(len(genome))) for unit in range(len(genome))]
+    sequences = torch.stack([measured(live, each, ids, base) for each in (genome, *moved)])
+    changed = sequences[1:] - sequences[0]
+    assert np.corrcoef(told[:, 0].numpy(), changed.numpy())[0, 1] > 0.9
+
+
+def measured(live, genome, ids, base) -> torch.Tensor:
+    sums = measure_sequences(PopulationEvaluator(live), [genome], ids, base, KLDivergence(), chunk_tokens=256)
+    return sums[0, 0].sum() / (ids.shape[1] - 1) / len(ids)
 
 
 def test_the_attribution_is_the_derivative_in_the_scale_of_a_unit_s_error(live_model, tokens) -> None:

@@ -89,6 +89,36 @@ def attribute_by_differences(live: LiveModel, genome: Genome, ids: Tensor, measu
     return (loss(1 + step) - loss(1 - step)) / (2 * step)
 
 
+def expand_plainly(live: LiveModel, genome: Genome, ids: Tensor, measure: Measure, uniform: Tensor) -> Tensor:
+    """Return ⟨∂ loss / ∂W_u, Q' - Q⟩ + ½ ⟨∂ log likelihood of drawn labels / ∂W_u, Q' - Q⟩² per token, [b, units, levels]."""
+    pairs = weights_at(live, genome)
+    longest = max(len(unit.levels) for unit in live.space.units)
+    others = [
+        [weight for weight, _ in weights_at(live, tuple(min(level, len(unit.levels) - 1) for unit in live.space.units))]
+        for level in range(longest)
+    ]
+    model, parameters = model_at(live, [level for level, _ in pairs], dtype=torch.float32)
+    found = torch.full((len(ids), len(pairs), longest), torch.nan, dtype=torch.float64)
+    for row, sequence in enumerate(ids.split(1)):
+        derivatives = torch.autograd.grad(loss_of(model, live, sequence, measure), parameters)
+        logq, drawn = drawn_labels(model, sequence, uniform[row])
+        scores = torch.autograd.grad(sum(q[label] for q, label in zip(logq, drawn, strict=True)), parameters)
+        for unit, (derivative, score, (here, _)) in enumerate(zip(derivatives, scores, pairs, strict=True)):
+            for level in range(len(live.space.units[unit].levels)):
+                step = others[level][unit] - here
+                found[row, unit, level] = (derivative * step).sum() + (score * step).sum() ** 2 / len(drawn) / 2
+    return found
+
+
+def drawn_labels(model: torch.nn.Module, sequence: Tensor, uniform: Tensor) -> tuple[Tensor, list[int]]:
+    """Return the log probabilities [l - 1, V] of a sequence [1, l], and a label drawn from each by a number in [0, 1)."""
+    logq = torch.log_softmax(model(input_ids=sequence, use_cache=False).logits[0, :-1], dim=-1)
+    return logq, [
+        next(i for i, heaped in enumerate(q.exp().double().cumsum(0).tolist()) if heaped > float(u) or i == len(q) - 1)
+        for q, u in zip(logq.detach(), uniform, strict=True)
+    ]
+
+
 ADDING = {"gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"), "opt": ("self_attn", "fc2")}
 """What adds to the residual stream, where it is not the attention and the MLP themselves."""
 
@@ -129,11 +159,7 @@ def gates_plainly(live: LiveModel, genome: Genome, ids: Tensor, measure: Measure
     for row, sequence in enumerate(ids.split(1)):
         model, gates = gated(live, genome, dtype=torch.float32)
         found = torch.autograd.grad(loss_of(model, live, sequence, measure), list(gates.values()))
-        logq = torch.log_softmax(model(input_ids=sequence, use_cache=False).logits[0, :-1], dim=-1)
-        drawn = [
-            next(i for i, heaped in enumerate(q.exp().double().cumsum(0).tolist()) if heaped > float(u) or i == len(q) - 1)
-            for q, u in zip(logq.detach(), uniform[row], strict=True)
-        ]
+        logq, drawn = drawn_labels(model, sequence, uniform[row])
         likelihood = sum(q[label] for q, label in zip(logq, drawn, strict=True))
         scores = torch.autograd.grad(likelihood, list(gates.values()))
         for unit, derivative, score in zip(gates, found, scores, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from guided_literal import best_of_all, shrunk
 
 from evopress.errors import EvoPressError
-from evopress.search import Attribution, Problem, Question, SearchSettings, run_search
+from evopress.search import Attribution, Expansion, Problem, Question, SearchSettings, run_search
 from evopress.search.guided import GuidedStrategy
 from evopress.search.sensitivity import sensitivities
 from evopress.units import Budget, Genome, Level, Limit, Space, Unit
@@ -47,10 +48,24 @@ class Additive:
         shared = self.noise * self.rng.normal()
         return [self.exact(genome) * (1 + shared) for genome in genomes]
 
-    def attribute(self, question: Attribution) -> list[list[float]]:
+    def attribute(self, question: Attribution) -> list[Any]:
         self.asked.append(question)
         noise = self.noise * self.rng.normal(size=(question.sequences, len(self.space)))
+        if isinstance(question, Expansion):
+            return [
+                [
+                    [change * (1 + each) for change in of_unit]
+                    for each, of_unit in zip(row, self.changes(question.genome), strict=True)
+                ]
+                for row in noise
+            ]
         return (2 * self.parts(question.genome) * (1 + noise)).tolist()
+
+    def changes(self, genome: Genome) -> list[list[float]]:
+        """What moving each unit alone to each level changes; NaN for levels that it has not."""
+        here, longest = self.exact(genome), max(map(len, self.errors))
+        moved = [[(*genome[:u], level, *genome[u + 1 :]) for level in range(len(errors))] for u, errors in enumerate(self.errors)]
+        return [[self.exact(each) - here for each in of_unit] + [math.nan] * (longest - len(of_unit)) for of_unit in moved]
 
 
 def problem_of(space, budget, errors, *, seed: int = 0, starts=()) -> Problem:
@@ -211,7 +226,15 @@ def test_evolution_goes_on_from_the_genome_that_was_found(quant_space, budget_of
     assert tuple(records[-1]["genome"]) == best
 
 
-OPTIONS = {"selection": "racing", "race_parts": 4, "delta_rounds": 2, "delta_tokens": 8, "predicted_offspring": 0.5}
+OPTIONS = {
+    "second_order_rounds": 2,
+    "second_order_changes": [2, 1],
+    "selection": "racing",
+    "race_parts": 4,
+    "delta_rounds": 2,
+    "delta_tokens": 8,
+    "predicted_offspring": 0.5,
+}
 
 
 @pytest.mark.parametrize(("options", "stop"), [*(({}, stop) for stop in range(9)), *((OPTIONS, stop) for stop in range(1, 9))])
@@ -267,6 +290,10 @@ def test_a_finished_search_goes_on_when_more_is_asked_for(quant_space, budget_of
         ({"changes": [3, 0]}, "search.strategy.changes="),
         ({"averaged": 0}, "search.strategy.averaged=0"),
         ({"selection": "best"}, "search.strategy.selection=best is unknown: choose one of mean, racing"),
+        ({"second_order_rounds": -1}, "search.strategy.second_order_rounds=-1"),
+        ({"second_order_tokens": 3}, "search.strategy.second_order_tokens=3"),
+        ({"second_order_changes": [0]}, "search.strategy.second_order_changes="),
+        ({"second_order_rounds": 1, "rounds": 0}, "search.strategy.second_order_rounds=1 goes on from"),
         ({"race_parts": 1}, "search.strategy.race_parts=1"),
         ({"delta_tokens": 3}, "search.strategy.delta_tokens=3"),
         ({"predicted_offspring": 1.5}, "search.strategy.predicted_offspring=1.5"),
@@ -332,6 +359,37 @@ def test_measured_neighbours_find_what_attributions_do_not_see(quant_space, budg
     assert len(measured[0]["details"]["deltas"]) == sum(1 + (level == 1) for level in before)
     assert strategy.finished and all(record["cost"] <= budget.total for record in records)
     assert records[-1]["tokens"] <= sum(ask.cost_where(modules=False, units=8) for ask in settings.asks())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rounds_of_second_order_find_what_attributions_do_not_see(quant_space, budget_of, seed) -> None:
+    space = quant_space((1,) * 8, bits=(4, 3, 2), kinds=("q",) * 8)
+    toy, budget = Additive(space, seed=seed), budget_of(space, 3.0)
+    settings = replace(NUMBERS, second_order_rounds=3, second_order_changes=[8, 2]).searching(EVOLUTION)
+    strategy = settings.make(problem_of(space, budget, toy.errors))
+    blind = lambda question: toy.attribute(question) if isinstance(question, Expansion) else [[0.2] * 8] * 4  # noqa: E731
+    records: list[dict] = []
+    run_search(strategy, toy, attribute=blind, on_generation=lambda record: records.append(record.to_dict()))
+    expanded = [record for record in records if record.get("details", {}).get("second_order")]
+    asked = [question for question in toy.asked if isinstance(question, Expansion)]
+    assert len(expanded) == len(asked) >= 2 and asked[0] == Expansion(asked[0].genome, 128, 16)
+    assert expanded[0]["accepted"] and not expanded[-1]["accepted"]
+    values = [[w * e for e in errors] for w, errors in zip(toy.weights, toy.errors, strict=True)]
+    assert toy.exact(tuple(expanded[-1]["genome"])) == pytest.approx(best_of_all(space.prices, budget.total, values), rel=1e-9)
+    spent = expanded[0]["tokens"] - records[expanded[0]["generation"] - 1]["tokens"]
+    assert spent == 5 * 128 + 32 * expanded[0]["stages"][0]["num_candidates"]
+    assert records[-1]["tokens"] <= sum(ask.cost_where(modules=False, units=8) for ask in settings.asks())
+
+
+def test_an_expansion_that_is_not_one_is_told(quant_space, budget_of) -> None:
+    space = quant_space((1,) * 8, bits=(4, 3, 2), kinds=("q",) * 8)
+    toy, budget = Additive(space), budget_of(space, 3.0)
+    strategy = replace(NUMBERS, second_order_rounds=1).searching(EVOLUTION).make(problem_of(space, budget, toy.errors))
+    while not isinstance(question := strategy.ask(), Expansion):
+        strategy.tell(toy(question.genomes, tokens=1) if isinstance(question, Question) else toy.attribute(question))
+    for wrong in ([[[0.0] * 3] * 8], [[[0.0] * 2] * 8] * 2, [[[math.inf] * 3] * 8] * 2):
+        with pytest.raises(EvoPressError, match="the expansion returned"):
+            strategy.tell(wrong)
 
 
 def test_races_end_as_well_and_cost_no_more(quant_space, budget_of) -> None:
