@@ -164,6 +164,7 @@ class Case:
             fitness(genomes, tokens=100),  # six sequences and a rest
             fitness(genomes, tokens=16),  # fewer sequences than processes
             fitness.attribute(genomes[0], tokens=96, sequences=6),
+            fitness.expand(genomes[0], tokens=96, sequences=6),
             [
                 score.by_sequence
                 for score in measure_held_out(self.opened("evaluator"), genomes[:2], self.search[:3], batch_tokens=48)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -126,23 +126,42 @@ class MinibatchFitness:
 
         Raises: EvoPressError if a number is not finite.
         """
-        available, longest = self.sequences.shape
-        drawn = draw_equal(available, longest, tokens=tokens, sequences=sequences, rng=self.rng)
-        rows, length = list(drawn.indices), drawn.lengths[0]
-        uniform = self.rng.random((len(rows), length - 1)) if self.evaluator.live.modules_in(0) else None
+        rows, length = self._equal(tokens, sequences)
+        uniform = self._uniform(rows, length) if self.evaluator.live.modules_in(0) else None
         return self.archive.attribution(
-            genome, rows, length, lambda: self._attributed(genome, rows, length, uniform), drawn=uniform
+            genome, rows, length, lambda: self._gone_back(attribute, genome, rows, length, uniform), drawn=uniform
         ).tolist()
 
+    def expand(self, genome: Genome, *, tokens: int, sequences: int) -> list[list[list[float]]]:
+        """Return what moving each unit alone to each of its levels adds to a genome's fitness, to second order.
+
+        On sequences of fresh text, drawn as those of `attribute`: floats [sequences][units][levels], NaN where it is not known.
+
+        Args and errors: as `attribute`, where no module can be dropped.
+        """
+        rows, length = self._equal(tokens, sequences)
+        return self._gone_back(expand, genome, rows, length, self._uniform(rows, length)).tolist()
+
+    def _equal(self, tokens: int, sequences: int) -> tuple[list[int], int]:
+        """Draw rows of the text without replacement, and the length that all are cut to."""
+        drawn = draw_equal(*self.sequences.shape, tokens=tokens, sequences=sequences, rng=self.rng)
+        return list(drawn.indices), drawn.lengths[0]
+
+    def _uniform(self, rows: Sequence[int], length: int) -> np.ndarray:
+        """Draw what draws a label for every predicted token of rows, [rows, length - 1]."""
+        return self.rng.random((len(rows), length - 1))
+
     @together
-    def _attributed(self, genome: Genome, rows: Sequence[int], length: int, uniform: np.ndarray | None) -> np.ndarray:
-        """Return what each unit of a genome holds on the first tokens of some rows, floats [rows, units]."""
+    def _gone_back(
+        self, walk: Callable[..., Tensor], genome: Genome, rows: Sequence[int], length: int, uniform: np.ndarray | None
+    ) -> np.ndarray:
+        """Return what `attribute` or `expand`, the walk back, finds of a genome on the first tokens of some rows, [rows, ...]."""
         most = part(len(rows), max(self.max_tokens_in_flight // length, 1))
         parts = [slice(start, start + most) for start in range(0, len(rows), most)]
 
-        def attributed(mine: Sequence[slice]) -> Tensor:
+        def walked(mine: Sequence[slice]) -> Tensor:
             those = slice(mine[0].start, mine[-1].stop)
-            return attribute(
+            return walk(
                 self.evaluator.live,
                 genome,
                 self.sequences[rows[those], :length],
@@ -153,36 +172,7 @@ class MinibatchFitness:
                 chunk_tokens=self.chunk_tokens,
             )
 
-        return stacked(parts, attributed).numpy()
-
-    @together
-    def expand(self, genome: Genome, *, tokens: int, sequences: int) -> list[list[list[float]]]:
-        """Return what moving each unit alone to each of its levels adds to a genome's fitness, to second order.
-
-        On sequences of fresh text, drawn as those of `attribute`: floats [sequences][units][levels], NaN where it is not known.
-
-        Args and errors: as `attribute`, where no module can be dropped.
-        """
-        available, longest = self.sequences.shape
-        drawn = draw_equal(available, longest, tokens=tokens, sequences=sequences, rng=self.rng)
-        rows, length = list(drawn.indices), drawn.lengths[0]
-        uniform = torch.from_numpy(self.rng.random((len(rows), length - 1)))
-        most = part(len(rows), max(self.max_tokens_in_flight // length, 1))
-
-        def expanded(mine: Sequence[slice]) -> Tensor:
-            those = slice(mine[0].start, mine[-1].stop)
-            return expand(
-                self.evaluator.live,
-                genome,
-                self.sequences[rows[those], :length],
-                self.base[rows[those]],
-                self.measure,
-                uniform=uniform[those],
-                max_tokens_in_flight=most * length,
-                chunk_tokens=self.chunk_tokens,
-            )
-
-        return stacked([slice(start, start + most) for start in range(0, len(rows), most)], expanded).tolist()
+        return stacked(parts, walked).numpy()
 
     def _explain(self, genome: Genome, rows: list[int], ids: Tensor) -> None:
         """Say, the first time, where a genome's numbers stop being finite.

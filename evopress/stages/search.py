@@ -69,8 +69,8 @@ def search_needs(planner: Planner) -> Needs:
             candidates = starts + (1 if from_level else candidates)
         most = min(candidates, NEIGHBOURS_TOGETHER + 1) if ask.neighbours else candidates
         if ask.attribution:
-            most = max(len(unit.levels) for unit in space.units)
-            planner.attribute(needs, ask, errors=most + 1 if ask.expansion else 1)
+            levels = max(len(unit.levels) for unit in space.units)
+            planner.attribute(needs, ask, errors=levels + 1 if ask.expansion else 1)
         else:
             together = NEIGHBOURS_TOGETHER + 1 if ask.neighbours else None
             planner.score(needs, *planner.mine(candidates, ask.tokens), times=ask.times, together=together)

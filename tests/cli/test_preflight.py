@@ -98,6 +98,26 @@ def test_genomes_to_start_from_are_counted(bits: float, tiny: Callable[..., Any]
     assert said == f"{(2048 + tokens) / 1e3:.3g} k"
 
 
+def test_a_search_holds_one_genome_where_it_goes_back(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And rounds of second order count five for each token, and proposals as any round has them."""
+    held: set[tuple[int, int]] = set()
+    hold = Planner.hold
+
+    def watched(self: Planner, needs: Any, candidates: int, tokens: int, **more: Any) -> None:
+        held.add((candidates, tokens))
+        hold(self, needs, candidates, tokens, **more)
+
+    monkeypatch.setattr(Planner, "hold", watched)
+    asked = ("bits=3", "search/strategy=guided", "stages=[search]", "baselines.names=[]", "evaluation.every=0", DRY)
+    plain = rows(tiny(*asked).text)["search"][1]
+    assert plain == f"{(2048 + 5 * (3 * 512 + 6 * 128)) / 1e3:.3g} k"
+    assert held >= {(1, 512), (6, 128)} and all(tokens != 512 for candidates, tokens in held if candidates > 1)
+    held.clear()
+    more = rows(tiny(*asked, "search.strategy.second_order_rounds=2").text)["search"][1]
+    assert more == f"{(2048 + 5 * (3 * 512 + 6 * 128) + 2 * (5 * 1024 + 6 * 128)) / 1e3:.3g} k"
+    assert held >= {(1, 512), (1, 1024), (6, 128)}
+
+
 def test_levels_that_baselines_build_are_counted(
     sparse: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
