@@ -170,18 +170,13 @@ class GuidedSettings:
             else Asks(key, numbers.attribution_tokens, attribution=True, **approach),
             Asks(key, numbers.attribution_tokens, times=times, attribution=True, milestone=True),
             Asks(
-                "search.strategy.second_order_tokens",
-                numbers.expansion_tokens,
-                times=expansions,
-                attribution=True,
-                expansion=True,
-                milestone=True,
-            ),
-            Asks(
                 "search.strategy.screen_tokens", numbers.screen_tokens, proposals, times=times + expansions + deltas, milestone=True
             ),
             Asks("search.strategy.delta_tokens", numbers.delta_tokens, 0, times=deltas, milestone=True, neighbours=True),
         ]
+        if expansions:
+            key, about = "search.strategy.second_order_tokens", {"attribution": True, "expansion": True, "milestone": True}
+            asks.append(Asks(key, numbers.expansion_tokens, times=expansions, **about))
         if numbers.generations_after:
             asks += self.evolution.asks(later or {"generation": 1})
         return asks

@@ -88,7 +88,7 @@ class Guided:
         """Tell whether the rounds are over, and the evolution after them."""
         if self._evolution is not None:
             return self._evolution.finished
-        return self._rounds_over and not self._expands and not self._measures_deltas and not self._numbers.generations_after
+        return self._all_rounds_over and not self._numbers.generations_after
 
     @property
     def generation(self) -> int:
@@ -474,15 +474,13 @@ class Guided:
         over = self._rounds_over and not self._expands
         return over and not self._deltas_settled and self._deltas_done < self._numbers.delta_rounds
 
+    @property
+    def _all_rounds_over(self) -> bool:
+        return self._rounds_over and not self._expands and not self._measures_deltas
+
     def _evolve_if_over(self) -> None:
         """Begin the evolution once the rounds are over, where one was asked for."""
-        if (
-            self._rounds_over
-            and not self._expands
-            and not self._measures_deltas
-            and self._numbers.generations_after
-            and self._parent is not None
-        ):
+        if self._all_rounds_over and self._numbers.generations_after and self._parent is not None:
             self._evolution = self._evolution_from(self._parent)
 
     def _evolution_from(self, genome: Genome) -> Evolution:

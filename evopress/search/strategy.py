@@ -182,12 +182,8 @@ class Asks:
         """Return the tokens in all, in tokens that go forward, by whether modules can be dropped and how many units there are."""
         if self.of_modules and not modules:
             return 0
-        return (
-            self.tokens
-            * self.candidates_of(units)
-            * self.times
-            * (backward_tokens(modules or self.expansion) if self.attribution else 1)
-        )
+        counted = backward_tokens(modules or self.expansion) if self.attribution else 1
+        return self.tokens * self.candidates_of(units) * self.times * counted
 
 
 @dataclass(frozen=True)

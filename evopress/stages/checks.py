@@ -63,7 +63,7 @@ def check_tokens(settings: RunSettings) -> None:
         )
     available = data.search_tokens // length * length
     asks = searching(search, derived=1).asks()
-    minibatches = [(ask.key, ask.tokens) for ask in asks if ask.times or not ask.expansion]
+    minibatches = [(ask.key, ask.tokens) for ask in asks]
     if any(ask.attribution for ask in asks) and available < 2 * length:
         raise EvoPressError(
             f"search/strategy={search.strategy.name} compares sequences of the search text, which has one: raise "

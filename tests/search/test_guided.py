@@ -367,7 +367,10 @@ def test_rounds_of_second_order_find_what_attributions_do_not_see(quant_space, b
     toy, budget = Additive(space, seed=seed), budget_of(space, 3.0)
     settings = replace(NUMBERS, second_order_rounds=3, second_order_changes=[8, 2]).searching(EVOLUTION)
     strategy = settings.make(problem_of(space, budget, toy.errors))
-    blind = lambda question: toy.attribute(question) if isinstance(question, Expansion) else [[0.2] * 8] * 4  # noqa: E731
+
+    def blind(question):
+        return toy.attribute(question) if isinstance(question, Expansion) else [[0.2] * 8] * 4
+
     records: list[dict] = []
     run_search(strategy, toy, attribute=blind, on_generation=lambda record: records.append(record.to_dict()))
     expanded = [record for record in records if record.get("details", {}).get("second_order")]
