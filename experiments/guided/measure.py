@@ -28,6 +28,8 @@ FOLDER = Path(__file__).parent
 RUNS = Path("multirun/guided")
 KEYS = ["method", "recipe", "target", "row", "seed"]
 AFTER = "search.strategy.generations_after=9"
+SECOND_ORDER = "search.strategy.second_order_rounds=3"
+TWICE = "search.strategy.second_order_tokens=16384"
 GUIDED = "search/strategy=guided"
 EVOLUTION = "search/strategy=evolution"
 FROM_DP = "search.starts=[dp]"
@@ -39,6 +41,8 @@ ROWS: dict[str, dict[str, list[str]]] = {
         "evolution from dp": [EVOLUTION, FROM_DP, "search.exchange=any"],
         "guided": [GUIDED, FROM_DP],
         "guided, then evolution": [GUIDED, FROM_DP, AFTER, "search.exchange=any"],
+        "guided, then second order": [GUIDED, FROM_DP, SECOND_ORDER],
+        "guided, then second order on twice the text": [GUIDED, FROM_DP, SECOND_ORDER, TWICE],
     },
     "sparsity": {
         "baselines": ["baselines.names=[uniform,dp]", *NO_SEARCH],
@@ -47,6 +51,8 @@ ROWS: dict[str, dict[str, list[str]]] = {
         "guided": [GUIDED],
         "guided from dp": [GUIDED, FROM_DP],
         "guided, then evolution": [GUIDED, AFTER],
+        "guided, then second order": [GUIDED, SECOND_ORDER],
+        "guided, then second order on twice the text": [GUIDED, SECOND_ORDER, TWICE],
     },
     "drop": {
         "baselines": ["baselines.names=[shortgpt,sliding_window,shortened_llama]", *NO_SEARCH],
