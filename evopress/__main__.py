@@ -357,7 +357,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
         logger.info("finished before, so not run again: %s (to run it again, remove the folder)", _shown(run_dir))
         return finished.best_fitness(run_dir)
     with run_folder.held(run_dir):
-        environment = machine.describe(torch.get_num_threads())
+        environment = machine.describe(torch.get_num_threads(), device=settings.model.device)
         if not there:
             write_json(run_dir / "environment.json", environment)
 

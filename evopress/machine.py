@@ -121,8 +121,11 @@ def _most_ever() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def describe(threads: int) -> dict[str, Any]:
-    """Describe where a run happens: versions, machine, git revision."""
+def describe(threads: int, *, device: str = "cpu") -> dict[str, Any]:
+    """Describe where a run happens: versions, machine, git revision.
+
+    Args: device: what was asked for as `model.device`; the GPU is named where that may be one.
+    """
     packages = {}
     for name in _PACKAGES:
         try:
@@ -132,11 +135,19 @@ def describe(threads: int) -> dict[str, Any]:
     return {
         "schema": 1,
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {threads} torch threads",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {threads} torch threads{_gpu(device)}",
         "precision": precision(),
         "git_revision": _git_revision(),
         **packages,
     }
+
+
+def _gpu(device: str) -> str:
+    if device == "cpu":
+        return ""
+    import torch
+
+    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 @cache

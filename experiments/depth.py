@@ -139,7 +139,7 @@ def load(arguments: argparse.Namespace) -> DepthModel:
     pretrained = load_pretrained(folder, dtype=arguments.dtype, device=device)
     blocks = BlockModel(pretrained.model, pretrained.family, device=device)
     blocks.self_check()
-    environment = machine.describe(torch.get_num_threads())
+    environment = machine.describe(torch.get_num_threads(), device=device.type)
     return DepthModel(
         pretrained,
         blocks,

@@ -79,6 +79,16 @@ def test_what_is_not_exact_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "TF32 on" in machine.precision()
 
 
+@pytest.mark.parametrize(
+    ("device", "available", "told"),
+    [("auto", True, ", NVIDIA H200"), ("cuda:1", True, ", NVIDIA H200"), ("cpu", True, ""), ("auto", False, "")],
+)
+def test_the_gpu_is_named_where_it_may_be_used(monkeypatch: pytest.MonkeyPatch, device: str, available: bool, told: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert machine.describe(2, device=device)["machine"].endswith(f" cores, 2 torch threads{told}")
+
+
 def test_a_run_records_its_precision(tiny: Callable[..., Any], tmp_path: Path) -> None:
     assert tiny("dry_run=true").code == 0
     recorded = json.loads((tmp_path / "run" / "environment.json").read_text(encoding="utf-8"))
