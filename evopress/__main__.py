@@ -208,12 +208,10 @@ def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
         override for override in as_written_now(earlier) if override.split("=", 1)[0] not in later | {"resume", "stages", "dry_run"}
     ]
     given = [argument for argument in arguments if not argument.startswith("resume=")]
-    budgets = next((each for each in kept if each.startswith("budgets=")), None)  # none of them are given
-    target = next((each for each in given if each.startswith(("bits=", "sparsity=", "size="))), None)
-    if target and budgets not in (None, "budgets=null", "budgets=[]"):
-        raise EvoPressError(
-            f"{target} means nothing to the run in {folder}, which has {budgets}: give further ones of these, or leave it out"
-        )
+    if both := command_line.two_targets(given, kept):
+        target, instead = both
+        otherwise = "give further ones of these, or " if instead.startswith("budgets=") else ""
+        raise EvoPressError(f"{target} means nothing to the run in {folder}, which has {instead}: {otherwise}leave it out")
     kept = [*command_line.prepared(kept), *_defaults_then(folder, given=[*kept, *given])]
     # hydra.mode: also where the experiment is a sweep
     return [*kept, *given, configuration.override("resume", _typed(folder)), here, "hydra.mode=RUN"]

@@ -21,6 +21,12 @@ _ELEMENT = re.compile(r"\+*(search\.(?:tokens|survivors))\.\d+=")
 _WITHOUT_PLUS = re.compile(rf"({'|'.join(NOT_BY_DEFAULT)})=\w")
 _EXTRAS = {"optuna": "optuna", "joblib": "joblib", "submitit_slurm": "slurm", "ray": "ray"}
 """An option of one of Hydra's groups to the extra of ours that brings it."""
+_IN_PLACE_OF = {
+    "bits": ("size", "budgets", "max_kl", "min_agreement"),
+    "sparsity": ("budgets",),  # beside the others it is what pruned levels lie around
+    "size": ("budgets",),
+}
+"""A target to what takes its place, whatever it is, where both are given."""
 _TILDE = re.compile(r"(?<=[=\[,])~(?=/|[\w.-]+/|$)[^,\[\]{}'\"]*")
 """An unquoted path that begins with `~`: a value, or an element of a list or a sweep."""
 
@@ -73,7 +79,8 @@ def with_numbers_shown(arguments: Sequence[str]) -> list[str]:
 def refused(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> str | None:
     """Return the sentence for what Hydra has no good words for; None: there is none.
 
-    That is a setting that is written as a flag, `--bits 2.5`, and one element of a list that a scale makes.
+    That is a setting that is written as a flag, `--bits 2.5`, one element of a list that a scale makes, and a target beside another
+    that takes its place.
     """
     known = {*_settings(), *groups}
     for argument in arguments:
@@ -83,7 +90,24 @@ def refused(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> st
             return f"{argument} is no flag: settings are written key=value, {plus}{name}={value if equals else '...'}"
         if found := _ELEMENT.match(argument):
             return f"{argument} is one element of a list that the scale makes: write all of it, {found[1]}=[...]"
+    if both := two_targets(arguments, arguments):
+        return f"{' and '.join(both)} are both given: leave one of them out"
     return None
+
+
+def two_targets(arguments: Sequence[str], others: Sequence[str]) -> tuple[str, str] | None:
+    """Return a target among arguments with what takes its place among others, the last of each counts; None: nothing does."""
+    given, beside = ({each.partition("=")[0].lstrip("+"): each for each in some} for some in (arguments, others))
+    for key, instead in _IN_PLACE_OF.items():
+        for other in instead if _says(given.get(key)) else ():
+            if _says(beside.get(other)):
+                return given[key], beside[other]
+    return None
+
+
+def _says(argument: str | None) -> bool:
+    """Tell whether something is given, and not taken back."""
+    return argument is not None and argument.partition("=")[2] not in ("", "null", "[]")
 
 
 def told(error: Exception, groups: Mapping[str, Sequence[str]]) -> str:

@@ -11,8 +11,9 @@ The parts are those of a run (`python -m evopress`), and equal settings and text
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from numbers import Integral, Real
@@ -35,7 +36,7 @@ from evopress.files import make_folder
 from evopress.models.loading import DTYPES, pick_device, take_model
 from evopress.models.opening import ModelSource, greatest_group, longest_sequence, pick_dtype
 from evopress.reporting.generations import read_generations
-from evopress.reporting.records import write_genome
+from evopress.reporting.records import read_genome, write_genome
 from evopress.reporting.tracker import NullTracker
 from evopress.search.strategies import STRATEGIES
 from evopress.settings import (
@@ -90,6 +91,8 @@ class Model:
         settings = self.settings
         if isinstance(text, str):
             raise EvoPressError("the text is one string: give a list of documents, or token ids")
+        if isinstance(text, Mapping) or not isinstance(text, Iterable):
+            raise EvoPressError(f"the text is a {type(text).__name__}: give a list of documents, or token ids")
         if isinstance(text, Tensor):
             if text.dim() != 2 or text.dtype != torch.int64 or not len(text) or text.shape[1] < 2:
                 raise EvoPressError(
@@ -99,8 +102,13 @@ class Model:
                 raise EvoPressError(f"the token ids have {least}: give ids of the model's tokenizer, 0 or more")
             sequences = text.cpu()
         else:
+            documents = list(text)
+            if other := next((type(each).__name__ for each in documents if not isinstance(each, str)), None):
+                raise EvoPressError(
+                    f"the text has a {other} among its documents: give strings, or token ids, one int64 tensor [sequences, tokens]"
+                )
             sequences = sequences_of(
-                text,
+                documents,
                 self.tokenizer,
                 sequence_length=settings.sequence_length,
                 separator=settings.separator,
@@ -136,7 +144,7 @@ class Found:
 
     genome: Genome
     fitness: float
-    """On the last stage's minibatch of the last generation; lower is better."""
+    """On the last minibatch of the last generation that measured it; NaN if none did. Lower is better."""
     folder: Path
     """Its run folder: genome.json, metrics.jsonl, and what a search needs to go on."""
     records: list[dict[str, Any]] = field(repr=False)
@@ -172,23 +180,31 @@ def load_model(
         offload: keep blocks in host memory and move one at a time to the device.
         cache: folder for models that are converted.
 
-    Raises: EvoPressError if there is no such model, or its family is not known.
+    Raises: EvoPressError if there is no such model, its family is not known, or it brings what is given beside it.
     """
     given: dict[str, Any] = {"separator": separator, "bos": bos, "offload": offload, "sequence_length": sequence_length}
+    _check_types(ModelSettings, {"separator": separator, "offload": offload, "dtype": dtype}, what="load_model")
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise EvoPressError("the model has no tokenizer: give load_model(model, tokenizer)")
         names = {value: key for key, value in DTYPES.items()}
         if model.dtype not in names:
             raise EvoPressError(f"the model is {model.dtype}: load it as one of {', '.join(DTYPES)}")
+        if dtype not in (AUTO, names[model.dtype]) or str(device) not in (AUTO, model.device.type, str(model.device)):
+            raise EvoPressError(
+                f"dtype={dtype} and device={device} are of a model that is loaded here, and this one is {names[model.dtype]} on "
+                f"{model.device}: leave them out, or load or move it yourself"
+            )
         pretrained = take_model(model, tokenizer, name=str(model.config.name_or_path or model.config.model_type))
         settings = ModelSettings(**given, dtype=names[model.dtype], device=str(model.device), group_size=None)
         source = ModelSource.of(pretrained, settings)
     else:
+        if tokenizer is not None:
+            raise EvoPressError("a tokenizer is given beside the name of a model, whose own is loaded: leave it out, or load both")
         where: dict[str, Any] = (
             {"builtin": str(model)} if str(model) in BUILTIN and not Path(model).exists() else {"path": str(model)}
         )
-        device = str(pick_device(device))
+        device = str(pick_device(str(device)))
         dtype = pick_dtype(dtype, torch.device(device))
         settings = ModelSettings(**given, **where, dtype=dtype, device=device, group_size=None)
         source = ModelSource(settings, cache=Path(cache).expanduser(), device=torch.device(device), dtype=dtype)
@@ -224,10 +240,12 @@ def build_levels(
 
     Raises: EvoPressError if a setting is unknown, out of range or does not fit the model, or the target cannot be met.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise EvoPressError(f"method={method} is unknown: choose one of {', '.join(METHODS)}")
     if issubclass(METHODS[method], QuantSettings):
-        settings.setdefault("group_size", model.settings.group_size)
+        settings |= {"group_size": model.settings.group_size} if settings.get("group_size", AUTO) == AUTO else {}
+    if bits is not None and size is not None:
+        raise EvoPressError(f"bits={bits} and size={size} are both given: leave one of them out")
     calibration = model.sequences(text)
     kept = tempfile.TemporaryDirectory(prefix="evopress-") if folder is None else None
     root = Path(kept.name if kept is not None else str(folder)).expanduser()
@@ -276,6 +294,7 @@ def search(
     if exchange := _EXCHANGES.get(levels.settings.method.name):
         settings.setdefault("exchange", exchange)
     settings["strategy"] = _strategy(settings.get("strategy"))
+    _check_types(RunSettings, {"seed": seed}, what="search")
     tokens = levels.model.sequences(text)
     calibration = levels.workspace.calibration_tokens
     kept = tempfile.TemporaryDirectory(prefix="evopress-") if folder is None else None
@@ -298,8 +317,11 @@ def search(
     numbers = searching(run.search, derived=workspace.generations(run))
     refuse_other_settings(workspace, numbers)
     run_the_search(workspace, numbers, NullTracker())
-    records = read_generations(run_dir / "metrics.jsonl", workspace.database.space)
-    return Found(tuple(records[-1]["genome"]), float(records[-1]["fitness"]), run_dir, records, kept)
+    space = workspace.database.space
+    records = read_generations(run_dir / "metrics.jsonl", space)
+    measured = [float(each["fitness"]) for each in records if each["fitness"] is not None]
+    genome = read_genome(run_dir / "genome.json", space, database=workspace.database.fingerprint)
+    return Found(genome, measured[-1] if measured else math.nan, run_dir, records, kept)
 
 
 def evaluate(levels: Levels, text: Text, genome: Genome | Found | None = None) -> Scores:
@@ -327,6 +349,8 @@ def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format
 
     Raises: EvoPressError if the genome does not fit the levels or the format, or the folder cannot be written or holds no export.
     """
+    if not isinstance(format, str):
+        raise EvoPressError(f"format={format!r} is no name: give one, such as format='mlx'")
     folder = Path(folder).expanduser()
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not is_empty and not (folder / "evopress.json").is_file():
@@ -343,7 +367,10 @@ def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format
 
 
 def _genome(levels: Levels, genome: Genome | Found) -> Genome:
-    return levels.space.check(genome.genome if isinstance(genome, Found) else genome)
+    given = genome.genome if isinstance(genome, Found) else genome
+    if not isinstance(given, Iterable):
+        raise EvoPressError(f"the genome is a {type(given).__name__}: give a level for each unit, or what a search found")
+    return levels.space.check(tuple(given))
 
 
 def _data(calibration: Tensor, search: Tensor) -> DataSettings:
@@ -397,4 +424,9 @@ def _is_of(value: Any, hint: Any) -> bool:
         return True
     if hint in (int, float):
         return isinstance(value, Real if hint is float else Integral) and not isinstance(value, bool)
-    return isinstance(value, get_origin(hint) or hint)
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if not isinstance(value, kind) or not parts:
+        return isinstance(value, kind)
+    if kind is dict:
+        return all(_is_of(key, parts[0]) and _is_of(each, parts[1]) for key, each in value.items())
+    return kind is not list or all(_is_of(each, parts[0]) for each in value)

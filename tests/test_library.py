@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -125,6 +126,14 @@ def test_what_cannot_be_is_one_sentence(model: Any, tiny_folder: Callable[..., P
         evopress.build_levels(model, text, bits=3, damping="much")
     with pytest.raises(EvoPressError, match=r"^method quant takes no levels=4: expected "):
         evopress.build_levels(model, text, bits=3, levels=4)
+    with pytest.raises(EvoPressError, match=r"^method quant takes no group_sizes=\{2: '16'\}: expected dict\[int, int\]$"):
+        evopress.build_levels(model, text, bits=3, group_sizes={2: "16"})
+    with pytest.raises(EvoPressError, match=r"^bits=3 and size=60MB are both given: leave one of them out$"):
+        evopress.build_levels(model, text, bits=3, size="60MB")
+    with pytest.raises(EvoPressError, match=r"^the text is a dict: give a list"):
+        evopress.build_levels(model, {"text": text}, bits=3)
+    with pytest.raises(EvoPressError, match=r"^the text has a list among its documents: give strings, or token ids, one int64"):
+        evopress.build_levels(model, [[1, 2, 3]], bits=3)
     with pytest.raises(EvoPressError, match=r"^the text is one string: give a list"):
         evopress.build_levels(model, text[0], bits=3)
     with pytest.raises(EvoPressError, match=r"^the text has 5 tokens, which fill no sequence of 32: give more text"):
@@ -139,6 +148,14 @@ def test_what_cannot_be_is_one_sentence(model: Any, tiny_folder: Callable[..., P
         evopress.load_model(AutoModelForCausalLM.from_pretrained(tiny_folder()))
     with pytest.raises(EvoPressError, match=r"is not a folder|not a folder: give"):
         evopress.load_model("/no/such/model")
+    with pytest.raises(EvoPressError, match=r"^a tokenizer is given beside the name of a model"):
+        evopress.load_model(tiny_folder(), model.tokenizer)
+    with pytest.raises(
+        EvoPressError, match=r"^dtype=bfloat16 and device=auto are of a model that is loaded here, and this one is float32"
+    ):
+        evopress.load_model(model.model, model.tokenizer, dtype="bfloat16")
+    with pytest.raises(EvoPressError, match=r"^load_model takes no offload='no': expected bool$"):
+        evopress.load_model(tiny_folder(), offload="no")
 
 
 def test_sequences_are_as_long_as_the_model_takes_them(tiny_folder: Callable[..., Path]) -> None:
@@ -161,8 +178,26 @@ def test_a_search_refuses_unknown_settings_and_too_little_text(model: Any) -> No
         evopress.search(levels, text, strategy="guide")
     with pytest.raises(EvoPressError, match=r"^strategy guided has no setting round: choose among .*rounds"):
         evopress.search(levels, text, strategy={"name": "guided", "round": 1})
+    with pytest.raises(EvoPressError, match=r"^search takes no tokens=\['64', 128\]: expected list\[int\]$"):
+        evopress.search(levels, text, tokens=["64", 128])
+    with pytest.raises(EvoPressError, match=r"^search takes no seed='0': expected int$"):
+        evopress.search(levels, text, **SMALL, seed="0")
     with pytest.raises(EvoPressError, match=r"^the genome has 1 levels but the level database has 14 units"):
         evopress.evaluate(levels, text, (0,))
+    with pytest.raises(EvoPressError, match=r"^the genome is a int: give a level for each unit"):
+        evopress.evaluate(levels, text, 3)
+    with pytest.raises(EvoPressError, match=r"^format=\['mlx'\] is no name: give one, such as format='mlx'$"):
+        evopress.export(levels, (0,) * 14, "nowhere", format=["mlx"])
+
+
+def test_what_no_generation_measured_has_no_fitness(model: Any) -> None:
+    text = ["Some words to calibrate on. " * 40]
+    levels = evopress.build_levels(model, text, bits=3, levels=(4, 3, 2), group_size="auto")
+    found = evopress.search(levels, text, **(SMALL | {"generations": 0}))
+    assert found.genome == levels.space.uniform("3 bits") and math.isnan(found.fitness)
+    guided = {"name": "guided", "rounds": 5, "attribution_tokens": 128, "attribution_sequences": 4, "screen_tokens": 64}
+    found = evopress.search(levels, text, strategy=guided)
+    assert found.fitness == next(each["fitness"] for each in reversed(found.records) if each["fitness"] is not None)
 
 
 def test_guided_searches_by_its_name(model: Any) -> None:

@@ -20,6 +20,7 @@ import evopress.pipeline as pipeline
 import evopress.stages.search as search_stage
 from evopress import config as configuration
 from evopress.__main__ import _with_resumed
+from evopress.command_line import refused
 from evopress.errors import EvoPressError
 from evopress.finished import settings_digest
 from evopress.models.opening import fitted
@@ -173,6 +174,18 @@ def test_one_target_means_nothing_to_several_budgets_that_are_resumed(given: str
         _with_resumed([f"resume={tmp_path}", given], tmp_path)
     assert "budgets=null" in _with_resumed([f"resume={tmp_path}", given, "budgets=null"], tmp_path)
     assert "budgets=[3]" in _with_resumed([f"resume={tmp_path}", "budgets=[3]"], tmp_path)
+
+
+@pytest.mark.parametrize("instead", ["max_kl=0.1", "min_agreement=0.9", "size=60MB"])
+def test_bits_mean_nothing_beside_what_takes_their_place(instead: str, tmp_path: Path) -> None:
+    keep_overrides(tmp_path, ["+method=quant", instead])
+    with pytest.raises(EvoPressError, match=rf"^bits=3 means nothing to the run in .*, which has {instead}: leave it out$"):
+        _with_resumed([f"resume={tmp_path}", "bits=3"], tmp_path)
+    key = instead.partition("=")[0]
+    assert f"{key}=null" in _with_resumed([f"resume={tmp_path}", "bits=3", f"{key}=null"], tmp_path)
+    assert refused(["+method=quant", "bits=3", instead], {}) == f"bits=3 and {instead} are both given: leave one of them out"
+    assert refused(["+method=quant", "bits=3", instead, f"{key}=null"], {}) is None
+    assert refused(["+method=sparsity", "sparsity=0.5", instead], {}) is None, "which pruned levels may lie around"
 
 
 @pytest.mark.parametrize(
