@@ -159,7 +159,7 @@ def draw(curves: pd.DataFrame, folder: Path) -> list[Path]:
     for method, of_method in curves.groupby("method"):
         unit, recipes = _UNITS[str(method)], sorted(of_method.recipe.unique())
         targets, names = sorted(of_method.target.unique()), list(dict.fromkeys(of_method.row))
-        figure = new_figure(3.1 * len(targets) + 0.4, 2.9 * len(recipes) + 0.5)
+        figure = new_figure(min(3.1 * len(targets), 12.4) + 0.4, 2.6 * len(recipes) + 0.5)
         panels, lines = figure.subplots(len(recipes), len(targets), squeeze=False), {}
         for row, recipe in zip(panels, recipes, strict=True):
             for panel, target in zip(row, targets, strict=True):
