@@ -367,6 +367,8 @@ def _run(config: DictConfig, run_dir: Path) -> float:
             write_json(run_dir / "environment.json", environment)
 
         logger.info("run folder %s", _shown(run_dir))
+        for sentence in command_line.unused(overrides, strategy=settings.search.strategy.name):
+            logger.warning(sentence)
         paper = configuration.at_paper_scale(config)
         try:
             return pipeline.run(

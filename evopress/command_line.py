@@ -105,6 +105,16 @@ def two_targets(arguments: Sequence[str], others: Sequence[str]) -> tuple[str, s
     return None
 
 
+def unused(arguments: Sequence[str], *, strategy: str) -> Iterator[str]:
+    """Yield a sentence for each argument that the chosen search makes no use of."""
+    for argument in arguments if strategy == "guided" else ():
+        if argument.startswith("search.generations="):
+            yield (
+                f"{argument} means nothing to search/strategy=guided: its rounds are search.strategy.rounds and "
+                "search.strategy.second_order_rounds, and search.strategy.generations_after is evolution after them"
+            )
+
+
 def _says(argument: str | None) -> bool:
     """Tell whether something is given, and not taken back."""
     return argument is not None and argument.partition("=")[2] not in ("", "null", "[]")

@@ -62,7 +62,7 @@ class ModelSettings:
     offload: bool = False
     """Keep blocks in host memory and move one at a time to the device: for models larger than the GPU."""
     attn_implementation: str | None = None
-    """As transformers takes it: eager, sdpa, flash_attention_2; None: its choice, but our own causal_chunks on CPUs without AMX."""
+    """As transformers takes it: eager, sdpa, flash_attention_2; or our own causal_chunks, which CPUs without AMX have."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
 

@@ -317,7 +317,7 @@ def load_pretrained(
     Args:
         folder: a Hugging Face checkpoint with safetensors weights.
         dtype: float32, bfloat16 or float16, of all weights.
-        attn_implementation: as transformers takes it; None: `causal_chunks` for plain attention where it is faster
+        attn_implementation: as transformers takes it, or `causal_chunks` for plain attention; None: that where it is faster
             (`attention.suits`), else transformers' choice.
         device: where the model will run; it is loaded into host memory all the same.
         trust_remote_code: run code that comes with the checkpoint; off unless asked for by name.
@@ -336,7 +336,13 @@ def load_pretrained(
             "than they would on weights that were never rounded",
             *(READABLE[quantized["quant_method"]], dtype),
         )
-    if attn_implementation is None and family.plain_attention and attention.suits(device, DTYPES[dtype]):
+    if attn_implementation == attention.NAME and not family.plain_attention:
+        raise EvoPressError(
+            f"model.attn_implementation={attention.NAME} is for plain attention, which {config.get('model_type')} models "
+            "have not: leave it out"
+        )
+    fastest = attn_implementation is None and family.plain_attention and attention.suits(device, DTYPES[dtype])
+    if fastest or attn_implementation == attention.NAME:
         attn_implementation = attention.register()
     try:
         model, found = (wrapper_of(config) or AutoModelForCausalLM).from_pretrained(

@@ -168,6 +168,7 @@ class GuidedSettings:
             Asks("search.strategy.approach_tokens", numbers.approach_tokens, 0, neighbours=True, **approach)
             if numbers.approach_tokens
             else Asks(key, numbers.attribution_tokens, attribution=True, **approach),
+            Asks("search.strategy.screen_tokens", numbers.screen_tokens, 0, times=int(state is None), initial=True),
             Asks(key, numbers.attribution_tokens, times=times, attribution=True, milestone=True),
             Asks(
                 "search.strategy.screen_tokens", numbers.screen_tokens, proposals, times=times + expansions + deltas, milestone=True

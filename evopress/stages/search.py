@@ -64,9 +64,9 @@ def search_needs(planner: Planner) -> Needs:
     for ask in asks:
         candidates = ask.candidates_of(len(space))
         if ask.initial:
-            if from_level and not starts:
-                continue
-            candidates = starts + (1 if from_level else candidates)
+            candidates = starts + (1 if from_level else max(candidates, 1))
+            if (from_level and not starts) or (candidates == 1 and not ask.attribution and not ask.neighbours):
+                continue  # there is nothing to choose
         most = min(candidates, NEIGHBOURS_TOGETHER + 1) if ask.neighbours else candidates
         if ask.attribution:
             levels = max(len(unit.levels) for unit in space.units)

@@ -20,7 +20,7 @@ import evopress.pipeline as pipeline
 import evopress.stages.search as search_stage
 from evopress import config as configuration
 from evopress.__main__ import _with_resumed
-from evopress.command_line import refused
+from evopress.command_line import refused, unused
 from evopress.errors import EvoPressError
 from evopress.finished import settings_digest
 from evopress.models.opening import fitted
@@ -174,6 +174,12 @@ def test_one_target_means_nothing_to_several_budgets_that_are_resumed(given: str
         _with_resumed([f"resume={tmp_path}", given], tmp_path)
     assert "budgets=null" in _with_resumed([f"resume={tmp_path}", given, "budgets=null"], tmp_path)
     assert "budgets=[3]" in _with_resumed([f"resume={tmp_path}", "budgets=[3]"], tmp_path)
+
+
+def test_what_a_search_makes_no_use_of_is_said() -> None:
+    (sentence,) = unused(["bits=3", "search.generations=60"], strategy="guided")
+    assert sentence.startswith("search.generations=60 means nothing to search/strategy=guided: its rounds are search")
+    assert not list(unused(["bits=3", "search.generations=60"], strategy="evolution"))
 
 
 @pytest.mark.parametrize("instead", ["max_kl=0.1", "min_agreement=0.9", "size=60MB"])

@@ -89,7 +89,13 @@ def test_what_is_said_is_what_is_done(finished: Any, tiny: Callable[..., Any]) -
 
 @pytest.mark.parametrize("bits", [3.0, 3.5])  # the first is a level, from which a search begins where it is given nothing
 def test_genomes_to_start_from_are_counted(bits: float, tiny: Callable[..., Any], tmp_path: Path) -> None:
-    asked = (f"bits={bits}", "search/strategy=evolution", "search.starts=[dp]", "baselines.names=[dp]", "stages=[baselines,search]")
+    asked = (
+        f"bits={bits}",
+        "search/strategy=evolution",
+        "search.starts=[dp]",
+        "baselines.names=[dp]",
+        "stages=[baselines,search]",
+    )
     plain = ("evaluation.every=0", "fitness.evaluator=plain", "seed=2")
     said = rows(tiny(DRY, *asked, *plain, folder=tmp_path / "dry").text)["search"][1]
     outcome = tiny(*asked, *plain)
@@ -112,6 +118,8 @@ def test_a_search_holds_one_genome_where_it_goes_back(tiny: Callable[..., Any], 
     plain = rows(tiny(*asked).text)["search"][1]
     assert plain == f"{(2048 + 5 * (3 * 512 + 6 * 128)) / 1e3:.3g} k"
     assert held >= {(1, 512), (6, 128)} and all(tokens != 512 for candidates, tokens in held if candidates > 1)
+    started = rows(tiny(*asked, "search.starts=[dp]", "baselines.names=[dp]").text)["search"][1]
+    assert started == f"{(2048 + 2 * 128 + 5 * (3 * 512 + 6 * 128)) / 1e3:.3g} k", "the uniform genome and that one"
     held.clear()
     more = rows(tiny(*asked, "search.strategy.second_order_rounds=2").text)["search"][1]
     assert more == f"{(2048 + 5 * (3 * 512 + 6 * 128) + 2 * (5 * 1024 + 6 * 128)) / 1e3:.3g} k"

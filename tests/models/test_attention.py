@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from evopress.errors import EvoPressError
 from evopress.models.attention import NAME, causal_attention, register
 from evopress.models.loading import load_pretrained
 from evopress.models.tiny import make_tiny
@@ -65,4 +66,8 @@ def test_generation_with_a_cache_equals_generation_without(tmp_path):
 
 
 def test_other_families_keep_their_own_attention(tmp_path):
+    asked = load_pretrained(make_tiny(tmp_path / "llama", "llama"), dtype="float32", attn_implementation=NAME)
+    assert asked.model.config._attn_implementation == NAME
+    with pytest.raises(EvoPressError, match=rf"^model.attn_implementation={NAME} is for plain attention, which gemma2 models have"):
+        load_pretrained(make_tiny(tmp_path / "other", "gemma2"), dtype="float32", attn_implementation=NAME)
     assert load_pretrained(make_tiny(tmp_path / "gemma2", "gemma2"), dtype="float32").model.config._attn_implementation != NAME
