@@ -157,7 +157,7 @@ class Planner:
         Where modules can be dropped, and in expansions, there is one more way back.
 
         Args:
-            alone: processes do not share it.
+            alone: a baseline's, which goes back once and which processes do not share.
             errors: of each weight, whose products with what enters it take about what a forward does.
         """
         blocks, fitness, (available, length) = self.workspace.blocks, self.settings.fitness, self.workspace.search_tokens.shape
@@ -165,7 +165,7 @@ class Planner:
         shared = rows if alone else busiest(rows, max(fitness.max_tokens_in_flight * rows // ask.tokens, 1))
         mine = -(-ask.tokens * shared // rows)
         tokens = mine * ask.times
-        gates = self.workspace.method.modules is not None
+        gates = self.workspace.method.modules is not None and not alone
         counted = backward_tokens(gates or ask.expansion)
         # An expansion has the products on both ways back.
         forwards = (counted + errors * (2 if ask.expansion else 1)) * tokens * self.num_blocks

@@ -169,6 +169,14 @@ def test_fisher_scores_count_the_products_of_all_levels(tiny: Callable[..., Any]
     assert told["first_order"][1:3] == [f"{(base + 3 * each) / 1e3:.3g} k", f"{2 * (base + 4 * each) / 1e3:.3g} k"]
 
 
+def test_scores_go_back_once_where_modules_can_be_dropped_too(evopress: Callable[..., Any]) -> None:
+    method = ("+method=joint", "size=16bpw", "method.include=[blocks]", "+debug=tiny", "hydra.run.dir=run")
+    fisher = ("baselines.names=[fisher]", "+baselines.options.fisher.tokens=512", "stages=[baselines]")
+    outcome = evopress(*method, *fisher, DRY)
+    assert outcome.code == 0, outcome.text
+    assert rows(outcome.text)["baselines"][1] == f"{(2048 + 3 * 512) / 1e3:.3g} k"
+
+
 def test_what_is_there_counts_as_done(finished: Any, evopress: Callable[..., Any], tmp_path: Path) -> None:
     folder = shutil.copytree(finished.folder, tmp_path / "earlier")
     before = contents(folder)
