@@ -75,7 +75,8 @@ class Run:
     def strategy(self) -> str:
         """What found its genome: "evolution, from dp"."""
         search = self.settings.search
-        after = ", then evolution" if getattr(search.strategy, "generations_after", 0) else ""
+        after = ", then second order" if getattr(search.strategy, "second_order_rounds", 0) else ""
+        after += ", then evolution" if getattr(search.strategy, "generations_after", 0) else ""
         return f"{search.strategy.name}{''.join(f', from {start}' for start in search.starts)}{after}"
 
 
