@@ -47,6 +47,12 @@ def second_pass(*columns: str) -> tuple[Number, ...]:
     return tuple(lambda column=column: statistics.fmean(float(row[column]) for row in found) for column in columns)  # type: ignore[misc]
 
 
+def second_order(column: str) -> Number:
+    """Return the mean over seeds of what rounds of second order begin or end with at 70% sparsity."""
+    found = rows("guided", "second_order.csv", method="sparsity", target=0.7)
+    return lambda: statistics.fmean(float(row[column]) for row in found)
+
+
 def kl(experiment: str, method: str, measure: str = "held-out KL", **where: object) -> Number:
     """Return the mean over seeds that a sweep's table has."""
     return mean(experiment, "mean", method=method, measure=measure, **where)
@@ -116,6 +122,10 @@ CLAIMS: list[tuple[str, tuple[Number, ...]]] = [
     (
         "on the best levels {:.3f} (uniform), {:.3f} (EvoPress), **{:.3f}** (guided)",
         tuple(kl("table2_sparsity/best", method, BY_TEXT) for method in ("uniform", "evopress", "guided")),
+    ),
+    (
+        "takes it from {:.3f} to **{:.3f}** at 70% sparsity",
+        tuple(map(second_order, ("held_out_kl_before", "held_out_kl"))),
     ),
     (
         "best of the baselines {:.3f}, {:.3f}, {:.3f}, {:.3f} at 12.5, 25, 37.5 and 50%",
