@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,6 +123,8 @@ def measured(runs: Sequence[Run], *, rebuilt: bool = False) -> Iterator[Job]:
 
     Arguments as of `genomes_of`.
     """
+    if runs[0].settings.threads is not None:
+        torch.set_num_threads(runs[0].settings.threads)
     first = Workspace(runs[0].settings, runs[0].folder)
     genomes: dict[str, Genome | None] = {"dense": None}
     names: list[dict[str, str]] = []
@@ -239,6 +242,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER)
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked, further = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         files, reasons = write_texts(asked.texts)
         for kind, reason in reasons.items():
