@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from evopress.errors import EvoPressError
+from experiments.composed import settings_of
 from experiments.heldout import run, texts
 from experiments.sweeps import Job
 from experiments.tables import Table
@@ -74,3 +75,16 @@ def test_texts_are_written_once_and_what_is_not_there_is_left_out(tmp_path: Path
 def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EvoPressError, match=r"is no run with a genome\.json or a baselines\.json"):
         next(run.finished_runs([tmp_path], {}))
+
+
+def test_runs_are_told_apart_and_measured_on_their_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guided = ["+method=quant", "bits=3", "search/strategy=guided", "search.starts=[dp]", "threads=3"]
+    more = "search.strategy.second_order_rounds=1"
+    runs = [run.Run(tmp_path, settings_of(overrides), "db") for overrides in (guided, [*guided, more])]
+    assert [each.strategy for each in runs] == ["guided, from dp", "guided, from dp, then second order"]
+
+    asked: list[int] = []
+    monkeypatch.setattr(run.torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(run, "Workspace", lambda *_: pytest.fail(f"opened with threads {asked}"))
+    with pytest.raises(pytest.fail.Exception, match=r"opened with threads \[3\]"):
+        next(run.measured(runs))
