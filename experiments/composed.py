@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from hydra import compose, initialize_config_dir
 
 from evopress import config as configuration
@@ -15,3 +16,9 @@ def settings_of(overrides: Sequence[str]) -> RunSettings:
     configuration.register()
     with initialize_config_dir(str(configuration.config_folder().resolve()), version_base="1.3"):
         return configuration.to_settings(compose("config", list(overrides)))
+
+
+def take_threads(settings: RunSettings) -> None:
+    """Let this process compute on as many threads as a run asks for, as its command would."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)

@@ -336,14 +336,15 @@ def load_pretrained(
             "than they would on weights that were never rounded",
             *(READABLE[quantized["quant_method"]], dtype),
         )
+    if attn_implementation is None and family.plain_attention and attention.suits(device, DTYPES[dtype]):
+        attn_implementation = attention.NAME
     if attn_implementation == attention.NAME and not family.plain_attention:
         raise EvoPressError(
             f"model.attn_implementation={attention.NAME} is for plain attention, which {config.get('model_type')} models "
             "have not: leave it out"
         )
-    fastest = attn_implementation is None and family.plain_attention and attention.suits(device, DTYPES[dtype])
-    if fastest or attn_implementation == attention.NAME:
-        attn_implementation = attention.register()
+    if attn_implementation == attention.NAME:
+        attention.register()
     try:
         model, found = (wrapper_of(config) or AutoModelForCausalLM).from_pretrained(
             folder,

@@ -35,7 +35,7 @@ from evopress.stages.baselines import read_baselines, stored_baselines
 from evopress.stages.conclude import measured_rows
 from evopress.units import Genome
 from evopress.workspace import Workspace
-from experiments.composed import settings_of
+from experiments.composed import settings_of, take_threads
 from experiments.heldout.texts import write_texts
 from experiments.specs import Spec
 from experiments.sweeps import Job
@@ -123,8 +123,7 @@ def measured(runs: Sequence[Run], *, rebuilt: bool = False) -> Iterator[Job]:
 
     Arguments as of `genomes_of`.
     """
-    if runs[0].settings.threads is not None:
-        torch.set_num_threads(runs[0].settings.threads)
+    take_threads(runs[0].settings)
     first = Workspace(runs[0].settings, runs[0].folder)
     genomes: dict[str, Genome | None] = {"dense": None}
     names: list[dict[str, str]] = []

@@ -28,7 +28,7 @@ from evopress.compress.sparsegpt import RECIPES, SparseGPT
 from evopress.evaluation.heldout import measure_held_out
 from evopress.levels.union import LevelUnion
 from evopress.workspace import Workspace
-from experiments.composed import settings_of
+from experiments.composed import settings_of, take_threads
 
 SPARSITIES = (0.7, 0.6, 0.5)
 TABLE = Path(__file__).with_suffix(".csv")
@@ -118,8 +118,7 @@ def models(
 def workspace_of(root: Path, sparsity: float, overrides: Sequence[str]) -> Workspace:
     """Compose the settings of a run of method sparsity."""
     settings = settings_of(["+method=sparsity", f"sparsity={sparsity}", f"level_db.root={root}", "tracker=none", *overrides])
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    take_threads(settings)
     return Workspace(settings, root)
 
 
