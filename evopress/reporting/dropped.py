@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from evopress.reporting.drawing import new_figure, save
-from evopress.reporting.tables import display_name
 
 _HALVES = {"attention": 0, "mlp": 1}
 
@@ -16,7 +15,7 @@ def dropped_modules_figure(
 ) -> list[Path]:
     """Draw the dropped modules as the paper's Table 1 and Figure 6 do.
 
-    Args: dropped: name of a row to the (block, "attention" or "mlp") of each module that it drops.
+    Args: dropped: label of a row, as it is shown, to the (block, "attention" or "mlp") of each module that it drops.
 
     Returns: the paths of the PNG and the SVG.
     """
@@ -36,7 +35,7 @@ def dropped_modules_figure(
         axis.axvline(edge - 0.5, color="white", linewidth=2.2)
     for edge in range(len(dropped) + 1):
         axis.axhline(edge - 0.5, color="white", linewidth=4)
-    axis.set_yticks(range(len(dropped)), [display_name(row) for row in dropped])
+    axis.set_yticks(range(len(dropped)), list(dropped))
     axis.invert_yaxis()
     step = max(1, -(-num_blocks // 32))
     axis.set_xticks(range(0, num_blocks, step), [str(block) for block in range(0, num_blocks, step)])
