@@ -6,7 +6,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +16,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from evopress.compress.compressor import Compressor
 from evopress.currencies import num_experts
 from evopress.data.opening import GivenText, RunText
 from evopress.data.tokens import tokens_digest
+from evopress.databases import Databases
 from evopress.engines import engine_of
 from evopress.errors import EvoPressError
 from evopress.files import given_path, make_folder
@@ -29,21 +28,17 @@ from evopress.fitness.fusion import can_compile
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import Evaluator, PopulationEvaluator
-from evopress.levels.build import ensure_database
-from evopress.levels.calibration import complete_hessians
-from evopress.levels.hessians import HessianStore
 from evopress.levels.live import LiveModel
-from evopress.levels.modules import bits_read, ensure_modules, modules_of
-from evopress.levels.plan import BuildNeeds, BuildSettings, planned
-from evopress.levels.store import DamagedDatabaseError, LevelDatabase, fingerprint
-from evopress.levels.tied import TiedLevels, as_engine_has, tied
-from evopress.levels.union import Levels, LevelSource, LevelUnion, join, joint_fingerprint
+from evopress.levels.modules import bits_read, modules_of
+from evopress.levels.store import DamagedDatabaseError, LevelDatabase
+from evopress.levels.tied import TiedLevels
+from evopress.levels.union import Levels, LevelSource, LevelUnion
 from evopress.machine import PeakMemory, precision
 from evopress.methods import Rest, make_method
 from evopress.models.blocks import BlockModel, BlockShape, by_blocks
 from evopress.models.devices import begin_on
 from evopress.models.dropping import check_fields
-from evopress.models.loading import DTYPES, Pretrained, pick_device
+from evopress.models.loading import Pretrained, pick_device
 from evopress.models.opening import ModelSource, pick_dtype
 from evopress.models.outline import find_family, num_blocks_of, skeleton, text_config
 from evopress.models.routing import fewer_experts
@@ -109,8 +104,7 @@ class Workspace:
                 "of them out"
             )
         self.cache = make_folder(given_path(settings.paths.cache, "paths.cache"))
-        self.database_root = make_folder(given_path(settings.level_db.root, "level_db.root"))
-        self.database_reused = False
+        root = make_folder(given_path(settings.level_db.root, "level_db.root"))
         self._further: list[str] = []
         self._held_out_base: Tensor | None = None
         self._refined: LevelDatabase | None = None
@@ -127,6 +121,20 @@ class Workspace:
             settings.model, cache=self.cache, device=self.device, dtype=self.dtype, dry_run=settings.dry_run
         )
         self._given_blocks = blocks
+        self.databases: Databases = (
+            beside.databases
+            if beside is not None
+            else Databases(
+                settings.level_db,
+                self.method,
+                self.engine,
+                root=root,
+                dtype=self.dtype,
+                model=self.model_source,
+                text=self.text,
+                blocks=lambda: self.blocks,
+            )
+        )
         self._check_model()
         seeds = np.random.SeedSequence(settings.seed).spawn(len(_STREAMS))
         self.rng = {name: np.random.default_rng(seed) for name, seed in zip(_STREAMS, seeds, strict=True)}
@@ -250,191 +258,10 @@ class Workspace:
         """Held-out text by data set, the run's own first."""
         return self.text.evaluation
 
-    def database_of(self, name: str, compressor: Compressor) -> tuple[LevelDatabase, bool]:
-        """Return the level database that a compressor makes from the run's model and text, and whether it was there.
-
-        Args: name: what the database is of; begins its folder's name.
-        """
-        build = self.build_settings(name, compressor)
-        database, reused = ensure_database(build, self.blocks, self.calibration_tokens, compressor)
-        logger.info("level database: %s %s (%.1f MB)", "reused" if reused else "built", database.folder, database.num_bytes / 1e6)
-        return database, reused
-
-    def build_settings(self, name: str, compressor: Compressor) -> BuildSettings:
-        """Return how `database_of` builds, without building."""
-        settings, source = self.settings, self.method.weights
-        assert source is not None
-        recipe = {
-            **self._source_recipe,
-            "method": name,
-            "compressor": compressor.settings(),
-            "propagate": source.propagate,
-        }
-        if source.correction:
-            recipe["correction"] = source.correction
-        if outside := [name for part in self.blocks.parts[len(self.blocks.blocks) :] for name in self.blocks.slots(part)]:
-            recipe["outside"] = outside
-        return BuildSettings(
-            root=self.database_root,
-            method=name,
-            model_name=self.pretrained.name,
-            recipe=recipe,
-            propagate=source.propagate,
-            correction=source.correction,
-            batch_tokens=settings.level_db.batch_tokens,
-            activations=settings.level_db.activations,
-            hessians=self.hessians if settings.level_db.keep_hessians else None,
-        )
-
-    @cached_property
-    def _source_recipe(self) -> dict[str, Any]:
-        """What decides the Hessians of dense activations."""
-        tokens = self.calibration_tokens
-        return {
-            **self._model_recipe,
-            "data": {
-                "tokens_sha256": tokens_digest(tokens),
-                "num_sequences": tokens.shape[0],
-                "sequence_length": tokens.shape[1],
-                "source": self.text.name,
-                **({"leading": list(self.text.leading_ids)} if self.text.leading_ids else {}),
-            },
-        }
-
     @property
-    def _model_recipe(self) -> dict[str, Any]:
-        pretrained = self.pretrained
-        return {"model": {"digest": pretrained.digest, "dtype": self.dtype, "family": pretrained.family.name}}
-
-    def complete_hessians(self) -> HessianStore:
-        """Return the Hessians of dense activations, computed first where they are missing: a reused database may have left none."""
-        settings = self.settings.level_db
-        complete_hessians(
-            self.hessians,
-            self.blocks,
-            self.calibration_tokens,
-            batch_tokens=settings.batch_tokens,
-            activations=settings.activations,
-        )
-        return self.hessians
-
-    @_shared
-    def hessians(self) -> HessianStore:
-        """Where Hessians of dense activations are kept."""
-        return HessianStore(self.database_root / self.pretrained.name / f"hessians-{fingerprint(self._source_recipe)}")
-
-    @property
-    def _modules_recipe(self) -> dict[str, Any]:
-        assert self.method.modules is not None
-        return {**self._model_recipe, "method": self.method.modules.name, **self.method.modules.recipe()}
-
-    @property
-    def database_fingerprint(self) -> str:
-        """The fingerprint that the run's levels have or will have, without building them."""
-        found = []
-        if self.method.weights is not None:
-            found.append(self.build_settings(self.method.weights.name, self.compressor).fingerprint)
-        if self.method.modules is not None:
-            found.append(fingerprint(self._modules_recipe))
-        return joint_fingerprint(found)
-
-    @_shared
     def database(self) -> Levels:
         """The run's levels, of all its method's sources, as they are searched; built first where they are missing."""
-        space = self._as_searched(self.stored.space)
-        return self.stored if space is self.stored.space else TiedLevels(self.stored, space)
-
-    @property
-    def ties(self) -> dict[str, str]:
-        """What beside its fingerprint makes genomes of the level database other ones."""
-        return {"experts": "layer"} if self.method.weights is not None and self.method.weights.experts_together else {}
-
-    def _as_searched(self, space: Space) -> Space:
-        """Return a space of the run's levels with what a token reads of them, its engine's prices, and what is tied."""
-        experts, reads = bool(self.ties), self.blocks.reads()
-        if any(unit.name in reads for unit in space.units):
-            space = replace(space, units=tuple(replace(unit, read=reads.get(unit.name, 1.0)) for unit in space.units))
-        if self.method.weights is None:
-            return space
-        if self.engine is not None:
-            dtype = str(self.compressor.settings().get("scale_dtype", "float16"))
-            space = as_engine_has(
-                space,
-                self.engine,
-                columns={
-                    name: slot.weight.shape[1] for part in self.blocks.parts for name, slot in self.blocks.slots(part).items()
-                },
-                stored=torch.finfo(DTYPES[dtype]).bits + 16,
-                written=8 * self.blocks.dtype.itemsize,
-            )
-        if experts and not any(is_of_expert(unit) for unit in space.units):
-            raise EvoPressError("method.experts=layer ties the experts of a block, and this model has none: leave it out")
-        return tied(space, self.engine, experts=experts) if self.engine is not None or experts else space
-
-    @_shared
-    def stored(self) -> LevelUnion | LevelDatabase:
-        """The run's levels with a unit for each weight; built first where they are missing."""
-        parts: list[LevelDatabase] = []
-        if self.method.weights is not None:
-            database, self.database_reused = self.database_of(self.method.weights.name, self.compressor)
-            parts.append(database)
-        if self.method.modules is not None:
-            database, reused = ensure_modules(
-                self.database_root,
-                model_name=self.pretrained.name,
-                method=self.method.modules.name,
-                recipe=self._modules_recipe,
-                space=self._module_space(),
-            )
-            self.database_reused = reused and (self.database_reused or not parts)
-            parts.append(database)
-        if len(parts) == 1:
-            return replace(parts[0], currency=self.method.currency)
-        return LevelUnion(
-            parts, method=self.method.name, currency=self.method.currency, is_of_attention=self.blocks.is_of_attention
-        )
-
-    def _module_space(self) -> Space:
-        assert self.method.modules is not None
-        return self.method.modules.space(self.blocks.shapes(), dtype_bits=8 * self.blocks.dtype.itemsize)
-
-    @cached_property
-    def compressor(self) -> Compressor:
-        """What makes the levels of compressed weights."""
-        assert self.method.weights is not None
-        sizes = [slot.weight.numel() for part in self.blocks.parts for slot in self.blocks.slots(part).values()]
-        return self.method.weights.compressor(sizes, dtype_bits=8 * self.blocks.dtype.itemsize)
-
-    def plan_database(self) -> tuple[Space, BuildNeeds | None]:
-        """Return the space of the run's levels and what is needed to build what is missing of them, without building.
-
-        Modules that can be dropped need nothing.
-        """
-        spaces, needs = [], None
-        if self.method.weights is not None:
-            settings = self.build_settings(self.method.weights.name, self.compressor)
-            space, needs = planned(settings, self.blocks, self.calibration_tokens, self.compressor)
-            spaces.append(space)
-        if self.method.modules is not None:
-            spaces.append(self._module_space())
-        if len(spaces) == 1:
-            return self._as_searched(spaces[0].priced(self.method.currency)), needs
-        joined, _ = join(
-            spaces, method=self.method.name, currency=self.method.currency, is_of_attention=self.blocks.is_of_attention
-        )
-        return self._as_searched(joined), needs
-
-    def plan_further(self, name: str, compressor: Compressor, *, seen: bool) -> tuple[Space, BuildNeeds]:
-        """Return the space of levels that `database_of` would make, and what that needs, without building.
-
-        Args: seen: by then the Hessians of dense activations will be there.
-        """
-        return planned(self.build_settings(name, compressor), self.blocks, self.calibration_tokens, compressor, seen=seen)
-
-    def any_compressor(self) -> Compressor:
-        """Return what makes the levels of compressed weights, whatever the units' sizes."""
-        assert self.method.weights is not None
-        return self.method.weights.compressor((), dtype_bits=8 * self.blocks.dtype.itemsize)
+        return self.databases.searched
 
     @property
     def refines(self) -> bool:
@@ -464,8 +291,8 @@ class Workspace:
         if (other := self._with_its_levels) is not None:
             return other.levels
         refined = [] if self._refined is None else [self._refined]
-        levels = LevelUnion([self.stored, *self.open_databases(self._further), *refined])
-        space = self._as_searched(levels.space)
+        levels = LevelUnion([self.databases.stored, *self.open_databases(self._further), *refined])
+        space = self.databases.as_searched(levels.space)
         return levels if space is levels.space else TiedLevels(levels, space)
 
     def open_databases(self, names: Sequence[str]) -> list[LevelDatabase]:
@@ -474,7 +301,7 @@ class Workspace:
         Raises: EvoPressError if one is damaged or missing.
         """
         try:
-            return [LevelDatabase.open(self.database_root / self.pretrained.name / name) for name in names]
+            return [LevelDatabase.open(self.databases.folder / name) for name in names]
         except DamagedDatabaseError as error:
             path = self.run_dir / "baselines.json"
             raise EvoPressError(f"{error}: remove {path} and run the stage baselines again, which builds it") from error
@@ -562,9 +389,9 @@ class Workspace:
         """All that decides a genome's fitness on some tokens, to the bit."""
         fitness, model, cuda = self.settings.fitness, self.settings.model, self.device.type == "cuda"
         return {
-            **self._model_recipe,
+            **self.databases.model_recipe,
             "levels": self.database.fingerprint,
-            **self.ties,
+            **self.databases.ties,
             "text": tokens_digest(self.search_tokens),
             "fitness": [fitness.name, fitness.k, fitness.evaluator, fitness.max_tokens_in_flight, fitness.chunk_tokens],
             "attention": model.attn_implementation,

@@ -53,7 +53,7 @@ def database_needs(planner: Planner) -> Needs:
         return planner.needs("database", "no weights to store")
     if not build.units:
         return planner.needs("database", f"there: {planner.num_blocks} blocks")
-    needs = build.in_folder(workspace.database_root)
+    needs = build.in_folder(workspace.databases.root)
     needs.what += "" if "database" in planner.settings.stages else ", first"
     planner.build_levels(needs, build)
     return needs
@@ -70,7 +70,7 @@ def build_database(workspace: Workspace) -> None:
         "path": str(database.folder),
         "bytes": database.num_bytes,
         "seconds": time.monotonic() - started,
-        "reused": workspace.database_reused,
+        "reused": workspace.databases.reused,
     }
     write_json(workspace.run_dir / "result.json", result)
 
@@ -114,7 +114,7 @@ def what_decides_fitness(workspace: Workspace, *, text: bool = True) -> dict[str
         "size": settings.size,
         "limits": settings.limits,
         "engine": settings.engine,
-        "method.experts": workspace.ties.get("experts", "each"),
+        "method.experts": workspace.databases.ties.get("experts", "each"),
     }
 
 
@@ -176,7 +176,7 @@ def further_levels(workspace: Workspace, planned: Planned) -> dict[str, Compress
     settings = workspace.settings
     if "baselines" not in settings.stages or workspace.method.weights is None or baselines_as_asked(workspace) is not None:
         return {}
-    compressor = workspace.any_compressor()
+    compressor = workspace.databases.any_compressor()
     found = {name: baseline.further(planned, compressor) for name, baseline in make_baselines(settings.baselines).items()}
     return {name: each for name, each in found.items() if each is not None}
 
@@ -313,13 +313,13 @@ class RunProblem:
         return self._workspace.method.uniform_name(level)
 
     def compressor(self) -> Compressor:
-        return self._workspace.any_compressor()
+        return self._workspace.databases.any_compressor()
 
     def hessians(self) -> HessianStore:
-        return self._workspace.complete_hessians()
+        return self._workspace.databases.complete_hessians()
 
     def add_levels(self, name: str, compressor: Compressor) -> LevelUnion | TiedLevels:
-        database, _ = self._workspace.database_of(name, compressor)
+        database, _ = self._workspace.databases.ensure(name, compressor)
         self._workspace.add_levels([database.folder.name])
         self.further.append(database.folder.name)
         return self._workspace.levels
@@ -334,7 +334,7 @@ class RunProblem:
         return KeptRecords(self._beside(name, about, "jsonl"))
 
     def _beside(self, name: str, about: Mapping[str, Any], suffix: str) -> Path:
-        return self._workspace.database.folder / f"{name}-{fingerprint({**about, **self._workspace.ties})}.{suffix}"
+        return self._workspace.database.folder / f"{name}-{fingerprint({**about, **self._workspace.databases.ties})}.{suffix}"
 
 
 class KeptNumbers(MutableMapping[str, Any]):

@@ -217,7 +217,9 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
             others.setdefault(given.name, given.genome)
         others = {name: other for name, other in others.items() if not name.startswith("uniform_") and name != shown_as}
         if workspace.method.modules is not None:
-            dropped = {tables.display_name(name): dropped_modules(union, each) for name, each in {**others, shown_as: genome}.items()}
+            dropped = {
+                tables.display_name(name): dropped_modules(union, each) for name, each in {**others, shown_as: genome}.items()
+            }
             if any(map(modules_of, union.units)):
                 pictures += dropped_modules_figure(dropped, len(workspace.blocks.blocks), run_dir / "figures")
         if workspace.method.weights is not None:

@@ -60,13 +60,13 @@ def refuse_other_work(workspace: Workspace, searching: Searching) -> None:
     read_result(run_dir)
     if not any((run_dir / name).exists() for name in (STATE, "genome.json", "baselines.json", "metrics.jsonl")):
         return
-    space, _ = workspace.plan_database()
+    space, _ = workspace.databases.plan()
     if (run_dir / STATE).exists():
         _check_search(workspace, searching, space)
     if stages & {"refine", "evaluate", "export", "report"} and "search" not in stages:
         read_generations(run_dir / "metrics.jsonl", space)
         if (run_dir / "genome.json").exists():
-            read_genome(run_dir / "genome.json", space, database=workspace.database_fingerprint)
+            read_genome(run_dir / "genome.json", space, database=workspace.databases.fingerprint)
     _check_baselines(workspace, space)
 
 
@@ -77,7 +77,7 @@ def _check_search(workspace: Workspace, searching: Searching, space: Space) -> N
         rng = [copy.deepcopy(workspace.rng["minibatch"]) for _ in range(3)]
         no_errors = tuple((0.0,) * len(unit.levels) for unit in space.units)
         trial = searching.make(Problem(space, budget, no_errors, rng_initial=rng[0], rng_mutation=rng[1]))
-        go_on(path, trial, rng[2], database=workspace.database_fingerprint, strategy=searching.strategy)
+        go_on(path, trial, rng[2], database=workspace.databases.fingerprint, strategy=searching.strategy)
         check_records(workspace.run_dir / "metrics.jsonl", trial, space)
         return
     try:
@@ -94,7 +94,7 @@ def _check_search(workspace: Workspace, searching: Searching, space: Space) -> N
 def _check_baselines(workspace: Workspace, space: Space) -> None:
     """Raise EvoPressError if the baselines in the folder are damaged or of another database, unless they are found again anyway."""
     path, settings = workspace.run_dir / "baselines.json", workspace.settings
-    stages, fingerprint = set(settings.stages), workspace.database_fingerprint
+    stages, fingerprint = set(settings.stages), workspace.databases.fingerprint
     found_again = False
     if "baselines" in stages:
         stored = baselines_as_asked(workspace)

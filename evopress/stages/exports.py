@@ -53,7 +53,7 @@ def refuse_unfit_formats(workspace: Workspace) -> None:
     exporters, engine = exporters_of(workspace.settings), workspace.engine
     if not set(exporters) - {DEQUANTIZED} and engine is None:
         return
-    space, _ = workspace.plan_database()
+    space, _ = workspace.databases.plan()
     genome = _known_genome(workspace, space)
     forms = list(_all_forms(workspace, space)) if genome is None else forms_of(workspace, space, genome)
     if engine is not None:
@@ -90,7 +90,7 @@ def _described(workspace: Workspace, space: Space) -> Any:
     """Return what tells a weight's form at a level."""
     blocks = workspace.blocks
     columns = {name: slot.weight.shape[1] for part in blocks.parts for name, slot in blocks.slots(part).items()}
-    compressor = {} if workspace.method.weights is None else workspace.compressor.settings()
+    compressor = {} if workspace.method.weights is None else workspace.databases.compressor.settings()
 
     def describe(unit: Unit, level: Level) -> Form:
         form = replace(form_of(unit, level, 0 if is_module(unit) else columns[unit.name], compressor), of_expert=is_of_expert(unit))

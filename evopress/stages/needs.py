@@ -104,11 +104,11 @@ class Planner:
 
         One takes as long as one of the run's own does on average.
         """
-        space, build = self.workspace.plan_further(name, compressor, seen=self.seen)
+        space, build = self.workspace.databases.plan_further(name, compressor, seen=self.seen)
         self.seen = True
         mine, own = (sum(unit.size * len(unit.levels) for unit in each.whole.units) for each in (space, self.space))
         self.build_levels(needs, build, times=mine / own)
-        folder = self.workspace.database_root
+        folder = self.workspace.databases.root
         needs.disk[folder] = needs.disk.get(folder, 0) + build.disk_bytes
         needs.memory = max(needs.memory, self._bases + build.memory_bytes)
         needs.device = max(needs.device, build.device_bytes)

@@ -87,7 +87,7 @@ def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple
     Raises: EvoPressError if the disk, the memory or the device has too little, the budget leaves nothing to search, or the model's
         numbers are not finite.
     """
-    space, build = workspace.plan_database()
+    space, build = workspace.databases.plan()
     runs = [(run, numbers, run.budget_of(space)) for run, numbers in points or [(workspace, searching)]]
     for run, _, budget in runs:
         budget.check(space)
@@ -109,7 +109,7 @@ def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple
         or "refine" in workspace.settings.stages
         or any(further_levels(run, planned_for(run, space, budget)) for run, _, budget in runs)
     )
-    speed = _probe(workspace, workspace.compressor if compresses else None)
+    speed = _probe(workspace, workspace.databases.compressor if compresses else None)
     asked_for = runs[0][0].settings.stages
     built_first = bool("database" not in asked_for and build is not None and build.units)
     stages = [stage for stage in STAGES if stage in asked_for or (stage == "database" and built_first)]
@@ -272,7 +272,7 @@ def plan_table(plan: Plan, workspace: Workspace, found: Sequence[Room]) -> str:
     ]
     there = [f"{in_bytes(min(found[number].memory for number in those))} {words}" for words, those in by_machine(found).items()]
     there += [f"{in_bytes(room.device)} on {room.where}" for room in found if room.device is not None]
-    folders = [workspace.run_dir, workspace.database_root, workspace.cache]
+    folders = [workspace.run_dir, workspace.databases.root, workspace.cache]
     there += [f"{in_bytes(free)} of disk for {' and '.join(map(str, those))}" for those, free in disks(folders)]
     lines.append(f"available: {', '.join(there)}")
     if plan.speed is None:

@@ -82,7 +82,9 @@ def refine_needs(planner: Planner) -> Needs:
     planner.hold(needs, 1, min(planner.settings.fitness.max_tokens_in_flight, judged))
     batch = batch_of(calibration, level_db.batch_tokens)
     held = planner.states(judging.numel() + 2 * judged + (walking * tokens if in_memory else 0))  # base, states twice
-    planner.put(needs, part_bytes(workspace.blocks, ones, workspace.compressor, batch=batch, corrects=corrected), host=held)
+    planner.put(
+        needs, part_bytes(workspace.blocks, ones, workspace.databases.compressor, batch=batch, corrects=corrected), host=held
+    )
     return needs
 
 
@@ -151,14 +153,14 @@ def _refined(workspace: Workspace, settings: WalkSettings, genome: Genome) -> Le
         _database(workspace),
         genome,
         workspace.calibration_tokens,
-        workspace.compressor,
+        workspace.databases.compressor,
         lambda: _judge(workspace, genome),
     )
 
 
 def _database(workspace: Workspace) -> LevelDatabase:
-    assert isinstance(workspace.stored, LevelDatabase), "what is refined is of one source"
-    return workspace.stored
+    assert isinstance(workspace.databases.stored, LevelDatabase), "what is refined is of one source"
+    return workspace.databases.stored
 
 
 def summary_of(refined: LevelDatabase) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def budgets_to_try(workspace: Workspace) -> list[Point]:
 
     Raises: EvoPressError if there is none.
     """
-    space, _ = workspace.plan_database()
+    space, _ = workspace.databases.plan()
     found = grid(workspace.settings, space, workspace.rest_of(space))
     if not found:
         raise EvoPressError(

@@ -48,7 +48,7 @@ def dense_file(workspace: Workspace, path: Path) -> None:
 
 def importance_of(workspace: Workspace) -> dict[str, NDArray[np.float32]]:
     """Return the mean square of each input of every linear on the calibration text, by the weight's name in a GGUF file."""
-    config, hessians = workspace.model_source.config, workspace.complete_hessians()
+    config, hessians = workspace.model_source.config, workspace.databases.complete_hessians()
     names = gguf.get_tensor_name_map(architecture(config), config["num_hidden_layers"])
     found = {}
     for index in range(len(workspace.blocks.blocks)):

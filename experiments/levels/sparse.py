@@ -78,15 +78,15 @@ def models(
     databases, seconds = [], []
     for recipe in recipes:
         workspace = workspace_of(root, sparsity, [f"method.recipe={recipe}", *overrides])
-        compressor = workspace.compressor
+        compressor = workspace.databases.compressor
         if target_only:
             assert isinstance(compressor, SparsityLevels)
             units = [slot for part in workspace.blocks.parts for slot in workspace.blocks.slots(part).values()]
             compressor = PruneTo(pruner=compressor, kept={unit.name: (kept_at(unit.weight.numel(), sparsity),) for unit in units})
         times = [time.process_time()]
-        workspace.complete_hessians()
+        workspace.databases.complete_hessians()
         times.append(time.process_time())
-        databases.append(workspace.database_of("sparsity", compressor)[0])
+        databases.append(workspace.databases.ensure("sparsity", compressor)[0])
         times.append(time.process_time())
         seconds.append((times[1] - times[0], times[2] - times[1]))
     vars(workspace)["levels"] = LevelUnion(databases)

@@ -69,7 +69,7 @@ def test_a_run_by_vllm_s_rules(evopress: Callable[..., Any], tmp_path: Path) -> 
 def test_what_an_engine_cannot_hold_is_refused_before_anything_is_built(
     arguments: list[str], sentence: str, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evopress.workspace.ensure_database", lambda *a, **k: pytest.fail("levels were built"))
+    monkeypatch.setattr("evopress.databases.ensure_database", lambda *a, **k: pytest.fail("levels were built"))
     outcome = tiny(*arguments)
     assert outcome.code == 1 and len(outcome.errors) == 1 and sentence in outcome.errors[0], outcome.text
     assert not (tmp_path / "run").exists()

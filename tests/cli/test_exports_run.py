@@ -102,7 +102,7 @@ def test_exact_scales_of_a_named_genome(copied: Path, evopress: Callable[..., An
 def test_what_a_format_cannot_hold_is_refused_before_anything_is_built(
     arguments: list[str], sentence: str, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evopress.workspace.ensure_database", lambda *a, **k: pytest.fail("levels were built"))
+    monkeypatch.setattr("evopress.databases.ensure_database", lambda *a, **k: pytest.fail("levels were built"))
     outcome = tiny(*arguments, "method.propagate_bits=4")
     assert outcome.code == 1 and len(outcome.errors) == 1 and sentence in outcome.errors[0], outcome.text
     assert not (tmp_path / "run").exists()

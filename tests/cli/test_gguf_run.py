@@ -37,7 +37,7 @@ def test_a_guided_run_by_llama_cpp_s_rules_ends_with_a_file_of_the_bits_that_the
 
 
 def test_other_formats_refuse_types_before_anything_is_built(evopress: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evopress.workspace.ensure_database", lambda *a, **k: pytest.fail("levels were built"))
+    monkeypatch.setattr("evopress.databases.ensure_database", lambda *a, **k: pytest.fail("levels were built"))
     outcome = evopress("+method=gguf", "bits=5.5", "+debug=tiny", "hydra.run.dir=run", "export=[mlx]")
     sentence = "export=[mlx] cannot hold GGUF's types (model.layers.0.self_attn.q_proj at Q8_0): set method.grid"
     assert outcome.code == 1 and len(outcome.errors) == 1 and sentence in outcome.errors[0], outcome.text

@@ -44,8 +44,9 @@ MAY_IMPORT = {
     "endings": {"errors", "files"},
     "earlier_versions": set(),
     "methods": VOCABULARY | {"compress", "models", "levels", "settings"},
+    "databases": VOCABULARY | {"compress", "models", "data", "levels", "methods", "settings"},
     "workspace": VOCABULARY
-    | {"machine", "ranks", "endings", "compress", "models", "data", "levels", "fitness", "methods", "settings"},
+    | {"machine", "ranks", "endings", "models", "data", "databases", "levels", "fitness", "methods", "settings"},
     "stages": VOCABULARY
     | {"endings", "ranks", "room", "compress", "models", "data", "levels", "fitness", "search", "settings"}
     | {"methods", "workspace", "baselines", "evaluation", "export", "reporting"},
