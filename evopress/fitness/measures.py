@@ -18,7 +18,7 @@ from torch import Tensor
 from evopress.fitness.fusion import compiled
 from evopress.models.head import Head
 
-_IN_CACHE = 2**18
+_IN_CACHE = 2**17
 """Logits that are worked on at a time on a CPU: in float32, with what is made of them, a core's cache holds them."""
 
 

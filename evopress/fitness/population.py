@@ -277,6 +277,7 @@ def _by_chunks(
                 reference = measure.reference(flat_base[chunk].to(device), labels[chunk], dense)
                 for i, (state, head_levels) in enumerate(ends):
                     yield i, chunk, measure(flat[state][chunk], reference, heads[head_levels])
+                del reference  # before the next chunk's
                 within(_IN_BLOCKS + (1 - _IN_BLOCKS) * chunk.stop / labels.numel())
 
     return end_of, len(ends), measured()
