@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from evopress.fitness.attribution import BackwardPass, Entry
+from evopress.fitness.backward import BackwardPass, Entry
 from evopress.fitness.measures import NegativeLogLikelihood
 from evopress.levels.live import Live
 from evopress.units import Genome

@@ -13,7 +13,7 @@ from typing import Any
 
 from evopress.baselines.baseline import Planned
 from evopress.compress.compressor import Compressor
-from evopress.fitness.attribution import attribution_bytes
+from evopress.fitness.backward import backward_bytes
 from evopress.fitness.population import evaluation_bytes
 from evopress.levels.live import block_bytes, decoding_bytes, enough_to_keep
 from evopress.levels.modules import modules_of
@@ -175,7 +175,7 @@ class Planner:
             forwards,
             lambda speed: forwards * speed.block + tokens * (speed.reference + counted * speed.head),
         )
-        there = attribution_bytes(
+        there = backward_bytes(
             blocks, mine, max_tokens_in_flight=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens, errors=errors
         )
         # What enters each block and leaves the last one, gradients, and the base of these sequences.
