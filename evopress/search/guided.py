@@ -10,6 +10,7 @@ from evopress.errors import EvoPressError
 from evopress.search.evolution import SearchSettings
 from evopress.search.racing import RaceRules
 from evopress.search.rounds import Guided
+from evopress.search.schedule import Schedule
 from evopress.search.strategy import Asks, Problem
 
 SELECTIONS = ("mean", "racing")
@@ -110,6 +111,10 @@ class GuidedStrategy(RaceRules):
         """Tokens of an expansion."""
         return 2 * self.attribution_tokens if self.second_order_tokens is None else self.second_order_tokens
 
+    def schedule(self) -> Schedule:
+        """Return the rounds, before the first one."""
+        return Schedule(attributions=self.rounds, expansions=self.second_order_rounds, neighbours=self.delta_rounds)
+
     @property
     def race(self) -> RaceRules | None:
         """How candidates race; None: they do not."""
@@ -150,16 +155,12 @@ class GuidedSettings:
 
     def asks(self, state: Mapping[str, Any] | None = None) -> list[Asks]:
         """See `Searching`."""
-        numbers, times, later = self.numbers, self.numbers.rounds, None
-        expansions, deltas = numbers.second_order_rounds, numbers.delta_rounds
+        numbers, later, schedule = self.numbers, None, self.numbers.schedule()
         if state is not None:
             later = state["evolution"]
-            expanded, expansions_settled = state.get("expansions", (0, False))
-            done, settled = state.get("deltas", (0, False))
-            over = state["settled"] or expanded or done or later
-            times = 0 if over else max(numbers.rounds - int(state["generation"]) + 1, 0)
-            expansions = 0 if expansions_settled or done or later else max(expansions - expanded, 0)
-            deltas = 0 if settled or later else max(deltas - done, 0)
+            schedule.restore(state)
+        kinds = (schedule.attributions, schedule.expansions, schedule.neighbours)
+        times, expansions, deltas = (0 if later else rounds.left for rounds in kinds)
         key = "search.strategy.attribution_tokens"
         proposals = max(2 + len(numbers.changes), 1 + len(numbers.second_order_changes) if expansions else 0)
         way = numbers.approach if state is None and (numbers.rounds or numbers.approach_tokens) else 0

@@ -58,7 +58,9 @@ class Guided:
         self._backward = backward_tokens(any(self._droppable))
         self._generation = 0  # the one that is asked about next, as long as there is no evolution
         self._parent: Genome | None = None
-        self._settled = False  # the last round found nothing better
+        self._schedule = self._numbers.schedule()
+        if any(self._droppable):
+            self._schedule.expansions.most = 0
         self._tokens = self._evaluations = self._non_finite = 0
         self._sensitivities: list[list[float]] = []  # of the last rounds, the latest last
         self._question: Question | Attribution | None = None
@@ -66,8 +68,6 @@ class Guided:
         self._evolution: Evolution | None = None
         self._race: Race | None = None
         self._deltas: Deltas | None = None
-        self._expansions_done, self._expansions_settled = 0, False  # rounds of second order, and whether the last found nothing
-        self._deltas_done, self._deltas_settled = 0, False  # rounds of measured neighbours, and whether the last found nothing
         self._above: Genome | None = None  # above the budget: where the way to the first genome has come
         self._steps = 0  # of that way, so far
         self.initial_record: GenerationRecord | None = None
@@ -88,7 +88,7 @@ class Guided:
         """Tell whether the rounds are over, and the evolution after them."""
         if self._evolution is not None:
             return self._evolution.finished
-        return self._all_rounds_over and not self._numbers.generations_after
+        return self._rounds_over and not self._numbers.generations_after
 
     @property
     def generation(self) -> int:
@@ -112,20 +112,24 @@ class Guided:
         if self._evolution is not None:
             return self._evolution.ask()
         if self._question is None:
-            numbers = self._numbers
-            if self._race is not None:
-                self._question = self._race.ask()
-            elif self._above is not None and self._measures_the_way:
-                self._question = self._deltas_at(self._above, numbers.approach_tokens).ask()
-            elif self._expands:
-                self._question = Expansion(self.parent, numbers.expansion_tokens, 2 * numbers.attribution_sequences)
-            elif self._measures_deltas:
-                self._question = self._deltas_at(self.parent, numbers.delta_tokens).ask()
-            elif (genome := self._parent if self._above is None else self._above) is None:
-                self._question = Question(self._candidates, numbers.screen_tokens, stage=-1)
-            else:
-                self._question = Attribution(genome, numbers.attribution_tokens, numbers.attribution_sequences)
+            self._question = self._next()
         return self._question
+
+    def _next(self) -> Question | Attribution:
+        numbers = self._numbers
+        if self._race is not None:
+            return self._race.ask()
+        if self._above is not None and self._measures_the_way:
+            return self._deltas_at(self._above, numbers.approach_tokens).ask()
+        if self._above is not None:
+            return Attribution(self._above, numbers.attribution_tokens, numbers.attribution_sequences)
+        if self._parent is None:
+            return Question(self._candidates, numbers.screen_tokens, stage=-1)
+        if self._schedule.next is self._schedule.expansions:
+            return Expansion(self._parent, numbers.expansion_tokens, 2 * numbers.attribution_sequences)
+        if self._schedule.next is self._schedule.neighbours:
+            return self._deltas_at(self._parent, numbers.delta_tokens).ask()
+        return Attribution(self._parent, numbers.attribution_tokens, numbers.attribution_sequences)
 
     def tell(self, answer: Any) -> GenerationRecord | None:
         """Take the answer; return the record when it finishes a round or a generation.
@@ -155,11 +159,8 @@ class Guided:
             "settings": self._identity(),
             "generation": self.generation,
             "parent": None if self._parent is None else list(self.parent),
-            "rounds": self._generation - 1,
             "found": None if self._parent is None else list(self._parent),
-            "settled": self._settled,
-            **({"expansions": [self._expansions_done, self._expansions_settled]} if self._expansions_done else {}),
-            **({"deltas": [self._deltas_done, self._deltas_settled]} if self._deltas_done else {}),
+            **self._schedule.state(),
             "tokens": self._tokens,
             "evaluations": self._evaluations,
             "non_finite": self._non_finite,
@@ -193,9 +194,8 @@ class Guided:
         if not bool(np.isfinite(sensitivities).all()) or not bool((sensitivities > 0).all()):
             raise ValueError("its sensitivities are not all positive numbers")
         self._sensitivities = sensitivities.tolist()
-        self._generation, self._settled = state["rounds"] + 1, bool(state["settled"])
-        self._expansions_done, self._expansions_settled = state.get("expansions", (0, False))
-        self._deltas_done, self._deltas_settled = state.get("deltas", (0, False))
+        self._schedule.restore(state)
+        self._generation = state["rounds"] + 1
         self._race = self._deltas = self._above = None  # generation 0 is over
         self._tokens, self._evaluations, self._non_finite = state["tokens"], state["evaluations"], state["non_finite"]
         self._question, self._details, self.initial_record, self._evolution = None, {}, None, None
@@ -443,12 +443,8 @@ class Guided:
             details=self._details,
             milestone=True,
         )
-        if self._expands:
-            self._expansions_done, self._expansions_settled = self._expansions_done + 1, not finished.accepted
-        elif self._deltas is not None:
-            self._deltas_done, self._deltas_settled = self._deltas_done + 1, not finished.accepted
-        else:
-            self._settled = self._generation > 0 and not finished.accepted
+        if self._generation and (rounds := self._schedule.next) is not None:
+            rounds.end(better=finished.accepted)
         self._parent, self._question, self._details = winner, None, {}
         self._race = self._deltas = None
         self._generation += 1
@@ -457,30 +453,16 @@ class Guided:
 
     @property
     def _rounds_over(self) -> bool:
-        return self._settled or self._generation > self._numbers.rounds
+        """Tell whether there is a genome, and no round is left."""
+        return self._parent is not None and self._schedule.next is None
 
     @property
     def _measures_the_way(self) -> bool:
         return self._numbers.approach_tokens > 0 and all(self._droppable)
 
-    @property
-    def _expands(self) -> bool:
-        """Tell whether a round of second order is next: after the others, as long as they find something."""
-        wanted = not self._expansions_settled and self._expansions_done < self._numbers.second_order_rounds
-        return self._rounds_over and wanted and not self._deltas_done and not any(self._droppable)
-
-    @property
-    def _measures_deltas(self) -> bool:
-        over = self._rounds_over and not self._expands
-        return over and not self._deltas_settled and self._deltas_done < self._numbers.delta_rounds
-
-    @property
-    def _all_rounds_over(self) -> bool:
-        return self._rounds_over and not self._expands and not self._measures_deltas
-
     def _evolve_if_over(self) -> None:
         """Begin the evolution once the rounds are over, where one was asked for."""
-        if self._all_rounds_over and self._numbers.generations_after and self._parent is not None:
+        if self._parent is not None and self._rounds_over and self._numbers.generations_after:
             self._evolution = self._evolution_from(self._parent)
 
     def _evolution_from(self, genome: Genome) -> Evolution:

@@ -282,6 +282,31 @@ def test_a_finished_search_goes_on_when_more_is_asked_for(quant_space, budget_of
         replace(NUMBERS, screen_tokens=16).searching(EVOLUTION).make(problem_of(space, budget, toy.errors)).restore(short.state())
 
 
+def test_rounds_of_every_kind_are_gone_on_with_and_the_plan_says_how_many(quant_space, budget_of) -> None:
+    space = quant_space((3, 1, 1, 3, 3, 1) * 2, kinds=("q", "v", "v", "q", "q", "v") * 2)
+    toy, budget = Additive(space, noise=0.2, interaction=2.0), budget_of(space, 2.5)
+    numbers = replace(NUMBERS, rounds=1, second_order_rounds=1, second_order_changes=[2], delta_rounds=1, delta_tokens=8)
+    short = numbers.searching(EVOLUTION).make(problem_of(space, budget, toy.errors))
+    _, records = run(short, toy)
+    assert [set(record.get("details", {})) & {"held", "second_order", "deltas"} for record in records[1:]] == [
+        {"held"},
+        {"second_order"},
+        {"deltas"},
+    ]
+    state = json.loads(json.dumps(short.state()))
+    assert state["rounds"] == 3 and not state["settled"] and state["expansions"] == [1, not records[2]["accepted"]]
+    assert not any(ask.times for ask in numbers.searching(EVOLUTION).asks(state))
+
+    longer = replace(numbers, rounds=2).searching(EVOLUTION)
+    strategy = longer.make(problem_of(space, budget, toy.errors))
+    strategy.restore(state)
+    assert isinstance(strategy.ask(), Attribution) and not isinstance(strategy.ask(), Expansion)
+    assert [ask.times for ask in longer.asks(state) if ask.attribution and not ask.initial] == [1]
+
+    with pytest.raises(ValueError, match="of its kinds more"):
+        longer.make(problem_of(space, budget, toy.errors)).restore(state | {"rounds": 1})
+
+
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
@@ -491,7 +516,7 @@ def test_what_holds_least_is_dropped_of_each_kind(approach, measured, rounds) ->
     assert toy.asked[0] == (0,) * 12 and sum(toy.asked[1]) == (6 if approach == 1 else 2)
     assert tuple(records[0]["genome"]) == best and not records[-1]["accepted"]
     assert records[-1]["tokens"] <= sum(ask.cost_where(modules=True) for ask in settings.asks())
-    assert not any(ask.initial and ask.times for ask in settings.asks({"generation": 1, "evolution": None, "settled": False}))
+    assert not any(ask.initial and ask.times for ask in settings.asks({"rounds": 0, "evolution": None, "settled": False}))
 
 
 def test_modules_are_told_apart_beside_one_that_holds_nearly_all() -> None:
