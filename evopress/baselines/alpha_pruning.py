@@ -7,6 +7,7 @@ from it: the target is met by shifting all sparsities, there by scaling them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from evopress.baselines.baseline import Problem
 from evopress.baselines.block_sparsity import BlockSparsity, Candidate
+from evopress.progress import track
 
 TAUS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """τ of the trials."""
@@ -29,10 +31,15 @@ class AlphaPruning(BlockSparsity):
 
     def candidates(self, problem: Problem) -> list[Candidate]:
         """See `BlockSparsity`."""
-        blocks, scores = problem.blocks, []
-        for index in range(len(blocks.blocks)):
-            exponents = [tail_exponent(slot.weight) for slot in blocks.slots(index).values()]
-            scores.append(-sum(exponents) / len(exponents))
+        blocks, kept, scores = problem.blocks, problem.kept(self.name, {}), []
+        for index in track(range(len(blocks.blocks)), "spectra of the blocks' weights"):
+            exponent = kept.get(str(index))
+            if exponent is None:
+                exponents = [tail_exponent(slot.weight.to(blocks.device)) for slot in blocks.slots(index).values()]
+                exponent = sum(exponents) / len(exponents)
+                if math.isfinite(exponent):
+                    kept[str(index)] = exponent
+            scores.append(-exponent)
         return [Candidate(scores, tau * problem.budget.target, f"τ = {tau:g}") for tau in TAUS]
 
 

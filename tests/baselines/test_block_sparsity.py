@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,9 @@ from evopress.units import Budget
 
 def problem(*weights, sparsity=0.7):
     blocks = [{f"{i}": SimpleNamespace(weight=W)} for i, W in enumerate(weights)]
-    return SimpleNamespace(blocks=SimpleNamespace(blocks=blocks, slots=blocks.__getitem__), budget=Budget(1, sparsity, "sparsity"))
+    opened = SimpleNamespace(blocks=blocks, slots=blocks.__getitem__, device="cpu")
+    kept: dict = {}
+    return SimpleNamespace(blocks=opened, budget=Budget(1, sparsity, "sparsity"), kept=lambda name, about: kept)
 
 
 def sparsities(candidate, count, *, sparsity=0.7):
@@ -53,3 +56,11 @@ def test_lighter_tails_are_pruned_more() -> None:
     for tau, candidate in zip(TAUS, tried, strict=True):
         first, second = sparsities(candidate, 2)
         assert (first, second) == pytest.approx((0.7 * (1 + tau), 0.7 * (1 - tau))) if 0.7 * (1 + tau) < 1 else first > second
+
+
+def test_spectra_are_not_taken_again() -> None:
+    given = problem(torch.randn(8, 8), torch.eye(2))
+    tried = AlphaPruning(tokens=64).candidates(given)
+    assert given.kept("", {}) == {"0": -tried[0].scores[0]} and tried[0].scores[1] == -math.inf
+    given.blocks.slots = lambda index: {"0": SimpleNamespace(weight=torch.eye(2))}
+    assert AlphaPruning(tokens=64).candidates(given) == tried
