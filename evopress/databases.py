@@ -77,12 +77,12 @@ class Databases:
 
         Args: name: what the database is of; begins its folder's name.
         """
-        build = self.build_settings(name, compressor)
+        build = self._build_settings(name, compressor)
         database, reused = ensure_database(build, self._blocks, self._text.calibration, compressor)
         logger.info("level database: %s %s (%.1f MB)", "reused" if reused else "built", database.folder, database.num_bytes / 1e6)
         return database, reused
 
-    def build_settings(self, name: str, compressor: Compressor) -> BuildSettings:
+    def _build_settings(self, name: str, compressor: Compressor) -> BuildSettings:
         """Return how `ensure` builds, without building."""
         settings, source = self._settings, self._method.weights
         assert source is not None
@@ -105,7 +105,7 @@ class Databases:
             correction=source.correction,
             batch_tokens=settings.batch_tokens,
             activations=settings.activations,
-            hessians=self.hessians if settings.keep_hessians else None,
+            hessians=self._hessians if settings.keep_hessians else None,
         )
 
     @cached_property
@@ -133,16 +133,16 @@ class Databases:
         """Return the Hessians of dense activations, computed first where they are missing: a reused database may have left none."""
         settings = self._settings
         complete_hessians(
-            self.hessians,
+            self._hessians,
             self._blocks,
             self._text.calibration,
             batch_tokens=settings.batch_tokens,
             activations=settings.activations,
         )
-        return self.hessians
+        return self._hessians
 
     @cached_property
-    def hessians(self) -> HessianStore:
+    def _hessians(self) -> HessianStore:
         """Where Hessians of dense activations are kept."""
         return HessianStore(self.folder / f"hessians-{fingerprint(self._source_recipe)}")
 
@@ -156,7 +156,7 @@ class Databases:
         """The fingerprint that the run's levels have or will have, without building them."""
         found = []
         if self._method.weights is not None:
-            found.append(self.build_settings(self._method.weights.name, self.compressor).fingerprint)
+            found.append(self._build_settings(self._method.weights.name, self.compressor).fingerprint)
         if self._method.modules is not None:
             found.append(fingerprint(self._modules_recipe))
         return joint_fingerprint(found)
@@ -235,7 +235,7 @@ class Databases:
         """
         spaces, needs = [], None
         if self._method.weights is not None:
-            settings = self.build_settings(self._method.weights.name, self.compressor)
+            settings = self._build_settings(self._method.weights.name, self.compressor)
             space, needs = planned(settings, self._blocks, self._text.calibration, self.compressor)
             spaces.append(space)
         if self._method.modules is not None:
@@ -252,7 +252,7 @@ class Databases:
 
         Args: seen: by then the Hessians of dense activations will be there.
         """
-        return planned(self.build_settings(name, compressor), self._blocks, self._text.calibration, compressor, seen=seen)
+        return planned(self._build_settings(name, compressor), self._blocks, self._text.calibration, compressor, seen=seen)
 
     def any_compressor(self) -> Compressor:
         """Return what makes the levels of compressed weights, whatever the units' sizes."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from evopress.baselines.baseline import Problem
+from evopress.baselines.baseline import Problem, remembered
 from evopress.baselines.block_sparsity import BlockSparsity, Candidate
+from evopress.models.blocks import BlockModel
 from evopress.progress import track
 
 TAUS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -33,13 +35,8 @@ class AlphaPruning(BlockSparsity):
         """See `BlockSparsity`."""
         blocks, kept, scores = problem.blocks, problem.kept(self.name, {}), []
         for index in track(range(len(blocks.blocks)), "spectra of the blocks' weights"):
-            exponent = kept.get(str(index))
-            if exponent is None:
-                exponents = [tail_exponent(slot.weight.to(blocks.device)) for slot in blocks.slots(index).values()]
-                exponent = sum(exponents) / len(exponents)
-                if math.isfinite(exponent):
-                    kept[str(index)] = exponent
-            scores.append(-exponent)
+            exponent = remembered(problem, kept, str(index), partial(_mean_exponent, blocks, index))
+            scores.append(-math.inf if exponent is None else -exponent)  # what is not finite is null in the file
         return [Candidate(scores, tau * problem.budget.target, f"τ = {tau:g}") for tau in TAUS]
 
 
@@ -56,3 +53,9 @@ def tail_exponent(W: Tensor) -> float:
     tail = logs[logs >= start + peak * width]
     excess = float((tail - tail.min()).sum())
     return 1 + len(tail) / excess if excess > 0 else float("inf")
+
+
+def _mean_exponent(blocks: BlockModel, index: int) -> float:
+    """Return the mean of a block's tail exponents."""
+    exponents = [tail_exponent(slot.weight.to(blocks.device)) for slot in blocks.slots(index).values()]
+    return sum(exponents) / len(exponents)

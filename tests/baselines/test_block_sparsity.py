@@ -19,7 +19,8 @@ def problem(*weights, sparsity=0.7):
     blocks = [{f"{i}": SimpleNamespace(weight=W)} for i, W in enumerate(weights)]
     opened = SimpleNamespace(blocks=blocks, slots=blocks.__getitem__, device="cpu")
     kept: dict = {}
-    return SimpleNamespace(blocks=opened, budget=Budget(1, sparsity, "sparsity"), kept=lambda name, about: kept)
+    budget = Budget(1, sparsity, "sparsity")
+    return SimpleNamespace(blocks=opened, budget=budget, kept=lambda name, about: kept, tokens=0, spend=lambda **took: None)
 
 
 def sparsities(candidate, count, *, sparsity=0.7):
@@ -61,6 +62,7 @@ def test_lighter_tails_are_pruned_more() -> None:
 def test_spectra_are_not_taken_again() -> None:
     given = problem(torch.randn(8, 8), torch.eye(2))
     tried = AlphaPruning(tokens=64).candidates(given)
-    assert given.kept("", {}) == {"0": -tried[0].scores[0]} and tried[0].scores[1] == -math.inf
-    given.blocks.slots = lambda index: {"0": SimpleNamespace(weight=torch.eye(2))}
+    assert given.kept("", {})["0"] == -tried[0].scores[0] and tried[0].scores[1] == -math.inf
+    given.blocks.slots = lambda index: pytest.fail(f"block {index} is looked at again")
+    given.kept("", {})["1"] = None  # as it is read from the file
     assert AlphaPruning(tokens=64).candidates(given) == tried

@@ -41,7 +41,11 @@ def rows(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in read(folder / "result.json")["rows"]}
 
 
-def test_a_run_compares_all_block_scores_and_the_search(drop: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_run_compares_all_block_scores_and_the_search(
+    drop: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[list[str]] = []
+    monkeypatch.setattr("evopress.stages.conclude.dropped_modules_figure", lambda dropped, *_: shown.append(list(dropped)) or [])
     outcome = drop("hydra.run.dir=run", "baselines.names=[" + ",".join([*RANKED, "best_of_random", "exhaustive"]) + "]")
     assert outcome.code == 0, outcome.text
     folder = tmp_path / "run"
@@ -66,6 +70,7 @@ def test_a_run_compares_all_block_scores_and_the_search(drop: Callable[..., Any]
     record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["generation"] == 3 and record["cost"] == 8
     assert (folder / "report.html").is_file() and (folder / "figures" / "level_heatmap.png").is_file()
+    assert {"ShortGPT", "best of 4", "EvoPress"} <= set(shown[0]) and "shortgpt" not in shown[0]
 
 
 def test_the_exhaustive_optimum_is_nowhere_beaten_on_its_own_text(drop: Callable[..., Any], tmp_path: Path) -> None:
