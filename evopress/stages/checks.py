@@ -9,7 +9,7 @@ from evopress.baselines.named import BASELINES, make_baselines, names_serving
 from evopress.currencies import EXPERT
 from evopress.data.special_tokens import ids_beyond
 from evopress.errors import EvoPressError
-from evopress.evaluation import zero_shot
+from evopress.evaluation import tasks
 from evopress.search.evolution import SearchSettings
 from evopress.search.strategies import strategy_of
 from evopress.search.strategy import Searching
@@ -33,7 +33,7 @@ def check_names(settings: RunSettings) -> None:
 def check_tasks(settings: RunSettings) -> None:
     """Raise EvoPressError if the zero-shot tasks of a run that will be evaluated, or their questions, are not to be had."""
     if settings.evaluation.tasks and "evaluate" in settings.stages:
-        zero_shot.check_tasks(settings.evaluation.tasks, tasks_path=settings.evaluation.tasks_path)
+        tasks.load_tasks(settings.evaluation.tasks, tasks_path=settings.evaluation.tasks_path)
 
 
 def check_questions(workspace: Workspace) -> None:
@@ -42,8 +42,8 @@ def check_questions(workspace: Workspace) -> None:
     if workspace.model_source.is_outline:
         return
     if evaluation.tasks and "evaluate" in workspace.settings.stages and num_rows and ids_beyond(workspace.tokenizer, num_rows):
-        tasks = zero_shot.load_tasks(evaluation.tasks, tasks_path=evaluation.tasks_path)
-        zero_shot.check_questions(tasks, workspace.tokenizer, num_rows=num_rows, limit=evaluation.task_limit)
+        loaded = tasks.load_tasks(evaluation.tasks, tasks_path=evaluation.tasks_path)
+        tasks.check_questions(loaded, workspace.tokenizer, num_rows=num_rows, limit=evaluation.task_limit)
 
 
 def check_tokens(settings: RunSettings) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 from evopress.baselines.named import make_baselines
 from evopress.evaluation.heldout import MEANS, Scores, scores_by_data_set
-from evopress.evaluation.zero_shot import ZeroShot, load_tasks, measure_zero_shot
+from evopress.evaluation.tasks import count_asked, load_tasks
+from evopress.evaluation.zero_shot import ZeroShot, measure_zero_shot
 from evopress.fitness.population import walked_together
 from evopress.levels.modules import dropped_modules, modules_of
+from evopress.ranks import processes
 from evopress.reporting import figures, tables
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.dropped import dropped_modules_figure
@@ -44,8 +46,7 @@ def evaluate_needs(planner: Planner) -> Needs:
     tokens = sum(sequences.numel() for sequences in data.values())
     needs = planner.needs("evaluate", f"{models} models on {', '.join(data)}")
     if planner.settings.evaluation.tasks:
-        needs.what += " (zero-shot tasks not counted)"
-        planner.hold_decoded(needs)
+        _answer_needs(planner, needs, models)
     _, mine = planner.mine(models, tokens, split=False)
     planner.score(needs, models, mine)
     length = max(sequences.shape[1] for sequences in data.values())
@@ -53,6 +54,29 @@ def evaluate_needs(planner: Planner) -> Needs:
     together = walked_together(planner.workspace.blocks, models, length, batch) * length
     planner.hold(needs, models, min(together, mine), apart=True, given=False)  # models that differ in every block
     return needs
+
+
+def _answer_needs(planner: Planner, needs: Needs, models: int) -> None:
+    """Add what zero-shot tasks take of each model, which processes share by their batches."""
+    workspace, evaluation = planner.workspace, planner.settings.evaluation
+    if workspace.model_source.is_outline:
+        needs.what += " (zero-shot tasks not counted)"
+        planner.hold_decoded(needs)
+        return
+    tasks, blocks = _tasks(workspace), workspace.blocks
+    asked = count_asked(tasks, workspace.tokenizer, bos=planner.settings.model.bos, limit=evaluation.task_limit)
+    tokens = models * asked.tokens // processes()
+    planner.add(
+        needs,
+        tokens,
+        tokens * planner.num_blocks,
+        lambda speed: tokens * (planner.num_blocks * speed.block + speed.reference),
+    )
+    # lm-eval has all logits of a batch, and their log-probabilities.
+    logits = 2 * evaluation.task_batch_size * asked.longest * blocks.head().weight.shape[0] * blocks.dtype.itemsize
+    planner.hold_decoded(needs, beside=0 if blocks.offload else logits)
+    if blocks.offload:
+        planner.put(needs, logits)
 
 
 def _num_genomes(planner: Planner) -> int:
@@ -178,12 +202,17 @@ def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None]) -> di
         workspace.live,
         workspace.pretrained.tokenizer,
         genomes,
-        load_tasks(evaluation.tasks, tasks_path=evaluation.tasks_path),
+        _tasks(workspace),
         limit=evaluation.task_limit,
         batch_size=evaluation.task_batch_size,
         bos=workspace.settings.model.bos,
         known_as=("tasks", *workspace.known_as[1:], evaluation.task_batch_size, workspace.settings.model.bos),
     )
+
+
+def _tasks(workspace: Workspace) -> dict[str, Any]:
+    evaluation = workspace.settings.evaluation
+    return load_tasks(evaluation.tasks, tasks_path=evaluation.tasks_path)
 
 
 def report_needs(planner: Planner) -> Needs:

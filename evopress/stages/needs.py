@@ -1,7 +1,7 @@
 """What stages count by what they take before they begin: tokens, forwards, memory, and seconds where the machine was probed.
 
 What each takes it says itself, beside its work. Tokens and disk are exact but for what only the run itself can tell: OWL's levels,
-of which some may be the same or there already, and zero-shot questions. Memory is what the largest buffers take, beside the model.
+of which some may be the same or there already. Zero-shot questions are counted by some of each task. Memory is what the largest buffers take, beside the model.
 What is there already counts as done.
 """
 

@@ -1,20 +1,18 @@
 import dataclasses
-import json
 import logging
 import math
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from tokenizers.processors import TemplateProcessing
 
 from evopress.errors import EvoPressError
 from evopress.evaluation import zero_shot
-from evopress.evaluation.zero_shot import PAPER_TASKS, TaskScore, ZeroShot, check_tasks, load_tasks, measure_zero_shot
+from evopress.evaluation.tasks import count_asked, load_tasks
+from evopress.evaluation.zero_shot import TaskScore, ZeroShot, measure_zero_shot
 from evopress.export import export_checkpoint
 from evopress.levels.live import LiveModel
 from evopress.levels.modules import ModuleLevels
@@ -24,54 +22,6 @@ from evopress.models.tiny import byte_tokenizer
 from evopress.settings import DropSettings
 
 pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval[hf] is not installed")
-
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "zeroshot"
-ACC = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-ASKED = {"doc_to_text": "{{question}}", "doc_to_target": "gold", "doc_to_choice": "{{options}}"}
-WORDS = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "ibis", "jay", "kite", "lark", "mole", "newt", "owl", "pig", "rat"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def datasets_cache(tmp_path_factory):
-    """Keep made-up questions out of the user's cache."""
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
-
-
-def write_task(folder, name, rows, **config):
-    """Write a local task: its lines as JSON, and lm-eval's file that names them."""
-    (folder / "tasks").mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
-        "output_type": "multiple_choice",
-        "test_split": "test",
-        "num_fewshot": 0,
-        "metric_list": ACC,
-    }
-    (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(task | config))
-
-
-@pytest.fixture(scope="module")
-def tasks_path(tmp_path_factory):
-    """Two tasks: answers after a question, and, as WinoGrande has it, one end after two beginnings."""
-    folder, rng = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0)
-    rows = [
-        {"question": f"Which of {rng.integers(100)}?", "options": [str(word) for word in rng.choice(WORDS, 4)], "gold": i % 4}
-        for i in range(24)
-    ]
-    write_task(folder, "animals_local", rows, **ASKED | {"doc_to_text": "Question: {{question}}\nAnswer:"})
-    rows = [
-        {"label": i % 2, "contexts": [f"The {a}", f"The {b}"], "end": f"ate the {c}."}
-        for i, (a, b, c) in enumerate(rng.choice(WORDS, (17, 3)))
-    ]
-    write_task(folder, "ends", rows, doc_to_text="label", doc_to_target="end", doc_to_choice="contexts")
-    return folder
 
 
 def genomes_of(live):
@@ -162,23 +112,23 @@ def test_prompts_begin_as_the_text_does(added, bos, begins, live_model, tasks_pa
     assert all((ids[0] == tokenizer.bos_token_id) == bool(begins) for ids in asked)
 
 
+@pytest.mark.parametrize(("added", "bos"), [(True, "auto"), (True, "false"), (False, "auto")])
+@pytest.mark.parametrize("limit", [None, 5])
+def test_what_is_asked_is_what_enters_the_model(added, bos, limit, live_model, tasks_path, monkeypatch):
+    tokenizer, tasks = tokenizer_with_bos(added=added), load_tasks(["animals", "ends"], tasks_path=str(tasks_path))
+    live, entered = live_model("llama", num_blocks=2), []
+    forward = live.blocks.model.forward
+    monkeypatch.setattr(live.blocks.model, "forward", lambda ids, **rest: entered.append(ids.numel()) or forward(ids, **rest))
+    measure_zero_shot(live, tokenizer, {"dense": None}, tasks, limit=limit, batch_size=1, bos=bos)
+    asked = count_asked(tasks, tokenizer, bos=bos, limit=limit)
+    assert (asked.tokens, asked.longest) == (sum(entered), max(entered))
+
+
 def test_a_bos_that_the_tokenizer_adds_is_lm_evals(live_model, tasks_path, tmp_path, monkeypatch):
     tokenizer = tokenizer_with_bos(added=True)
     monkeypatch.setitem(globals(), "byte_tokenizer", lambda: tokenizer)
     live = live_model("llama", num_blocks=2)
     compare_with_lm_eval(live, genomes_of(live), tasks_path, tmp_path, monkeypatch)
-
-
-def test_a_question_with_a_token_beyond_the_embedding_is_refused(tasks_path):
-    tokenizer, tasks = byte_tokenizer(), load_tasks(["animals", "ends"], tasks_path=str(tasks_path))
-    zero_shot.check_questions(tasks, tokenizer, num_rows=257)
-    tokenizer.add_tokens(["nowhere"])
-    zero_shot.check_questions(tasks, tokenizer, num_rows=257)
-    tokenizer.add_tokens(["Question"])
-    with pytest.raises(
-        EvoPressError, match=r"questions of task 'animals' have the token 'Question' \(id 258\).* leave the task out"
-    ):
-        zero_shot.check_questions(tasks, tokenizer, num_rows=257)
 
 
 def test_so_they_are_where_modules_are_dropped(tiny_blocks, tasks_path, tmp_path, monkeypatch):
@@ -239,7 +189,7 @@ def test_the_model_is_the_dense_one_again_and_no_generator_is_touched(
     assert [record.getMessage() for record in caplog.records] == ["zero-shot: 3 models on 41 questions of animals, ends"]
 
 
-def test_draws_of_a_task_do_not_reach_the_generators(tmp_path, live_model):
+def test_draws_of_a_task_do_not_reach_the_generators(tmp_path, live_model, write_task):
     """Some tasks shuffle their questions with the global generators."""
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "shuffling.py").write_text(
@@ -247,7 +197,7 @@ def test_draws_of_a_task_do_not_reach_the_generators(tmp_path, live_model):
         "def docs(dataset):\n    random.seed(1), np.random.seed(1), torch.manual_seed(1)\n    return dataset\n"
     )
     rows = [{"question": "Who?", "options": ["ant", "bee"], "gold": 0}, {"question": "What?", "options": ["owl", "rat"], "gold": 1}]
-    write_task(tmp_path, "shuffled", rows, **ASKED)
+    write_task(tmp_path, "shuffled", rows)
     path = tmp_path / "tasks" / "shuffled.yaml"
     path.write_text(path.read_text() + "process_docs: !function shuffling.docs\n")
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -255,9 +205,28 @@ def test_draws_of_a_task_do_not_reach_the_generators(tmp_path, live_model):
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
 
 
-def test_examples_before_the_question_are_the_same_for_all_genomes(tmp_path, live_model):
-    rows = [{"question": f"Say {word}", "options": ["ant", "bee"], "gold": i % 2} for i, word in enumerate(WORDS)]
-    write_task(tmp_path, "shots", rows, **ASKED, num_fewshot=2, fewshot_split="test")
+def test_examples_before_the_question_are_the_same_for_all_genomes(tmp_path, live_model, write_task):
+    words = (
+        "ant",
+        "bee",
+        "cat",
+        "dog",
+        "elk",
+        "fox",
+        "gnu",
+        "hen",
+        "ibis",
+        "jay",
+        "kite",
+        "lark",
+        "mole",
+        "newt",
+        "owl",
+        "pig",
+        "rat",
+    )
+    rows = [{"question": f"Say {word}", "options": ["ant", "bee"], "gold": i % 2} for i, word in enumerate(words)]
+    write_task(tmp_path, "shots", rows, num_fewshot=2, fewshot_split="test")
     live = live_model()
     tasks = load_tasks(["shots"], tasks_path=str(tmp_path))
     scores = measure_zero_shot(live, byte_tokenizer(), {"dense": None, "again": None, "more": None}, tasks)
@@ -318,107 +287,6 @@ def test_scores_cannot_be_changed():
 # What is refused
 
 
-@pytest.mark.parametrize(
-    ("tasks", "changes", "sentence"),
-    [
-        (["animals"], {"tasks_path": "/no/such"}, "evaluation.tasks_path=/no/such is no folder"),
-        (["plants"], {}, "evaluation.tasks has 'plants', which is not among the task files in .*: it has animals_local, ends"),
-        (["arc_easyy"], {"tasks_path": None}, "which is no task of lm-eval: did you mean arc_easy"),
-    ],
-)
-def test_tasks_that_do_not_exist(tasks, changes, sentence, tasks_path):
-    with pytest.raises(EvoPressError, match=sentence):
-        check_tasks(tasks, **({"tasks_path": str(tasks_path)} | changes))
-
-
-def test_a_folder_without_task_files(tmp_path):
-    with pytest.raises(EvoPressError, match="it has none"):
-        check_tasks(["piqa"], tasks_path=str(tmp_path))
-
-
-def questions(count):
-    return [{"question": f"Who is {i}?", "options": ["ant", "bee"], "gold": 0} for i in range(count)]
-
-
-@pytest.mark.parametrize(
-    ("places", "expected"),
-    [
-        (["here"], 3),  # as lm_eval finds it
-        (["folder"], 5),
-        (["beside"], 7),
-        (["here", "folder", "beside"], 3),
-        (["folder", "beside"], 5),
-    ],
-)
-@pytest.mark.parametrize("data_files", ["odd.jsonl", {"test": ["o*.jsonl"]}, {"test": "./odd.jsonl"}])
-def test_data_is_where_lm_eval_finds_it_or_in_the_folder_or_beside_its_task(data_files, places, expected, tmp_path, monkeypatch):
-    root, here = tmp_path / "mine", tmp_path / "here"
-    kwargs = {"data_files": data_files}
-    write_task(root, "odd", [], **ASKED, dataset_kwargs=kwargs, test_split="test" if isinstance(data_files, dict) else "train")
-    (root / "odd.jsonl").unlink()
-    here.mkdir()
-    monkeypatch.chdir(here)
-    for place, folder, count in (("here", here, 3), ("folder", root, 5), ("beside", root / "tasks", 7)):
-        if place in places:
-            (folder / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions(count)))
-    assert len(load_tasks(["odd"], tasks_path=str(root))["odd"].eval_docs) == expected
-    assert Path.cwd() == here
-
-
-def test_the_same_task_file_as_lm_eval_reads_it(tmp_path, monkeypatch):
-    """Started beside `data/`, with the task file in `tasks/`: as in lm-eval's guide to local data."""
-    from lm_eval.tasks import TaskManager
-
-    write_task(tmp_path / "tasks", "odd", questions(4), **ASKED, dataset_kwargs={"data_files": {"test": "data/odd.jsonl"}})
-    (tmp_path / "data").mkdir()
-    (tmp_path / "tasks" / "odd.jsonl").rename(tmp_path / "data" / "odd.jsonl")
-    monkeypatch.chdir(tmp_path)
-    theirs = TaskManager(include_path="tasks", include_defaults=False).load(["odd"])["tasks"]["odd"]
-    mine = load_tasks(["odd"], tasks_path="tasks")["odd"]
-    assert list(mine.eval_docs) == list(theirs.eval_docs) and len(mine.eval_docs) == 4
-
-
-@pytest.mark.parametrize("damage", ["missing", "no JSON", "no such field"])
-def test_questions_that_cannot_be_read(damage, tmp_path):
-    wrong = {"doc_to_choice": "choices"} if damage == "no such field" else {}
-    write_task(tmp_path, "odd", [{"question": "Who?", "options": ["ant", "bee"], "gold": 0}], **ASKED | wrong)
-    if damage == "missing":
-        (tmp_path / "odd.jsonl").unlink()
-    elif damage == "no JSON":
-        (tmp_path / "odd.jsonl").write_text("{nonsense")
-    with pytest.raises(EvoPressError, match=r"the questions of task 'odd' cannot be loaded from the folder .*: check its task"):
-        check_tasks(["odd"], tasks_path=str(tmp_path))
-
-
-def test_a_task_that_is_not_scored_by_accuracy(tmp_path):
-    rows = [{"question": "Who?", "options": ["ant", "bee"], "gold": 0}]
-    metric = [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}]
-    write_task(tmp_path, "odd", rows, **ASKED, metric_list=metric)
-    with pytest.raises(EvoPressError, match="'odd', which is not a multiple-choice task with the metric acc"):
-        check_tasks(["odd"], tasks_path=str(tmp_path))
-
-
-def test_a_hub_that_cannot_be_reached(monkeypatch):
-    import datasets
-
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub\nsecond line")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(EvoPressError) as caught:
-        check_tasks(["arc_easy"])
-    assert str(caught.value) == (
-        "the questions of task 'arc_easy' cannot be loaded from the hub (ConnectionError: Couldn't reach 'allenai/ai2_arc' on the "
-        "Hub): check the network, or give evaluation.tasks_path=FOLDER"
-    )
-
-
-def test_lm_eval_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(EvoPressError, match=r"needs lm-eval .*: run `pip install 'lm-eval\[hf\]'`"):
-        check_tasks(["piqa"])
-
-
 def test_a_batch_that_does_not_fit_the_device(live_model, tasks_path, monkeypatch):
     live = live_model()
 
@@ -428,33 +296,3 @@ def test_a_batch_that_does_not_fit_the_device(live_model, tasks_path, monkeypatc
     monkeypatch.setattr(live.blocks.model, "forward", full)
     with pytest.raises(EvoPressError, match="task_batch_size=64 sequences do not fit the memory of cpu: lower it"):
         measure(live, load_tasks(["ends"], tasks_path=str(tasks_path)), batch_size=64)
-
-
-# The paper's tasks
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the local data sets are not beside the project")
-@pytest.mark.parametrize("task", PAPER_TASKS)
-def test_local_tasks_ask_what_lm_evals_own_do(task):
-    import lm_eval
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    config = load_yaml(zero_shot._task_files(Path(lm_eval.__file__).parent / "tasks", [task])[task])
-    files = {"data_files": dict.fromkeys(("validation", "test"), str(SHARED / f"{task}.jsonl"))}
-    config |= {"dataset_path": "json", "dataset_name": None, "training_split": None, "dataset_kwargs": files}
-    theirs = ConfigurableTask(config={key: value for key, value in config.items() if key != "tag"})
-    mine = load_tasks([task], tasks_path=str(SHARED))[task]
-    for one in (mine, theirs):
-        one.build_all_requests(limit=40, rank=0, world_size=1)
-    assert [instance.args for instance in mine.instances] == [instance.args for instance in theirs.instances]
-    for own, other in zip(list(mine.eval_docs)[:40], list(theirs.eval_docs)[:40], strict=True):
-        first = [(-float(i), False) for i in range(len(mine.doc_to_choice(own)))]
-        assert mine.process_results(own, first)["acc"] == theirs.process_results(other, first)["acc"]
-
-
-@pytest.mark.network
-def test_the_papers_tasks_come_from_the_hub():
-    tasks = load_tasks(PAPER_TASKS)
-    assert list(tasks) == list(PAPER_TASKS)
-    assert len(tasks["winogrande"].eval_docs) == 1267

@@ -1,0 +1,206 @@
+"""Zero-shot tasks of lm-eval: found by name, their questions loaded, and looked at before any model answers them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import random
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from evopress.data.special_tokens import ids_beyond, leading_ids, not_embedded
+from evopress.errors import EvoPressError
+
+PAPER_TASKS = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande")
+_LOCAL = "_local"
+_LOOKED_AT = 200
+"""Questions of a task, where only their lengths matter."""
+_NOISY = ("lm_eval", "datasets", "evaluate", "huggingface_hub", "httpx", "httpx2", "urllib3", "fsspec")
+
+
+def load_tasks(tasks: Sequence[str], *, tasks_path: str | None = None) -> dict[str, Any]:
+    """Return lm-eval's tasks by the names asked for, their questions loaded.
+
+    Args:
+        tasks: lm-eval's names of multiple-choice tasks. Local ones may be named without their ending "_local".
+        tasks_path: folder that the tasks are read from: lm-eval's task files, in it or below. Their data files are found as
+            `lm_eval --include_path` finds them, relative to the working directory; where they are not there, relative to the
+            folder, and at last to the task file. None: lm-eval's own tasks, whose questions come from the hub.
+
+    Raises: EvoPressError if lm-eval is not installed, the folder or a task does not exist, a task is not one of choices scored by
+        accuracy, or its questions cannot be read.
+    """
+    root = None if tasks_path is None else Path(tasks_path).expanduser().resolve()
+    if root is not None and not root.is_dir():
+        raise EvoPressError(f"evaluation.tasks_path={tasks_path} is no folder: give one with lm-eval task files (.yaml)")
+    with undisturbed():
+        try:
+            import lm_eval
+            import lm_eval.models.huggingface
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise EvoPressError(f"evaluation.tasks needs lm-eval ({error}): run `pip install 'lm-eval[hf]'`") from error
+        own = Path(lm_eval.__file__).parent / "tasks"
+        folders = [root] if root is not None else sorted({path.parent for path in _task_files(own, tasks).values()})
+        manager = TaskManager(include_path=folders, include_defaults=False)
+        names = {task: f"{task}{_LOCAL}" if root and task not in manager.all_subtasks else task for task in tasks}
+        loaded = {}
+        for task, name in names.items():
+            if name not in manager.all_subtasks:  # local ones, or gone since `_task_files` looked
+                known = ", ".join(manager.all_subtasks) or "none"
+                raise EvoPressError(
+                    f"evaluation.tasks has {task!r}, which is not among the task files in {root or own}: it has {known}"
+                )
+            try:
+                with contextlib.chdir(Path.cwd() if root is None else _data_folder(manager.task_index[name].yaml_path, root)):
+                    loaded[task] = manager.load([name])["tasks"][name]
+            except Exception as error:  # of datasets, the hub's client, the template, the YAML
+                source = f"the folder {root}" if root else "the hub"
+                way_out = "check its task and data files" if root else "check the network, or give evaluation.tasks_path=FOLDER"
+                raise EvoPressError(
+                    f"the questions of task {task!r} cannot be loaded from {source} ({_reason(error)}): {way_out}"
+                ) from error
+            if not _counts_right_answers(loaded[task]):
+                raise EvoPressError(
+                    f"evaluation.tasks has {task!r}, which is not a multiple-choice task with the metric acc: leave it out"
+                )
+    return loaded
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model takes to answer tasks."""
+
+    tokens: int
+    """That enter it; what differs in its last token alone is asked once."""
+    longest: int
+    """Of one sequence."""
+
+
+def count_asked(
+    tasks: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, bos: str = "auto", limit: int | None = None
+) -> Asked:
+    """Count what a model is asked, for a task of many questions by `_LOOKED_AT` of them from its beginning to its end.
+
+    Args:
+        tasks: as `load_tasks` returns them.
+        bos: what every prompt begins with, as `leading_ids` takes it.
+        limit: the first questions of each task only; None: all.
+    """
+    leading = leading_ids(tokenizer, bos)
+    tokens, longest = 0.0, 0
+    for task in tasks.values():
+        with undisturbed():
+            count = len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs))
+            looked_at = min(count, _LOOKED_AT)
+            task.build_all_requests(samples=[place * count // looked_at for place in range(looked_at)])
+        texts = ["".join(instance.args[:2]) for instance in task.instances]
+        # The last token of what is asked is predicted and does not enter.
+        asked = {tuple(ids[:-1]) for ids in tokenizer(texts, add_special_tokens=bos != "false")["input_ids"]}
+        lengths = [len(ids) + len(leading) * (ids[: len(leading)] != leading) for ids in asked]
+        tokens += sum(lengths) * count / looked_at
+        longest = max(longest, *lengths)
+    return Asked(round(tokens), longest)
+
+
+def check_questions(
+    tasks: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, num_rows: int, limit: int | None = None
+) -> None:
+    """Raise EvoPressError if a question of a task has a token that an embedding of `num_rows` rows lacks."""
+    beyond = ids_beyond(tokenizer, num_rows)
+    if not beyond:  # so it is with all but a few tokenizers
+        return
+    for name, task in tasks.items():
+        with undisturbed():
+            task.build_all_requests(limit=limit)
+        prompts = ["".join(instance.args[:2]) for instance in task.instances]
+        found = beyond.keys() & {i for ids in tokenizer(prompts)["input_ids"] for i in ids}
+        if found:
+            token = not_embedded(tokenizer, min(found), num_rows=num_rows)
+            raise EvoPressError(f"the questions of task {name!r} have {token}: resize the model's embedding or leave the task out")
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keep lm-eval's output away from the terminal, and its seeds away from the global generators."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [noisy.level for noisy in loggers]
+    state, legacy_state = random.getstate(), np.random.get_state()
+    try:
+        for noisy in loggers:
+            noisy.setLevel(logging.ERROR)
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(legacy_state)
+        for noisy, level in zip(loggers, levels, strict=True):
+            noisy.setLevel(level)
+
+
+def _task_files(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
+    """Find tasks among lm-eval's own by the line that names them: its index of 15,000 files takes half a minute to build.
+
+    Raises: EvoPressError for a task that does not exist.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        if name := re.search(rb"^task:[ \t]*[\"']?([^\s\"'#]+)", path.read_bytes(), re.MULTILINE):
+            found.setdefault(name[1].decode(), path)
+    for task in tasks:
+        if task not in found:
+            near = get_close_matches(task, found) or list(PAPER_TASKS)
+            raise EvoPressError(f"evaluation.tasks has {task!r}, which is no task of lm-eval: did you mean {' or '.join(near)}?")
+    return {task: found[task] for task in tasks}
+
+
+def _data_folder(task_file: Path, root: Path) -> Path:
+    """Return the first folder, of the working directory, the tasks' folder and the task file's own, that has all of a task's data.
+
+    The tasks' folder where none has, so that the error names it.
+    """
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(task_file, resolve_func=False)
+    given = config.get("dataset_kwargs") or {}
+    names = [*_strings(given.get("data_files")), *_strings(given.get("data_dir"))]
+    names += [name for name in _strings(config.get("dataset_path")) if name.startswith(".")]  # others are formats, or of the hub
+    relative = [name for name in names if "://" not in name and not Path(name).is_absolute()]
+    folders = (Path.cwd(), root, task_file.parent)
+    return next((folder for folder in folders if relative and all(any(folder.glob(name)) for name in relative)), root)
+
+
+def _strings(value: Any) -> list[str]:
+    """Return all strings in nested lists and mappings."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [name for item in value for name in _strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _counts_right_answers(task: Any) -> bool:
+    config = task.config
+    metrics = [entry["metric"] for entry in config.metric_list or [{"metric": "acc"}]]
+    return config.output_type == "multiple_choice" and config.process_results is None and "acc" in metrics
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200].rstrip('. ')}" if lines else type(error).__name__
