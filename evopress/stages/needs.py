@@ -1,8 +1,8 @@
 """What stages count by what they take before they begin: tokens, forwards, memory, and seconds where the machine was probed.
 
 What each takes it says itself, beside its work. Tokens and disk are exact but for what only the run itself can tell: OWL's levels,
-of which some may be the same or there already. Zero-shot questions are counted by some of each task. Memory is what the largest buffers take, beside the model.
-What is there already counts as done.
+of which some may be the same or there already. Zero-shot questions are counted by some of each task. Memory is what the largest
+buffers take, beside the model. What is there already counts as done.
 """
 
 from __future__ import annotations
