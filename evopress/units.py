@@ -242,10 +242,14 @@ class Limit:
         """Return what a genome spends of it."""
         return space.cost_in(self.currency or space.words, genome, self.kind)
 
+    @property
+    def scale(self) -> int:
+        """Prices that are one of what is shown."""
+        return 1 if self.currency is None else self.currency.scale
+
     def __str__(self) -> str:
-        counted = f"{self.currency.measure} " if self.currency is not None else ""
-        scale = 1 if self.currency is None else self.currency.scale
-        return f"{counted}{self.total // scale}{f' of {self.kind}' if self.kind else ''}"
+        counted = f" {self.currency.name}" if self.currency is not None else ""
+        return f"{self.total // self.scale}{counted}{f' of {self.kind}' if self.kind else ''}"
 
 
 @dataclass(frozen=True)
@@ -263,6 +267,14 @@ class Budget:
     def met_by(self, space: Space, genome: Sequence[int]) -> bool:
         """Tell whether a genome is within the total and all further limits."""
         return space.cost(genome) <= self.total and all(limit.spent(space, genome) <= limit.total for limit in self.limits)
+
+    def exceeded(self, space: Space, genome: Sequence[int]) -> str:
+        """Say which limits a genome goes over: "9500 bytes (11520)"; nothing where it keeps the budget and all of them."""
+        over = [f"{self.target:g} {self.measure}"] if space.cost(genome) > self.total else []
+        for limit in self.limits:
+            if (spent := limit.spent(space, genome)) > limit.total:
+                over.append(f"{limit} ({spent // limit.scale})")
+        return " and ".join(over)
 
     @property
     def by_kind(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from evopress.baselines.baseline import WEIGHTS, Baseline, Problem
 from evopress.errors import EvoPressError
-from evopress.search.program import best_genome
+from evopress.search.program import best_genome, best_in
 from evopress.units import Budget, Genome, Space, Unit
 
 logger = logging.getLogger(__name__)
@@ -25,22 +25,24 @@ class DynamicProgramming(Baseline):
 
     def find(self, problem: Problem) -> dict[str, Genome]:
         """See `Baseline`."""
-        if least_with_modules(problem.space) > problem.budget.total:
-            logger.info("baseline dp is left out: it keeps all modules, whose weights take more than the target allows")
+        _check_errors(problem.space, problem.errors)
+        genome = _least_errors(problem.space, problem.budget, problem.errors)
+        if genome is None:
+            logger.info("baseline dp is left out: it keeps all modules, and no levels are then within the target and its limits")
             return {}
-        return {"dp": dynamic_programming(problem.space, problem.budget, problem.errors)}
+        return {"dp": genome}
 
 
 def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[float]], *, group_by: str | None = None) -> Genome:
-    """Choose the levels with the least sum of errors within the budget.
+    """Choose the levels with the least sum of errors within the budget and all its limits.
 
     Args:
         space: units and levels.
-        budget: the total cost allowed.
+        budget: the total cost allowed, and what else limits it.
         errors: errors[i][l] is the error of unit i at level l (quantization: relative squared output error), finite. Modules that
             could be dropped have none, and stay; what lies in one that is gone from the start keeps its first level.
         group_by: None for one problem over all units; "size" for one per group of units with equal numbers of weights,
-            each with its proportional part of the budget (the authors' `--group_by_numel`).
+            each with its proportional part of the budget, without further limits (the authors' `--group_by_numel`).
 
     Raises: EvoPressError if the errors do not match the units, or the budget, or a group's part of it, cannot be met.
     """
@@ -48,24 +50,37 @@ def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[
     _check_errors(space, errors)
     if group_by not in (None, "size"):
         raise EvoPressError(f'group_by is "{group_by}": expected "size", or nothing for one problem over all units')
+    if group_by is None:
+        least = _least_errors(space, budget, errors)
+        if least is None:
+            limits = f" and {', '.join(map(str, budget.limits))}" if budget.limits else ""
+            raise EvoPressError(
+                f"no levels keep the budget of {budget.target:g} {budget.measure}{limits} with all modules there: raise the target "
+                "or the limits, or add a more compressed level"
+            )
+        return least
     genome = [0] * len(space)
     groups: dict[int, list[int]] = {}
     for index, unit in enumerate(space.units):
         if not any(level.drops for level in unit.levels) and not space.is_gone(genome, index):
-            groups.setdefault(unit.size if group_by else 0, []).append(index)
+            groups.setdefault(unit.size, []).append(index)
     for members in groups.values():
         units = [space.units[index] for index in members]
-        total = budget.total * sum(unit.size for unit in units) // space.size if group_by else budget.total
+        total = budget.total * sum(unit.size for unit in units) // space.size
         levels = _solve(units, [space.prices[index] for index in members], total, [errors[index] for index in members])
         for index, level in zip(members, levels, strict=True):
             genome[index] = level
     return tuple(genome)
 
 
-def least_with_modules(space: Space) -> int:
-    """Return what the cheapest genome costs that drops no module; where none can be dropped, the cheapest at all."""
-    genome = [0 if any(level.drops for level in unit.levels) else len(unit.levels) - 1 for unit in space.units]
-    return space.cost(genome)
+def _least_errors(space: Space, budget: Budget, errors: Sequence[Sequence[float]]) -> Genome | None:
+    """Solve the problem over all units; None if no genome that drops nothing is within the budget and its limits."""
+    values = []
+    for unit, of_unit in zip(space.units, errors, strict=True):
+        droppable = any(level.drops for level in unit.levels)
+        stays = not all(level.drops for level in unit.levels)
+        values.append([math.inf if stays and level.drops else 0.0 for level in unit.levels] if droppable else of_unit)
+    return best_in(space, budget, values)
 
 
 def _solve(units: Sequence[Unit], prices: Sequence[Sequence[int]], total: int, errors: Sequence[Sequence[float]]) -> Genome:

@@ -84,14 +84,20 @@ class Exhaustive(Baseline):
 
 
 def count_genomes(space: Space, budget: Budget) -> int:
-    """Count the genomes that cost exactly the budget, and on each kind exactly what its split says, without listing them."""
+    """Count the genomes that cost exactly the budget, and on each kind exactly what its split says, without listing them.
+
+    Further limits are not looked at.
+    """
     parts, targets = _parts(space, budget)
     ways = _ways(space, parts, targets)[0]
     return math.prod(ways[part].get(target, 0) for part, target in targets.items())
 
 
 def all_genomes(space: Space, budget: Budget) -> Iterator[Genome]:
-    """List what `count_genomes` counts, in lexicographic order: neighbours share long prefixes, which are evaluated once."""
+    """List those that `count_genomes` counts and that keep all limits, in lexicographic order.
+
+    So neighbours share long prefixes, which are evaluated once.
+    """
     parts, targets = _parts(space, budget)
     ways = _ways(space, parts, targets)
 
@@ -107,13 +113,14 @@ def all_genomes(space: Space, budget: Budget) -> Iterator[Genome]:
                 yield from complete((*genome, level), left | {part: rest})
 
     if all(target in ways[0][part] for part, target in targets.items()):
-        yield from complete((), targets)
+        yield from (genome for genome in complete((), targets) if budget.met_by(space, genome))
 
 
 def count_to_measure(space: Space, budget: Budget, *, limit: int) -> int:
     """Return how many genomes an exhaustive search measures.
 
-    Raises: EvoPressError if they are more than the limit (`baselines.exhaustive_limit`), or none.
+    Raises: EvoPressError if they, or those that keep no further limits, are more than the limit (`baselines.exhaustive_limit`), or
+        none.
     """
     count = count_genomes(space, budget)
     if count > limit:
@@ -121,10 +128,13 @@ def count_to_measure(space: Space, budget: Budget, *, limit: int) -> int:
             f"an exhaustive search would measure {count:,} genomes, more than baselines.exhaustive_limit={limit}: "
             "raise the limit, use larger units (granularity), or leave exhaustive out of the baselines"
         )
+    if len(budget.by_kind) < len(budget.limits):
+        count = sum(1 for _ in all_genomes(space, budget))
     if not count:
+        limits = f" and keeps {', '.join(map(str, budget.limits))}" if budget.limits else ""
         raise EvoPressError(
             f"none of the {len(space)} units' genomes costs exactly the budget {budget.total} "
-            f"({budget.target:g} {budget.measure}): choose another target, or leave exhaustive out of the baselines"
+            f"({budget.target:g} {budget.measure}){limits}: choose another target, or leave exhaustive out of the baselines"
         )
     return count
 

@@ -6,6 +6,7 @@ dense, and least squares through the origin. What is fitted is the KL divergence
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ class LinearModel(Allocator):
 
 def coefficient(sizes: Sequence[float], measured: Sequence[float | None]) -> float | None:
     """Return α of KL ≈ α t² by least squares through the origin; None if nothing finite was measured."""
-    points = [(size, kl) for size, kl in zip(sizes, measured, strict=False) if kl is not None]
+    points = [(size, kl) for size, kl in zip(sizes, measured, strict=False) if kl is not None and math.isfinite(kl)]
     return sum(size * kl for size, kl in points) / sum(size**2 for size, _ in points) if points else None
 
 

@@ -20,12 +20,13 @@ class Uniform(Baseline):
 
     def find(self, problem: Problem) -> dict[str, Genome]:
         """See `Baseline`."""
-        space, total = problem.space, problem.budget.total
+        space, budget = problem.space, problem.budget
         uniform = uniform_genomes(space, problem.uniform_name)
         costs = {name: space.cost(genome) for name, genome in uniform.items()}
-        within = max((name for name in costs if costs[name] <= total), key=costs.__getitem__, default=None)
-        above = min((name for name in costs if costs[name] > total), key=costs.__getitem__, default=None)
-        exact = within is not None and costs[within] == total
+        kept = {name for name, genome in uniform.items() if budget.met_by(space, genome)}
+        within = max(sorted(kept), key=costs.__getitem__, default=None)
+        above = min((name for name in costs if name not in kept), key=costs.__getitem__, default=None)
+        exact = within is not None and costs[within] == budget.total
         return {name: uniform[name] for name in ((within,) if exact else (above, within)) if name is not None}
 
 

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from evopress.reporting.lineage import words
-from evopress.reporting.metrics import gain
+from evopress.reporting.metrics import gain, phases
 from evopress.reporting.page import details, pairs, paragraph, show, show_bytes, show_duration, table
 from evopress.reporting.tables import number, significant
 from evopress.units import Space
@@ -110,32 +110,28 @@ def winner_ranks(stages: Sequence[Mapping[str, Any]]) -> list[int] | None:
 
 
 def stages(records: Sequence[Record]) -> str:
-    """Lay out what each stage of selection cost, and where the later winners stood in it."""
-    tried = [list(record["stages"]) for record in records if record.get("generation") and record.get("stages")]
-    count = max(map(len, tried), default=0)
-    if not count:
+    """Lay out what each stage of selection, and the rounds of a guided search, cost, and where the later winners stood in it."""
+    body: list[tuple[list[str], int, str]] = []
+    for name, tried in phases(records):
+        count = max(len(record["stages"]) for record in tried)
+        accepted = [list(record["stages"]) for record in tried if record.get("accepted")]
+        ranks = [found for each in accepted if len(each) == count and (found := winner_ranks(each))]
+        for index in range(count):
+            those = [record["stages"][index] for record in tried if len(record["stages"]) > index]
+            total = sum(stage.get("spent") or stage["tokens"] * stage["num_candidates"] for stage in those)
+            cells = [f"rounds ({len(those)})" if name == "round" else f"stage {index + 1}"]
+            cells += [f"{those[-1][key]:,}" for key in ("tokens", "num_candidates")] + [str(len(those[-1].get("survivors") or ()))]
+            rank = f"{statistics.median(found[index] for found in ranks):g}" if index < count - 1 and ranks else ""
+            body.append((cells, total, rank))
+    if not body:
         return ""
-    totals = [0] * count
-    for each in tried:
-        for index, stage in enumerate(each):
-            totals[index] += stage["tokens"] * stage["num_candidates"]
-    spent = sum(totals) or 1
-    accepted = [list(record["stages"]) for record in records if record.get("accepted") and record.get("stages")]
-    ranks = [found for each in accepted if len(each) == count and (found := winner_ranks(each))]
-    body = []
-    for index in range(count):
-        stage = next(each[index] for each in reversed(tried) if len(each) > index)
-        rank = f"{statistics.median(found[index] for found in ranks):g}" if index < count - 1 and ranks else ""
-        cells = [
-            *(f"stage {index + 1}", f"{stage['tokens']:,}", f"{stage['num_candidates']:,}"),
-            *(str(len(stage.get("survivors") or ())), f"{totals[index]:,}", f"{totals[index] / spent:.0%}", rank),
-        ]
-        body.append((cells, ""))
+    spent = sum(total for _, total, _ in body) or 1
+    rows = [([*cells, f"{total:,}", f"{total / spent:.0%}", rank], "") for cells, total, rank in body]
     headers = ["", "tokens", "candidates", "survivors", "tokens in all", "share", "median rank of accepted winners"]
-    note = "Tokens: of one candidate."
-    if ranks:
+    note = "Tokens: of one candidate, in the last of them."
+    if any(rank for *_, rank in body):
         note += " The lower the accepted winners ranked in an early stage, the less its few tokens could tell candidates apart."
-    return table(headers, body) + paragraph(note, kind="note")
+    return table(headers, rows) + paragraph(note, kind="note")
 
 
 def costs(result: Mapping[str, Any], records: Sequence[Record]) -> str:

@@ -47,6 +47,11 @@ def measured_size(space: Space, unit: Unit) -> int:
     return space.words.of(unit)
 
 
+def shown_level(space: Space, genome: Genome, unit: int) -> str:
+    """Return the label of a unit's level, or say that it lies in a module that is dropped."""
+    return "in a dropped module" if space.is_gone(genome, unit) else space.units[unit].levels[genome[unit]].label
+
+
 def averages(space: Space, genome: Genome, *, by: str) -> dict[Any, float]:
     """Return the `measure` of each kind (`by="kind"`) or block (`by="block"`), in order of first appearance."""
     totals: dict[Any, list[int]] = {}

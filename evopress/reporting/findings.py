@@ -123,7 +123,9 @@ def _at(row: Mapping[str, Any]) -> str:
 
 
 def _spends_more(row: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    """Tell if a row is of a larger budget than ours: more bits, less sparsity, or fewer modules dropped."""
+    """Tell if a row is of a larger budget than ours: it says so, or it has more bits, less sparsity, or fewer modules dropped."""
+    if isinstance(row.get("within_budget"), bool) and ours.get("within_budget") is True:
+        return not row["within_budget"]
     for key, sign in (("bits_per_weight", 1), ("sparsity", -1), ("modules_dropped", -1)):
         theirs, limit = number(row.get(key)), number(ours.get(key))
         if theirs is not None and limit is not None:

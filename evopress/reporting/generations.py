@@ -36,7 +36,9 @@ def _count(value: Any, space: Space) -> bool:
 
 
 def _number(value: Any, space: Space) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63 and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return type(value) is int and abs(value) < 2**63
 
 
 def _number_or_none(value: Any, space: Space) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from evopress.reporting.drawing import COLOURS, STYLES, Curves, log_scale, new_figure, open_frame, save
 from evopress.reporting.figures import averages, measure_name
-from evopress.reporting.metrics import best_fitness
+from evopress.reporting.metrics import best_fitness, phases
 from evopress.reporting.tables import number
 from evopress.units import Space, Unit
 
@@ -83,13 +83,19 @@ def selection(records: Sequence[Record], folder: Path, *, fitness: str = "kl") -
     figure = new_figure(12, 5.6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
     drawn = Curves(top, generations)
-    count = max((len(record.get("stages") or ()) for record in tried), default=0)
-    for index in range(count):
-        stages = [stages[index] if len(stages := record.get("stages") or ()) > index else {} for record in tried]
-        tokens = next((stage["tokens"] for stage in stages if stage.get("tokens")), None)
-        label = f"stage {index + 1}: best" + (f", {tokens:,} tokens" if tokens else "")
-        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[(count - 1 - index) % len(STYLES)]}
-        drawn.add([best_fitness(stage) for stage in stages], label, linewidth=1.8 if index == count - 1 else 1.1, **style)
+    number_drawn = 0
+    for name, those in phases(records):
+        count = max(len(record["stages"]) for record in those)
+        own = {record["generation"] for record in those}
+        for index in range(count):
+            has = [record["generation"] in own and len(record["stages"]) > index for record in tried]
+            stages = [record["stages"][index] if there else {} for record, there in zip(tried, has, strict=True)]
+            tokens = {stage["tokens"] for stage in stages if stage}
+            label = "rounds: best" if name == "round" else f"stage {index + 1}: best"
+            label += f", {tokens.pop():,} tokens" if len(tokens) == 1 else ""
+            style = {"color": COLOURS[number_drawn % len(COLOURS)], "linestyle": STYLES[(count - 1 - index) % len(STYLES)]}
+            drawn.add([best_fitness(stage) for stage in stages], label, linewidth=1.8 if index == count - 1 else 1.1, **style)
+            number_drawn += 1
     parents = [number(record.get("parent_fitness")) for record in tried]
     drawn.add(parents, "parent in the last stage", color="#555555", linestyle=":", linewidth=1.4)
     open_frame(top)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evopress.reporting.curve import HeldOutCurve, held_out_curve
-from evopress.reporting.figures import averages, measure, measure_name, measured_size
+from evopress.reporting.figures import averages, measure, measure_name, measured_size, shown_level
 from evopress.reporting.tables import MEANS, number
 from evopress.units import Genome, Space
 
@@ -139,13 +139,21 @@ def final_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {key: shown for key, value in numbers.items() if (shown := number(value)) is not None}
 
 
+def phases(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """Part what was tried: generations of evolution, whose stages are named "stage", and rounds of guided search, named "round"."""
+    tried = [record for record in records if record.get("generation") and record.get("stages")]
+    parts = [("round", [record for record in tried if record.get("details")])]
+    parts.append(("stage", [record for record in tried if not record.get("details")]))
+    return [(name, those) for name, those in parts if those]
+
+
 def levels_table(space: Space, genome: Genome) -> tuple[list[str], list[list[Any]]]:
     """Return the columns and rows of the table `levels`: one row per unit."""
     rows = []
     for index, (unit, level) in enumerate(zip(space.units, space.check(genome), strict=True)):
-        size = measured_size(space, unit)
-        value = measure(space, space.prices[index][level], size) if size else None
-        rows.append([unit.name, unit.block, unit.kind, unit.levels[level].label, value])
+        size, cost = measured_size(space, unit), 0 if space.is_gone(genome, index) else space.prices[index][level]
+        value = measure(space, cost, size) if size else None
+        rows.append([unit.name, unit.block, unit.kind, shown_level(space, genome, index), value])
     return ["unit", "block", "kind", "level", measure_name(space)], rows
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from evopress.currencies import num_modules
 from evopress.reporting import account
 from evopress.reporting.curve import held_out_curve
-from evopress.reporting.figures import averages, measure, measure_name, measured_size
+from evopress.reporting.figures import averages, measure, measure_name, measured_size, shown_level
 from evopress.reporting.findings import headline, results_table
 from evopress.reporting.held import held_words
 from evopress.reporting.page import cell_text, code, details, json_text, pairs, paragraph, pictures, section, table, write_page
@@ -175,12 +175,13 @@ def _kinds(space: Space, genome: Genome, records: Sequence[Mapping[str, Any]]) -
     counts: dict[str, dict[str, int]] = {}
     weights: dict[str, int] = {}
     labels: dict[str, None] = {}
-    for unit, level in zip(space.units, genome, strict=True):
-        label = unit.levels[level].label
+    chosen = [shown_level(space, genome, index) for index in range(len(space))]
+    for unit, label in zip(space.units, chosen, strict=True):
         counts.setdefault(unit.kind, {})[label] = counts.setdefault(unit.kind, {}).get(label, 0) + 1
         weights[unit.kind] = weights.get(unit.kind, 0) + unit.size
     for unit in space.units:
         labels.update(dict.fromkeys(level.label for level in unit.levels))
+    labels.update(dict.fromkeys(chosen))  # and what lies in a dropped module, at the end
     used = [label for label in labels if any(label in count for count in counts.values())]
     if len(used) > 8:  # too many for a column each
         used = []
@@ -191,7 +192,7 @@ def _kinds(space: Space, genome: Genome, records: Sequence[Mapping[str, Any]]) -
         cells = [escape(kind), str(sum(count.values())), f"{weights[kind]:,}", *(str(count.get(label, "")) for label in used)]
         shown = f"{average[kind]:.3f}" if kind in average else ""
         body.append(([*cells, shown, *(map(str, balance[kind]) if switched else ())], ""))
-    total = [str(sum(unit.levels[level].label == label for unit, level in zip(space.units, genome, strict=True))) for label in used]
+    total = [str(chosen.count(label)) for label in used]
     whole = measure(space, space.cost(genome), sum(measured_size(space, unit) for unit in space.units))
     sums = [str(sum(pair[side] for pair in balance.values())) for side in (0, 1)] if switched else []
     body.append((["all", str(len(space)), f"{space.size:,}", *total, f"{whole:.3f}", *sums], ' class="total"'))

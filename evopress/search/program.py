@@ -96,15 +96,16 @@ def best_genome(
     levels = csr_array((np.concatenate(entries), (np.concatenate(rows), np.concatenate(columns))), shape=(len(counts), size))
     one = np.array([float(module is None) for module in inside])
     constraints = [LinearConstraint(levels, one, one)]
+    capacities, divisors = [], []
     for prices, total in limits:
         # In units of the greatest common divisor: small integers, exact in the solver.
         extra, least = above_least(prices)
-        divisor = math.gcd(*map(int, extra)) or 1
-        capacity = total - int(least)
-        if capacity < 0:
+        divisors.append(math.gcd(*map(int, extra)) or 1)
+        capacities.append((total - int(least)) // divisors[-1])
+        if capacities[-1] < 0:
             return None
-        costs = np.array([price // divisor for price in extra], dtype=np.float64)
-        constraints.append(LinearConstraint(costs[None, :], ub=capacity // divisor))
+        costs = np.array([price // divisors[-1] for price in extra], dtype=np.float64)
+        constraints.append(LinearConstraint(costs[None, :], ub=capacities[-1]))
     if near is not None and most_changes is not None:
         same, number = np.zeros((1, size)), 0
         for unit, module in enumerate(inside):
@@ -116,20 +117,33 @@ def best_genome(
             else:
                 same[0, kept[module]] -= 1.0
         constraints.append(LinearConstraint(same, lb=number - most_changes))
-    result = milp(
-        objective,
-        integrality=np.ones(size),
-        bounds=Bounds(0, allowed.astype(np.float64)),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0},
+    while True:
+        result = milp(
+            objective,
+            integrality=np.ones(size),
+            bounds=Bounds(0, allowed.astype(np.float64)),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            return None
+        genome = [int(np.argmax(part)) for part in np.split(result.x, starts[1:])]
+        there = [module is None or not drops[module][genome[module]] for module in inside]
+        # Numbers of eight digits are not exact in the solver, which takes 0.999999 for 1.
+        excess = [
+            sum(of_unit[level] for of_unit, level, counts in zip(prices, genome, there, strict=True) if counts) - total
+            for prices, total in limits
+        ]
+        if all(over <= 0 for over in excess):
+            break
+        for place, over in enumerate(excess):
+            if over > 0:
+                capacities[place] -= -(-over // divisors[place])
+                constraints[1 + place] = LinearConstraint(constraints[1 + place].A, ub=capacities[place])
+    return tuple(
+        level if counts else (0 if near is None else near[unit])
+        for unit, (level, counts) in enumerate(zip(genome, there, strict=True))
     )
-    if result.x is None:
-        return None
-    genome = [int(np.argmax(part)) for part in np.split(result.x, starts[1:])]
-    for unit, module in enumerate(inside):
-        if module is not None and drops[module][genome[module]]:
-            genome[unit] = 0 if near is None else near[unit]
-    return tuple(genome)
 
 
 def _worth_making(

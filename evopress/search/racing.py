@@ -108,8 +108,8 @@ class Race:
         return [float(np.mean(leader) + np.mean(np.subtract(values, leader[: len(values)]))) for values in self._values]
 
     def record(self) -> StageRecord:
-        """Return the race as a stage of selection: tokens of a candidate that was in it to the end."""
-        return StageRecord(self._part * self.num_parts, len(self.genomes), tuple(self.means), (self.winner,))
+        """Return the race as a stage of selection: tokens of a candidate that was in it to the end, and of all."""
+        return StageRecord(self._part * self.num_parts, len(self.genomes), tuple(self.means), (self.winner,), self.tokens)
 
     def report(self) -> dict[str, list[int] | int]:
         """Say how long each candidate was in the race, in minibatches, and their tokens."""

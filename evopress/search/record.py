@@ -19,6 +19,8 @@ class StageRecord:
     fitnesses: tuple[float, ...]
     survivors: tuple[int, ...]
     """Indices of the candidates that went on, best first."""
+    spent: int | None = None
+    """Tokens of all candidates together where they were not measured on as many each; None: tokens times candidates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +56,14 @@ class GenerationRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-able values; a number that is not finite becomes None.
 
-        `non_finite` is left out at 0, `details` where there are none.
+        `non_finite` is left out at 0, `details` where there are none, `spent` where it is tokens times candidates.
         """
         left_out = {"milestone", *(key for key in ("non_finite", "details") if not getattr(self, key))}
-        return {key: _jsonable(value) for key, value in asdict(self).items() if key not in left_out}
+        values = {key: _jsonable(value) for key, value in asdict(self).items() if key not in left_out}
+        for stage in values["stages"]:
+            if stage["spent"] is None:
+                del stage["spent"]
+        return values
 
 
 def _jsonable(value: Any) -> Any:

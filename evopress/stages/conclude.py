@@ -109,6 +109,9 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     if given is not None:
         genomes.setdefault(given.name, given.genome)
     rows = measured_rows(workspace, genomes, space)
+    for row in rows:
+        if (genome := genomes[row["name"]]) is not None:
+            row["within_budget"] = workspace.budget.met_by(space, genome)
     add_sizes(rows, workspace, given)
     result: dict[str, Any] = {"schema": 1, "rows": rows}
     records = read_generations(run_dir / "metrics.jsonl", database.space)

@@ -219,11 +219,11 @@ def _starts(workspace: Workspace) -> list[Genome]:
     starts = []
     for name in workspace.settings.search.starts:
         genome = space.check(find_genome(workspace, name, key="search.starts").genome)
-        if not budget.met_by(space, genome):
+        if over := budget.exceeded(space, genome):
             costs = ", ".join(f"{key}={value:.6g}" for key, value in workspace.method.costs(space, genome).items())
             raise EvoPressError(
-                f"search.starts has {name!r}, which does not keep the budget of {budget.target:g} {budget.measure} ({costs}): "
-                "leave it out, or change the target"
+                f"search.starts has {name!r}, which does not keep the budget of {over} ({costs}): leave it out, or change the "
+                "target"
             )
         starts.append(genome)
     return starts

@@ -114,6 +114,7 @@ def test_the_linear_model_is_fitted_to_noise_and_counts_errors_of_weights(proble
     assert coefficient([0.1, 0.2], [0.05, 0.1]) == pytest.approx(0.5)
     assert coefficient([0.1, 0.2, 0.4], [0.03, 0.09, None]) == pytest.approx((0.1 * 0.03 + 0.2 * 0.09) / (0.01 + 0.04))
     assert coefficient([0.1], [None]) is None
+    assert coefficient([0.1, 0.2], [0.05, math.inf]) == coefficient([0.1, 0.2], [0.05, None]), "fresh, and read back"
 
 
 @pytest.mark.parametrize("allocator", [FirstOrder(64), Fisher(64), LinearModel(64), OneAtATime(64)], ids=lambda each: each.name)

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evopress.baselines import dynamic_programming
+from evopress.currencies import currency_of
 from evopress.errors import EvoPressError
-from evopress.units import Budget, Level, Space, Unit
+from evopress.units import Budget, Level, Limit, Space, Unit
 
 
 def space_of(sizes, bits=(6, 5, 4, 3, 2)) -> Space:
@@ -109,3 +111,22 @@ def test_a_group_that_cannot_meet_its_share_is_named():
     with pytest.raises(EvoPressError, match=r"a budget of 24 for 1 units \(first: wide\)"):
         dynamic_programming(space, Budget(36, 3, "bits per weight"), [[0.0], [0.0, 1.0]], group_by="size")
     assert dynamic_programming(space, Budget(36, 3, "bits per weight"), [[0.0], [0.0, 1.0]]) == (0, 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_further_limits_are_kept(seed):
+    space = space_of((8, 3, 3, 1, 1), bits=(4, 3, 2))
+    rng = np.random.default_rng(seed)
+    errors = rng.lognormal(size=(5, 3)).cumsum(axis=1).tolist()
+    stored = currency_of("bytes")
+    levels = [tuple(replace(level, stored_bits=level.cost + unit.size**2) for level in unit.levels) for unit in space.units]
+    space = replace(space, units=tuple(replace(unit, levels=own) for unit, own in zip(space.units, levels, strict=True)))
+    least, most = (space.cost_in(stored, (level,) * 5) for level in (2, 0))
+    budget = Budget(space.cost((1,) * 5), 3.0, "bits per weight", (Limit((least * 2 + most) // 3, stored),))
+    genome = dynamic_programming(space, budget, errors)
+    kept = [each for each in itertools.product(range(3), repeat=5) if budget.met_by(space, each)]
+    assert genome in kept and error_sum(genome, errors) == pytest.approx(min(error_sum(each, errors) for each in kept), rel=1e-9)
+    free = dynamic_programming(space, replace(budget, limits=()), errors)
+    assert error_sum(free, errors) <= error_sum(genome, errors)
+    with pytest.raises(EvoPressError, match=r"no levels keep the budget of 3 bits per weight and [0-9]+ bytes with"):
+        dynamic_programming(space, replace(budget, limits=(Limit(least - 1, stored),)), errors)

@@ -1,11 +1,13 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evopress.baselines.exhaustive import all_genomes, count_genomes, exhaustive
+from evopress.currencies import currency_of
 from evopress.errors import EvoPressError
 from evopress.units import Budget, Genome, Level, Limit, Space, Unit
 
@@ -150,3 +152,16 @@ def test_a_budget_that_no_genome_costs_is_refused():
 def test_only_infinite_fitnesses_are_refused():
     with pytest.raises(EvoPressError, match=r"none of the 20 genomes has a finite fitness"):
         exhaustive(PAIRS, keep(3), lambda genomes: [math.nan] * len(genomes), limit=20, batch=6)
+
+
+def test_genomes_that_break_a_further_limit_are_left_out():
+    levels = [(Level("keep", 1, "keep", 8 * size), Level("drop", 0, "drop", 0)) for size in (9, 1, 5, 2)]
+    space = Space("drop", tuple(Unit(f"m{i}", i, "m", 1, of_unit) for i, of_unit in enumerate(levels)))
+    stored = currency_of("bytes")
+    budget = Budget(2, 0.5, "sparsity", (Limit(8 * 7, stored),))
+    kept = [(1, 0, 0, 1), (1, 0, 1, 0), (1, 1, 0, 0)]
+    assert list(all_genomes(space, budget)) == kept and count_genomes(space, budget) == 6
+    best, measured = exhaustive(space, budget, lambda genomes: [sum(genome[:3]) for genome in genomes], limit=6, batch=2)
+    assert [genome for genome, _ in measured] == kept and best == (1, 0, 0, 1)
+    with pytest.raises(EvoPressError, match=r"costs exactly the budget 2 \(0.5 sparsity\) and keeps 2 bytes: choose"):
+        exhaustive(space, replace(budget, limits=(Limit(16, stored),)), len, limit=6, batch=2)

@@ -65,6 +65,23 @@ def test_stages_are_accounted_for() -> None:
     assert account.stages(records[:1]) == account.stages([]) == ""
 
 
+def test_rounds_are_accounted_for_apart() -> None:
+    def stage(tokens: int, candidates: int, **more: int) -> dict[str, Any]:
+        return {"tokens": tokens, "num_candidates": candidates, "fitnesses": [1.0], "survivors": [0], **more}
+
+    records = [
+        {"generation": 1, "accepted": True, "details": {"held": []}, "stages": [stage(2048, 6)]},
+        {"generation": 2, "accepted": False, "details": {"race": {}}, "stages": [stage(11520, 17, spent=34560)]},
+        {"generation": 3, "accepted": True, "stages": [stage(256, 16), stage(4096, 3)]},
+    ]
+    rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", account.stages(records))]
+    assert rows[1:] == [
+        ["rounds (2)", "11,520", "17", "1", "46,848", "74%", ""],
+        ["stage 1", "256", "16", "1", "4,096", "6%", ""],
+        ["stage 2", "4,096", "3", "1", "12,288", "19%", ""],
+    ]
+
+
 def test_balance_of_switches(space: Space) -> None:
     records = [
         {"accepted": True, "switches": [[0, 4, 2], [7, 1, 2], [99, 1, 2]]},  # two units are q_proj, one does not exist

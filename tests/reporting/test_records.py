@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from evopress.errors import EvoPressError
 from evopress.reporting import records
+from evopress.reporting.generations import read_generations
 from evopress.units import Budget, Genome, Space
 
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -94,6 +95,14 @@ def test_records_round_trip(tmp_path: Path, run: Any) -> None:
     for record in run.records:
         records.append_record(path, record)
     assert records.read_records(path) == json.loads(json.dumps(run.records))
+
+
+def test_a_broken_candidates_perplexity_is_no_damage(tmp_path: Path, run: Any) -> None:
+    path, record = tmp_path / "metrics.jsonl", dict(run.records[1])
+    stages = [{**stage, "fitnesses": [math.exp(45.0), *stage["fitnesses"][1:]]} for stage in record["stages"]]
+    records.append_record(path, {**record, "stages": stages, "fitness": math.exp(600.0)})
+    (read,) = read_generations(path, run.space)
+    assert read["fitness"] == math.exp(600.0)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 10, 30])

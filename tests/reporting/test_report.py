@@ -11,6 +11,7 @@ import pytest
 
 from evopress.reporting import figures
 from evopress.reporting.lineage import lineage_figures
+from evopress.reporting.metrics import levels_table
 from evopress.reporting.report import headline, write_report
 from evopress.units import Level, Space, Unit
 
@@ -238,3 +239,25 @@ def test_a_heavy_svg_is_embedded_as_png(run: Any, tmp_path: Path) -> None:
     png.write_bytes(b"png")
     page = write(tmp_path / "report.html", run, figures=[svg, png])
     assert 'src="data:image/png;base64,cG5n"' in page.source
+
+
+def test_what_lies_in_a_dropped_module_has_no_level(run: Any, tmp_path: Path) -> None:
+    module = Unit("m", 0, "mlp", 0, (Level("keep", 0, "keep", 0), Level("drop", 0, "drop", 0)))
+    levels = tuple(Level(f"{bits} bits", 16 * bits, str(bits), 16 * bits) for bits in (6, 2))
+    space = Space("joint", (module, *(Unit(f"{name}_proj", 0, name, 16, levels) for name in ("up", "down"))), None, (None, 0, None))
+    _, rows = levels_table(space, (1, 0, 1))
+    assert [row[3:] for row in rows] == [["drop", None], ["in a dropped module", 0.0], ["2 bits", 2.0]]
+    page = write(tmp_path / "report.html", run, space=space, genome=(1, 0, 1), records=[], figures=[])
+    table = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr.*?</tr>", page.source)]
+    by_name = {cells[0]: cells for cells in table if cells}
+    place = by_name["kind"].index("in a dropped module")
+    assert by_name["up"][place] == "1" and by_name["up"].count("1") == 2 and "6 bits" not in by_name["kind"]
+    assert by_name["down"][place] == "" and by_name["all"][place] == "1"
+
+
+def test_who_says_that_it_keeps_the_budget_is_believed() -> None:
+    kept = {"name": "dp", "bits_per_weight": 2.9275, "kl": 0.4, "within_budget": True}
+    ours = {"name": "evopress", "bits_per_weight": 2.9, "kl": 0.5, "within_budget": True}
+    assert "the best baseline within this budget, DP, has 0.4000" in headline([kept, ours])
+    broken = {**kept, "bits_per_weight": 2.5, "within_budget": False}
+    assert "no baseline within this budget was measured" in headline([broken, ours])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import numpy as np
 import pytest
@@ -113,3 +114,20 @@ def test_with_modules_it_is_the_best_of_all_genomes(joint_space, seed, most_chan
         assert value(found) == pytest.approx(min(map(value, allowed)), rel=1e-9)
         if near is not None:
             assert all(found[u] == near[u] for u in range(len(space)) if space.is_gone(found, u))
+
+
+@pytest.mark.parametrize("seed", [0, 4, 9, 20])
+def test_prices_without_a_common_divisor_keep_the_limit(seed) -> None:
+    """The solver's 0.999999 of a price of eight digits is more than one."""
+    rng = random.Random(seed)
+    prices, values = [], []
+    for _ in range(60):
+        size, scale = rng.choice([110592, 331776, 884736, 4096 * 4096]), 0.0
+        prices.append([int(size * bits) + rng.choice([0, 1, 3, 17]) for bits in (6.25, 5.25, 4.25, 3.25, 2.25)])
+        scale = 10 ** rng.uniform(-3, 1)
+        values.append([scale * 4.0**-bits * rng.uniform(0.8, 1.2) for bits in (6, 5, 4, 3, 2)])
+    near = tuple(rng.randrange(5) for _ in range(60))
+    total = total_of(prices, near)
+    found = best_genome([(prices, total)], values, near=near, most_changes=2)
+    assert found is not None and total_of(prices, found) <= total
+    assert total_of(values, found) < total_of(values, near)

@@ -63,3 +63,9 @@ def test_what_is_not_finite_drops_out_at_once() -> None:
 def test_rules_out_of_range_are_refused(wrong) -> None:
     with pytest.raises(EvoPressError, match=rf"search\.strategy\.{next(iter(wrong))}="):
         RaceRules(**wrong)
+
+
+def test_its_record_says_what_all_spent() -> None:
+    race = race_of([1.0, 1.0, *[5.0] * 6], noise=0.05, seed=2)
+    stage = race.record()
+    assert stage.spent == race.tokens < stage.tokens * stage.num_candidates
