@@ -63,14 +63,16 @@ def check_schema(document: Any, source: str | Path, *, what: str, newest: int, o
     return document
 
 
-def parse_json(data: bytes, source: str | Path) -> Any:
+def parse_json(data: bytes, source: str | Path, *, most: int = MAX_VALUES) -> Any:
     """Parse strict JSON in UTF-8, with or without a byte order mark.
+
+    Args: most: values that it may have.
 
     Raises: EvoPressError that names the source and says what is wrong.
     """
     try:
         text = decode(data, source)
-        check_extent(data)
+        check_extent(data, most)
         return json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise EvoPressError(f"{source} is not valid JSON ({clip(str(error))}): restore or remove it") from error
@@ -120,11 +122,11 @@ def clip(text: str, most: int = 100) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def check_extent(data: bytes) -> None:
-    """Raise ValueError if a JSON text is deeper, or of more values, than any of ours; looks at no more than its bytes."""
+def check_extent(data: bytes, most: int = MAX_VALUES) -> None:
+    """Raise ValueError if a JSON text is deeper than any of ours, or of more values than `most`; looks at its bytes alone."""
     opened = data.count(b"[") + data.count(b"{")
-    if opened + data.count(b",") + data.count(b":") > MAX_VALUES:
-        raise ValueError(f"it has more than {MAX_VALUES} values")
+    if opened + data.count(b",") + data.count(b":") > most:
+        raise ValueError(f"it has more than {most} values")
     if opened <= MAX_DEPTH:
         return
     depth = 0

@@ -308,7 +308,7 @@ def evaluation_bytes(
     state = tokens * blocks.hidden_size * blocks.dtype.itemsize
     most = max(max_tokens_in_flight // length, 1) * length  # tokens of a forward
     together = 1 if apart or plain else min(max(most // tokens, 1), candidates)
-    forward = blocks.forward_bytes(min(most, together * tokens))
+    forward = blocks.forward_bytes(min(most, together * tokens), length)
     # What has entered or left the block, and beside it what a forward takes together, in and out, and joined if it comes in parts.
     walked = candidates * state + max(2 * together * state + forward, (2 if plain else 3) * state if tokens > most else 0)
     itemsize = blocks.dtype.itemsize

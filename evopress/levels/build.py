@@ -30,6 +30,7 @@ from evopress.levels.hessians import BlockHessians
 from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
 from evopress.levels.locking import alone_in
 from evopress.levels.outside import compress_embedding
+from evopress.levels.passage import give_back_pinned
 from evopress.levels.plan import BuildSettings, needs_of, plan_space, sees_activations
 from evopress.levels.store import (
     MANIFEST,
@@ -162,6 +163,7 @@ def _build(
     missing = [index for index in blocks.parts if index not in entries]
     unseen = [index for index in missing if sees_activations(blocks, index) and (store is None or index not in store)]
     entries = _walk(blocks, settings, tokens, compressor, entries, unseen)
+    give_back_pinned()
     write_manifest(
         folder,
         method=settings.method,
@@ -169,6 +171,7 @@ def _build(
         recipe=settings.recipe,
         entries=[entries[index] for index in blocks.parts],
     )
+    read_manifest(folder)  # as a later run does, before what names the blocks is gone
     (folder / JOURNAL).unlink(missing_ok=True)
 
 

@@ -53,7 +53,7 @@ class Walking:
 def hessians_of(blocks: BlockModel, index: int, walking: Walking, *, advance: bool = False) -> BlockHessians:
     """Return a part's Hessians as it is; where weights are corrected, which have others, only who shares an input."""
     buffer, batch, mine = walking.buffer, walking.batch, walking.mine
-    if walking.beside(blocks, index) is not None:
+    if index != blocks.embedding_part and walking.beside(blocks, index) is not None:  # the embedding goes by all the text
         owners = first(lambda: _collected(blocks, index, buffer[:batch], batch).owners)
         return BlockHessians(owners, {owner: torch.empty(0) for owner in owners.values()})
     return _collected(blocks, index, buffer, batch, advance=advance, mine=mine)

@@ -13,7 +13,7 @@ from evopress.errors import EvoPressError
 from evopress.files import explained, is_sealed, seal, write_bytes
 from evopress.json_files import load_bytes, parse_json, shown
 from evopress.levels.entries import check_file, check_units
-from evopress.levels.store import SCHEMA
+from evopress.levels.store import MANIFEST_BYTES, SCHEMA
 
 logger = logging.getLogger(__name__)
 JOURNAL = "journal.jsonl"
@@ -23,7 +23,7 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the entries of a journal, those that are cut off, damaged, or of another database or version left out."""
     if not path.is_file():
         return
-    for number, line in enumerate(load_bytes(path, what="journal").splitlines(), start=1):
+    for number, line in enumerate(load_bytes(path, limit=MANIFEST_BYTES, what="journal").splitlines(), start=1):
         try:
             entry = parse_json(line, f"line {number} of {path}")
             check_file(entry)

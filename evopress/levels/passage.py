@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -16,16 +17,40 @@ from evopress.compress.compressor import free_bytes
 
 SHARE_OF_DEVICE = 0.4
 """Of a GPU's free memory that activations may take; the Hessians, the sweeps and a forward need the rest."""
+SHARE_OF_HOST = 0.8
+"""Of the host's free memory that pinned activations may take."""
 
 
 def room_for_activations(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an uninitialised tensor: on a GPU where it has room, else in the host's memory, pinned where there is a GPU."""
-    if stay_on_device(math.prod(shape) * dtype.itemsize, device):
+    size = math.prod(shape) * dtype.itemsize
+    if stay_on_device(size, device):
         return torch.empty(shape, dtype=dtype, device=device)
+    give_back_pinned()
     try:
-        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+        return torch.empty(shape, dtype=dtype, pin_memory=_is_pinned(size, device))
     except RuntimeError:  # the system allows no more of it
         return torch.empty(shape, dtype=dtype)
+
+
+def held_on_host(size: int, device: torch.device) -> int:
+    """Return what a buffer of so many bytes takes of the host's memory: torch pins the next power of two."""
+    return _rounded(size) if _is_pinned(size, device) else size
+
+
+def _is_pinned(size: int, device: torch.device) -> bool:
+    """Tell whether a buffer is pinned: where there is a GPU, and room for the power of two."""
+    return device.type == "cuda" and _rounded(size) <= SHARE_OF_HOST * psutil.virtual_memory().available
+
+
+def _rounded(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def give_back_pinned() -> None:
+    """Give pinned memory that nobody holds any more back to the system; torch keeps it for buffers to come."""
+    if torch.cuda.is_initialized() and (empty := getattr(torch._C, "_host_emptyCache", None)) is not None:
+        empty()
 
 
 def stay_on_device(size: int, device: torch.device) -> bool:

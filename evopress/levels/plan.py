@@ -15,10 +15,10 @@ from evopress.compress.hessian import multiplies_exactly
 from evopress.errors import EvoPressError
 from evopress.levels.hessians import HessianStore
 from evopress.levels.journal import JOURNAL, read_journal
-from evopress.levels.passage import stay_on_device
+from evopress.levels.passage import held_on_host, stay_on_device
 from evopress.levels.store import DamagedDatabaseError, block_file, entries_of, fingerprint, read_manifest
 from evopress.models.blocks import BlockModel
-from evopress.ranks import busiest, part
+from evopress.ranks import SHARES, busiest, launched, part, processes
 from evopress.room import Needs
 from evopress.units import Space, Unit
 
@@ -185,7 +185,8 @@ def needs_of(
     buffer = mine * per_token
     parts = [[unit for unit in missing if unit.block == index] for index in sorted({unit.block for unit in missing})]
     batch = batch_of(tokens, settings.batch_tokens)
-    device = max(part_bytes(blocks, units, compressor, batch=batch, corrects=settings.corrects) for units in parts)
+    text: dict[str, Any] = {"batch": batch, "length": tokens.shape[1], "corrects": settings.corrects}
+    device = max(part_bytes(blocks, units, compressor, **text) for units in parts)
     host = max(database_bytes(Space(settings.method, tuple(units))) for units in parts)  # packed, as they are written
     on_host, in_memory = blocks.device.type == "cpu", settings.activations == "memory"
     beside = in_memory and stay_on_device(buffer, blocks.device)
@@ -200,7 +201,7 @@ def needs_of(
         tokens=mine,
         compressing=compressing_share(blocks, parts[0], corrects=settings.corrects),
         disk_bytes=disk + (0 if in_memory else tokens.numel() * per_token),
-        memory_bytes=(buffer if in_memory and not beside else 0) + (device if on_host else host),
+        memory_bytes=(held_on_host(buffer, blocks.device) if in_memory and not beside else 0) + (device if on_host else host),
         device_bytes=0 if on_host else device + (buffer if beside else 0),
     )
 
@@ -236,7 +237,9 @@ def compressing_share(blocks: BlockModel, units: Sequence[Unit], *, corrects: bo
     return busiest(len(inputs), 1) / len(inputs)
 
 
-def part_bytes(blocks: BlockModel, units: Sequence[Unit], compressor: Compressor, *, batch: int, corrects: bool) -> int:
+def part_bytes(
+    blocks: BlockModel, units: Sequence[Unit], compressor: Compressor, *, batch: int, length: int, corrects: bool
+) -> int:
     """Return the bytes that compressing units of a part takes at its peak where it is computed, beside the activations.
 
     First text goes through the block, then come its inputs one after the other, each with what was made for those before; at the
@@ -244,12 +247,14 @@ def part_bytes(blocks: BlockModel, units: Sequence[Unit], compressor: Compressor
 
     Args:
         batch: tokens of a forward.
+        length: of a sequence.
         corrects: weights make good what their inputs have lost.
     """
     index, on_host = units[0].block, blocks.device.type == "cpu"
     of = {unit.name: unit for unit in units}
     shapes, inputs = _inputs(blocks, units)
     hessians = sum(4 * columns**2 for _, columns, _ in inputs) if sees_activations(blocks, index) else 0
+    summed = sums_at_once() * hessians
     working: Working = getattr(compressor, "working", Working())
     held, peak, most_lost = 0, 0, 0
     for (_, columns, last), those in inputs.items():
@@ -267,15 +272,20 @@ def part_bytes(blocks: BlockModel, units: Sequence[Unit], compressor: Compressor
     if index < len(blocks.blocks):
         hidden, widest, itemsize = blocks.hidden_size, blocks.widest, blocks.dtype.itemsize
         exact = multiplies_exactly(torch.empty(0, dtype=blocks.dtype, device=blocks.device)) or itemsize == 4
-        forward, multiplied = blocks.forward_bytes(batch), batch * (widest + 2 * hidden) * itemsize
+        forward, multiplied = blocks.forward_bytes(batch, length), batch * (widest + 2 * hidden) * itemsize
         multiplied += 0 if exact else 4 * batch * widest  # the widest input, in float32
         if corrects:  # what the dense model has at that input waits for what the compressed one has, and is multiplied with it
             forward += batch * (widest + 2 * hidden) * itemsize
             multiplied += batch * 2 * widest * itemsize + (0 if exact else 4 * batch * widest)
         inputs_held = 3 * batch * hidden * itemsize
-        peak = max(peak, max(most_lost, hessians) + inputs_held + max(forward, multiplied))
+        peak = max(peak, max(most_lost, summed) + inputs_held + max(forward, multiplied))
         peak += blocks.carried_bytes(index)
     return peak
+
+
+def sums_at_once() -> int:
+    """Return how many sums of a block's Hessians a process holds at most: one, or a branch of the tree of its shares."""
+    return (SHARES // processes()).bit_length() if launched() else 1
 
 
 def sees_activations(blocks: BlockModel, index: int) -> bool:

@@ -28,6 +28,7 @@ from evopress.compress.gguf_levels import GGUFWeight
 from evopress.compress.gptq import Dense, Quantized
 from evopress.compress.sparse import Sparse
 from evopress.currencies import Currency
+from evopress.endings import is_out_of_memory
 from evopress.errors import EvoPressError
 from evopress.files import canonical_json, is_sealed, seal, sha256_file, unreadable, write_atomically, write_bytes
 from evopress.json_files import parse_json, shown
@@ -39,7 +40,9 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 _SOURCES = {Quantized.codec: "quant", Dense.codec: "quant", GGUFWeight.codec: "quant", Sparse.codec: "sparsity"}
 """Codec to what makes levels of it; modules that are dropped have none."""
-_MANIFEST_BYTES = 256 * 2**20
+MANIFEST_BYTES = 2**30
+"""Of a manifest, or a journal. A mixture of experts may have a million levels, of some 20 values and 300 bytes each."""
+_MANIFEST_VALUES = 50_000_000
 Encoded = tuple[dict[str, Tensor], list[dict[str, Any]]]
 """What a block's file has of some units: tensors on the host, and a record for each unit."""
 
@@ -177,15 +180,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         with path.open("rb") as file:
-            data = file.read(_MANIFEST_BYTES + 1)
+            data = file.read(MANIFEST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedDatabaseError(f"{path} is missing") from None
     except OSError as error:
         raise unreadable(error, path) from error
-    if len(data) > _MANIFEST_BYTES:
-        raise DamagedDatabaseError(f"{path} is larger than {_MANIFEST_BYTES} bytes")
+    if len(data) > MANIFEST_BYTES:
+        raise DamagedDatabaseError(f"{path} is larger than {MANIFEST_BYTES} bytes")
     try:
-        manifest = parse_json(data, "its content")
+        manifest = parse_json(data, "its content", most=_MANIFEST_VALUES)
         schema = manifest["schema"] if isinstance(manifest, dict) and "schema" in manifest else None
         # A newer version's digest is over its own schema number; a digest that fits ours says that the number is what was damaged.
         if isinstance(schema, int) and schema > SCHEMA and not is_sealed({**manifest, "schema": SCHEMA}):
@@ -309,6 +312,8 @@ class LevelDatabase:
             tensors = {name.removeprefix(prefix): file.get_tensor(name).to(device) for name in names}
             return CODECS[stored["codec"]].decode(tensors, stored["meta"])
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise DamagedDatabaseError(f"{path} cannot be read ({error}): start again, the file is then rebuilt") from error
 
     @cached_property

@@ -21,6 +21,7 @@ from evopress.errors import EvoPressError
 from evopress.models.calls import Call, Form, as_returned, first_of, returned
 from evopress.models.experts import (
     ExpertLinear,
+    calls_of_experts,
     chosen_share,
     held_per_token,
     kind_of,
@@ -224,14 +225,21 @@ class BlockModel:
         """Most inputs of a linear in the blocks."""
         return max(slot.weight.shape[1] for index in range(len(self.blocks)) for slot in self.slots(index).values())
 
-    def forward_bytes(self, tokens: int) -> int:
+    def forward_bytes(self, tokens: int, length: int) -> int:
         """Return the bytes that a block's forward over so many tokens takes at its peak, its output included, by its widths.
 
         That is in the MLP, where its two inner products are multiplied: what it is added to, its input, and three times its width;
-        or in its experts, of which one may be handed all tokens.
+        or in its experts, of which one may be handed all tokens; or in attention that holds its scores.
+
+        Args: length: of a sequence.
         """
         inside = self.most_inside(3 * self.inner_size, held_per_token)
-        return tokens * max(2 * self.hidden_size + inside, 8 * self.hidden_size) * self.dtype.itemsize
+        config: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
+        scores = 0
+        if config._attn_implementation == "eager":  # GPT-OSS's, Gemma 2's: as they are, masked, and in float32 as probabilities
+            scores = length * config.num_attention_heads * (4 + 2 * 4)
+        itemsize = self.dtype.itemsize
+        return tokens * max((2 * self.hidden_size + inside) * itemsize, 8 * self.hidden_size * itemsize + scores)
 
     def most_inside(self, mlp: int, of_experts: Callable[[nn.Module, Any], int]) -> int:
         """Return the most numbers of a token inside a block: those in an MLP, or in a layer of experts."""
@@ -473,9 +481,13 @@ class BlockModel:
             raise EvoPressError(f"the model's logits are not finite in {self.dtype}, first {what}: {self.advice}")
         if self.offload:  # the whole model does not fit the device, so there is nothing to compare with
             return 0.0
-        with together(self.model):
+        with calls_of_experts(self.model) as calls:
             whole = torch.cat([self.model(input_ids=each[None], use_cache=False).logits for each in ids]).float()
         difference = self._compare(mine, whole, "logit")
+        # Layer by layer on the same tokens: a rounding that sends one of them to another expert would change all that follows.
+        with together(self.model):
+            for layer, given, named, made in calls:
+                self._compare(made.float(), layer(*given, **named).float(), "experts' output")
         if full_length is not None and full_length > length:
             ids = (torch.arange(full_length, device=self.device)[None] * 7919 + 11) % vocabulary
             hidden = self.finish(self._through(ids))

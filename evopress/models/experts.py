@@ -97,6 +97,7 @@ def loop(model: nn.Module) -> None:
         if is_fused(module) and not linears_of(module):
             object.__setattr__(module, "expert_linears", {name: _linear(module, name) for name in expert_names(module)})
             module.__class__ = _looped(type(module))
+    look_again(model)  # those of a model that was looped before, and moved or loaded anew since
 
 
 @contextmanager
@@ -120,6 +121,23 @@ def look_again(model: nn.Module) -> None:
             linear.weight.data = weight
             if linear.bias is not None and bias is not None:
                 linear.bias.data = bias
+
+
+@contextmanager
+def calls_of_experts(model: nn.Module) -> Iterator[list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Tensor]]]:
+    """Note what layers of experts that are looped are called with, and what they return."""
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Tensor]] = []
+
+    def note(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], made: Tensor) -> None:
+        calls.append((layer, given, named, made.clone()))  # what comes after may add to it in place
+
+    looped = [module for module in model.modules() if linears_of(module)]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in looped]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

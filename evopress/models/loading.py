@@ -28,6 +28,7 @@ from evopress.models.stored import (
     INDEX,
     READABLE,
     WEIGHTS,
+    but_masks,
     check_adapter,
     check_config,
     check_places,
@@ -171,7 +172,9 @@ def has_weights(folder: Path) -> bool:
 def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise EvoPressError if a config, or one inside it, asks for more than any model has."""
     for key, most in _MOST.items():
-        if (value := config.get(key)) is not None and (type(value) is not int or not 1 <= value <= most):
+        value = config.get(key)
+        each = value if isinstance(value, list) and value else [value]  # Gemma 3n has a width for each block
+        if value is not None and not all(type(number) is int and 1 <= number <= most for number in each):
             raise EvoPressError(
                 f"{folder / 'config.json'} has {key}={shown(value)}, expected a whole number from 1 to {most}: fetch it again"
             )
@@ -229,17 +232,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def fetch_from_hub(hub_id: str, *, revision: str | None, cache_dir: Path | None = None, weights: bool = True) -> Path:
+def fetch_from_hub(
+    hub_id: str,
+    *,
+    revision: str | None,
+    cache_dir: Path | None = None,
+    weights: bool = True,
+    trust_remote_code: bool = False,
+) -> Path:
     """Download a checkpoint's config, tokenizer and weights and return the local snapshot folder.
 
     The small files come first and are checked. Of the weights only those that transformers loads are fetched: `model.safetensors`,
     or the shards of the index, not a second copy in another format or folder.
 
-    Args: weights: fetch them; False: the small files alone.
+    Args:
+        weights: fetch them; False: the small files alone.
+        trust_remote_code: the model's own code, too.
 
     Raises: EvoPressError if the hub cannot be reached or has no such model, or for an adapter, or if it is already quantized.
     """
-    small = ["*.json", "tokenizer.model", "*.txt", "*.jinja"]
+    small = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
     folder = _snapshot(hub_id, revision, cache_dir, small)
     check_folder(folder)
     if not weights:
@@ -327,7 +339,7 @@ def load_pretrained(
     if dtype not in DTYPES:
         raise EvoPressError(f"model.dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     folder = folder.expanduser()
-    find_weights(folder)
+    weights = find_weights(folder)
     config = read_config(folder)
     family = find_family(config)
     if quantized := readable_quantization(config):
@@ -364,6 +376,8 @@ def load_pretrained(
         ) from error
     absent = sorted(found["missing_keys"])
     homeless = sorted(found["unexpected_keys"])
+    if homeless:
+        homeless = but_masks(homeless, stored_tensors(loaded_files(folder, weights)))
     if absent:  # transformers would go on with random weights
         instead = f" but hold {homeless[0]}, which has no place in it" if homeless else ""
         raise EvoPressError(

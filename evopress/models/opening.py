@@ -55,7 +55,9 @@ def find_model(settings: ModelSettings, cache: Path, *, weights: bool = True) ->
     if settings.path is not None:
         path = given_path(settings.path, "model.path")
         if not path.exists() and _HUB_ID.fullmatch(settings.path):
-            path = fetch_from_hub(settings.path, revision=settings.revision, weights=weights)
+            path = fetch_from_hub(
+                settings.path, revision=settings.revision, weights=weights, trust_remote_code=settings.trust_remote_code
+            )
         if weights or has_weights(path):
             find_weights(path)
         else:

@@ -32,6 +32,8 @@ _QUANTIZED_TENSOR = re.compile(
 """What GPTQ, AWQ, bitsandbytes, compressed-tensors, ModelOpt, MLX, AQLM, QuIP# and FP8 store beside weights or instead of them."""
 _OF_NO_CONSEQUENCE = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|masked_bias)$")
 """Buffers that old versions of transformers stored and that are computed anew."""
+_MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|causal_mask)$")
+"""The mask of GPT-2, GPT-NeoX and GPT-J, [1, 1, n, n], which old versions of transformers stored as a buffer of this name."""
 _FURTHER_HEAD = re.compile(r"(^|\.)(mtp|nextn|medusa|v_head|value_head|score)\w*\.")
 """Heads beside the language model's own: they change none of its logits."""
 _NEXT_TOKENS = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
@@ -51,6 +53,17 @@ class Stored:
     dtype: str
     """As safetensors writes it: "F32", "BF16", "F8_E4M3"."""
     shape: tuple[int, ...]
+
+
+def is_mask(name: str, tensor: Stored) -> bool:
+    """Tell whether a stored tensor is a causal mask, which is made anew."""
+    return _MASK.search(name) is not None and len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1)
+
+
+def but_masks(names: Iterable[str], tensors: Mapping[str, Stored]) -> list[str]:
+    """Return names of stored tensors, with or without what a model puts before them, that are no causal masks."""
+    masks = tuple(f".{name}" for name, tensor in tensors.items() if is_mask(name, tensor))
+    return [name for name in names if not any(f".{name}".endswith(mask) for mask in masks)]
 
 
 def check_adapter(folder: Path) -> None:
@@ -139,7 +152,7 @@ def check_tensors(folder: Path, tensors: Mapping[str, Stored]) -> None:
     """Raise EvoPressError if tensors of a checkpoint are those of quantized weights, whatever its config says."""
     for name, tensor in tensors.items():
         codes = name.endswith((".weight", ".bias")) and tensor.dtype not in _DTYPES
-        if codes or _QUANTIZED_TENSOR.search(name):
+        if (codes and not is_mask(name, tensor)) or _QUANTIZED_TENSOR.search(name):
             raise EvoPressError(_already(folder, f"{shown(name)} is stored as {tensor.dtype}"))
 
 

@@ -82,9 +82,8 @@ def refine_needs(planner: Planner) -> Needs:
     planner.hold(needs, 1, min(planner.settings.fitness.max_tokens_in_flight, judged))
     batch = batch_of(calibration, level_db.batch_tokens)
     held = planner.states(judging.numel() + 2 * judged + (walking * tokens if in_memory else 0))  # base, states twice
-    planner.put(
-        needs, part_bytes(workspace.blocks, ones, workspace.databases.compressor, batch=batch, corrects=corrected), host=held
-    )
+    compressor, length = workspace.databases.compressor, calibration.shape[1]
+    planner.put(needs, part_bytes(workspace.blocks, ones, compressor, batch=batch, length=length, corrects=corrected), host=held)
     return needs
 
 

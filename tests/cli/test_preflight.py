@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evopress import room
+from evopress.evaluation.tasks import Asked
 from evopress.finished import FINISHED
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.plain import PlainEvaluator
@@ -23,7 +24,7 @@ from evopress.fitness.population import PopulationEvaluator, evaluation_bytes, m
 from evopress.levels import build
 from evopress.levels.live import decoding_bytes
 from evopress.progress import duration
-from evopress.stages import preflight, probe
+from evopress.stages import conclude, preflight, probe
 from evopress.stages.conclude import evaluate_needs
 from evopress.stages.exports import export_needs
 from evopress.stages.needs import Planner
@@ -374,7 +375,7 @@ def planner(device: str, *, offload: bool = False, evaluator: str = "population"
         model=model,
         head=lambda: SimpleNamespace(weight=torch.empty(32_000, 0)),
         device=torch.device("cpu"),
-        forward_bytes=lambda tokens: 0,
+        forward_bytes=lambda tokens, length: 0,
         carried_bytes=lambda index: 0,
     )
     tokens = torch.empty(0, 1024, dtype=torch.int64)
@@ -395,6 +396,7 @@ def planner(device: str, *, offload: bool = False, evaluator: str = "population"
             genome=None,
         ),
         method=SimpleNamespace(weights=object()),
+        model_source=SimpleNamespace(is_outline=True),
         refines=True,
     )
     return Planner(workspace, space, None, None, None, None, None)  # type: ignore[arg-type]
@@ -416,6 +418,24 @@ def test_zero_shot_tasks_and_the_plain_evaluator_decode_the_whole_model() -> Non
     offloaded = evaluate_needs(planner("cuda", offload=True, tasks=("piqa",)))
     assert offloaded.memory == WHOLE and offloaded.device == less.device
     assert evaluate_needs(planner("cuda", evaluator="plain")).device > 7 * GB
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_zero_shot_questions_are_counted_and_have_all_logits_of_a_batch(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = planner("cuda", offload=offload, tasks=("piqa",))
+    asking.workspace.model_source.is_outline = False
+    asking.workspace.tokenizer = None
+    for key, value in (("task_limit", None), ("task_batch_size", 8)):
+        setattr(asking.settings.evaluation, key, value)
+    asking.settings.model = SimpleNamespace(bos="auto")
+    monkeypatch.setattr(conclude, "_tasks", lambda workspace: {})
+    monkeypatch.setattr(conclude, "count_asked", lambda tasks, tokenizer, **settings: Asked(10_000, 1_000_000))
+    needs, without = evaluate_needs(asking), evaluate_needs(planner("cuda", offload=offload))
+    models = 1 + conclude._num_genomes(asking)
+    assert needs.tokens == without.tokens + models * 10_000
+    blocks = asking.workspace.blocks
+    logits = 2 * 8 * 1_000_000 * blocks.head().weight.shape[0] * blocks.dtype.itemsize
+    assert needs.device == logits if offload else 0.9 * WHOLE < needs.device - logits <= WHOLE
 
 
 @pytest.mark.parametrize("evaluator", ["population", "plain"])

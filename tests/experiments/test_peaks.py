@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from evopress.models.blocks import BlockModel
 from evopress.models.experts import copied_for_export, gathered
 from evopress.models.outline import find_family
+from evopress.models.tiny_any import any_model
 from experiments.benchmark import peaks
 from experiments.benchmark.alive import BOTH, DEVICE, HOST, Alive
 
@@ -89,7 +90,7 @@ def test_of_experts(tmp_path: Path) -> None:
         alive.begin()
         before = alive.peak[BOTH]
         blocks.run(0, hidden)
-        near({"forward": blocks.forward_bytes(256)}, {"forward": alive.peak[BOTH] - before})
+        near({"forward": blocks.forward_bytes(256, 256)}, {"forward": alive.peak[BOTH] - before})
         alive.begin()
         with gathered(model):
             model.save_pretrained(tmp_path)
@@ -108,3 +109,20 @@ def test_what_is_alive_is_counted_where_it_lies() -> None:
         del there, both
         assert alive.now[DEVICE] == 0 and alive.peak == {HOST: 4000, DEVICE: 12_000, BOTH: 16_000}
         assert bool(first.isfinite().all()) and first.sum().tolist() == 1.0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_attention_that_holds_its_scores(model_type: str, dtype: torch.dtype) -> None:
+    sizes = {"max_position_embeddings": 2048, "head_dim": 16, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model = any_model(model_type, hidden_size=128, **sizes).to(dtype)
+    blocks = BlockModel(model, find_family(model.config.to_dict()))
+    assert (model.config._attn_implementation == "eager") == (model_type != "llama")
+    with Alive() as alive, torch.no_grad():
+        hidden = torch.rand(1, 512, 128).to(dtype)
+        blocks.prepare(512)
+        alive.begin()
+        before = alive.peak[BOTH]
+        blocks.run(0, hidden)
+        taken = alive.peak[BOTH] - before
+    assert 0.9 * taken < blocks.forward_bytes(512, 512) < 2.5 * taken

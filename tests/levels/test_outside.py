@@ -427,3 +427,12 @@ def test_the_probe_tells_what_they_take(load, tokens, compressor, monkeypatch):
     speed = probe.measure_speed(load(), tokens(1, 64), KLDivergence(), compressor, chunk_tokens=32)
     assert set(speed.outside) == {"lm_head", "model.embed_tokens"} and min(speed.outside.values()) > 0
     assert not probe.measure_speed(load(include=(BLOCKS,)), tokens(1, 64), KLDivergence(), compressor, chunk_tokens=32).outside
+
+
+@pytest.mark.parametrize("include", [(BLOCKS, HEAD), (BLOCKS, EMBEDDING), WHOLE])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_corrected_walk_reaches_what_lies_outside(include, tied, load, ids, build_settings, tmp_path):
+    blocks = load(tied=tied, include=include)
+    settings = build_settings(tmp_path / "levels", correction=0.5)
+    database, _ = ensure_database(settings, blocks, ids, GPTQ(bits=(4, 3, 2), group_size=16))
+    assert len(database.space) == len(blocks.blocks) * 7 + (1 if tied else len(include) - 1)

@@ -1,8 +1,11 @@
 """Batches on their way: what is skipped is what nobody needs, and a GPU's overlapped copies are the plain ones."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from evopress.levels import passage
 from evopress.levels.calibration import collect_hessians
 from evopress.levels.codec import pack_bits, pack_words
 from evopress.levels.passage import Passage, room_for_activations
@@ -55,3 +58,17 @@ def test_overlapped_copies_are_the_plain_ones():
     assert torch.equal(plain, pinned)
     codes = torch.randint(8, (100, 77), dtype=torch.uint8)
     assert torch.equal(pack_bits(codes.to(device), 3), pack_bits(codes, 3))
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "available", "held"),
+    [
+        (5 * 2**30, "cuda", 100 * 2**30, 8 * 2**30),
+        (8 * 2**30, "cuda", 100 * 2**30, 8 * 2**30),
+        (5 * 2**30, "cuda", 9 * 2**30, 5 * 2**30),
+        (5 * 2**30, "cpu", 100 * 2**30, 5 * 2**30),
+    ],
+)
+def test_pinned_memory_is_counted_as_torch_takes_it(size, kind, available, held, monkeypatch):
+    monkeypatch.setattr(passage.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    assert passage.held_on_host(size, torch.device(kind)) == held

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from evopress import json_files
 from evopress.compress.gptq import GPTQ
 from evopress.errors import EvoPressError
 from evopress.levels import store
@@ -170,3 +171,24 @@ def test_a_failing_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch
     with pytest.raises(EvoPressError, match=sentence):
         write_block(tmp_path, 0, [encoded(GPTQ_8_TO_1.compress(weights, torch.eye(16)), units)], list(units))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_is_no_damage(written, monkeypatch):
+    folder, _ = written
+    database = LevelDatabase.open(folder)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(store, "safe_open", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        database.read(0, 0)
+
+
+def test_a_manifest_may_have_more_values_than_other_files(written, monkeypatch):
+    folder, _ = written
+    monkeypatch.setattr(json_files, "MAX_VALUES", 10)
+    assert len(LevelDatabase.open(folder).space) == 4
+    monkeypatch.setattr(store, "_MANIFEST_VALUES", 10)
+    with pytest.raises(DamagedDatabaseError, match="more than 10 values"):
+        LevelDatabase.open(folder)

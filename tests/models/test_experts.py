@@ -12,6 +12,7 @@ import torch
 from attribution_literal import attribute_plainly
 
 from evopress.compress.gptq import GPTQ
+from evopress.errors import EvoPressError
 from evopress.fitness.attribution import attribute
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import base_states
@@ -21,6 +22,7 @@ from evopress.levels.build import ensure_database
 from evopress.levels.calibration import collect_hessians
 from evopress.levels.live import LiveModel
 from evopress.levels.plan import BuildSettings
+from evopress.models import experts
 from evopress.models.blocks import BlockModel
 from evopress.models.experts import gathered, linears_of, together
 from evopress.models.outline import outlined
@@ -158,3 +160,32 @@ def test_experts_travel_with_their_block(tmp_path: Path, build_settings: Callabl
     _, carried = PopulationEvaluator(live).final_states(genomes, IDS)
     assert all(torch.equal(one, other) for one, other in zip(states, carried, strict=True))
     assert {name: linear.weight.data_ptr() for name, linear in linears_of(experts).items()} == at_home
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rounding_that_sends_a_token_elsewhere_is_no_other_model(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = any_model("mixtral", seed=seed).to(torch.bfloat16)
+    blocks = BlockModel(model, outlined(model))
+    blocks.self_check(full_length=64)
+    forward = experts._forward
+    monkeypatch.setattr(experts, "_forward", lambda *args, **kwargs: 1.5 * forward(*args, **kwargs))
+    experts._LOOPED.clear()
+    wrong = any_model("mixtral", seed=seed).to(torch.bfloat16)
+    try:
+        with pytest.raises(EvoPressError, match="changes its experts' outputs by"):
+            BlockModel(wrong, outlined(wrong)).self_check()
+    finally:
+        experts._LOOPED.clear()
+
+
+def test_linears_look_at_a_model_that_was_moved_since() -> None:
+    model = any_model("qwen3_moe")
+    outline = outlined(model)
+    BlockModel(model, outline)
+    model.to(torch.bfloat16)
+    blocks = BlockModel(model, outline)
+    _, layer = layer_of(blocks)
+    weights = [linear.weight for linear in linears_of(layer).values()]
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    assert weights[0].data_ptr() in {parameter.data_ptr() for parameter in layer.parameters()}
+    blocks.self_check()

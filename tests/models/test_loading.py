@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evopress.errors import EvoPressError
+from evopress.models import loading
 from evopress.models.loading import (
     digest_files,
     digest_model,
@@ -249,3 +250,30 @@ def test_nothing_is_unpickled(folder, monkeypatch):
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch.load was called"))
     load_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_a_stored_causal_mask_is_neither_codes_nor_a_bias(dtype, folder):
+    path = folder / "model.safetensors"
+    mask = {"model.layers.0.attention.bias": torch.ones(1, 1, 8, 8).tril().to(dtype)}
+    save_file(load_file(path) | mask, path, metadata={"format": "pt"})
+    load_pretrained(folder, dtype="float32")
+    save_file(load_file(path) | {"model.layers.0.attention.bias": torch.ones(8).to(dtype)}, path, metadata={"format": "pt"})
+    with pytest.raises(EvoPressError, match=r"already quantized|has no place for"):
+        load_pretrained(folder, dtype="float32")
+
+
+def test_widths_of_each_block_are_sizes(folder):
+    change_config(folder, intermediate_size=[64])
+    find_weights(folder)
+    change_config(folder, intermediate_size=[64, -1])
+    with pytest.raises(EvoPressError, match=r"intermediate_size=\[64, -1\], expected a whole number"):
+        find_weights(folder)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_model_is_fetched_where_it_may_run(trusted, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loading, "_snapshot", lambda *args: asked.append(args[-1]) or folder)
+    fetch_from_hub("some/model", revision=None, trust_remote_code=trusted)
+    assert ("*.py" in asked[0]) == trusted and "*.model" in asked[0] and asked[1] == ["model.safetensors"]
