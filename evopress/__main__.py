@@ -203,10 +203,10 @@ def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
         earlier = _hydras_own(overrides)
         if not earlier:  # killed while Hydra wrote it
             raise EvoPressError(f"the run in {folder} was stopped before it began: give its whole command with {shlex.quote(here)}")
-    later = {argument.split("=", 1)[0] for argument in arguments}
-    kept = [
-        override for override in as_written_now(earlier) if override.split("=", 1)[0] not in later | {"resume", "stages", "dry_run"}
-    ]
+    later = {argument.split("=", 1)[0] for argument in arguments} | {"resume", "dry_run"}
+    if (folder / run_folder.FINISHED).exists():  # one that was killed goes on with the stages that it had
+        later.add("stages")
+    kept = [override for override in as_written_now(earlier) if override.split("=", 1)[0] not in later]
     given = [argument for argument in arguments if not argument.startswith("resume=")]
     if both := command_line.two_targets(given, kept):
         target, instead = both

@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evopress.finished import FINISHED, best_fitness, finish, read_finished, stages_done
+from evopress.finished import best_fitness, finish, read_finished, stages_done
 from evopress.methods.points import has_limit, has_points
 from evopress.progress import duration
 from evopress.reporting.generations import read_generations
 from evopress.reporting.metrics import search_history
 from evopress.reporting.sweep import tracked_as
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
+from evopress.run_folder import FINISHED
 from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.checks import check_names, check_questions, check_strategy, check_tasks, check_tokens, search_cost, searching
@@ -34,6 +35,7 @@ from evopress.stages.front import (
     open_points,
     picked,
     refuse_other_points,
+    refuse_points_left,
     report_all,
     search_all,
 )
@@ -89,6 +91,8 @@ def run(
     exporters_of(settings)
     if has_points(settings):
         check_stages(settings)
+    else:
+        refuse_points_left(run_dir)
     started = time.monotonic()
     workspace = Workspace(settings, run_dir)
     if workspace.dtype != settings.model.dtype:

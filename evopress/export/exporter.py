@@ -164,6 +164,7 @@ def write_export(exporter: Exporter, folder: Path, export: Export) -> Path:
 
 def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
     """Let `fill` fill an empty folder that then takes the place of `folder`; until then an older one is there, whole."""
+    asked, folder = folder, folder.resolve()  # what a link names is replaced, not the link
     scratch, older = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old.tmp")
     for left in (scratch, older):  # by a run that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -182,4 +183,4 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
             older.rename(folder)
         for left in (scratch, older):
             shutil.rmtree(left, ignore_errors=True)
-    return folder
+    return asked

@@ -112,7 +112,7 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
     for row in rows:
         if (genome := genomes[row["name"]]) is not None:
             row["within_budget"] = workspace.budget.met_by(space, genome)
-    add_sizes(rows, workspace, given)
+    add_sizes(rows, workspace)
     result: dict[str, Any] = {"schema": 1, "rows": rows}
     records = read_generations(run_dir / "metrics.jsonl", database.space)
     if records:
@@ -232,6 +232,7 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
     given = named_genome(workspace)
     genome, space, title = None, database.space, f"{workspace.budget.target:g} {workspace.budget.measure}"
     checkpoint = run_dir / "checkpoint"
+    exported = run_dir if given is None else run_dir / "genomes" / given.folder
     pictures: list[Path] = []
     if records:
         curve = held_out_curve(records, rows)
@@ -282,4 +283,4 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
     tracker.artifact(f"genome-{database.fingerprint}", "genome", files)
     if rows:
         print(f"\n{tables.format_table(rows)}\n\n{headline(rows)}", flush=True)
-    print(f"report: {run_dir / 'report.html'}", *served(workspace, checkpoint.parent), sep="\n", flush=True)
+    print(f"report: {run_dir / 'report.html'}", *served(workspace, exported), sep="\n", flush=True)

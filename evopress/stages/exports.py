@@ -22,7 +22,7 @@ from evopress.reporting.records import read_genome, read_json, write_genome, wri
 from evopress.reporting.tables import markdown_table
 from evopress.room import Needs
 from evopress.settings import RunSettings
-from evopress.stages.given import Given, file_of, named_genome, take_best_so_far
+from evopress.stages.given import Given, file_of, folder_of, named_genome, take_best_so_far
 from evopress.stages.needs import Planner
 from evopress.stages.refine import is_refined, refined_levels, summary_of
 from evopress.stages.results import read_result
@@ -100,6 +100,17 @@ def _described(workspace: Workspace, space: Space) -> Any:
     return describe
 
 
+def _packed_bytes(planner: Planner) -> int:
+    """Return the bytes that a packed format takes, at most: what is no unit as it is, and the budget with all metadata."""
+    space, budget = planner.space, planner.budget
+    most = space.stored_bits((0,) * len(space))
+    if space.words.name in ("bits", "bytes"):
+        prices = zip(space.units, space.prices, strict=True)
+        beside = [max(level.stored_bits - price for level, price in zip(unit.levels, own, strict=True)) for unit, own in prices]
+        most = min(most, budget.total + sum(beside))
+    return planner.workspace.other_bytes + -(-most // 8)
+
+
 def what_is_exported(
     workspace: Workspace, genome: Genome, *, files: tuple[Path, ...], told: Mapping[str, Any], command: str = ""
 ) -> Export:
@@ -138,7 +149,9 @@ def export_needs(planner: Planner) -> Needs:
     workspace = planner.workspace
     size = sum(parameter.numel() * parameter.element_size() for parameter in workspace.pretrained.model.parameters())
     less = "leave export out of stages, or use a machine with more memory"
-    needs = Needs("export", "checkpoint", disk={workspace.run_dir: size}, alone=True, less_memory=less)
+    written = sum(size if name == DEQUANTIZED else _packed_bytes(planner) for name in exporters_of(planner.settings))
+    what = ", ".join("checkpoint" if name == DEQUANTIZED else name for name in exporters_of(planner.settings))
+    needs = Needs("export", what, disk={workspace.run_dir: written}, alone=True, less_memory=less)
     dropping = any(map(num_experts, planner.space.units))
     kept = 1.0 - (planner.settings.sparsity or 0.0) if dropping and planner.modules else 1.0
     copied = copied_for_export(workspace.pretrained.model, levels=not planner.modules, kept=kept, fewer=dropping)
@@ -199,7 +212,7 @@ def export(workspace: Workspace, *, command: str) -> None:
         logger.info("%s: %s%s%s", name, folder, f", {size / 1e6:.1f} MB of weights" if size else "", gone)
     result = read_result(run_dir)
     if result.get("rows"):
-        add_sizes(result["rows"], workspace, given)
+        add_sizes(result["rows"], workspace)
     if own := _sizes(run_dir):
         result["exports"] = own
     if result.keys() - {"schema"}:
@@ -215,16 +228,16 @@ def _row(workspace: Workspace, space: Space, genome: Genome, *, name: str) -> di
     return {"name": name, **workspace.method.costs(space, genome), "bytes": size}
 
 
-def add_sizes(rows: Sequence[dict[str, Any]], workspace: Workspace, given: Given | None) -> None:
+def add_sizes(rows: Sequence[dict[str, Any]], workspace: Workspace) -> None:
     """Put the bytes of what was exported into the rows that it was written from: the checkpoint's weight files, other formats'."""
     run_dir = workspace.run_dir
     by_name = {row["name"]: row for row in rows}
     for row in rows:
         row.pop("exports", None)
-    if given is not None and given.name in by_name and (sizes := _sizes(run_dir / "genomes" / given.folder)):
-        by_name[given.name]["exports"] = sizes
+        if sizes := _sizes(run_dir / "genomes" / folder_of(row["name"])):
+            row["exports"] = sizes
     ours = run_dir / "genome.json"
-    for folder in (run_dir / "checkpoint", *sorted((run_dir / "exports").glob("*"))):
+    for folder in (run_dir / "checkpoint", *_formats(run_dir)):
         if not (folder / ours.name).is_file() or (folder / ours.name).read_bytes() != ours.read_bytes():
             continue
         name = "evopress_refined" if is_refined(folder) else "evopress"
@@ -252,7 +265,12 @@ def served(workspace: Workspace, files: Path) -> Iterator[str]:
 
 def _sizes(files: Path) -> dict[str, Any]:
     """Return the bytes of what lies in a folder's `exports`, by format."""
-    return {folder.name: {"bytes": _size(folder)} for folder in sorted((files / "exports").glob("*")) if folder.is_dir()}
+    return {folder.name: {"bytes": _size(folder)} for folder in _formats(files)}
+
+
+def _formats(files: Path) -> list[Path]:
+    """Return the folders in a folder's `exports`, but for what a run that was killed left half written."""
+    return sorted(path for path in (files / "exports").glob("*") if path.is_dir() and not path.name.startswith("."))
 
 
 def _size(folder: Path) -> int:

@@ -112,6 +112,15 @@ def open_point(workspace: Workspace, point: Point, *, all_stages: bool = False) 
     return PointRun(point.name, run, searching(settings.search, derived=run.generations(settings)))
 
 
+def refuse_points_left(run_dir: Path) -> None:
+    """Raise EvoPressError if a folder has a run of several budgets, whose results a run of one target would take the place of."""
+    if (run_dir / POINTS).is_dir():
+        raise EvoPressError(
+            f"the run in {run_dir} has several budgets: resume it with its own budgets, max_kl or min_agreement, take one of them "
+            "with pick=…, or start a new run (hydra.run.dir=DIR)"
+        )
+
+
 def refuse_other_points(points: Sequence[PointRun]) -> None:
     """Raise EvoPressError if what an earlier run left of a point is not this one's; otherwise as the two for one budget."""
     for point in points:

@@ -40,7 +40,12 @@ class Given:
     @property
     def folder(self) -> str:
         """Name of its folder inside a run's."""
-        return re.sub(r"[^\w.-]+", "_", self.name).strip("_.") or "genome"
+        return folder_of(self.name)
+
+
+def folder_of(name: str) -> str:
+    """Return the name of the folder inside a run's that has what was exported of a row's genome."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("_.") or "genome"
 
 
 def file_of(given: str, key: str) -> Path | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
+from evopress.json_files import shown
 from evopress.methods.points import Point, grid, in_order, point_at
 from evopress.ranks import together
 from evopress.reporting.records import read_document, write_json
@@ -130,7 +131,7 @@ def find_smallest(workspace: Workspace, tried: Sequence[Point], points: list[Poi
 
     if workspace.settings.budgets:
         if not try_at(0):
-            raise _kept_by_none(kept, entries[-1], f"at {tried[0].name}, the greatest,", "add a greater budget")
+            raise _kept_by_none(kept, entries[-1], f"at {tried[0].name}, the least compressed,", "add a less compressed budget")
         best, over = 0, len(tried)
     else:
         if not keeps((0,) * len(database.space), "least compressed"):
@@ -164,8 +165,12 @@ def find_smallest(workspace: Workspace, tried: Sequence[Point], points: list[Poi
 def refuse_without_answer(workspace: Workspace) -> None:
     """Raise EvoPressError if a stage is for the smallest budget, and none was found nor will be: before any model work."""
     stages = set(workspace.settings.stages)
-    if stages & {"baselines", "export"} and "search" not in stages:
+    if "search" in stages:
+        return
+    if stages & {"baselines", "export"}:
         _answer(workspace)
+    elif stages & {"evaluate", "report"} and (told := _told(workspace)) is not None:
+        _check_answer(workspace, told)
 
 
 def find_baselines_of_smallest(workspace: Workspace) -> None:
@@ -185,7 +190,19 @@ def _answer(workspace: Workspace) -> PointRun:
         raise EvoPressError(
             f"there is no front.json in {workspace.run_dir} that names the smallest budget: run the stage search first"
         )
+    _check_answer(workspace, told)
     return open_point(workspace, point_at(workspace.settings, told["answer"]), all_stages=True)
+
+
+def _check_answer(workspace: Workspace, told: dict[str, Any]) -> None:
+    """Raise EvoPressError if the budget that was found keeps another limit than the one that is asked for."""
+    kept = Kept.of(workspace.settings)
+    if told.get(kept.key) != kept.limit:
+        there = next((f"{key}={shown(told[key])}" for key in ("max_kl", "min_agreement") if key in told), "another limit")
+        raise EvoPressError(
+            f"the smallest budget in {workspace.run_dir}, {told['answer']}, was found for {there}, not for {kept.key}="
+            f"{kept.limit:g}: run the stage search for this one first, or give that one"
+        )
 
 
 def _kept_by_none(kept: Kept, entry: dict[str, Any], where: str, otherwise: str) -> EvoPressError:

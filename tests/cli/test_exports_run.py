@@ -84,6 +84,14 @@ def test_exact_scales_of_a_named_genome(copied: Path, evopress: Callable[..., An
         assert {str(file.get_tensor(key).dtype) for key in file.keys() if key.endswith(".scales")} == {"float32"}  # noqa: SIM118
     rows = {row["name"]: row for row in json.loads((copied / "result.json").read_text())["rows"]}
     assert rows["uniform_3"]["exports"]["mlx"]["bytes"] > 0 and "exports" not in rows["evopress"]
+    left = copied / "genomes" / "uniform_3" / "exports" / ".gguf.tmp"  # by a run that was killed
+    left.mkdir()
+    (left / "half.gguf").write_text("x")
+    outcome = evopress("resume=run", "stages=[evaluate,export,report]", "export=[mlx]", "genome=dp")
+    assert outcome.code == 0, outcome.text
+    assert not left.exists() and "run/genomes/dp/exports/mlx" in outcome.text and "--model run/exports" not in outcome.text
+    rows = {row["name"]: row for row in json.loads((copied / "result.json").read_text())["rows"]}
+    assert all(list(rows[name]["exports"]) == ["mlx"] for name in ("uniform_3", "dp"))
 
 
 @pytest.mark.parametrize(

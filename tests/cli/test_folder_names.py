@@ -83,7 +83,7 @@ def test_any_folder_goes_on_by_the_command_that_is_printed(name: str, inside: bo
             with program._named_for_hydra(told) as told:
                 values = {argument.partition("=")[0]: composed(argument) for argument in told}
                 assert Path(values["hydra.run.dir"]).samefile(folder) and "${" not in values["hydra.run.dir"]
-            assert (values["bits"], values["hydra.mode"]) == (3, "RUN") and "stages" not in values
+            assert (values["bits"], values["hydra.mode"]) == (3, "RUN") and values["stages"] == ["search"]
             assert Path(str(values["resume"])).samefile(folder)
     assert not os.path.lexists(values["hydra.run.dir"])
 

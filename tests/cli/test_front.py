@@ -25,7 +25,7 @@ from evopress.errors import EvoPressError
 from evopress.finished import settings_digest
 from evopress.models.opening import fitted
 from evopress.reporting.front import front_rows, front_words
-from evopress.run_folder import keep_overrides, looks_aside
+from evopress.run_folder import FINISHED, keep_overrides, looks_aside
 from evopress.settings import RunSettings
 
 NAMES = ["4", "2.5"]
@@ -176,6 +176,22 @@ def test_one_target_means_nothing_to_several_budgets_that_are_resumed(given: str
     assert "budgets=[3]" in _with_resumed([f"resume={tmp_path}", "budgets=[3]"], tmp_path)
 
 
+def test_a_run_that_was_killed_goes_on_with_its_own_stages_and_a_finished_one_with_all(tmp_path: Path) -> None:
+    keep_overrides(tmp_path, ["+method=quant", "bits=2.5", "stages=[search,report]"])
+    assert "stages=[search,report]" in _with_resumed([f"resume={tmp_path}"], tmp_path)
+    given = _with_resumed([f"resume={tmp_path}", "stages=[export]"], tmp_path)
+    assert [each for each in given if each.startswith("stages=")] == ["stages=[export]"]
+    (tmp_path / FINISHED).write_text("{}")
+    assert not any(each.startswith("stages=") for each in _with_resumed([f"resume={tmp_path}"], tmp_path))
+
+
+def test_a_single_target_does_not_take_the_place_of_several_budgets(asked: RunSettings, copied: Path) -> None:
+    before = contents(copied)
+    with pytest.raises(EvoPressError, match=r"the run in .* has several budgets: resume it with its own budgets"):
+        run(replace(asked, budgets=[], bits=3.0), copied)
+    assert contents(copied) == before
+
+
 def test_what_a_search_makes_no_use_of_is_said() -> None:
     (sentence,) = unused(["bits=3", "search.generations=60"], strategy="guided")
     assert sentence.startswith("search.generations=60 means nothing to search/strategy=guided: its rounds are search")
@@ -224,6 +240,12 @@ def test_the_smallest_model_that_keeps_a_kl_is_found_by_bisection_and_exported(a
     run(replace(ask, stages=["baselines"]), tmp_path / "run")
     assert [path.parent.name for path in tmp_path.glob("run/points/*/baselines.json")] == [told["answer"]]
     before = contents(tmp_path / "run" / "points")
+    for stages in (["export"], ["report"]):
+        with pytest.raises(EvoPressError, match=r"was found for max_kl=0.015, not for max_kl=0.001: run the stage search"):
+            run(replace(ask, max_kl=0.001, stages=stages), tmp_path / "run")
+        with pytest.raises(EvoPressError, match=r"was found for max_kl=0.015, not for min_agreement=0.9: run"):
+            run(replace(ask, max_kl=None, min_agreement=0.9, stages=stages), tmp_path / "run")
+    assert contents(tmp_path / "run" / "points") == before
     run(replace(ask, max_kl=2 * kls["3"], stages=SEARCH), tmp_path / "run")
     again = read(tmp_path / "run" / "front.json")
     assert again["answer"] in ("3", "2.5") and again["tried"][:2] == [{**each, "keeps": True} for each in told["tried"][:2]]

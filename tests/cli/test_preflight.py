@@ -17,18 +17,18 @@ from safetensors.torch import load_file, save_file
 
 from evopress import room
 from evopress.evaluation.tasks import Asked
-from evopress.finished import FINISHED
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator, evaluation_bytes, measure_sums
 from evopress.levels import build
 from evopress.levels.live import decoding_bytes
 from evopress.progress import duration
+from evopress.run_folder import FINISHED
 from evopress.stages import conclude, preflight, probe
 from evopress.stages.conclude import evaluate_needs
 from evopress.stages.exports import export_needs
 from evopress.stages.needs import Planner
-from evopress.units import Level, Space, Unit
+from evopress.units import Budget, Level, Space, Unit
 from experiments.benchmark.alive import BOTH, Alive
 
 METHODS = {
@@ -362,10 +362,22 @@ WHOLE = 7 * GB + decoding_bytes(SIZE, torch.bfloat16)
 """Of a model's decoded units, and one that is being decoded."""
 
 
-def planner(device: str, *, offload: bool = False, evaluator: str = "population", tasks: tuple[str, ...] = ()) -> Any:
+def planner(
+    device: str,
+    *,
+    offload: bool = False,
+    evaluator: str = "population",
+    tasks: tuple[str, ...] = (),
+    export: tuple[str, ...] = ("dequantized",),
+    budget: Budget | None = None,
+) -> Any:
     """Return a planner for a run of a model of 7 GB of units, on a device that is made up."""
-    space = Space("quant", tuple(Unit(f"u{i}", i % 2, "u", SIZE, (Level("4", "4", 4, 4),)) for i in range(70)))
-    model = SimpleNamespace(config=SimpleNamespace(intermediate_size=4096), parameters=lambda: iter(()), modules=lambda: iter(()))
+    space = Space("quant", tuple(Unit(f"u{i}", i % 2, "u", SIZE, (Level("4", 4 * SIZE, "4", 4 * SIZE),)) for i in range(70)))
+    model = SimpleNamespace(
+        config=SimpleNamespace(intermediate_size=4096),
+        parameters=lambda: iter([torch.empty(1000, dtype=torch.bfloat16)]),
+        modules=lambda: iter(()),
+    )
     blocks = SimpleNamespace(
         blocks=[None] * 2,
         dtype=torch.bfloat16,
@@ -394,12 +406,15 @@ def planner(device: str, *, offload: bool = False, evaluator: str = "population"
             baselines=SimpleNamespace(names=[]),
             sparsity=None,
             genome=None,
+            export=list(export),
+            export_options={},
         ),
         method=SimpleNamespace(weights=object()),
         model_source=SimpleNamespace(is_outline=True),
         refines=True,
+        other_bytes=1000,
     )
-    return Planner(workspace, space, None, None, None, None, None)  # type: ignore[arg-type]
+    return Planner(workspace, space, budget, None, None, None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -408,7 +423,16 @@ def planner(device: str, *, offload: bool = False, evaluator: str = "population"
 )
 def test_the_export_decodes_the_model_where_its_blocks_lie(device: str, offload: bool, memory: int, on_device: int) -> None:
     needs = export_needs(planner(device, offload=offload))
-    assert (needs.memory, needs.device) == (memory, on_device)
+    assert (needs.memory // GB, needs.device) == (memory // GB, on_device)
+
+
+def test_an_export_takes_what_its_formats_do() -> None:
+    least = Budget(70 * 4 * SIZE, 4.0, "bits per weight")
+    of_format = [
+        export_needs(planner("cpu", export=export, budget=least)).disk[Path("run")]
+        for export in (("dequantized",), ("mlx",), ("dequantized", "mlx", "gguf"))
+    ]
+    assert of_format == [2000, 1000 + 35 * SIZE, 2000 + 2 * (1000 + 35 * SIZE)]
 
 
 def test_zero_shot_tasks_and_the_plain_evaluator_decode_the_whole_model() -> None:

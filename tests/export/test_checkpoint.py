@@ -88,6 +88,16 @@ def test_an_older_export_is_replaced_whole(live_model, genome_files, tmp_path):
     assert torch.equal(weights[f"{name}.weight"], live.levels.read(0, 2).decode())
 
 
+def test_a_link_stays_one_and_what_it_names_is_replaced(live_model, genome_files, tmp_path):
+    live = live_model()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for level in (0, 2):
+        export(live, tmp_path / "link", genome_files, genome=(level,) * len(live.space))
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "model.safetensors").is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
 class BrokenError(Exception):
     pass
 
