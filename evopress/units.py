@@ -242,6 +242,17 @@ class Limit:
         """Return what a genome spends of it."""
         return space.cost_in(self.currency or space.words, genome, self.kind)
 
+    def bounds(self, space: Space) -> tuple[int, int]:
+        """Return the least and the most that genomes spend of it, each unit for itself; what can be dropped is free."""
+        counted = [
+            (0 if module is not None and any(level.drops for level in space.units[module].levels) else min(prices), max(prices))
+            for unit, prices, module in zip(
+                space.units, space.prices_in(self.currency or space.words), space.inside or (None,) * len(space), strict=True
+            )
+            if unit.is_of(self.kind)
+        ]
+        return sum(least for least, _ in counted), sum(most for _, most in counted)
+
     @property
     def scale(self) -> int:
         """Prices that are one of what is shown."""
@@ -289,7 +300,7 @@ class Budget:
         return f"{cost / space.size:g}"
 
     def check(self, space: Space) -> None:
-        """Raise EvoPressError unless some genome of the space meets the budget and not all of them do trivially."""
+        """Raise EvoPressError unless genomes of the space meet the budget and each limit, and not all meet the budget trivially."""
         if self.total < space.least_cost:
             first = space.units[0]
             least = self._shown(space, space.least_cost)
@@ -304,3 +315,12 @@ class Budget:
                 f"target {self.target:g} {self.measure} is above the least compressed level ({most}): "
                 "add a less compressed level or lower the target"
             )
+        for limit in self.limits:
+            lowest, highest = limit.bounds(space)
+            if not highest:
+                raise EvoPressError(f"limits has {limit}, which no level of this run's takes any of: leave it out")
+            if limit.total < lowest:
+                raise EvoPressError(
+                    f"limits has {limit} for all units together, whose most compressed levels take {lowest // limit.scale}: raise "
+                    "it, or add a more compressed level"
+                )

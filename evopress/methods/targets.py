@@ -96,4 +96,8 @@ def checked_limit(entry: Any) -> tuple[Currency, str | float, str | None]:
         parsed_size(total)
     elif isinstance(total, bool) or not isinstance(total, int | float) or not total >= 0:
         raise EvoPressError(f"limits has the total {total!r:.100} of {currency.name}: expected a number of at least 0")
+    elif float(total) != math.floor(float(total)):
+        raise EvoPressError(
+            f"limits has {total:g} {currency.name}, which are those of all units together: expected a whole number, no average"
+        )
     return currency, total, entry.get("kind")

@@ -120,7 +120,16 @@ def what_decides_fitness(workspace: Workspace, *, text: bool = True) -> dict[str
 
 def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Say which settings an earlier run had otherwise; what its version did not write down is not compared."""
-    return [f"{key} {shown(there[key])} there, {shown(here[key])} here" for key in here if key in there and there[key] != here[key]]
+    found = []
+    for key in here:
+        if key not in there or there[key] == here[key]:
+            continue
+        if isinstance(there[key], Mapping) and isinstance(here[key], Mapping):
+            inside = changes(there[key], here[key])
+            found += [f"{key}.{change}" for change in inside] or [f"{key} {shown(there[key])} there, {shown(here[key])} here"]
+        else:
+            found.append(f"{key} {shown(there[key])} there, {shown(here[key])} here")
+    return found
 
 
 def baselines_as_asked(workspace: Workspace) -> dict[str, Any] | None:

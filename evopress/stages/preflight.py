@@ -25,6 +25,7 @@ from evopress.models.first_block import first_block
 from evopress.progress import duration
 from evopress.reporting.records import read_json
 from evopress.room import Needs, Room, amount, by_machine, check_room, disks, in_bytes, room_on
+from evopress.search.constraint import make_exchange
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.search.strategy import Asks, Searching
 from evopress.settings import STAGES
@@ -101,6 +102,9 @@ def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple
         asks = None if "search" not in run.settings.stages else _asks(run, numbers)
         if asks and numbers.num_generations and isinstance(numbers, SearchSettings):
             check_switches(space, budget, numbers)
+        evolution = getattr(numbers, "evolution", None)  # after the rounds of a guided search
+        if asks and evolution is not None and evolution.generations:
+            make_exchange(evolution.exchange, space, budget)
         asked.append(asks)
     if any(asked) and searching.num_generations and isinstance(searching, SearchSettings):
         _say_what_stays(space, workspace.settings.search.exchange)

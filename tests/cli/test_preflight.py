@@ -562,3 +562,25 @@ def test_a_model_without_a_yaml_says_what_was_taken_from_it(
     outcome = evopress("+method=quant", "bits=3.5", "+debug=tiny", "search/strategy=evolution", *model, DRY, "hydra.run.dir=run")
     assert outcome.code == 0, outcome.text
     assert "from the model: model.sequence_length=512, model.group_size=32, method.group_size=32" in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("limit", "sentence"),
+    [
+        ("{currency: bytes, total: 70kB}", r"limits has \d+ bytes for all units together, whose most compressed levels take \d+:"),
+        ("{currency: bits, total: 2.5}", "limits has 2.5 bits, which are those of all units together: expected a whole number"),
+        ("{currency: bits, total: 3}", "limits has 3 bits for all units together, whose most compressed levels take 36864:"),
+        ("{currency: modules, total: 3}", "limits has 3 modules, which no level of this run's takes any of: leave it out"),
+    ],
+)
+def test_limits_that_nothing_keeps_are_refused_before_any_work(limit: str, sentence: str, tiny: Callable[..., Any]) -> None:
+    outcome = tiny("search.exchange=fit", f"limits=[{limit}]", "dry_run=true")
+    assert outcome.code == 1 and re.search(sentence, outcome.errors[0]), outcome.text
+
+
+def test_evolution_after_the_rounds_must_keep_the_limits_too(evopress: Callable[..., Any]) -> None:
+    limit = "limits=[{currency: bytes, total: 84kB}]"
+    given = ("+method=quant", "bits=3.5", "+debug=tiny", limit, "dry_run=true")
+    assert evopress(*given).code == 0
+    outcome = evopress(*given, "search.strategy.generations_after=2")
+    assert outcome.code == 1 and "search.exchange=size keeps one total" in outcome.errors[0]

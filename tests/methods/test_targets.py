@@ -53,7 +53,7 @@ def test_limits_are_read() -> None:
         {"currency": "modules", "total": 52},
         {"currency": "bytes", "total": "2kB"},
         {"currency": "bytes", "total": 2000},
-        {"currency": "bits", "total": 7.9, "kind": "q_proj"},
+        {"currency": "bits", "total": 7.0, "kind": "q_proj"},
     ]
     limits = further_limits(asked, SPACE, Rest(bits=800))
     assert [limit.total for limit in limits] == [52, 16_000 - 800, 16_000, 7]
