@@ -18,9 +18,11 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
 
 from evopress import config as configuration
@@ -151,9 +153,11 @@ def commands(name: str, root: Path, jobs: int, further: Sequence[str]) -> Iterat
 
 
 def run_script(name: str, root: Path, jobs: int, further: Sequence[str]) -> bool:
-    """Run the commands of a script unless an earlier call has; tell whether all ended well."""
+    """Run the commands of a script unless an earlier call has, on the sweeps as they are; tell whether all ended well."""
     done, lines = root / f"{name}.done", list(commands(name, root, jobs, further))
-    told = "".join(" ".join(line) + "\n" for line in lines)
+    told = "".join(" ".join(line) + "\n" for line in commands(name, root, 0, further))  # however many at once
+    if any("--root {root}" in command for command in SCRIPTS[name]):
+        told += f"results until {newest(root)}\n"
     if done.is_file() and done.read_text(encoding="utf-8") == told:
         return True
     for line in lines:
@@ -161,6 +165,17 @@ def run_script(name: str, root: Path, jobs: int, further: Sequence[str]) -> bool
             return False
     done.write_text(told, encoding="utf-8")
     return True
+
+
+def newest(folder: Path) -> float:
+    """Return when the last result in a folder of sweeps, or of jobs, was written, in seconds; 0: there is none."""
+    return max((path.stat().st_mtime for path in (*folder.glob("*/result.json"), *folder.glob("*/*/result.json"))), default=0.0)
+
+
+def is_stale(name: str, root: Path, out: Path | None) -> bool:
+    """Tell whether a sweep has results that are newer than its table, such as those of a job that outlived a killed queue."""
+    table = folder_of(name, out) / "table.md"
+    return not table.is_file() or newest(root / name) > table.stat().st_mtime
 
 
 def go(names: Sequence[str], *, root: Path, out: Path | None, at_once: int, further: Sequence[str]) -> int:
@@ -177,7 +192,7 @@ def go(names: Sequence[str], *, root: Path, out: Path | None, at_once: int, furt
     clock = Clock(left, at_once)
     print(clock, flush=True)
     for each in left:
-        if not each.jobs and each.name in SPECS and not (folder_of(each.name, out) / "table.md").is_file():
+        if not each.jobs and each.name in SPECS and is_stale(each.name, root, out):
             make(each.name, root, out)
     for run, well in evopress_all((run for each in left for run in runs(each.name, each.jobs, root, further)), at_once=at_once):
         failed += not well
@@ -187,13 +202,23 @@ def go(names: Sequence[str], *, root: Path, out: Path | None, at_once: int, furt
         if last:
             make(run.labels["sweep"], root, out)
     for name in names:
-        if name in SCRIPTS:
+        if name in SCRIPTS and out is None:
             well = run_script(name, root, at_once, further)
             failed += not well
             print(f"{name}: {'done' if well else f'failed, {why_it_failed(root / name)}'}", flush=True)
     if out is None:
         claims.write()
     return failed
+
+
+@contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Hold a folder of sweeps for one queue; raise EvoPressError if another is at work there."""
+    try:
+        with FileLock(root / ".queue.lock", timeout=0):
+            yield
+    except Timeout:
+        raise EvoPressError(f"another queue is at work in {root}: wait for its end, or give this one a --root of its own") from None
 
 
 def show(names: Sequence[str], root: Path, jobs: int, further: Sequence[str]) -> None:
@@ -218,7 +243,11 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(every)} (default: all)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at once (default: a job for each core)")
     parser.add_argument("--root", type=Path, default=Path("multirun"), help="where the sweeps lie (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="tables go into folders in this one (default: the experiments' own)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="tables go into folders in this one, without scripts (default: the experiments' own)",
+    )
     parser.add_argument("--list", action="store_true", help="say what is missing, run nothing")
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked, further = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
@@ -229,12 +258,17 @@ def main() -> None:
     if not any(each.startswith("threads=") for each in further):
         further.append("threads=1")
     names = list(dict.fromkeys(asked.names)) or every
+    if asked.out is not None and (own := [name for name in asked.names if name in SCRIPTS and name not in SWEEPS]):
+        parser.error(f"--out {asked.out} is for tables of sweeps, and {own[0]} writes into its own folder: leave one of them out")
     asked.root.mkdir(parents=True, exist_ok=True)
     try:
         with stopping_at_signals():
             if asked.list:
                 show(names, asked.root, asked.jobs, further)
-            elif failed := go(names, root=asked.root, out=asked.out, at_once=asked.jobs, further=further):
+                return
+            with alone(asked.root):
+                failed = go(names, root=asked.root, out=asked.out, at_once=asked.jobs, further=further)
+            if failed:
                 print(f"error: {failed} of it failed; the same command goes on with what is missing", file=sys.stderr)
                 sys.exit(1)
     except EvoPressError as error:

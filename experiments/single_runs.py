@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import threading
@@ -10,6 +11,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+_BEGUN = "$ "
+"""Before the command in a log, once for each time that it was begun."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class Running:
             self._processes.add(process)
         try:
             return process.wait() == 0
+        except BaseException:  # a signal to who waits
+            process.terminate()
+            process.wait()
+            raise
         finally:
             with self._lock:
                 self._processes.discard(process)
@@ -65,6 +73,7 @@ def logged(command: Sequence[str], folder: Path, *, running: Running | None = No
     """Run a command, with what it says in a file beside a folder; tell whether it ended well. Arguments as of `evopress`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _log(folder).open("a", encoding="utf-8") as log:
+        print(f"{_BEGUN}{shlex.join(command)}", file=log, flush=True)
         return (running or Running()).ended_well(command, log)
 
 
@@ -86,8 +95,9 @@ def evopress_all(runs: Iterable[SingleRun], *, at_once: int = 1) -> Iterator[tup
 
 
 def why_it_failed(folder: Path) -> str:
-    """Return the last error that a job has said."""
-    lines = _log(folder).read_text(encoding="utf-8").splitlines() if _log(folder).exists() else []
+    """Return the last error that a job has said since it was last begun."""
+    text = _log(folder).read_text(encoding="utf-8") if _log(folder).exists() else ""
+    lines = text.rpartition(_BEGUN)[2].splitlines()
     return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error")), "see its log")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments import queue
-from experiments.single_runs import SingleRun, evopress_all
+from experiments.single_runs import SingleRun, evopress_all, logged, why_it_failed
 from experiments.specs import BEST_LEVELS, home
 
 
@@ -90,6 +92,69 @@ def test_scripts_are_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run = lambda *further: queue.run_script("table13", tmp_path, 2, further)  # noqa: E731
     assert [run(), run(), run(), run("threads=2")] == [False, True, True, True]
     assert [command[1] for command in asked] == ["evopress", *["evopress", "experiments.table13.run"] * 2]
+
+
+def test_scripts_that_read_sweeps_are_run_again_when_these_have_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(queue, "logged", lambda command, folder: asked.append(command[2]) or True)
+    write_job(tmp_path / "table9_12" / "seed-0", [])
+    assert queue.run_script("figure5", tmp_path, 2, ()) and queue.run_script("figure5", tmp_path, 4, ())
+    assert asked == ["experiments.figure5.run"], "with as many at once as ever"
+    write_job(tmp_path / "table9_12" / "seed-1", [])
+    os.utime(tmp_path / "table9_12" / "seed-1" / "result.json", (2e9, 2e9))
+    assert queue.run_script("figure5", tmp_path, 2, ()) and len(asked) == 2
+
+
+def test_a_table_is_made_again_of_jobs_that_ended_without_the_queue(ran: list[SingleRun], tmp_path: Path) -> None:
+    for seed in range(3):
+        write_job(tmp_path / "table3" / f"seed-{seed}", [f"seed={seed}"])
+    table = tmp_path / "out" / "table3" / "table.md"
+    table.parent.mkdir(parents=True)
+    table.write_text("OLD", encoding="utf-8")
+    go = lambda: queue.go(["table3"], root=tmp_path, out=tmp_path / "out", at_once=1, further=[])  # noqa: E731
+    assert go() == 0 and table.read_text(encoding="utf-8") == "OLD", "it is newer than they are"
+    os.utime(table, (1e9, 1e9))
+    assert go() == 0 and table.read_text(encoding="utf-8").startswith("# Table 3") and not ran
+
+
+def test_one_queue_at_a_time_and_no_script_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["queue", "table3", "--root", str(tmp_path), "--list"])
+    with queue.alone(tmp_path):
+        queue.main()
+        monkeypatch.setattr(sys, "argv", ["queue", "table3", "--root", str(tmp_path)])
+        with pytest.raises(SystemExit):
+            queue.main()
+    assert f"error: another queue is at work in {tmp_path}: wait" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["queue", "table13", "--root", str(tmp_path), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        queue.main()
+    assert "table13 writes into its own folder" in capsys.readouterr().err
+
+
+def test_a_stopped_script_ends_with_the_queue_and_the_last_attempt_says_why(tmp_path: Path, monkeypatch: Any) -> None:
+    asked: list[str] = []
+
+    class Process:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def wait(self) -> int:
+            asked.append("wait")
+            if asked.count("wait") == 1:
+                raise KeyboardInterrupt
+            return 1
+
+        def terminate(self) -> None:
+            asked.append("terminate")
+
+    monkeypatch.setattr("experiments.single_runs.subprocess.Popen", Process)
+    (tmp_path / "job.log").write_text("$ python\nerror: the disk is full\n", encoding="utf-8")
+    assert why_it_failed(tmp_path / "job") == "the disk is full"
+    with pytest.raises(KeyboardInterrupt):
+        logged(["python", "-m", "http.server"], tmp_path / "job")
+    assert asked == ["wait", "terminate", "wait"]
+    assert why_it_failed(tmp_path / "job") == "see its log"
 
 
 def test_a_twin_is_the_same_sweep_on_other_levels(ran: list[SingleRun], tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_limits_are_read() -> None:
     ]
     limits = further_limits(asked, SPACE, Rest(bits=800))
     assert [limit.total for limit in limits] == [52, 16_000 - 800, 16_000, 7]
-    assert [str(limit) for limit in limits[::3]] == ["share of modules dropped 52", "bits per weight 7 of q_proj"]
+    assert [str(limit) for limit in limits[::3]] == ["52 modules", "7 bits of q_proj"]
 
 
 @pytest.mark.parametrize(
