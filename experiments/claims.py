@@ -4,6 +4,7 @@
 
 A claim is that a method has a higher or a lower perplexity than the table's reference. The paper's numbers are ratios over its
 models and texts; ours is the ratio of means over seeds, with the verdict of `results.csv`: paired by seed, two standard errors.
+What a t test of as many seeds does not bear out at 5% has its p beside it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from experiments.sweeps import describe
 from experiments.tables import fill_readme, number_of
 
 README = Path(__file__).parent / "README.md"
+_SURE = 0.05
 _OPPOSITE = {"worse": "better", "better": "worse"}
 
 
@@ -75,7 +77,17 @@ def _against(method: str, row: Mapping[str, str], reference: float, ratios: Sequ
         said = {theirs: "**holds**", _OPPOSITE[theirs]: "**does not hold**", "tie": "**a tie** here"}.get(
             row["verdict"], "one seed"
         )
+    if (p := chance(row)) > _SURE and row["verdict"] in _OPPOSITE:
+        said += f" (p={p:.2f})"
     return f"{display_name(method)} ×{least:.2f} to ×{most:.2f} in the paper, ×{float(row['mean']) / reference:.2f} here, {said}"
+
+
+def chance(row: Mapping[str, str]) -> float:
+    """Return the p of a paired t test, two-sided: of so few seeds two standard errors are not much. 0 where nothing varies."""
+    from scipy.stats import t
+
+    difference, error, seeds = (float(row.get(key) or "nan") for key in ("difference", "standard_error", "seeds"))
+    return float(2 * t.sf(abs(difference) / error, seeds - 1)) if error > 0 and seeds > 1 else 0.0
 
 
 def text() -> str:

@@ -40,6 +40,16 @@ def test_verdicts(uniform: str, verdict: str, mean: str, said: str, tmp_path: Pa
     assert list(claims.claims("table3")) == [f"Table 3: 3 bits per weight: perplexity over that of EvoPress: {said}."]
 
 
+def test_what_three_seeds_do_not_bear_out_has_its_p() -> None:
+    """For two degrees of freedom p is 1 - t / √(t² + 2)."""
+    row = {"difference": "-3", "standard_error": "1", "seeds": "3", "verdict": "worse", "mean": "30"}
+    assert claims.chance(row) == pytest.approx(1 - 3 / 11**0.5)
+    assert claims._against("uniform", row, 20.0, [1.2]).endswith("**holds** (p=0.10)")
+    assert claims._against("uniform", row | {"difference": "4.4"}, 20.0, [1.2]).endswith("**holds**")
+    assert claims._against("uniform", row | {"verdict": "tie"}, 20.0, [1.2]).endswith("**a tie** here")
+    assert claims.chance(row | {"standard_error": "0"}) == claims.chance(row | {"seeds": "1"}) == 0
+
+
 def test_nothing_is_said_without_the_reference_here_or_in_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as a sweep is half-finished."""
     monkeypatch.setattr(claims, "home", lambda name: tmp_path)
