@@ -87,8 +87,8 @@ class GGUF:
 
         Args:
             exact: let no weight differ from the one that was measured, where that takes a larger type.
-            dense: what weights that are no integers are held as: float32, float16, bfloat16, or Q8_0, rounded to the nearest as
-                llama.cpp's own tool does, where rows are a multiple of 32; None: the model's dtype.
+            dense: what matrices that are no units are held as: float32, float16, bfloat16, or Q8_0, rounded to the nearest as
+                llama.cpp's own tool does, where rows are a multiple of 32; None: the model's dtype, as units at a dense level are.
             pre_tokenizer: llama.cpp's name for how the tokenizer splits text; None: by what the tokenizer says.
         """
         dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _DENSE}
@@ -159,8 +159,9 @@ class GGUF:
             if rounding.worst
             else "The weights are those that were measured, bit for bit once they are rounded to the model's dtype."
         )
-        if self._rounded:
-            exactness += f" Matrices that are no units are rounded to {_ROUNDED.name}."
+        if self._rounded or self._dense not in (None, export.model.dtype):
+            to = _ROUNDED.name if self._rounded else _DENSE[self._dense or export.model.dtype]
+            exactness += f" Matrices that are no units are rounded to {to}."
         logger.info("gguf: %s", exactness)
         card = model_card(
             export,
@@ -241,9 +242,10 @@ class GGUF:
     def _as_it_is(
         self, name: str, parameter: Tensor, weight: Weight | None, order: Tensor | None, model_dtype: torch.dtype
     ) -> _Tensor:
-        """Return a weight that is no integers: matrices as `dense` says, the rest in float32, as llama.cpp takes it."""
-        dtype = torch.float32 if parameter.dim() < 2 else self._dense or model_dtype
-        rounded = self._rounded and parameter.dim() == 2 and parameter.shape[1] % _ROUNDED.width == 0
+        """Return a weight that is no integers: units as they are, other matrices as `dense` says, the rest in float32."""
+        own = model_dtype if weight is not None else self._dense or model_dtype
+        dtype = torch.float32 if parameter.dim() < 2 else own  # which llama.cpp takes there
+        rounded = self._rounded and weight is None and parameter.dim() == 2 and parameter.shape[1] % _ROUNDED.width == 0
 
         def make() -> Tensor:
             data = _rows(parameter.data if weight is None else weight.read().decode(), order)

@@ -23,7 +23,7 @@ from evopress.compress.gguf_levels import GGUFWeight
 from evopress.compress.gptq import Quantized
 from evopress.engines import ENGINES
 from evopress.errors import EvoPressError
-from evopress.export.exporter import GGUF_TYPE, INTEGERS, SPARSE, Export, Form, write_export
+from evopress.export.exporter import DENSE, GGUF_TYPE, INTEGERS, SPARSE, Export, Form, write_export
 from evopress.export.gguf import FILE, GGUF, as_blocks, type_of
 from evopress.export.gguf_model import ARCHITECTURES, frequency_factors
 from evopress.export.gguf_tokenizer import add_tokenizer, split_name
@@ -281,6 +281,20 @@ def test_matrices_that_are_no_units_are_rounded_as_llama_cpp_rounds_them(exporte
     (found,) = [tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight"]
     embedding = export.model.get_input_embeddings().weight.data.numpy()
     assert np.array_equal(found.data, gguf.quants.quantize(embedding, gguf.GGMLQuantizationType.Q8_0))
+
+
+@pytest.mark.parametrize(("dense", "kind"), [("float16", "F16"), ("Q8_0", "Q8_0")])
+def test_units_at_a_dense_level_stay_as_they_were_measured(
+    dense: str, kind: str, exported: Callable[..., Export], tmp_path: Path
+) -> None:
+    export = exported()
+    folder = write_export(GGUF(dense=dense), tmp_path / "gguf", export)
+    units = [form.name for form in export.forms if form.kind == DENSE]
+    assert units
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(folder / FILE).tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
+    assert {kinds[f"{names.get_name(name)}.weight"] for name in units} == {"F32"} and kinds["token_embd.weight"] == kind
+    assert f"Matrices that are no units are rounded to {kind}." in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
