@@ -289,7 +289,7 @@ def test_units_at_a_dense_level_stay_as_they_were_measured(
 ) -> None:
     export = exported()
     folder = write_export(GGUF(dense=dense), tmp_path / "gguf", export)
-    units = [form.name for form in export.forms if form.kind == DENSE]
+    units = [form.unit for form in export.forms if form.kind == DENSE]
     assert units
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(folder / FILE).tensors}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
