@@ -27,6 +27,10 @@ _IN_PLACE_OF = {
     "size": ("budgets",),
 }
 """A target to what takes its place, whatever it is, where both are given."""
+_OPEN = re.compile(r"(method\.group_sizes|export_options|baselines\.options)[.=]")
+"""Settings that hold keys of the user's own, which Hydra takes with a plus alone."""
+_OF_EVOLUTION = re.compile(r"search\.(num_offspring|survivors|tokens|max_switches|distribution|tokens_per_selection)=")
+_AFTER = re.compile(r"search\.strategy\.generations_after=[1-9]")
 _TILDE = re.compile(r"(?<=[=\[,])~(?=/|[\w.-]+/|$)[^,\[\]{}'\"]*")
 """An unquoted path that begins with `~`: a value, or an element of a list or a sweep."""
 
@@ -34,10 +38,12 @@ _TILDE = re.compile(r"(?<=[=\[,])~(?=/|[\w.-]+/|$)[^,\[\]{}'\"]*")
 def prepared(arguments: Sequence[str]) -> list[str]:
     """Return arguments as Hydra reads them: a path that begins with `~` is put into quotes, or, of Hydra itself, expanded.
 
+    What holds keys of the user's own, such as `method.group_sizes={2: 32}`, gets the plus that Hydra asks for.
+
     Settings of ours keep their `~`, so that a run folder says what was typed; `given_path` expands it. Hydra would make a folder
     of that name.
     """
-    return [_with_tilde(argument) for argument in arguments]
+    return [_with_tilde(f"++{argument}" if _OPEN.match(argument) else argument) for argument in arguments]
 
 
 def _with_tilde(argument: str) -> str:
@@ -90,6 +96,12 @@ def refused(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> st
             return f"{argument} is no flag: settings are written key=value, {plus}{name}={value if equals else '...'}"
         if found := _ELEMENT.match(argument):
             return f"{argument} is one element of a list that the scale makes: write all of it, {found[1]}=[...]"
+        if argument.replace(" ", "") == "hydra.launcher.n_jobs=0":
+            return f"{argument} is no number of jobs: give one, or -1 for one on each core"
+        if argument == "resume=":
+            return "resume= names no folder: give that of a run, resume=RUN_FOLDER"
+        if argument.startswith("resume=") and argument != "resume=null" and {"-m", "--multirun"} & set(arguments):
+            return f"{argument} goes on with one run: leave -m out; a sweep goes on by its own command, in the same folder"
     if both := two_targets(arguments, arguments):
         return f"{' and '.join(both)} are both given: leave one of them out"
     return None
@@ -112,6 +124,11 @@ def unused(arguments: Sequence[str], *, strategy: str) -> Iterator[str]:
             yield (
                 f"{argument} means nothing to search/strategy=guided: its rounds are search.strategy.rounds and "
                 "search.strategy.second_order_rounds, and search.strategy.generations_after is evolution after them"
+            )
+        elif _OF_EVOLUTION.match(argument) and not any(map(_AFTER.match, arguments)):
+            yield (
+                f"{argument} is of evolution and means nothing to search/strategy=guided, but after its rounds "
+                "(search.strategy.generations_after): add search/strategy=evolution, or leave it out"
             )
 
 

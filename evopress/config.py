@@ -195,7 +195,9 @@ def to_settings(config: DictConfig) -> RunSettings:
     Raises: EvoPressError without a method, or if a value is missing or out of range, or a key is unknown.
     """
     if "method" not in config or OmegaConf.is_missing(config, "method"):
-        raise EvoPressError(f"no method was chosen: add one of {', '.join(f'+method={name}' for name in METHODS)} to the command")
+        raise EvoPressError(
+            f"no method was chosen: add one of {', '.join(f'+method={name}' for name in options()['method'])} to the command"
+        )
     try:
         settings = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, Generic, TypeVar
 
 from evopress.errors import EvoPressError
@@ -92,8 +92,7 @@ class Registry(Generic[Part]):
             signature(make).bind(**options)
         except TypeError as error:
             raise EvoPressError(
-                f"the {self.kind} {name} does not take what {told_by} gives it, {dict(options)} ({error}): "
-                f"its options are {signature(make)}"
+                f"the {self.kind} {name} does not take what {told_by} gives it, {dict(options)} ({error}): {_options_of(make)}"
             ) from None
         return make(**options)
 
@@ -128,3 +127,9 @@ def _origins(points: list[EntryPoint]) -> str:
     """Name the packages that entry points come from, and where each points: "package stories 1.0 (my_package.text:Stories)"."""
     packages = [f"package {point.dist.name} {point.dist.version}" if point.dist else "a package" for point in points]
     return " and ".join(f"{package} ({point.value})" for package, point in zip(packages, points, strict=True))
+
+
+def _options_of(make: Any) -> str:
+    """Say what a factory takes: "its options are path, steps=1"."""
+    known = [str(each.replace(annotation=Parameter.empty)) for each in signature(make).parameters.values()]
+    return f"its options are {', '.join(known)}" if known else "it has no options"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from difflib import get_close_matches
 
 from evopress.baselines.baseline import EXPERTS, MODULES, WEIGHTS, check_minibatch
 from evopress.baselines.named import BASELINES, make_baselines, names_serving
@@ -18,10 +19,14 @@ from evopress.workspace import Workspace
 
 
 def check_names(settings: RunSettings) -> None:
-    """Raise EvoPressError for baselines that do not exist, or not for this method."""
+    """Raise EvoPressError for baselines that do not exist, or not for this method, or options of none."""
     kind = WEIGHTS
     if isinstance(settings.method, DropSettings):
         kind = EXPERTS if settings.method.granularity == EXPERT else MODULES
+    for name in settings.baselines.options:
+        if name not in BASELINES:
+            near = get_close_matches(name, BASELINES, n=1) or list(BASELINES)
+            raise EvoPressError(f"baselines.options has {name!r}, which is no baseline: did you mean {' or '.join(near)}?")
     for name in settings.baselines.names:
         if name not in BASELINES or kind not in make_baselines(settings.baselines, [name])[name].serves:
             raise EvoPressError(

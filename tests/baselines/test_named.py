@@ -53,8 +53,8 @@ def test_one_from_outside_comes_last_with_its_options(install: Callable[..., Pat
     ("name", "options", "message"),
     [
         ("greedly", {}, r"^baselines\.names=greedly is unknown: choose one of uniform, .*, owl, .*, greedy, nothing$"),
-        ("greedy", {"size": 1}, r"^the baseline greedy does not take .*\{'size': 1\} .*: its options are \(\*, steps=1\)$"),
-        ("dp", {"size": 1}, r"^the baseline dp does not take .*\{'size': 1\} .*: its options are \(\)$"),
+        ("greedy", {"size": 1}, r"^the baseline greedy does not take .*\{'size': 1\} .*: its options are steps=1$"),
+        ("dp", {"size": 1}, r"^the baseline dp does not take .*\{'size': 1\} .*: it has no options$"),
         ("nothing", {}, r"^baselines\.names has 'nothing', which is a Nothing and no .*Baseline: leave it out$"),
     ],
 )

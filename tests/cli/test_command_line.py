@@ -128,3 +128,29 @@ def test_a_plus_may_be_left_out(typed: list[str], meant: list[str]) -> None:
 def test_a_method_without_its_plus(evopress: Callable[..., Any]) -> None:
     with_it, without = (evopress(f"{plus}method=sparsity", "sparsity=0.6", "--cfg", "job") for plus in ("+", ""))
     assert (without.code, without.text) == (0, with_it.text)
+
+
+def test_what_holds_keys_of_ones_own_needs_no_plus() -> None:
+    given = ["method.group_sizes={2: 32}", "export_options.gguf.exact=true", "+baselines.options.owl.tokens=4", "method.levels=[3]"]
+    assert command_line.prepared(given) == [f"++{given[0]}", f"++{given[1]}", *given[2:]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-m", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0 is no number of jobs: give one, or -1"),
+        (["-m", "resume=run"], "resume=run goes on with one run: leave -m out"),
+        (["resume=run", "--multirun"], "resume=run goes on with one run: leave -m out"),
+        (["resume="], "resume= names no folder: give that of a run"),
+    ],
+)
+def test_what_is_refused_in_one_sentence(arguments: list[str], sentence: str) -> None:
+    told = command_line.refused(arguments, {})
+    assert told is not None and told.startswith(sentence)
+
+
+def test_numbers_of_evolution_are_said_to_mean_nothing_to_guided_rounds() -> None:
+    (sentence,) = command_line.unused(["search.num_offspring=64", "bits=3"], strategy="guided")
+    assert "search.num_offspring=64 is of evolution and means nothing to search/strategy=guided" in sentence
+    assert not list(command_line.unused(["search.num_offspring=64", "search.strategy.generations_after=2"], strategy="guided"))
+    assert not list(command_line.unused(["search.num_offspring=64"], strategy="evolution"))
