@@ -44,11 +44,14 @@ def lm_eval(
     return {task: results[task]["acc,none"] for task in tasks}
 
 
-def compare(row: dict[str, Any], theirs: dict[str, float]) -> list[dict[str, Any]]:
-    """Return a line per task: our accuracy and its standard error, lm-eval's accuracy, how many answers apart they are."""
+def compare(row: dict[str, Any], theirs: dict[str, float] | None) -> list[dict[str, Any]]:
+    """Return a line per task: our accuracy and its standard error, lm-eval's accuracy, how many answers apart they are.
+
+    Args: theirs: by task; None: it was not asked.
+    """
     lines = []
     for task, accuracy in row["zero_shot"].items():
-        other = theirs[task if task in theirs else f"{task}_local"]
+        other = "" if theirs is None else theirs[task if task in theirs else f"{task}_local"]
         questions = row["zero_shot_questions"][task]
         lines.append(
             {
@@ -58,7 +61,7 @@ def compare(row: dict[str, Any], theirs: dict[str, float]) -> list[dict[str, Any
                 "accuracy": accuracy,
                 "stderr": row["zero_shot_stderr"][task],
                 "lm_eval": other,
-                "answers_apart": round((accuracy - other) * questions),
+                "answers_apart": "" if other == "" else round((accuracy - other) * questions),
                 "flip_rate": row.get("flip_rate_by_task", {}).get(task, ""),
             }
         )
@@ -66,11 +69,13 @@ def compare(row: dict[str, Any], theirs: dict[str, float]) -> list[dict[str, Any
 
 
 def table(lines: list[dict[str, Any]], means: dict[str, tuple[float, float, float | None]]) -> str:
-    """Return Markdown: a line per model and task, then each model's mean, its standard error and flip rate."""
+    """Return Markdown: a line for each task of a model that both have, then all models' means, standard errors and flip rates."""
     head = "| model | task | questions | ours | lm_eval | answers apart | flip rate |\n"
     head += "| --- | --- | ---: | ---: | ---: | ---: | ---: |\n"
     body = ""
     for line in lines:
+        if line["lm_eval"] == "":
+            continue
         flips = "" if line["flip_rate"] == "" else f"{line['flip_rate']:.3f}"
         body += (
             f"| {line['model']} | {line['task']} | {line['questions']} | {line['accuracy']:.3f} ± {line['stderr']:.3f} | "
@@ -96,20 +101,23 @@ def main() -> None:
     try:
         rows = {row["name"]: row for row in read_result(arguments.run).get("rows", [])}
         lines, means = [], {}
-        for given in arguments.checkpoint:
-            name, _, folder = given.partition("=")
+        checkpoints = dict(given.split("=", 1) for given in arguments.checkpoint)
+        for name in checkpoints:
             if name not in rows or "zero_shot" not in rows[name]:
                 raise EvoPressError(f"{arguments.run} has no zero-shot numbers of {name!r}: it has {', '.join(rows) or 'no rows'}")
-            row = rows[name]
-            tasks = [f"{task}_local" for task in row["zero_shot"]]
-            theirs = lm_eval(
-                Path(folder).resolve(),
-                tasks,
-                tasks_path=arguments.tasks_path,
-                limit=arguments.limit,
-                batch_size=arguments.batch_size,
-                dtype=arguments.dtype,
-            )
+        for name, row in rows.items():
+            if "zero_shot" not in row:
+                continue
+            theirs = None
+            if name in checkpoints:
+                theirs = lm_eval(
+                    Path(checkpoints[name]).resolve(),
+                    [f"{task}_local" for task in row["zero_shot"]],
+                    tasks_path=arguments.tasks_path,
+                    limit=arguments.limit,
+                    batch_size=arguments.batch_size,
+                    dtype=arguments.dtype,
+                )
             lines += compare(row, theirs)
             means[name] = (row["zero_shot_mean"], row["zero_shot_mean_stderr"], row.get("flip_rate"))
     except EvoPressError as error:

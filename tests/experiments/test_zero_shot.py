@@ -47,12 +47,14 @@ def main(monkeypatch: Any, run_folder: Path, out: Path, *, limit: str = "8") -> 
 
 
 def test_differences_are_counted_in_answers(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    (tmp_path / "result.json").write_text(json.dumps({"schema": 1, "rows": [ROW]}))
+    (tmp_path / "result.json").write_text(json.dumps({"schema": 1, "rows": [ROW, {**ROW, "name": "dp"}, {"name": "uniform"}]}))
     asked: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", fake_lm_eval({"arc_easy": 0.5, "piqa": 0.5}, asked))
     main(monkeypatch, tmp_path, tmp_path / "out")
     assert "| evopress | arc_easy | 8 | 0.500 ± 0.160 | 0.500 | 0 | 0.250 |" in capsys.readouterr().out
     assert "| evopress | piqa | 8 | 0.750 ± 0.140 | 0.500 | 2 | 0.250 |" in (tmp_path / "out" / "table.md").read_text()
+    assert "| dp | 0.625 ± 0.100 | 0.250 |" in (tmp_path / "out" / "table.md").read_text()
+    assert "dp,piqa,8,0.75,0.14,,,0.25" in (tmp_path / "out" / "results.csv").read_text().splitlines()
     (command,) = asked
     assert command[-1] == str(tmp_path) and command[command.index("--limit") + 1] == "8"
     assert "arc_easy_local,piqa_local" in command
