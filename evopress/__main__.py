@@ -204,7 +204,9 @@ def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
         if not earlier:  # killed while Hydra wrote it
             raise EvoPressError(f"the run in {folder} was stopped before it began: give its whole command with {shlex.quote(here)}")
     later = {argument.split("=", 1)[0] for argument in arguments} | {"resume", "dry_run"}
-    if (folder / run_folder.FINISHED).exists():  # one that was killed goes on with the stages that it had
+    from evopress.finished import FINISHED  # seconds, which others need not wait for
+
+    if (folder / FINISHED).exists():  # one that was killed goes on with the stages that it had
         later.add("stages")
     kept = [override for override in as_written_now(earlier) if override.split("=", 1)[0] not in later]
     given = [argument for argument in arguments if not argument.startswith("resume=")]

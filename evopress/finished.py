@@ -18,7 +18,6 @@ from evopress.files import sha256_file
 from evopress.levels.store import MANIFEST
 from evopress.reporting.records import read_document, read_json, read_records, write_json
 from evopress.reporting.tables import number
-from evopress.run_folder import FINISHED
 from evopress.settings import STAGES, RunSettings
 from evopress.stages.exports import EXPORTED_BEFORE, exports_asked
 from evopress.stages.given import file_of
@@ -26,6 +25,7 @@ from evopress.stages.results import read_result
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
+FINISHED = "finished.json"
 _NOT_COUNTED = ("stages", "resume", "dry_run", "refine", "export", "export_options", "archive")
 """Settings that change no result; `refine` and what is exported stand beside the digest, since earlier versions had no such."""
 _SAID_ELSEWHERE = {

@@ -12,14 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evopress.finished import best_fitness, finish, read_finished, stages_done
+from evopress.finished import FINISHED, best_fitness, finish, read_finished, stages_done
 from evopress.methods.points import has_limit, has_points
 from evopress.progress import duration
 from evopress.reporting.generations import read_generations
 from evopress.reporting.metrics import search_history
 from evopress.reporting.sweep import tracked_as
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
-from evopress.run_folder import FINISHED
 from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.checks import (

@@ -19,8 +19,6 @@ from evopress.reporting.records import read_document, write_json
 
 LOCK = ".lock"
 """Held while a run is at work; the kernel frees it when the process ends, however it ends, so a file that is left means nothing."""
-FINISHED = "finished.json"
-"""Written last: the stages that are done (`finished.py`)."""
 _OVERRIDES = Path(".hydra", "overrides.json")
 _ANY_JOB = re.compile(r"(hydra|stages|resume|dry_run|tracker|paths|export|export_options|archive)([./@].*)?")
 """Settings that a job's folder is not named by: what it finds does not depend on them."""

@@ -22,10 +22,10 @@ from evopress import config as configuration
 from evopress.__main__ import _with_resumed
 from evopress.command_line import refused, unused
 from evopress.errors import EvoPressError
-from evopress.finished import settings_digest
+from evopress.finished import FINISHED, settings_digest
 from evopress.models.opening import fitted
 from evopress.reporting.front import front_rows, front_words
-from evopress.run_folder import FINISHED, keep_overrides, looks_aside
+from evopress.run_folder import keep_overrides, looks_aside
 from evopress.settings import RunSettings
 
 NAMES = ["4", "2.5"]

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from evopress import room
 from evopress.evaluation.tasks import Asked
+from evopress.finished import FINISHED
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator, evaluation_bytes, measure_sums
 from evopress.levels import build
 from evopress.levels.live import decoding_bytes
 from evopress.progress import duration
-from evopress.run_folder import FINISHED
 from evopress.stages import conclude, preflight, probe
 from evopress.stages.conclude import evaluate_needs
 from evopress.stages.exports import export_needs

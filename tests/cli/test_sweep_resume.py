@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evopress import run_folder
+from evopress.finished import FINISHED
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.models.tiny import make_tiny
 from evopress.reporting.jobs import FAILED
-from evopress.run_folder import FINISHED
 
 SWEEP = ("-m", "+method=quant", "bits=3.5", "+debug=tiny", "seed=0,1", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=seed-${seed}")
 FEW = ("baselines.names=[]", "stages=[database,search,evaluate]")
