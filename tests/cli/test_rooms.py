@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "models": VOCABULARY | {"endings", "settings", "machine", "ranks"},
     "data": VOCABULARY | {"settings"},
     "room": {"compress", "errors", "ranks"},
-    "levels": VOCABULARY | {"ranks", "room", "compress", "models", "data"},
+    "levels": VOCABULARY | {"endings", "ranks", "room", "compress", "models", "data"},
     "fitness": VOCABULARY | {"ranks", "compress", "models", "data", "levels"},
     "evaluation": VOCABULARY | {"ranks", "compress", "models", "data", "levels", "fitness"},
     "export": VOCABULARY | {"compress", "models", "data", "levels", "fitness"},
