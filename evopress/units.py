@@ -317,7 +317,7 @@ class Budget:
             )
         for limit in self.limits:
             lowest, highest = limit.bounds(space)
-            if not highest:
+            if lowest == highest == 0:  # floors are priced below nothing
                 raise EvoPressError(f"limits has {limit}, which no level of this run's takes any of: leave it out")
             if limit.total < lowest:
                 raise EvoPressError(

@@ -41,7 +41,7 @@ from evopress.models.dropping import check_fields
 from evopress.models.loading import Pretrained, pick_device
 from evopress.models.opening import ModelSource, pick_dtype
 from evopress.models.outline import find_family, num_blocks_of, skeleton, text_config
-from evopress.models.routing import fewer_experts
+from evopress.models.routing import check_fillers, fewer_experts
 from evopress.ranks import SHARES, launched, leads, together
 from evopress.settings import RunSettings
 from evopress.units import BLOCKS, Budget, Genome, Space, is_of_expert
@@ -347,7 +347,11 @@ class Workspace:
     def live(self) -> LiveModel:
         if (other := self._with_its_levels) is not None:
             return other.live
+        modules = self.method.modules
         with by_blocks(self.blocks.family):
+            uneven = modules is not None and not modules.even and any(map(num_experts, self.levels.space.units))
+            if uneven and "export" in self.settings.stages:
+                check_fillers(self.blocks)
             return LiveModel(self.blocks, self.levels, cache_bytes=self.settings.level_db.cache_bytes)
 
     @cached_property

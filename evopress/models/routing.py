@@ -166,7 +166,7 @@ def _what_differs(blocks: BlockModel, index: int, layer: ExpertLayer, hidden: Te
     finally:
         restore_experts(block, layer)
     matrix = layer.matrix(block)
-    biases = [each for name, each in _tensors(block.get_submodule(layer.holder)).items() if _is_bias(name, each, layer.count)]
+    biases = _biases(block, layer)
     before = [tensor.data.clone() for tensor in (matrix, *biases)]
     try:
         matrix.data[best] = -_FAR * entered.flatten() / entered.square().sum()
@@ -179,6 +179,52 @@ def _what_differs(blocks: BlockModel, index: int, layer: ExpertLayer, hidden: Te
     scale = max(float(last.abs().max()), 1.0)
     same = float((without - last).abs().max()) <= _TOLERANCE[blocks.dtype] * scale
     return "" if same else "its block computes something else than with a router that never chooses it"
+
+
+@torch.no_grad()
+def check_fillers(blocks: BlockModel) -> None:
+    """Compare in every block what an export fills up with, a row of zeros and the least bias there is, with an expert that is gone.
+
+    Where scores are a softmax over all experts before the bias is added, such as Ernie's, it takes its part of what others have.
+
+    Raises: EvoPressError if they differ.
+    """
+    ids = torch.arange(64, device=blocks.device)[None] * 7919 % blocks.head().weight.shape[0]
+    hidden = blocks.embed(ids)
+    blocks.prepare(ids.shape[1])
+    for index, block in enumerate(blocks.blocks):
+        layer = expert_layer(block)
+        biases = [] if layer is None else _biases(block, layer)
+        with blocks.on_device(index):
+            if layer is not None and biases:
+                matrix, gone = layer.matrix(block), [int(expert == 0) for expert in range(layer.count)]
+                drop_experts(block, layer, gone)
+                try:
+                    without = blocks.run(index, hidden)
+                finally:
+                    restore_experts(block, layer)
+                before = [tensor.data.clone() for tensor in (matrix, *biases)]
+                try:
+                    matrix.data[0] = 0.0
+                    for bias in biases:
+                        bias.data.view(-1)[0] = torch.finfo(bias.dtype).min
+                    filled = blocks.run(index, hidden)
+                finally:
+                    for tensor, data in zip((matrix, *biases), before, strict=True):
+                        tensor.data.copy_(data)
+                scale = max(float(without.abs().max()), 1.0)
+                if float((without - filled).abs().max()) > _TOLERANCE[blocks.dtype] * scale:
+                    raise EvoPressError(
+                        f"routers of {blocks.family.name} weigh experts against all others before a bias is added, so that what "
+                        "fills up a block with fewer experts would change it: drop as many of each with method.balanced=true, or "
+                        "leave export out of stages"
+                    )
+            hidden = blocks.run(index, hidden)
+
+
+def _biases(block: nn.Module, layer: ExpertLayer) -> list[Tensor]:
+    """Return what is added to what a block's router chooses by."""
+    return [each for name, each in _tensors(block.get_submodule(layer.holder)).items() if _is_bias(name, each, layer.count)]
 
 
 @contextmanager
@@ -197,6 +243,8 @@ def without_experts(blocks: BlockModel, dropped: Sequence[Sequence[int]]) -> Ite
     if fewest == count:
         yield
         return
+    if fewest != most:
+        check_fillers(blocks)
     model: Any = blocks.model
     config, cut = fewer_experts(model, count, min(most, count - 1), even=fewest == most)
     tensors, whole = _tensors(model), model.config

@@ -11,9 +11,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evopress.errors import EvoPressError
+from evopress.levels.live import LiveModel
+from evopress.levels.modules import ModuleLevels
+from evopress.methods.drop import Modules
+from evopress.models.blocks import BlockModel
 from evopress.models.dropping import check_fields, shortened
 from evopress.models.families import family_of
+from evopress.models.outline import outlined
 from evopress.models.tiny import tiny_config
+from evopress.models.tiny_any import any_model
+from evopress.settings import ModuleSettings
 
 KEPT = (0, 2, 3)
 
@@ -102,3 +109,17 @@ def test_every_family_s_own_configuration_can_be_cut(tiny_folder: Callable[..., 
     for model_type in ("llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "opt"):
         for num_blocks in (2, 3, 4):
             check_fields(vars(tiny_config(model_type, num_blocks=num_blocks)), num_blocks, family_of(model_type))
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "llama", "cohere"])
+def test_each_module_is_dropped_alone(model_type: str) -> None:
+    """Falcon adds to what its MLP returns in place."""
+    model = any_model(model_type)
+    blocks = BlockModel(model, outlined(model))
+    live = LiveModel(blocks, ModuleLevels(Modules(ModuleSettings(granularity="module")).space(blocks.shapes(), dtype_bits=32)))
+    ids, seen = torch.arange(24)[None], []
+    for unit in range(len(live.space)):
+        with torch.no_grad(), live.applied(tuple(int(i == unit) for i in range(len(live.space)))):
+            seen.append(model(input_ids=ids, use_cache=False).logits)
+    assert all(bool(logits.isfinite().all()) for logits in seen)
+    assert len({tuple(logits.flatten().tolist()) for logits in seen}) == len(seen)

@@ -28,7 +28,7 @@ from evopress.methods.joint import Joint
 from evopress.methods.targets import BYTES
 from evopress.models.blocks import BlockModel
 from evopress.models.outline import outlined
-from evopress.models.routing import drop_experts, expert_layer, restore_experts
+from evopress.models.routing import check_fillers, drop_experts, expert_layer, restore_experts
 from evopress.models.tiny_any import any_model
 from evopress.search import LevelSwitch, random_mix
 from evopress.settings import JointSettings, ModuleSettings
@@ -100,6 +100,17 @@ def test_blocks_that_keep_fewer_are_filled_up_where_a_bias_keeps_tokens_away(tmp
     sentence = r"qwen3_moe has one number of experts for all blocks.*method.balanced=true"
     with pytest.raises(EvoPressError, match=sentence), live_of("qwen3_moe").written(uneven):
         pass
+
+
+def test_blocks_are_not_filled_up_where_scores_are_shares_before_a_bias_is_added() -> None:
+    live = live_of("ernie4_5_moe", moe_layer_start_index=0)
+    layers = [i for i, block in enumerate(live.blocks.blocks) if expert_layer(block) is not None]
+    biases = [each for name, each in (*live.blocks.model.named_parameters(), *live.blocks.model.named_buffers()) if "bias" in name]
+    assert layers and any(bool(bias.any()) for bias in biases)
+    uneven = (1, *[0] * (len(live.space) - 1))
+    with pytest.raises(EvoPressError, match="weigh experts against all others before a bias is added"), live.written(uneven):
+        pass
+    check_fillers(live_of("gpt_oss").blocks)
 
 
 def test_what_lies_in_a_dropped_expert_is_free_and_the_rest_is_compressed(
