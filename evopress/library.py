@@ -11,6 +11,7 @@ The parts are those of a run (`python -m evopress`), and equal settings and text
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,6 +61,8 @@ from evopress.units import Genome, Space
 from evopress.workspace import Workspace
 
 BUILTIN = ("smollm2_135m", "tiny")
+_SAMPLED = 256
+"""Numbers of each tensor that tell whether it has changed."""
 _EXCHANGES = {"drop": "name", "joint": "fit"}
 """As the methods' configs choose: attention for attention, and whatever fits the size."""
 Text = Sequence[str] | Tensor
@@ -72,6 +75,13 @@ class Model:
 
     source: ModelSource
     settings: ModelSettings
+    sample: str | None = field(default=None, repr=False)
+    """Digest of some of a loaded model's weights, which tells whether they are what they were; None: it is loaded here."""
+
+    def check(self) -> None:
+        """Raise EvoPressError if a model that was given has been changed since, or cast: what is kept of it would not fit."""
+        if self.sample is not None and self.sample != _sample(self.source.pretrained.model):
+            raise EvoPressError("the model's weights have changed since load_model: call load_model and build_levels again")
 
     @property
     def model(self) -> PreTrainedModel:
@@ -150,6 +160,8 @@ class Found:
     records: list[dict[str, Any]] = field(repr=False)
     """One per generation, as in metrics.jsonl."""
     kept: Any = field(default=None, repr=False)
+    database: str = field(default="", repr=False)
+    """Fingerprint of the levels that the genome counts."""
 
 
 def load_model(
@@ -185,8 +197,10 @@ def load_model(
     given: dict[str, Any] = {"separator": separator, "bos": bos, "offload": offload, "sequence_length": sequence_length}
     _check_types(ModelSettings, {"separator": separator, "offload": offload, "dtype": dtype}, what="load_model")
     if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise EvoPressError("the model has no tokenizer: give load_model(model, tokenizer)")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise EvoPressError("the model has weights without memory (on the device meta): load it whole, or give its folder")
         names = {value: key for key, value in DTYPES.items()}
         if model.dtype not in names:
             raise EvoPressError(f"the model is {model.dtype}: load it as one of {', '.join(DTYPES)}")
@@ -211,7 +225,7 @@ def load_model(
     if settings.sequence_length == AUTO:
         settings = replace(settings, sequence_length=longest_sequence(source.config))
     settings.group_size = greatest_group(shape[1] for shape in (source.linear_shapes() or {}).values())
-    return Model(source, settings)
+    return Model(source, settings, _sample(model) if isinstance(model, PreTrainedModel) else None)
 
 
 def build_levels(
@@ -240,6 +254,8 @@ def build_levels(
 
     Raises: EvoPressError if a setting is unknown, out of range or does not fit the model, or the target cannot be met.
     """
+    _check_is(model, Model, "load_model")
+    model.check()
     if not isinstance(method, str) or method not in METHODS:
         raise EvoPressError(f"method={method} is unknown: choose one of {', '.join(METHODS)}")
     if issubclass(METHODS[method], QuantSettings):
@@ -291,6 +307,8 @@ def search(
 
     Raises: EvoPressError if a setting is unknown or out of range, there is too little text, or the folder has another search.
     """
+    _check_is(levels, Levels, "build_levels")
+    levels.model.check()
     if exchange := _EXCHANGES.get(levels.settings.method.name):
         settings.setdefault("exchange", exchange)
     settings["strategy"] = _strategy(settings.get("strategy"))
@@ -321,7 +339,8 @@ def search(
     records = read_generations(run_dir / "metrics.jsonl", space)
     measured = [float(each["fitness"]) for each in records if each["fitness"] is not None]
     genome = read_genome(run_dir / "genome.json", space, database=workspace.database.fingerprint)
-    return Found(genome, measured[-1] if measured else math.nan, run_dir, records, kept)
+    fingerprint = workspace.database.fingerprint
+    return Found(genome, measured[-1] if measured else math.nan, run_dir, records, kept, fingerprint)
 
 
 def evaluate(levels: Levels, text: Text, genome: Genome | Found | None = None) -> Scores:
@@ -329,6 +348,8 @@ def evaluate(levels: Levels, text: Text, genome: Genome | Found | None = None) -
 
     Raises: EvoPressError if the genome does not fit the levels, or there is too little text.
     """
+    _check_is(levels, Levels, "build_levels")
+    levels.model.check()
     fitness = levels.settings.fitness
     (scores,) = measure_held_out(
         levels.workspace.evaluator,
@@ -355,6 +376,8 @@ def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not is_empty and not (folder / "evopress.json").is_file():
         raise EvoPressError(f"{folder} is there and holds no export, which alone may be replaced: give another folder")
+    _check_is(levels, Levels, "build_levels")
+    levels.model.check()
     workspace, genome, space = levels.workspace, _genome(levels, genome), levels.space
     exporter = make_exporters([format], {format: options})[format]
     exporter.check(workspace.model_source.config, forms_of(workspace, space, genome))
@@ -366,7 +389,26 @@ def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format
         return write_export(exporter, folder, what)
 
 
+def _sample(model: PreTrainedModel) -> str:
+    """Return a digest of dtypes, shapes and a few numbers of every tensor: much faster than one of all."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(flat.numel() // _SAMPLED, 1)].contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes() if some.numel() else b"")
+    return digest.hexdigest()
+
+
+def _check_is(value: Any, kind: type, how: str) -> None:
+    """Raise EvoPressError unless a value is what another function here returns."""
+    if not isinstance(value, kind):
+        raise EvoPressError(f"{type(value).__name__} given where {kind.__name__} is expected: give what {how} returns")
+
+
 def _genome(levels: Levels, genome: Genome | Found) -> Genome:
+    if isinstance(genome, Found) and genome.database not in ("", levels.workspace.database.fingerprint):
+        raise EvoPressError("what was found is of other levels than these: give those that were searched, or search these")
     given = genome.genome if isinstance(genome, Found) else genome
     if not isinstance(given, Iterable):
         raise EvoPressError(f"the genome is a {type(given).__name__}: give a level for each unit, or what a search found")

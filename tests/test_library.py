@@ -232,3 +232,33 @@ def test_what_is_no_export_stays(name: str, tmp_path: Path) -> None:
     with pytest.raises(EvoPressError, match=r"is there and holds no export, which alone may be replaced: give another folder"):
         evopress.export(SimpleNamespace(), (), tmp_path / name)  # type: ignore[arg-type]
     assert (tmp_path / "folder" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "years of work"
+
+
+def test_a_model_that_was_changed_since_is_refused(tiny_folder: Callable[..., Path], tokens: Any, tmp_path: Path) -> None:
+    network, ids = AutoModelForCausalLM.from_pretrained(tiny_folder()), tokens(8, 32)
+    model = evopress.load_model(network, AutoTokenizer.from_pretrained(tiny_folder()))
+    levels = evopress.build_levels(model, ids, bits=3.0, levels=[4, 3, 2], folder=tmp_path)
+    with torch.no_grad():
+        network.get_input_embeddings().weight.mul_(3.0)
+    for call in (
+        lambda: evopress.build_levels(model, ids, bits=3.0, levels=[4, 3, 2], folder=tmp_path),
+        lambda: evopress.search(levels, ids),
+        lambda: evopress.evaluate(levels, ids),
+        lambda: evopress.export(levels, (0,) * len(levels.space), tmp_path / "out"),
+    ):
+        with pytest.raises(EvoPressError, match="changed since load_model: call load_model"):
+            call()
+
+
+def test_what_was_found_on_other_levels_is_refused(tiny_folder: Callable[..., Path], tokens: Any, tmp_path: Path) -> None:
+    ids = tokens(8, 32)
+    model = evopress.load_model(str(tiny_folder()), dtype="float32", device="cpu", sequence_length=32)
+    one, other = (evopress.build_levels(model, ids, bits=3.0, levels=levels) for levels in ([4, 3, 2], [5, 4, 2]))
+    numbers = {**SMALL, "generations": 1, "tokens": [32, 64], "initial_tokens": 64}
+    found = evopress.search(one, ids, **numbers)
+    assert evopress.evaluate(one, ids, found).kl > 0
+    for call in (lambda: evopress.evaluate(other, ids, found), lambda: evopress.export(other, found, tmp_path / "out")):
+        with pytest.raises(EvoPressError, match="what was found is of other levels than these"):
+            call()
+    with pytest.raises(EvoPressError, match=r"Levels given where Model is expected: give what load_model returns"):
+        evopress.build_levels(one, ids, bits=3.0)  # type: ignore[arg-type]

@@ -260,6 +260,9 @@ def _entries(path: Path) -> Iterator[Any]:
         if mark is None or (mark[1] == "[") != (number == 0):
             raise EvoPressError(f"{path} is no JSON array after its entry {number}: write it again")
         if mark[1] == "]" or (number == 0 and buffer.startswith("]", mark.end())):
+            rest = buffer[mark.end() :].lstrip().removeprefix("]" if mark[1] == "[" else "").strip()
+            if rest or any(chunk.strip() for chunk in chunks):
+                raise EvoPressError(f"{path} goes on after its JSON array: put all into one array, or a document a line (.jsonl)")
             return
         buffer, number = buffer[mark.end() :], number + 1
         while True:

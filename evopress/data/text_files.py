@@ -114,8 +114,16 @@ class TextFiles:
             },
             **({"by_content": 1} if self._may_repeat else {}),
             **({"apart_from": sorted(file.sha256 for file in self._taken)} if self._taken else {}),
+            **self._apart_read_as(),
             **({"chat_template": self.chat.digest} if rows and self.chat and self.chat.digest else {}),
         }
+
+    def _apart_read_as(self) -> dict[str, Any]:
+        """Return how the files are read that these documents are apart from, where that is not the ordinary way."""
+        other = self.apart_from
+        if other is None or not self._taken or (other.field, other.wikitext) == (TextFiles.field, TextFiles.wikitext):
+            return {}
+        return {"apart_from_read_as": [other.field, other.wikitext]}
 
     def digests(self, split: Split) -> list[str]:
         """Return the SHA-256 of each file of a split."""

@@ -283,6 +283,8 @@ def _size(folder: Path) -> int:
 
 def licence_of(folder: Path) -> str | None:
     """Return the licence that a model's folder names, in our provenance or at the head of its model card; None: neither."""
+    if not (folder / "config.json").is_file():  # of a model that was made, not loaded
+        return None
     try:
         stated = read_json(folder / "provenance.json").get("license") if (folder / "provenance.json").is_file() else None
         if isinstance(stated, str):

@@ -132,6 +132,8 @@ def test_a_list_of_strings_is_one_document_of_paragraphs(tmp_path: Path) -> None
         ("a.json", b'[{"text": "a"}, {"text": ', "entry 2 .* no JSON"),
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "no JSON array after its entry 1"),
         ("a.json", b'[{"text": "a"}', "no JSON array after its entry 1"),
+        ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]', "goes on after its JSON array"),
+        ("a.json", b'[] {"text": "a"}', "goes on after its JSON array"),
         ("a.json", b'{"rows": []}', "line 1 .* field 'text' .*rows"),
         ("a.json", b'["\\ud800"]', "entry 1 .* surrogate"),
         ("a.json", b"[" * 100_000, "entry 1 .* no JSON"),

@@ -157,3 +157,16 @@ def test_held_out_files_of_their_own_leave_out_what_is_trained_on(tmp_path: Path
 def test_no_two_splits_of_the_python_docs_share_a_document() -> None:
     keys = [content_key(document) for split in SPLITS for document in PythonDocs().documents(split)]
     assert len(set(keys)) == len(keys) > 50
+
+
+def test_how_the_runs_own_files_are_read_is_part_of_what_is_held_out(tmp_path):
+    rows = [{"text": f"line {i}", "content": f"other {i}"} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"text": f"other {i}"}) + "\n" for i in range(12)))
+    identities = []
+    for field, count in (("text", 12), ("content", 4)):
+        own = TextFiles(calibration=(tmp_path / "train.jsonl",), field=field)
+        source = TextFiles(evaluation=(tmp_path / "held.jsonl",), apart_from=own)
+        assert len(list(source.documents("evaluation"))) == count
+        identities.append(source.identity())
+    assert identities[0] != identities[1] and "apart_from_read_as" not in identities[0]
