@@ -204,9 +204,7 @@ def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
         if not earlier:  # killed while Hydra wrote it
             raise EvoPressError(f"the run in {folder} was stopped before it began: give its whole command with {shlex.quote(here)}")
     later = {argument.split("=", 1)[0] for argument in arguments} | {"resume", "dry_run"}
-    from evopress.finished import FINISHED  # seconds, which others need not wait for
-
-    if (folder / FINISHED).exists():  # one that was killed goes on with the stages that it had
+    if _has_finished(folder, earlier):  # one that was killed goes on with the stages that it was begun with
         later.add("stages")
     kept = [override for override in as_written_now(earlier) if override.split("=", 1)[0] not in later]
     given = [argument for argument in arguments if not argument.startswith("resume=")]
@@ -217,6 +215,19 @@ def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
     kept = [*command_line.prepared(kept), *_defaults_then(folder, given=[*kept, *given])]
     # hydra.mode: also where the experiment is a sweep
     return [*kept, *given, configuration.override("resume", _typed(folder)), here, "hydra.mode=RUN"]
+
+
+def _has_finished(folder: Path, overrides: list[str]) -> bool:
+    """Tell whether a run has done the stages that it was begun with; those that have none of their own do all anyway."""
+    from evopress.finished import read_finished  # seconds, which others need not wait for
+
+    own, done = run_folder.own_stages(overrides), read_finished(folder).get("stages")
+    return own is None or (isinstance(done, list) and set(_elements(own)) <= set(done))
+
+
+def _elements(override: str) -> list[str]:
+    """Return the elements of a list that is given on the command line."""
+    return [each.strip(" '\"") for each in override.partition("=")[2].strip(" []").split(",")]
 
 
 def _defaults_then(folder: Path, *, given: list[str]) -> list[str]:
@@ -364,8 +375,9 @@ def _run(config: DictConfig, run_dir: Path) -> float:
         def begin() -> None:
             if settings.resume is not None and run_folder.looks_aside(run_dir, list(overrides)):
                 return
-            run_folder.keep_config(run_dir, composed)
-            run_folder.keep_overrides(run_dir, list(overrides))
+            kept = run_folder.kept_with_own_stages(run_dir, overrides) if settings.resume is not None else list(overrides)
+            run_folder.keep_config(run_dir, composed | {"overrides.yaml": OmegaConf.to_yaml(kept)})
+            run_folder.keep_overrides(run_dir, kept)
             write_json(run_dir / "environment.json", environment)
 
         logger.info("run folder %s", _shown(run_dir))

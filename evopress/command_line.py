@@ -31,6 +31,8 @@ _OPEN = re.compile(r"(method\.group_sizes|export_options|baselines\.options)[.=]
 """Settings that hold keys of the user's own, which Hydra takes with a plus alone."""
 _OF_EVOLUTION = re.compile(r"search\.(num_offspring|survivors|tokens|max_switches|distribution|tokens_per_selection)=")
 _AFTER = re.compile(r"search\.strategy\.generations_after=[1-9]")
+_SAME_FOLDER = re.compile(r"(stages|tracker|paths|export|archive|threads|level_db)([./].*)?")
+"""What jobs of a sweep may not differ by alone; see `run_folder.job_folder`."""
 _TILDE = re.compile(r"(?<=[=\[,])~(?=/|[\w.-]+/|$)[^,\[\]{}'\"]*")
 """An unquoted path that begins with `~`: a value, or an element of a list or a sweep."""
 
@@ -96,6 +98,14 @@ def refused(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> st
             return f"{argument} is no flag: settings are written key=value, {plus}{name}={value if equals else '...'}"
         if found := _ELEMENT.match(argument):
             return f"{argument} is one element of a list that the scale makes: write all of it, {found[1]}=[...]"
+        key, _, value = argument.lstrip("+").partition("=")
+        if "." in key and (group := key.replace(".", "/")) in groups:
+            return f"{argument} names a config group: write {group}={value}"
+        if {"-m", "--multirun"} & set(arguments) and _SAME_FOLDER.fullmatch(key) and _sweeps(value):
+            return (
+                f"{argument} sweeps over what a job's folder is not named by, so that its jobs would have one: give two sweeps, "
+                "each with its hydra.sweep.dir=DIR"
+            )
         if argument.replace(" ", "") == "hydra.launcher.n_jobs=0":
             return f"{argument} is no number of jobs: give one, or -1 for one on each core"
         if argument == "resume=":
@@ -105,6 +115,23 @@ def refused(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> st
     if both := two_targets(arguments, arguments):
         return f"{' and '.join(both)} are both given: leave one of them out"
     return None
+
+
+def _sweeps(value: str) -> bool:
+    """Tell whether a value is several: "a,b", not "[a,b]"."""
+    if re.match(r"(choice|range|interval|glob)\(", value):
+        return True
+    depth, quote = 0, ""
+    for letter in value:
+        if quote or letter in "'\"":
+            quote = "" if letter == quote else quote or letter
+        elif letter in "[{(":
+            depth += 1
+        elif letter in "]})":
+            depth -= 1
+        elif letter == "," and not depth:
+            return True
+    return False
 
 
 def two_targets(arguments: Sequence[str], others: Sequence[str]) -> tuple[str, str] | None:

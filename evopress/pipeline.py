@@ -31,7 +31,7 @@ from evopress.stages.checks import (
     searching,
 )
 from evopress.stages.conclude import evaluate, report
-from evopress.stages.earlier import refuse_other_settings, refuse_other_work
+from evopress.stages.earlier import STATE, refuse_other_settings, refuse_other_work
 from evopress.stages.exports import export, exporters_of, refuse_unfit_formats
 from evopress.stages.following import open_for_all
 from evopress.stages.front import (
@@ -85,7 +85,8 @@ def run(
         environment: versions and machine, for the report.
         paper: the same run at the paper's size, to say what that would cost.
     """
-    if settings.pick is not None:
+    picks = settings.pick is not None
+    if picks:
         point, run_dir = picked(settings, run_dir)
         settings, targets = point.settings, ("bits", "sparsity", "size")
         config = {**config, **{key: getattr(settings, key) for key in targets}, "budgets": []}
@@ -182,7 +183,8 @@ def run(
                     work[stage]()
     finally:
         tracker.finish()
-    if not aside:
+    cut_off = not picks and (run_dir / STATE).exists() and "search" not in {*settings.stages, *earlier.get("stages", ())}
+    if not aside and not cut_off:  # of a search that was killed, what was looked at is no end
         finish(workspace, done, earlier)
     logger.info("done in %s: %s", duration(time.monotonic() - started), run_dir)
     return best_fitness(run_dir)

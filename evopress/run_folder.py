@@ -20,7 +20,7 @@ from evopress.reporting.records import read_document, write_json
 LOCK = ".lock"
 """Held while a run is at work; the kernel frees it when the process ends, however it ends, so a file that is left means nothing."""
 _OVERRIDES = Path(".hydra", "overrides.json")
-_ANY_JOB = re.compile(r"(hydra|stages|resume|dry_run|tracker|paths|export|export_options|archive)([./@].*)?")
+_ANY_JOB = re.compile(r"(hydra|stages|resume|dry_run|tracker|paths|export|export_options|archive|threads|level_db)([./@].*)?")
 """Settings that a job's folder is not named by: what it finds does not depend on them."""
 _PLAIN, _LIST = re.compile(r"[\w.-]+"), re.compile(r"\[([\w.-]+(,[\w.-]+)*)?\]")
 _LONGEST_NAME = 120
@@ -91,15 +91,29 @@ def kept_overrides(folder: Path) -> list[str] | None:
     return overrides
 
 
+def own_stages(overrides: Sequence[str]) -> str | None:
+    """Return the override that says a run's stages; None: it was given none, and has all."""
+    return next((each for each in reversed(overrides) if each.startswith("stages=")), None)
+
+
+def kept_with_own_stages(folder: Path, overrides: Sequence[str]) -> list[str]:
+    """Return overrides with the stages that the folder's run was begun with in the place of a later command's."""
+    if (before := _overrides_in(folder)) is None:
+        return list(overrides)
+    own = own_stages(before)
+    return [*(each for each in overrides if not each.startswith("stages=")), *([own] if own is not None else [])]
+
+
 def job_folder(overrides: Sequence[str], sweep: Path) -> str:
     """Return the subfolder of a sweep for the job with these overrides, named by them: "bits=2.25,method=quant,seed=0".
 
     The same settings have the same folder, others another one, whatever the order in which they are given. Where an earlier version
-    numbered its jobs, those of the same settings keep their folders.
+    numbered its jobs, or named them by more, those of the same settings keep their folders.
     """
     name = _name(overrides)
-    for folder in sorted(sweep.glob("[0-9]*")):
-        if folder.name.isdecimal() and (there := _overrides_in(folder)) is not None and _name(there) == name:
+    for folder in () if (sweep / name).is_dir() else sorted(sweep.glob("*")):
+        named = folder.name.isdecimal() or "=" in folder.name
+        if named and (there := _overrides_in(folder)) is not None and _name(there) == name:
             return folder.name
     return name
 

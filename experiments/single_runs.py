@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from evopress.earlier_versions import as_written_now
+from evopress.reporting.jobs import typed_settings
+from evopress.run_folder import kept_overrides
+
+_OF_NO_RESULT = re.compile(
+    r"(hydra|stages|resume|dry_run|tracker|paths|export|archive|threads|level_db|model\.device|fitness\.(max_tokens_in_flight|chunk_tokens))\b"
+)
+"""Settings that do not decide what a job finds, but for rounding."""
 _BEGUN = "$ "
 """Before the command in a log, once for each time that it was begun."""
 
@@ -64,9 +73,25 @@ def evopress(folder: Path, *arguments: str, running: Running | None = None) -> b
 
     Args: running: has the job's process while it runs.
     """
+    typed = typed_settings(arguments)
     if (folder / "finished.json").exists():
-        return True
+        other = _other_settings(folder, typed)
+        if other:
+            _log(folder).parent.mkdir(parents=True, exist_ok=True)
+            with _log(folder).open("a", encoding="utf-8") as log:
+                print(f"error: {folder} has a finished run of other settings ({other}): move it away, or ask for its own", file=log)
+        return not other
     return logged([sys.executable, "-m", "evopress", *arguments, f"hydra.run.dir={folder}"], folder, running=running)
+
+
+def _other_settings(folder: Path, typed: Mapping[str, str]) -> str:
+    """Say in what a folder's run was asked for something else; nothing: in nothing that decides its results."""
+    there = typed_settings(as_written_now(kept_overrides(folder) or []))
+    if not there:
+        return ""
+    now = typed_settings(as_written_now([f"{key}={value}" for key, value in typed.items()]))
+    keys = [key for key in {**there, **now} if not _OF_NO_RESULT.match(key) and there.get(key) != now.get(key)]
+    return ", ".join(f"{key}={there.get(key, 'not given')} there, {now.get(key, 'not given')} here" for key in keys)
 
 
 def logged(command: Sequence[str], folder: Path, *, running: Running | None = None) -> bool:

@@ -114,6 +114,9 @@ def read_jobs(sweep: Path) -> list[SweepJob]:
         with suppress(EvoPressError):
             note = read_document(path, what="note of a failed job")
             name, typed = str(note.get("job")), [str(each) for each in note.get("typed") or ()]
+            finished = sweep / name / "finished.json"
+            if finished.is_file() and finished.stat().st_mtime > path.stat().st_mtime:
+                continue  # it was gone on with since
             jobs[name] = SweepJob(name, typed_settings(typed), state=f"failed: {note.get('sentence')}")
     return [jobs[name] for name in sorted(jobs, key=_natural)]
 

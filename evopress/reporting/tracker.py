@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, get_args
 from urllib.parse import urlsplit
 
 from evopress.errors import EvoPressError
+from evopress.files import write_bytes
 from evopress.reporting.metrics import AXES
 from evopress.reporting.records import plain
 from evopress.reporting.sweep import experiment_name, job_name, sweep_name
@@ -322,9 +323,9 @@ def _last_generation(run: Any) -> int:
 def _run_id(run_dir: Path) -> str:
     """Return the W&B id of a run folder: drawn once, kept beside what W&B writes there."""
     path = run_dir / _RUN_ID
-    if not path.is_file():
+    if not path.is_file() or not path.read_text(encoding="ascii", errors="replace").strip():  # or killed while it was written
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4), encoding="ascii")
+        write_bytes(path, secrets.token_hex(4).encode())
     return path.read_text(encoding="ascii").strip()
 
 

@@ -154,3 +154,18 @@ def test_numbers_of_evolution_are_said_to_mean_nothing_to_guided_rounds() -> Non
     assert "search.num_offspring=64 is of evolution and means nothing to search/strategy=guided" in sentence
     assert not list(command_line.unused(["search.num_offspring=64", "search.strategy.generations_after=2"], strategy="guided"))
     assert not list(command_line.unused(["search.num_offspring=64"], strategy="evolution"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["search.strategy=evolution"], "search.strategy=evolution names a config group: write search/strategy=evolution"),
+        (["-m", "archive=true,false"], "archive=true,false sweeps over what a job's folder is not named by"),
+        (["-m", "export=[mlx],[dequantized]"], "export=[mlx],[dequantized] sweeps over"),
+        (["-m", "export=[mlx,gguf]", "bits=2,3"], None),
+        (["archive=false"], None),
+    ],
+)
+def test_groups_are_no_keys_and_jobs_have_a_folder_each(arguments: list[str], sentence: str | None) -> None:
+    told = command_line.refused(arguments, configuration.options())
+    assert told is None if sentence is None else told is not None and told.startswith(sentence)

@@ -181,7 +181,9 @@ def test_a_run_that_was_killed_goes_on_with_its_own_stages_and_a_finished_one_wi
     assert "stages=[search,report]" in _with_resumed([f"resume={tmp_path}"], tmp_path)
     given = _with_resumed([f"resume={tmp_path}", "stages=[export]"], tmp_path)
     assert [each for each in given if each.startswith("stages=")] == ["stages=[export]"]
-    (tmp_path / FINISHED).write_text("{}")
+    (tmp_path / FINISHED).write_text('{"schema": 1, "stages": ["report"]}')
+    assert "stages=[search,report]" in _with_resumed([f"resume={tmp_path}"], tmp_path), "a look at one that was killed is no end"
+    (tmp_path / FINISHED).write_text('{"schema": 1, "stages": ["search", "report"]}')
     assert not any(each.startswith("stages=") for each in _with_resumed([f"resume={tmp_path}"], tmp_path))
 
 

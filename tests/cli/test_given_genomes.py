@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from evopress.finished import FINISHED
 from evopress.fitness.minibatch import MinibatchFitness
+from evopress.run_folder import kept_overrides
 
 FEW = "baselines.names=[]"
 
@@ -200,3 +202,13 @@ def test_a_search_starts_from_files_and_names(finished: Any, tiny: Callable[...,
     assert outcome.code == 0, outcome.text
     first = json.loads((tmp_path / "fresh" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert first["stages"][0]["num_candidates"] == 4 + 4
+
+
+def test_a_look_at_a_search_that_was_killed_is_no_end_of_it(
+    cut_off: Callable[[int], Path], evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = cut_off(5)
+    outcome = evopress(f"resume={folder}", "stages=[export]")
+    assert outcome.code == 0 and (folder / "checkpoint" / "model.safetensors").exists(), outcome.text
+    assert not (folder / FINISHED).exists()
+    assert not any(each.startswith("stages=[export") for each in kept_overrides(folder))

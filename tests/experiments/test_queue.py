@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from evopress.run_folder import keep_overrides
 from experiments import queue
-from experiments.single_runs import SingleRun, evopress_all, logged, why_it_failed
+from experiments.single_runs import SingleRun, evopress, evopress_all, logged, why_it_failed
 from experiments.specs import BEST_LEVELS, home
 
 
@@ -207,3 +208,13 @@ def test_whoever_stops_taking_stops_the_jobs(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         next(evopress_all(interrupted(), at_once=1))
     assert begun == ended and len(begun) < 2
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_the_job(tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    keep_overrides(folder, ["+method=quant", "bits=5", "tracker=none"])
+    (folder / "finished.json").write_text("{}")
+    assert evopress(folder, "+method=quant", "bits=5", "threads=1")
+    assert not evopress(folder, "+method=quant", "bits=4")
+    assert "of other settings (bits=5 there, 4 here): move it away" in why_it_failed(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,3 +98,14 @@ def test_what_is_damaged_is_not_finished_or_left_out(damage: str, sweep: Path) -
 def test_a_runs_own_row(result: dict[str, Any], expected: int | None) -> None:
     row = own_row(result)
     assert (None if row is None else row["kl"]) == expected
+
+
+def test_a_job_that_was_gone_on_with_is_no_failure_any_more(tmp_path: Path) -> None:
+    job = tmp_path / "seed=1"
+    (job / ".hydra").mkdir(parents=True)
+    (job / ".hydra" / "overrides.yaml").write_text("- seed=1\n")
+    jobs.note_failure(tmp_path, job, ["seed=1"], "the disk is full")
+    assert jobs.read_jobs(tmp_path)[0].state == "failed: the disk is full"
+    (job / "finished.json").write_text("{}")
+    os.utime(job / "finished.json", (2e9, 2e9))
+    assert jobs.read_jobs(tmp_path)[0].state == "finished"

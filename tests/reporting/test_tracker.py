@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from evopress.errors import EvoPressError
+from evopress.reporting import tracker
 from evopress.reporting.figures import level_profile
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
 from evopress.units import Space
@@ -380,3 +381,10 @@ def test_a_damaged_record_turns_it_off(tmp_path: Path, service: Service, caplog:
     tracker.log({"fitness": 1.0}, generation=1)
     (warning,) = caplog.records
     assert "record 3 of metrics.jsonl is damaged" in warning.message
+
+
+def test_an_id_that_was_cut_off_is_drawn_again(tmp_path: Path) -> None:
+    first = tracker._run_id(tmp_path)
+    assert first == tracker._run_id(tmp_path) and len(first) == 8
+    (tmp_path / tracker._RUN_ID).write_text("")
+    assert len(tracker._run_id(tmp_path)) == 8
