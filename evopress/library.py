@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evopress.data.opening import GivenText
 from evopress.data.special_tokens import check_embedded
-from evopress.data.tokens import sequences_of
+from evopress.data.tokens import END_OF_TEXT, sequences_of
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.export.exporter import write_export
@@ -63,6 +63,8 @@ from evopress.workspace import Workspace
 BUILTIN = ("smollm2_135m", "tiny")
 _SAMPLED = 256
 """Numbers of each tensor that tell whether it has changed."""
+_SEPARATORS = {"smollm2_135m": "<|endoftext|>"}
+"""As the models' configs have them."""
 _EXCHANGES = {"drop": "name", "joint": "fit"}
 """As the methods' configs choose: attention for attention, and whatever fits the size."""
 Text = Sequence[str] | Tensor
@@ -117,6 +119,8 @@ class Model:
                 raise EvoPressError(
                     f"the text has a {other} among its documents: give strings, or token ids, one int64 tensor [sequences, tokens]"
                 )
+            if any("\ud800" <= letter <= "\udfff" for document in documents for letter in set(document)):
+                raise EvoPressError("the text has half of a surrogate pair: mend the document or leave it out")
             sequences = sequences_of(
                 documents,
                 self.tokenizer,
@@ -171,7 +175,7 @@ def load_model(
     dtype: str = AUTO,
     device: str = AUTO,
     sequence_length: int | str = AUTO,
-    separator: str | None = "eos",
+    separator: str | None = END_OF_TEXT,
     bos: str = AUTO,
     offload: bool = False,
     cache: str | Path = "~/.cache/evopress",
@@ -187,7 +191,8 @@ def load_model(
         dtype: of a model that is loaded here: float32, bfloat16 or float16; auto: bfloat16 where the machine multiplies it.
         device: auto, cpu, cuda or cuda:N, for a model that is loaded here.
         sequence_length: tokens per sequence of text; auto: 4096, or as many as the model has positions for.
-        separator: token between documents; "eos": the tokenizer's end of text; None: nothing.
+        separator: token between documents; "eos": the tokenizer's end of text, for "smollm2_135m" the one that it was trained
+            with, as in a run; None: nothing.
         bos: what sequences begin with: auto: what the tokenizer puts before a text; true, false.
         offload: keep blocks in host memory and move one at a time to the device.
         cache: folder for models that are converted.
@@ -218,6 +223,8 @@ def load_model(
         where: dict[str, Any] = (
             {"builtin": str(model)} if str(model) in BUILTIN and not Path(model).exists() else {"path": str(model)}
         )
+        if "builtin" in where and separator == END_OF_TEXT:
+            given["separator"] = _SEPARATORS.get(str(model), separator)
         device = str(pick_device(str(device)))
         dtype = pick_dtype(dtype, torch.device(device))
         settings = ModelSettings(**given, **where, dtype=dtype, device=device, group_size=None)

@@ -127,6 +127,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
             description.pop(state, None)
     else:
         description = {"class": type(tokenizer).__name__, "vocabulary": sorted(tokenizer.get_vocab().items())}
+    if getattr(tokenizer, "split_special_tokens", False):
+        description["split_special_tokens"] = True
     return hashlib.sha256(canonical_json(description).encode()).hexdigest()
 
 

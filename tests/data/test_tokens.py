@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import evopress.data.tokens as tokens_module
 from evopress.data.tokens import token_sequences, tokenizer_fingerprint, tokens_digest
 from evopress.errors import EvoPressError
+from evopress.models.tiny import byte_tokenizer
 
 
 class Source:
@@ -298,3 +299,10 @@ def test_what_was_left_out_is_said_whether_read_or_kept(tmp_path, caplog):
         with caplog.at_level(logging.INFO):
             _get(Incomplete([_text(0, 20), " ", _text(20, 50)]), cache_dir=tmp_path)
         assert "search text (memory): 3 documents" in caplog.text and "2 rows without text" in caplog.text
+
+
+def test_special_tokens_that_are_split_are_another_tokenizer() -> None:
+    one, other = byte_tokenizer(), byte_tokenizer()
+    before = tokenizer_fingerprint(other)
+    other.split_special_tokens = True
+    assert tokenizer_fingerprint(one) == before != tokenizer_fingerprint(other)
