@@ -14,7 +14,7 @@ import torch
 from evopress.compress.gptq import GPTQ
 from evopress.errors import EvoPressError
 from evopress.files import seal
-from evopress.finished import settings_digest, stages_done
+from evopress.finished import FINISHED, settings_digest, stages_done
 from evopress.levels.build import _finished_blocks
 from evopress.levels.hessians import BlockHessians, HessianStore
 from evopress.levels.refine import Step
@@ -22,7 +22,7 @@ from evopress.levels.store import MANIFEST, LevelDatabase, encoded, write_block,
 from evopress.models.loading import find_weights
 from evopress.reporting.generations import read_generations
 from evopress.reporting.records import append_record, read_genome, write_genome, write_json
-from evopress.run_folder import FINISHED, keep_overrides, kept_overrides
+from evopress.run_folder import keep_overrides, kept_overrides
 from evopress.search import Evolution, SearchSettings, run_search
 from evopress.settings import DataSettings, LevelDatabaseSettings, PathsSettings, QuantSettings, RunSettings, ScaleSettings
 from evopress.stages.baselines import read_baselines
