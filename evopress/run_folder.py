@@ -19,6 +19,8 @@ from evopress.reporting.records import read_document, write_json
 
 LOCK = ".lock"
 """Held while a run is at work; the kernel frees it when the process ends, however it ends, so a file that is left means nothing."""
+_INSIDE = ("", "*/", "points/*/", "points/*/*/", "genomes/*/", "genomes/*/*/")
+"""Where a run writes, but not where other runs may lie whose folder is inside this one."""
 _OVERRIDES = Path(".hydra", "overrides.json")
 _ANY_JOB = re.compile(r"(hydra|stages|resume|dry_run|tracker|paths|export|export_options|archive|threads|level_db)([./@].*)?")
 """Settings that a job's folder is not named by: what it finds does not depend on them."""
@@ -42,7 +44,7 @@ def held(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise explained(error, folder / LOCK) from error
     try:
-        for path in list(folder.rglob(".*.tmp")):
+        for path in [path for inside in _INSIDE for path in folder.glob(f"{inside}.*.tmp")]:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
