@@ -18,7 +18,7 @@ from evopress.files import sha256_file
 from evopress.levels.store import MANIFEST
 from evopress.reporting.records import read_document, read_json, read_records, write_json
 from evopress.reporting.tables import number
-from evopress.settings import STAGES, RunSettings
+from evopress.settings import STAGES, PathsSettings, RunSettings, TrackerSettings
 from evopress.stages.exports import EXPORTED_BEFORE, exports_asked
 from evopress.stages.given import file_of
 from evopress.stages.results import read_result
@@ -87,7 +87,7 @@ def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
     except EvoPressError:
         return []
     stages = finished.get("stages")
-    if finished.get("settings") != settings_digest(settings) or not isinstance(stages, list):
+    if finished.get("settings") not in (settings_digest(settings), _digest(settings)) or not isinstance(stages, list):
         return []
     there = finished["contents"] if "contents" in finished else _of_database(result)
     known = [stage for stage in STAGES if stage in stages]
@@ -162,7 +162,15 @@ def _refine(settings: RunSettings) -> dict[str, Any]:
 
 
 def settings_digest(settings: RunSettings) -> str:
-    """Return a digest of all settings that decide a result; as earlier versions made it where nothing else is asked for."""
+    """Return a digest of all settings that decide a result; as earlier versions made it where nothing else is asked for.
+
+    How the run is followed, on how many threads, and where its cache lies do not count.
+    """
+    return _digest(replace(settings, tracker=TrackerSettings(), paths=PathsSettings(), threads=None))
+
+
+def _digest(settings: RunSettings) -> str:
+    """Return a digest of all of them, as earlier versions made it."""
     values = without_later({key: value for key, value in asdict(settings).items() if key not in _NOT_COUNTED})
     for group, keys in _SAID_ELSEWHERE.items():
         for key in keys:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from evopress.finished import best_fitness, settings_digest
+from evopress import finished
+from evopress.finished import best_fitness, settings_digest, stages_done
 from evopress.settings import (
     DataSettings,
     DropSettings,
@@ -19,6 +20,7 @@ from evopress.settings import (
     QuantSettings,
     RunSettings,
     SparsitySettings,
+    TrackerSettings,
 )
 
 PINNED = {
@@ -76,3 +78,13 @@ def test_a_job_returns_the_fitness_of_what_it_found(fitnesses: list[float | None
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     (tmp_path / "result.json").write_text(json.dumps({"schema": 1, "rows": [{"name": "evopress", "kl": 9.0}]}))
     assert best_fitness(tmp_path) == pytest.approx(best, nan_ok=True)
+
+
+def test_how_a_run_is_followed_and_on_how_many_threads_does_not_count(tmp_path: Path) -> None:
+    settings = replace(run_settings("quant"), stages=["search"])
+    followed = replace(settings, threads=2, tracker=TrackerSettings(name="none"))
+    assert settings_digest(followed) == settings_digest(settings) == PINNED["quant"] != finished._digest(followed)
+    for digest in (PINNED["quant"], finished._digest(followed)):  # of a later run, and of one that counted them
+        (tmp_path / "finished.json").write_text(json.dumps({"schema": 1, "settings": digest, "stages": ["search"]}))
+        assert stages_done(followed, tmp_path) == ["search"]
+    assert stages_done(replace(followed, seed=1), tmp_path) == []
