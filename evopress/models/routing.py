@@ -167,18 +167,29 @@ def _what_differs(blocks: BlockModel, index: int, layer: ExpertLayer, hidden: Te
         restore_experts(block, layer)
     matrix = layer.matrix(block)
     biases = _biases(block, layer)
-    before = [tensor.data.clone() for tensor in (matrix, *biases)]
-    try:
+    with _given_back(matrix, *biases):
         matrix.data[best] = -_FAR * entered.flatten() / entered.square().sum()
         for bias in biases:
             bias.data.view(-1)[best] = -_FAR
         last = blocks.run(index, hidden)
+    return "" if _are_alike(without, last) else "its block computes something else than with a router that never chooses it"
+
+
+@contextmanager
+def _given_back(*tensors: Tensor) -> Iterator[None]:
+    """Let tensors be changed in place for a moment."""
+    before = [tensor.data.clone() for tensor in tensors]
+    try:
+        yield
     finally:
-        for tensor, data in zip((matrix, *biases), before, strict=True):
+        for tensor, data in zip(tensors, before, strict=True):
             tensor.data.copy_(data)
-    scale = max(float(last.abs().max()), 1.0)
-    same = float((without - last).abs().max()) <= _TOLERANCE[blocks.dtype] * scale
-    return "" if same else "its block computes something else than with a router that never chooses it"
+
+
+def _are_alike(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two outputs of a block differ by no more than rounding explains."""
+    scale = max(float(other.abs().max()), 1.0)
+    return float((one - other).abs().max()) <= _TOLERANCE[other.dtype] * scale
 
 
 @torch.no_grad()
@@ -193,33 +204,32 @@ def check_fillers(blocks: BlockModel) -> None:
     hidden = blocks.embed(ids)
     blocks.prepare(ids.shape[1])
     for index, block in enumerate(blocks.blocks):
-        layer = expert_layer(block)
-        biases = [] if layer is None else _biases(block, layer)
         with blocks.on_device(index):
-            if layer is not None and biases:
-                matrix, gone = layer.matrix(block), [int(expert == 0) for expert in range(layer.count)]
-                drop_experts(block, layer, gone)
-                try:
-                    without = blocks.run(index, hidden)
-                finally:
-                    restore_experts(block, layer)
-                before = [tensor.data.clone() for tensor in (matrix, *biases)]
-                try:
-                    matrix.data[0] = 0.0
-                    for bias in biases:
-                        bias.data.view(-1)[0] = torch.finfo(bias.dtype).min
-                    filled = blocks.run(index, hidden)
-                finally:
-                    for tensor, data in zip((matrix, *biases), before, strict=True):
-                        tensor.data.copy_(data)
-                scale = max(float(without.abs().max()), 1.0)
-                if float((without - filled).abs().max()) > _TOLERANCE[blocks.dtype] * scale:
-                    raise EvoPressError(
-                        f"routers of {blocks.family.name} weigh experts against all others before a bias is added, so that what "
-                        "fills up a block with fewer experts would change it: drop as many of each with method.balanced=true, or "
-                        "leave export out of stages"
-                    )
+            if (layer := expert_layer(block)) is not None and not _is_filled_exactly(blocks, index, layer, hidden):
+                raise EvoPressError(
+                    f"routers of {blocks.family.name} weigh experts against all others before a bias is added, so that what "
+                    "fills up a block with fewer experts would change it: drop as many of each with method.balanced=true, or "
+                    "leave export out of stages"
+                )
             hidden = blocks.run(index, hidden)
+
+
+def _is_filled_exactly(blocks: BlockModel, index: int, layer: ExpertLayer, hidden: Tensor) -> bool:
+    """Tell whether a block computes the same with what fills up in its first expert's place; without biases nothing does."""
+    block = blocks.blocks[index]
+    if not (biases := _biases(block, layer)):
+        return True
+    try:
+        drop_experts(block, layer, [int(expert == 0) for expert in range(layer.count)])
+        without = blocks.run(index, hidden)
+    finally:
+        restore_experts(block, layer)
+    matrix = layer.matrix(block)
+    with _given_back(matrix, *biases):
+        matrix.data[0] = 0.0
+        for bias in biases:
+            bias.data.view(-1)[0] = torch.finfo(bias.dtype).min
+        return _are_alike(blocks.run(index, hidden), without)
 
 
 def _biases(block: nn.Module, layer: ExpertLayer) -> list[Tensor]:
