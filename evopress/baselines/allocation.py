@@ -22,7 +22,7 @@ from evopress.fitness.gradients import Score
 from evopress.levels.union import LevelSource
 from evopress.progress import track
 from evopress.search.program import best_in
-from evopress.search.sensitivity import is_droppable
+from evopress.search.sensitivity import is_droppable, with_modules_kept
 from evopress.settings import RunSettings
 from evopress.units import BLOCKS, Genome, Space
 
@@ -67,9 +67,8 @@ class Allocator(Baseline):
             [math.inf if value is None or not math.isfinite(value) else value for value in of_unit]
             for of_unit in self.values(problem, minibatch, ids, kept)
         ]
+        values = with_modules_kept(space, values)
         for i, unit in enumerate(space.units):
-            if is_droppable(space, i):
-                values[i] = [math.inf if level.drops else 0.0 for level in unit.levels]
             if not any(map(math.isfinite, values[i])):
                 raise EvoPressError(
                     f"baseline {self.name} found no finite number for any level of {unit.name}: look at the model's outputs at "

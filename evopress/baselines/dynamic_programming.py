@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from evopress.baselines.baseline import WEIGHTS, Baseline, Problem
 from evopress.errors import EvoPressError
 from evopress.search.program import best_genome, best_in
+from evopress.search.sensitivity import is_droppable, with_modules_kept
 from evopress.units import Budget, Genome, Space, Unit
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[
     genome = [0] * len(space)
     groups: dict[int, list[int]] = {}
     for index, unit in enumerate(space.units):
-        if not any(level.drops for level in unit.levels) and not space.is_gone(genome, index):
+        if not is_droppable(space, index) and not space.is_gone(genome, index):
             groups.setdefault(unit.size, []).append(index)
     for members in groups.values():
         units = [space.units[index] for index in members]
@@ -75,12 +76,7 @@ def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[
 
 def _least_errors(space: Space, budget: Budget, errors: Sequence[Sequence[float]]) -> Genome | None:
     """Solve the problem over all units; None if no genome that drops nothing is within the budget and its limits."""
-    values = []
-    for unit, of_unit in zip(space.units, errors, strict=True):
-        droppable = any(level.drops for level in unit.levels)
-        stays = not all(level.drops for level in unit.levels)
-        values.append([math.inf if stays and level.drops else 0.0 for level in unit.levels] if droppable else of_unit)
-    return best_in(space, budget, values)
+    return best_in(space, budget, with_modules_kept(space, errors))
 
 
 def _solve(units: Sequence[Unit], prices: Sequence[Sequence[int]], total: int, errors: Sequence[Sequence[float]]) -> Genome:

@@ -50,6 +50,16 @@ def is_droppable(space: Space, unit: int) -> bool:
     return any(level.drops for level in space.units[unit].levels)
 
 
+def with_modules_kept(space: Space, values: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return values[unit][level] of weights, with those of modules: 0, and infinite for dropping one that is not gone anyway."""
+    found = [list(of_unit) for of_unit in values]
+    for index, unit in enumerate(space.units):
+        if is_droppable(space, index):
+            stays = not all(level.drops for level in unit.levels)
+            found[index] = [math.inf if stays and level.drops else 0.0 for level in unit.levels]
+    return found
+
+
 def errors_at(space: Space, errors: Sequence[np.ndarray], genome: Genome) -> np.ndarray:
     """Return the errors that attributions at a genome are of: 0 for what lies in a dropped module, 1 for every module."""
     found = np.array([of_unit[level] for of_unit, level in zip(errors, genome, strict=True)])
