@@ -69,7 +69,7 @@ def main() -> None:
         sys.exit(0)
     try:
         with stopping_at_signals(), _among_others():
-            if sentence := command_line.refused(sys.argv[1:], configuration.options()):
+            if sentence := command_line.refused(sys.argv[1:], configuration.options(), is_sweep=configuration.is_sweep):
                 raise EvoPressError(sentence)
             sys.argv[1:] = command_line.with_numbers_shown(command_line.with_plus(sys.argv[1:]))
             sys.argv[1:] = [
@@ -222,12 +222,7 @@ def _has_finished(folder: Path, overrides: list[str]) -> bool:
     from evopress.finished import read_finished  # seconds, which others need not wait for
 
     own, done = run_folder.own_stages(overrides), read_finished(folder).get("stages")
-    return own is None or (isinstance(done, list) and set(_elements(own)) <= set(done))
-
-
-def _elements(override: str) -> list[str]:
-    """Return the elements of a list that is given on the command line."""
-    return [each.strip(" '\"") for each in override.partition("=")[2].strip(" []").split(",")]
+    return own is None or (isinstance(done, list) and set(configuration.list_of(own)) <= set(done))
 
 
 def _defaults_then(folder: Path, *, given: list[str]) -> list[str]:

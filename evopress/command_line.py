@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from evopress.run_folder import ANY_JOB
 from evopress.settings import DropSettings, QuantSettings, RunSettings, SparsitySettings
 
 NOT_BY_DEFAULT = ("method", "debug", "experiment", "hparams_search")
@@ -31,8 +32,6 @@ _OPEN = re.compile(r"(method\.group_sizes|export_options|baselines\.options)[.=]
 """Settings that hold keys of the user's own, which Hydra takes with a plus alone."""
 _OF_EVOLUTION = re.compile(r"search\.(num_offspring|survivors|tokens|max_switches|distribution|tokens_per_selection)=")
 _AFTER = re.compile(r"search\.strategy\.generations_after=[1-9]")
-_SAME_FOLDER = re.compile(r"(stages|tracker|paths|export|archive|threads|level_db)([./].*)?")
-"""What jobs of a sweep may not differ by alone; see `run_folder.job_folder`."""
 _TILDE = re.compile(r"(?<=[=\[,])~(?=/|[\w.-]+/|$)[^,\[\]{}'\"]*")
 """An unquoted path that begins with `~`: a value, or an element of a list or a sweep."""
 
@@ -84,13 +83,17 @@ def with_numbers_shown(arguments: Sequence[str]) -> list[str]:
     return [*arguments, "--resolve"] if shows and "--resolve" not in arguments else list(arguments)
 
 
-def refused(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> str | None:
+def refused(
+    arguments: Sequence[str], groups: Mapping[str, Sequence[str]], *, is_sweep: Callable[[str], bool] = lambda argument: False
+) -> str | None:
     """Return the sentence for what Hydra has no good words for; None: there is none.
 
-    That is a setting that is written as a flag, `--bits 2.5`, one element of a list that a scale makes, and a target beside another
-    that takes its place.
+    That is a setting that is written as a flag, `--bits 2.5`, a group that is written as one, one element of a list that a scale
+    makes, a sweep whose jobs would have one folder, and a target beside another that takes its place.
+
+    Args: is_sweep: tells whether an argument has several values.
     """
-    known = {*_settings(), *groups}
+    known, multirun = {*_settings(), *groups}, bool({"-m", "--multirun"} & set(arguments))
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("--") and (name := name.replace("-", "_")) in known:
@@ -98,10 +101,10 @@ def refused(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> st
             return f"{argument} is no flag: settings are written key=value, {plus}{name}={value if equals else '...'}"
         if found := _ELEMENT.match(argument):
             return f"{argument} is one element of a list that the scale makes: write all of it, {found[1]}=[...]"
-        key, _, value = argument.lstrip("+").partition("=")
+        key = argument.lstrip("+").partition("=")[0]
         if "." in key and (group := key.replace(".", "/")) in groups:
             return f"{argument} names a config group: write {group}={value}"
-        if {"-m", "--multirun"} & set(arguments) and _SAME_FOLDER.fullmatch(key) and _sweeps(value):
+        if multirun and not key.startswith("hydra") and ANY_JOB.fullmatch(key) and is_sweep(argument):
             return (
                 f"{argument} sweeps over what a job's folder is not named by, so that its jobs would have one: give two sweeps, "
                 "each with its hydra.sweep.dir=DIR"
@@ -110,28 +113,11 @@ def refused(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) -> st
             return f"{argument} is no number of jobs: give one, or -1 for one on each core"
         if argument == "resume=":
             return "resume= names no folder: give that of a run, resume=RUN_FOLDER"
-        if argument.startswith("resume=") and argument != "resume=null" and {"-m", "--multirun"} & set(arguments):
+        if multirun and argument.startswith("resume=") and argument != "resume=null":
             return f"{argument} goes on with one run: leave -m out; a sweep goes on by its own command, in the same folder"
     if both := two_targets(arguments, arguments):
         return f"{' and '.join(both)} are both given: leave one of them out"
     return None
-
-
-def _sweeps(value: str) -> bool:
-    """Tell whether a value is several: "a,b", not "[a,b]"."""
-    if re.match(r"(choice|range|interval|glob)\(", value):
-        return True
-    depth, quote = 0, ""
-    for letter in value:
-        if quote or letter in "'\"":
-            quote = "" if letter == quote else quote or letter
-        elif letter in "[{(":
-            depth += 1
-        elif letter in "]})":
-            depth -= 1
-        elif letter == "," and not depth:
-            return True
-    return False
 
 
 def two_targets(arguments: Sequence[str], others: Sequence[str]) -> tuple[str, str] | None:

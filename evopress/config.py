@@ -265,12 +265,30 @@ def override(key: str, value: str) -> str:
 
 def value_of(override: str) -> str | None:
     """Return the text that `key=value` gives a key; None where Hydra cannot read it, or it is no text as it stands."""
+    value = _read(override)
+    return None if value is None or OmegaConf.is_config(value) else str(value)
+
+
+def list_of(override: str) -> list[str]:
+    """Return the elements that `key=[a,b]` gives a key; nothing where Hydra cannot read it, or it is no list."""
+    value = _read(override)
+    return [str(each) for each in value] if OmegaConf.is_list(value) else []
+
+
+def _read(override: str) -> Any:
     try:
         value = OverridesParser.create().parse_override(override).value()
-        value = OmegaConf.create({"value": value}).value
+        return OmegaConf.create({"value": value}).value
     except (HydraException, OmegaConfBaseException):
         return None
-    return None if value is None or OmegaConf.is_config(value) else str(value)
+
+
+def is_sweep(argument: str) -> bool:
+    """Tell whether an argument gives a key several values."""
+    try:
+        return OverridesParser.create().parse_override(argument).is_sweep_override()
+    except HydraException:
+        return False
 
 
 # At import: a launcher's process needs it before it comes to us.

@@ -22,7 +22,7 @@ LOCK = ".lock"
 _INSIDE = ("", "*/", "points/*/", "points/*/*/", "genomes/*/", "genomes/*/*/")
 """Where a run writes, but not where other runs may lie whose folder is inside this one."""
 _OVERRIDES = Path(".hydra", "overrides.json")
-_ANY_JOB = re.compile(r"(hydra|stages|resume|dry_run|tracker|paths|export|export_options|archive|threads|level_db)([./@].*)?")
+ANY_JOB = re.compile(r"(hydra|stages|resume|dry_run|tracker|paths|export|export_options|archive|threads|level_db)([./@].*)?")
 """Settings that a job's folder is not named by: what it finds does not depend on them."""
 _PLAIN, _LIST = re.compile(r"[\w.-]+"), re.compile(r"\[([\w.-]+(,[\w.-]+)*)?\]")
 _LONGEST_NAME = 120
@@ -125,7 +125,7 @@ def _name(overrides: Sequence[str]) -> str:
     settings = {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}
     parts, exact = [], True
     for key, value in sorted(settings.items()):
-        if _ANY_JOB.fullmatch(key):
+        if ANY_JOB.fullmatch(key):
             continue
         if _LIST.fullmatch(value):
             items = value.strip("[]").split(",")
@@ -136,7 +136,7 @@ def _name(overrides: Sequence[str]) -> str:
     name = ",".join(parts) or "job"
     if exact and len(name.encode()) <= _LONGEST_NAME:
         return name
-    told = sorted(f"{key}={value}" for key, value in settings.items() if not _ANY_JOB.fullmatch(key))
+    told = sorted(f"{key}={value}" for key, value in settings.items() if not ANY_JOB.fullmatch(key))
     digits = hashlib.sha256("\n".join(told).encode()).hexdigest()[:8]
     return f"{name.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}-{digits}"
 

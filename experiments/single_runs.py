@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 import sys
@@ -15,12 +14,10 @@ from typing import IO, Any
 
 from evopress.earlier_versions import as_written_now
 from evopress.reporting.jobs import typed_settings
-from evopress.run_folder import kept_overrides
+from evopress.run_folder import ANY_JOB, kept_overrides
 
-_OF_NO_RESULT = re.compile(
-    r"(hydra|stages|resume|dry_run|tracker|paths|export|archive|threads|level_db|model\.device|fitness\.(max_tokens_in_flight|chunk_tokens))\b"
-)
-"""Settings that do not decide what a job finds, but for rounding."""
+_OF_ROUNDING = ("model.device", "fitness.max_tokens_in_flight", "fitness.chunk_tokens")
+"""Settings that decide what a job finds by its rounding alone."""
 _BEGUN = "$ "
 """Before the command in a log, once for each time that it was begun."""
 
@@ -90,7 +87,8 @@ def _other_settings(folder: Path, typed: Mapping[str, str]) -> str:
     if not there:
         return ""
     now = typed_settings(as_written_now([f"{key}={value}" for key, value in typed.items()]))
-    keys = [key for key in {**there, **now} if not _OF_NO_RESULT.match(key) and there.get(key) != now.get(key)]
+    keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+    keys = [key for key in keys if not ANY_JOB.fullmatch(key) and key not in _OF_ROUNDING]
     return ", ".join(f"{key}={there.get(key, 'not given')} there, {now.get(key, 'not given')} here" for key in keys)
 
 

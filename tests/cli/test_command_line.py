@@ -167,5 +167,5 @@ def test_numbers_of_evolution_are_said_to_mean_nothing_to_guided_rounds() -> Non
     ],
 )
 def test_groups_are_no_keys_and_jobs_have_a_folder_each(arguments: list[str], sentence: str | None) -> None:
-    told = command_line.refused(arguments, configuration.options())
+    told = command_line.refused(arguments, configuration.options(), is_sweep=configuration.is_sweep)
     assert told is None if sentence is None else told is not None and told.startswith(sentence)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "settings": {"errors", "search"},
     "run_folder": VOCABULARY | {"reporting"},
     "config": {"settings", "errors", "run_folder", "search"},
-    "command_line": {"settings"},
+    "command_line": {"run_folder", "settings"},
     "search": VOCABULARY,
     "reporting": VOCABULARY,
     "compress": {"units", "errors", "machine"},
