@@ -314,8 +314,7 @@ def search(
 
     Raises: EvoPressError if a setting is unknown or out of range, there is too little text, or the folder has another search.
     """
-    _check_is(levels, Levels, "build_levels")
-    levels.model.check()
+    _check_levels(levels)
     if exchange := _EXCHANGES.get(levels.settings.method.name):
         settings.setdefault("exchange", exchange)
     settings["strategy"] = _strategy(settings.get("strategy"))
@@ -355,8 +354,7 @@ def evaluate(levels: Levels, text: Text, genome: Genome | Found | None = None) -
 
     Raises: EvoPressError if the genome does not fit the levels, or there is too little text.
     """
-    _check_is(levels, Levels, "build_levels")
-    levels.model.check()
+    _check_levels(levels)
     fitness = levels.settings.fitness
     (scores,) = measure_held_out(
         levels.workspace.evaluator,
@@ -383,8 +381,7 @@ def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not is_empty and not (folder / "evopress.json").is_file():
         raise EvoPressError(f"{folder} is there and holds no export, which alone may be replaced: give another folder")
-    _check_is(levels, Levels, "build_levels")
-    levels.model.check()
+    _check_levels(levels)
     workspace, genome, space = levels.workspace, _genome(levels, genome), levels.space
     exporter = make_exporters([format], {format: options})[format]
     exporter.check(workspace.model_source.config, forms_of(workspace, space, genome))
@@ -411,6 +408,12 @@ def _check_is(value: Any, kind: type, how: str) -> None:
     """Raise EvoPressError unless a value is what another function here returns."""
     if not isinstance(value, kind):
         raise EvoPressError(f"{type(value).__name__} given where {kind.__name__} is expected: give what {how} returns")
+
+
+def _check_levels(levels: Any) -> None:
+    """Raise EvoPressError unless these are levels, and of a model as it is now."""
+    _check_is(levels, Levels, "build_levels")
+    levels.model.check()
 
 
 def _genome(levels: Levels, genome: Genome | Found) -> Genome:

@@ -21,15 +21,7 @@ from evopress.reporting.sweep import tracked_as
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
 from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.baselines import build_database, find_baselines
-from evopress.stages.checks import (
-    check_names,
-    check_questions,
-    check_strategy,
-    check_tasks,
-    check_tokens,
-    search_cost,
-    searching,
-)
+from evopress.stages.checks import check_names, check_questions, check_strategy, check_tasks, check_tokens, search_cost, searching
 from evopress.stages.conclude import evaluate, report
 from evopress.stages.earlier import STATE, refuse_other_settings, refuse_other_work
 from evopress.stages.exports import export, exporters_of, refuse_unfit_formats

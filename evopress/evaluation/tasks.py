@@ -102,9 +102,8 @@ def count_asked(
     for task in tasks.values():
         with undisturbed():
             count = len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs))
-            looked_at = min(count, _LOOKED_AT)
-            task.build_all_requests(samples=[place * count // looked_at for place in range(looked_at)])
-        texts = ["".join(instance.args[:2]) for instance in task.instances]
+        looked_at = min(count, _LOOKED_AT)
+        texts = _prompts(task, samples=[place * count // looked_at for place in range(looked_at)])
         # The last token of what is asked is predicted and does not enter.
         asked = {tuple(ids[:-1]) for ids in tokenizer(texts, add_special_tokens=bos != "false")["input_ids"]}
         lengths = [len(ids) + len(leading) * (ids[: len(leading)] != leading) for ids in asked]
@@ -121,13 +120,20 @@ def check_questions(
     if not beyond:  # so it is with all but a few tokenizers
         return
     for name, task in tasks.items():
-        with undisturbed():
-            task.build_all_requests(limit=limit)
-        prompts = ["".join(instance.args[:2]) for instance in task.instances]
-        found = beyond.keys() & {i for ids in tokenizer(prompts)["input_ids"] for i in ids}
+        found = beyond.keys() & {i for ids in tokenizer(_prompts(task, limit=limit))["input_ids"] for i in ids}
         if found:
             token = not_embedded(tokenizer, min(found), num_rows=num_rows)
             raise EvoPressError(f"the questions of task {name!r} have {token}: resize the model's embedding or leave the task out")
+
+
+def _prompts(task: Any, **some: Any) -> list[str]:
+    """Return what a model is asked by questions of a task, each with one of its continuations.
+
+    Args: some: which questions, as lm-eval takes it.
+    """
+    with undisturbed():
+        task.build_all_requests(**some)
+    return ["".join(instance.args[:2]) for instance in task.instances]
 
 
 @contextlib.contextmanager

@@ -149,8 +149,9 @@ def export_needs(planner: Planner) -> Needs:
     workspace = planner.workspace
     size = sum(parameter.numel() * parameter.element_size() for parameter in workspace.pretrained.model.parameters())
     less = "leave export out of stages, or use a machine with more memory"
-    written = sum(size if name == DEQUANTIZED else _packed_bytes(planner) for name in exporters_of(planner.settings))
-    what = ", ".join("checkpoint" if name == DEQUANTIZED else name for name in exporters_of(planner.settings))
+    names = list(exporters_of(planner.settings))
+    written = sum(size if name == DEQUANTIZED else _packed_bytes(planner) for name in names)
+    what = ", ".join("checkpoint" if name == DEQUANTIZED else name for name in names)
     needs = Needs("export", what, disk={workspace.run_dir: written}, alone=True, less_memory=less)
     dropping = any(map(num_experts, planner.space.units))
     kept = 1.0 - (planner.settings.sparsity or 0.0) if dropping and planner.modules else 1.0
