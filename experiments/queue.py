@@ -7,7 +7,9 @@
 
 A sweep is a job for each combination of what `conf/experiment/NAME.yaml` sweeps, in the folder that Hydra would give it; jobs that
 `python -m evopress +experiment=NAME` has finished are not run again. NAME_best is the same sweep on the best levels. When the last
-job of a sweep has ended its table is made; scripts come last. What follows `--` is given to every job, and to scripts that take it.
+job of a sweep has ended its table is made. What scripts run are jobs like these; scripts themselves come last, one after the other,
+and make their tables of what there is. `paper` stands for the tables and figures that the paper has. What follows `--` is given to
+every job, and to scripts that take it.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
@@ -28,9 +32,9 @@ from hydra import compose, initialize_config_dir
 from evopress import config as configuration
 from evopress.endings import exit_code, stopping_at_signals
 from evopress.errors import EvoPressError
-from evopress.reporting.page import show_duration
 from experiments import claims
-from experiments.single_runs import SingleRun, evopress_all, logged, why_it_failed
+from experiments.clock import Clock
+from experiments.single_runs import SingleRun, evopress_all, has_finished, logged, why_it_failed
 from experiments.specs import SPECS, home
 from experiments.sweeps import Sweep, describe, expected_jobs, read_sweep
 from experiments.tables import make_table, sweep_of
@@ -56,21 +60,33 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     ),
     "heldout": ("experiments.heldout.run",),
     "calibration": ("experiments.calibration.measure --jobs {jobs} -- {further}",),
-    "allocation": ("experiments.allocation.run --jobs {jobs} -- {further}",),
+    "allocation": tuple(
+        f"experiments.allocation.run --method {method} --jobs {{jobs}} -- {{further}}" for method in ("quant", "sparsity")
+    ),
     "joint": ("experiments.joint.run --jobs {jobs} -- {further}",),
 }
 """What is run after the sweeps, by name: modules with their arguments."""
+WITH_JOBS = frozenset(
+    f"experiments.{module}" for module in ("levels.found", "guided.measure", "calibration.measure", "allocation.run")
+)
+"""Scripts whose jobs are known beforehand: `asked_runs` lists them, `prepare`, where there is one, makes what they need."""
+NAMES = tuple(dict.fromkeys([*SWEEPS, *SCRIPTS]))
+PAPER = "paper"
+OF_PAPER = tuple(name for name in NAMES if name.startswith(("table", "figure", "theorem")))
+"""What `paper` stands for."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """What is left of a sweep."""
+    """What is left of a sweep, or of what a script runs."""
 
     name: str
     jobs: tuple[dict[str, str], ...]
     total: int
     seconds: float | None
     """What a search of those that have finished took, on average."""
+    runs: tuple[SingleRun, ...] = ()
+    """Of a script: its jobs."""
 
 
 def sweep(name: str, root: Path) -> Sweep:
@@ -88,6 +104,22 @@ def missing(name: str, root: Path) -> Missing:
     return Missing(name, there.missing, len(there.jobs) + len(there.missing), statistics.fmean(took) if took else None)
 
 
+def missing_of_script(name: str, root: Path, jobs: int, further: Sequence[str]) -> Missing | None:
+    """Return what is missing of what a script runs; None if it runs nothing that is known beforehand, or has been run."""
+    if is_done(name, root, further):
+        return None
+    asked = [run for module, words in with_jobs(name, root, jobs, further) for run in module.asked_runs(words)]
+    left = tuple(replace(run, labels={"sweep": name, "job": run.folder.name}) for run in asked if not has_finished(run.folder))
+    return Missing(name, tuple({"run": run.folder.name} for run in left), len(asked), None, left) if asked else None
+
+
+def with_jobs(name: str, root: Path, jobs: int, further: Sequence[str]) -> Iterator[tuple[Any, list[str]]]:
+    """Yield the modules of a script's commands whose jobs are known beforehand, and what they are given."""
+    for _, module, *words in commands(name, root, jobs, further):
+        if module in WITH_JOBS:
+            yield import_module(module), words
+
+
 def runs(name: str, jobs: Sequence[dict[str, str]], root: Path, further: Sequence[str]) -> Iterator[SingleRun]:
     """Yield the jobs of a sweep as runs, in the folders that Hydra would give them."""
     spec = SPECS.get(name)
@@ -98,33 +130,6 @@ def runs(name: str, jobs: Sequence[dict[str, str]], root: Path, further: Sequenc
             given = (*own, *(f"{key}={value}" for key, value in axes.items()), *further)
             folder = root / name / compose("config", list(given), return_hydra_config=True).hydra.sweep.subdir
             yield SingleRun(folder, ("hydra.mode=RUN", *given), {"sweep": name, "job": describe(axes)})
-
-
-class Clock:
-    """Tells how long what is left will take, from what has ended."""
-
-    def __init__(self, left: Sequence[Missing], at_once: int) -> None:
-        """Begin with what earlier jobs took."""
-        self._left = {each.name: len(each.jobs) for each in left}
-        self._took = {each.name: [each.seconds] for each in left if each.seconds is not None}
-        self._at_once, self._last = at_once, time.monotonic()
-
-    def ended(self, name: str) -> bool:
-        """Note that a job has ended; tell whether it was its sweep's last."""
-        now = time.monotonic()
-        # One of so many jobs ends in this time: on average it has taken so many times as long.
-        self._took.setdefault(name, []).append((now - self._last) * min(self._at_once, sum(self._left.values())))
-        self._last = now
-        self._left[name] -= 1
-        return not self._left[name]
-
-    def __str__(self) -> str:
-        count = sum(self._left.values())
-        known = {name: statistics.fmean(took) for name, took in self._took.items()}
-        if not count or not known:
-            return f"{count} jobs left"
-        rest = sum(known.get(name, statistics.fmean(known.values())) * left for name, left in self._left.items())
-        return f"{count} jobs left, about {show_duration(rest / min(self._at_once, count))}"
 
 
 def folder_of(name: str, out: Path | None) -> Path:
@@ -154,17 +159,25 @@ def commands(name: str, root: Path, jobs: int, further: Sequence[str]) -> Iterat
 
 def run_script(name: str, root: Path, jobs: int, further: Sequence[str]) -> bool:
     """Run the commands of a script unless an earlier call has, on the sweeps as they are; tell whether all ended well."""
-    done, lines = root / f"{name}.done", list(commands(name, root, jobs, further))
-    told = "".join(" ".join(line) + "\n" for line in commands(name, root, 0, further))  # however many at once
-    if any("--root {root}" in command for command in SCRIPTS[name]):
-        told += f"results until {newest(root)}\n"
-    if done.is_file() and done.read_text(encoding="utf-8") == told:
+    if is_done(name, root, further):
         return True
-    for line in lines:
+    for line in commands(name, root, jobs, further):
         if not logged([sys.executable, *line], root / name):
             return False
-    done.write_text(told, encoding="utf-8")
+    (root / f"{name}.done").write_text(as_run(name, root, further), encoding="utf-8")
     return True
+
+
+def is_done(name: str, root: Path, further: Sequence[str]) -> bool:
+    """Tell whether an earlier call has run a script, on the sweeps as they are."""
+    done = root / f"{name}.done"
+    return done.is_file() and done.read_text(encoding="utf-8") == as_run(name, root, further)
+
+
+def as_run(name: str, root: Path, further: Sequence[str]) -> str:
+    """Return what is written down of a script that has been run: its commands, and what it read."""
+    told = "".join(" ".join(line) + "\n" for line in commands(name, root, 0, further))  # however many at once
+    return told + (f"results until {newest(root)}\n" if any("--root {root}" in command for command in SCRIPTS[name]) else "")
 
 
 def newest(folder: Path) -> float:
@@ -189,23 +202,29 @@ def go(names: Sequence[str], *, root: Path, out: Path | None, at_once: int, furt
         except EvoPressError as error:
             failed += 1
             print(f"{name}: left out: {error}", flush=True)
-    clock = Clock(left, at_once)
+    scripts = [name for name in names if name in SCRIPTS and out is None]
+    of_scripts = [found for name in scripts if (found := missing_of_script(name, root, at_once, further))]
+    clock = clock_of([*left, *of_scripts], at_once)
     print(clock, flush=True)
     for each in left:
         if not each.jobs and each.name in SPECS and is_stale(each.name, root, out):
             make(each.name, root, out)
-    for run, well in evopress_all((run for each in left for run in runs(each.name, each.jobs, root, further)), at_once=at_once):
-        failed += not well
-        last = clock.ended(run.labels["sweep"])
+    for each in of_scripts:
+        for module, words in with_jobs(each.name, root, at_once, further) if each.runs else ():
+            getattr(module, "prepare", lambda _: None)(words)
+    swept = (run for each in left for run in runs(each.name, each.jobs, root, further))
+    for run, well in evopress_all(chain(swept, *(each.runs for each in of_scripts)), at_once=at_once):
+        name = run.labels["sweep"]
+        failed += not well and name in SWEEPS  # a script tries again
+        last = clock.ended(name)
         ended = "done" if well else f"failed, {why_it_failed(run.folder)}"
-        print(f"{run.labels['sweep']} {run.labels['job']}: {ended}; {clock}", flush=True)
-        if last:
-            make(run.labels["sweep"], root, out)
-    for name in names:
-        if name in SCRIPTS and out is None:
-            well = run_script(name, root, at_once, further)
-            failed += not well
-            print(f"{name}: {'done' if well else f'failed, {why_it_failed(root / name)}'}", flush=True)
+        print(f"{name} {run.labels['job']}: {ended}; {clock}", flush=True)
+        if last and name in SWEEPS:
+            make(name, root, out)
+    for name in scripts:
+        well = run_script(name, root, at_once, further)
+        failed += not well
+        print(f"{name}: {'done' if well else f'failed, {why_it_failed(root / name)}'}", flush=True)
     if out is None:
         claims.write()
     return failed
@@ -231,16 +250,25 @@ def show(names: Sequence[str], root: Path, jobs: int, further: Sequence[str]) ->
             for axes in left[-1].jobs:
                 print(f"    {describe(axes)}")
         if name in SCRIPTS:
+            if found := missing_of_script(name, root, jobs, further):
+                left.append(found)
+                print(f"{name}: {len(found.jobs)} of {found.total} jobs missing")
             for command in commands(name, root, jobs, further):
                 print(f"{name}: python {' '.join(command)}")
-    print(Clock(left, jobs))
+    print(clock_of(left, jobs))
+
+
+def clock_of(left: Sequence[Missing], at_once: int) -> Clock:
+    """Return what tells how long what is missing will take."""
+    took = {each.name: each.seconds for each in left if each.seconds is not None}
+    return Clock({each.name: len(each.jobs) for each in left}, at_once, took)
 
 
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = list(dict.fromkeys([*SWEEPS, *SCRIPTS]))
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(every)} (default: all)")
+    help_names = f"{PAPER}, or of {', '.join(NAMES)} (default: all)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=help_names)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at once (default: a job for each core)")
     parser.add_argument("--root", type=Path, default=Path("multirun"), help="where the sweeps lie (default %(default)s)")
     parser.add_argument(
@@ -251,13 +279,13 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="say what is missing, run nothing")
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked, further = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
-    if unknown := [name for name in asked.names if name not in every]:
-        parser.error(f"{unknown[0]!r} is no experiment: choose among {', '.join(every)}")
+    if unknown := [name for name in asked.names if name not in (PAPER, *NAMES)]:
+        parser.error(f"{unknown[0]!r} is no experiment: choose among {', '.join((PAPER, *NAMES))}")
     if asked.jobs < 1:
         parser.error(f"--jobs {asked.jobs} is out of range: expected at least 1")
     if not any(each.startswith("threads=") for each in further):
         further.append("threads=1")
-    names = list(dict.fromkeys(asked.names)) or every
+    names = list(dict.fromkeys(each for name in asked.names or NAMES for each in (OF_PAPER if name == PAPER else (name,))))
     if asked.out is not None and (own := [name for name in asked.names if name in SCRIPTS and name not in SWEEPS]):
         parser.error(f"--out {asked.out} is for tables of sweeps, and {own[0]} writes into its own folder: leave one of them out")
     asked.root.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from typing import IO, Any
 from evopress.earlier_versions import as_written_now
 from evopress.reporting.jobs import typed_settings
 from evopress.run_folder import ANY_JOB, kept_overrides
+from experiments.clock import Clock
 
 _OF_ROUNDING = ("model.device", "fitness.max_tokens_in_flight", "fitness.chunk_tokens")
 """Settings that decide what a job finds by its rounding alone."""
@@ -71,7 +72,7 @@ def evopress(folder: Path, *arguments: str, running: Running | None = None) -> b
     Args: running: has the job's process while it runs.
     """
     typed = typed_settings(arguments)
-    if (folder / "finished.json").exists():
+    if has_finished(folder):
         other = _other_settings(folder, typed)
         if other:
             _log(folder).parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +116,23 @@ def evopress_all(runs: Iterable[SingleRun], *, at_once: int = 1) -> Iterator[tup
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             running.stop()
+
+
+def each_told(runs: Sequence[SingleRun], *, at_once: int = 1) -> Iterator[tuple[SingleRun, bool]]:
+    """Do as `evopress_all`, and say of each how it ended and how long what is left will take."""
+    left = {run.folder for run in runs if not has_finished(run.folder)}
+    clock = Clock({"": len(left)}, at_once)
+    print(f"{len(runs)} jobs, {clock}", flush=True)
+    for run, well in evopress_all(runs, at_once=at_once):
+        if run.folder in left:
+            clock.ended("")
+        print(f"{run.folder.name}: {'done' if well else why_it_failed(run.folder)}; {clock}", flush=True)
+        yield run, well
+
+
+def has_finished(folder: Path) -> bool:
+    """Tell whether a job has ended well, of whatever settings."""
+    return (folder / "finished.json").exists()
 
 
 def why_it_failed(folder: Path) -> str:

@@ -27,7 +27,7 @@ from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, log_scale, new_
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name
 from experiments.guided.measure import KEYS, merged, read, table
-from experiments.single_runs import SingleRun, evopress_all, folder_name, why_it_failed
+from experiments.single_runs import SingleRun, each_told, folder_name
 
 FOLDER = Path(__file__).parent
 RUNS = Path("multirun/allocation")
@@ -162,8 +162,8 @@ def draw(results: pd.DataFrame, folder: Path) -> list[Path]:
     return save(figure, folder, "allocation")
 
 
-def main() -> None:
-    """Run what is missing, write what was found, and draw it."""
+def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line (default: this process's)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="quant", choices=list(METHODS))
     parser.add_argument("--recipes", nargs="+", default=None, help="best, paper, or both (default); method drop has none")
@@ -176,20 +176,27 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=FOLDER / "results.csv", help="the figure goes beside it")
     parser.add_argument("--draw", action="store_true", help="draw results.csv, run nothing")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
+    asked.budgets = asked.budgets or METHODS[asked.method].budgets
+    return asked
+
+
+def asked_runs(words: Sequence[str] | None = None) -> list[SingleRun]:
+    """Return the runs that a command line asks for."""
+    asked = asked_for(words)
+    compared = METHODS[asked.method]
+    baselines, recipes = compared.baselines if asked.baselines is None else asked.baselines, asked.recipes or compared.recipes
+    genomes = {row: Path(folder) for row, _, folder in (each.partition("=") for each in asked.genomes)}
+    return list(runs(asked.method, recipes, asked.seeds, asked.budgets, baselines, asked.searches, asked.further, genomes))
+
+
+def main() -> None:
+    """Run what is missing, write what was found, and draw it."""
+    asked = asked_for()
     if not asked.draw:
-        compared = METHODS[asked.method]
-        budgets = asked.budgets or compared.budgets
-        baselines = compared.baselines if asked.baselines is None else asked.baselines
-        recipes = asked.recipes or compared.recipes
-        genomes = {row: Path(folder) for row, _, folder in (each.partition("=") for each in asked.genomes)}
-        all_runs = runs(asked.method, recipes, asked.seeds, budgets, baselines, asked.searches, asked.further, genomes)
-        for run, well in evopress_all(list(all_runs), at_once=asked.jobs):
-            if not well:
-                print(f"{run.folder.name}: {why_it_failed(run.folder)}", flush=True)
-                continue
-            merged(asked.results, list(ends(run, budgets, read_json(run.folder / "result.json"))))
-            print(f"{run.folder.name}: done", flush=True)
+        for run, well in each_told(asked_runs(), at_once=asked.jobs):
+            if well:
+                merged(asked.results, list(ends(run, asked.budgets, read_json(run.folder / "result.json"))))
     results = read(asked.results)
     print(table(results).to_string(index=False, float_format="%.4g"))
     for file in draw(results, asked.results.parent):

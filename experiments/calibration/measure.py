@@ -30,7 +30,7 @@ from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name, significant
 from experiments.calibration.texts import HELD_OUT, KINDS, TEXTS, write_texts
 from experiments.guided.measure import KEYS, merged, read
-from experiments.single_runs import SingleRun, evopress_all, why_it_failed
+from experiments.single_runs import SingleRun, each_told
 from experiments.tables import markdown, write_table
 
 FOLDER = Path(__file__).parent
@@ -206,8 +206,8 @@ def kept(values: Collection[str], known: Collection[str], option: str) -> None:
         raise EvoPressError(f"{option} {unknown[0]!r} is unknown: choose among {', '.join(known)}")
 
 
-def main() -> None:
-    """Run what is missing, and write what was found."""
+def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line (default: this process's)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", nargs="+", default=list(KINDS), help="that are looked at (default: all)")
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS), help="shares of modules that are dropped")
@@ -217,14 +217,29 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=FOLDER / "results.csv")
     parser.add_argument("--draw", action="store_true", help="make the table of results.csv, run nothing")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
-    asked = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def asked_runs(words: Sequence[str] | None = None) -> list[SingleRun]:
+    """Return the runs that a command line asks for; raise EvoPressError for texts that are not known."""
+    asked = asked_for(words)
+    kept(asked.texts, KINDS, "--texts")
+    return list(runs(asked.texts, asked.targets, asked.seeds, asked.folder, asked.further))
+
+
+def prepare(words: Sequence[str] | None = None) -> None:
+    """Write the texts that the runs of a command line look at."""
+    write_texts(asked_for(words).folder)
+
+
+def main() -> None:
+    """Run what is missing, and write what was found."""
+    asked = asked_for()
     try:
-        kept(asked.texts, KINDS, "--texts")
         if not asked.draw:
-            write_texts(asked.folder)
-            all_runs = list(runs(asked.texts, asked.targets, asked.seeds, asked.folder, asked.further))
-            for run, well in evopress_all(all_runs, at_once=asked.jobs):
-                print(f"{run.folder.name}: {'done' if well else why_it_failed(run.folder)}", flush=True)
+            all_runs = asked_runs()
+            prepare()
+            for run, well in each_told(all_runs, at_once=asked.jobs):
                 if well:
                     merged(asked.results, list(ends(run)))
         if not asked.results.is_file():

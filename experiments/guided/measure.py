@@ -22,7 +22,7 @@ import pandas as pd
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, open_frame, save, show_tokens
 from evopress.reporting.records import read_json, read_records
-from experiments.single_runs import SingleRun, evopress_all, folder_name, why_it_failed
+from experiments.single_runs import SingleRun, each_told, folder_name
 
 FOLDER = Path(__file__).parent
 RUNS = Path("multirun/guided")
@@ -198,8 +198,8 @@ def merged(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     new.sort_values(KEYS, kind="stable").to_csv(path, index=False, float_format="%.6g")
 
 
-def main() -> None:
-    """Run what is missing, write what was found, and draw it."""
+def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line (default: this process's)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="quant", choices=list(ROWS))
     parser.add_argument("--recipes", nargs="+", default=None, help="paper, best, or both (default); method drop has none")
@@ -210,21 +210,29 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=FOLDER / "results.csv", help="curves.csv goes beside it")
     parser.add_argument("--draw", action="store_true", help="draw curves.csv, run nothing")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
+    if unknown := [name for name in asked.rows or () if name not in ROWS[asked.method]]:
+        parser.error(f"--rows {unknown[0]!r} is unknown for method {asked.method}: choose among {', '.join(ROWS[asked.method])}")
+    return asked
+
+
+def asked_runs(words: Sequence[str] | None = None) -> list[SingleRun]:
+    """Return the runs that a command line asks for."""
+    asked = asked_for(words)
+    names, targets = asked.rows or list(ROWS[asked.method]), asked.targets or TARGETS[asked.method]
+    recipes = [""] if asked.method == "drop" else asked.recipes or ["best", "paper"]
+    return list(runs(asked.method, recipes, names, targets, asked.seeds, asked.further))
+
+
+def main() -> None:
+    """Run what is missing, write what was found, and draw it."""
+    asked = asked_for()
     curves_at = asked.results.with_name("curves.csv")
     if not asked.draw:
-        names = asked.rows or list(ROWS[asked.method])
-        if unknown := [name for name in names if name not in ROWS[asked.method]]:
-            parser.error(
-                f"--rows {unknown[0]!r} is unknown for method {asked.method}: choose among {', '.join(ROWS[asked.method])}"
-            )
-        recipes = [""] if asked.method == "drop" else asked.recipes or ["best", "paper"]
-        all_runs = list(runs(asked.method, recipes, names, asked.targets or TARGETS[asked.method], asked.seeds, asked.further))
         found: list[dict[str, Any]] = []
         points: list[dict[str, Any]] = []
-        for run, well in evopress_all(all_runs, at_once=asked.jobs):
+        for run, well in each_told(asked_runs(), at_once=asked.jobs):
             if not well:
-                print(f"{run.folder.name}: {why_it_failed(run.folder)}", flush=True)
                 continue
             found += [{**run.labels, **end} for end in ends(run.folder)]
             points += [{**run.labels, **point} for point in curve(run.folder)]

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from evopress.reporting.records import read_json
-from experiments.single_runs import SingleRun, evopress_all, why_it_failed
+from experiments.single_runs import SingleRun, each_told
 
 TABLE = Path(__file__).with_suffix(".csv")
 RUNS = Path("multirun/found")
@@ -68,8 +68,8 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def main() -> None:
-    """Run what is missing and write what was found."""
+def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line (default: this process's)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--bits", nargs="+", type=float, default=None)
@@ -77,11 +77,21 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="at once")
     parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
-    asked = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def asked_runs(words: Sequence[str] | None = None) -> list[SingleRun]:
+    """Return the runs that a command line asks for."""
+    asked = asked_for(words)
+    return list(runs(asked.rows, asked.bits, asked.seeds, asked.further))
+
+
+def main() -> None:
+    """Run what is missing and write what was found."""
+    asked = asked_for()
     found: list[dict[str, Any]] = []
-    for run, well in evopress_all(runs(asked.rows, asked.bits, asked.seeds, asked.further), at_once=asked.jobs):
+    for run, well in each_told(asked_runs(), at_once=asked.jobs):
         if not well:
-            print(f"{run.folder.name}: {why_it_failed(run.folder)}", flush=True)
             continue
         found += [{**run.labels, **row} for row in rows_of(run.folder)]
         frame = pd.DataFrame(found).sort_values(["row", "target", "seed"], kind="stable")

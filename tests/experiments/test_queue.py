@@ -29,6 +29,7 @@ def write_job(folder: Path, typed: list[str], **config: Any) -> None:
     rows = [{"name": name, "kl": value, "perplexity": {"docs": 9 + value}} for name, value in kl.items()]
     result = {"schema": 1, "rows": rows, "search": {"seconds": 12.0, "tokens": 100}}
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (folder / "finished.json").write_text("{}", encoding="utf-8")
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_what_is_missing_is_run_and_what_failed_is_run_again(
 
     failed, said = go()
     assert failed == 0 and [run.arguments[2] for run in ran[3:]] == ["seed=2"]
-    assert said.startswith("1 jobs left, about ")
+    assert said.startswith("1 job left, about ")
     assert "Missing" not in (tmp_path / "out" / "table3" / "table.md").read_text(encoding="utf-8")
     assert go() == (0, "0 jobs left\n") and len(ran) == 4
 
@@ -77,7 +78,40 @@ def test_a_list_runs_nothing(ran: list[SingleRun], tmp_path: Path, capsys: pytes
     assert said[:4] == ["table3: 3 of 3 jobs missing", "    seed=0", "    seed=1", "    seed=2"]
     assert f"figure5: python -m experiments.figure5.run --root {tmp_path}" in said
     assert "guided: python -m experiments.guided.measure --method drop --jobs 4 -- threads=1 +debug=tiny" in said
-    assert said[-1] == "3 jobs left" and not ran
+    assert "guided: 348 of 348 jobs missing" in said
+    assert said[-1] == "351 jobs left" and not ran
+
+
+def test_what_scripts_run_are_jobs_of_the_queue(
+    ran: list[SingleRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They have their place in what is left, are run beside the sweeps', and are not run again; the script makes its table then."""
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr(queue, "logged", lambda command, folder: asked.append(command[2]) or asked.count(command[2]) > 1)
+    monkeypatch.setattr(queue.claims, "write", lambda: None)
+    monkeypatch.setattr("experiments.calibration.measure.write_texts", lambda folder: asked.append(folder.as_posix()))
+    script = "experiments.calibration.measure"
+    monkeypatch.setitem(queue.SCRIPTS, "calibration", (f"{script} --seeds 1 2 --texts docs --jobs {{jobs}} -- {{further}}",))
+
+    def go() -> tuple[int, str]:
+        failed = queue.go(["calibration"], root=tmp_path / "multirun", out=None, at_once=2, further=["threads=1"])
+        return failed, capsys.readouterr().out
+
+    failed, said = go()
+    assert said.startswith("8 jobs left\n") and "calibration docs-0.125-1: done; 7 jobs left, about " in said
+    assert asked == ["multirun/calibration/texts", script] and len(ran) == 8
+    assert {"+method=drop", "threads=1"} <= set(ran[0].arguments)
+    assert failed == 1, "the script; jobs that have failed are its own to try again"
+
+    failed, said = go()
+    assert said.startswith("4 jobs left\n") and len(ran) == 12 and failed == 0
+    assert go() == (0, "0 jobs left\ncalibration: done\n") and asked.count(script) == 2
+
+
+def test_paper_stands_for_its_tables_and_figures() -> None:
+    assert {"table16", "table3_best", "figure1", "theorem1", "table13"} <= set(queue.OF_PAPER)
+    assert not {"demo", "guided", "allocation"} & set(queue.OF_PAPER)
 
 
 def test_jobs_that_do_not_belong_together_stop_no_other_sweep(ran: list[SingleRun], tmp_path: Path) -> None:
@@ -218,3 +252,11 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_the_job(tmp_path: Pat
     assert evopress(folder, "+method=quant", "bits=5", "threads=1")
     assert not evopress(folder, "+method=quant", "bits=4")
     assert "of other settings (bits=5 there, 4 here): move it away" in why_it_failed(folder)
+
+
+def test_the_page_says_how_many_jobs_there_are(tmp_path: Path) -> None:
+    sweeps = sum(queue.missing(name, tmp_path).total for name in queue.SWEEPS)
+    of_scripts = [queue.missing_of_script(name, tmp_path, 2, []) for name in queue.SCRIPTS]
+    total = sum(each.total for each in of_scripts if each)
+    text = (Path(queue.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert f"It is {sweeps + total} jobs: {sweeps} of sweeps" in text and f"and {total} that scripts run" in text
