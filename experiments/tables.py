@@ -53,6 +53,10 @@ class Table:
         self.columns: dict[str, Column] = {}
         self.settings: dict[tuple[Group, str], list[str]] = {}
         """What `spec.settings` are for the search of a group's variant."""
+        self.larger: set[tuple[Group, str]] = set()
+        """Variants that spend more than a job's budget."""
+        self._sequences: dict[tuple[Group, str, str], Sequence[float]] = {}
+        """What a measure of a group's variant is the mean of, in the first job that has it."""
         for job in jobs:
             rows = job.result["rows"]
             group = tuple(job.axes[key] for key in spec.group)
@@ -61,10 +65,14 @@ class Table:
                 self.settings.setdefault((group, found), [str(setting(job, key)) for key in spec.settings])
             for column in results_columns(rows):
                 self.columns.setdefault(column.header, column)
-                for row, value in zip(rows, column.values, strict=True):
+                for place, (row, value) in enumerate(zip(rows, column.values, strict=True)):
                     variant = spec.variant(job.axes, str(row["name"]))
                     if variant is not None and value is not None:
                         self._keep(job, variant, column.header, value)
+                        if kept := column.sequences[place] if column.sequences else None:
+                            self._sequences.setdefault((group, variant, column.header), kept)
+                        if row.get("within_budget") is False:
+                            self.larger.add((group, variant))
             for name, of, key in _COSTS:
                 took = job.result.get(of) or {}
                 value = None if took.get("reused") else number(took.get(key))
@@ -94,12 +102,27 @@ class Table:
 
     def variants(self, group: Group) -> list[str]:
         """Return a group's variants, those apart first, the others in the order of the jobs and of their rows."""
-        return sorted(self.values[group], key=lambda name: name not in self.spec.apart)
+        return sorted(self.values[group], key=lambda name: not self.is_apart(group, name))
+
+    def is_apart(self, group: Group, variant: str) -> bool:
+        """Tell whether a variant is shown and not compared: the table says so, or it spends more than the budget."""
+        return variant in self.spec.apart or (group, variant) in self.larger
 
     def difference(self, group: Group, variant: str, other: str, measure: str) -> Difference:
-        """Compare two variants seed by seed."""
+        """Compare two variants seed by seed; those that no seed changes sequence by sequence, where these were kept.
+
+        Returns: the mean difference of seeds; its standard error is as many times smaller as that of sequences is.
+        """
         of = self.values[group]
-        return Difference.of(of.get(variant, {}).get(measure, {}), of.get(other, {}).get(measure, {}))
+        by_seed = Difference.of(of.get(variant, {}).get(measure, {}), of.get(other, {}).get(measure, {}))
+        if by_seed.decided or by_seed.num_pairs < 2:
+            return by_seed
+        ours, theirs = (self._sequences.get((group, name, measure), ()) for name in (variant, other))
+        by_sequence = Difference.of_sequences(ours, theirs)
+        if not by_sequence.decided or not by_sequence.mean:
+            return by_seed
+        share = by_sequence.standard_error / abs(by_sequence.mean)
+        return Difference(by_seed.mean, abs(by_seed.mean) * share, by_sequence.num_pairs)
 
     def summary(self) -> list[dict[str, Any]]:
         """Return one row per group, variant and measure, for `results.csv`."""
@@ -112,7 +135,7 @@ class Table:
                     row |= {"method": variant, "measure": measure, "seeds": len(numbers), "mean": statistics.fmean(numbers)}
                     row |= {"std": statistics.stdev(numbers) if len(numbers) > 1 else math.nan}
                     row |= {"min": min(numbers), "max": max(numbers)}
-                    if column.best is not None and self._compared(variant):
+                    if column.best is not None and self._compared(group, variant):
                         difference = self.difference(group, variant, self.spec.reference, measure)
                         row |= {"difference": difference.mean, "standard_error": difference.standard_error}
                         row |= {"verdict": difference.verdict(column.best)}
@@ -135,12 +158,22 @@ class Table:
         means = {
             variant: statistics.fmean(self.values[group][variant][measure].values())
             for variant in self.variants(group)
-            if variant not in self.spec.apart and self.values[group][variant].get(measure)
+            if not self.is_apart(group, variant) and self.values[group][variant].get(measure)
         }
         return in_order(means, lambda one, other: self.difference(group, one, other, measure), best)
 
-    def _compared(self, variant: str) -> bool:
-        return variant not in (self.spec.reference, *self.spec.apart)
+    @property
+    def has_constants(self) -> bool:
+        """Tell whether several compared variants of a group are the same on all seeds, so that seeds say nothing of them."""
+        first = self.qualities[0] if self.qualities else ""
+        for group in self.groups:
+            seeds = [self.values[group][name].get(first, {}) for name in self.variants(group) if not self.is_apart(group, name)]
+            if sum(len(of) > 1 and len(set(of.values())) == 1 for of in seeds) > 1:
+                return True
+        return False
+
+    def _compared(self, group: Group, variant: str) -> bool:
+        return variant != self.spec.reference and not self.is_apart(group, variant)
 
     def markdown(self, group: Group) -> str:
         """Lay out one group: means, spread, and the difference to the reference in the first quality."""
@@ -151,9 +184,10 @@ class Table:
         for variant in self.variants(group):
             of = self.values[group][variant]
             settings = self.settings.get((group, variant), [""] * len(self.spec.settings))
-            cells = [display_name(variant), *settings, *(self._cell(of.get(measure, {}), measure) for measure in self.shown)]
+            name = display_name(variant) + (" (a larger budget)" if (group, variant) in self.larger else "")
+            cells = [name, *settings, *(self._cell(of.get(measure, {}), measure) for measure in self.shown)]
             difference = self.difference(group, variant, self.spec.reference, first)
-            shown = told(difference, self.columns[first].best) if self._compared(variant) else ""
+            shown = told(difference, self.columns[first].best) if self._compared(group, variant) else ""
             body.append([*cells, shown, str(max(map(len, of.values())))])
         return markdown(headers, body)
 
@@ -207,7 +241,7 @@ def beside_paper(table: Table, group: Group, paper: Sequence[Mapping[str, str]])
         [display_name(variant), *(_with_ratio(numbers, variant, spec.reference) for numbers in (*ours.values(), *theirs.values()))]
         for variant in table.variants(group)
     ]
-    compared = [variant for variant in table.variants(group) if variant not in spec.apart]
+    compared = [variant for variant in table.variants(group) if not table.is_apart(group, variant)]
     orders = Counter(_order({name: numbers[name] for name in compared if name in numbers}) for numbers in theirs.values())
     sentences = [
         *(f"Ours, by {measure}: {table.order(group, measure)}." for measure in table.qualities),
@@ -226,6 +260,11 @@ def render(sweep: Sweep, spec: Spec, paper: Sequence[Mapping[str, str]]) -> str:
         "Mean over seeds (least..greatest). Differences are paired: same seed, same text; ± is their standard error, and a "
         "difference within two of them is a tie.\n"
     )
+    if table.has_constants:
+        parts.append(
+            "Rows that no seed changes are paired with each other by sequence of the text; where those were not kept, nothing can be "
+            "said of their order (?).\n"
+        )
     if paper:
         parts.append(
             f"Beside the paper's numbers, in brackets, is the perplexity over {display_name(spec.reference)}'s. The models and the "

@@ -41,8 +41,8 @@ class Difference:
 
     @property
     def decided(self) -> bool:
-        """Tell whether there are pairs enough to say anything."""
-        return self.num_pairs >= 2 and math.isfinite(self.standard_error)
+        """Tell whether there are pairs enough to say anything, and they are not all the same: what varies nowhere is one pair."""
+        return self.num_pairs >= 2 and math.isfinite(self.standard_error) and (self.standard_error > 0 or not self.mean)
 
     @property
     def is_tie(self) -> bool:
@@ -50,12 +50,12 @@ class Difference:
         return self.decided and abs(self.mean) <= STANDARD_ERRORS * self.standard_error
 
     def verdict(self, best: Callable[[Iterable[float]], float] | None) -> str:
-        """Say "better", "worse" or "tie"; with fewer than two pairs nothing can be said, and of one seed that is said.
+        """Say "better", "worse" or "tie"; with fewer than two pairs, or equal ones, nothing can be said, and that is said of seeds.
 
         Args: best: `min` or `max`, which way the measure is good.
         """
         if not self.decided:
-            return "one seed" if self.num_pairs else ""
+            return {0: "", 1: "one seed"}.get(self.num_pairs, "alike on all seeds")
         if self.is_tie:
             return "tie"
         return "better" if best is not None and best((self.mean, 0.0)) == self.mean else "worse"

@@ -17,12 +17,10 @@ from evopress.reporting.tables import (
     number,
     results_columns,
     significant,
+    spends_more,
     told,
     told_differences,
 )
-
-_SLACK = 1.002
-"""Genomes that spend this much more than another still count as of the same budget."""
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -44,7 +42,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
     ours = measured.pop("evopress")
     found = {name: measured.pop(name) for name in list(measured) if is_found(name)}
     sentence = f"EvoPress's held-out KL{_on(ours)} is {significant(_kl(ours))} nats per token{_at(ours)}"
-    equal = {name: row for name, row in measured.items() if not _spends_more(row, ours)}
+    equal = {name: row for name, row in measured.items() if not spends_more(row, ours)}
     larger = {name: row for name, row in measured.items() if name not in equal}
     if equal:
         best = min(equal, key=lambda name: _kl(equal[name]))
@@ -122,24 +120,13 @@ def _at(row: Mapping[str, Any]) -> str:
     return "" if value is None else f" with {value:.0f} modules dropped"
 
 
-def _spends_more(row: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    """Tell if a row is of a larger budget than ours: it says so, or it has more bits, less sparsity, or fewer modules dropped."""
-    if isinstance(row.get("within_budget"), bool) and ours.get("within_budget") is True:
-        return not row["within_budget"]
-    for key, sign in (("bits_per_weight", 1), ("sparsity", -1), ("modules_dropped", -1)):
-        theirs, limit = number(row.get(key)), number(ours.get(key))
-        if theirs is not None and limit is not None:
-            return theirs > limit * _SLACK if sign > 0 else theirs * _SLACK < limit
-    return False
-
-
 def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Lay out the results; bold is the best of each quality among the rows that spend no more than EvoPress."""
     if not rows:
         return ""
     columns = results_columns(rows)
     ours = next((row for row in rows if row.get("name") == "evopress"), None)
-    fair = [index for index, row in enumerate(rows) if row.get("name") != "dense" and (ours is None or not _spends_more(row, ours))]
+    fair = [index for index, row in enumerate(rows) if row.get("name") != "dense" and (ours is None or not spends_more(row, ours))]
     bold: set[tuple[int, int]] = set()
     for place, column in enumerate(columns):
         shown = {index: value for index in fair if (value := column.values[index]) is not None}

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
+_SLACK = 1.002
+"""Genomes that spend this much more than another still count as of the same budget."""
+
 _NAMES = {
     "dp": "DP",
     "evopress": "EvoPress",
@@ -102,6 +105,17 @@ def held_out_kl(row: Row) -> tuple[str | None, float | None]:
     return None, number(row.get("kl"))
 
 
+def spends_more(row: Row, ours: Row) -> bool:
+    """Tell if a row is of a larger budget than ours: it says so, or it has more bits, less sparsity, or fewer modules dropped."""
+    if isinstance(row.get("within_budget"), bool) and ours.get("within_budget") is True:
+        return not row["within_budget"]
+    for key, sign in (("bits_per_weight", 1), ("sparsity", -1), ("modules_dropped", -1)):
+        theirs, limit = number(row.get(key)), number(ours.get(key))
+        if theirs is not None and limit is not None:
+            return theirs > limit * _SLACK if sign > 0 else theirs * _SLACK < limit
+    return False
+
+
 def by_sequence(row: Row, data_set: str | None, measure: str) -> Sequence[float] | None:
     """Return a row's measure ("nll", or one of `MEANS`) on each sequence of a data set; None where it was not kept."""
     kept: Any = row.get("by_sequence")
@@ -162,7 +176,10 @@ def told_differences(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     if place is None:
         return [], []
     lines = [
-        [display_name(str(row.get("name", ""))), *(told(column.difference(index, place), column.best) for column in columns)]
+        [
+            display_name(str(row.get("name", ""))) + (" (a larger budget)" if spends_more(row, rows[place]) else ""),
+            *(told(column.difference(index, place), column.best) for column in columns),
+        ]
         for index, row in enumerate(rows)
         if index != place and row.get("name") != "dense"
     ]

@@ -93,7 +93,7 @@ def line_of(text: str, start: str, nth: int = 0) -> list[str]:
         ([2.0, 2.1, 2.2], [1.0, 1.1, 1.2], max, "better"),
         ([1.0, 2.0, 3.0], [1.1, 1.8, 3.1], min, "tie"),
         ([1.0, 1.0], [1.0, 1.0], min, "tie"),
-        ([1.5, 1.5], [1.0, 1.0], min, "worse"),
+        ([1.5, 1.5], [1.0, 1.0], min, "alike on all seeds"),
         ([1.0], [2.0], min, "one seed"),
         ([], [2.0], min, ""),
     ],
@@ -249,7 +249,7 @@ def test_variants_may_be_what_was_swept(tmp_path: Path) -> None:
     """As in the paper's Table 6: EvoPress's row of jobs with different numbers of offspring."""
     for count, kl in (("16", 0.5), ("4", 0.7)):
         for seed in range(3):
-            rows = [row("uniform", 1.0, 30.0), row("evopress", kl + seed / 10, 8.0)]
+            rows = [row("uniform", 1.0, 30.0), row("evopress", kl + seed * kl / 10, 8.0)]
             write_job(
                 tmp_path,
                 f"{count}-{seed}",
@@ -261,8 +261,41 @@ def test_variants_may_be_what_was_swept(tmp_path: Path) -> None:
     table = Table(read_sweep(tmp_path, expected).jobs, Spec("Table 6", variant=by_axis("search.num_offspring"), reference="16"))
     assert table.groups == [()]
     assert table.variants(()) == ["4", "16"]  # as they are asked for, not as the folders are named
-    assert table.difference((), "4", "16", "held-out KL").mean == pytest.approx(0.2)
+    assert table.difference((), "4", "16", "held-out KL").mean == pytest.approx(0.22)
     assert table.order((), "held-out KL") == "16 < 4"
+
+
+def write_constants(root: Path, sequences: dict[str, list[float]] | None, **more: Any) -> Table:
+    """Return the table of two seeds that change nothing in two baselines."""
+    for seed in range(2):
+        rows = [row("uniform", 2.0, 30.0), row("owl", 2.1, 31.0) | more, row("evopress", 1.0 + seed / 10, 20.0 + seed)]
+        for each in rows:
+            each["kl_by_data_set"] = {"docs": each["kl"]}
+            if sequences is not None:
+                each["by_sequence"] = {"docs": {"kl": sequences[each["name"]]}}
+        write_job(root, f"{seed}", [f"seed={seed}"], rows)
+    return Table(read_sweep(root, [{"seed": f"{seed}"} for seed in range(2)]).jobs, Spec("Any"))
+
+
+def test_rows_that_no_seed_changes_are_paired_by_sequence(tmp_path: Path) -> None:
+    """Two numbers that are the same on every seed are one pair, however often they are there."""
+    unknown = write_constants(tmp_path / "a", None)
+    assert unknown.has_constants and unknown.order((), "held-out KL docs") == "EvoPress < uniform ? OWL"
+    ours = [1.0, 1.1, 1.05]
+    near = write_constants(tmp_path / "b", {"uniform": [1.0, 2.0, 3.0], "owl": [1.4, 1.7, 3.2], "evopress": ours})
+    assert near.order((), "held-out KL docs") == "EvoPress < uniform ≈ OWL"
+    clear = write_constants(tmp_path / "c", {"uniform": [1.0, 2.0, 3.0], "owl": [1.11, 2.1, 3.09], "evopress": ours})
+    assert clear.order((), "held-out KL docs") == "EvoPress < uniform < OWL"
+    found = clear.difference((), "owl", "uniform", "held-out KL docs")
+    assert found.mean == pytest.approx(0.1) and found.num_pairs == 3
+    assert found.standard_error == pytest.approx(0.1 * (0.01 / 3**0.5) / 0.1)
+
+
+def test_what_spends_more_than_the_budget_is_not_compared(tmp_path: Path) -> None:
+    table = write_constants(tmp_path, None, within_budget=False)
+    assert table.variants(()) == ["owl", "uniform", "evopress"] and table.order((), "held-out KL docs") == "EvoPress < uniform"
+    assert line_of(table.markdown(()), "OWL (a larger budget)")[-2:] == ["", "2"]
+    assert "verdict" not in next(each for each in table.summary() if each["method"] == "owl")
 
 
 def write_table_5(root: Path, stages: list[int], *, typed: bool = True, earlier: bool = False, **search: Any) -> None:
@@ -283,7 +316,7 @@ def write_table_5(root: Path, stages: list[int], *, typed: bool = True, earlier:
                 root / "table5",
                 f"{tokens}_tokens-{seed}",
                 [axis] * typed + [f"seed={seed}", "+experiment=table5"],
-                [DENSE, row("evopress", 0.5 + index / 10 + seed / 100, 8.0 + index)],
+                [DENSE, row("evopress", 0.5 + index / 10 + seed * (index + 1) / 100, 8.0 + index)],
                 scale={"name": "mini", "tokens": 0.125},
                 search=config,
             )

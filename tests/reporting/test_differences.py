@@ -13,7 +13,7 @@ import pytest
 from evopress.reporting.differences import Difference
 from evopress.reporting.findings import headline, results_table
 from evopress.reporting.page import markdown
-from evopress.reporting.tables import results_columns, write_tables
+from evopress.reporting.tables import results_columns, told_differences, write_tables
 
 
 def row(name: str, kls: list[float], **more: Any) -> dict[str, Any]:
@@ -127,3 +127,13 @@ def test_acceptance_rates_and_flips_are_paired_with_those_of_what_was_found(tmp_
     assert all(cell in page for cell in ("-0.0950 ± 0.0029 (worse)", "0 ± 0.082 (tie)"))
     assert "its acceptance rate is 0.6500 against 0.5550: 0.0950 ± 0.0029 (better)" in headline(rows)
     assert "difference to EvoPress" not in results_table(rows[:2]) + results_table([row("dp", [1.0]) | {"by_sequence": None}, ours])
+
+
+def test_a_row_of_a_larger_budget_says_so_beside_its_difference() -> None:
+    rows = [
+        row("uniform_3", CLEAR, within_budget=False),
+        row("dp", DP, within_budget=True),
+        row("evopress", NEAR, within_budget=True),
+    ]
+    _, lines = told_differences(rows)
+    assert [line[0] for line in lines] == ["uniform 3 (a larger budget)", "DP"]

@@ -187,6 +187,8 @@ def test_only_equal_sizes_were_exchanged(run: Any, tmp_path: Path) -> None:
     assert sentence not in write(tmp_path / "report.html", run).text
     config = {**run.config, "search": {"exchange": "size"}}
     assert sentence in write(tmp_path / "report.html", run, config=config).text
+    guided = {**run.config, "search": {"exchange": "size", "strategy": {"name": "guided"}}}
+    assert sentence not in write(tmp_path / "report.html", run, config=guided).text, "it has no switches"
 
 
 def test_dropped_modules_are_named(tmp_path: Path, run: Any) -> None:
