@@ -262,8 +262,8 @@ def render(sweep: Sweep, spec: Spec, paper: Sequence[Mapping[str, str]]) -> str:
     )
     if table.has_constants:
         parts.append(
-            "Rows that no seed changes are paired with each other by sequence of the text; where those were not kept, nothing can be "
-            "said of their order (?).\n"
+            "Rows that no seed changes are paired with each other by sequence of the text; where those were not kept, nothing "
+            "can be said of their order (?).\n"
         )
     if paper:
         parts.append(

@@ -101,7 +101,7 @@ CLAIMS: list[tuple[str, tuple[Number, ...]]] = [
         guided("best", "evolution from dp", *ALL),
     ),
     ("| `method.recipe=best` | guided | {:,.0f} | {:.3f} | {:.1f} |", guided("best", "guided", *ALL)),
-    ("| the same genome | | **{:.3f}** | **{:.1f}** |", second_pass("kl", "perplexity")),
+    ("| genomes of guided | | **{:.3f}** | **{:.1f}** |", second_pass("kl", "perplexity")),
     (
         "a held-out KL of {:.3f} against {:.3f}",
         tuple(mean("exports", "kl", file=file, engine="llama.cpp") for file in ("ours by guided, at Q2_K", "Q2_K")),

@@ -164,7 +164,8 @@ def _extremes(space: Space, genome: Genome, config: Mapping[str, Any]) -> str:
         return ""
     said.append(f"In brackets: {measure_name(space)}. The search kept more where taking away hurt more, as far as it could tell.")
     search = config.get("search")
-    switched = isinstance(search, Mapping) and (search.get("strategy") or {}).get("name", "evolution") == "evolution"
+    search = search if isinstance(search, Mapping) else {}
+    switched = (search.get("strategy") or {}).get("name", "evolution") == "evolution"
     if switched and search.get("exchange") == "size" and len({unit.size for unit in space.units}) > 1:
         said.append("Only units of equal size exchanged levels, so what each size has in all was settled by the initial genome.")
     return paragraph(" ".join(said))
