@@ -103,13 +103,16 @@ def _points(records: Sequence[Mapping[str, Any]]) -> Iterator[Point]:
 
 
 def band(curve: Curve, x: str, measure: str) -> list[tuple[float, float, float, float]]:
-    """Return (x, mean, least, greatest) over seeds at every measured x that all seeds have reached; linear between measurements."""
+    """Return (x, mean, least, greatest) over seeds at every measured x from where all have begun; linear between measurements.
+
+    A search that has ended keeps what it had found while slower ones go on, so that the last mean is that of the ends.
+    """
     lines = [[(point.x[x], point.values[measure]) for point in points if measure in point.values] for points in curve.values()]
     lines = [line for line in lines if line]
     if not lines:
         return []
-    first, last = max(line[0][0] for line in lines), min(line[-1][0] for line in lines)
-    places = sorted({place for line in lines for place, _ in line if first <= place <= last})
+    first = max(line[0][0] for line in lines)
+    places = sorted({place for line in lines for place, _ in line if place >= first})
     result = []
     for place in places:
         values = [_at(line, place) for line in lines]
@@ -118,7 +121,7 @@ def band(curve: Curve, x: str, measure: str) -> list[tuple[float, float, float, 
 
 
 def _at(line: Sequence[tuple[float, float]], x: float) -> float:
-    """Interpolate a line at an x between its first and its last."""
+    """Interpolate a line at an x from its first on; beyond its last it stays."""
     before = max(i for i, (place, _) in enumerate(line) if place <= x)
     (x0, y0), (x1, y1) = line[before], line[min(before + 1, len(line) - 1)]
     return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)

@@ -20,15 +20,16 @@ _MOST_ROWS = 200
 _MOST_STEPS = 5
 
 
-def progress(records: Sequence[Record]) -> str:
-    """Say how often a generation improved on its parent, and how the held-out KL moved."""
+def progress(records: Sequence[Record], text: str = "") -> str:
+    """Say how often a generation improved on its parent, and how the held-out KL moved.
+
+    Args: text: which one that was measured on.
+    """
     tried = [record for record in records if record.get("generation")]
     sentences = []
     if tried:
         accepted = sum(bool(record.get("accepted")) for record in tried)
-        sentences.append(
-            f"{accepted} of {len(tried)} generations replaced their parent: an acceptance rate of {accepted / len(tried):.0%}"
-        )
+        sentences.append(f"{accepted} of {len(tried)} generations replaced their parent: {accepted / len(tried):.0%}")
         if len(tried) >= 8:
             last = tried[-(len(tried) // 4) :]
             sentences[0] += f" ({sum(bool(record.get('accepted')) for record in last) / len(last):.0%} in the last quarter)"
@@ -39,7 +40,7 @@ def progress(records: Sequence[Record]) -> str:
         (first, before), (last_generation, after) = held_out[0], held_out[-1]
         sentences.append(
             f"held-out KL went from {significant(before)} at generation {first} to {significant(after)} "
-            f"at generation {last_generation}"
+            f"at generation {last_generation}{f', on {text}' if text else ''}"
         )
     return paragraph(f"{'; '.join(sentences)}.") if sentences else ""
 

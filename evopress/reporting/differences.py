@@ -21,7 +21,7 @@ class Difference:
     mean: float
     """NaN without pairs."""
     standard_error: float
-    """NaN for less than two pairs."""
+    """NaN for less than two pairs, or where one of them is not finite."""
     num_pairs: int
 
     @classmethod
@@ -36,7 +36,8 @@ class Difference:
 
     @classmethod
     def _of(cls, pairs: Sequence[float]) -> Difference:
-        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
+        finite = all(map(math.isfinite, pairs))
+        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 and finite else math.nan
         return cls(statistics.fmean(pairs) if pairs else math.nan, error, len(pairs))
 
     @property
@@ -55,7 +56,7 @@ class Difference:
         Args: best: `min` or `max`, which way the measure is good.
         """
         if not self.decided:
-            return {0: "", 1: "one seed"}.get(self.num_pairs, "alike on all seeds")
+            return {0: "", 1: "one seed"}.get(self.num_pairs, "" if math.isnan(self.standard_error) else "alike on all seeds")
         if self.is_tie:
             return "tie"
         return "better" if best is not None and best((self.mean, 0.0)) == self.mean else "worse"

@@ -59,7 +59,7 @@ def write_report(
     Raises: EvoPressError if the file cannot be written.
     """
     rows = [row for row in result.get("rows") or [] if isinstance(row, Mapping)]
-    shown = pictures(figures)
+    shown, curve = pictures(figures), held_out_curve(records, rows)
 
     def take(*names: str) -> str:
         return "".join(shown.pop(name, "") for name in names)
@@ -70,7 +70,7 @@ def write_report(
     parts = [
         section("What was asked", _asked(config, records, space)),
         section("What was found", paragraph(headline(rows), kind="lead") + results_table(rows)),
-        section("Convergence", take("convergence") + account.progress(held_out_curve(records, rows).records)),
+        section("Convergence", take("convergence") + account.progress(curve.records, curve.text)),
         section("Where the budget went", where),
         section("What each unit holds", take("held") + _held(records, space)),
         section("Accepted switches", take("switches") + account.accepted_switches(records, space)),

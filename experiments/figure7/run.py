@@ -22,7 +22,7 @@ import numpy as np
 
 from evopress.errors import EvoPressError
 from evopress.progress import track
-from evopress.reporting.drawing import COLOURS, log_scale, new_figure, open_frame, save
+from evopress.reporting.drawing import COLOURS, log_scale, new_figure, open_frame, save, show_tokens
 from experiments.depth import BATCH_TOKENS, check_positive, load, model_options, perplexities, publish, run
 from experiments.tables import markdown
 
@@ -182,6 +182,7 @@ def draw(scores: Mapping[str, Sequence[float]], removals: Sequence[Removal], cor
                 log_scale(axis)
             open_frame(axis)
             axis.set_xlabel(f"mean {label}")
+            axis.xaxis.set_major_formatter(show_tokens)
             axis.set_title(f"{100 * sparsity:g}%: r = {of[name].pearson:+.2f}, ρ = {of[name].spearman:+.2f}", fontsize=9)
             axis.tick_params(labelsize=8)
         axes[row][0].set_ylabel("perplexity")

@@ -94,11 +94,12 @@ def test_the_band_is_mean_and_range_over_seeds() -> None:
 
 
 def test_between_measurements_a_curve_is_a_straight_line() -> None:
-    """Seconds never agree between seeds: every measured time is a point where all seeds have reached it."""
+    """Seconds never agree between seeds: every measured time is a point from where all have begun; who has ended stays."""
     curve = {"0": points((0, 4.0), (10, 2.0), (30, 1.0)), "1": points((2, 5.0), (12, 3.0))}
     found = band(curve, "generation", KL)
-    assert [place for place, *_ in found] == [2, 10, 12]  # from where both have begun to where one ends
-    first, second, third = (dict(zip(("mean", "least", "most"), values, strict=True)) for _, *values in found)
+    assert [place for place, *_ in found] == [2, 10, 12, 30]
+    assert found[-1] == (30, 2.0, 1.0, 3.0), "the mean of the ends"
+    first, second, third, _ = (dict(zip(("mean", "least", "most"), values, strict=True)) for _, *values in found)
     assert (first["least"], first["most"]) == (pytest.approx(3.6), 5.0)
     assert (second["least"], second["most"]) == (2.0, pytest.approx(3.4))
     assert third["mean"] == pytest.approx((2.0 - 0.1 + 3.0) / 2)

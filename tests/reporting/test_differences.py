@@ -48,6 +48,11 @@ def test_too_few_pairs_decide_nothing(ours: list[float], theirs: list[float]) ->
     assert difference.verdict(min) in ("", "one seed")
 
 
+def test_what_is_not_finite_decides_nothing() -> None:
+    difference = Difference.of_sequences([1.0, math.inf], [1.0, 2.0])
+    assert not difference.decided and difference.verdict(min) == "" and math.isnan(difference.standard_error)
+
+
 def test_equal_numbers_are_a_tie() -> None:
     assert Difference.of_sequences(DP, DP).verdict(min) == "tie"
 
