@@ -106,7 +106,8 @@ class BackwardPass:
         self.drawn = torch.zeros_like(self.found if uniform is not None else self.found[:0])
         """What units get for errors on the second way back, sums over tokens, [errors, b, units]."""
         self.scores = torch.zeros_like(self.found[0])
-        self.adding: tuple[str, str] | None = None
+        self.adding: dict[int, tuple[str, str]] = {}
+        """What adds to the residual stream, by block: they need not be alike."""
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Go forward and back.
@@ -214,8 +215,8 @@ class BackwardPass:
         with self.live.on_device(index):
             try:
                 self.live.set_block(index, None)
-                if self.uniform is not None and modules and self.adding is None:
-                    self.adding = self._contributions(index, entering)
+                if self.uniform is not None and modules and index not in self.adding:
+                    self.adding[index] = self._contributions(index, entering)
                 dense = [slot.weight for slot in slots]
                 deltas = []
                 for genome in self.errors_of:
@@ -254,14 +255,15 @@ class BackwardPass:
     @contextmanager
     def _gated(self, index: int, num_sequences: int) -> Iterator[list[Gate]]:
         """Watch what a block's attention and MLP add, and let nothing be added by one that is dropped."""
-        if self.adding is None:
+        if index not in self.adding:
             yield []
             return
         assert self.genome is not None
         block, dropped = self.blocks.blocks[index], self.live.dropped_in(self.genome, index)
         gates = [Gate(bool(gone), num_sequences) for gone in dropped]
         hooks = [
-            block.get_submodule(name).register_forward_hook(gate.forward) for name, gate in zip(self.adding, gates, strict=True)
+            block.get_submodule(name).register_forward_hook(gate.forward)
+            for name, gate in zip(self.adding[index], gates, strict=True)
         ]
         try:
             yield gates

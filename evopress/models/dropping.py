@@ -89,7 +89,7 @@ def contributions(block: nn.Module, family: Family, index: int, run: Callable[[]
     if len(parts.attention) != 1 or len(parts.mlp) != 1:
         raise EvoPressError(
             f"search/strategy=guided cannot score the blocks of {family.name}, which have not one mixer and one MLP each: "
-            "use search/strategy=evolution, or method.granularity=block"
+            "use search/strategy=evolution"
         )
     calls: list[tuple[str, Any, Any]] = []
     groups = (*parts.attention, *parts.around_attention), (*parts.mlp, *parts.around_mlp)

@@ -28,7 +28,9 @@ from evopress.levels.union import LevelUnion
 from evopress.methods.drop import Modules
 from evopress.models.blocks import BlockModel
 from evopress.models.loading import load_pretrained
+from evopress.models.outline import outlined
 from evopress.models.tiny import make_tiny
+from evopress.models.tiny_any import any_model
 from evopress.settings import ModuleSettings
 
 MODELS = [("llama", False), ("llama", True), ("gemma2", True), ("qwen3", True), ("opt", True), ("phi3", False)]
@@ -251,6 +253,21 @@ def test_at_the_dense_model_the_curvature_tells_and_several_modules_have_one_gat
             torch.cat(derivatives(live, genome, ids, base, KLDivergence(), uniform=uniform)),
             torch.cat(gates_plainly(live, genome, ids, KLDivergence(), uniform)),
         )
+
+
+@pytest.mark.parametrize("architecture", ["lfm2", "qwen3_5_text"])
+def test_blocks_of_a_hybrid_have_gates_of_their_own(architecture, tokens) -> None:
+    """What adds to the residual stream is called otherwise in a block of convolutions, or of linear attention."""
+    model = any_model(architecture)
+    blocks = BlockModel(model, outlined(model))
+    live = LiveModel(blocks, ModuleLevels(Modules().space(blocks.shapes(), dtype_bits=32)))
+    ids = tokens(1, 12, seed=5)
+    base = base_states(PopulationEvaluator(live), ids, batch_tokens=48)
+    genome = tuple(int(index in (1, 4)) for index in range(len(live.space)))
+    first, _ = derivatives(live, genome, ids, base, KLDivergence(), uniform=torch.full((1, 11), 0.5))
+    for unit in range(len(live.space)):
+        expected = gate_by_differences(live, genome, ids, KLDivergence(), unit, step=1e-3)
+        assert float(first[0, unit]) == pytest.approx(expected, rel=2e-2, abs=1e-4)
 
 
 def test_the_minibatch_draws_labels_where_there_are_modules(tiny_blocks, tokens) -> None:

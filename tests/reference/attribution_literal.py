@@ -121,6 +121,8 @@ def drawn_labels(model: torch.nn.Module, sequence: Tensor, uniform: Tensor) -> t
 
 ADDING = {"gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"), "opt": ("self_attn", "fc2")}
 """What adds to the residual stream, where it is not the attention and the MLP themselves."""
+CALLED = ("self_attn", "conv", "linear_attn"), ("mlp", "feed_forward")
+"""What these are called, of which a block has one each."""
 
 
 def gated(live: LiveModel, genome: Genome, *, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[int, Tensor]]:
@@ -148,8 +150,10 @@ def gated(live: LiveModel, genome: Genome, *, dtype: torch.dtype) -> tuple[torch
     layers = model.get_submodule(f"{family.decoder}.{family.blocks}")
     for i, gate in gates.items():
         for block, kind in modules_of(units[i]):
-            name = ADDING.get(model.config.model_type, ("self_attn", "mlp"))[kind == "mlp"]
-            layers[block].get_submodule(name).register_forward_hook(through(gate))
+            layer, of_kind = layers[block], kind == "mlp"
+            names = [name for name in CALLED[of_kind] if hasattr(layer, name)]
+            name = ADDING[model.config.model_type][of_kind] if model.config.model_type in ADDING else names[0]
+            layer.get_submodule(name).register_forward_hook(through(gate))
     return model, gates
 
 
