@@ -78,11 +78,12 @@ def asked_for() -> bool:
 def is_task_of_several() -> bool:
     """Tell whether Slurm has started this process as one of several tasks of a step; then note what torchrun would tell it."""
     told = os.environ
-    if "SLURM_STEP_ID" not in told or int(told.get("SLURM_NTASKS", "1")) < 2:
+    tasks = told.get("SLURM_STEP_NUM_TASKS") or told.get("SLURM_NTASKS", "1")  # the latter may be the job's, of another step
+    if "SLURM_STEP_ID" not in told or int(tasks) < 2:
         return False
     port = 20000 + int(told["SLURM_JOB_ID"]) % 20000
     address = told.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    os.environ |= {"RANK": told["SLURM_PROCID"], "LOCAL_RANK": told["SLURM_LOCALID"], "WORLD_SIZE": told["SLURM_NTASKS"]}
+    os.environ |= {"RANK": told["SLURM_PROCID"], "LOCAL_RANK": told["SLURM_LOCALID"], "WORLD_SIZE": tasks}
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     return True
 

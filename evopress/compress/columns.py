@@ -18,6 +18,8 @@ from evopress.compress.grid import round_in_place
 from evopress.compress.sparse import lowest
 
 log = logging.getLogger(__name__)
+_LEAST = torch.finfo(torch.float32).tiny
+"""Of the diagonal of a Hessian, below which an input counts as never active: one over it must be a number."""
 
 
 def run_length(device: torch.device) -> int:
@@ -101,7 +103,7 @@ def descend_run(H: Tensor, steps: Tensor, slope: Tensor, scale: Tensor, low: Ten
     best = torch.empty_like(scale)
     diagonal = H.diagonal().tolist()
     for c in range(len(steps)):
-        if diagonal[c] <= 0.0:  # never active
+        if diagonal[c] < _LEAST:
             moved[c] = 0.0
             continue
         torch.addcmul(steps[c], slope[c], inverse_scale, value=1.0 / diagonal[c], out=best)

@@ -21,6 +21,7 @@ _ROWS = 32
 _TILE = 8192
 """Scores that a program looks at together."""
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_LEAST = tl.constexpr(2.0**-126)  # as of `columns._LEAST`
 _HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding it leaves no bits for fractions
 
 
@@ -135,7 +136,7 @@ def _descend_run(
     moved = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
     for c in range(columns):
         curvature = tl.load(H + c * (h_row + h_column))
-        active = curvature > 0.0
+        active = curvature >= _LEAST
         h = tl.load(H + c * h_row + k * h_column, mask=k < c, other=0.0)
         slope = tl.load(SLOPE + c * rows + r, mask=inside, other=0.0) + tl.sum(h[:, None] * moved, axis=0)
         step = tl.load(STEPS + c * rows + r, mask=inside, other=0.0)

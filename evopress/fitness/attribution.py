@@ -17,6 +17,7 @@ Shapes: b sequences, l tokens each, d hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,19 +120,22 @@ def expand(
     measure: Measure,
     *,
     uniform: Tensor,
+    counts: Sequence[int] | None = None,
     max_tokens_in_flight: int = 4096,
     chunk_tokens: int = 256,
 ) -> Tensor:
     """Return what moving each unit alone to each of its levels changes of a genome's measure, to second order; see `Expansion`.
 
     Args and errors: as `derivatives`, where no module can be dropped.
+        counts: how many of each unit's levels are looked at, the first ones; None: all.
 
     Returns: float64 [b, units, levels] on the host, per predicted token; 0 at the genome's own level, and NaN for levels that a
         unit has not, and for all others of one outside the blocks, which is not expanded.
     """
     assert not live.modules_in(0), "modules are not expanded"
-    units, longest = live.space.units, max(len(unit.levels) for unit in live.space.units)
-    levels = [tuple(min(level, len(unit.levels) - 1) for unit in units) for level in range(longest)]
+    units = live.space.units
+    counts = [len(unit.levels) for unit in units] if counts is None else counts
+    levels = [tuple(min(level, count - 1) for count in counts) for level in range(max(counts))]
     back = BackwardPass(
         live,
         genome,
@@ -146,9 +150,9 @@ def expand(
     first, _ = back.run()
     tokens = ids.shape[1] - 1
     found = (first[1:] - first[0] + (back.drawn[1:] - back.drawn[0]) ** 2 / tokens / 2).permute(1, 2, 0).clone()
-    for place, (unit, own) in enumerate(zip(units, genome, strict=True)):
+    for place, (unit, count, own) in enumerate(zip(units, counts, genome, strict=True)):
         if not 0 <= unit.block < len(live.blocks.blocks):
             found[:, place] = torch.nan
-        found[:, place, len(unit.levels) :] = torch.nan
+        found[:, place, count:] = torch.nan
         found[:, place, own] = 0.0
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -132,15 +133,19 @@ class MinibatchFitness:
             genome, rows, length, lambda: self._gone_back(attribute, genome, rows, length, uniform), drawn=uniform
         ).tolist()
 
-    def expand(self, genome: Genome, *, tokens: int, sequences: int) -> list[list[list[float]]]:
+    def expand(
+        self, genome: Genome, *, tokens: int, sequences: int, counts: Sequence[int] | None = None
+    ) -> list[list[list[float]]]:
         """Return what moving each unit alone to each of its levels adds to a genome's fitness, to second order.
 
         On sequences of fresh text, drawn as those of `attribute`: floats [sequences][units][levels], NaN where it is not known.
 
         Args and errors: as `attribute`, where no module can be dropped.
+            counts: how many of each unit's levels are asked about, the first ones: the model may have further ones, of baselines;
+                None: all.
         """
         rows, length = self._equal(tokens, sequences)
-        return self._gone_back(expand, genome, rows, length, self._uniform(rows, length)).tolist()
+        return self._gone_back(partial(expand, counts=counts), genome, rows, length, self._uniform(rows, length)).tolist()
 
     def _equal(self, tokens: int, sequences: int) -> tuple[list[int], int]:
         """Draw rows of the text without replacement, and the length that all are cut to."""

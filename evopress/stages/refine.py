@@ -24,7 +24,7 @@ from evopress.reporting.records import read_genome, read_json, write_json
 from evopress.room import Needs
 from evopress.stages.given import take_best_so_far
 from evopress.stages.needs import Planner
-from evopress.stages.results import read_result
+from evopress.stages.results import REFINED_ROW, forget_found, read_result
 from evopress.units import Genome
 from evopress.workspace import Workspace
 
@@ -96,7 +96,8 @@ def _refined_before(planner: Planner) -> int | None:
         try:
             recipe, files = (read_json(path)[key] for key in ("recipe", "files"))
             genome = [unit["level"] for unit in read_json(folder / "genome.json")["units"]]
-            if recipe["genome"] == genome and recipe["decided_by"] == tokens_digest(planner.workspace.refine_tokens):
+            same = recipe["genome"] == genome and recipe.get("correction", 0) == planner.settings.refine.correction
+            if same and recipe["decided_by"] == tokens_digest(planner.workspace.refine_tokens):
                 return sum(file["block"] < planner.num_blocks for file in files)
         except (EvoPressError, KeyError, TypeError):
             continue  # the stage says what is wrong with it
@@ -259,6 +260,7 @@ def _remove_others(run_dir: Path, keep: Path | None) -> None:
     root = run_dir / REFINED
     for folder in root.glob("*") if root.is_dir() else []:
         if folder != keep and folder.is_dir() and not folder.is_symlink():
+            forget_found(run_dir, [REFINED_ROW])
             logger.info("refine: what is in %s was made with other settings or of another genome; it is made again", folder)
             try:
                 shutil.rmtree(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from evopress.errors import EvoPressError
 from evopress.reporting.records import read_document, write_json
 
 logger = logging.getLogger(__name__)
-_OF_FOUND = ("evopress", "evopress_refined")
+REFINED_ROW = "evopress_refined"
+OF_FOUND = ("evopress", REFINED_ROW)
 """Rows of what a search found."""
 
 
@@ -30,10 +32,10 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     return result
 
 
-def forget_found(run_dir: Path) -> None:
-    """Take the rows of what was found out of the results: another genome stands in its place, which nobody has measured."""
+def forget_found(run_dir: Path, names: Collection[str] = OF_FOUND) -> None:
+    """Take rows of what was found out of the results: something else stands in its place, which nobody has measured."""
     result = read_result(run_dir)
-    rows = [row for row in result.get("rows", []) if row["name"] not in _OF_FOUND]
+    rows = [row for row in result.get("rows", []) if row["name"] not in names]
     if len(rows) < len(result.get("rows", [])):
-        logger.info("the results of the genome that was found before are left out: the stage evaluate measures the new one")
+        logger.info("the results of what was found before are left out: the stage evaluate measures the new")
         write_json(run_dir / "result.json", {key: value for key, value in result.items() if key != "refine"} | {"rows": rows})

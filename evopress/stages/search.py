@@ -151,8 +151,10 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
             stop_if_asked()
 
         def answer(question: Attribution) -> Any:
-            asked = fitness.expand if isinstance(question, Expansion) else fitness.attribute
-            return asked(question.genome, tokens=question.tokens, sequences=question.sequences)
+            drawn = {"tokens": question.tokens, "sequences": question.sequences}
+            if isinstance(question, Expansion):
+                return fitness.expand(question.genome, **drawn, counts=[len(unit.levels) for unit in database.space.units])
+            return fitness.attribute(question.genome, **drawn)
 
         num_stages = len(searching.tokens) if isinstance(searching, SearchSettings) else None
         with LiveSearch(searching.num_generations, num_stages, run_dir=run_dir) as live:

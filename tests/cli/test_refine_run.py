@@ -158,6 +158,17 @@ def test_other_settings_make_it_again(again: Path, evopress: Callable[..., Any])
     assert read(again / "result.json")["refine"]["tokens"] == 128
 
 
+def test_a_report_has_no_row_of_what_is_made_again(again: Path, evopress: Callable[..., Any]) -> None:
+    assert evopress(f"resume={again}", AFTER).code == 0
+    assert "evopress_refined" in rows(again)
+    other = ("refine.correction=0", "stages=[refine,report]")
+    assert "done: 2 blocks" not in evopress(f"resume={again}", *other, "dry_run=true").text, "the plan knows"
+    outcome = evopress(f"resume={again}", *other)
+    assert outcome.code == 0, outcome.text
+    assert "evopress_refined" not in rows(again) and "refined" not in (again / "results.md").read_text(encoding="utf-8")
+    assert read(again / "result.json")["refine"]["kept"] is not None
+
+
 def test_refined_levels_of_another_genome_are_left_out(again: Path, evopress: Callable[..., Any]) -> None:
     assert evopress(f"resume={again}", AFTER).code == 0
     genome = read(again / "genome.json")

@@ -47,6 +47,16 @@ def refused(outcome: Any, *parts: str) -> None:
 # Exact counts
 
 
+def test_the_levels_of_allocators_are_not_expanded(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    """OWL's are the model's too, and no unit's that the search has."""
+    asked = ("baselines.names=[uniform,owl]", "search/strategy=guided", "search.strategy.second_order_rounds=1")
+    where = f"hydra.run.dir={tmp_path / 'run'}"
+    outcome = evopress("+debug=tiny", "+method=sparsity", "sparsity=0.7", *asked, where, "stages=[database,baselines,search]")
+    assert outcome.code == 0, outcome.text
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert any(record.get("details", {}).get("second_order") for record in records)
+
+
 def test_a_run_compares_uniform_owl_and_the_search(finished_sparse: Any) -> None:
     found = rows(finished_sparse.folder)
     assert list(found) == ["dense", "uniform", "owl", "evopress"]

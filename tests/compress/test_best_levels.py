@@ -114,6 +114,19 @@ def test_no_pass_makes_a_row_worse(max_passes, H):
         assert torch.equal(codes, untouched[0]) and torch.equal(scales, untouched[1])
 
 
+def test_an_input_of_next_to_no_energy_is_never_active(H):
+    """One over its place on the diagonal is no float32."""
+    W, faint = weight(8, 48), torch.ones(48)
+    faint[5] = 1e-21
+    faint = H * faint * faint[:, None]
+    assert 0 < float(faint[5, 5]) < torch.finfo(torch.float32).tiny
+    codes, scales, zeros, maxq = rounded(W, 3)
+    before = codes.clone()
+    descend(W.T.contiguous(), faint, codes, scales, zeros, maxq, tolerance=1e-6, max_passes=3)
+    assert torch.equal(codes[5], before[5]) and not torch.equal(codes, before)
+    assert bool(torch.isfinite(scales).all())
+
+
 def rounded(W: Tensor, bits: int, *, group_size: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Round to the nearest on grids from minimum to maximum: codes [C, R], scales and zeros [G, R], maxq [R]."""
     Wt = W.T.contiguous()

@@ -94,6 +94,18 @@ def test_an_expansion_is_the_whole_model_s_taylor_series(case, weights_digest) -
     assert not any(module._forward_hooks for module in case.live.blocks.model.modules())
 
 
+def test_an_expansion_of_some_levels_is_that_of_all(case) -> None:
+    """What further levels a model has, of baselines, is not asked about."""
+    genome, counts = (0,) * len(case.live.space), [1 + index % 3 for index in range(len(case.live.space))]
+    of = (case.live, genome, case.ids, case.base, KLDivergence())
+    uniform = torch.rand(3, 11, generator=torch.Generator().manual_seed(2))
+    whole, some = expand(*of, uniform=uniform), expand(*of, uniform=uniform, counts=counts)
+    assert some.shape[2] == 3 == max(counts)
+    for unit, count in enumerate(counts):
+        assert torch.equal(some[:, unit, :count].nan_to_num(7), whole[:, unit, :count].nan_to_num(7))
+        assert bool(some[:, unit, count:].isnan().all())
+
+
 def test_an_expansion_tells_what_a_small_step_changes(live_model, tokens) -> None:
     """On average over drawn labels, and where the other level is near: the levels here are 4, 3 and 2 bits."""
     live, ids = live_model("llama", num_blocks=2), tokens(1, 12, seed=5)
