@@ -94,7 +94,10 @@ class GPTQ:
     """Columns per lazy update; changes speed, and the result only by rounding."""
     scale_dtype: str = "float16"
     slice_bytes: int | None = None
-    """Working memory of one sweep; more rows than fit are swept in slices. Changes results by rounding alone. None: see `sweep_bytes`."""
+    """Working memory of one sweep; more rows than fit are swept in slices, which changes the result only by rounding.
+
+    None: see `sweep_bytes`.
+    """
     recipe: str = "paper"
     """paper or best."""
     symmetric: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,12 @@ from evopress.levels.codec import pack_bits
 logger = logging.getLogger(__name__)
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
 """Of the architectures that EvoPress knows, those that mlx-lm knows."""
+_OF_GELU = ("gemma", "gemma2", "gemma3_text")
+"""Those whose MLPs mlx-lm computes with GELU; all others' with SiLU."""
+_WITHOUT_BIASES = ("qwen3", "phi3", *_OF_GELU)
+"""Those whose attention has no biases in mlx-lm."""
+_WITHOUT_WINDOWS = ("mistral", "qwen2", "qwen3", "phi3", "gemma2")
+"""Those that have sliding windows in transformers and none in mlx-lm 0.32.2."""
 _WITH_GAPS = "nemotron-nas"
 """mlx-lm's Llama whose blocks may be without attention or MLP."""
 _OF_A_GAP = {"attention": ("input_layernorm", "self_attn"), "ffn": ("post_attention_layernorm", "mlp")}
@@ -70,6 +77,17 @@ class MLX:
                 f"export=[mlx] cannot hold a model of type {model_type}, which mlx-lm does not know (it knows "
                 f"{', '.join(MODEL_TYPES)}): use export=[dequantized]"
             )
+        activation = config.get("hidden_act") or "silu"
+        if activation not in ("silu", "swish") and model_type not in _OF_GELU:
+            raise EvoPressError(
+                f"export=[mlx] cannot hold a {model_type} with hidden_act={activation}, where mlx-lm computes silu: use "
+                "export=[dequantized]"
+            )
+        if config.get("attention_bias") and model_type in _WITHOUT_BIASES:
+            raise EvoPressError(
+                f"export=[mlx] cannot hold a {model_type} with attention_bias={config['attention_bias']}, where mlx-lm has no "
+                "place for biases: use export=[dequantized]"
+            )
         refuse_unfit(ENGINES["mlx"], forms, asked="export=[mlx]", otherwise="use export=[dequantized]")
 
     def serve(self, folder: str, dtype: torch.dtype) -> str:
@@ -95,6 +113,12 @@ class MLX:
             )
         else:
             exactness = "Scales and biases are float32, so the weights are those that were measured, bit for bit."
+        window = window_left_out(config)
+        if window is not None:
+            exactness += (
+                f" mlx-lm 0.32.2 knows no sliding window of a {config['model_type']}: on texts of more than {window} tokens it "
+                "computes something else."
+            )
         logger.info("mlx: %s", exactness)
         card = model_card(
             export,
@@ -199,6 +223,15 @@ def engine_config(
         quantization = {**first, "mode": "affine", **{name: dict(layer) for name, layer in layers.items()}}
         config |= {"quantization": quantization, "quantization_config": quantization}
     return config
+
+
+def window_left_out(config: Mapping[str, Any]) -> int | None:
+    """Return the tokens of a sliding window that mlx-lm does not know and a text can be longer than; None: there is none."""
+    window, layer_types = config.get("sliding_window"), config.get("layer_types")
+    slides = config.get("model_type") in _WITHOUT_WINDOWS and isinstance(window, int)
+    if not slides or (layer_types is not None and "sliding_attention" not in layer_types):
+        return None
+    return window if window < config.get("max_position_embeddings", math.inf) else None
 
 
 def _pattern(layer_types: Sequence[str]) -> int:

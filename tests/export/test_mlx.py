@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evopress.errors import EvoPressError
 from evopress.export.exporter import INTEGERS, SPARSE, Export, Form, write_export
-from evopress.export.mlx import MLX, MODEL_TYPES, engine_config
+from evopress.export.mlx import MLX, MODEL_TYPES, engine_config, window_left_out
 from evopress.levels.modules import is_module
 
 FILE = "model.safetensors"
@@ -250,6 +250,32 @@ def test_what_mlx_cannot_hold_is_refused(form: Form, sentence: str) -> None:
     MLX().check({"model_type": "llama"}, [Form("a", "4 bits", INTEGERS, 4, 64)])
     with pytest.raises(EvoPressError, match=sentence):
         MLX().check({"model_type": "llama"}, [form])
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"model_type": "llama", "hidden_act": "gelu"}, "a llama with hidden_act=gelu, where mlx-lm computes silu"),
+        ({"model_type": "qwen3", "attention_bias": True}, "a qwen3 with attention_bias=True, where mlx-lm has no place"),
+        ({"model_type": "gemma2", "attention_bias": True}, "a gemma2 with attention_bias=True"),
+    ],
+)
+def test_what_mlx_lm_computes_otherwise_is_refused(config: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(EvoPressError, match=sentence):
+        MLX().check(config, [])
+    MLX().check({"model_type": "llama", "hidden_act": "silu", "attention_bias": True}, [])
+    MLX().check({"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "attention_bias": False}, [])
+
+
+def test_sliding_windows_that_mlx_lm_does_not_know_are_said() -> None:
+    phi3 = {"model_type": "phi3", "sliding_window": 2047, "max_position_embeddings": 4096}
+    assert window_left_out(phi3) == 2047
+    assert window_left_out(phi3 | {"max_position_embeddings": 2047}) is None, "no text is longer"
+    assert window_left_out(phi3 | {"sliding_window": None}) is None
+    assert window_left_out({"model_type": "gemma3_text", "sliding_window": 16}) is None, "mlx-lm has these"
+    qwen2 = {"model_type": "qwen2", "sliding_window": 64, "max_position_embeddings": 512}
+    assert window_left_out(qwen2 | {"layer_types": ["full_attention"] * 2}) is None
+    assert window_left_out(qwen2 | {"layer_types": ["full_attention", "sliding_attention"]}) == 64
 
 
 def test_models_that_mlx_lm_does_not_know_and_other_dtypes_are_refused() -> None:
