@@ -71,7 +71,7 @@ def main() -> None:
         with stopping_at_signals(), _among_others():
             if sentence := command_line.refused(sys.argv[1:], configuration.options(), is_sweep=configuration.is_sweep):
                 raise EvoPressError(sentence)
-            sys.argv[1:] = command_line.with_numbers_shown(command_line.with_plus(sys.argv[1:]))
+            sys.argv[1:] = command_line.flags_first(command_line.with_numbers_shown(command_line.with_plus(sys.argv[1:])))
             sys.argv[1:] = [
                 argument if argument.startswith("resume=") else command_line.prepared([argument])[0] for argument in sys.argv[1:]
             ]
@@ -135,6 +135,9 @@ def _compose_and_run(entry: Callable[[], None]) -> None:
             raise
         failed = isinstance(error, configuration.JobFailedError)
         _say_error(f"a job failed: {error}" if failed else command_line.told(error, configuration.options()))
+        sys.exit(1)
+    except BrokenPipeError:  # who reads has had enough: `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _NO_FOLDER and isinstance(error.filename, str):

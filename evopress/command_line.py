@@ -16,6 +16,11 @@ from evopress.settings import DropSettings, QuantSettings, RunSettings, Sparsity
 
 NOT_BY_DEFAULT = ("method", "debug", "experiment", "hparams_search")
 """Groups that are not in the defaults list, so that they are written with a plus."""
+_WITH_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    *("--shell-completion", "-sc", "--experimental-rerun", "--info", "-i"),
+)
+"""Flags of Hydra whose value is the next argument."""
 _HELP = "`python -m evopress --help` lists them"
 _EXPECTED = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "bool": "true or false"}
 _ELEMENT = re.compile(r"\+*(search\.(?:tokens|survivors))\.\d+=")
@@ -28,7 +33,7 @@ _IN_PLACE_OF = {
     "size": ("budgets",),
 }
 """A target to what takes its place, whatever it is, where both are given."""
-_OPEN = re.compile(r"(method\.group_sizes|export_options|baselines\.options)[.=]")
+_OPEN = re.compile(r"(method\.group_sizes|export_options|baselines\.options|data\.options|evaluation\.files)[.=]")
 """Settings that hold keys of the user's own, which Hydra takes with a plus alone."""
 _OF_EVOLUTION = re.compile(r"search\.(num_offspring|survivors|tokens|max_switches|distribution|tokens_per_selection)=")
 _AFTER = re.compile(r"search\.strategy\.generations_after=[1-9]")
@@ -45,6 +50,18 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     of that name.
     """
     return [_with_tilde(f"++{argument}" if _OPEN.match(argument) else argument) for argument in arguments]
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with Hydra's flags before all settings: between them it takes none."""
+    flags: list[str] = []
+    settings: list[str] = []
+    flag = ""
+    for argument in arguments:
+        is_value = flag in _WITH_VALUE and not (flag in ("--info", "-i") and "=" in argument)  # of that one it may be left out
+        (flags if argument.startswith("-") or is_value else settings).append(argument)
+        flag = "" if is_value else argument
+    return [*flags, *settings]
 
 
 def _with_tilde(argument: str) -> str:
@@ -183,6 +200,11 @@ def _no_setting(found: re.Match[str], error: Exception, groups: Mapping[str, Seq
     return f"{key} is no setting: " + (f"did you mean {_either(near[:3])}?" if near else _HELP)
 
 
+def _of_a_clone(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
+    """What is in a clone alone: `hydra/callbacks=page`."""
+    return "hydra/callbacks=page needs the folder experiments, which a clone has and no installation: run it there, or leave it out"
+
+
 def _no_option(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
     """An option that a group does not have: `model=nope`."""
     group = max((name for name in groups if found[1].startswith(f"{name}/")), key=len, default=found[1].rpartition("/")[0])
@@ -251,6 +273,7 @@ _SENTENCES = (
     (r"Error merging override (\S+)\n[^\n]*is not a valid (bool)", _no_such_type),
     (r"Error merging override (\S+)\n[^\n]*(?:Incompatible value 'None'|is not Optional)", _null),
     (r"Multiple values for (\S+?)\. ", _twice),
+    (r"Error locating target 'experiments\.", _of_a_clone),
     (
         r"LexerNoViableAltException: ([^\n]*)|Error parsing override|no viable alternative|mismatched input|extraneous input",
         _unreadable,

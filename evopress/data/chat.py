@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,5 +68,8 @@ class ChatTemplate:
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 of the template; None: there is none."""
-        return None if self.template is None else hashlib.sha256(self.template.encode()).hexdigest()
+        """SHA-256 of the template and of the special tokens that it may print; None: there is no template."""
+        if self.template is None:
+            return None
+        printed = json.dumps(self.tokenizer().special_tokens_map, sort_keys=True, default=str)
+        return hashlib.sha256(f"{printed}\n{self.template}".encode()).hexdigest()

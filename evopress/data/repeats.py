@@ -22,6 +22,22 @@ def content_key(text: str) -> int:
     return int.from_bytes(digest.digest())
 
 
+class WholeKey:
+    """`content_key` of a text that comes in paragraphs."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._digest, self._between = hashlib.blake2b(digest_size=8), b""
+
+    def add(self, paragraph: str) -> None:
+        """Add a paragraph, which is not blank."""
+        self._digest.update(self._between + " ".join(paragraph.split()).encode("utf-8", "surrogatepass"))
+        self._between = b" "
+
+    def __int__(self) -> int:
+        return int.from_bytes(self._digest.digest())
+
+
 @dataclass
 class Listed:
     """What a file has, in its order: keys, and for each the splits (bits of a mask) that it may go to."""
@@ -36,6 +52,24 @@ class Listed:
         """Add a document, or a paragraph of a .txt."""
         self.keys.append(key)
         self.masks.append(mask)
+
+    @property
+    def compared(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """Keys and masks of what is compared."""
+        keys, masks = np.asarray(self.keys, np.uint64), np.asarray(self.masks, np.uint8)
+        return keys[masks > 0], masks[masks > 0]
+
+
+def splits_of(keys: NDArray[np.uint64], seen: Iterable[tuple[NDArray[np.uint64], NDArray[np.uint8]]]) -> NDArray[np.uint8]:
+    """Return for each key the splits, bits of a mask, in which it has been seen: 0 for those that have not.
+
+    Args: seen: keys and masks.
+    """
+    parts = list(seen)
+    there, content = np.unique(np.concatenate([keys, *(part for part, _ in parts)]), return_inverse=True)
+    masks = np.zeros(len(there), np.uint8)
+    np.bitwise_or.at(masks, content[len(keys) :], np.concatenate([np.empty(0, np.uint8), *(mask for _, mask in parts)]))
+    return masks[content[: len(keys)]]
 
 
 def deal(files: Mapping[str, Listed], *, first: int | None = None) -> dict[str, NDArray[np.int8]]:

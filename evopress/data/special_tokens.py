@@ -62,11 +62,15 @@ def check_embedded(
     if highest < num_rows:
         return
     token, way_out = not_embedded(tokenizer, highest, num_rows=num_rows), "resize the model's embedding or mend its tokenizer"
-    if highest == tokenizer.eos_token_id or tokenizer.convert_ids_to_tokens(highest) == separator:
+    if highest >= len(tokenizer):
+        way_out = "give ids that this tokenizer makes"
+    elif highest == tokenizer.eos_token_id or tokenizer.convert_ids_to_tokens(highest) == separator:
         way_out = "if it only joins documents, leave it out by model.separator=null, else resize the model's embedding"
     raise EvoPressError(f"{what} has {token}: {way_out}")
 
 
 def not_embedded(tokenizer: PreTrainedTokenizerBase, token_id: int, *, num_rows: int) -> str:
     """Say which token an embedding lacks."""
-    return f"the token {tokenizer.convert_ids_to_tokens(token_id)!r} (id {token_id}), but the model's embedding has {num_rows} rows"
+    known = f"the token {tokenizer.convert_ids_to_tokens(token_id)!r} (id {token_id})" if token_id < len(tokenizer) else ""
+    token = known or f"the token id {token_id}, which the tokenizer has not"
+    return f"{token}, but the model's embedding has {num_rows} rows"

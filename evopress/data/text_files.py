@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from evopress.data.chat import ChatTemplate
 from evopress.data.formats import EXPECTED, kind_of, paragraphs, read_rows, read_text, unreadable
 from evopress.data.formats import wikitext_text as wikitext_text
-from evopress.data.repeats import NOT_COMPARED, SET_ASIDE, Listed, content_key, deal
+from evopress.data.repeats import NOT_COMPARED, SET_ASIDE, Listed, WholeKey, content_key, deal, splits_of
 from evopress.data.sources import SPLITS, Split, check_split
 from evopress.errors import EvoPressError
 from evopress.files import given_path, sha256_file
@@ -46,7 +47,7 @@ class TextFiles:
     .txt is one document a file, .jsonl one a line, .json one an entry of its array, .parquet one a row. A file listed for several
     splits is divided among them: documents in turn, a .txt at paragraph ends into contiguous parts of about equal length. Files
     are the same if their bytes are. Where several splits list the same document, white space aside, in whatever files, one of
-    them gets it; so it is with the paragraphs of .txt that other files have.
+    them gets it; so it is with the paragraphs of .txt that other files have, also inside their documents.
     """
 
     calibration: tuple[str | Path, ...] = ()
@@ -112,7 +113,7 @@ class TextFiles:
                 ]
                 for i, (split, files) in enumerate(self._files.items())
             },
-            **({"by_content": 1} if self._may_repeat else {}),
+            **({"by_content": 2} if self._may_repeat else {}),
             **({"apart_from": sorted(file.sha256 for file in self._taken)} if self._taken else {}),
             **self._apart_read_as(),
             **({"chat_template": self.chat.digest} if rows and self.chat and self.chat.digest else {}),
@@ -172,6 +173,11 @@ class TextFiles:
         files = self._compared.values()
         return len({split for file in files for split in file.splits}) > 1 and not (len(files) == 1 and next(iter(files)).is_txt)
 
+    @property
+    def _mixes(self) -> bool:
+        """Whether there are both .txt and files of rows."""
+        return len({file.is_txt for file in self._compared.values()}) > 1
+
     @cached_property
     def _owners(self) -> dict[str, NDArray[np.int8]] | None:
         """The split of each document of a file, of each paragraph of a .txt; None: no two splits can have the same.
@@ -180,20 +186,62 @@ class TextFiles:
         """
         if not self._may_repeat:
             return None
-        listed = {}
+        listed, inside, wholes = {}, {}, {}
         for digest, file in self._compared.items():
-            listed[digest] = Listed(in_turn=not file.is_txt)
+            listed[digest], inside[digest] = Listed(in_turn=not file.is_txt), _Inside()
             mask = sum(1 << split for split in file.splits)
             if file.is_txt:
+                whole = WholeKey()
                 for paragraph, split in self._placed(file):
-                    long = len(paragraph) >= PARAGRAPH_CHARS and len(" ".join(paragraph.split())) >= PARAGRAPH_CHARS
+                    whole.add(paragraph)
+                    long = _is_long(paragraph)
                     listed[digest].add(content_key(paragraph) if long else 0, 1 << split if long else 0)
+                wholes[digest] = int(whole)
                 continue
-            for row in read_rows(file.path, self._read_as(file).field):
+            for i, row in enumerate(read_rows(file.path, self._read_as(file).field)):
                 text = row if isinstance(row, str) else "\n".join(f"{m['role']}: {m.get('content')}" for m in row or ())
                 blank = not text.strip()
                 listed[digest].add(0 if blank else content_key(text), 0 if blank else mask)
-        return deal(listed, first=_TAKEN)
+                if self._mixes and not blank:
+                    inside[digest].add(i, text, mask)
+        owners = deal(listed, first=_TAKEN)
+        self._set_aside(owners, listed, inside, wholes)
+        return owners
+
+    def _set_aside(
+        self,
+        owners: Mapping[str, NDArray[np.int8]],
+        listed: Mapping[str, Listed],
+        inside: Mapping[str, _Inside],
+        wholes: Mapping[str, int],
+    ) -> None:
+        """Set aside what is a document in one file and cut otherwise in another: whole .txt, and paragraphs inside rows.
+
+        A .txt gives way, whose paragraphs others can do without; but to those of `apart_from` all do.
+        """
+        files = self._compared
+        rows = [listed[digest].compared for digest, file in files.items() if not file.is_txt]
+        of_rows = [inside[digest].long.compared for digest, file in files.items() if not file.is_txt]
+        taken = [listed[digest].compared for digest, file in files.items() if file.is_txt and _TAKEN in file.splits]
+        before: list[str] = []  # .txt
+        for digest, file in sorted(files.items(), key=lambda each: _TAKEN not in each[1].splits):
+            own = sum(1 << split for split in file.splits)
+            if _TAKEN in file.splits:
+                pass
+            elif not file.is_txt:
+                owners[digest][inside[digest].rows_of(splits_of(inside[digest].keys, taken) > 0)] = SET_ASIDE
+            elif len(file.splits) == 1:
+                keys, masks = np.asarray(listed[digest].keys, np.uint64), np.asarray(listed[digest].masks, np.uint8)
+                owners[digest][(masks > 0) & (splits_of(keys, of_rows) & ~np.uint8(own) > 0)] = SET_ASIDE
+                again = [
+                    other for other in before if wholes[other] == wholes[digest] and set(files[other].splits) != set(file.splits)
+                ]
+                # Of what is cut alike `deal` has seen the long paragraphs.
+                otherwise = any(listed[other].keys != listed[digest].keys or not masks.any() for other in again)
+                in_rows = splits_of(np.array([wholes[digest]], np.uint64), rows)[0] & ~np.uint8(own)
+                if otherwise or (in_rows and not (len(masks) == 1 and masks.any())):
+                    owners[digest][:] = SET_ASIDE
+            before += [digest] if file.is_txt else []
 
     def _of_rows(self, file: _File, split: int, left_out: Counter[str]) -> Iterator[Iterable[str]]:
         """Yield those documents of a file that a split gets."""
@@ -260,6 +308,36 @@ class TextFiles:
                 before += length
             made[file.sha256] = total, counts
         return made[file.sha256]
+
+
+class _Inside:
+    """Long paragraphs inside the rows of a file."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self.long, self._rows = Listed(in_turn=False), array("Q")
+
+    def add(self, row: int, text: str, mask: int) -> None:
+        """Add those of a row, if it has several."""
+        found = list(paragraphs([text]))
+        for paragraph in found if len(found) > 1 else ():
+            if _is_long(paragraph):
+                self.long.add(content_key(paragraph), mask)
+                self._rows.append(row)
+
+    @property
+    def keys(self) -> NDArray[np.uint64]:
+        """Of all of them."""
+        return np.asarray(self.long.keys, np.uint64)
+
+    def rows_of(self, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Return the rows that have some of them."""
+        return np.unique(np.asarray(self._rows, np.int64)[chosen])
+
+
+def _is_long(paragraph: str) -> bool:
+    """Tell whether a paragraph is compared."""
+    return len(paragraph) >= PARAGRAPH_CHARS and len(" ".join(paragraph.split())) >= PARAGRAPH_CHARS
 
 
 def _part(before: int, length: int, total: int, num_parts: int) -> int:

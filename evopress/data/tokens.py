@@ -169,9 +169,10 @@ def _read_sequences(
                 return _in_sequences(stream, shape, leading)
     at_most = len(stream) // taken * length if leading else len(stream)
     beside = f", {len(leading)} of each put there by the tokenizer" if leading else ""
+    fewer = f"ask for at most {at_most} {split} tokens or " if at_most >= length else ""
     raise EvoPressError(
         f"the {split} split of {source.name} has {len(stream)} tokens but {needed} are needed "
-        f"({num_sequences} sequences of {length}{beside}): ask for at most {at_most} {split} tokens or give more text"
+        f"({num_sequences} sequences of {length}{beside}): {fewer}give more text"
     )
 
 

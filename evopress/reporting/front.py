@@ -18,7 +18,7 @@ from evopress.reporting.tables import display_name, held_out_kl, number, results
 
 Row = Mapping[str, Any]
 _NEAR = 0.97
-"""Least share of a point's bytes that a genome takes to be compared with it."""
+"""Least share of what a point spends that a genome spends to be compared with it."""
 _RISING = ("top-1", "acceptance")
 """How the titles of panels begin whose measure is better the greater it is."""
 _LIMITS = {"max_kl": "held-out KL", "min_agreement": "top-1"}
@@ -49,7 +49,16 @@ def write_front(front: Sequence[Row], path: Path) -> None:
 
 def best_baseline(rows: Sequence[Row], point: Row) -> Row | None:
     """Return the row with the least held-out KL of what was compared and spends what a point does, or a few percent less."""
-    size = number(point.get("bytes"))
+    of_modules = any("modules_dropped" in row or "experts_dropped" in row for row in (point, *rows))
+
+    def spent(row: Row) -> float | None:
+        """Return bits per weight, the share of weights that is kept, or bytes, which have what is no unit in them."""
+        bits, sparsity = number(row.get("bits_per_weight")), number(row.get("sparsity"))
+        if of_modules or (bits is None and sparsity is None):
+            return number(row.get("bytes"))
+        return bits if bits is not None else 1 - (sparsity or 0.0)
+
+    size = spent(point)
     others = [
         row
         for row in rows
@@ -57,7 +66,7 @@ def best_baseline(rows: Sequence[Row], point: Row) -> Row | None:
         and not str(row.get("name")).startswith("evopress")
         and row.get("budget", point["budget"]) == point["budget"]
         and held_out_kl(row)[1] is not None
-        and (size is None or _NEAR * size <= (number(row.get("bytes")) or 0) <= size * 1.002)
+        and (size is None or _NEAR * size <= (spent(row) or 0) <= size * 1.002)
     ]
     return min(others, key=lambda row: held_out_kl(row)[1] or 0.0, default=None)
 

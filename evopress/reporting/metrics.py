@@ -51,7 +51,7 @@ class SearchMetrics:
             "accepted": float(bool(record.get("accepted"))),
             "acceptance_rate": self._accepted / self._tried if self._tried else None,
             "gain": gain(record),
-            "switches": len(record.get("switches") or ()),
+            "num_switches": len(record.get("switches") or ()),
             "distance": sum(a != b for a, b in zip(self._initial, genome, strict=False)),
             **self._speed(record),
         }

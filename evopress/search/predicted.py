@@ -6,6 +6,7 @@ Not in the paper, which draws uniformly. The values are those of the integer pro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -79,14 +80,17 @@ class PredictedSwitch:
 
 
 class EitherMutation:
-    """Draw from one mutation with a chance, else from another."""
+    """Draw from one mutation with a chance, else from another; and from this where the first finds nothing."""
 
     def __init__(self, one: Mutation, other: Mutation, chance: float) -> None:
         self._one, self._other, self._chance = one, other, chance
 
     def __call__(self, parent: Genome, rng: np.random.Generator) -> Genome:
         """Return an offspring of the parent."""
-        return (self._one if rng.random() < self._chance else self._other)(parent, rng)
+        if rng.random() < self._chance:
+            with suppress(EvoPressError):  # draws by gain may keep coming to one move that a further limit forbids
+                return self._one(parent, rng)
+        return self._other(parent, rng)
 
 
 def _draw(weights: Sequence[float], rng: np.random.Generator) -> int:

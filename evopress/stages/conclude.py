@@ -278,7 +278,7 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
     track_figures(tracker, pictures)
     if genome is not None:
         tracker.table("levels", *levels_table(space, genome))
-        tracker.table("switches", *switches_table(records, database.space))
+        tracker.table("accepted_switches", *switches_table(records, database.space))
     files = [run_dir / name for name in ("genome.json", "genome.txt", "result.json") if (run_dir / name).exists()]
     tracker.artifact(f"genome-{database.fingerprint}", "genome", files)
     if rows:

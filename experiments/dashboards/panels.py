@@ -115,7 +115,7 @@ SECTIONS: tuple[Section, ...] = (
             Lines("Units that differ from the initial genome", "generation", ("distance",)),
             Lines("Gain over the parent, on the same minibatch", "generation", ("gain",)),
             Lines("Best of each stage", "generation", pattern=r"stage/\d+/best"),
-            Rows("Accepted switches", "switches"),
+            Rows("Accepted switches", "accepted_switches"),
         ),
     ),
     Section(

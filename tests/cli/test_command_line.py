@@ -133,6 +133,13 @@ def test_a_method_without_its_plus(evopress: Callable[..., Any]) -> None:
 def test_what_holds_keys_of_ones_own_needs_no_plus() -> None:
     given = ["method.group_sizes={2: 32}", "export_options.gguf.exact=true", "+baselines.options.owl.tokens=4", "method.levels=[3]"]
     assert command_line.prepared(given) == [f"++{given[0]}", f"++{given[1]}", *given[2:]]
+    assert command_line.prepared(["evaluation.files.code=a.txt"]) == ["++evaluation.files.code=a.txt"]
+
+
+def test_flags_may_stand_between_settings() -> None:
+    given = ["+method=quant", "--cfg", "job", "bits=3", "-m", "--info", "seed=1", "-cd", "conf"]
+    assert command_line.flags_first(given) == ["--cfg", "job", "-m", "--info", "-cd", "conf", "+method=quant", "bits=3", "seed=1"]
+    assert command_line.flags_first(["--info", "plugins", "bits=3"]) == ["--info", "plugins", "bits=3"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from evopress.command_line import refused, unused
 from evopress.errors import EvoPressError
 from evopress.finished import FINISHED, settings_digest
 from evopress.models.opening import fitted
-from evopress.reporting.front import front_rows, front_words
+from evopress.reporting.front import best_baseline, front_rows, front_words
 from evopress.run_folder import keep_overrides, looks_aside
 from evopress.settings import RunSettings
 
@@ -313,3 +313,14 @@ def test_a_later_run_measures_nothing_that_an_earlier_one_has(
     assert counts[0] > 0 and counts[1] == 0 and counts[2] == counts[0]
     assert records[0] == records[1] == records[2]
     assert settings_digest(one) == settings_digest(replace(one, archive=False)), "it changes no result"
+
+
+def test_a_point_is_compared_with_what_spends_as_much_of_what_levels_spend() -> None:
+    """Bytes have in them what is no unit: of a small model a bit more is a few percent of them."""
+    point = {"name": "evopress@4", "budget": "4", "bits_per_weight": 4.0, "bytes": 80_256, "kl": 0.006}
+    uniform = {"name": "uniform_3", "bits_per_weight": 3.0, "bytes": 77_952, "kl": 0.031}
+    dp = {"name": "dp@4", "budget": "4", "bits_per_weight": 3.95, "bytes": 80_140, "kl": 0.008}
+    assert best_baseline([uniform, point], point) is None
+    assert best_baseline([uniform, dp, point], point) is dp
+    joint = [row | {"modules_dropped": 1} for row in (uniform, point)]
+    assert best_baseline(joint, joint[1]) is joint[0], "bits are of what stays: bytes tell"

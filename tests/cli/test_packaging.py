@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,6 +21,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling is not installed")
     folder = tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source") / "evopress"
+    kept = shutil.ignore_patterns(".*", "multirun", "__pycache__", "experiments", "tests", "site", "build", "dist")
+    shutil.copytree(ROOT, source, ignore=kept)
+    (source / "conf" / "local").mkdir()
+    (source / "conf" / "local" / "default.yaml").write_text("# @package _global_\nseed: 7\n")
     command = [
         sys.executable,
         "-m",
@@ -34,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     if importlib.util.find_spec("build") is not None:
         command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), "."]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.glob("evopress-*.whl")
     return path
@@ -46,9 +52,10 @@ def test_wheel_holds_the_package_and_the_config_tree(wheel: Path) -> None:
         entry_points = next(name for name in names if name.endswith("entry_points.txt"))
         assert "evopress = evopress.__main__:main" in file.read(entry_points).decode()
         requirements = file.read(next(name for name in names if name.endswith("METADATA"))).decode()
-    yamls = {str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml")}
+    yamls = {str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml") if "local" not in path.parts}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "evopress").rglob("*.py")}
     assert {f"evopress/{name}" for name in yamls} | modules <= names
+    assert not any("conf/local" in name for name in names), "a machine's own"
     assert {name.split("/")[0].split("-")[0] for name in names} == {"evopress"}  # no tests, experiments, conf beside it
     assert "Requires-Python: >=3.11" in requirements
 

@@ -132,3 +132,57 @@ def test_split_without_files_and_file_listed_twice_are_refused(tmp_path):
         list(TextFiles(calibration=(path,)).documents("search"))
     with pytest.raises(EvoPressError, match="listed twice"):
         list(TextFiles(calibration=(path, path)).documents("calibration"))
+
+
+LONG = [" ".join(f"{word}{place}" for place in range(14)) for word in ("ash", "birch", "cedar", "elm")]
+SHORT = "\n\n".join(f"no {place}" for place in range(40))
+
+
+def _split(files, split):
+    try:
+        return "\n\n".join(files.documents(split))
+    except EvoPressError as error:
+        if f"the {split} split would get repeat others" not in str(error):
+            raise
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("as rows have it", "\n\n".join(LONG)), ("other line ends", "\n".join(LONG)), ("short", SHORT), ("one paragraph", LONG[0])],
+)
+def test_a_row_and_a_txt_of_one_text_are_not_in_two_splits(tmp_path, name, text):
+    rows = _jsonl(tmp_path / "rows.jsonl", [text, "something else that is long enough to be compared with others, as one sees"])
+    (tmp_path / "one.txt").write_text(text + "\n")
+    for files in (
+        TextFiles(calibration=(rows,), evaluation=(tmp_path / "one.txt",)),
+        TextFiles(calibration=(tmp_path / "one.txt",), evaluation=(rows,)),
+    ):
+        here, there = (" ".join(_split(files, split).split()) for split in ("calibration", "evaluation"))
+        text_ = " ".join(text.split())
+        assert (text_ in here) != (text_ in there)
+
+
+@pytest.mark.parametrize(("one", "other"), [("\n\n".join(LONG), "\n".join(LONG)), (SHORT, SHORT + "\n")])
+def test_two_txt_of_one_text_that_are_cut_otherwise_are_not_in_two_splits(tmp_path, one, other):
+    (tmp_path / "a.txt").write_text(one)
+    (tmp_path / "b.txt").write_text(other)
+    files = TextFiles(calibration=(tmp_path / "a.txt",), evaluation=(tmp_path / "b.txt",))
+    assert _split(files, "calibration") == one and _split(files, "evaluation") == ""
+    files = TextFiles(calibration=(tmp_path / "a.txt", tmp_path / "b.txt"))
+    assert _split(files, "calibration") == one + "\n\n" + other, "one split may have both"
+
+
+def test_what_a_row_has_inside_is_set_aside_in_a_txt(tmp_path):
+    rows = _jsonl(tmp_path / "rows.jsonl", ["\n\n".join(LONG[1:3])])
+    (tmp_path / "all.txt").write_text("\n\n".join(LONG))
+    files = TextFiles(calibration=(tmp_path / "all.txt",), evaluation=(rows,))
+    assert _split(files, "calibration") == "\n\n".join((LONG[0], LONG[3]))
+    assert _split(files, "evaluation") == "\n\n".join(LONG[1:3])
+
+
+def test_what_is_apart_from_a_txt_gives_way_to_it(tmp_path):
+    (tmp_path / "all.txt").write_text("\n\n".join(LONG))
+    rows = _jsonl(tmp_path / "rows.jsonl", ["\n\n".join(LONG[1:3]), "\n\n".join(LONG), SHORT])
+    files = TextFiles(evaluation=(rows,), apart_from=TextFiles(calibration=(tmp_path / "all.txt",)))
+    assert _split(files, "evaluation") == SHORT

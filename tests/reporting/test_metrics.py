@@ -52,7 +52,7 @@ def test_the_numbers_of_a_search(space: Space, evolution: Make) -> None:
     for index, (shown, record) in enumerate(zip(numbers[1:], records[1:], strict=True), start=1):
         assert shown["gain"] == pytest.approx(record["parent_fitness"] - record["fitness"])
         assert shown["gain"] >= 0
-        assert (shown["gain"] > 0) == bool(shown["accepted"]) == bool(shown["switches"])
+        assert (shown["gain"] > 0) == bool(shown["accepted"]) == bool(shown["num_switches"])
         assert shown["acceptance_rate"] == pytest.approx(sum(r["accepted"] for r in records[1 : index + 1]) / index)
         assert shown["distance"] == sum(a != b for a, b in zip(records[0]["genome"], record["genome"], strict=True))
         assert shown["generation_seconds"] == 1.0
@@ -78,11 +78,11 @@ def test_a_resumed_search_goes_on_with_the_same_numbers(space: Space, evolution:
 
 
 def test_without_a_space_or_most_of_a_record() -> None:
-    assert SearchMetrics().add({"generation": 0}) == {"accepted": 0.0, "switches": 0, "distance": 0}
+    assert SearchMetrics().add({"generation": 0}) == {"accepted": 0.0, "num_switches": 0, "distance": 0}
     shown = SearchMetrics().add(
         {"generation": 3, "accepted": True, "fitness": 2.0, "genome": [1, 2], "stages": [{"fitnesses": [None]}]}
     )
-    assert shown == {"fitness": 2.0, "accepted": 1.0, "acceptance_rate": 1.0, "switches": 0, "distance": 0}
+    assert shown == {"fitness": 2.0, "accepted": 1.0, "acceptance_rate": 1.0, "num_switches": 0, "distance": 0}
     assert gain({"fitness": 1.0, "parent_fitness": None}) is None
     assert best_fitness({"fitnesses": [math.nan, 3.0, None, 2.0]}) == 2.0
 

@@ -46,3 +46,15 @@ def test_either_is_drawn_with_its_chance_and_nothing_to_draw_is_told(quant_space
     draw = PredictedSwitch(space, Budget(8, 4.0, ""), [[0.0, 1.0]] * 2, max_switches=1, distribution="constant")
     with pytest.raises(EvoPressError, match="predicted_offspring=0"):
         draw((0, 0), rng)
+
+
+def test_where_the_predicted_half_finds_nothing_the_other_is_drawn() -> None:
+    """Draws by gain may keep coming to a move that a further limit forbids."""
+
+    def nothing(parent, rng):
+        raise EvoPressError("offspring by expected gain found no other genome")
+
+    either = EitherMutation(nothing, lambda parent, rng: (2,), 0.5)
+    assert {either((0,), np.random.default_rng(seed)) for seed in range(8)} == {(2,)}
+    with pytest.raises(EvoPressError, match="found no other genome"):
+        EitherMutation(lambda parent, rng: (1,), nothing, 0.0)((0,), np.random.default_rng(0))
