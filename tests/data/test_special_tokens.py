@@ -151,6 +151,6 @@ def test_a_separator_that_the_embedding_lacks_may_be_left_out() -> None:
 
 def test_an_id_that_the_tokenizer_has_not_is_told() -> None:
     with pytest.raises(
-        EvoPressError, match="has the token id 1000000000000, which the tokenizer has not, but .* 257 rows: give ids"
+        EvoPressError, match=r"has the token id 1000000000000, which the tokenizer has not, but .* 257 rows: give ids"
     ):
         check_embedded(torch.full((1, 4), 10**12), byte_tokenizer(), num_rows=257, what="the tokens", separator=None)
