@@ -100,6 +100,8 @@ def run(
     points = open_points(workspace) if has_points(settings) else []
     numbers = searching(settings.search, derived=workspace.generations(settings))
     if "search" in settings.stages:
+        if any(ask.attribution for ask in numbers.asks()):
+            workspace.check_gates()
         logger.info(
             "scale %s: the search evaluates %.3g million candidate tokens%s%s",
             settings.scale.name,

@@ -37,7 +37,7 @@ from evopress.machine import PeakMemory, precision
 from evopress.methods import Rest, make_method
 from evopress.models.blocks import BlockModel, BlockShape, by_blocks
 from evopress.models.devices import begin_on
-from evopress.models.dropping import check_fields
+from evopress.models.dropping import check_contributions, check_fields
 from evopress.models.loading import Pretrained, pick_device
 from evopress.models.opening import ModelSource, pick_dtype
 from evopress.models.outline import find_family, num_blocks_of, skeleton, text_config
@@ -178,6 +178,12 @@ class Workspace:
                 f"modules of {family.name} cannot be dropped: of its blocks {family.undroppable}; choose another model or method"
             )
         return space
+
+    def check_gates(self) -> None:
+        """Raise EvoPressError if modules can be dropped, and what they hold of the fitness cannot be told in a block."""
+        config = self.model_source.config
+        for index in range(num_blocks_of(config)) if self.method.modules is not None else ():
+            check_contributions(find_family(config), index)
 
     def generations(self, settings: RunSettings) -> int | None:
         """Return the generations that theory gives for a target on this model; None where the settings must say."""

@@ -222,6 +222,8 @@ class Drop:
             units are left.
         """
         layers = [shape.experts for shape in blocks if shape.experts is not None] if self._of_experts else []
+        if self._of_experts and not layers:
+            self._source.space(blocks, dtype_bits=dtype_bits)  # says that there are none
         count, most, what = len(blocks), len(blocks) - 1, "blocks"
         if layers:
             fewest = min(layers, key=lambda each: each.count)

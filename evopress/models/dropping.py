@@ -75,6 +75,16 @@ def _returning(forward: Any, count: int) -> Any:
     return (lambda *args, **kwargs: as_returned(forward(*args, **kwargs), count)) if count else forward
 
 
+def check_contributions(family: Family, index: int) -> None:
+    """Raise EvoPressError if a block has no attention or no MLP, or several side by side."""
+    parts = family.parts(index)
+    if len(parts.attention) != 1 or len(parts.mlp) != 1:
+        raise EvoPressError(
+            f"search/strategy=guided cannot score the blocks of {family.name}, which have not one mixer and one MLP each: "
+            "use search/strategy=evolution"
+        )
+
+
 def contributions(block: nn.Module, family: Family, index: int, run: Callable[[], Any]) -> tuple[str, str]:
     """Name the two modules of block `index` whose outputs its attention and its MLP add to the residual stream.
 
@@ -85,12 +95,8 @@ def contributions(block: nn.Module, family: Family, index: int, run: Callable[[]
 
     Raises: EvoPressError if the block has one of them alone, or several side by side.
     """
+    check_contributions(family, index)
     parts = family.parts(index)
-    if len(parts.attention) != 1 or len(parts.mlp) != 1:
-        raise EvoPressError(
-            f"search/strategy=guided cannot score the blocks of {family.name}, which have not one mixer and one MLP each: "
-            "use search/strategy=evolution"
-        )
     calls: list[tuple[str, Any, Any]] = []
     groups = (*parts.attention, *parts.around_attention), (*parts.mlp, *parts.around_mlp)
     names = [name for name, _ in block.named_children()] if family.is_found else [name for group in groups for name in group]

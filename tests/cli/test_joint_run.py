@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from evopress.models.tiny import byte_tokenizer
+from evopress.models.tiny_any import any_model
+
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
@@ -51,3 +54,19 @@ def test_what_cannot_be_met_is_one_sentence(evopress: Callable[..., Any], tmp_pa
     limits = ("search/strategy=evolution", "limits=[{currency: bytes, total: 90kB}]")
     outcome = evopress("+method=quant", "bits=3.5", "+debug=tiny", "hydra.run.dir=other", *limits)
     assert outcome.code == 1 and "search.exchange=fit" in outcome.text and "Traceback" not in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sentence"), [("lfm2", ""), ("falcon_h1", "not one mixer and one MLP each: use search/strategy=evo")]
+)
+def test_hybrids_are_searched_or_refused_before_their_levels_are_built(
+    evopress: Callable[..., Any], tmp_path: Path, architecture: str, sentence: str
+) -> None:
+    """Blocks of convolutions and of attention have gates each; attention and mamba side by side have none."""
+    any_model(architecture).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    model = (f"model.path={tmp_path / 'model'}", "model.name=hybrid", "model.builtin=null", "stages=[database,search]")
+    outcome = evopress("+method=joint", "+debug=tiny", "size=5bpw", "hydra.run.dir=run", *model)
+    assert outcome.code == bool(sentence), outcome.text
+    assert sentence in outcome.text and "Traceback" not in outcome.text
+    assert ("level database" in outcome.text) is not bool(sentence)
