@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -79,7 +80,9 @@ def evopress(folder: Path, *arguments: str, running: Running | None = None) -> b
             with _log(folder).open("a", encoding="utf-8") as log:
                 print(f"error: {folder} has a finished run of other settings ({other}): move it away, or ask for its own", file=log)
         return not other
-    return logged([sys.executable, "-m", "evopress", *arguments, f"hydra.run.dir={folder}"], folder, running=running)
+    plain = re.fullmatch(r"[\w./+-]+", str(folder))
+    where = f"hydra.run.dir={folder}" if plain else f"hydra.run.dir='{folder}'"  # Hydra reads commas and equals signs otherwise
+    return logged([sys.executable, "-m", "evopress", *arguments, where], folder, running=running)
 
 
 def _other_settings(folder: Path, typed: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from evopress.reporting.records import read_json
-from experiments.single_runs import SingleRun, each_told
+from experiments.single_runs import SingleRun, each_told, folder_name
 
 TABLE = Path(__file__).with_suffix(".csv")
 RUNS = Path("multirun/found")
@@ -46,7 +46,7 @@ def runs(names: Sequence[str], bits: Sequence[float] | None, seeds: Sequence[int
         at, overrides = ROWS[name]
         for target in bits or at:
             for seed in seeds:
-                folder = RUNS / f"{name.replace(' ', '-')}-{target:g}-{seed}"
+                folder = RUNS / folder_name(f"{name}-{target:g}-{seed}")
                 given = (*common, *overrides, *further, f"bits={target:g}", f"seed={seed}")
                 yield SingleRun(folder, given, {"row": name, "target": target, "seed": seed})
 

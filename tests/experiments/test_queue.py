@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -260,3 +261,17 @@ def test_the_page_says_how_many_jobs_there_are(tmp_path: Path) -> None:
     total = sum(each.total for each in of_scripts if each)
     text = (Path(queue.__file__).parent / "README.md").read_text(encoding="utf-8")
     assert f"It is {sweeps + total} jobs: {sweeps} of sweeps" in text and f"and {total} that scripts run" in text
+
+
+def test_a_folder_may_have_any_name_and_scripts_choose_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("experiments.single_runs.logged", lambda command, folder, running: asked.append(command[-1]) or True)
+    assert evopress(tmp_path / "a, b=c", "bits=5") and evopress(tmp_path / "plain-1.5", "bits=5")
+    assert asked == [f"hydra.run.dir='{tmp_path}/a, b=c'", f"hydra.run.dir={tmp_path}/plain-1.5"]
+    folders = [run.folder for name in queue.SCRIPTS for run in runs_of(name)]
+    assert len(folders) == len(set(folders)) > 500 and all(re.fullmatch(r"[\w./+-]+", str(folder)) for folder in folders)
+
+
+def runs_of(name: str) -> list[SingleRun]:
+    """Return what a script runs, as it is asked to by the queue."""
+    return [run for module, words in queue.with_jobs(name, Path("multirun"), 2, []) for run in module.asked_runs(words)]
