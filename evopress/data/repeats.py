@@ -60,16 +60,22 @@ class Listed:
         return keys[masks > 0], masks[masks > 0]
 
 
-def splits_of(keys: NDArray[np.uint64], seen: Iterable[tuple[NDArray[np.uint64], NDArray[np.uint8]]]) -> NDArray[np.uint8]:
-    """Return for each key the splits, bits of a mask, in which it has been seen: 0 for those that have not.
+class Seen:
+    """Keys, and the splits (bits of a mask) in which each has been seen."""
 
-    Args: seen: keys and masks.
-    """
-    parts = list(seen)
-    there, content = np.unique(np.concatenate([keys, *(part for part, _ in parts)]), return_inverse=True)
-    masks = np.zeros(len(there), np.uint8)
-    np.bitwise_or.at(masks, content[len(keys) :], np.concatenate([np.empty(0, np.uint8), *(mask for _, mask in parts)]))
-    return masks[content[: len(keys)]]
+    def __init__(self, parts: Iterable[tuple[NDArray[np.uint64], NDArray[np.uint8]]]) -> None:
+        """Take keys and masks."""
+        keys, masks = zip(*parts, strict=True) if (parts := list(parts)) else ((np.empty(0, np.uint64),), (np.empty(0, np.uint8),))
+        self._keys, places = np.unique(np.concatenate(keys), return_inverse=True)
+        self._masks = np.zeros(len(self._keys), np.uint8)
+        np.bitwise_or.at(self._masks, places, np.concatenate(masks))
+
+    def splits(self, keys: NDArray[np.uint64]) -> NDArray[np.uint8]:
+        """Return the splits of each of some keys: 0 for those that have not been seen."""
+        if not len(self._keys):
+            return np.zeros(len(keys), np.uint8)
+        places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        return np.where(self._keys[places] == keys, self._masks[places], np.uint8(0))
 
 
 def deal(files: Mapping[str, Listed], *, first: int | None = None) -> dict[str, NDArray[np.int8]]:

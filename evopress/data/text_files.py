@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from evopress.data.chat import ChatTemplate
 from evopress.data.formats import EXPECTED, kind_of, paragraphs, read_rows, read_text, unreadable
 from evopress.data.formats import wikitext_text as wikitext_text
-from evopress.data.repeats import NOT_COMPARED, SET_ASIDE, Listed, WholeKey, content_key, deal, splits_of
+from evopress.data.repeats import NOT_COMPARED, SET_ASIDE, Listed, Seen, WholeKey, content_key, deal
 from evopress.data.sources import SPLITS, Split, check_split
 from evopress.errors import EvoPressError
 from evopress.files import given_path, sha256_file
@@ -173,11 +173,6 @@ class TextFiles:
         files = self._compared.values()
         return len({split for file in files for split in file.splits}) > 1 and not (len(files) == 1 and next(iter(files)).is_txt)
 
-    @property
-    def _mixes(self) -> bool:
-        """Whether there are both .txt and files of rows."""
-        return len({file.is_txt for file in self._compared.values()}) > 1
-
     @cached_property
     def _owners(self) -> dict[str, NDArray[np.int8]] | None:
         """The split of each document of a file, of each paragraph of a .txt; None: no two splits can have the same.
@@ -187,6 +182,7 @@ class TextFiles:
         if not self._may_repeat:
             return None
         listed, inside, wholes = {}, {}, {}
+        mixed = any(file.is_txt for file in self._compared.values())  # rows are compared with
         for digest, file in self._compared.items():
             listed[digest], inside[digest] = Listed(in_turn=not file.is_txt), _Inside()
             mask = sum(1 << split for split in file.splits)
@@ -202,7 +198,7 @@ class TextFiles:
                 text = row if isinstance(row, str) else "\n".join(f"{m['role']}: {m.get('content')}" for m in row or ())
                 blank = not text.strip()
                 listed[digest].add(0 if blank else content_key(text), 0 if blank else mask)
-                if self._mixes and not blank:
+                if mixed and not blank:
                     inside[digest].add(i, text, mask)
         owners = deal(listed, first=_TAKEN)
         self._set_aside(owners, listed, inside, wholes)
@@ -220,28 +216,26 @@ class TextFiles:
         A .txt gives way, whose paragraphs others can do without; but to those of `apart_from` all do.
         """
         files = self._compared
-        rows = [listed[digest].compared for digest, file in files.items() if not file.is_txt]
-        of_rows = [inside[digest].long.compared for digest, file in files.items() if not file.is_txt]
-        taken = [listed[digest].compared for digest, file in files.items() if file.is_txt and _TAKEN in file.splits]
-        before: list[str] = []  # .txt
+        of_rows = [digest for digest, file in files.items() if not file.is_txt]
+        rows = Seen(listed[digest].compared for digest in of_rows)
+        parts = Seen(inside[digest].long.compared for digest in of_rows)
+        taken = Seen(listed[digest].compared for digest, file in files.items() if file.is_txt and _TAKEN in file.splits)
+        before: dict[int, list[str]] = {}  # .txt by their whole keys
         for digest, file in sorted(files.items(), key=lambda each: _TAKEN not in each[1].splits):
-            own = sum(1 << split for split in file.splits)
-            if _TAKEN in file.splits:
-                pass
-            elif not file.is_txt:
-                owners[digest][inside[digest].rows_of(splits_of(inside[digest].keys, taken) > 0)] = SET_ASIDE
-            elif len(file.splits) == 1:
-                keys, masks = np.asarray(listed[digest].keys, np.uint64), np.asarray(listed[digest].masks, np.uint8)
-                owners[digest][(masks > 0) & (splits_of(keys, of_rows) & ~np.uint8(own) > 0)] = SET_ASIDE
-                again = [
-                    other for other in before if wholes[other] == wholes[digest] and set(files[other].splits) != set(file.splits)
-                ]
+            keys, masks = np.asarray(listed[digest].keys, np.uint64), np.asarray(listed[digest].masks, np.uint8)
+            others = ~np.uint8(sum(1 << split for split in file.splits))
+            if _TAKEN not in file.splits and not file.is_txt:
+                owners[digest][inside[digest].rows_of(taken.splits(inside[digest].keys) > 0)] = SET_ASIDE
+            elif _TAKEN not in file.splits and len(file.splits) == 1:
+                owners[digest][(masks > 0) & (parts.splits(keys) & others > 0)] = SET_ASIDE
+                again = [other for other in before.get(wholes[digest], ()) if set(files[other].splits) != set(file.splits)]
                 # Of what is cut alike `deal` has seen the long paragraphs.
                 otherwise = any(listed[other].keys != listed[digest].keys or not masks.any() for other in again)
-                in_rows = splits_of(np.array([wholes[digest]], np.uint64), rows)[0] & ~np.uint8(own)
+                in_rows = rows.splits(np.array([wholes[digest]], np.uint64))[0] & others
                 if otherwise or (in_rows and not (len(masks) == 1 and masks.any())):
                     owners[digest][:] = SET_ASIDE
-            before += [digest] if file.is_txt else []
+            if file.is_txt:
+                before.setdefault(wholes[digest], []).append(digest)
 
     def _of_rows(self, file: _File, split: int, left_out: Counter[str]) -> Iterator[Iterable[str]]:
         """Yield those documents of a file that a split gets."""
