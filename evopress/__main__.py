@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import shlex
 import sys
 import tempfile
@@ -77,7 +78,7 @@ def main() -> None:
             ]
             folder = _resumed_folder(sys.argv[1:])
             if folder is not None:
-                sys.argv[1:] = _with_resumed(sys.argv[1:], folder)
+                sys.argv[1:] = command_line.flags_first(_with_resumed(sys.argv[1:], folder))
             _check_folder(sys.argv[1:])
             with _named_for_hydra(sys.argv[1:]) as sys.argv[1:]:
                 _compose_and_run(entry)
@@ -124,6 +125,16 @@ def _follow() -> None:
         sys.exit(exit_code(stop))
 
 
+def _reader_has_gone() -> bool:
+    """Tell whether nobody reads what this process says any more; then let it say nothing."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
 def _compose_and_run(entry: Callable[[], None]) -> None:
     """Let Hydra compose the config and run the jobs; what it refuses is one sentence, and a bug shows its whole traceback."""
     asked = os.environ.get("HYDRA_FULL_ERROR")
@@ -136,10 +147,9 @@ def _compose_and_run(entry: Callable[[], None]) -> None:
         failed = isinstance(error, configuration.JobFailedError)
         _say_error(f"a job failed: {error}" if failed else command_line.told(error, configuration.options()))
         sys.exit(1)
-    except BrokenPipeError:  # who reads has had enough: `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():  # who has had enough: `--help | head`
+            sys.exit(1)
         if isinstance(error, OSError) and error.errno in _NO_FOLDER and isinstance(error.filename, str):
             _say_error(explained(error, Path(error.filename)))  # of the folder that Hydra makes
         else:

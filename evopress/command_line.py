@@ -58,10 +58,16 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
     settings: list[str] = []
     flag = ""
     for argument in arguments:
-        is_value = flag in _WITH_VALUE and not (flag in ("--info", "-i") and "=" in argument)  # of that one it may be left out
+        is_value = _takes_value(flag) and not (flag in ("--info", "-i") and "=" in argument)  # of that one it may be left out
         (flags if argument.startswith("-") or is_value else settings).append(argument)
         flag = "" if is_value else argument
     return [*flags, *settings]
+
+
+def _takes_value(flag: str) -> bool:
+    """Tell whether the next argument is a flag's value; long flags may be cut short."""
+    cut_short = len(flag) > 3 and flag.startswith("--") and any(name.startswith(flag) for name in _WITH_VALUE)
+    return flag in _WITH_VALUE or cut_short
 
 
 def _with_tilde(argument: str) -> str:
@@ -256,7 +262,7 @@ def _no_such_type(found: re.Match[str], error: Exception, groups: Mapping[str, S
 
 
 def _null(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
-    return f"{found[1]} is out of range: it must have a value"
+    return f"{found[1].lstrip('+')} is out of range: it must have a value"
 
 
 def _twice(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:

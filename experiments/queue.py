@@ -8,8 +8,8 @@
 A sweep is a job for each combination of what `conf/experiment/NAME.yaml` sweeps, in the folder that Hydra would give it; jobs that
 `python -m evopress +experiment=NAME` has finished are not run again. NAME_best is the same sweep on the best levels. When the last
 job of a sweep has ended its table is made. What scripts run are jobs like these; scripts themselves come last, one after the other,
-and make their tables of what there is. `paper` stands for the tables and figures that the paper has. What follows `--` is given to
-every job, and to scripts that take it.
+and make their tables of what there is. `paper` stands for the tables and figures that the paper has, on both forms of levels. What
+follows `--` is given to every job, and to scripts that take it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ WITH_JOBS = frozenset(
 NAMES = tuple(dict.fromkeys([*SWEEPS, *SCRIPTS]))
 PAPER = "paper"
 OF_PAPER = tuple(name for name in NAMES if name.startswith(("table", "figure", "theorem")))
-"""What `paper` stands for."""
+"""What `paper` stands for: also on the best levels."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,9 @@ def run_script(name: str, root: Path, jobs: int, further: Sequence[str]) -> bool
     for line in commands(name, root, jobs, further):
         if not logged([sys.executable, *line], root / name):
             return False
+    left = missing_of_script(name, root, jobs, further)
+    if left and left.jobs:  # scripts make their tables of what there is
+        return False
     (root / f"{name}.done").write_text(as_run(name, root, further), encoding="utf-8")
     return True
 
@@ -202,16 +205,23 @@ def go(names: Sequence[str], *, root: Path, out: Path | None, at_once: int, furt
         except EvoPressError as error:
             failed += 1
             print(f"{name}: left out: {error}", flush=True)
-    scripts = [name for name in names if name in SCRIPTS and out is None]
-    of_scripts = [found for name in scripts if (found := missing_of_script(name, root, at_once, further))]
+    scripts, of_scripts = [name for name in names if name in SCRIPTS and out is None], []
+    for name in list(scripts):
+        try:
+            found = missing_of_script(name, root, at_once, further)
+            for module, words in with_jobs(name, root, at_once, further) if found and found.runs else ():
+                getattr(module, "prepare", lambda _: None)(words)
+        except EvoPressError as error:
+            scripts.remove(name)
+            failed += 1
+            print(f"{name}: left out: {error}", flush=True)
+        else:
+            of_scripts += [found] if found else []
     clock = clock_of([*left, *of_scripts], at_once)
     print(clock, flush=True)
     for each in left:
         if not each.jobs and each.name in SPECS and is_stale(each.name, root, out):
             make(each.name, root, out)
-    for each in of_scripts:
-        for module, words in with_jobs(each.name, root, at_once, further) if each.runs else ():
-            getattr(module, "prepare", lambda _: None)(words)
     swept = (run for each in left for run in runs(each.name, each.jobs, root, further))
     for run, well in evopress_all(chain(swept, *(each.runs for each in of_scripts)), at_once=at_once):
         name = run.labels["sweep"]

@@ -177,7 +177,7 @@ class TextFiles:
     def _owners(self) -> dict[str, NDArray[np.int8]] | None:
         """The split of each document of a file, of each paragraph of a .txt; None: no two splits can have the same.
 
-        Reads all files once, in bounded memory but for 10 bytes a document.
+        Reads all files once, in bounded memory but for 10 bytes a document, and 16 a long paragraph inside rows beside a .txt.
         """
         if not self._may_repeat:
             return None
@@ -199,7 +199,7 @@ class TextFiles:
                 blank = not text.strip()
                 listed[digest].add(0 if blank else content_key(text), 0 if blank else mask)
                 if mixed and not blank:
-                    inside[digest].add(i, text, mask)
+                    inside[digest].add(i, text)
         owners = deal(listed, first=_TAKEN)
         self._set_aside(owners, listed, inside, wholes)
         return owners
@@ -211,31 +211,39 @@ class TextFiles:
         inside: Mapping[str, _Inside],
         wholes: Mapping[str, int],
     ) -> None:
-        """Set aside what is a document in one file and cut otherwise in another: whole .txt, and paragraphs inside rows.
+        """Set aside what `deal` cannot see: texts that are cut otherwise in another file, and paragraphs inside rows.
 
-        A .txt gives way, whose paragraphs others can do without; but to those of `apart_from` all do.
+        A row that is all of a .txt gives way to it, a .txt to one before it, and paragraphs of a .txt to rows that have them. To
+        `apart_from` all give way: rows with more than half of their long paragraphs there.
         """
         files = self._compared
-        of_rows = [digest for digest, file in files.items() if not file.is_txt]
-        rows = Seen(listed[digest].compared for digest in of_rows)
-        parts = Seen(inside[digest].long.compared for digest in of_rows)
-        taken = Seen(listed[digest].compared for digest, file in files.items() if file.is_txt and _TAKEN in file.splits)
+        txts, rows = ([digest for digest, file in files.items() if file.is_txt is kind] for kind in (True, False))
+        ours = {digest for digest, file in files.items() if _TAKEN not in file.splits}
+        splits = {digest: np.uint8(sum(1 << split for split in file.splits)) for digest, file in files.items()}
+        # Of one long paragraph alone `deal` has seen all.
+        unseen = [digest for digest in txts if len(listed[digest].masks) != 1 or not listed[digest].masks[0]]
+        as_wholes = Seen((np.array([wholes[digest]], np.uint64), np.array([splits[digest]])) for digest in unseen)
+        taken = Seen(listed[digest].compared for digest in txts if digest not in ours)
+        for digest in rows:
+            if digest in ours:
+                own = _bits(owners[digest])
+                there = as_wholes.splits(np.asarray(listed[digest].keys, np.uint64))
+                owners[digest][(own > 0) & (there & ~own > 0)] = SET_ASIDE
+                owners[digest][inside[digest].mostly(taken)] = SET_ASIDE
+        taken_rows = Seen(listed[digest].compared for digest in rows if digest not in ours)
+        parts = Seen(inside[digest].kept(owners[digest]) for digest in rows)
         before: dict[int, list[str]] = {}  # .txt by their whole keys
-        for digest, file in sorted(files.items(), key=lambda each: _TAKEN not in each[1].splits):
-            keys, masks = np.asarray(listed[digest].keys, np.uint64), np.asarray(listed[digest].masks, np.uint8)
-            others = ~np.uint8(sum(1 << split for split in file.splits))
-            if _TAKEN not in file.splits and not file.is_txt:
-                owners[digest][inside[digest].rows_of(taken.splits(inside[digest].keys) > 0)] = SET_ASIDE
-            elif _TAKEN not in file.splits and len(file.splits) == 1:
-                owners[digest][(masks > 0) & (parts.splits(keys) & others > 0)] = SET_ASIDE
-                again = [other for other in before.get(wholes[digest], ()) if set(files[other].splits) != set(file.splits)]
+        for digest in sorted(txts, key=lambda digest: digest in ours):
+            if digest in ours:
+                keys, masks = np.asarray(listed[digest].keys, np.uint64), np.asarray(listed[digest].masks, np.uint8)
+                owners[digest][(masks > 0) & (parts.splits(keys) & ~masks > 0)] = SET_ASIDE
+                alone = files[digest].splits if len(files[digest].splits) == 1 else None
+                others = [other for other in before.get(wholes[digest], ()) if files[other].splits != alone]
                 # Of what is cut alike `deal` has seen the long paragraphs.
-                otherwise = any(listed[other].keys != listed[digest].keys or not masks.any() for other in again)
-                in_rows = rows.splits(np.array([wholes[digest]], np.uint64))[0] & others
-                if otherwise or (in_rows and not (len(masks) == 1 and masks.any())):
+                again = any(listed[other].keys != listed[digest].keys or not masks.any() for other in others)
+                if again or (digest in unseen and taken_rows.splits(np.array([wholes[digest]], np.uint64))[0]):
                     owners[digest][:] = SET_ASIDE
-            if file.is_txt:
-                before.setdefault(wholes[digest], []).append(digest)
+            before.setdefault(wholes[digest], []).append(digest)
 
     def _of_rows(self, file: _File, split: int, left_out: Counter[str]) -> Iterator[Iterable[str]]:
         """Yield those documents of a file that a split gets."""
@@ -309,24 +317,32 @@ class _Inside:
 
     def __init__(self) -> None:
         """Begin with none."""
-        self.long, self._rows = Listed(in_turn=False), array("Q")
+        self._keys, self._rows = array("Q"), array("Q")
 
-    def add(self, row: int, text: str, mask: int) -> None:
+    def add(self, row: int, text: str) -> None:
         """Add those of a row, if it has several."""
         found = list(paragraphs([text]))
         for paragraph in found if len(found) > 1 else ():
             if _is_long(paragraph):
-                self.long.add(content_key(paragraph), mask)
+                self._keys.append(content_key(paragraph))
                 self._rows.append(row)
 
-    @property
-    def keys(self) -> NDArray[np.uint64]:
-        """Of all of them."""
-        return np.asarray(self.long.keys, np.uint64)
+    def mostly(self, seen: Seen) -> NDArray[np.int64]:
+        """Return the rows of whose long paragraphs more than half have been seen."""
+        rows = np.asarray(self._rows, np.int64)
+        of_row = np.bincount(rows)
+        found = np.bincount(rows[seen.splits(np.asarray(self._keys, np.uint64)) > 0], minlength=len(of_row))
+        return np.flatnonzero(2 * found > of_row)
 
-    def rows_of(self, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Return the rows that have some of them."""
-        return np.unique(np.asarray(self._rows, np.int64)[chosen])
+    def kept(self, owners: NDArray[np.int8]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """Return their keys, and the split of each, as a bit, for those rows that a split gets."""
+        bits = _bits(owners[np.asarray(self._rows, np.int64)])
+        return np.asarray(self._keys, np.uint64)[bits > 0], bits[bits > 0]
+
+
+def _bits(owners: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Return splits as bits of masks; 0 for what no split gets."""
+    return np.where(owners >= 0, np.left_shift(1, owners.clip(0)), 0).astype(np.uint8)
 
 
 def _is_long(paragraph: str) -> bool:

@@ -14,7 +14,7 @@ from evopress.reporting import account
 from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, log_scale, new_figure, open_frame, save, styles
 from evopress.reporting.findings import compared
 from evopress.reporting.page import code, details, json_text, pairs, paragraph, pictures, section, table, write_page
-from evopress.reporting.tables import display_name, held_out_kl, number, results_columns, significant
+from evopress.reporting.tables import display_name, held_out_kl, number, results_columns, significant, spends_more
 
 Row = Mapping[str, Any]
 _NEAR = 0.97
@@ -49,12 +49,13 @@ def write_front(front: Sequence[Row], path: Path) -> None:
 
 def best_baseline(rows: Sequence[Row], point: Row) -> Row | None:
     """Return the row with the least held-out KL of what was compared and spends what a point does, or a few percent less."""
-    of_modules = any("modules_dropped" in row or "experts_dropped" in row for row in (point, *rows))
+    of_bytes = any("modules_dropped" in row or "experts_dropped" in row for row in (point, *rows))
+    of_bytes |= not str(point["budget"]).replace(".", "", 1).isdecimal()  # "60MB", "2.25bpw": of all that is stored
 
     def spent(row: Row) -> float | None:
         """Return bits per weight, the share of weights that is kept, or bytes, which have what is no unit in them."""
         bits, sparsity = number(row.get("bits_per_weight")), number(row.get("sparsity"))
-        if of_modules or (bits is None and sparsity is None):
+        if of_bytes or (bits is None and sparsity is None):
             return number(row.get("bytes"))
         return bits if bits is not None else 1 - (sparsity or 0.0)
 
@@ -66,6 +67,7 @@ def best_baseline(rows: Sequence[Row], point: Row) -> Row | None:
         and not str(row.get("name")).startswith("evopress")
         and row.get("budget", point["budget"]) == point["budget"]
         and held_out_kl(row)[1] is not None
+        and not spends_more(row, point)
         and (size is None or _NEAR * size <= (spent(row) or 0) <= size * 1.002)
     ]
     return min(others, key=lambda row: held_out_kl(row)[1] or 0.0, default=None)

@@ -20,8 +20,8 @@ class SearchMetrics:
     """Turn the records of a search into numbers, generation by generation.
 
     `fitness`, `parent_fitness` and `gain` (the difference of the two) are on the generation's own minibatch, `held_out/*` on
-    held-out text, `stage/1/best` is the best of the first stage; `switches` counts the units that changed, `distance` those that
-    differ from the initial genome; `budget/q_proj` is the kind's average bits or sparsity; `acceptance_rate` is over all
+    held-out text, `stage/1/best` is the best of the first stage; `num_switches` counts the units that changed, `distance` those
+    that differ from the initial genome; `budget/q_proj` is the kind's average bits or sparsity; `acceptance_rate` is over all
     generations so far.
 
     Args:
@@ -158,7 +158,7 @@ def levels_table(space: Space, genome: Genome) -> tuple[list[str], list[list[Any
 
 
 def switches_table(records: Iterable[Record], space: Space) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and rows of the table `switches`: one row per unit of each accepted generation."""
+    """Return the columns and rows of the table `accepted_switches`: one row per unit of each accepted generation."""
     rows = []
     for record in records:
         if not record.get("accepted"):

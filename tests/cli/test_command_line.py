@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from omegaconf import OmegaConf
 
+from evopress import __main__ as main
 from evopress import command_line
 from evopress import config as configuration
 from evopress.models.tiny import ensure_tiny
@@ -139,6 +143,13 @@ def test_what_holds_keys_of_ones_own_needs_no_plus() -> None:
 def test_flags_may_stand_between_settings() -> None:
     given = ["+method=quant", "--cfg", "job", "bits=3", "-m", "--info", "seed=1", "-cd", "conf"]
     assert command_line.flags_first(given) == ["--cfg", "job", "-m", "--info", "-cd", "conf", "+method=quant", "bits=3", "seed=1"]
+    assert command_line.flags_first(["bits=3", "--pack", "search", "--cfg=job", "-m"]) == [
+        "--pack",
+        "search",
+        "--cfg=job",
+        "-m",
+        "bits=3",
+    ]
     assert command_line.flags_first(["--info", "plugins", "bits=3"]) == ["--info", "plugins", "bits=3"]
 
 
@@ -176,3 +187,22 @@ def test_numbers_of_evolution_are_said_to_mean_nothing_to_guided_rounds() -> Non
 def test_groups_are_no_keys_and_jobs_have_a_folder_each(arguments: list[str], sentence: str | None) -> None:
     told = command_line.refused(arguments, configuration.options(), is_sweep=configuration.is_sweep)
     assert told is None if sentence is None else told is not None and told.startswith(sentence)
+
+
+def test_who_has_read_enough_of_the_help_is_told_nothing(cache: Path) -> None:
+    """As `python -m evopress --help | head -1` does."""
+    command = f"{sys.executable} -m evopress --help | head -1"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=120, env={**os.environ, "EVOPRESS_CACHE": str(cache)}
+    )
+    assert done.stdout.startswith("EvoPress") and done.stderr == ""
+
+
+def test_another_s_broken_pipe_is_no_end_of_reading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def entry() -> None:
+        raise BrokenPipeError("a worker's")
+
+    monkeypatch.setattr(main, "_reader_has_gone", lambda: False)
+    with pytest.raises(SystemExit):
+        main._compose_and_run(entry)
+    assert "a worker's" in capsys.readouterr().err

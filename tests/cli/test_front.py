@@ -322,5 +322,7 @@ def test_a_point_is_compared_with_what_spends_as_much_of_what_levels_spend() -> 
     dp = {"name": "dp@4", "budget": "4", "bits_per_weight": 3.95, "bytes": 80_140, "kl": 0.008}
     assert best_baseline([uniform, point], point) is None
     assert best_baseline([uniform, dp, point], point) is dp
+    assert best_baseline([dp | {"within_budget": False}, point], point | {"within_budget": True}) is None
+    assert best_baseline([uniform, point], point | {"budget": "80kB"}) is uniform, "a size is of all that is stored"
     joint = [row | {"modules_dropped": 1} for row in (uniform, point)]
     assert best_baseline(joint, joint[1]) is joint[0], "bits are of what stays: bytes tell"

@@ -186,3 +186,34 @@ def test_what_is_apart_from_a_txt_gives_way_to_it(tmp_path):
     rows = _jsonl(tmp_path / "rows.jsonl", ["\n\n".join(LONG[1:3]), "\n\n".join(LONG), SHORT])
     files = TextFiles(evaluation=(rows,), apart_from=TextFiles(calibration=(tmp_path / "all.txt",)))
     assert _split(files, "evaluation") == SHORT
+
+
+def test_a_txt_of_several_splits_is_compared_too(tmp_path):
+    (tmp_path / "all.txt").write_text("\n\n".join(LONG))
+    (tmp_path / "cut.txt").write_text("\n".join(LONG))
+    shared = {"calibration": (tmp_path / "all.txt",), "search": (tmp_path / "all.txt",)}
+    other = "something else that is long enough to be compared with others, as one sees"
+    rows = _jsonl(tmp_path / "rows.jsonl", ["\n\n".join(LONG), other])
+    files = TextFiles(**shared, evaluation=(rows,))
+    assert _split(files, "evaluation") == other and _split(files, "calibration") == "\n\n".join(LONG[:2])
+    rows = _jsonl(tmp_path / "part.jsonl", ["\n\n".join(LONG[1:3])])
+    files = TextFiles(**shared, evaluation=(rows,))
+    assert [_split(files, split) for split in SPLITS] == [LONG[0], LONG[3], "\n\n".join(LONG[1:3])]
+    files = TextFiles(**shared, evaluation=(tmp_path / "cut.txt",))
+    assert _split(files, "evaluation") == ""
+    files = TextFiles(calibration=(tmp_path / "cut.txt",), search=(tmp_path / "all.txt",), evaluation=(tmp_path / "all.txt",))
+    assert _split(files, "search") == "" == _split(files, "evaluation")
+
+
+@pytest.mark.parametrize(("txt", "row"), [("\n\n".join(LONG), "\n".join(LONG)), (SHORT, SHORT)])
+def test_rows_that_are_a_whole_txt_are_apart_from_it(tmp_path, txt, row):
+    (tmp_path / "all.txt").write_text(txt)
+    rows = _jsonl(tmp_path / "rows.jsonl", [row, f"{LONG[0]}\n\nit stays\n\n{' '.join(LONG[1:])} too\n\n{LONG[3]} as well"])
+    files = TextFiles(evaluation=(rows,), apart_from=TextFiles(search=(tmp_path / "all.txt",)))
+    assert (
+        "it stays" in _split(files, "evaluation")
+        and "elm1" in _split(files, "evaluation")
+        and row not in _split(files, "evaluation")
+    )
+    files = TextFiles(evaluation=(tmp_path / "all.txt",), apart_from=TextFiles(search=(rows,)))
+    assert _split(files, "evaluation") == ""

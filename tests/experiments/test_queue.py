@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from evopress.errors import EvoPressError
 from evopress.run_folder import keep_overrides
 from experiments import queue
 from experiments.single_runs import SingleRun, evopress, evopress_all, logged, why_it_failed
@@ -275,3 +276,30 @@ def test_a_folder_may_have_any_name_and_scripts_choose_plain_ones(tmp_path: Path
 def runs_of(name: str) -> list[SingleRun]:
     """Return what a script runs, as it is asked to by the queue."""
     return [run for module, words in queue.with_jobs(name, Path("multirun"), 2, []) for run in module.asked_runs(words)]
+
+
+def test_a_script_without_what_it_needs_stops_no_other(
+    ran: list[SingleRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(_: Path) -> None:
+        raise EvoPressError("the text of kind exams is not there")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.calibration.measure.write_texts", gone)
+    monkeypatch.setattr(queue.claims, "write", lambda: None)
+    monkeypatch.setattr(queue, "make", lambda *_: None)
+    assert (
+        queue.go(["table3", "calibration"], root=tmp_path / "multirun", out=None, at_once=2, further=[]) == 2
+    )  # one of table3 fails
+    assert "calibration: left out: the text of kind exams is not there" in capsys.readouterr().out
+    assert len(ran) == 3
+
+
+def test_a_script_whose_jobs_failed_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes its table of those that there are, and ends well."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(queue, "logged", lambda command, folder: True)
+    assert not queue.run_script("levels", tmp_path / "multirun", 2, [])
+    for run in runs_of("levels"):
+        write_job(run.folder, [])
+    assert queue.run_script("levels", tmp_path / "multirun", 2, [])
