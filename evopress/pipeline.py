@@ -124,6 +124,7 @@ def run(
     tried = budgets_to_try(workspace) if has_limit(settings) else []
     planned = likely_tries(workspace, tried) if tried and ("search" in settings.stages or not points) else points
     plan = preflight(workspace, numbers, [(each.workspace, each.searching) for each in planned])
+    workspace.check_uneven()
     if settings.dry_run:
         logger.info("dry run: nothing was built or searched; leave dry_run out to run it")
         return float("nan")

@@ -179,6 +179,15 @@ class Workspace:
             )
         return space
 
+    def check_uneven(self) -> None:
+        """Raise EvoPressError if blocks may keep different numbers of experts, and what fills them up would change an export."""
+        modules = self.method.modules
+        if modules is None or modules.even or "export" not in self.settings.stages or self.model_source.is_outline:
+            return
+        if any(map(num_experts, self._planned_modules().units)):
+            with by_blocks(self.blocks.family):
+                check_fillers(self.blocks)
+
     def check_gates(self) -> None:
         """Raise EvoPressError if modules can be dropped, and what they hold of the fitness cannot be told in a block."""
         config = self.model_source.config
@@ -353,11 +362,7 @@ class Workspace:
     def live(self) -> LiveModel:
         if (other := self._with_its_levels) is not None:
             return other.live
-        modules = self.method.modules
         with by_blocks(self.blocks.family):
-            uneven = modules is not None and not modules.even and any(map(num_experts, self.levels.space.units))
-            if uneven and "export" in self.settings.stages:
-                check_fillers(self.blocks)
             return LiveModel(self.blocks, self.levels, cache_bytes=self.settings.level_db.cache_bytes)
 
     @cached_property

@@ -95,9 +95,12 @@ class BlockSparsity(Baseline):
         slots = [blocks.slots(index) for index in range(len(blocks.blocks))]
         sizes = [[slot.weight.numel() for slot in block.values()] for block in slots]
         names = [name for block in slots for name in block]
+        place = {name: i for i, name in enumerate(names)}
+        whole = problem.space.whole.units
+        tied = [[place[whole[i].name] for i in indices] for indices in problem.space.members if len(indices) > 1]
         kept_by_candidate = []
         for each in tried:
-            kept = kept_in_blocks(each.scores, sizes, sparsity=problem.budget.target, lambda_=each.lambda_)
+            kept = kept_in_blocks(each.scores, sizes, sparsity=problem.budget.target, lambda_=each.lambda_, tied=tied)
             kept_by_candidate.append([count for block in kept for count in block])
         choices = {name: sorted({kept[i] for kept in kept_by_candidate}, reverse=True) for i, name in enumerate(names)}
         levels = problem.add_levels(self.name, PruneTo(pruner=pruner, kept=choices))
@@ -156,26 +159,42 @@ def block_sparsities(scores: Sequence[float], sizes: Sequence[Sequence[int]], *,
     return [float(value) for value in np.clip(sparsity - r + high, 0.0, most)]
 
 
-def kept_in_blocks(scores: Sequence[float], sizes: Sequence[Sequence[int]], *, sparsity: float, lambda_: float) -> list[list[int]]:
+def kept_in_blocks(
+    scores: Sequence[float],
+    sizes: Sequence[Sequence[int]],
+    *,
+    sparsity: float,
+    lambda_: float,
+    tied: Sequence[Sequence[int]] = (),
+) -> list[list[int]]:
     """Return the weights that every unit of every block keeps, as many in all as uniform sparsity keeps.
 
     Each unit gets its block's share rounded down; the weights then missing go one each to the units that lost the largest fractions
-    and are not full yet.
+    and are not full yet. Units that are tied have one size, and keep the same: where a weight for each is more than is missing, a
+    few stay missing.
 
     Args, errors: as `block_sparsities`.
+        tied: positions of units that go together, all units counted through; those that none names are alone.
     """
     sparsities = block_sparsities(scores, sizes, sparsity=sparsity, lambda_=lambda_)
     flat = [size for block in sizes for size in block]
     ideal = [(1.0 - s) * size for s, block in zip(sparsities, sizes, strict=True) for size in block]
     kept = [min(math.floor(x), size) for x, size in zip(ideal, flat, strict=True)]
     missing = sum(kept_at(size, sparsity) for size in flat) - sum(kept)
-    order = sorted(range(len(flat)), key=lambda i: kept[i] - ideal[i])
+    named = {i for together in tied for i in together}
+    groups = [list(together) for together in tied] + [[i] for i in range(len(flat)) if i not in named]
+    groups.sort(key=lambda together: (kept[together[0]] - ideal[together[0]], together[0]))
     while missing:  # a unit is off by a weight and a half at most, so a few turns end it
-        step = 1 if missing > 0 else -1
-        open_units = [i for i in (order if step > 0 else order[::-1]) if 0 <= kept[i] + step <= flat[i]]
-        assert open_units, "the uniform target keeps more weights than there are"
-        for i in open_units[: abs(missing)]:
-            kept[i] += step
-        missing -= step * min(abs(missing), len(open_units))
+        before, step = missing, 1 if missing > 0 else -1
+        for together in groups[::step]:
+            # Above the target all that is needed is taken back, below it no more is given than is missing.
+            fits = missing * step >= len(together) if step > 0 else missing < 0
+            if fits and 0 <= kept[together[0]] + step <= flat[together[0]]:
+                for i in together:
+                    kept[i] += step
+                missing -= step * len(together)
+        if missing == before:
+            assert named, "the uniform target keeps more weights than there are"
+            break
     units = iter(kept)
     return [[next(units) for _ in block] for block in sizes]

@@ -208,8 +208,8 @@ def check_fillers(blocks: BlockModel) -> None:
             if (layer := expert_layer(block)) is not None and not _is_filled_exactly(blocks, index, layer, hidden):
                 raise EvoPressError(
                     f"routers of {blocks.family.name} weigh experts against all others before a bias is added, so that what "
-                    "fills up a block with fewer experts would change it: drop as many of each with method.balanced=true, or "
-                    "leave export out of stages"
+                    "fills up a block with fewer experts would change it: leave export out of stages, or, of method drop, drop as "
+                    "many of each by method.balanced=true"
                 )
             hidden = blocks.run(index, hidden)
 
@@ -306,7 +306,8 @@ def fewer_experts(model: Any, count: int, fewer: int, *, even: bool) -> tuple[An
     if not even and not any(_is_bias(key, tensors[key], count) for key in cut):
         raise EvoPressError(
             f"the config of {name} has one number of experts for all blocks, and its routers have no bias that could keep tokens "
-            "from experts that fill up a block: drop as many of each with method.balanced=true, or leave export out of stages"
+            "from experts that fill up a block: leave export out of stages, or, of method drop, drop as many of each by "
+            "method.balanced=true"
         )
     return config, cut
 

@@ -80,3 +80,18 @@ def test_the_papers_grid():
 def test_bad_input_is_refused(ratios, sparsity, lambda_, message):
     with pytest.raises(EvoPressError, match=message):
         block_sparsities(ratios, [[10], [10]], sparsity=sparsity, lambda_=lambda_)
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.71])
+def test_units_that_are_tied_keep_the_same(target):
+    """Experts of a block: what is missing goes to all of them, to others, or stays missing."""
+    sizes = [[100, 101, 333, 333, 333], [100, 101, 333, 333, 333]]
+    tied = [(2, 3, 4), (7, 8, 9)]
+    whole = sum(kept_at(size, target) for block in sizes for size in block)
+    kept = kept_in_blocks([0.2, 0.5], sizes, sparsity=target, lambda_=0.1, tied=tied)
+    assert all(len(set(block[2:])) == 1 for block in kept)
+    assert whole - 2 <= sum(map(sum, kept)) <= whole
+    alone = kept_in_blocks([0.2, 0.5], sizes, sparsity=target, lambda_=0.1)
+    assert all(abs(a - b) <= 2 for one, other in zip(kept, alone, strict=True) for a, b in zip(one, other, strict=True))
+    experts_alone = kept_in_blocks([0.2], [[333] * 3], sparsity=target, lambda_=0.1, tied=[(0, 1, 2)])
+    assert 3 * kept_at(333, target) - 2 <= sum(experts_alone[0]) <= 3 * kept_at(333, target)

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from evopress.compress.sparse import kept_at
 from evopress.levels import build, compressing
 from evopress.levels.store import LevelDatabase
+from evopress.models.tiny import byte_tokenizer
+from evopress.models.tiny_any import any_model
 
 SEARCH = "stages=[database,search]"
 
@@ -230,3 +232,13 @@ def test_a_step_of_ones_own_and_other_baselines(sparse: Callable[..., Any], tmp_
     assert set(genomes) == {"uniform", "dp"}
     assert database.space.cost(genomes["uniform"]) == database.space.cost(genomes["dp"]) == target(database, 0.5)
     assert genomes["dp"] != genomes["uniform"]
+
+
+def test_owl_keeps_the_experts_of_a_block_together(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    any_model("mixtral").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    model = (f"model.path={tmp_path / 'model'}", "model.name=mixtral", "model.builtin=null", "method.experts=layer")
+    outcome = evopress("+method=sparsity", "+debug=tiny", "sparsity=0.5", "hydra.run.dir=run", *model)
+    assert outcome.code == 0, outcome.text
+    found = rows(tmp_path / "run")
+    assert 0 <= found["uniform"]["weights_kept"] - found["owl"]["weights_kept"] < 8

@@ -214,3 +214,15 @@ def test_what_cannot_be_is_refused(case: str) -> None:
 def test_pairs_need_an_even_number_of_blocks() -> None:
     with pytest.raises(EvoPressError, match="the model has 7 blocks, an odd number"):
         space_of(method_of(0.5, granularity="pair"), 7)
+
+
+def test_blocks_of_one_module_each_drop_a_share_of_each_kind_or_are_refused() -> None:
+    """A twelfth of twelve blocks is one; of six modules of a kind it is none."""
+    blocks = [BlockShape(f"model.layers.{i}", kinds=("attention",) if i % 2 else ("mlp",)) for i in range(12)]
+    with pytest.raises(
+        EvoPressError, match=r"drops none of 6 mlp units and none of 6 attention units: give a share of at least 0\.1667"
+    ):
+        method_of(sparsity=0.1).space(blocks, dtype_bits=16)
+    method = method_of(sparsity=0.1667)
+    space = method.space(blocks, dtype_bits=16)
+    assert len(space) - method.budget(space).total == 2
