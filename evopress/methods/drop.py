@@ -246,9 +246,8 @@ class Drop:
         if budget.total >= len(units):  # blocks that have one module each
             counts = Counter(unit.group for unit in units)
             none_of = " and ".join(f"none of {n} {kind} units" for kind, n in counts.items())
-            raise EvoPressError(
-                f"sparsity={self.sparsity:g} drops {none_of}: give a share of at least {math.ceil(1e4 / max(counts.values())) / 1e4:g}"
-            )
+            least = math.ceil(1e4 / max(counts.values())) / 1e4
+            raise EvoPressError(f"sparsity={self.sparsity:g} drops {none_of}: give a share of at least {least:g}")
         for kind, kept in budget.by_kind.items() or (("", budget.total),):
             members = [unit for unit in units if kind in ("", unit.group)]
             free = sum(len(unit.levels) > 1 for unit in members)

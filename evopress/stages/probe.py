@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ _COLUMNS = 2048
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured, in seconds."""
+    """What was measured, in seconds; of blocks the mean over all, by one of each form."""
 
     block: float
     """Per token and block."""
@@ -48,10 +49,11 @@ class Speed:
     """That the probe took."""
 
 
+@torch.no_grad()
 def measure_speed(
     blocks: BlockModel, ids: Tensor, measure: Measure, compressor: Compressor | None, *, chunk_tokens: int
 ) -> Speed | None:
-    """Measure the first block and the head; None for a model too small to tell.
+    """Measure the first block of each form, and the head; None for a model too small to tell.
 
     Args:
         ids: token ids int64 [N, L]; the first sequence's first 512 are used.
@@ -61,21 +63,17 @@ def measure_speed(
         return None
     started = time.perf_counter()
     ids = ids[:1, :_TOKENS]
-    count = ids.numel()
     hidden = blocks.embed(ids)
-    with torch.no_grad(), blocks.on_device(0):
-        blocks.prepare(ids.shape[1])
-        block = _timed(lambda: blocks.run(0, hidden), blocks.device, times=5) / count
-        hessians, compress, outside = block, 0.0, {}
-        if compressor is not None:
-            before = time.perf_counter()
-            owners = collect_hessians(blocks, 0, hidden.cpu(), 1).owners
-            _wait(blocks.device)
-            hessians = max((time.perf_counter() - before) / count, block)
-            compress = _compress_seconds(blocks, compressor, owners)
-            for slot in (slot for part in blocks.parts[len(blocks.blocks) :] for slot in blocks.slots(part).values()):
-                fixed, per_row = _fit(slot.name, slot.weight, compressor)
-                outside[slot.name] = fixed + per_row * slot.weight.shape[0]
+    blocks.prepare(ids.shape[1])
+    means = [0.0, 0.0, 0.0]
+    for index, share in _forms(blocks).items():
+        means = [mean + share * each for mean, each in zip(means, _block_seconds(blocks, index, hidden, compressor), strict=True)]
+    block, hessians, compress = means
+    outside = {}
+    if compressor is not None:
+        for slot in (slot for part in blocks.parts[len(blocks.blocks) :] for slot in blocks.slots(part).values()):
+            fixed, per_row = _fit(slot.name, slot.weight, compressor)
+            outside[slot.name] = fixed + per_row * slot.weight.shape[0]
     head = blocks.head()
     # Random states: a token's own embedding leaves all others probabilities so small that a CPU is slow with them.
     drawn = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
@@ -88,9 +86,33 @@ def measure_speed(
     return Speed(block, per_candidate, per_reference, hessians, compress, outside, time.perf_counter() - started)
 
 
-def _compress_seconds(blocks: BlockModel, compressor: Compressor, owners: Mapping[str, str]) -> float:
-    """Return what all levels of the first block's units take, from slices of them; units with one owner are swept together."""
-    weights = {name: slot.weight for name, slot in blocks.slots(0).items()}
+def _forms(blocks: BlockModel) -> dict[int, float]:
+    """Return the first block of each form, and the share of all that have it: a first one may have no experts, say."""
+    found: dict[Any, list[int]] = {}
+    for index, block in enumerate(blocks.blocks):
+        form = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+        found.setdefault(form, []).append(index)
+    return {indices[0]: len(indices) / len(blocks.blocks) for indices in found.values()}
+
+
+@torch.no_grad()
+def _block_seconds(blocks: BlockModel, index: int, hidden: Tensor, compressor: Compressor | None) -> tuple[float, float, float]:
+    """Return what a block takes for each token, with Hessians too, and what all levels of its units take."""
+    count = hidden.shape[0] * hidden.shape[1]
+    with blocks.on_device(index):
+        block = _timed(lambda: blocks.run(index, hidden), blocks.device, times=5) / count
+        if compressor is None:
+            return block, block, 0.0
+        before = time.perf_counter()
+        owners = collect_hessians(blocks, index, hidden.cpu(), 1).owners
+        _wait(blocks.device)
+        hessians = max((time.perf_counter() - before) / count, block)
+        return block, hessians, _compress_seconds(blocks, index, compressor, owners)
+
+
+def _compress_seconds(blocks: BlockModel, index: int, compressor: Compressor, owners: Mapping[str, str]) -> float:
+    """Return what all levels of a block's units take, from slices of them; units with one owner are swept together."""
+    weights = {name: slot.weight for name, slot in blocks.slots(index).items()}
     rows: Counter[str] = Counter()
     for name, weight in weights.items():
         rows[owners[name]] += len(weight)

@@ -24,8 +24,10 @@ from evopress.levels.store import block_file
 from evopress.models.blocks import BlockModel
 from evopress.models.families import family_of
 from evopress.models.loading import load_pretrained
+from evopress.models.outline import outlined
 from evopress.models.slots import Slot
 from evopress.models.tiny import VOCABULARY, make_tiny, tiny_config
+from evopress.models.tiny_any import any_model
 from evopress.stages import probe
 from evopress.units import BLOCKS, EMBEDDING, HEAD
 
@@ -436,3 +438,22 @@ def test_a_corrected_walk_reaches_what_lies_outside(include, tied, load, ids, bu
     settings = build_settings(tmp_path / "levels", correction=0.5)
     database, _ = ensure_database(settings, blocks, ids, GPTQ(bits=(4, 3, 2), group_size=16))
     assert len(database.space) == len(blocks.blocks) * 7 + (1 if tied else len(include) - 1)
+
+
+def test_the_probe_measures_a_block_of_each_form(tokens, compressor, monkeypatch):
+    """A first block without experts says nothing of the others."""
+    monkeypatch.setattr(probe, "LEAST_PARAMETERS", 0)
+    model = any_model("lfm2_moe")
+    blocks = BlockModel(model, outlined(model))
+    seen = []
+
+    def took(blocks, index, hidden, compressor):
+        seen.append(index)
+        return (1.0, 2.0, 3.0) if index == 0 else (10.0, 20.0, 30.0)
+
+    monkeypatch.setattr(probe, "_block_seconds", took)
+    speed = probe.measure_speed(blocks, tokens(1, 64), KLDivergence(), compressor, chunk_tokens=32)
+    count = len(blocks.blocks)
+    assert seen[0] == 0 and 1 < len(seen) < count + 1
+    mean = (1 + 10 * (count - 1)) / count
+    assert (speed.block, speed.hessians, speed.compress) == pytest.approx((mean, 2 * mean, 3 * mean))
