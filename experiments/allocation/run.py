@@ -23,7 +23,7 @@ from typing import Any
 
 import pandas as pd
 
-from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, log_scale, new_figure, open_frame, save
+from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, new_figure, open_frame, save
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name
 from experiments.guided.measure import KEYS, merged, read, table
@@ -71,6 +71,8 @@ METHODS = {
         together=True,
     ),
 }
+_IN_ALL = ("guided", "evolution", "dp", "uniform", "fisher")
+"""Rows that look alike in all panels."""
 _EXACT = 1e-3
 """Bits within which a uniform genome is one of a budget."""
 
@@ -141,24 +143,29 @@ def ends(run: SingleRun, budgets: Sequence[float], result: dict[str, Any]) -> It
 
 
 def draw(results: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw held-out KL against the budget, a panel per method and recipe of levels, a line per allocation: means over seeds."""
+    """Draw held-out KL against the budget, over the lowest there: a panel per method and recipe of levels, means over seeds."""
     panels = [key for key, _ in results.groupby(["method", "recipe"], sort=False)]
-    names = list(dict.fromkeys(results.row))
-    figure = new_figure(max(4.2 * len(panels) + 0.4, 7.6), 4.6)  # as wide as its legend
-    lines = {}
-    for panel, (method, recipe) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    across = min(len(panels), 2)
+    figure = new_figure(6.6 * across, 4.0 * -(-len(panels) // across))
+    axes = figure.subplots(-(-len(panels) // across), across, squeeze=False).flat
+    for (method, recipe), axis in zip(panels, axes, strict=False):
         here = results[(results.method == method) & (results.recipe == recipe)]
-        for name, of_name in here.groupby("row", sort=False):
-            (again, look), kl = divmod(names.index(name), len(COLOURS)), of_name.groupby("target").held_out_kl.mean()
-            other = (look + again) % len(COLOURS)  # of a colour that comes again
-            style = {"color": COLOURS[look], "linestyle": STYLES[other], "marker": MARKERS[other], "ms": 3.5, "lw": 1.2}
-            (lines[display_name(str(name))],) = panel.plot(kl.index, kl, **style)
-        panel.set(title=f"{method}{f', {recipe} levels' if recipe else ''}", xlabel=METHODS[str(method)].shown)
-        panel.set_xticks(sorted(set(here.target)))
-        log_scale(panel)
-        open_frame(panel)
-    figure.supylabel("held-out KL, mean over seeds", fontsize=10)
-    figure.legend(lines.values(), lines.keys(), frameon=False, fontsize=9, ncols=4, loc="outside upper center")
+        means = here.groupby(["row", "target"]).held_out_kl.mean().unstack("target")
+        ratios = means / means.min()
+        worst_first = ratios.loc[ratios.mean(axis=1).sort_values(ascending=False).index]
+        looks = {name: place for place, name in enumerate(dict.fromkeys((*_IN_ALL, *worst_first.index)))}
+        for name, ratio in worst_first.iterrows():
+            look = looks[name]
+            style = {"color": COLOURS[look], "linestyle": STYLES[look // 7], "marker": MARKERS[look], "ms": 4, "lw": 1.4}
+            there = ratio.dropna()
+            axis.plot(there.index, there, label=display_name(str(name)), **style)
+        axis.set(title=f"{method}{f', {recipe} levels' if recipe else ''}", xlabel=METHODS[str(method)].shown)
+        axis.set_xticks(sorted(set(here.target)))
+        open_frame(axis)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axis in axes:  # of no panel
+        axis.set_axis_off()
+    figure.supylabel("held-out KL over the lowest at that budget, means over seeds", fontsize=10)
     return save(figure, folder, "allocation")
 
 
