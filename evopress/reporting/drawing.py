@@ -62,12 +62,24 @@ def time_unit(most: float) -> tuple[float, str]:
     return next(((size, name) for size, name in ((3600.0, "hours"), (60.0, "minutes")) if most >= 3 * size), (1.0, "seconds"))
 
 
+_FEWEST_TICKS = 3
+"""By which a logarithmic axis can be read."""
+
+
 def log_scale(axis: Axes) -> None:
-    """Make the y axis logarithmic, its ticks ordinary numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    """Make the y axis logarithmic, its ticks ordinary numbers: 1, 2 and 5 of each decade, or more where these are few."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    class Ticks(LogLocator):
+        def tick_values(self, vmin: float, vmax: float) -> Any:
+            found = super().tick_values(vmin, vmax)
+            low, high = sorted((vmin, vmax))
+            if sum(low <= value <= high for value in found) >= _FEWEST_TICKS:
+                return found
+            return MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
 
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_locator(Ticks(subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
 
