@@ -127,11 +127,14 @@ def _follow() -> None:
 
 def _reader_has_gone() -> bool:
     """Tell whether nobody reads what this process says any more; then let it say nothing."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), select.POLLOUT)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+    try:
+        said_to, poll = sys.stdout.fileno(), select.poll()
+        poll.register(said_to, select.POLLOUT)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), said_to)
+    except (AttributeError, ValueError, OSError):  # there is none, it is closed, or no file
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
 
 

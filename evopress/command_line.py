@@ -61,7 +61,9 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
         is_value = _takes_value(flag) and not (flag in ("--info", "-i") and "=" in argument)  # of that one it may be left out
         (flags if argument.startswith("-") or is_value else settings).append(argument)
         flag = "" if is_value else argument
-    return [*flags, *settings]
+    # The next argument would be taken for what is left out.
+    alone = [each in ("--info", "-i") and (at + 1 == len(flags) or flags[at + 1].startswith("-")) for at, each in enumerate(flags)]
+    return [*("--info=all" if without else each for each, without in zip(flags, alone, strict=True)), *settings]
 
 
 def _takes_value(flag: str) -> bool:
@@ -100,8 +102,8 @@ def with_plus(arguments: Sequence[str]) -> list[str]:
 
 def with_numbers_shown(arguments: Sequence[str]) -> list[str]:
     """Let `--cfg job` show what will be used, the numbers of the scale among it, as Hydra's `--resolve` does."""
-    shows = any(flag in ("--cfg=job", "-c=job", "-cjob") for flag in arguments) or any(
-        flag in ("--cfg", "-c") and of == "job" for flag, of in pairwise(arguments)
+    shows = any(flag in ("--cfg=job", "--cf=job", "-c=job", "-cjob") for flag in arguments) or any(
+        flag in ("--cfg", "--cf", "-c") and of == "job" for flag, of in pairwise(arguments)
     )
     return [*arguments, "--resolve"] if shows and "--resolve" not in arguments else list(arguments)
 

@@ -231,7 +231,8 @@ class TextFiles:
                 owners[digest][(own > 0) & (there & ~own > 0)] = SET_ASIDE
                 owners[digest][inside[digest].mostly(taken)] = SET_ASIDE
         taken_rows = Seen(listed[digest].compared for digest in rows if digest not in ours)
-        parts = Seen(inside[digest].kept(owners[digest]) for digest in rows)
+        every = {digest: np.full_like(owners[digest], _TAKEN) for digest in rows if digest not in ours}  # dealt elsewhere
+        parts = Seen(inside[digest].kept(every.get(digest, owners[digest])) for digest in rows)
         before: dict[int, list[str]] = {}  # .txt by their whole keys
         for digest in sorted(txts, key=lambda digest: digest in ours):
             if digest in ours:
@@ -239,6 +240,7 @@ class TextFiles:
                 owners[digest][(masks > 0) & (parts.splits(keys) & ~masks > 0)] = SET_ASIDE
                 alone = files[digest].splits if len(files[digest].splits) == 1 else None
                 others = [other for other in before.get(wholes[digest], ()) if files[other].splits != alone]
+                others = [other for other in others if other not in ours or (owners[other] != SET_ASIDE).any()]
                 # Of what is cut alike `deal` has seen the long paragraphs.
                 again = any(listed[other].keys != listed[digest].keys or not masks.any() for other in others)
                 if again or (digest in unseen and taken_rows.splits(np.array([wholes[digest]], np.uint64))[0]):

@@ -67,7 +67,8 @@ def best_baseline(rows: Sequence[Row], point: Row) -> Row | None:
         and not str(row.get("name")).startswith("evopress")
         and row.get("budget", point["budget"]) == point["budget"]
         and held_out_kl(row)[1] is not None
-        and not spends_more(row, point)
+        and row.get("within_budget") is not False
+        and (of_bytes or not spends_more(row, point))
         and (size is None or _NEAR * size <= (spent(row) or 0) <= size * 1.002)
     ]
     return min(others, key=lambda row: held_out_kl(row)[1] or 0.0, default=None)

@@ -5,9 +5,11 @@ Nothing of the run is computed here, and none of its generators is touched. Mode
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -27,6 +29,8 @@ _TOKENS = 512
 _ROWS = (32, 256)
 """Of the slices that are compressed: the difference tells what a row takes, the rest what a sweep takes whatever its rows."""
 _COLUMNS = 2048
+_MOST_FORMS = 3
+"""Of blocks that are measured."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,25 @@ def measure_speed(
     return Speed(block, per_candidate, per_reference, hessians, compress, outside, time.perf_counter() - started)
 
 
+@contextmanager
+def _unsaid(name: str) -> Iterator[None]:
+    """Keep a module's log quiet."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _forms(blocks: BlockModel) -> dict[int, float]:
-    """Return the first block of each form, and the share of all that have it: a first one may have no experts, say."""
+    """Return the first block of each of the most frequent forms, and its share: a model's first may have no experts, say."""
     found: dict[Any, list[int]] = {}
     for index, block in enumerate(blocks.blocks):
         form = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
         found.setdefault(form, []).append(index)
-    return {indices[0]: len(indices) / len(blocks.blocks) for indices in found.values()}
+    most = sorted(found.values(), key=len, reverse=True)[:_MOST_FORMS]
+    return {indices[0]: len(indices) / sum(map(len, most)) for indices in most}
 
 
 @torch.no_grad()
@@ -104,7 +120,8 @@ def _block_seconds(blocks: BlockModel, index: int, hidden: Tensor, compressor: C
         if compressor is None:
             return block, block, 0.0
         before = time.perf_counter()
-        owners = collect_hessians(blocks, index, hidden.cpu(), 1).owners
+        with _unsaid(collect_hessians.__module__):  # what it says of experts that few of these tokens reach
+            owners = collect_hessians(blocks, index, hidden.cpu(), 1).owners
         _wait(blocks.device)
         hessians = max((time.perf_counter() - before) / count, block)
         return block, hessians, _compress_seconds(blocks, index, compressor, owners)

@@ -153,7 +153,7 @@ def draw(results: pd.DataFrame, folder: Path) -> list[Path]:
         means = here.groupby(["row", "target"]).held_out_kl.mean().unstack("target")
         ratios = means / means.min()
         worst_first = ratios.loc[ratios.mean(axis=1).sort_values(ascending=False).index]
-        looks = {name: place for place, name in enumerate(dict.fromkeys((*_IN_ALL, *worst_first.index)))}
+        looks = {name: place % len(COLOURS) for place, name in enumerate(dict.fromkeys((*_IN_ALL, *worst_first.index)))}
         for name, ratio in worst_first.iterrows():
             look = looks[name]
             style = {"color": COLOURS[look], "linestyle": STYLES[look // 7], "marker": MARKERS[look], "ms": 4, "lw": 1.4}

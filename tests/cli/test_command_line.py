@@ -142,7 +142,17 @@ def test_what_holds_keys_of_ones_own_needs_no_plus() -> None:
 
 def test_flags_may_stand_between_settings() -> None:
     given = ["+method=quant", "--cfg", "job", "bits=3", "-m", "--info", "seed=1", "-cd", "conf"]
-    assert command_line.flags_first(given) == ["--cfg", "job", "-m", "--info", "-cd", "conf", "+method=quant", "bits=3", "seed=1"]
+    assert command_line.flags_first(given) == [
+        "--cfg",
+        "job",
+        "-m",
+        "--info=all",
+        "-cd",
+        "conf",
+        "+method=quant",
+        "bits=3",
+        "seed=1",
+    ]
     assert command_line.flags_first(["bits=3", "--pack", "search", "--cfg=job", "-m"]) == [
         "--pack",
         "search",
@@ -150,6 +160,7 @@ def test_flags_may_stand_between_settings() -> None:
         "-m",
         "bits=3",
     ]
+    assert command_line.flags_first(["bits=3", "--info"]) == ["--info=all", "bits=3"]
     assert command_line.flags_first(["--info", "plugins", "bits=3"]) == ["--info", "plugins", "bits=3"]
 
 

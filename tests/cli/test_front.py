@@ -324,5 +324,8 @@ def test_a_point_is_compared_with_what_spends_as_much_of_what_levels_spend() -> 
     assert best_baseline([uniform, dp, point], point) is dp
     assert best_baseline([dp | {"within_budget": False}, point], point | {"within_budget": True}) is None
     assert best_baseline([uniform, point], point | {"budget": "80kB"}) is uniform, "a size is of all that is stored"
+    fewer = {"name": "dp@80kB", "budget": "80kB", "bits_per_weight": 4.3, "bytes": 80_000, "kl": 0.02, "modules_dropped": 6}
+    sized = point | {"budget": "80kB", "modules_dropped": 2}
+    assert best_baseline([fewer, sized], sized) is fewer, "bytes alone tell"
     joint = [row | {"modules_dropped": 1} for row in (uniform, point)]
     assert best_baseline(joint, joint[1]) is joint[0], "bits are of what stays: bytes tell"

@@ -217,3 +217,23 @@ def test_rows_that_are_a_whole_txt_are_apart_from_it(tmp_path, txt, row):
     )
     files = TextFiles(evaluation=(tmp_path / "all.txt",), apart_from=TextFiles(search=(rows,)))
     assert _split(files, "evaluation") == ""
+
+
+def test_what_is_apart_from_rows_gives_way_to_those_that_they_are_dealt_as(tmp_path):
+    """However these documents' own splits share them."""
+    joined = _jsonl(tmp_path / "a.jsonl", ["\n".join(LONG[:2]), "\n".join(LONG[2:])])
+    apart = _jsonl(tmp_path / "b.jsonl", ["\n\n".join(LONG[:2]), "\n\n".join(LONG[2:])])
+    rest = [f"{each} and more" for each in LONG]
+    (tmp_path / "t.txt").write_text("\n\n".join([*LONG, *rest]))
+    rows = _jsonl(tmp_path / "e.jsonl", ["  ".join(LONG[:2]), "  ".join(LONG[2:]), "else"])
+    own = TextFiles(calibration=(joined,), search=(apart,))
+    files = TextFiles(evaluation=(tmp_path / "t.txt", rows), apart_from=own)
+    assert _split(files, "evaluation") == "\n\n".join([*rest, "else"])
+
+
+def test_nothing_gives_way_to_what_has_given_way_itself(tmp_path):
+    rows = _jsonl(tmp_path / "rows.jsonl", ["\n\n".join(LONG[:3])])
+    (tmp_path / "one.txt").write_text("\n".join(LONG[:3]))
+    (tmp_path / "three.txt").write_text("\n\n".join(LONG[:3]))
+    files = TextFiles(calibration=(rows,), search=(tmp_path / "one.txt",), evaluation=(tmp_path / "three.txt",))
+    assert sum(bool(_split(files, split)) for split in SPLITS) == 1
