@@ -129,7 +129,7 @@ class RunText:
         return leading
 
     def tokens(self, split: Split, num_tokens: int, source: TextSource | None = None) -> Tensor:
-        """Return token ids int64 [N, L] of a split of the run's own text, or of another source.
+        """Return token ids int64 [N, L] of a split of the run's own text, or of another source, of which fewer will do.
 
         Raises: EvoPressError as `token_sequences`, and for a token that the model's embedding lacks.
         """
@@ -145,7 +145,16 @@ class RunText:
             cache_dir=self._cache / "tokens",
             separator=model.separator,
             bos="true" if self.leading_ids else "false",
+            or_all=source is not self.own_source,
         )
+        if len(sequences) < num_tokens // model.sequence_length:
+            logger.info(
+                "%s text (%s): all of it, %s tokens of %s that were asked for",
+                split,
+                source.name,
+                f"{sequences.numel():,}",
+                f"{num_tokens:,}",
+            )
         if (rows := self._embedding_rows()) is not None:
             what = f"the {split} text ({source.name})"
             check_embedded(sequences, tokenizer, num_rows=rows, what=what, separator=model.separator)

@@ -46,6 +46,7 @@ def token_sequences(
     cache_dir: Path | str | None = None,
     separator: str | None = END_OF_TEXT,
     bos: str = "auto",
+    or_all: bool = False,
 ) -> Tensor:
     """Return the first tokens of a split as sequences of equal length that do not overlap.
 
@@ -60,8 +61,9 @@ def token_sequences(
         cache_dir: folder that keeps the sequences from run to run; None keeps nothing.
         separator: token between documents; "eos" is the tokenizer's end-of-text token (none if it has none).
         bos: what sequences begin with, as `leading_ids` takes it.
+        or_all: take a text that is shorter as a whole, as far as it fills sequences.
 
-    Returns: int64 [num_tokens // L, L].
+    Returns: int64 [num_tokens // L, L], or fewer of a shorter text.
     Raises: EvoPressError if the text is too short, the numbers do not fit or the separator is no single token.
     """
     if sequence_length < 2:
@@ -79,7 +81,9 @@ def token_sequences(
     shape, left_out = (num_tokens // sequence_length, sequence_length), Counter[str]()
 
     def read() -> Tensor:
-        return _read_sequences(source, split, tokenizer, shape, separator_id=separator_id, leading=leading, left_out=left_out)
+        return _read_sequences(
+            source, split, tokenizer, shape, separator_id=separator_id, leading=leading, left_out=left_out, or_all=or_all
+        )
 
     if cache_dir is None:
         return read()
@@ -97,7 +101,7 @@ def token_sequences(
         recipe["leading"] = list(leading)
     key = hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
     path = Path(cache_dir).expanduser() / f"{source.name}-{split}-{key[:24]}.safetensors"
-    sequences = _load(path, key=key, shape=shape, left_out=left_out)
+    sequences = _load(path, key=key, shape=shape, left_out=left_out, or_all=or_all)
     if sequences is None:
         sequences = read()
         _save(path, sequences, key=key, recipe=recipe, left_out=left_out)
@@ -155,6 +159,7 @@ def _read_sequences(
     separator_id: int | None,
     leading: tuple[int, ...],
     left_out: Counter[str],
+    or_all: bool,
 ) -> Tensor:
     num_sequences, length = shape
     taken = length - len(leading)  # of the text, for each sequence
@@ -167,6 +172,8 @@ def _read_sequences(
             stream.extend(ids)
             if len(stream) >= needed:
                 return _in_sequences(stream, shape, leading)
+    if or_all and (count := len(stream) // taken):
+        return _in_sequences(stream, (count, length), leading)
     at_most = len(stream) // taken * length if leading else len(stream)
     beside = f", {len(leading)} of each put there by the tokenizer" if leading else ""
     fewer = f"ask for at most {at_most} {split} tokens or " if at_most >= length else ""
@@ -258,7 +265,7 @@ def _puts_space_itself(tokenizer: PreTrainedTokenizerBase) -> bool:
     return first + _ids(" second", tokenizer) != whole and first + _ids("second", tokenizer) == whole
 
 
-def _load(path: Path, *, key: str, shape: tuple[int, int], left_out: Counter[str]) -> Tensor | None:
+def _load(path: Path, *, key: str, shape: tuple[int, int], left_out: Counter[str], or_all: bool) -> Tensor | None:
     """Return the sequences in a cache file, and add what was left out; None if there is none, or it is damaged, which is logged."""
     from safetensors import SafetensorError, safe_open
 
@@ -270,7 +277,7 @@ def _load(path: Path, *, key: str, shape: tuple[int, int], left_out: Counter[str
             sequences = file.get_tensor("sequences")
         if not isinstance(about, dict) or about.get("key") != key:
             fault = "it was made for other settings"
-        elif tuple(sequences.shape) != shape or sequences.dtype != torch.int64:
+        elif sequences.dtype != torch.int64 or not _has_shape(sequences, shape, or_all=or_all):
             fault = f"it holds {sequences.dtype} {list(sequences.shape)}, not {torch.int64} {list(shape)}"
         elif about.get("sha256") != tokens_digest(sequences):
             fault = "its digest does not fit its tokens"
@@ -281,6 +288,11 @@ def _load(path: Path, *, key: str, shape: tuple[int, int], left_out: Counter[str
         fault = str(error)
     log.warning("the token cache %s is damaged (%s): it is made again", path, fault)
     return None
+
+
+def _has_shape(sequences: Tensor, shape: tuple[int, int], *, or_all: bool) -> bool:
+    """Tell whether sequences are as many of a length as were asked for, or all that there are."""
+    return tuple(sequences.shape) == shape or (or_all and sequences.shape[1:] == shape[1:] and 0 < len(sequences) < shape[0])
 
 
 def _save(path: Path, sequences: Tensor, *, key: str, recipe: dict[str, Any], left_out: Counter[str]) -> None:

@@ -97,6 +97,8 @@ def test_search_at_the_papers_scale_is_table_8(row: str, settings: Callable[...,
     assert (search.max_switches, search.distribution) == (3, "min_uniform")  # section 3: min(U1, U2), U ~ uniform{1..3}
     if row == "quantization":
         assert search.exchange == "size"  # section 4.3
+    if row in ("unstructured_sparsity", "super_fast"):
+        assert search.exchange == "any"  # section 4.2: independently of their size
     if row in INITIAL:
         assert (search.initial_candidates, search.initial_tokens) == INITIAL[row]
 

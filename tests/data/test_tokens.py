@@ -306,3 +306,15 @@ def test_special_tokens_that_are_split_are_another_tokenizer() -> None:
     before = tokenizer_fingerprint(other)
     other.split_special_tokens = True
     assert tokenizer_fingerprint(one) == before != tokenizer_fingerprint(other)
+
+
+def test_a_text_that_is_shorter_may_be_taken_whole(tmp_path):
+    """As WikiText-2's test split is, where half a million tokens are asked for; from the cache too."""
+    source, kept = Source([_text(0, 10)]), {"cache_dir": tmp_path}
+    asked = [_get(source, num_tokens=40, or_all=True, **kept) for _ in range(2)]
+    assert asked[0].shape == (2, 4) and torch.equal(*asked)
+    assert torch.equal(_get(source, num_tokens=8), asked[0])
+    with pytest.raises(EvoPressError, match="has 10 tokens but 40 are needed"):
+        _get(source, num_tokens=40)
+    with pytest.raises(EvoPressError, match="has 3 tokens but 40 are needed"):
+        _get(Source([_text(0, 3)]), num_tokens=40, or_all=True)
