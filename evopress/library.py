@@ -34,6 +34,7 @@ from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.export.exporter import write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.files import make_folder
+from evopress.machine import exactly
 from evopress.models.loading import DTYPES, pick_device, take_model
 from evopress.models.opening import ModelSource, greatest_group, longest_sequence, pick_dtype
 from evopress.reporting.generations import read_generations
@@ -235,6 +236,7 @@ def load_model(
     return Model(source, settings, _sample(model) if isinstance(model, PreTrainedModel) else None)
 
 
+@exactly()
 def build_levels(
     model: Model,
     text: Text,
@@ -292,6 +294,7 @@ def build_levels(
     return Levels(model, run, workspace, root, kept)
 
 
+@exactly()
 def search(
     levels: Levels,
     text: Text,
@@ -349,6 +352,7 @@ def search(
     return Found(genome, measured[-1] if measured else math.nan, run_dir, records, kept, fingerprint)
 
 
+@exactly()
 def evaluate(levels: Levels, text: Text, genome: Genome | Found | None = None) -> Scores:
     """Measure a genome, or the dense model, on held-out text: KL divergence to the dense model, perplexity, top-1 agreement.
 
@@ -366,6 +370,7 @@ def evaluate(levels: Levels, text: Text, genome: Genome | Found | None = None) -
     return scores
 
 
+@exactly()
 def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format: str = DEQUANTIZED, **options: Any) -> Path:
     """Write the model at a genome, replacing an older export; return the folder.
 

@@ -49,6 +49,24 @@ def exact_products() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
+@contextmanager
+def exactly() -> Iterator[None]:
+    """Compute by `exact_products`, and leave this process as it was."""
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, [getattr(matmul, switch) for switch in switches]
+    exact_products()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32 = before[1]
+        for switch, value in zip(switches, before[2], strict=True):
+            setattr(matmul, switch, value)
+
+
 def precision() -> str:
     """Say how exact products are, as torch has it now, and what of the environment may still change it."""
     import torch

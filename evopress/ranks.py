@@ -15,8 +15,9 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -81,11 +82,22 @@ def is_task_of_several() -> bool:
     tasks = told.get("SLURM_STEP_NUM_TASKS") or told.get("SLURM_NTASKS", "1")  # the latter may be the job's, of another step
     if "SLURM_STEP_ID" not in told or int(tasks) < 2:
         return False
-    port = 20000 + int(told["SLURM_JOB_ID"]) % 20000
-    address = told.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    port = told.get("MASTER_PORT") or str(20000 + int(told["SLURM_JOB_ID"]) % 20000)
+    address = told.get("MASTER_ADDR") or _first_node(told)
     os.environ |= {"RANK": told["SLURM_PROCID"], "LOCAL_RANK": told["SLURM_LOCALID"], "WORLD_SIZE": tasks}
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": port}
     return True
+
+
+def _first_node(told: Mapping[str, str]) -> str:
+    """Return where the first task of a Slurm step runs, which need not be where the step was launched."""
+    if told.get("SLURM_STEP_NUM_NODES") == "1":
+        return "127.0.0.1"
+    if nodes := told.get("SLURM_STEP_NODELIST"):
+        with suppress(OSError, subprocess.SubprocessError, IndexError):
+            asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True)
+            return asked.stdout.split()[0]
+    return told.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
 
 
 def launched() -> bool:

@@ -19,6 +19,7 @@ from in_process import invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evopress
+from evopress import library, machine
 from evopress.data.opening import RunText
 from evopress.errors import EvoPressError
 from evopress.settings import DataSettings, EvaluationSettings, ModelSettings
@@ -270,3 +271,18 @@ def test_half_of_a_surrogate_pair_is_one_sentence_and_the_separator_is_a_runs(tm
         model.sequences(["a text", "\ud800 another"])
     assert evopress.load_model("smollm2_135m", cache=tmp_path).settings.separator == "<|endoftext|>"
     assert evopress.load_model("smollm2_135m", cache=tmp_path, separator=None).settings.separator is None
+
+
+def test_products_are_exact_here_and_left_as_they_were() -> None:
+    """Levels of another precision would be taken for these."""
+    torch.set_float32_matmul_precision("high")
+    seen: list[str] = []
+    before = machine.precision()
+    try:
+        with machine.exactly():
+            seen.append(machine.precision())
+        assert machine.precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert "float32 products highest, TF32 off, sums of half-precision products float32" in seen[0] and "high," in before
+    assert all(hasattr(getattr(library, name), "__wrapped__") for name in ("build_levels", "search", "evaluate", "export"))

@@ -53,7 +53,9 @@ def attribution(entry: Entry, delta: Tensor) -> Tensor:
     return values.index_add_(0, entry.sequences, products.sum(1).double())
 
 
-def backward_bytes(blocks: BlockModel, tokens: int, *, max_tokens_in_flight: int, chunk_tokens: int, errors: int = 1) -> int:
+def backward_bytes(
+    blocks: BlockModel, tokens: int, length: int, *, max_tokens_in_flight: int, chunk_tokens: int, errors: int = 1
+) -> int:
     """Return the bytes at the peak of a pass, beside the levels: going back through a block, or the head.
 
     Those are the errors of a block's weights, what the block keeps of each token to go back, and the products of one linear's
@@ -61,12 +63,13 @@ def backward_bytes(blocks: BlockModel, tokens: int, *, max_tokens_in_flight: int
 
     Args:
         tokens: of all sequences.
+        length: of one.
         errors: of each weight.
     """
     weights = max(sum(slot.weight.numel() for slot in blocks.slots(index).values()) for index in range(len(blocks.blocks)))
     itemsize, width, tokens = blocks.dtype.itemsize, blocks.inner_size, min(max_tokens_in_flight, tokens)
     kept = 7 * blocks.hidden_size + blocks.most_inside(4 * width, kept_per_token)
-    block = errors * weights * itemsize + tokens * (itemsize * kept + 15 * width)
+    block = errors * weights * itemsize + tokens * (itemsize * kept + 15 * width + blocks.scores_bytes(length))
     return max(block, 24 * min(chunk_tokens, tokens) * blocks.head().weight.shape[0])
 
 

@@ -234,12 +234,16 @@ class BlockModel:
         Args: length: of a sequence.
         """
         inside = self.most_inside(3 * self.inner_size, held_per_token)
-        config: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
-        scores = 0
-        if config._attn_implementation == "eager":  # GPT-OSS's, Gemma 2's: as they are, masked, and in float32 as probabilities
-            scores = length * config.num_attention_heads * (4 + 2 * 4)
+        scores = self.scores_bytes(length)
         itemsize = self.dtype.itemsize
         return tokens * max((2 * self.hidden_size + inside) * itemsize, 8 * self.hidden_size * itemsize + scores)
+
+    def scores_bytes(self, length: int) -> int:
+        """Return the bytes of a token's attention scores in sequences of a length; 0 where attention does not hold them."""
+        config: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
+        if config._attn_implementation != "eager":
+            return 0
+        return length * config.num_attention_heads * (4 + 2 * 4)  # GPT-OSS's, Gemma 2's: as they are, masked, as probabilities
 
     def most_inside(self, mlp: int, of_experts: Callable[[nn.Module, Any], int]) -> int:
         """Return the most numbers of a token inside a block: those in an MLP, or in a layer of experts."""

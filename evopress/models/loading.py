@@ -97,6 +97,8 @@ def pick_device(device: str) -> torch.device:
     """
     if launched() and device in ("auto", "cuda") and torch.cuda.is_available():
         number, count = local_rank(), torch.cuda.device_count()
+        if count == 1 and "SLURM_GPUS_PER_TASK" in os.environ:  # each task sees its own alone
+            return torch.device("cuda", 0)
         if number >= count:
             raise EvoPressError(
                 f"torchrun has started more processes on this machine than it has GPUs, {count}: give --nproc-per-node={count} or "

@@ -175,8 +175,14 @@ class Planner:
             forwards,
             lambda speed: forwards * speed.block + tokens * (speed.reference + counted * speed.head),
         )
+        length = min(self.workspace.search_tokens.shape[1], mine)
         there = backward_bytes(
-            blocks, mine, max_tokens_in_flight=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens, errors=errors
+            blocks,
+            mine,
+            length,
+            max_tokens_in_flight=fitness.max_tokens_in_flight,
+            chunk_tokens=fitness.chunk_tokens,
+            errors=errors,
         )
         # What enters each block and leaves the last one, gradients, and the base of these sequences.
         held = (self.num_blocks + (4 if gates or ask.expansion else 3)) * self.states(mine)

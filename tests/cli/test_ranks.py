@@ -20,6 +20,7 @@ import torch
 import torch.distributed  # before processes are forked: it takes a second
 
 from evopress import __main__ as program
+from evopress import ranks
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.fitness.suffix import SuffixLoss
 
@@ -179,3 +180,21 @@ def test_what_is_refused_is_said_once_and_ends_all(
     (error,) = [line for line in refused[0].text.splitlines() if line.startswith("error: ")]
     assert says in error and refused[1].text == ""
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_slurm_s_first_task_is_where_its_step_is_and_what_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+    told |= {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_STEP_NUM_NODES": "1"}
+    for key in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"):
+        monkeypatch.setenv(key, "")  # to be given back
+        monkeypatch.delenv(key)
+    for key, value in told.items():
+        monkeypatch.setenv(key, value)
+    assert ranks.is_task_of_several() and os.environ["MASTER_ADDR"] == "127.0.0.1" and os.environ["WORLD_SIZE"] == "4"
+    monkeypatch.setenv("MASTER_ADDR", "mine")
+    assert ranks.is_task_of_several() and os.environ["MASTER_ADDR"] == "mine"
+    monkeypatch.delenv("MASTER_ADDR")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    assert ranks.is_task_of_several() and os.environ["MASTER_ADDR"] == "10.0.0.1", "where scontrol says nothing"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert not ranks.is_task_of_several(), "a step of one task in a job of four"

@@ -52,7 +52,9 @@ MAY_IMPORT = {
     | {"methods", "workspace", "baselines", "evaluation", "export", "reporting"},
     "finished": VOCABULARY | {"earlier_versions", "data", "levels", "reporting", "settings", "stages", "workspace"},
     "pipeline": VOCABULARY | {"finished", "methods", "reporting", "settings", "stages", "workspace"},
-    "library": VOCABULARY | {"models", "data", "evaluation", "export", "reporting", "search", "settings", "stages", "workspace"},
+    "library": VOCABULARY
+    | {"machine", "models", "data", "evaluation", "export", "reporting", "search", "settings", "stages", "workspace"},
+    | {"machine", "models", "data", "evaluation", "export", "reporting", "search", "settings", "stages", "workspace"},
 }
 """A room to the rooms beside itself that it may import; what is not named here (the entry point, launching) may import any."""
 ONLY_IN = {
