@@ -54,7 +54,6 @@ MAY_IMPORT = {
     "pipeline": VOCABULARY | {"finished", "methods", "reporting", "settings", "stages", "workspace"},
     "library": VOCABULARY
     | {"machine", "models", "data", "evaluation", "export", "reporting", "search", "settings", "stages", "workspace"},
-    | {"machine", "models", "data", "evaluation", "export", "reporting", "search", "settings", "stages", "workspace"},
 }
 """A room to the rooms beside itself that it may import; what is not named here (the entry point, launching) may import any."""
 ONLY_IN = {
