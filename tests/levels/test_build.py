@@ -521,3 +521,16 @@ def test_activations_on_disk_take_no_memory(tmp_path, build_settings, llama, tok
         ensure_database(build_settings(tmp_path), llama, many, compressor)
     with pytest.raises(CrashError):  # past the preflight
         ensure_database(on_disk, llama, many, compressor)
+
+
+def test_the_dense_walk_of_a_corrected_build_stays_dense(tmp_path, build_settings, llama, ids, compressor, monkeypatch):
+    seen, propagate = {}, build.propagate
+
+    def spied(blocks, index, buffer, batch, weights, **more):
+        seen.setdefault(id(buffer), []).append(bool(weights))
+        return propagate(blocks, index, buffer, batch, weights, **more)
+
+    monkeypatch.setattr(build, "propagate", spied)
+    settings = replace(build_settings(tmp_path, propagate="2", recipe={"correction": 0.5}), correction=0.5)
+    ensure_database(settings, llama, ids, compressor)
+    assert sorted(map(any, seen.values())) == [False, True], "one walk has compressed weights, the other none"
