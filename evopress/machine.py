@@ -43,10 +43,8 @@ def exact_products() -> None:
     import torch
 
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    for where, switch in _switches():
+        setattr(where, switch, False)
 
 
 @contextmanager
@@ -54,17 +52,24 @@ def exactly() -> Iterator[None]:
     """Compute by `exact_products`, and leave this process as it was."""
     import torch
 
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    switches = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, [getattr(matmul, switch) for switch in switches]
+    precision, switches = torch.get_float32_matmul_precision(), _switches()
+    before = [getattr(where, switch) for where, switch in switches]
     exact_products()
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32 = before[1]
-        for switch, value in zip(switches, before[2], strict=True):
-            setattr(matmul, switch, value)
+        torch.set_float32_matmul_precision(precision)
+        for (where, switch), value in zip(switches, before, strict=True):
+            setattr(where, switch, value)
+
+
+def _switches() -> list[tuple[Any, str]]:
+    """Return where torch keeps what makes products less exact, and what it is called there."""
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    reductions = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    return [(matmul, "allow_tf32"), (cudnn, "allow_tf32"), *((matmul, switch) for switch in reductions)]
 
 
 def precision() -> str:

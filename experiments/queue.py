@@ -108,16 +108,17 @@ def missing_of_script(name: str, root: Path, jobs: int, further: Sequence[str]) 
     """Return what is missing of what a script runs; None if it runs nothing that is known beforehand, or has been run."""
     if is_done(name, root, further):
         return None
-    asked = [run for module, words in with_jobs(name, root, jobs, further) for run in module.asked_runs(words)]
+    asked = [run for module, given in with_jobs(name, root, jobs, further) for run in module.asked_runs(given)]
     left = tuple(replace(run, labels={"sweep": name, "job": run.folder.name}) for run in asked if not has_finished(run.folder))
     return Missing(name, tuple({"run": run.folder.name} for run in left), len(asked), None, left) if asked else None
 
 
-def with_jobs(name: str, root: Path, jobs: int, further: Sequence[str]) -> Iterator[tuple[Any, list[str]]]:
-    """Yield the modules of a script's commands whose jobs are known beforehand, and what they are given."""
+def with_jobs(name: str, root: Path, jobs: int, further: Sequence[str]) -> Iterator[tuple[Any, argparse.Namespace]]:
+    """Yield the modules of a script's commands whose jobs are known beforehand, and what they are asked for."""
     for _, module, *words in commands(name, root, jobs, further):
         if module in WITH_JOBS:
-            yield import_module(module), words
+            script = import_module(module)
+            yield script, script.asked_for(words)
 
 
 def runs(name: str, jobs: Sequence[dict[str, str]], root: Path, further: Sequence[str]) -> Iterator[SingleRun]:
@@ -205,18 +206,20 @@ def go(names: Sequence[str], *, root: Path, out: Path | None, at_once: int, furt
         except EvoPressError as error:
             failed += 1
             print(f"{name}: left out: {error}", flush=True)
-    scripts, of_scripts = [name for name in names if name in SCRIPTS and out is None], []
-    for name in list(scripts):
+    scripts, of_scripts = [], []
+    for name in names:
+        if name not in SCRIPTS or out is not None:
+            continue
         try:
             found = missing_of_script(name, root, at_once, further)
-            for module, words in with_jobs(name, root, at_once, further) if found and found.runs else ():
-                getattr(module, "prepare", lambda _: None)(words)
+            for module, given in with_jobs(name, root, at_once, further) if found and found.runs else ():
+                getattr(module, "prepare", lambda _: None)(given)
         except EvoPressError as error:
-            scripts.remove(name)
             failed += 1
             print(f"{name}: left out: {error}", flush=True)
-        else:
-            of_scripts += [found] if found else []
+            continue
+        scripts.append(name)
+        of_scripts += [found] if found else []
     clock = clock_of([*left, *of_scripts], at_once)
     print(clock, flush=True)
     for each in left:

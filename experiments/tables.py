@@ -25,7 +25,7 @@ from evopress.files import write_bytes
 from evopress.reporting.differences import Difference
 from evopress.reporting.jobs import as_markdown as jobs_as_markdown
 from evopress.reporting.jobs import read_jobs
-from evopress.reporting.tables import Column, display_name, number, results_columns, told
+from evopress.reporting.tables import LARGER, Column, display_name, number, results_columns, told
 from experiments.commands import of_sweep
 from experiments.specs import SPECS, Spec, any_spec, home
 from experiments.sweeps import Job, Sweep, any_sweep, describe, expected_jobs, read_sweep, setting
@@ -184,7 +184,7 @@ class Table:
         for variant in self.variants(group):
             of = self.values[group][variant]
             settings = self.settings.get((group, variant), [""] * len(self.spec.settings))
-            name = display_name(variant) + (" (a larger budget)" if (group, variant) in self.larger else "")
+            name = display_name(variant) + (LARGER if (group, variant) in self.larger else "")
             cells = [name, *settings, *(self._cell(of.get(measure, {}), measure) for measure in self.shown)]
             difference = self.difference(group, variant, self.spec.reference, first)
             shown = told(difference, self.columns[first].best) if self._compared(group, variant) else ""

@@ -16,14 +16,8 @@ NOT_COMPARED = -2
 """Owner of what is too short to compare."""
 
 
-def content_key(text: str) -> int:
-    """Return 64 bits of a text's digest, white space normalised: texts that differ by white space alone share it."""
-    digest = hashlib.blake2b(" ".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=8)
-    return int.from_bytes(digest.digest())
-
-
 class WholeKey:
-    """`content_key` of a text that comes in paragraphs."""
+    """64 bits of the digest of a text, which may come in paragraphs: texts that differ by white space alone share them."""
 
     def __init__(self) -> None:
         """Begin with none."""
@@ -36,6 +30,13 @@ class WholeKey:
 
     def __int__(self) -> int:
         return int.from_bytes(self._digest.digest())
+
+
+def content_key(text: str) -> int:
+    """Return a text's `WholeKey`."""
+    whole = WholeKey()
+    whole.add(text)
+    return int(whole)
 
 
 @dataclass
@@ -54,9 +55,14 @@ class Listed:
         self.masks.append(mask)
 
     @property
+    def arrays(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """Keys and masks."""
+        return np.asarray(self.keys, np.uint64), np.asarray(self.masks, np.uint8)
+
+    @property
     def compared(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
         """Keys and masks of what is compared."""
-        keys, masks = np.asarray(self.keys, np.uint64), np.asarray(self.masks, np.uint8)
+        keys, masks = self.arrays
         return keys[masks > 0], masks[masks > 0]
 
 

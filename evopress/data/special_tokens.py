@@ -71,6 +71,7 @@ def check_embedded(
 
 def not_embedded(tokenizer: PreTrainedTokenizerBase, token_id: int, *, num_rows: int) -> str:
     """Say which token an embedding lacks."""
-    known = f"the token {tokenizer.convert_ids_to_tokens(token_id)!r} (id {token_id})" if token_id < len(tokenizer) else ""
-    token = known or f"the token id {token_id}, which the tokenizer has not"
+    token = f"the token id {token_id}, which the tokenizer has not"
+    if token_id < len(tokenizer):
+        token = f"the token {tokenizer.convert_ids_to_tokens(token_id)!r} (id {token_id})"
     return f"{token}, but the model's embedding has {num_rows} rows"

@@ -39,6 +39,11 @@ class _File:
     def is_txt(self) -> bool:
         return kind_of(self.path) == ".txt"
 
+    @property
+    def mask(self) -> int:
+        """Its splits as bits."""
+        return sum(1 << split for split in self.splits)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles:
@@ -185,7 +190,7 @@ class TextFiles:
         mixed = any(file.is_txt for file in self._compared.values())  # rows are compared with
         for digest, file in self._compared.items():
             listed[digest], inside[digest] = Listed(in_turn=not file.is_txt), _Inside()
-            mask = sum(1 << split for split in file.splits)
+            mask = file.mask  # of every row
             if file.is_txt:
                 whole = WholeKey()
                 for paragraph, split in self._placed(file):
@@ -219,24 +224,23 @@ class TextFiles:
         files = self._compared
         txts, rows = ([digest for digest, file in files.items() if file.is_txt is kind] for kind in (True, False))
         ours = {digest for digest, file in files.items() if _TAKEN not in file.splits}
-        splits = {digest: np.uint8(sum(1 << split for split in file.splits)) for digest, file in files.items()}
         # Of one long paragraph alone `deal` has seen all.
         unseen = [digest for digest in txts if len(listed[digest].masks) != 1 or not listed[digest].masks[0]]
-        as_wholes = Seen((np.array([wholes[digest]], np.uint64), np.array([splits[digest]])) for digest in unseen)
+        as_wholes = Seen((np.array([wholes[digest]], np.uint64), np.array([files[digest].mask], np.uint8)) for digest in unseen)
         taken = Seen(listed[digest].compared for digest in txts if digest not in ours)
         for digest in rows:
             if digest in ours:
                 own = _bits(owners[digest])
-                there = as_wholes.splits(np.asarray(listed[digest].keys, np.uint64))
+                there = as_wholes.splits(listed[digest].arrays[0])
                 owners[digest][(own > 0) & (there & ~own > 0)] = SET_ASIDE
                 owners[digest][inside[digest].mostly(taken)] = SET_ASIDE
         taken_rows = Seen(listed[digest].compared for digest in rows if digest not in ours)
-        every = {digest: np.full_like(owners[digest], _TAKEN) for digest in rows if digest not in ours}  # dealt elsewhere
-        parts = Seen(inside[digest].kept(every.get(digest, owners[digest])) for digest in rows)
+        elsewhere = {digest: np.full_like(owners[digest], _TAKEN) for digest in rows if digest not in ours}  # they are dealt
+        parts = Seen(inside[digest].kept(elsewhere.get(digest, owners[digest])) for digest in rows)
         before: dict[int, list[str]] = {}  # .txt by their whole keys
         for digest in sorted(txts, key=lambda digest: digest in ours):
             if digest in ours:
-                keys, masks = np.asarray(listed[digest].keys, np.uint64), np.asarray(listed[digest].masks, np.uint8)
+                keys, masks = listed[digest].arrays
                 owners[digest][(masks > 0) & (parts.splits(keys) & ~masks > 0)] = SET_ASIDE
                 alone = files[digest].splits if len(files[digest].splits) == 1 else None
                 others = [other for other in before.get(wholes[digest], ()) if files[other].splits != alone]

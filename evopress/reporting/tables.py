@@ -25,6 +25,8 @@ Row = Mapping[str, Any]
 _SLACK = 1.002
 """Genomes that spend this much more than another still count as of the same budget."""
 
+LARGER = " (a larger budget)"
+"""After the name of what spends more than it is beside."""
 _NAMES = {
     "dp": "DP",
     "evopress": "EvoPress",
@@ -177,7 +179,7 @@ def told_differences(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         return [], []
     lines = [
         [
-            display_name(str(row.get("name", ""))) + (" (a larger budget)" if spends_more(row, rows[place]) else ""),
+            display_name(str(row.get("name", ""))) + (LARGER if spends_more(row, rows[place]) else ""),
             *(told(column.difference(index, place), column.best) for column in columns),
         ]
         for index, row in enumerate(rows)

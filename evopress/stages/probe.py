@@ -83,10 +83,9 @@ def measure_speed(
     drawn = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
     chunk = blocks.finish(drawn)[0, :-1][:chunk_tokens]
     labels = ids[0, 1:][:chunk_tokens].to(blocks.device)
-    with torch.no_grad():
-        reference = measure.reference(chunk, labels, head)
-        per_reference = _timed(lambda: measure.reference(chunk, labels, head), blocks.device, times=2) / len(chunk)
-        per_candidate = _timed(lambda: measure(chunk, reference, head), blocks.device, times=3) / len(chunk)
+    reference = measure.reference(chunk, labels, head)
+    per_reference = _timed(lambda: measure.reference(chunk, labels, head), blocks.device, times=2) / len(chunk)
+    per_candidate = _timed(lambda: measure(chunk, reference, head), blocks.device, times=3) / len(chunk)
     return Speed(block, per_candidate, per_reference, hessians, compress, outside, time.perf_counter() - started)
 
 
@@ -111,7 +110,6 @@ def _forms(blocks: BlockModel) -> dict[int, float]:
     return {indices[0]: len(indices) / sum(map(len, most)) for indices in most}
 
 
-@torch.no_grad()
 def _block_seconds(blocks: BlockModel, index: int, hidden: Tensor, compressor: Compressor | None) -> tuple[float, float, float]:
     """Return what a block takes for each token, with Hessians too, and what all levels of its units take."""
     count = hidden.shape[0] * hidden.shape[1]

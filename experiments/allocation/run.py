@@ -156,7 +156,14 @@ def draw(results: pd.DataFrame, folder: Path) -> list[Path]:
         looks = {name: place % len(COLOURS) for place, name in enumerate(dict.fromkeys((*_IN_ALL, *worst_first.index)))}
         for name, ratio in worst_first.iterrows():
             look = looks[name]
-            style = {"color": COLOURS[look], "linestyle": STYLES[look // 7], "marker": MARKERS[look], "ms": 4, "lw": 1.4}
+            line = STYLES[look // (len(COLOURS) // 2)]  # colours come twice
+            style = {
+                "color": COLOURS[look],
+                "linestyle": line,
+                "marker": MARKERS[look],
+                "ms": 4,
+                "lw": 1.4,
+            }
             there = ratio.dropna()
             axis.plot(there.index, there, label=display_name(str(name)), **style)
         axis.set(title=f"{method}{f', {recipe} levels' if recipe else ''}", xlabel=METHODS[str(method)].shown)
@@ -188,9 +195,8 @@ def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
     return asked
 
 
-def asked_runs(words: Sequence[str] | None = None) -> list[SingleRun]:
+def asked_runs(asked: argparse.Namespace) -> list[SingleRun]:
     """Return the runs that a command line asks for."""
-    asked = asked_for(words)
     compared = METHODS[asked.method]
     baselines, recipes = compared.baselines if asked.baselines is None else asked.baselines, asked.recipes or compared.recipes
     genomes = {row: Path(folder) for row, _, folder in (each.partition("=") for each in asked.genomes)}
@@ -201,7 +207,7 @@ def main() -> None:
     """Run what is missing, write what was found, and draw it."""
     asked = asked_for()
     if not asked.draw:
-        for run, well in each_told(asked_runs(), at_once=asked.jobs):
+        for run, well in each_told(asked_runs(asked), at_once=asked.jobs):
             if well:
                 merged(asked.results, list(ends(run, asked.budgets, read_json(run.folder / "result.json"))))
     results = read(asked.results)

@@ -220,16 +220,15 @@ def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def asked_runs(words: Sequence[str] | None = None) -> list[SingleRun]:
+def asked_runs(asked: argparse.Namespace) -> list[SingleRun]:
     """Return the runs that a command line asks for; raise EvoPressError for texts that are not known."""
-    asked = asked_for(words)
     kept(asked.texts, KINDS, "--texts")
     return list(runs(asked.texts, asked.targets, asked.seeds, asked.folder, asked.further))
 
 
-def prepare(words: Sequence[str] | None = None) -> None:
+def prepare(asked: argparse.Namespace) -> None:
     """Write the texts that the runs of a command line look at."""
-    write_texts(asked_for(words).folder)
+    write_texts(asked.folder)
 
 
 def main() -> None:
@@ -237,8 +236,8 @@ def main() -> None:
     asked = asked_for()
     try:
         if not asked.draw:
-            all_runs = asked_runs()
-            prepare()
+            all_runs = asked_runs(asked)
+            prepare(asked)
             for run, well in each_told(all_runs, at_once=asked.jobs):
                 if well:
                     merged(asked.results, list(ends(run)))

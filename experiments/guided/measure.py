@@ -216,9 +216,8 @@ def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
     return asked
 
 
-def asked_runs(words: Sequence[str] | None = None) -> list[SingleRun]:
+def asked_runs(asked: argparse.Namespace) -> list[SingleRun]:
     """Return the runs that a command line asks for."""
-    asked = asked_for(words)
     names, targets = asked.rows or list(ROWS[asked.method]), asked.targets or TARGETS[asked.method]
     recipes = [""] if asked.method == "drop" else asked.recipes or ["best", "paper"]
     return list(runs(asked.method, recipes, names, targets, asked.seeds, asked.further))
@@ -231,7 +230,7 @@ def main() -> None:
     if not asked.draw:
         found: list[dict[str, Any]] = []
         points: list[dict[str, Any]] = []
-        for run, well in each_told(asked_runs(), at_once=asked.jobs):
+        for run, well in each_told(asked_runs(asked), at_once=asked.jobs):
             if not well:
                 continue
             found += [{**run.labels, **end} for end in ends(run.folder)]

@@ -80,9 +80,8 @@ def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def asked_runs(words: Sequence[str] | None = None) -> list[SingleRun]:
+def asked_runs(asked: argparse.Namespace) -> list[SingleRun]:
     """Return the runs that a command line asks for."""
-    asked = asked_for(words)
     return list(runs(asked.rows, asked.bits, asked.seeds, asked.further))
 
 
@@ -90,7 +89,7 @@ def main() -> None:
     """Run what is missing and write what was found."""
     asked = asked_for()
     found: list[dict[str, Any]] = []
-    for run, well in each_told(asked_runs(), at_once=asked.jobs):
+    for run, well in each_told(asked_runs(asked), at_once=asked.jobs):
         if not well:
             continue
         found += [{**run.labels, **row} for row in rows_of(run.folder)]

@@ -275,7 +275,7 @@ def test_a_folder_may_have_any_name_and_scripts_choose_plain_ones(tmp_path: Path
 
 def runs_of(name: str) -> list[SingleRun]:
     """Return what a script runs, as it is asked to by the queue."""
-    return [run for module, words in queue.with_jobs(name, Path("multirun"), 2, []) for run in module.asked_runs(words)]
+    return [run for module, asked in queue.with_jobs(name, Path("multirun"), 2, []) for run in module.asked_runs(asked)]
 
 
 def test_a_script_without_what_it_needs_stops_no_other(
