@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any, TextIO, TypeVar, cast
 
@@ -32,17 +33,27 @@ class LiveSearch:
     Args:
         generations: how many there will be.
         num_stages: stages of selection in each; None: no such thing.
+        every: generations from one measurement on held-out text to the next; 0: there are none.
         run_dir: in a sweep the job's name is put in front of every line.
         stream: where the line is drawn if it is a terminal; None: standard output.
     """
 
-    def __init__(self, generations: int, num_stages: int | None, *, run_dir: Path, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        generations: int,
+        num_stages: int | None,
+        *,
+        run_dir: Path,
+        every: int = 0,
+        stream: TextIO | None = None,
+    ) -> None:
         stream = stream or sys.stdout
         name = job_name(run_dir)
         self._prefix = f"[{name}] " if name else ""
-        self._generations, self._num_stages = generations, num_stages
+        self._generations, self._num_stages, self._every = generations, num_stages, every
         self._line = StatusLine(stream) if on_terminal(stream) else None
         self._seconds: deque[float] = deque(maxlen=_WINDOW)
+        self._measured: deque[float] = deque(maxlen=_WINDOW)
         self._held_out: Mapping[str, Any] = {}
         self._last: Mapping[str, float] = {}
         self._stage = 0
@@ -83,19 +94,20 @@ class LiveSearch:
 
         return watched
 
-    def show(self, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    def show(self, record: Mapping[str, Any], metrics: Mapping[str, float], measured: float = 0.0) -> None:
         """Show a finished generation.
 
         Args:
             record: its record in `metrics.jsonl`.
             metrics: what `SearchMetrics` makes of it.
+            measured: seconds that its winner's measurement on held-out text took, where it was measured.
         """
         self._stage, self._last = 0, metrics
-        if metrics.get("generation_seconds", 0.0) > 0 and (record["generation"] > 0 or not self._seconds):
-            if record["generation"] == 1:
-                self._seconds.clear()  # generation 0 only chose where to start
-            self._seconds.append(metrics["generation_seconds"])
         held_out = record.get("held_out") or {}
+        if record["generation"] > 0 and "generation_seconds" in metrics:  # generation 0 only chose where to start
+            self._seconds.append(metrics["generation_seconds"])
+        if held_out and record["generation"] > 0:  # the first measurement computes the dense model's states too
+            self._measured.append(measured)
         self._held_out = held_out or self._held_out
         logger.info("%s%s", self._prefix, self._plain(record, metrics, held_out), extra={"live": self._line is not None})
         if self._line is not None:
@@ -131,4 +143,8 @@ class LiveSearch:
         remaining = self._generations - record["generation"]
         if not self._seconds or remaining <= 0:
             return []
-        return [f"{duration(sum(self._seconds) / len(self._seconds) * remaining)} left"]
+        seconds = fmean(self._seconds) * remaining
+        if self._every and self._measured:
+            times = self._generations // self._every - record["generation"] // self._every
+            seconds += fmean(self._measured) * (times + bool(self._generations % self._every))
+        return [f"{duration(seconds)} left"]

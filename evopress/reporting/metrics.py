@@ -66,10 +66,12 @@ class SearchMetrics:
         return {key: shown for key, value in numbers.items() if (shown := number(value)) is not None}
 
     def _speed(self, record: Record) -> dict[str, float]:
-        """Return the time since the record before, and the tokens evaluated per second in it."""
+        """Return the time since the record before, and the tokens evaluated per second in it, if any were."""
         before: Record = self._before or {}
         tokens, seconds = ((number(record.get(key)) or 0) - (number(before.get(key)) or 0) for key in AXES[1:])
-        return {"generation_seconds": seconds, "tokens_per_second": tokens / seconds} if seconds > 0 else {}
+        if seconds <= 0:
+            return {}
+        return {"generation_seconds": seconds, **({"tokens_per_second": tokens / seconds} if tokens else {})}
 
 
 def search_history(records: Iterable[Record], space: Space | None = None) -> list[dict[str, float]]:

@@ -125,13 +125,17 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
         numbers = SearchMetrics(database.space, read_generations(metrics, database.space))
         held_out = _HeldOut(workspace)
         asked, started = what_decides_fitness(workspace), time.monotonic()
+        every, measuring = workspace.settings.evaluation.every, 0.0
 
         def finish_generation(record: GenerationRecord) -> None:
-            seconds = seconds_before + time.monotonic() - started
+            nonlocal measuring  # which is no part of the search: it only shows how the search does
+            ended = time.monotonic()
+            seconds = seconds_before + ended - started - measuring
             entry = {"schema": 1, **record.to_dict(), "seconds": seconds}
-            every = workspace.settings.evaluation.every
             if every and (record.generation % every == 0 or record.milestone or strategy.finished):
                 entry["held_out"] = held_out(record.genome)
+            measured = time.monotonic() - ended
+            measuring += measured
             append_record(metrics, entry)
             write_json(
                 state_path,
@@ -147,7 +151,7 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
             )
             shown = numbers.add(entry)
             tracker.log(shown, generation=record.generation)
-            live.show(entry, shown)
+            live.show(entry, shown, measured)
             stop_if_asked()
 
         def answer(question: Attribution) -> Any:
@@ -157,7 +161,7 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
             return fitness.attribute(question.genome, **drawn)
 
         num_stages = len(searching.tokens) if isinstance(searching, SearchSettings) else None
-        with LiveSearch(searching.num_generations, num_stages, run_dir=run_dir) as live:
+        with LiveSearch(searching.num_generations, num_stages, every=every, run_dir=run_dir) as live:
             run_search(
                 strategy,
                 live.watching(fitness),

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,21 @@ def test_an_interrupted_run_does_its_later_stages_when_it_goes_on(
     for name, row in rows(tmp_path / "run").items():
         assert row == rows(finished.folder)[name]
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_searchs_time_is_without_what_only_shows_it(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(search._HeldOut):
+        def __call__(self, genome: Any) -> dict[str, Any]:
+            time.sleep(5)
+            return super().__call__(genome)
+
+    monkeypatch.setattr(search, "_HeldOut", Slow)
+    assert tiny(SEARCH, "search.generations=2", "evaluation.every=1").code == 0
+    generations = records(tmp_path / "run", without=())
+    assert all("held_out" in record for record in generations)
+    assert generations[-1]["seconds"] - generations[0]["seconds"] < 10
 
 
 def test_more_generations_go_on_from_the_last(

@@ -119,6 +119,23 @@ def test_plain_lines_without_a_terminal(search: Search, tmp_path: Path, caplog: 
     assert "accepted" not in lines[0]
 
 
+def test_the_time_left_has_what_is_still_to_be_measured_in_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    live = LiveSearch(7, 2, every=2, run_dir=tmp_path, stream=io.StringIO())
+    for generation in range(8):
+        record: dict[str, Any] = {"generation": generation}
+        if generation % 2 == 0 or generation == 7:
+            record["held_out"] = {"kl": 0.5}
+        first = {"generation_seconds": 0.0003} if generation == 0 else {"generation_seconds": 2.0}
+        live.show(record, first, 100.0 if generation == 0 else 10.0)
+    left = [record.getMessage().rpartition(", ")[2] for record in caplog.records]
+    assert "left" not in left[0]  # it has only chosen where to start, and computed the dense model's states
+    assert left[1] == "12 s left"  # nothing has been measured since
+    assert left[2:6] == ["40 s left", "38 s left", "26 s left", "24 s left"]  # measured in 4, 6 and 7
+    assert left[6] == "12 s left"
+    assert "left" not in left[7]
+
+
 def test_jobs_of_a_sweep_say_which_they_are(search: Search, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     (tmp_path / "multirun.yaml").touch()
