@@ -278,7 +278,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(where, activations, settin
     assert steps_of(found) == steps_of(whole)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "manifest", "steps"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "both beside it", "manifest", "steps"])
 def test_damage_is_noticed_and_mended(damage, settings, case, ids):
     whole, _ = refined_of(settings, case, ids, better={0, 1})
     expected = tree(whole.folder)
@@ -290,6 +290,9 @@ def test_damage_is_noticed_and_mended(damage, settings, case, ids):
         path.write_bytes(data[:-1])
     elif damage == "missing":
         path.unlink()
+    elif damage == "both beside it":  # what comes after it is judged by a model that has it
+        for beside in (0, 2):
+            (whole.folder / block_file(beside)).unlink()
     elif damage == "manifest":
         (whole.folder / MANIFEST).write_bytes(b"{}")
     else:  # a manifest of levels alone, as a database's is
@@ -301,7 +304,7 @@ def test_damage_is_noticed_and_mended(damage, settings, case, ids):
                 {**file, "units": [u for u in manifest["units"] if u["block"] == file["block"]]} for file in manifest["files"]
             ],
         )
-    if damage in ("flip", "cut", "missing", "manifest"):
+    if damage != "steps":
         with pytest.raises(EvoPressError):
             LevelDatabase.open(whole.folder)
     mended, _ = refined_of(settings, case, ids, better={0, 1})
