@@ -25,7 +25,7 @@ demo: $(STAMP) ## the main job: SmolLM2-135M to 2.5 bits, table, report, checkpo
 smoke: $(STAMP) ## the same on a tiny random model, in seconds
 	$(BIN)/python -m evopress +method=quant bits=3.5 +debug=tiny $(ARGS)
 
-tables: $(STAMP) ## run what is missing of all experiments, JOBS=n at once; again: goes on; ARGS=--list says what is left
+tables: $(STAMP) ## run what is missing of the paper's tables and figures, JOBS=n at once; again: goes on; ARGS=all: of all experiments; ARGS=--list says what is left
 	$(BIN)/python -m experiments.queue $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
 test: $(STAMP) ## the plain test suite: offline, no GPU, minutes

@@ -1,15 +1,16 @@
-"""Run what is missing of all tables and figures, several jobs at once, and make them: killed and started again, it goes on.
+"""Run what is missing of the tables and figures, several jobs at once, and make them: killed and started again, it goes on.
 
     python -m experiments.queue --list                        # what is missing
-    python -m experiments.queue                               # all of it: a job for each core, of one thread each
+    python -m experiments.queue                               # the paper's: a job for each core, of one thread each
+    python -m experiments.queue all                           # what the paper does not have, too
     python -m experiments.queue table3 table3_best --jobs 1 -- search.generations=12
     python -m experiments.queue table3 --root multirun/tiny --out multirun/tiny -- +debug=tiny
 
 A sweep is a job for each combination of what `conf/experiment/NAME.yaml` sweeps, in the folder that Hydra would give it; jobs that
 `python -m evopress +experiment=NAME` has finished are not run again. NAME_best is the same sweep on the best levels. When the last
 job of a sweep has ended its table is made. What scripts run are jobs like these; scripts themselves come last, one after the other,
-and make their tables of what there is. `paper` stands for the tables and figures that the paper has, on both forms of levels. What
-follows `--` is given to every job, and to scripts that take it.
+and make their tables of what there is. `paper` stands for the tables and figures that the paper has, on both forms of levels, `all`
+for all. What follows `--` is given to every job, and to scripts that take it.
 """
 
 from __future__ import annotations
@@ -71,9 +72,11 @@ WITH_JOBS = frozenset(
 )
 """Scripts whose jobs are known beforehand: `asked_runs` lists them, `prepare`, where there is one, makes what they need."""
 NAMES = tuple(dict.fromkeys([*SWEEPS, *SCRIPTS]))
-PAPER = "paper"
-OF_PAPER = tuple(name for name in NAMES if name.startswith(("table", "figure", "theorem")))
-"""What `paper` stands for: also on the best levels."""
+GROUPS: dict[str, tuple[str, ...]] = {
+    "paper": tuple(name for name in NAMES if name == "demo_paper" or name.startswith(("table", "figure", "theorem"))),
+    "all": NAMES,
+}
+"""What names stand for: the paper's tables and figures, also on the best levels; everything."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +283,7 @@ def clock_of(left: Sequence[Missing], at_once: int) -> Clock:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    help_names = f"{PAPER}, or of {', '.join(NAMES)} (default: all)"
+    help_names = f"paper (default), all, or of {', '.join(NAMES)}"
     parser.add_argument("names", nargs="*", metavar="NAME", help=help_names)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at once (default: a job for each core)")
     parser.add_argument("--root", type=Path, default=Path("multirun"), help="where the sweeps lie (default %(default)s)")
@@ -292,13 +295,13 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="say what is missing, run nothing")
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked, further = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
-    if unknown := [name for name in asked.names if name not in (PAPER, *NAMES)]:
-        parser.error(f"{unknown[0]!r} is no experiment: choose among {', '.join((PAPER, *NAMES))}")
+    if unknown := [name for name in asked.names if name not in (*GROUPS, *NAMES)]:
+        parser.error(f"{unknown[0]!r} is no experiment: choose among {', '.join((*GROUPS, *NAMES))}")
     if asked.jobs < 1:
         parser.error(f"--jobs {asked.jobs} is out of range: expected at least 1")
     if not any(each.startswith("threads=") for each in further):
         further.append("threads=1")
-    names = list(dict.fromkeys(each for name in asked.names or NAMES for each in (OF_PAPER if name == PAPER else (name,))))
+    names = list(dict.fromkeys(each for name in asked.names or ("paper",) for each in GROUPS.get(name, (name,))))
     if asked.out is not None and (own := [name for name in asked.names if name in SCRIPTS and name not in SWEEPS]):
         parser.error(f"--out {asked.out} is for tables of sweeps, and {own[0]} writes into its own folder: leave one of them out")
     asked.root.mkdir(parents=True, exist_ok=True)

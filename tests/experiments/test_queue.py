@@ -112,8 +112,19 @@ def test_what_scripts_run_are_jobs_of_the_queue(
 
 
 def test_paper_stands_for_its_tables_and_figures() -> None:
-    assert {"table16", "table3_best", "figure1", "theorem1", "table13"} <= set(queue.OF_PAPER)
-    assert not {"demo", "guided", "allocation"} & set(queue.OF_PAPER)
+    assert {"table16", "table3_best", "demo_paper", "figure1", "theorem1", "table13"} <= set(queue.GROUPS["paper"])
+    assert not {"demo", "guided", "allocation"} & set(queue.GROUPS["paper"])
+
+
+def test_the_papers_are_what_is_run_unless_names_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[str]] = []
+    monkeypatch.setattr(queue, "show", lambda names, *_: told.append(names))
+    for words in ([], ["paper"], ["all"], ["table3", "paper"]):
+        monkeypatch.setattr(sys, "argv", ["queue", *words, "--root", str(tmp_path), "--list"])
+        queue.main()
+    default, paper, everything, first = told
+    assert default == paper and everything == list(queue.NAMES) and set(paper) < set(everything)
+    assert first[0] == "table3" and sorted(first) == sorted(paper)
 
 
 def test_jobs_that_do_not_belong_together_stop_no_other_sweep(ran: list[SingleRun], tmp_path: Path) -> None:
@@ -261,7 +272,8 @@ def test_the_page_says_how_many_jobs_there_are(tmp_path: Path) -> None:
     of_scripts = [queue.missing_of_script(name, tmp_path, 2, []) for name in queue.SCRIPTS]
     total = sum(each.total for each in of_scripts if each)
     text = (Path(queue.__file__).parent / "README.md").read_text(encoding="utf-8")
-    assert f"It is {sweeps + total} jobs: {sweeps} of sweeps" in text and f"and {total} that scripts run" in text
+    of_paper = sum(queue.missing(name, tmp_path).total for name in queue.GROUPS["paper"] if name in queue.SWEEPS)
+    assert f"on both forms of levels: {of_paper} jobs" in text and f"It is {sweeps + total} jobs" in text
 
 
 def test_a_folder_may_have_any_name_and_scripts_choose_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
