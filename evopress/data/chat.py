@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AUTO = "auto"
+TODAY = datetime(2024, 7, 26)
+"""The date for templates that tell it to the model (Llama 3, gpt-oss), so that text is the same on any day: Llama 3's own default."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class ChatTemplate:
                 + ": give a file with one by data.chat_template=FILE, or name a field of text with data.field"
             )
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.template)
+            with _on_one_day():
+                text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.template)
         except Exception as error:  # whatever a template raises
             reason = clip(str(error) or type(error).__name__).rstrip(". ")
             raise EvoPressError(
@@ -73,3 +78,24 @@ class ChatTemplate:
             return None
         printed = json.dumps(self.tokenizer().special_tokens_map, sort_keys=True, default=str)
         return hashlib.sha256(f"{printed}\n{self.template}".encode()).hexdigest()
+
+
+class _Clock(datetime):
+    """A clock that has stopped."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+        return TODAY
+
+
+@contextmanager
+def _on_one_day() -> Iterator[None]:
+    """Let templates take it for `TODAY`: transformers gives them a function that asks the clock, and takes no other for it."""
+    from transformers.utils import chat_template_utils as templates
+
+    clock = templates.datetime
+    templates.datetime = _Clock
+    try:
+        yield
+    finally:
+        templates.datetime = clock

@@ -255,6 +255,13 @@ def test_a_template_may_be_a_file_and_its_bos_is_left_to_the_sequences(tmp_path:
     assert read_chats(path, chat_template(bos="Ā")) == ["<user>Why?<assistant>So."]
 
 
+def test_a_template_that_tells_the_date_tells_the_same_on_any_day(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines([{"messages": CHAT}]))
+    own = "Today Date: {{ strftime_now('%d %b %Y') }}." + TEMPLATE
+    assert read_chats(path, chat_template(own=own)) == ["Today Date: 26 Jul 2024.<user>Why?<assistant>So."]
+
+
 def fails(message: str) -> str:
     return "{{ raise_exception('" + message + "') }}"
 
