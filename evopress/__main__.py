@@ -401,7 +401,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
                 run_dir,
                 begin=begin,
                 config=configuration.plain_dict(config),
-                command=f"python -m evopress {shlex.join(overrides)}".strip(),
+                command=run_folder.command_of(run_dir, overrides),
                 environment=environment,
                 paper=paper and replace(paper, model=settings.model, method=settings.method),
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -104,6 +105,19 @@ def kept_with_own_stages(folder: Path, overrides: Sequence[str]) -> list[str]:
         return list(overrides)
     own = own_stages(before)
     return [*(each for each in overrides if not each.startswith("stages=")), *([own] if own is not None else [])]
+
+
+def command_of(folder: Path, overrides: Sequence[str]) -> str:
+    """Return the command that makes the folder's run again; where a later one looks aside (`looks_aside`), that one follows.
+
+    Args: overrides: of the command that is at work.
+    """
+    resumed = any(each.startswith("resume=") for each in overrides)
+    later = [each for each in overrides if each.startswith(("genome=", "pick="))] if looks_aside(folder, overrides) else []
+    kept = kept_with_own_stages(folder, overrides) if resumed else overrides
+    own = [each for each in kept if not each.startswith("resume=") and not (resumed and each in later)]
+    commands = [own, ["resume=RUN_FOLDER", *later]] if resumed and later else [own]
+    return " && ".join(f"python -m evopress {shlex.join(each)}".strip() for each in commands)
 
 
 def job_folder(overrides: Sequence[str], sweep: Path) -> str:

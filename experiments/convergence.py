@@ -24,8 +24,8 @@ from evopress.errors import EvoPressError
 from evopress.reporting.curve import HeldOutCurve, held_out_curve
 from evopress.reporting.drawing import (
     COLOURS,
+    DASHES,
     MARKERS,
-    STYLES,
     log_scale,
     new_figure,
     open_frame,
@@ -148,13 +148,15 @@ def draw(
         for axis, x in zip(row, X_AXES, strict=True):
             seen += _panel(axis, group, x, measure, scale=unit if x == "seconds" else 1.0)
             for index, (baseline, value) in enumerate(baselines.get(measure, {}).items()):
-                style = STYLES[1 + index % (len(STYLES) - 1)]
+                style = DASHES[index % len(DASHES)]
                 axis.axhline(value, color="#666666", linestyle=style, linewidth=1.3, label=display_name(baseline))
                 seen.append(value)
             open_frame(axis)
             axis.set_xlabel({"tokens": "candidate tokens", "seconds": unit_name}.get(x, x))
             if x == "tokens":
                 axis.xaxis.set_major_formatter(show_tokens)
+            elif x == "generation":
+                axis.xaxis.get_major_locator().set_params(integer=True)
         row[0].set_ylabel("KL divergence (nats per token)" if measure == KL else f"perplexity, {measure.removeprefix('ppl ')}")
         if seen and min(seen) > 0 and max(seen) > 4 * min(seen):
             log_scale(row[0])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 TODAY = datetime(2024, 7, 26)
-"""The date for templates that tell it to the model (Llama 3, gpt-oss), so that text is the same on any day: Llama 3's own default."""
+"""The date for templates that tell it to the model, so that text is the same on any day: the one that Llama 3's falls back on."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def accepted_switches(records: Sequence[Record], space: Space | None) -> str:
     if len(steps) > _MOST_STEPS:
         parts += ["<h3>What helped most</h3>", _steps(steps[:_MOST_STEPS], space)]
     shown = f"the first {_MOST_ROWS} of {len(accepted)}" if len(accepted) > _MOST_ROWS else f"all {len(accepted)}"
-    parts.append(details(f"{shown} accepted generations", _steps(accepted[:_MOST_ROWS], space)))
+    shown += " accepted generations" if len(accepted) > 1 else " accepted generation"
+    parts.append(details(shown, _steps(accepted[:_MOST_ROWS], space)))
     return "".join(parts)
 
 
@@ -113,6 +114,9 @@ def winner_ranks(stages: Sequence[Mapping[str, Any]]) -> list[int] | None:
 def stages(records: Sequence[Record]) -> str:
     """Lay out what each stage of selection, and the rounds of a guided search, cost, and where the later winners stood in it."""
     body: list[tuple[list[str], int, str]] = []
+    rounds = [
+        (record, before) for before, record in itertools.pairwise(records) if record.get("generation") and record.get("details")
+    ]
     for name, tried in phases(records):
         count = max(len(record["stages"]) for record in tried)
         accepted = [list(record["stages"]) for record in tried if record.get("accepted")]
@@ -120,7 +124,12 @@ def stages(records: Sequence[Record]) -> str:
         for index in range(count):
             those = [record["stages"][index] for record in tried if len(record["stages"]) > index]
             total = sum(stage.get("spent") or stage["tokens"] * stage["num_candidates"] for stage in those)
-            cells = [f"rounds ({len(those)})" if name == "round" else f"stage {index + 1}"]
+            cells = [f"stage {index + 1}"]
+            if name == "round" and index == 0:  # what they asked beside it is in the records' tokens alone
+                cells = [f"rounds ({len(rounds)})"]
+                total = sum(
+                    int((number(record.get("tokens")) or 0) - (number(before.get("tokens")) or 0)) for record, before in rounds
+                )
             cells += [f"{those[-1][key]:,}" for key in ("tokens", "num_candidates")] + [str(len(those[-1].get("survivors") or ()))]
             rank = f"{statistics.median(found[index] for found in ranks):g}" if index < count - 1 and ranks else ""
             body.append((cells, total, rank))
@@ -130,6 +139,8 @@ def stages(records: Sequence[Record]) -> str:
     rows = [([*cells, f"{total:,}", f"{total / spent:.0%}", rank], "") for cells, total, rank in body]
     headers = ["", "tokens", "candidates", "survivors", "tokens in all", "share", "median rank of accepted winners"]
     note = "Tokens: of one candidate, in the last of them."
+    if any(name == "round" for name, _ in phases(records)):
+        note += " Those of rounds in all have the passes forward and backward in them, which count as three tokens or five."
     if any(rank for *_, rank in body):
         note += " The lower the accepted winners ranked in an early stage, the less its few tokens could tell candidates apart."
     return table(headers, rows) + paragraph(note, kind="note")
@@ -163,7 +174,8 @@ def _steps(records: Sequence[Record], space: Space | None) -> str:
     body = []
     for record in records:
         fitness, better = number(record.get("fitness")), gain(record)
-        relative = f" ({better / fitness:.1%})" if better is not None and fitness else ""
+        parent = number(record.get("parent_fitness"))
+        relative = f" ({better / parent:.1%})" if better is not None and parent else ""
         cells = [
             escape(str(record.get("generation"))),
             "" if fitness is None else significant(fitness),

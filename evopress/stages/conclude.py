@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +128,19 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
         result["genome"] = given.name
     result["memory"] = workspace.memory()
     write_json(run_dir / "result.json", result)
+    if "report" not in workspace.settings.stages:
+        track_results(tracker, rows, records)
+
+
+def track_results(tracker: Tracker, rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Tell a tracker what was measured: once a command, in its last stage that has it."""
+    if not rows:
+        return
     frame = tables.results_frame(rows)
     tracker.table("results", list(frame.columns), frame.to_numpy().tolist())
-    lines, axes = baseline_lines(held_out_curve(records, rows))
-    tracker.lines(lines, axes=axes)
+    if records:
+        lines, axes = baseline_lines(held_out_curve(records, rows))
+        tracker.lines(lines, axes=axes)
     tracker.summarize({**best_metrics(records), **final_metrics(rows)})
 
 
@@ -275,6 +284,7 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
         command=command,
         environment=environment,
     )
+    track_results(tracker, rows, records)
     track_figures(tracker, pictures)
     if genome is not None:
         tracker.table("levels", *levels_table(space, genome))

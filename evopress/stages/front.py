@@ -18,14 +18,13 @@ from evopress.methods.points import Point, has_limit, has_points, in_order, poin
 from evopress.reporting import tables
 from evopress.reporting.front import front_figure, front_rows, front_words, write_front, write_front_report
 from evopress.reporting.generations import read_generations
-from evopress.reporting.metrics import final_metrics
 from evopress.reporting.records import read_document, read_genome, write_json
 from evopress.reporting.tracker import NullTracker, Tracker, track_figures
 from evopress.search.strategy import Neighbour, Searching
 from evopress.settings import RunSettings
 from evopress.stages.baselines import find_baselines, spent_on_baselines, stored_baselines
 from evopress.stages.checks import searching
-from evopress.stages.conclude import add_spent, measured_rows
+from evopress.stages.conclude import add_spent, measured_rows, track_results
 from evopress.stages.earlier import refuse_other_settings, refuse_other_work
 from evopress.stages.given import take_best_so_far
 from evopress.stages.results import read_result
@@ -207,9 +206,8 @@ def evaluate_all(workspace: Workspace, points: Sequence[PointRun], tracker: Trac
     result |= {key: value for key, value in read_result(workspace.run_dir).items() if key not in result}
     result["memory"] = workspace.memory()
     write_json(workspace.run_dir / "result.json", result)
-    frame = tables.results_frame(rows)
-    tracker.table("results", list(frame.columns), frame.to_numpy().tolist())
-    tracker.summarize(final_metrics(rows))
+    if "report" not in workspace.settings.stages:
+        track_results(tracker, rows)
 
 
 def _spent(point: PointRun) -> dict[str, Any]:
@@ -253,6 +251,7 @@ def report_all(
         command=command,
         environment=environment,
     )
+    track_results(tracker, rows)
     track_figures(tracker, pictures)
     if rows:
         print(f"\n{tables.format_table(rows)}\n\n{said}", flush=True)

@@ -125,17 +125,16 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
         numbers = SearchMetrics(database.space, read_generations(metrics, database.space))
         held_out = _HeldOut(workspace)
         asked, started = what_decides_fitness(workspace), time.monotonic()
-        every, measuring = workspace.settings.evaluation.every, 0.0
+        every, showing = workspace.settings.evaluation.every, 0.0
 
         def finish_generation(record: GenerationRecord) -> None:
-            nonlocal measuring  # which is no part of the search: it only shows how the search does
+            nonlocal showing  # which is no part of the search: it only shows how it does
             ended = time.monotonic()
-            seconds = seconds_before + ended - started - measuring
+            seconds = seconds_before + ended - started - showing
             entry = {"schema": 1, **record.to_dict(), "seconds": seconds}
             if every and (record.generation % every == 0 or record.milestone or strategy.finished):
                 entry["held_out"] = held_out(record.genome)
             measured = time.monotonic() - ended
-            measuring += measured
             append_record(metrics, entry)
             write_json(
                 state_path,
@@ -152,6 +151,7 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
             shown = numbers.add(entry)
             tracker.log(shown, generation=record.generation)
             live.show(entry, shown, measured)
+            showing += time.monotonic() - ended
             stop_if_asked()
 
         def answer(question: Attribution) -> Any:

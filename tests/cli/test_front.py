@@ -25,7 +25,7 @@ from evopress.errors import EvoPressError
 from evopress.finished import FINISHED, settings_digest
 from evopress.models.opening import fitted
 from evopress.reporting.front import best_baseline, front_rows, front_words
-from evopress.run_folder import keep_overrides, looks_aside
+from evopress.run_folder import command_of, keep_overrides, looks_aside
 from evopress.settings import RunSettings
 
 NAMES = ["4", "2.5"]
@@ -121,6 +121,18 @@ def test_a_point_is_picked_and_the_front_stays(asked: RunSettings, copied: Path)
     after = contents(copied)
     assert {path: after[path] for path in before} == before, "what the run had is as it was"
     assert looks_aside(copied, ["pick=2.5"]), "and its overrides stay those that it has"
+
+
+def test_what_makes_a_run_again_is_its_own_command(tmp_path: Path) -> None:
+    own = ["+method=quant", "budgets=[2.5,3]", "stages=[database,search]"]
+    assert command_of(tmp_path, own) == "python -m evopress +method=quant 'budgets=[2.5,3]' 'stages=[database,search]'"
+    keep_overrides(tmp_path, own)
+    later = [*own[:-1], "stages=[report]", f"resume={tmp_path}"]
+    assert command_of(tmp_path, later) == command_of(tmp_path, own)
+    picked = [*own, "pick=2.5", f"resume={tmp_path}"]
+    assert command_of(tmp_path, picked) == f"{command_of(tmp_path, own)} && python -m evopress resume=RUN_FOLDER pick=2.5"
+    keep_overrides(tmp_path, ["+method=quant"])
+    assert command_of(tmp_path, ["+method=quant", "stages=[report]", f"resume={tmp_path}"]) == "python -m evopress +method=quant"
 
 
 def test_a_front_that_is_killed_again_and_again_ends_with_the_same_genomes(

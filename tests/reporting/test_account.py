@@ -70,15 +70,17 @@ def test_rounds_are_accounted_for_apart() -> None:
         return {"tokens": tokens, "num_candidates": candidates, "fitnesses": [1.0], "survivors": [0], **more}
 
     records = [
-        {"generation": 1, "accepted": True, "details": {"held": []}, "stages": [stage(2048, 6)]},
-        {"generation": 2, "accepted": False, "details": {"race": {}}, "stages": [stage(11520, 17, spent=34560)]},
-        {"generation": 3, "accepted": True, "stages": [stage(256, 16), stage(4096, 3)]},
+        {"generation": 0, "tokens": 500},
+        {"generation": 1, "accepted": True, "details": {"held": []}, "stages": [stage(2048, 6)], "tokens": 500 + 6000 + 12288},
+        {"generation": 2, "accepted": True, "details": {"held": []}, "stages": [], "tokens": 18788 + 6000},  # nothing to screen
+        {"generation": 3, "details": {"race": {}}, "stages": [stage(11520, 17, spent=34560)], "tokens": 24788 + 34560},
+        {"generation": 4, "accepted": True, "stages": [stage(256, 16), stage(4096, 3)], "tokens": 59348 + 16384},
     ]
     rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", account.stages(records))]
     assert rows[1:] == [
-        ["rounds (2)", "11,520", "17", "1", "46,848", "74%", ""],
-        ["stage 1", "256", "16", "1", "4,096", "6%", ""],
-        ["stage 2", "4,096", "3", "1", "12,288", "19%", ""],
+        ["rounds (3)", "11,520", "17", "1", "58,848", "78%", ""],
+        ["stage 1", "256", "16", "1", "4,096", "5%", ""],
+        ["stage 2", "4,096", "3", "1", "12,288", "16%", ""],
     ]
 
 
@@ -117,5 +119,5 @@ def test_what_helped_most_comes_first(space: Space) -> None:
     first, second = text.split("<details>")
     assert re.findall(r"<tr><td>(\d+)</td>", first) == ["2", "5", "6", "3", "1"]
     assert re.findall(r"<tr><td>(\d+)</td>", second) == [str(g) for g in range(1, 8)]
-    assert "0.500 (50.0%)" in first
+    assert "0.500 (33.3%)" in first  # of the parent's
     assert "What helped most" not in account.accepted_switches(records[:5], space)
