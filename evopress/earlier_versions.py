@@ -32,6 +32,7 @@ _RUN: dict[str, Any] = {
 _MODEL = {"bos": "auto"}
 _DATA: dict[str, Any] = {"chat_template": "auto", "options": {}}
 _BASELINES: dict[str, Any] = {"options": {}}
+_EVALUATION: dict[str, Any] = {"field": "text"}
 _REFINE: dict[str, Any] = {"correction": 0.0}
 
 _GUIDED: dict[str, Any] = {
@@ -83,7 +84,7 @@ def without_later(values: dict[str, Any]) -> dict[str, Any]:
         values = {**values, "search": {**values["search"], "strategy": told}}
     if values["method"].get("scale_dtype") == "auto":
         values = {**values, "method": {**values["method"], "scale_dtype": "float16"}}
-    groups = {"model": _MODEL, "data": _DATA, "method": _METHOD, "baselines": _BASELINES}
+    groups = {"model": _MODEL, "data": _DATA, "method": _METHOD, "baselines": _BASELINES, "evaluation": _EVALUATION}
     return values | {group: earlier(group, later) for group, later in groups.items()}
 
 

@@ -463,6 +463,8 @@ class EvaluationSettings:
     """First questions of each task; None: all."""
     task_batch_size: int = 8
     """Sequences per forward of the zero-shot tasks."""
+    field: str = "text"
+    """The field or column of `files` that holds the text, as `data.field` is of the run's own."""
 
     def __post_init__(self) -> None:
         few = self.every_tokens is not None and self.every_tokens < 2

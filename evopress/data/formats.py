@@ -41,17 +41,19 @@ def kind_of(path: Path) -> str | None:
     return kind if kind in KINDS and not (packed and kind == ".parquet") else None
 
 
-def read_rows(path: Path, field: str) -> Iterator[Row]:
+def read_rows(path: Path, field: str, *, key: str = "data.field") -> Iterator[Row]:
     """Yield the documents of a file of rows in their order, None for each that is null.
 
-    Args: field: what holds the text, "outer.inner" inside another; where it is not there, `messages` is a chat.
+    Args:
+        field: what holds the text, "outer.inner" inside another; where it is not there, `messages` is a chat.
+        key: the setting that names the field.
 
     Raises: EvoPressError that names the row, if it has no text or the file cannot be read.
     """
     kind = kind_of(path)
     if kind == ".parquet":
-        return _parquet_rows(path, field)
-    return _array_rows(path, field) if kind == ".json" and _begins_array(path) else _line_rows(path, field)
+        return _parquet_rows(path, field, key)
+    return _array_rows(path, field, key) if kind == ".json" and _begins_array(path) else _line_rows(path, field, key)
 
 
 def read_text(path: Path, *, wikitext: bool = False) -> Iterator[str]:
@@ -199,7 +201,7 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
 # Rows
 
 
-def _line_rows(path: Path, field: str) -> Iterator[Row]:
+def _line_rows(path: Path, field: str, key: str) -> Iterator[Row]:
     offset = 0
     for number, raw in enumerate(_raw_lines(path), start=1):
         try:
@@ -218,7 +220,7 @@ def _line_rows(path: Path, field: str) -> Iterator[Row]:
             row = False
         if row is not None and not isinstance(row, dict):
             raise EvoPressError(f"{where} is no JSON object: expected one such as {{{json.dumps(field)}: ...}}")
-        yield None if row is None else _document(row, field, where)
+        yield None if row is None else _document(row, field, where, key)
 
 
 def _begins_array(path: Path) -> bool:
@@ -226,13 +228,13 @@ def _begins_array(path: Path) -> bool:
     return start.startswith("[")
 
 
-def _array_rows(path: Path, field: str) -> Iterator[Row]:
+def _array_rows(path: Path, field: str, key: str) -> Iterator[Row]:
     for number, entry in enumerate(_entries(path), start=1):
         where = f"entry {number} of {path}"
         if entry is None or isinstance(entry, str):
             yield None if entry is None else _text(entry, where)
         elif isinstance(entry, dict):
-            yield _document(entry, field, where)
+            yield _document(entry, field, where, key)
         else:
             raise EvoPressError(f"{where} is no JSON object: expected one such as {{{json.dumps(field)}: ...}}")
 
@@ -276,13 +278,15 @@ def _entries(path: Path) -> Iterator[Any]:
         yield entry
 
 
-def _parquet_rows(path: Path, field: str) -> Iterator[Row]:
+def _parquet_rows(path: Path, field: str, key: str) -> Iterator[Row]:
     pa = _pyarrow(path)
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
+            if twice := next((name for name in schema.names if schema.names.count(name) > 1), None):
+                raise EvoPressError(f"{path} has two columns {twice!r}: write it again with one of each")
             name = field if field in schema.names else field.split(".")[0]
             if name not in schema.names and CHAT_FIELD in schema.names:
                 name = field = CHAT_FIELD
@@ -294,7 +298,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[Row]:
             if leaf is None:
                 raise EvoPressError(
                     f"{path} has no column {field!r} (its columns: {_named(schema.names)}): "
-                    "name the column that holds the text with data.field"
+                    f"name the column that holds the text with {key}"
                 )
             if not _holds_text(leaf):
                 raise EvoPressError(f"column {field!r} of {path} holds {clip(str(leaf))}: name a column of strings")
@@ -302,7 +306,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=256, columns=[name]):
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    yield _document({name: value}, field, f"row {number} of {path}")
+                    yield _document({name: value}, field, f"row {number} of {path}", key)
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         reason = clip(str(error) or type(error).__name__).rstrip(". ")
         raise EvoPressError(f"{path} is no readable Parquet file ({reason}): write it again") from None
@@ -335,7 +339,7 @@ def _holds_text(kind: Any) -> bool:
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind))
 
 
-def _document(row: dict[str, Any], field: str, where: str) -> Row:
+def _document(row: dict[str, Any], field: str, where: str, key: str) -> Row:
     """Return what a row holds in a field: text, several texts as paragraphs, a chat, or None for null."""
     found, value = _value(row, field)
     if not found and isinstance(row.get(CHAT_FIELD, ""), list | None):
@@ -347,10 +351,10 @@ def _document(row: dict[str, Any], field: str, where: str) -> Row:
     if isinstance(value, list) and all(isinstance(part, str | None) for part in value):
         return _text("\n\n".join(part for part in value if part is not None), where)
     if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("role"), str) for part in value):
+        _text(json.dumps(value, ensure_ascii=False, default=str), where)
         return [{key: said for key, said in message.items() if said is not None} for message in value]
     raise EvoPressError(
-        f"{where} has no text in the field {field!r} (its fields: {_named(row)}): "
-        "name the field that holds the text with data.field"
+        f"{where} has no text in the field {field!r} (its fields: {_named(row)}): name the field that holds the text with {key}"
     )
 
 

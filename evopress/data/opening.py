@@ -98,6 +98,8 @@ class RunText:
             own = self.own_source if isinstance(self.own_source, TextFiles) else None
             sources[name] = TextFiles(
                 evaluation=(path,),
+                field=evaluation.field,
+                field_key="evaluation.field",
                 wikitext=name in evaluation.wikitext,
                 chat=self._chat,
                 apart_from=own,

@@ -88,7 +88,8 @@ def deal(files: Mapping[str, Listed], *, first: int | None = None) -> dict[str, 
     """Say which split each document goes to, by file and position; `SET_ASIDE` where it repeats one, `NOT_COMPARED`.
 
     What may go to one split alone stays there, repeats included. What may go to several, because a file is listed for several
-    or because it is in several files, is dealt to them in turn, in the order of first appearance, and stands there once.
+    or because it is in several files, is dealt to them in turn, in the order of first appearance, and stands there once. What is
+    in several parts of one .txt stays in the first of them.
 
     Args:
         files: by name, in the order in which documents appear.
@@ -109,7 +110,10 @@ def deal(files: Mapping[str, Listed], *, first: int | None = None) -> dict[str, 
     np.bitwise_or.at(wanted, content, masks[compared])
     np.maximum.at(end, content, places[compared])
     in_turn = np.array([listed.in_turn for listed in files.values()], bool)
-    several = np.array([mask.bit_count() > 1 for mask in range(256)])[wanted] & ((start != end) | in_turn[start])
+    shared = np.array([mask.bit_count() > 1 for mask in range(256)])[wanted]
+    several = shared & ((start != end) | in_turn[start])
+    later = (shared & ~several)[content] & (masks[compared] != masks[compared[first_seen]][content])
+    owners[compared[later]] = SET_ASIDE
     chosen = np.full(len(first_seen), SET_ASIDE, np.int8)
     order = np.flatnonzero(several)[np.argsort(first_seen[several], kind="stable")]
     label = start[order] * 256 + wanted[order]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evopress.data.chat import ChatTemplate
-from evopress.data.formats import EXPECTED, kind_of, paragraphs, read_rows, read_text, unreadable
+from evopress.data.formats import EXPECTED, Row, kind_of, paragraphs, read_rows, read_text, unreadable
 from evopress.data.formats import wikitext_text as wikitext_text
 from evopress.data.repeats import NOT_COMPARED, SET_ASIDE, Listed, Seen, WholeKey, content_key, deal
 from evopress.data.sources import SPLITS, Split, check_split
@@ -60,6 +61,8 @@ class TextFiles:
     evaluation: tuple[str | Path, ...] = ()
     field: str = "text"
     """The field of .json, .jsonl and column of .parquet that holds the text, "outer.inner" inside another."""
+    field_key: str = "data.field"
+    """The setting that says so."""
     wikitext: bool = False
     """.txt files have WikiText's layout: one paragraph a line, which is joined to the next by a blank line."""
     chat: ChatTemplate | None = None
@@ -118,7 +121,7 @@ class TextFiles:
                 ]
                 for i, (split, files) in enumerate(self._files.items())
             },
-            **({"by_content": 2} if self._may_repeat else {}),
+            **({"by_content": 3} if self._may_repeat else {}),
             **({"apart_from": sorted(file.sha256 for file in self._taken)} if self._taken else {}),
             **self._apart_read_as(),
             **({"chat_template": self.chat.digest} if rows and self.chat and self.chat.digest else {}),
@@ -176,7 +179,7 @@ class TextFiles:
     def _may_repeat(self) -> bool:
         """Whether two splits can have the same document."""
         files = self._compared.values()
-        return len({split for file in files for split in file.splits}) > 1 and not (len(files) == 1 and next(iter(files)).is_txt)
+        return len({split for file in files for split in file.splits}) > 1
 
     @cached_property
     def _owners(self) -> dict[str, NDArray[np.int8]] | None:
@@ -199,8 +202,8 @@ class TextFiles:
                     listed[digest].add(content_key(paragraph) if long else 0, 1 << split if long else 0)
                 wholes[digest] = int(whole)
                 continue
-            for i, row in enumerate(read_rows(file.path, self._read_as(file).field)):
-                text = row if isinstance(row, str) else "\n".join(f"{m['role']}: {m.get('content')}" for m in row or ())
+            for i, row in enumerate(self._read_as(file)._rows(file)):
+                text = row if isinstance(row, str) else "\n".join(map(_said, row or ()))
                 blank = not text.strip()
                 listed[digest].add(0 if blank else content_key(text), 0 if blank else mask)
                 if mixed and not blank:
@@ -251,10 +254,13 @@ class TextFiles:
                     owners[digest][:] = SET_ASIDE
             before.setdefault(wholes[digest], []).append(digest)
 
+    def _rows(self, file: _File) -> Iterator[Row]:
+        return read_rows(file.path, self.field, key=self.field_key)
+
     def _of_rows(self, file: _File, split: int, left_out: Counter[str]) -> Iterator[Iterable[str]]:
         """Yield those documents of a file that a split gets."""
         owners = None if self._owners is None else self._owners[file.sha256]
-        for i, row in enumerate(read_rows(file.path, self.field)):
+        for i, row in enumerate(self._rows(file)):
             if row is None:
                 left_out["null"] += 1
                 continue
@@ -266,7 +272,7 @@ class TextFiles:
             if isinstance(row, list):
                 where = f"row {i + 1} of {file.path}"
                 if self.chat is None:
-                    raise EvoPressError(f"{where} is a chat: name a field of text with data.field")
+                    raise EvoPressError(f"{where} is a chat: name a field of text with {self.field_key}")
                 row = self.chat.render(row, where)
             yield (row,)
 
@@ -316,6 +322,13 @@ class TextFiles:
                 before += length
             made[file.sha256] = total, counts
         return made[file.sha256]
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """Return a chat's message as it is compared: who says what, and calls what."""
+    beside = {key: value for key, value in message.items() if key not in ("role", "content")}
+    called = f"\n{json.dumps(beside, sort_keys=True, default=str)}" if beside else ""
+    return f"{message['role']}: {message.get('content')}{called}"
 
 
 class _Inside:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from evopress.data.special_tokens import ids_beyond, leading_ids, not_embedded
 from evopress.errors import EvoPressError
+from evopress.json_files import clip
 
 PAPER_TASKS = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande")
 _LOCAL = "_local"
@@ -88,25 +89,36 @@ class Asked:
 
 
 def count_asked(
-    tasks: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, bos: str = "auto", limit: int | None = None
+    tasks: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config: Any = None,
+    bos: str = "auto",
+    limit: int | None = None,
 ) -> Asked:
     """Count what a model is asked, for a task of many questions by `_LOOKED_AT` of them from its beginning to its end.
 
     Args:
         tasks: as `load_tasks` returns them.
+        config: the model's, whose window lm-eval cuts prompts to.
         bos: what every prompt begins with, as `leading_ids` takes it.
         limit: the first questions of each task only; None: all.
+
+    Raises: EvoPressError for an answer that lm-eval cannot score, among the questions that are looked at.
     """
-    leading = leading_ids(tokenizer, bos)
+    from lm_eval.models.utils import resolve_max_length
+
+    leading, window = leading_ids(tokenizer, bos), resolve_max_length(config, tokenizer)
     tokens, longest = 0.0, 0
-    for task in tasks.values():
+    for name, task in tasks.items():
         with undisturbed():
             count = len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs))
         looked_at = min(count, _LOOKED_AT)
-        texts = _prompts(task, samples=[place * count // looked_at for place in range(looked_at)])
-        # The last token of what is asked is predicted and does not enter.
-        asked = {tuple(ids[:-1]) for ids in tokenizer(texts, add_special_tokens=bos != "false")["input_ids"]}
-        lengths = [len(ids) + len(leading) * (ids[: len(leading)] != leading) for ids in asked]
+        pairs = _pairs(task, samples=[place * count // looked_at for place in range(looked_at)])
+        whole = tokenizer(["".join(pair) for pair in pairs], add_special_tokens=bos != "false")["input_ids"]
+        _check_answers(name, pairs, whole, tokenizer(_contexts(pairs), add_special_tokens=bos != "false")["input_ids"], window)
+        asked = {tuple(ids[:-1]) for ids in whole}  # the last token is predicted and does not enter
+        lengths = [min(len(ids) + len(leading) * (ids[: len(leading)] != leading), window) for ids in asked]
         tokens += sum(lengths) * count / looked_at
         longest = max(longest, *lengths)
     return Asked(round(tokens), longest)
@@ -120,25 +132,49 @@ def check_questions(
     if not beyond:  # so it is with all but a few tokenizers
         return
     for name, task in tasks.items():
-        found = beyond.keys() & {i for ids in tokenizer(_prompts(task, limit=limit))["input_ids"] for i in ids}
+        texts = ["".join(pair) for pair in _pairs(task, limit=limit)]
+        found = beyond.keys() & {i for ids in tokenizer(texts)["input_ids"] for i in ids}
         if found:
             token = not_embedded(tokenizer, min(found), num_rows=num_rows)
             raise EvoPressError(f"the questions of task {name!r} have {token}: resize the model's embedding or leave the task out")
 
 
-def _prompts(task: Any, **some: Any) -> list[str]:
-    """Return what a model is asked by questions of a task, each with one of its continuations.
+def _pairs(task: Any, **some: Any) -> list[tuple[str, str]]:
+    """Return what a model is asked by questions of a task: a context, and one of its continuations.
 
     Args: some: which questions, as lm-eval takes it.
     """
     with undisturbed():
         task.build_all_requests(**some)
-    return ["".join(instance.args[:2]) for instance in task.instances]
+    return [instance.args[:2] for instance in task.instances]
+
+
+def _contexts(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Return contexts without the spaces at their ends, which lm-eval counts to the continuations."""
+    return [context.rstrip() for context, _ in pairs]
+
+
+def _check_answers(
+    task: str,
+    pairs: Sequence[tuple[str, str]],
+    whole: Sequence[Sequence[int]],
+    contexts: Sequence[Sequence[int]],
+    window: int,
+) -> None:
+    """Raise EvoPressError if the tokens of an answer, those beyond its context's, are none or more than a window."""
+    for (context, continuation), ids, before in zip(pairs, whole, contexts, strict=True):
+        answer = len(ids) - len(before) if context.strip() else len(ids)
+        if answer < 1 or answer > window:
+            what = f"is {answer:,} tokens long, more than the model's {window:,} positions" if answer > window else "has no token"
+            raise EvoPressError(
+                f"an answer of task {task!r} {what} ({clip(continuation)!r} after {context[-20:]!r}), so lm-eval cannot score it: "
+                "leave the task out"
+            )
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Keep lm-eval's output away from the terminal, and its seeds away from the global generators."""
+    """Keep lm-eval's output away from the terminal, and its seeds, which it begins with, away from the global generators."""
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [noisy.level for noisy in loggers]
     state, legacy_state = random.getstate(), np.random.get_state()
@@ -152,6 +188,12 @@ def undisturbed() -> Iterator[None]:
             torch.random.fork_rng(devices=[]),
         ):
             warnings.simplefilter("ignore")
+            with contextlib.suppress(ImportError):  # `load_tasks` says what is missing
+                from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+                random.seed(DEFAULT_RANDOM_SEED)
+                np.random.seed(DEFAULT_OTHER_SEED)
+                torch.default_generator.manual_seed(DEFAULT_OTHER_SEED)
             yield
     finally:
         random.setstate(state)
@@ -167,7 +209,7 @@ def _task_files(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*.yaml")):
-        if name := re.search(rb"^task:[ \t]*[\"']?([^\s\"'#]+)", path.read_bytes(), re.MULTILINE):
+        if name := re.search(rb"^[\"']?task[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#]+)", path.read_bytes(), re.MULTILINE):
             found.setdefault(name[1].decode(), path)
     for task in tasks:
         if task not in found:

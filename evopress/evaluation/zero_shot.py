@@ -147,8 +147,9 @@ def _answers(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> ZeroShot:
 
     for task in tasks.values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # anew each time: the same examples for all genomes, where a task has any
-    # No bootstrap: the standard error of an accuracy is known.
-    results = evaluate(lm, {"tasks": {task.task_name: task for task in tasks.values()}}, limit=limit, bootstrap_iters=0)
+    with undisturbed():  # what a task draws, too
+        # No bootstrap: the standard error of an accuracy is known.
+        results = evaluate(lm, {"tasks": {task.task_name: task for task in tasks.values()}}, limit=limit, bootstrap_iters=0)
     assert results is not None
     scores = {}
     for name, task in tasks.items():
@@ -168,6 +169,11 @@ def _likelihoods(lm: Any, genome: Genome | None, requests: Sequence[_Request]) -
         with undisturbed(), _transformers_attention(lm.model), lm.live.applied(genome):
             try:
                 return list(zip(places, lm.ask([requests[place] for place in places]), strict=True))
+            except AssertionError as error:
+                raise EvoPressError(
+                    "lm-eval cannot score a question of these tasks, with an answer of no token or of more than the model has "
+                    "positions: leave tasks out until it is found, or the last questions by evaluation.task_limit"
+                ) from error
             except torch.OutOfMemoryError as error:
                 raise EvoPressError(
                     f"evaluation.task_batch_size={lm.batch_size} sequences do not fit the memory of {lm.device}: lower it"

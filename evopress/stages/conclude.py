@@ -64,7 +64,8 @@ def _answer_needs(planner: Planner, needs: Needs, models: int) -> None:
         planner.hold_decoded(needs)
         return
     tasks, blocks = _tasks(workspace), workspace.blocks
-    asked = count_asked(tasks, workspace.tokenizer, bos=planner.settings.model.bos, limit=evaluation.task_limit)
+    rules: dict[str, Any] = {"bos": planner.settings.model.bos, "limit": evaluation.task_limit}
+    asked = count_asked(tasks, workspace.tokenizer, config=blocks.model.config, **rules)
     tokens = models * asked.tokens // processes()
     planner.add(
         needs,

@@ -285,6 +285,20 @@ def test_a_chat_that_cannot_be_rendered_is_told(chat: ChatTemplate | None, words
     assert "\n" not in str(caught.value)
 
 
+def test_half_a_surrogate_pair_in_a_chat_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"messages": [{"role": "user", "content": "a \\ud800"}]}\n')
+    with pytest.raises(EvoPressError, match=r"line 1 of .* has half of a surrogate pair"):
+        read_chats(path, chat_template())
+
+
+def test_a_parquet_file_with_one_column_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(EvoPressError, match="has two columns 'text': write it again"):
+        list(read_rows(path, "text"))
+
+
 @pytest.mark.parametrize("messages", [[{"content": "no role"}], ["text", {"role": "user"}], {"role": "user"}, [{"role": 3}]])
 def test_what_is_no_chat_is_refused(messages: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"

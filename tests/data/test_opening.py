@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,14 @@ def test_a_held_out_file_may_not_be_trained_on_or_share_a_name(text: Callable[..
         text(files={"mine": str(tmp_path / "search.txt")}).check_files()
     with pytest.raises(EvoPressError, match=r"evaluation\.files has 'text', which another data set is called"):
         text(files={"text": str(tmp_path / "other.txt")}).check_files()
+
+
+def test_the_field_of_further_files_is_their_own(text: Callable[..., RunText], tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text(json.dumps({"body": "Words of its own. " * 40}) + "\n")
+    files = {"files": {"own": str(tmp_path / "own.jsonl")}}
+    assert text(field="body", data={"field": "content"}, **files).evaluation["own"].shape == (4, LENGTH)
+    with pytest.raises(EvoPressError, match=r"name the field that holds the text with evaluation\.field$"):
+        text(data={"field": "body"}, **files).evaluation  # noqa: B018
 
 
 def test_a_token_that_the_embedding_lacks_is_refused(text: Callable[..., RunText]) -> None:

@@ -170,3 +170,33 @@ def test_how_the_runs_own_files_are_read_is_part_of_what_is_held_out(tmp_path):
         assert len(list(source.documents("evaluation"))) == count
         identities.append(source.identity())
     assert identities[0] != identities[1] and "apart_from_read_as" not in identities[0]
+
+
+def test_a_paragraph_in_several_parts_of_a_shared_txt_is_in_the_first(tmp_path: Path) -> None:
+    notice, texts = documents(99), [documents(i) for i in range(30)]
+    book = txt(tmp_path / "book.txt", [notice, *texts[:9], notice, *texts[9:20], notice, *texts[20:], texts[0]])
+    found, aside = read(TextFiles(calibration=(book,), search=(book,), evaluation=(book,)))
+    check_apart(found, [notice, *texts])
+    assert "\n\n".join(found["calibration"]).split("\n\n").count(notice) == 2, "what repeats in one part stays"
+    assert aside == {"calibration": 0, "search": 1, "evaluation": 1}
+
+
+def test_chats_that_differ_in_what_they_call_are_different(tmp_path: Path) -> None:
+    def chat(i: int) -> list[dict[str, object]]:
+        return [{"role": "user", "content": "How is the weather?"}, {"role": "assistant", "tool_calls": [{"city": f"town {i}"}]}]
+
+    path = tmp_path / "calls.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat(i % 6)}) + "\n" for i in range(12)), encoding="utf-8")
+    calls = Calls()
+    found, aside = read(TextFiles(calibration=(path,), search=(path,), evaluation=(path,), chat=calls))  # type: ignore[arg-type]
+    assert sorted(text for texts in found.values() for text in texts) == [f"town {i}" for i in range(6)]
+    assert all(len(texts) == 2 for texts in found.values()) and all(aside.values())
+
+
+class Calls:
+    """Stands for a chat template that prints what is called."""
+
+    digest = "calls"
+
+    def render(self, messages: list[dict[str, object]], where: str) -> str:
+        return str(messages[1]["tool_calls"][0]["city"])  # type: ignore[index]

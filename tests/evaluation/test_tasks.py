@@ -1,6 +1,8 @@
 import json
+import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,6 +65,38 @@ def test_data_is_where_lm_eval_finds_it_or_in_the_folder_or_beside_it(
             (folder / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions(count)))
     assert len(load_tasks(["odd"], tasks_path=str(root))["odd"].eval_docs) == expected
     assert Path.cwd() == here
+
+
+def test_lm_evals_own_tasks_are_found_however_their_files_name_them():
+    """MMLU's quote the key: `"task": "mmlu_anatomy"`."""
+    import lm_eval
+
+    own = Path(lm_eval.__file__).parent / "tasks"
+    names = ["piqa", "mmlu_anatomy", "gpqa_main_zeroshot", "bbh_zeroshot_navigate", "hellaswag"]
+    found = lm_eval_tasks._task_files(own, names)
+    assert list(found) == names and found["mmlu_anatomy"].parent.parent.name == "mmlu"
+
+
+def test_what_a_task_draws_is_what_lm_eval_would_draw(tmp_path, monkeypatch, write_task):
+    from lm_eval.defaults import DEFAULT_RANDOM_SEED
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "shuffling.py").write_text(
+        "import random\n\ndef docs(dataset):\n    return dataset.select(random.sample(range(len(dataset)), len(dataset)))\n"
+    )
+    write_task(tmp_path, "shuffled", questions(20))
+    path = tmp_path / "tasks" / "shuffled.yaml"
+    path.write_text(path.read_text() + "process_docs: !function shuffling.docs\n")
+    random.seed(99)
+    first = list(load_tasks(["shuffled"], tasks_path=str(tmp_path))["shuffled"].task_docs)
+    random.seed(7)
+    assert first == list(load_tasks(["shuffled"], tasks_path=str(tmp_path))["shuffled"].task_docs) != questions(20)
+    monkeypatch.chdir(tmp_path)
+    random.seed(DEFAULT_RANDOM_SEED)
+    assert (
+        list(TaskManager(include_path="tasks", include_defaults=False).load(["shuffled"])["tasks"]["shuffled"].task_docs) == first
+    )
 
 
 def test_the_same_task_file_as_lm_eval_reads_it(tmp_path, monkeypatch, write_task):
@@ -162,6 +196,23 @@ def test_the_papers_tasks_come_from_the_hub():
 
 
 # What is asked
+
+
+def test_prompts_are_counted_as_far_as_the_model_sees_them(tmp_path, write_task):
+    write_task(tmp_path, "huge", [{"question": "Who?" * 1000, "options": ["ant", "bees"], "gold": 0}])
+    tasks = load_tasks(["huge"], tasks_path=str(tmp_path))
+    assert count_asked(tasks, byte_tokenizer()).longest == 512  # of the tokenizer
+    assert count_asked(tasks, byte_tokenizer(), config=SimpleNamespace(max_position_embeddings=300)).longest == 300
+
+
+def test_an_answer_that_lm_eval_cannot_score_is_refused(tmp_path, write_task):
+    write_task(tmp_path, "odd", [{"question": "Who?", "options": ["ant", "b" * 600], "gold": 0}])
+    with pytest.raises(
+        EvoPressError, match=r"'odd' is 601 tokens long, more than the model's 512 positions .*: leave the task out"
+    ):
+        count_asked(load_tasks(["odd"], tasks_path=str(tmp_path)), byte_tokenizer())
+    with pytest.raises(EvoPressError, match=r"'odd' has no token \('d' after 'an'\), so lm-eval cannot score it"):  # it merges
+        lm_eval_tasks._check_answers("odd", [("an", "d")], [[7]], [[6]], 512)
 
 
 def test_many_questions_are_counted_by_some_of_them(tmp_path, write_task, monkeypatch):
