@@ -300,7 +300,7 @@ def _job(config: DictConfig) -> float:
     folder = _linked.get(folder, folder)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        with run_folder.refusals_taken_back(folder):
+        with run_folder.held(folder):
             if ranks.asked_for() and not ranks.launched():  # a launcher's process, which the others do not know
                 raise EvoPressError("under torchrun the jobs of a sweep run one after the other: leave hydra/launcher out")
             return _run(config, folder)
@@ -378,37 +378,36 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     if HydraConfig.get().mode == RunMode.MULTIRUN and set(settings.stages) <= set(finished.stages_done(settings, run_dir)):
         logger.info("finished before, so not run again: %s (to run it again, remove the folder)", _shown(run_dir))
         return finished.best_fitness(run_dir)
-    with run_folder.held(run_dir):
-        environment = machine.describe(torch.get_num_threads(), device=settings.model.device)
-        if not there:
-            write_json(run_dir / "environment.json", environment)
+    environment = machine.describe(torch.get_num_threads(), device=settings.model.device)
+    if not there:
+        write_json(run_dir / "environment.json", environment)
 
-        def begin() -> None:
-            if settings.resume is not None and run_folder.looks_aside(run_dir, list(overrides)):
-                return
-            kept = run_folder.kept_with_own_stages(run_dir, overrides) if settings.resume is not None else list(overrides)
-            run_folder.keep_config(run_dir, composed | {"overrides.yaml": OmegaConf.to_yaml(kept)})
-            run_folder.keep_overrides(run_dir, kept)
-            write_json(run_dir / "environment.json", environment)
+    def begin() -> None:
+        if settings.resume is not None and run_folder.looks_aside(run_dir, list(overrides)):
+            return
+        kept = run_folder.kept_with_own_stages(run_dir, overrides) if settings.resume is not None else list(overrides)
+        run_folder.keep_config(run_dir, composed | {"overrides.yaml": OmegaConf.to_yaml(kept)})
+        run_folder.keep_overrides(run_dir, kept)
+        write_json(run_dir / "environment.json", environment)
 
-        logger.info("run folder %s", _shown(run_dir))
-        for sentence in command_line.unused(overrides, strategy=settings.search.strategy.name):
-            logger.warning(sentence)
-        paper = configuration.at_paper_scale(config)
-        try:
-            return pipeline.run(
-                settings,
-                run_dir,
-                begin=begin,
-                config=configuration.plain_dict(config),
-                command=run_folder.command_of(run_dir, overrides),
-                environment=environment,
-                paper=paper and replace(paper, model=settings.model, method=settings.method),
-            )
-        except Exception as error:
-            if any((*run_dir.glob("state.json"), *run_dir.glob("points/*/state.json"))):
-                error.add_note(f"what the search has done is kept; go on with: {_to_go_on(run_dir)}")
-            raise
+    logger.info("run folder %s", _shown(run_dir))
+    for sentence in command_line.unused(overrides, strategy=settings.search.strategy.name):
+        logger.warning(sentence)
+    paper = configuration.at_paper_scale(config)
+    try:
+        return pipeline.run(
+            settings,
+            run_dir,
+            begin=begin,
+            config=configuration.plain_dict(config),
+            command=run_folder.command_of(run_dir, overrides),
+            environment=environment,
+            paper=paper and replace(paper, model=settings.model, method=settings.method),
+        )
+    except Exception as error:
+        if any((*run_dir.glob("state.json"), *run_dir.glob("points/*/state.json"))):
+            error.add_note(f"what the search has done is kept; go on with: {_to_go_on(run_dir)}")
+        raise
 
 
 def _shown(path: str | Path) -> str:

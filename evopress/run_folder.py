@@ -33,9 +33,11 @@ _LONGEST_NAME = 120
 def held(folder: Path) -> Iterator[None]:
     """Hold a run folder for one run, and clear away the temporary files of an earlier one that was killed.
 
+    Enter it before any logging. A run that is refused leaves the folder as it was; one that is refused because another is at work has not touched it.
+
     Raises: EvoPressError if another run is at work there, or the folder cannot be written to.
     """
-    lock = FileLock(folder / LOCK)
+    lock, had_one = FileLock(folder / LOCK), (folder / LOCK).exists()
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -45,14 +47,21 @@ def held(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise explained(error, folder / LOCK) from error
     try:
-        for path in [path for inside in _INSIDE for path in folder.glob(f"{inside}.*.tmp")]:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        yield
+        with _refusals_taken_back(folder, made=() if had_one else (LOCK,)):
+            for path in [path for inside in _INSIDE for path in folder.glob(f"{inside}.*.tmp") if not _of_another(path, folder)]:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            yield
     finally:
         lock.release()
+
+
+def _of_another(path: Path, folder: Path) -> bool:
+    """Tell whether a file in a folder is of a run whose own folder is inside it."""
+    inside = path.relative_to(folder).parent.parts
+    return any((folder.joinpath(*inside[:depth]) / LOCK).exists() for depth in range(1, len(inside) + 1))
 
 
 def holds_a_run(folder: Path) -> bool:
@@ -166,10 +175,13 @@ def _overrides_in(folder: Path) -> list[str] | None:
 
 
 @contextmanager
-def refusals_taken_back(folder: Path) -> Iterator[None]:
-    """Let a folder be what it was if a run is refused it, with the log that it had, or not there; enter before any logging."""
+def _refusals_taken_back(folder: Path, made: Collection[str] = ()) -> Iterator[None]:
+    """Let a folder be what it was if a run is refused it, with the log that it had, or not there.
+
+    Args: made: names of what this run has put there already.
+    """
     sizes = {path: path.stat().st_size for path in folder.glob("*.log")}
-    there = {path.name for path in folder.glob("*") if sizes.get(path) != 0}  # Hydra has made an empty log
+    there = {path.name for path in folder.glob("*") if sizes.get(path) != 0} - set(made)  # Hydra has made an empty log
     settings = folder / _OVERRIDES
     before = _changed(settings)
     try:

@@ -237,13 +237,29 @@ def test_a_job_of_a_sweep_whose_folder_is_taken_is_refused_and_the_others_run(tm
     assert (tmp_path / "sweep" / "1" / "genome.json").exists() and not (tmp_path / "sweep" / "0" / "metrics.jsonl").exists()
 
 
+def test_a_run_leaves_what_one_inside_its_folder_is_writing(tmp_path: Path) -> None:
+    with run_folder.held(tmp_path):
+        inner = tmp_path / "inner"
+        (inner / "figures").mkdir(parents=True)
+        (tmp_path / "exports").mkdir()
+    with run_folder.held(inner):
+        files = [inner / ".checkpoint.tmp", inner / "figures" / ".front.png.tmp"]
+        for path in (*files, tmp_path / "exports" / ".mlx.tmp"):
+            path.write_text("half")
+        with run_folder.held(tmp_path):
+            assert all(path.exists() for path in files) and not list((tmp_path / "exports").iterdir())
+
+
 def test_a_folder_is_free_again_and_tidy_after_its_run(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint.tmp").mkdir()
     (tmp_path / ".checkpoint.tmp" / "model.safetensors").write_text("half")
     (tmp_path / ".state.json.1.tmp").write_text("half")
     with run_folder.held(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == [run_folder.LOCK]
+        (tmp_path / "evopress.log").write_text("")
+        (tmp_path / "environment.json").write_text("{}")  # of a run that has just begun
         with pytest.raises(run_folder.EvoPressError, match="another run is at work"), run_folder.held(tmp_path):
             pass
+        assert sorted(path.name for path in tmp_path.iterdir()) == [run_folder.LOCK, "environment.json", "evopress.log"]
     with run_folder.held(tmp_path):
         pass
