@@ -61,6 +61,19 @@ def finish(workspace: Workspace, done: Collection[str], earlier: Mapping[str, An
     write_json(workspace.run_dir / FINISHED, finished)
 
 
+def begin_again(run_dir: Path, stages: Collection[str], done: Collection[str], earlier: Mapping[str, Any]) -> None:
+    """Let what is written of a finished run be without the stages that are about to be done: killed in them, it has the others.
+
+    Args:
+        done: of earlier runs, as `stages_done` returns them.
+        earlier: what the file says, as `read_finished` returns it.
+    """
+    if kept := [stage for stage in done if stage not in stages]:
+        write_json(run_dir / FINISHED, {**earlier, "stages": kept})
+    else:
+        (run_dir / FINISHED).unlink(missing_ok=True)
+
+
 def _exported(finished: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a finished run has exported, name to options."""
     exported = finished.get("exports", EXPORTED_BEFORE)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evopress.finished import FINISHED, best_fitness, finish, read_finished, stages_done
+from evopress.finished import begin_again, best_fitness, finish, read_finished, stages_done
 from evopress.methods.points import has_limit, has_points
 from evopress.progress import duration
 from evopress.reporting.generations import read_generations
@@ -134,7 +134,7 @@ def run(
     begin()
     open_for_all(workspace)
     if not aside:
-        (run_dir / FINISHED).unlink(missing_ok=True)
+        begin_again(run_dir, settings.stages, done, earlier)
     tracker = make_tracker(settings.tracker)
     asked: dict[str, Any] = {"max_kl": settings.max_kl, "min_agreement": settings.min_agreement}
     asked |= {"budgets": "+".join(each.name for each in points) or None, "size": settings.size}

@@ -33,7 +33,8 @@ _LONGEST_NAME = 120
 def held(folder: Path) -> Iterator[None]:
     """Hold a run folder for one run, and clear away the temporary files of an earlier one that was killed.
 
-    Enter it before any logging. A run that is refused leaves the folder as it was; one that is refused because another is at work has not touched it.
+    Enter it before any logging. A run that is refused leaves the folder as it was; one that is refused because another is at work
+    there has not touched it.
 
     Raises: EvoPressError if another run is at work there, or the folder cannot be written to.
     """

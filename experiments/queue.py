@@ -103,8 +103,9 @@ def missing(name: str, root: Path) -> Missing:
     Raises: EvoPressError if jobs are there that do not belong together.
     """
     there = sweep(name, root)
+    left = [*there.missing, *(dict(job.axes) for job in there.jobs if not has_finished(job.folder))]  # killed after its evaluation
     took = [float(job.result["search"]["seconds"]) for job in there.jobs if job.result.get("search")]
-    return Missing(name, there.missing, len(there.jobs) + len(there.missing), statistics.fmean(took) if took else None)
+    return Missing(name, tuple(left), len(there.jobs) + len(there.missing), statistics.fmean(took) if took else None)
 
 
 def missing_of_script(name: str, root: Path, jobs: int, further: Sequence[str]) -> Missing | None:

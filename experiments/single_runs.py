@@ -13,13 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 from evopress.earlier_versions import as_written_now
+from evopress.errors import EvoPressError
 from evopress.reporting.jobs import typed_settings
-from evopress.run_folder import ANY_JOB, kept_overrides
+from evopress.reporting.records import read_json
+from evopress.run_folder import ANY_JOB, LOCK, kept_overrides, own_stages
 from experiments.clock import Clock
 
 _OF_ROUNDING = ("model.device", "fitness.max_tokens_in_flight", "fitness.chunk_tokens")
 """Settings that decide what a job finds by its rounding alone."""
+_ALL_STAGES = ("database", "baselines", "search", "evaluate", "export", "report")
+"""Of a run that is told none; some do refine, too."""
 _BEGUN = "$ "
 """Before the command in a log, once for each time that it was begun."""
 
@@ -41,6 +47,22 @@ class Running:
         """Begin with none."""
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._lock, self._stopped = threading.Lock(), False
+
+    def waits_for(self, folder: Path) -> bool:
+        """Wait for another process that is at work in a job's folder, such as one that outlived a killed queue.
+
+        Returns: whether there was one.
+        """
+        lock, waited = FileLock(folder / LOCK), False
+        while (folder / LOCK).exists() and not self._stopped:
+            try:
+                lock.acquire(timeout=1)
+            except Timeout:
+                waited = True
+                continue
+            lock.release()
+            break
+        return waited
 
     def ended_well(self, command: Sequence[str], log: IO[str]) -> bool:
         """Run a command to its end; tell whether that was a good one."""
@@ -72,7 +94,8 @@ def evopress(folder: Path, *arguments: str, running: Running | None = None) -> b
 
     Args: running: has the job's process while it runs.
     """
-    typed = typed_settings(arguments)
+    typed, running = typed_settings(arguments), running or Running()
+    running.waits_for(folder)
     if has_finished(folder):
         other = _other_settings(folder, typed)
         if other:
@@ -134,8 +157,16 @@ def each_told(runs: Sequence[SingleRun], *, at_once: int = 1) -> Iterator[tuple[
 
 
 def has_finished(folder: Path) -> bool:
-    """Tell whether a job has ended well, of whatever settings."""
-    return (folder / "finished.json").exists()
+    """Tell whether a job has ended well, of whatever settings; not if a later command was killed in one of its stages."""
+    path = folder / "finished.json"
+    if not path.exists():
+        return False
+    try:
+        done, own = read_json(path).get("stages"), own_stages(kept_overrides(folder) or [])
+    except (EvoPressError, AttributeError):
+        return False
+    asked = own.removeprefix("stages=").strip("[]").split(",") if own else _ALL_STAGES
+    return not isinstance(done, list) or set(asked) <= set(done)
 
 
 def why_it_failed(folder: Path) -> str:

@@ -6,9 +6,11 @@ import hashlib
 import json
 import logging
 import re
+import time
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,8 @@ LONGEST_PART = 2**18
 _BETWEEN_WORDS = re.compile(r"(.*[^\W\d_])(?= [^\W\d_])", re.DOTALL)
 _BEFORE_SPACE = re.compile(r".*\S(?=\s)", re.DOTALL)
 _SCHEMA = 1
+_ABANDONED = 3600.0
+"""Seconds after which nobody is still at work on a file."""
 
 
 def token_sequences(
@@ -309,3 +313,7 @@ def _save(path: Path, sequences: Tensor, *, key: str, recipe: dict[str, Any], le
         temporary.write_bytes(content)
 
     write_atomically(path, write)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a run that was killed; another one may be about to rename its own
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()

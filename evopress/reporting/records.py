@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
-from evopress.files import explained, sync_folder, write_bytes
+from evopress.files import explained, is_sealed, seal, sync_folder, write_bytes
 from evopress.json_files import check_schema, decode, load_bytes, load_document, load_json, parse_json, shown
 from evopress.reporting.dropped_words import is_words, levels_of_words
 from evopress.units import Budget, Genome, Space
@@ -48,12 +48,15 @@ def plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
 
 
-def write_json(path: str | Path, data: Any) -> None:
+def write_json(path: str | Path, data: Any, *, sealed: bool = False) -> None:
     """Replace a JSON file as a whole; NaN and infinities are written as null, a list of numbers on one line.
+
+    Args: sealed: an object gets its own digest, so that `read_document` sees any change.
 
     Raises: EvoPressError if the folder cannot be written to.
     """
-    text = json.dumps(plain(data), indent=2, allow_nan=False)
+    data = seal(plain(data)) if sealed else plain(data)
+    text = json.dumps(data, indent=2, allow_nan=False)
     text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
     write_bytes(path, f"{text}\n".encode())
 
@@ -71,9 +74,12 @@ def read_document(path: str | Path, *, what: str) -> dict[str, Any]:
 
     Args: what: what the file should be: "search state".
 
-    Raises: EvoPressError as `read_json`, and if it is no object or of another schema.
+    Raises: EvoPressError as `read_json`, and if it is no object, of another schema, or another than was written and sealed.
     """
-    return load_document(path, what=what, newest=SCHEMA)
+    document = load_document(path, what=what, newest=SCHEMA)
+    if "digest" in document and not is_sealed(document):
+        raise EvoPressError(f"{path} is damaged, or was changed by hand: restore it, or remove it to make it again")
+    return document
 
 
 def append_record(path: str | Path, record: Mapping[str, Any]) -> None:

@@ -221,7 +221,7 @@ def find_baselines(workspace: Workspace) -> None:
     workspace.archive.tell("baselines")
     stored = {"schema": 1, "database": workspace.database.fingerprint, "asked": _asked(workspace), "further": further}
     genomes_found = {name: list(genome) for name, genome in found.items()}
-    write_json(path, {**stored, "genomes": genomes_found, "orders": orders, "spent": spent})
+    write_json(path, {**stored, "genomes": genomes_found, "orders": orders, "spent": spent}, sealed=True)
 
 
 class RunProblem:

@@ -221,10 +221,10 @@ def export(workspace: Workspace, *, command: str) -> None:
 
 
 def _row(workspace: Workspace, space: Space, genome: Genome, *, name: str) -> dict[str, Any]:
-    """Return a genome's row: as it was measured, or else what it takes."""
+    """Return a genome's row: as it was measured, or else what it takes; without what formats that are there already take."""
     found = next((row for row in read_result(workspace.run_dir).get("rows", []) if row["name"] == name), None)
     if found is not None:
-        return found
+        return {key: value for key, value in found.items() if key not in ("checkpoint_bytes", "exports")}
     size = workspace.other_bytes + (space.stored_bits(genome) + 7) // 8
     return {"name": name, **workspace.method.costs(space, genome), "bytes": size}
 

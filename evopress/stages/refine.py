@@ -203,7 +203,7 @@ def refine_settings(workspace: Workspace, genome: Genome) -> WalkSettings:
 
 
 def refined_levels(workspace: Workspace, genome: Genome) -> LevelDatabase | None:
-    """Return what the stage refine made of a genome; None if it has not, or not of this one, which is said.
+    """Return what the stage refine made of a genome; None if it has not, or not of this one or so, which is said.
 
     Raises: EvoPressError if it is damaged.
     """
@@ -220,6 +220,8 @@ def refined_levels(workspace: Workspace, genome: Genome) -> LevelDatabase | None
         recipe = refined.manifest["recipe"]
         if (recipe.get("database"), recipe.get("genome")) != (database.fingerprint, list(genome)):
             logger.info("%s is of another genome or level database, so it is left out: %s", folder, _AGAIN)
+        elif (correction := recipe.get("correction", 0.0)) != workspace.settings.refine.correction:
+            logger.info("%s was made with refine.correction=%g, so it is left out: %s", folder, correction, _AGAIN)
         elif refined.space.units != refined_units(_database(workspace), genome):
             raise EvoPressError(f"{folder} has other units or levels than the genome: {_AGAIN}")
         else:

@@ -147,6 +147,7 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
                     "rng_minibatch": workspace.rng["minibatch"].bit_generator.state,
                     "seconds": seconds,
                 },
+                sealed=True,
             )
             shown = numbers.add(entry)
             tracker.log(shown, generation=record.generation)

@@ -638,11 +638,27 @@ def test_exporting_what_was_never_found(tiny: Callable[..., Any]) -> None:
 
 
 def edited(name: str, **values: object) -> Callable[[Path], None]:
-    """Change values of a JSON file of a run folder."""
+    """Change values of a JSON file of a run folder as a version wrote it that sealed none."""
 
     def change(folder: Path) -> None:
         path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+        document = json.loads(path.read_text(encoding="utf-8")) | values
+        document.pop("digest", None)
+        path.write_text(json.dumps(document), encoding="utf-8")
+
+    return change
+
+
+def of_another_digit(name: str) -> Callable[[Path], None]:
+    """Change a level of the first genome in a JSON file."""
+
+    def change(folder: Path) -> None:
+        text = (folder / name).read_text(encoding="utf-8")
+        changed = (
+            re.sub(r"(?<=\[)2(?=, )", "1", text, count=1) if "[2, " in text else re.sub(r"(?<=\[)\d(?=, )", "2", text, count=1)
+        )
+        assert changed != text
+        (folder / name).write_text(changed, encoding="utf-8")
 
     return change
 
@@ -652,6 +668,8 @@ RUN_FILES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
     "a newer search": (edited("state.json", schema=2), "search", ["state.json has schema 2", "update evopress"]),
     "an older search": (edited("state.json", schema=0), "search", ["state.json has schema 0", "older", "remove it"]),
     "a search cut off": (content_of("state.json", b'{"schema": 1'), "search", ["state.json", "not valid JSON", "remove it"]),
+    "a search changed by hand": (of_another_digit("state.json"), "search", ["state.json is damaged, or was changed by hand"]),
+    "baselines changed by hand": (of_another_digit("baselines.json"), "evaluate", ["baselines.json is damaged, or was changed by"]),
     "a search without its numbers": (edited("state.json", evolution={}), "search", ["state.json", "no schema number", "remove it"]),
     "records that are damaged": (
         content_of("metrics.jsonl", b'{"a": 1}\n'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -201,6 +202,14 @@ def test_damage_is_one_sentence_and_the_stage_mends_it(again: Path, evopress: Ca
     assert outcome.code == 0, outcome.text
     assert tree(again / "refined") == expected
     assert rows(again) == whole
+
+
+def test_refined_levels_of_another_correction_are_left_out(again: Path, evopress: Callable[..., Any]) -> None:
+    assert evopress(f"resume={again}", AFTER).code == 0
+    outcome = evopress(f"resume={again}", "stages=[evaluate,export]", "refine.correction=0.25")
+    assert outcome.code == 0, outcome.text
+    assert re.search(r"was made with refine\.correction=\S+, so it is left out: ", outcome.text)
+    assert "evopress_refined" not in rows(again) and "refined" not in read(again / "checkpoint" / "evopress.json")
 
 
 def test_unfinished_refined_levels_are_left_out(again: Path, evopress: Callable[..., Any]) -> None:

@@ -138,8 +138,8 @@ def test_guided_searches_and_a_killed_run_ends_with_the_same_genome(
     stop = [2]
     finish = program_search.write_json
 
-    def killed(path: Path, value: Any) -> None:
-        finish(path, value)
+    def killed(path: Path, value: Any, **how: Any) -> None:
+        finish(path, value, **how)
         if path.name == "state.json":
             stop[0] -= 1
             if not stop[0]:

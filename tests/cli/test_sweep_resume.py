@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evopress import run_folder
+from evopress import pipeline, run_folder
 from evopress.finished import FINISHED
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.models.tiny import make_tiny
@@ -52,6 +52,19 @@ def sweep(kept: Path, evopress: Callable[..., Any], tmp_path: Path) -> Path:
 
 def killed(*arguments: Any, **options: Any) -> Any:
     raise KeyboardInterrupt
+
+
+def test_a_stage_that_is_killed_later_leaves_the_others_done(
+    sweep: Path, evopress: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sweep / "seed-0"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "export", killed)
+        assert evopress(f"resume={folder}", "stages=[export]").code == 130
+    assert json.loads((folder / FINISHED).read_text())["stages"] == ["database", "search", "evaluate"]
+    assert evopress(f"resume={folder}", "stages=[export]").code == 0
+    assert json.loads((folder / FINISHED).read_text())["stages"] == ["database", "search", "evaluate", "export"]
+    assert skipped(evopress(*SWEEP, *FEW)) == ["sweep/seed-0", "sweep/seed-1"]
 
 
 def test_finished_jobs_are_not_run_again(sweep: Path, evopress: Callable[..., Any]) -> None:

@@ -1,4 +1,5 @@
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,18 @@ def test_cache_is_keyed_by_all_that_decides_the_tokens(tmp_path, other):
     _get(source, cache_dir=tmp_path, **settings)
     assert source.num_read > 0
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_killed_run_left_half_written_goes_when_the_file_is_written(tmp_path):
+    _get(Source([_text(0, 50)]), cache_dir=tmp_path)
+    (file,) = tmp_path.iterdir()
+    old, new = (tmp_path / f".{file.name}.{name}.tmp" for name in ("1-a", "2-b"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    file.unlink()
+    _get(Source([_text(0, 50)]), cache_dir=tmp_path)
+    assert not old.exists() and new.exists(), "another run may be at work on the new one"
 
 
 def _cut_short(path):

@@ -7,15 +7,17 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from evopress.errors import EvoPressError
-from evopress.run_folder import keep_overrides
+from evopress.run_folder import LOCK, keep_overrides
 from experiments import queue
 from experiments.single_runs import SingleRun, evopress, evopress_all, logged, why_it_failed
 from experiments.specs import BEST_LEVELS, home
@@ -109,6 +111,31 @@ def test_what_scripts_run_are_jobs_of_the_queue(
     failed, said = go()
     assert said.startswith("4 jobs left\n") and len(ran) == 12 and failed == 0
     assert go() == (0, "0 jobs left\ncalibration: done\n") and asked.count(script) == 2
+
+
+def test_a_job_that_was_killed_after_its_evaluation_is_gone_on_with(tmp_path: Path) -> None:
+    jobs = [tmp_path / "table3" / f"seed-{seed}" for seed in range(3)]
+    for seed, folder in enumerate(jobs):
+        write_job(folder, [f"seed={seed}"])
+    (jobs[1] / "finished.json").unlink()
+    (jobs[2] / "finished.json").write_text(json.dumps({"stages": ["database", "search"]}))
+    left = queue.missing("table3", tmp_path)
+    assert [dict(each) for each in left.jobs] == [{"seed": "1"}, {"seed": "2"}] and left.total == 3
+
+
+def test_a_job_that_outlived_its_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, ran = tmp_path / "job", []
+    folder.mkdir()
+    monkeypatch.setattr("experiments.single_runs.logged", lambda *args, **options: ran.append(1) or True)
+    with FileLock(folder / LOCK):
+        waiting = threading.Thread(target=lambda: evopress(folder, "bits=3"))
+        waiting.start()
+        time.sleep(0.5)
+        assert waiting.is_alive() and not ran
+        (folder / "finished.json").write_text("{}")
+    waiting.join(timeout=10)
+    assert not waiting.is_alive() and not ran, "it has finished meanwhile"
+    assert evopress(tmp_path / "other", "bits=3") and ran
 
 
 def test_paper_stands_for_its_tables_and_figures() -> None:

@@ -79,7 +79,7 @@ def make_search(folder: Path) -> None:
 
     run_search(evolution, lambda genomes, tokens: [float(sum(genome)) for genome in genomes], on_generation=keep)
     state = {"schema": 1, "database": "d", "evolution": evolution.state(), "rng_minibatch": rng.bit_generator.state, "seconds": 1.5}
-    write_json(folder / "state.json", state)
+    write_json(folder / "state.json", state, sealed=True)
     names = folder / "genome.json", folder / "genome.txt"
     write_genome(*names, space=SPACE, genome=evolution.parent, database="d", budget=BUDGET)
 
@@ -124,7 +124,7 @@ def read_hessians(folder: Path) -> None:
 def make_baselines(folder: Path) -> None:
     genomes = {"dp": [0, 1, 2, 2], "best_of_4": [1, 1, 1, 1]}
     stored = {"schema": 1, "database": "d", "further": [f"owl-{'0' * 16}"], "genomes": genomes, "orders": {"shortgpt": [1]}}
-    write_json(folder / "baselines.json", stored)
+    write_json(folder / "baselines.json", stored, sealed=True)
 
 
 def make_result(folder: Path) -> None:
@@ -154,9 +154,9 @@ READERS = [
     Reader("genome.json", make_search, lambda folder: SPACE.check(read_genome(folder / "genome.json", SPACE, database="d"))),
     Reader("genome.txt", make_search, lambda folder: SPACE.check(read_genome(folder / "genome.txt", SPACE)), versioned=False),
     Reader("metrics.jsonl", make_search, lambda folder: read_generations(folder / "metrics.jsonl", SPACE), lines=True),
-    Reader("state.json", make_search, lambda folder: go_on(folder / "state.json", *search(), database="d")),
+    Reader("state.json", make_search, lambda folder: go_on(folder / "state.json", *search(), database="d"), sealed=True),
     Reader("result.json", make_result, read_result),
-    Reader("baselines.json", make_baselines, lambda folder: read_baselines(folder / "baselines.json")),
+    Reader("baselines.json", make_baselines, lambda folder: read_baselines(folder / "baselines.json"), sealed=True),
     Reader(FINISHED, make_finished, lambda folder: stages_done(RUN, folder)),
     Reader(".hydra/overrides.json", lambda folder: keep_overrides(folder, ["a=1"]), kept_overrides),
     Reader(MANIFEST, make_database, read_database, sealed=True),

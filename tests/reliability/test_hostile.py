@@ -75,7 +75,7 @@ def test_a_journal_names_no_file_elsewhere(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_baselines_name_no_folder_elsewhere(name: str, tmp_path: Path) -> None:
     make_baselines(tmp_path)
-    rewrite(tmp_path / "baselines.json", lambda stored: stored.update(further=[name]), sealed=False)
+    rewrite(tmp_path / "baselines.json", lambda stored: stored.update(further=[name]))
     with pytest.raises(EvoPressError, match=r"names the level databases .* remove it"):
         read_baselines(tmp_path / "baselines.json")
 

@@ -52,7 +52,7 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
 def timeless(value: Any) -> Any:
     """Return what a JSON file holds without what the clock says."""
     if isinstance(value, dict):
-        return {key: timeless(each) for key, each in value.items() if key not in ("seconds", "seconds_spent")}
+        return {key: timeless(each) for key, each in value.items() if key not in ("seconds", "seconds_spent", "digest")}
     return [timeless(each) for each in value] if isinstance(value, list) else value
 
 
