@@ -223,6 +223,8 @@ def _with_resumed(arguments: list[str], folder: Path) -> list[str]:
     if _has_finished(folder, earlier):  # one that was killed goes on with the stages that it was begun with
         later.add("stages")
     kept = [override for override in as_written_now(earlier) if override.split("=", 1)[0] not in later]
+    if formats := next((argument.partition("=")[2] for argument in reversed(arguments) if argument.startswith("export=")), None):
+        kept = run_folder.without_options_of_others(kept, formats)
     given = [argument for argument in arguments if not argument.startswith("resume=")]
     if both := command_line.two_targets(given, kept):
         target, instead = both

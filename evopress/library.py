@@ -66,8 +66,8 @@ _SAMPLED = 256
 """Numbers of each tensor that tell whether it has changed."""
 _SEPARATORS = {"smollm2_135m": "<|endoftext|>"}
 """As the models' configs have them."""
-_EXCHANGES = {"drop": "name", "joint": "fit"}
-"""As the methods' configs choose: attention for attention, and whatever fits the size."""
+_EXCHANGES = {"drop": "name", "joint": "fit", "sparsity": "any"}
+"""As the methods' configs choose: attention for attention, whatever fits the size, steps of as many weights in any unit."""
 Text = Sequence[str] | Tensor
 """Documents, or token ids int64 [N, L], which are taken as they are."""
 
@@ -318,7 +318,8 @@ def search(
     Raises: EvoPressError if a setting is unknown or out of range, there is too little text, or the folder has another search.
     """
     _check_levels(levels)
-    if exchange := _EXCHANGES.get(levels.settings.method.name):
+    method = levels.settings.method
+    if exchange := "fit" if getattr(method, "grid", None) == "gguf" else _EXCHANGES.get(method.name):
         settings.setdefault("exchange", exchange)
     settings["strategy"] = _strategy(settings.get("strategy"))
     _check_types(RunSettings, {"seed": seed}, what="search")
@@ -353,7 +354,7 @@ def search(
 
 
 @exactly()
-def evaluate(levels: Levels, text: Text, genome: Genome | Found | None = None) -> Scores:
+def evaluate(levels: Levels, text: Text, genome: Genome | Found | str | Path | None = None) -> Scores:
     """Measure a genome, or the dense model, on held-out text: KL divergence to the dense model, perplexity, top-1 agreement.
 
     Raises: EvoPressError if the genome does not fit the levels, or there is too little text.
@@ -371,7 +372,9 @@ def evaluate(levels: Levels, text: Text, genome: Genome | Found | None = None) -
 
 
 @exactly()
-def export(levels: Levels, genome: Genome | Found, folder: str | Path, *, format: str = DEQUANTIZED, **options: Any) -> Path:
+def export(
+    levels: Levels, genome: Genome | Found | str | Path, folder: str | Path, *, format: str = DEQUANTIZED, **options: Any
+) -> Path:
     """Write the model at a genome, replacing an older export; return the folder.
 
     Args:
@@ -421,9 +424,11 @@ def _check_levels(levels: Any) -> None:
     levels.model.check()
 
 
-def _genome(levels: Levels, genome: Genome | Found) -> Genome:
+def _genome(levels: Levels, genome: Genome | Found | str | Path) -> Genome:
     if isinstance(genome, Found) and genome.database not in ("", levels.workspace.database.fingerprint):
         raise EvoPressError("what was found is of other levels than these: give those that were searched, or search these")
+    if isinstance(genome, str | Path):
+        return levels.space.check(read_genome(genome, levels.space))
     given = genome.genome if isinstance(genome, Found) else genome
     if not isinstance(given, Iterable):
         raise EvoPressError(f"the genome is a {type(given).__name__}: give a level for each unit, or what a search found")

@@ -94,7 +94,10 @@ class Registry(Generic[Part]):
             raise EvoPressError(
                 f"the {self.kind} {name} does not take what {told_by} gives it, {dict(options)} ({error}): {_options_of(make)}"
             ) from None
-        return make(**options)
+        try:
+            return make(**options)
+        except TypeError as error:  # of a class that lacks a method
+            raise EvoPressError(f"the {self.kind} {name} cannot be made ({error}): repair it, or choose another {key}") from error
 
     @staticmethod
     def _load_own(part: str | Part) -> Part:

@@ -117,6 +117,16 @@ def kept_with_own_stages(folder: Path, overrides: Sequence[str]) -> list[str]:
     return [*(each for each in overrides if not each.startswith("stages=")), *([own] if own is not None else [])]
 
 
+def without_options_of_others(overrides: Sequence[str], formats: str) -> list[str]:
+    """Return overrides without `export_options` of formats that a later command does not name.
+
+    Args: formats: the value of its `export`: "[mlx,gguf]".
+    """
+    named = set(re.findall(r"[\w-]+", formats))
+    options = (re.match(r"\+*export_options\.([\w-]+)", each) for each in overrides)
+    return [each for each, option in zip(overrides, options, strict=True) if option is None or option[1] in named]
+
+
 def command_of(folder: Path, overrides: Sequence[str]) -> str:
     """Return the command that makes the folder's run again; where a later one looks aside (`looks_aside`), that one follows.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
 
@@ -274,6 +274,8 @@ class Budget:
     """What the target counts: "bits per weight"."""
     limits: tuple[Limit, ...] = ()
     """Further ones, in other currencies or of one kind of unit (as many attention as MLP modules)."""
+    beside: int = field(default=0, compare=False)
+    """What the target counts beside the total, in the same: the bits of what is no unit."""
 
     def met_by(self, space: Space, genome: Sequence[int]) -> bool:
         """Tell whether a genome is within the total and all further limits."""
@@ -292,11 +294,10 @@ class Budget:
         """The further limits that part the total between kinds of units, or groups, by their names."""
         return {limit.kind: limit.total for limit in self.limits if limit.currency is None and limit.kind is not None}
 
-    @staticmethod
-    def _shown(space: Space, cost: int) -> str:
-        """Say a cost as the target is said: per weight, or in bytes."""
+    def _shown(self, space: Space, cost: int) -> str:
+        """Say a cost as the target is said: per weight, or as the size of the whole model."""
         if space.words.scale == 8:
-            return f"{cost / 8e6:.4g} MB beside what is no unit"
+            return f"{self.target * (cost + self.beside) / (self.total + self.beside):.4g} {self.measure}"
         return f"{cost / space.size:g}"
 
     def check(self, space: Space) -> None:

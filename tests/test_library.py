@@ -59,17 +59,21 @@ def test_the_guides_example_runs(
     assert len(example().splitlines()) <= 12
 
 
-def test_the_program_finds_the_same_genome(tmp_path: Path) -> None:
-    settings = [f"search.{key}={json.dumps(value).replace(' ', '')}" for key, value in SMALL.items()]
+@pytest.mark.parametrize(
+    ("method", "target", "settings"),
+    [("quant", "bits=3.5", {"bits": 3.5, "group_size": 16}), ("sparsity", "sparsity=0.5", {"sparsity": 0.5})],
+    ids=["quant", "sparsity"],
+)
+def test_the_program_finds_the_same_genome(method: str, target: str, settings: dict[str, Any], tmp_path: Path) -> None:
     command = [
-        "+method=quant",
-        "bits=3.5",
+        f"+method={method}",
+        target,
         "+debug=tiny",
         "search/strategy=evolution",
         "stages=[database,search]",
         "evaluation.every=0",
         "seed=3",
-        *settings,
+        *(f"search.{key}={json.dumps(value).replace(' ', '')}" for key, value in SMALL.items()),
     ]
     done = invoke(*command, f"hydra.run.dir={tmp_path / 'run'}", cache=tmp_path / "cache", cwd=tmp_path)
     assert done.code == 0, done.text
@@ -86,11 +90,13 @@ def test_the_program_finds_the_same_genome(tmp_path: Path) -> None:
         embedding_rows=lambda: None,
         cache=cache,
     )
-    levels = evopress.build_levels(model, text.calibration, bits=3.5, group_size=16)
+    levels = evopress.build_levels(model, text.calibration, method=method, **settings)
     found = evopress.search(levels, text.search, seed=3, **SMALL)
     assert list(found.genome) == [unit["level"] for unit in there["units"]]
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["fitness"] for record in found.records] == [record["fitness"] for record in records]
+    at_file = evopress.evaluate(levels, text.search, tmp_path / "run" / "genome.json")
+    assert at_file == evopress.evaluate(levels, text.search, found)
 
 
 def test_the_rooms_that_share_a_name_with_the_library_are_both() -> None:

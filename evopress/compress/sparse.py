@@ -169,7 +169,25 @@ class SparsityLevels:
     def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
         """Prune every weight to every level; see `Compressor.compress`."""
         assert all(W.element_size() * 8 == self.dtype_bits for W in weights.values()), "stored_bits counts values of another dtype"
-        return self.prune(weights, H, {name: self.kept(W.numel()) for name, W in weights.items()})
+        return pruned(self, weights, H, {name: self.kept(W.numel()) for name, W in weights.items()})
+
+
+def pruned(
+    pruner: SparsityLevels, weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[int]]
+) -> dict[str, Sequence[Compressed]]:
+    """Prune weights to numbers of kept ones, and see that they are these: what a budget counts.
+
+    Raises: EvoPressError if a pruner keeps others.
+    """
+    made = pruner.prune(weights, H, kept)
+    for name, counts in kept.items():
+        found = [len(level.payload.values) for level in made[name] if isinstance(level.payload, Sparse)]
+        if found and found != list(counts):
+            raise EvoPressError(
+                f"the pruner {type(pruner).__name__} keeps {found} of the {weights[name].numel()} weights of {name}, asked for "
+                f"{list(counts)}: mend it, or choose another method.compressor"
+            )
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +221,7 @@ class PruneTo:
 
     def compress(self, weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Sequence[Compressed]]:
         """Prune every weight to every level; see `Compressor.compress`."""
-        return self.pruner.prune(weights, H, {name: self.kept[name] for name in weights})
+        return pruned(self.pruner, weights, H, {name: self.kept[name] for name in weights})
 
 
 def unpacked(level: Level, size: int) -> int:

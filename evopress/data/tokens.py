@@ -10,7 +10,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from evopress.data.sources import Split, TextSource, streams_of
 from evopress.data.special_tokens import leading_ids
 from evopress.errors import EvoPressError
 from evopress.files import canonical_json, write_atomically
-from evopress.json_files import parse_json
+from evopress.json_files import clip, parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,16 +85,20 @@ def token_sequences(
     shape, left_out = (num_tokens // sequence_length, sequence_length), Counter[str]()
 
     def read() -> Tensor:
-        return _read_sequences(
-            source, split, tokenizer, shape, separator_id=separator_id, leading=leading, left_out=left_out, or_all=or_all
-        )
+        with _told_of(source):
+            return _read_sequences(
+                source, split, tokenizer, shape, separator_id=separator_id, leading=leading, left_out=left_out, or_all=or_all
+            )
 
     if cache_dir is None:
         return read()
 
+    with _told_of(source):
+        identity = source.identity()
+        canonical_json(identity)
     recipe = {
         "schema": _SCHEMA,
-        "source": source.identity(),
+        "source": identity,
         "split": split,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "separator": separator_id,
@@ -222,6 +226,21 @@ def sequences_of(
             f"the text has {len(stream)} tokens, which fill no sequence of {sequence_length}: give more text or shorter sequences"
         )
     return _in_sequences(stream, (count, sequence_length), leading)
+
+
+@contextmanager
+def _told_of(source: TextSource) -> Iterator[None]:
+    """Turn what a text source of a package's may raise into one sentence: a file that is not there, what is no text or no JSON."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        if type(source).__module__.startswith("evopress."):
+            raise
+        reason = clip(str(error) or type(error).__name__).rstrip(". ")
+        raise EvoPressError(
+            f"the text source {source.name} cannot be read ({type(error).__name__}: {reason}): check data.options, and that it "
+            "yields text and is identified by what JSON holds"
+        ) from error
 
 
 def _documents_ids(streams: Iterator[Iterable[str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Iterator[list[int]]]:

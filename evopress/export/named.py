@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from evopress.errors import EvoPressError
-from evopress.export.exporter import Exporter
+from evopress.export.exporter import Exporter, Serves
 from evopress.registry import Registry
 
 DEQUANTIZED = "dequantized"
@@ -44,4 +45,11 @@ def _make(name: str, options: Mapping[str, Any]) -> Exporter:
         raise EvoPressError(
             f"export has {name!r}, which is a {type(exporter).__name__} without check, num_bytes and write: leave it out"
         )
+    if isinstance(exporter, Serves):
+        try:
+            signature(exporter.serve).bind("folder", None)
+        except TypeError:
+            raise EvoPressError(
+                f"export has {name!r}, whose serve does not take (folder, dtype): repair it, or leave it out"
+            ) from None
     return exporter

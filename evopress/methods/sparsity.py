@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evopress.compress.compressor import Compressor
-from evopress.compress.sparse import check_step, derive_step, kept_at
+from evopress.compress.sparse import SparsityLevels, check_step, derive_step, kept_at
 from evopress.compress.sparsegpt import SparseGPT
 from evopress.errors import EvoPressError
 from evopress.methods.method import NO_REST, Rest
@@ -95,7 +95,13 @@ class Sparsity:
             check_step(sizes, sparsity=self.centre, step=step)
         make = PRUNERS.get(s.compressor, key="method.compressor")
         own = {"recipe": s.recipe, "damping": s.damping, "block_size": s.block_size} if make is SparseGPT else {}
-        return make(sparsity=self.centre, step=step, num_levels=s.num_levels, dtype_bits=dtype_bits, **own)
+        pruner = make(sparsity=self.centre, step=step, num_levels=s.num_levels, dtype_bits=dtype_bits, **own)
+        if not isinstance(pruner, SparsityLevels) or type(pruner).settings is SparsityLevels.settings:
+            raise EvoPressError(
+                f"method.compressor={s.compressor} is no pruner: expected a class of evopress.compress.sparse.SparsityLevels with "
+                "prune and settings"
+            )
+        return pruner
 
     def budget(self, space: Space, rest: Rest = NO_REST) -> Budget:
         """Return the weights that uniform sparsity keeps."""

@@ -35,9 +35,8 @@ def size_budget(size: str, space: Space, rest: Rest) -> Budget:
             f"size={size} is less than the {rest.bits / 8e6:.4g} MB of what is no unit (norms, and embedding and head unless "
             "method.include has them): raise it, or include them"
         )
-    return Budget(
-        total=bits - rest.bits, target=number, measure="bits per weight of all" if unit == "bpw" else unit.upper().replace("I", "i")
-    )
+    measure = "bits per weight of all" if unit == "bpw" else unit.upper().replace("I", "i")
+    return Budget(total=bits - rest.bits, target=number, measure=measure, beside=rest.bits)
 
 
 def check_targets(size: str | None, limits: Sequence[Any]) -> None:

@@ -43,6 +43,8 @@ from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 _DATABASE = re.compile("[a-z]+-[0-9a-f]{16}")
+_RESERVED = {"dense": "the dense model", "evopress": "what is found", "evopress_refined": "what is found, refined"}
+"""Names of rows that are no baseline's."""
 """A level database's folder, beside the run's own."""
 
 
@@ -211,12 +213,21 @@ def find_baselines(workspace: Workspace) -> None:
         further += problem.further
         orders |= problem.orders
         space = workspace.levels.space if further else workspace.database.space
+        if not isinstance(genomes, Mapping):
+            raise EvoPressError(f"the baseline {name} finds {shown(genomes)}, expected a genome by the name of its row")
         for row, genome in genomes.items():
+            if row in _RESERVED:
+                raise EvoPressError(f"the baseline {name} gives a row {row!r}, as results call {_RESERVED[row]}: call it otherwise")
             if row in found:
                 raise EvoPressError(
                     f"the baseline {name} gives a row {row!r}, which there is already: leave it out of baselines.names"
                 )
-            found[row] = space.check(genome)
+            try:
+                found[row] = space.check(genome)
+            except EvoPressError as error:
+                raise EvoPressError(
+                    f"the baseline {name} gives a row {row!r} that is no genome of these levels ({error})"
+                ) from error
             spent[row] = took
     workspace.archive.tell("baselines")
     stored = {"schema": 1, "database": workspace.database.fingerprint, "asked": _asked(workspace), "further": further}

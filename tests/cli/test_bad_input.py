@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-PROSE = "The quick brown fox jumps over the lazy dog near the old river bank.\n\n" * 60
+PROSE = "".join(f"The quick brown fox jumps over lazy dog {i} near the old river bank.\n\n" for i in range(10, 70))
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ COMMANDS = {
     "one value for a list": (["+method=quant", "stages=export"], ["stages=export is not a list", "'stages=[export]'"]),
     "a list that a shell took apart": (["+method=quant", "stages=[search,", "export]"], ["not closed", "without spaces"]),
     "a model by its folder": (["+method=quant", "model=/models/a"], ["model=/models/a", "model.path=/models/a"]),
-    "a model that is none": (["+method=quant", "model=llama9"], ["model=llama9 is not there", "smollm2_135m, tiny"]),
+    "a model that is none": (["+method=quant", "model=llama9"], ["model=llama9 is not there", "smollm2_135m, smollm3_3b, tiny"]),
     "a path with brackets": (["+method=quant", "model.path=/a(1)"], ["model.path=/a(1)", "write 'model.path=\"/a(1)\"'"]),
     "a word": (["quant"], ["'quant' is no setting", "key=value"]),
     "a flag": (["--bits", "2.5"], ["--bits is no flag", "bits=..."]),

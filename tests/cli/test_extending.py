@@ -102,3 +102,88 @@ def test_a_pruner_from_outside_makes_a_database_and_is_searched(
     (file,) = (tmp_path / "other").rglob("model.safetensors")
     fours = [w.reshape(-1, 4) for name, w in load_file(file).items() if name.endswith("_proj.weight")]
     assert len(fours) == 14 and all(((four != 0).sum(1) == 2).all() for four in fours), "the level of 50% is a 2:4 mask"
+
+
+BASELINE = """
+from evopress.baselines.baseline import Baseline
+
+class Part(Baseline):
+    serves = frozenset({"weights"})
+    def find(self, problem):
+        return %s
+"""
+PRUNER = """
+from dataclasses import asdict, dataclass
+from evopress.compress.sparse import Sparse, SparsityLevels, to_float32
+from evopress.compress.compressor import with_errors
+
+@dataclass(frozen=True, kw_only=True)
+class Part(SparsityLevels):
+    %s
+    def prune(self, weights, H, kept):
+        return {
+            name: with_errors([Sparse.of(weights[name], W.abs() > W.abs().median(), weights[name].dtype) for _ in kept[name]], W, H)
+            for name, W in to_float32(weights, H.device).items()
+        }
+"""
+SETTINGS = "def settings(self): return asdict(self)"
+TEXT = """
+class Part:
+    name = "part"
+    def identity(self):
+        return %s
+    def documents(self, split):
+        yield %s
+"""
+QUANT = ("+method=quant", "bits=3.5", "baselines.names=[part]")
+SPARSE, READ = ("+method=sparsity", "sparsity=0.3", "method.compressor=part"), ("+method=quant", "bits=3.5", "data.source=part")
+
+
+@pytest.mark.parametrize(
+    ("group", "code", "given", "words"),
+    [
+        ("baselines", BASELINE % '{"dense": (0,) * 14}', QUANT, "part gives a row 'dense', as results call the dense model"),
+        (
+            "baselines",
+            BASELINE % '{"evopress": (0,) * 14}',
+            QUANT,
+            "a row 'evopress', as results call what is found: call it otherwise",
+        ),
+        (
+            "baselines",
+            BASELINE % '{"short": (0,)}',
+            QUANT,
+            r"the baseline part gives a row 'short' that is no genome .* has 1 levels",
+        ),
+        ("baselines", BASELINE % "None", QUANT, "the baseline part finds None, expected a genome by the name of its row"),
+        (
+            "baselines",
+            BASELINE.replace("def find", "def seek") % "None",
+            QUANT,
+            "the baseline part cannot be made .*find.*: repair it",
+        ),
+        (
+            "pruners",
+            PRUNER % SETTINGS,
+            SPARSE,
+            r"the pruner Part keeps \[.*\] of the \d+ weights of model\.layers\.0\..*, asked for \[.*\]: mend it, or choose",
+        ),
+        ("pruners", PRUNER % "", SPARSE, "method.compressor=part is no pruner: expected a class of"),
+        ("pruners", "class Part:\n    def __init__(self, **given): pass", SPARSE, "is no pruner"),
+        (
+            "text_sources",
+            TEXT % ("{}", "open('nowhere.txt').read()"),
+            READ,
+            r"the text source part cannot be read \(FileNotFoundError: .*nowhere\.txt'\): check data\.options",
+        ),
+        ("text_sources", TEXT % ("{1: b'x'}", "'a'"), READ, "cannot be read .TypeError"),
+        ("text_sources", TEXT % ("{}", "b'bytes'"), READ, "cannot be read .TypeError"),
+    ],
+)
+def test_a_part_that_is_wrong_is_one_sentence(
+    group: str, code: str, given: tuple[str, ...], words: str, install: Callable[..., Path], evopress: Callable[..., Any]
+) -> None:
+    install("my_part", {"part": "my_part:Part"}, code, group=f"evopress.{group}")
+    outcome = evopress(*given, "+debug=tiny", "hydra.run.dir=run", "stages=[database,baselines,search,evaluate]")
+    assert outcome.code == 1 and len(outcome.errors) == 1 and "Traceback" not in outcome.text, outcome.text
+    assert re.search(words, outcome.errors[0]), outcome.errors

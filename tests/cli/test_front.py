@@ -25,7 +25,7 @@ from evopress.errors import EvoPressError
 from evopress.finished import FINISHED, settings_digest
 from evopress.models.opening import fitted
 from evopress.reporting.front import best_baseline, front_rows, front_words
-from evopress.run_folder import command_of, keep_overrides, looks_aside
+from evopress.run_folder import command_of, keep_overrides, looks_aside, without_options_of_others
 from evopress.settings import RunSettings
 
 NAMES = ["4", "2.5"]
@@ -133,6 +133,12 @@ def test_what_makes_a_run_again_is_its_own_command(tmp_path: Path) -> None:
     assert command_of(tmp_path, picked) == f"{command_of(tmp_path, own)} && python -m evopress resume=RUN_FOLDER pick=2.5"
     keep_overrides(tmp_path, ["+method=quant"])
     assert command_of(tmp_path, ["+method=quant", "stages=[report]", f"resume={tmp_path}"]) == "python -m evopress +method=quant"
+
+
+def test_options_of_formats_that_a_later_command_does_not_name_are_left_behind() -> None:
+    kept = ["bits=3", "+export_options.mlx.scales=float32", "++export_options.my-own.a=1", "export_options.gguf={type: Q4_K}"]
+    assert without_options_of_others(kept, "[gguf]") == ["bits=3", "export_options.gguf={type: Q4_K}"]
+    assert without_options_of_others(kept, "[mlx,my-own]") == kept[:3]
 
 
 def test_a_front_that_is_killed_again_and_again_ends_with_the_same_genomes(
