@@ -397,17 +397,17 @@ class Workspace:
         """What was measured on the search text before, and by other runs; not where code is compiled, which rounds as it likes."""
         if not self.settings.archive or self.fused or not leads():
             return NoArchive()
-        return Archive(self.database.folder / ARCHIVE, self._what_decides, [len(unit.levels) for unit in self.database.space.units])
+        about = {**self.what_decides, "text": tokens_digest(self.search_tokens), "code": code_digest()}
+        return Archive(self.database.folder / ARCHIVE, about, [len(unit.levels) for unit in self.database.space.units])
 
     @property
-    def _what_decides(self) -> dict[str, Any]:
-        """All that decides a genome's fitness on some tokens, to the bit."""
+    def what_decides(self) -> dict[str, Any]:
+        """All that decides what is measured of a genome on some tokens, to the bit, but for the text and the code."""
         fitness, model, cuda = self.settings.fitness, self.settings.model, self.device.type == "cuda"
         return {
             **self.databases.model_recipe,
             "levels": self.database.fingerprint,
             **self.databases.ties,
-            "text": tokens_digest(self.search_tokens),
             "fitness": [fitness.name, fitness.k, fitness.evaluator, fitness.max_tokens_in_flight, fitness.chunk_tokens],
             "attention": model.attn_implementation,
             "offload": model.offload,
@@ -417,7 +417,6 @@ class Workspace:
             "precision": precision(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "code": code_digest(),
         }
 
     @cached_property

@@ -61,7 +61,7 @@ DOUBLED = {
     "files are those of a run's splits, or of a data set that is held out": {
         "calibration": "data.TextFiles settings.DataSettings",
         "evaluation": "data.TextFiles settings.DataSettings settings.RunSettings",
-        "field": "compress.Plane data.TextFiles settings.DataSettings",
+        "field": "compress.Plane data.TextFiles settings.DataSettings settings.EvaluationSettings",
         "search": "data.TextFiles settings.DataSettings settings.RunSettings",
         "wikitext": "data.HubText data.TextFiles settings.DataSettings settings.EvaluationSettings",
     },

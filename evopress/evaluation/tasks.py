@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import random
@@ -76,6 +77,19 @@ def load_tasks(tasks: Sequence[str], *, tasks_path: str | None = None) -> dict[s
                     f"evaluation.tasks has {task!r}, which is not a multiple-choice task with the metric acc: leave it out"
                 )
     return loaded
+
+
+def questions_digest(tasks: Mapping[str, Any], *, limit: int | None = None) -> str:
+    """Return the SHA-256 of what tasks ask, and of lm-eval's version: what answers depend on beside the model."""
+    from lm_eval import __version__
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    digest = hashlib.sha256(str(__version__).encode())
+    for name, task in tasks.items():
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # as `measure_zero_shot` does
+        asked = [f"{context}\n{continuation}" for context, continuation in _pairs(task, limit=limit)]
+        digest.update("\n".join([name, *asked]).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ def measure_zero_shot(
     batch_size: int = 8,
     bos: str = "auto",
     known_as: Any = None,
+    keep: Callable[[str, ZeroShot], None] = lambda name, answers: None,
 ) -> dict[str, ZeroShot]:
     """Let the model answer tasks at named genomes (None: the dense model), all of them the same questions.
 
@@ -121,6 +122,7 @@ def measure_zero_shot(
         batch_size: sequences per forward.
         bos: what every prompt begins with, as `leading_ids` takes it; lm-eval's way is "auto".
         known_as: see `ranks.Known`, of what `answering` makes of the same.
+        keep: gets a genome's name and answers when it has given them all.
 
     Raises: EvoPressError if a batch does not fit the device.
     """
@@ -137,6 +139,7 @@ def measure_zero_shot(
         for done, (name, genome) in enumerate(genomes.items()):
             lm.genome, lm.on_share = genome, lambda share, done=done: progress.move_to(int((done + share) * questions))
             scores[name] = _answers(lm, tasks, limit)
+            keep(name, scores[name])
     return scores
 
 

@@ -7,10 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from evopress.baselines.named import make_baselines
+from evopress.data.tokens import tokens_digest
 from evopress.evaluation.heldout import MEANS, Scores, scores_by_data_set
-from evopress.evaluation.tasks import count_asked, load_tasks
+from evopress.evaluation.tasks import count_asked, load_tasks, questions_digest
 from evopress.evaluation.zero_shot import ZeroShot, measure_zero_shot
+from evopress.fitness.archive import code_digest
 from evopress.fitness.population import walked_together
 from evopress.levels.modules import dropped_modules, modules_of
 from evopress.ranks import processes
@@ -29,6 +33,14 @@ from evopress.room import Needs
 from evopress.stages.baselines import read_baselines, spent_on_baselines, stored_baselines
 from evopress.stages.exports import add_sizes, served
 from evopress.stages.given import named_genome, take_best_so_far
+from evopress.stages.measured import (
+    MEASURED,
+    Measured,
+    answers_as_json,
+    answers_of_json,
+    scores_as_json,
+    scores_of_json,
+)
 from evopress.stages.needs import Planner
 from evopress.stages.refine import refined_levels
 from evopress.stages.results import read_result
@@ -129,6 +141,7 @@ def evaluate(workspace: Workspace, tracker: Tracker) -> None:
         result["genome"] = given.name
     result["memory"] = workspace.memory()
     write_json(run_dir / "result.json", result)
+    (run_dir / MEASURED).unlink(missing_ok=True)
     if "report" not in workspace.settings.stages:
         track_results(tracker, rows, records)
 
@@ -161,11 +174,9 @@ def measured_rows(workspace: Workspace, genomes: Mapping[str, Genome | None], sp
     data_sets = workspace.evaluation_data
     count = sum(sequences.numel() for sequences in data_sets.values())
     logger.info("evaluation: %d models on %d tokens of %s", len(genomes), count, ", ".join(data_sets))
-    fitness = workspace.settings.fitness
-    scores = scores_by_data_set(
-        workspace.evaluator, genomes, data_sets, batch_tokens=fitness.max_tokens_in_flight, chunk_tokens=fitness.chunk_tokens
-    )
-    answers = _zero_shot(workspace, genomes)
+    kept = Measured(workspace.run_dir, _decided_by(workspace))
+    scores = _scores(workspace, genomes, kept)
+    answers = _zero_shot(workspace, genomes, kept)
     itemsize = workspace.blocks.dtype.itemsize
     own, sequences = held_out_in_search(workspace)
     num_sequences = len(sequences)
@@ -206,21 +217,51 @@ def _measured(scores: Mapping[str, Scores]) -> dict[str, Any]:
     }
 
 
-def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None]) -> dict[str, ZeroShot]:
-    """Let the model at named genomes answer the tasks that the settings name; none: nothing."""
-    evaluation = workspace.settings.evaluation
+def _decided_by(workspace: Workspace) -> dict[str, Any]:
+    """Return what decides all that is measured of a run's genomes, their text and tasks aside."""
+    _, further, refined = workspace.known_as
+    levels = {"further": list(further), "refined": None if refined is None else refined.name}
+    return {**workspace.what_decides, **levels, "compiled": workspace.fused, "code": code_digest("evaluation")}
+
+
+def _scores(workspace: Workspace, genomes: Mapping[str, Genome | None], kept: Measured) -> dict[str, dict[str, Scores]]:
+    """Measure genomes on each data set, or take what was kept of it: name to data set to scores."""
+    fitness, scores = workspace.settings.fitness, {name: dict[str, Scores]() for name in genomes}
+    sizes: dict[str, int] = {"batch_tokens": fitness.max_tokens_in_flight, "chunk_tokens": fitness.chunk_tokens}
+    for data_set, sequences in workspace.evaluation_data.items():
+
+        def measure(data_set: str = data_set, sequences: Tensor = sequences) -> list[Any]:
+            found = scores_by_data_set(workspace.evaluator, genomes, {data_set: sequences}, **sizes)
+            return [scores_as_json(found[name][data_set]) for name in genomes]
+
+        told = kept.of({"text": tokens_digest(sequences), "genomes": list(genomes.values())}, measure)
+        for name, each in zip(genomes, told, strict=True):
+            scores[name][data_set] = scores_of_json(each)
+    return scores
+
+
+def _zero_shot(workspace: Workspace, genomes: Mapping[str, Genome | None], kept: Measured) -> dict[str, ZeroShot]:
+    """Let the model at named genomes answer the tasks that the settings name, or take what was kept; no tasks: nothing."""
+    evaluation, bos = workspace.settings.evaluation, workspace.settings.model.bos
     if not evaluation.tasks:
         return {}
-    return measure_zero_shot(
-        workspace.live,
-        workspace.pretrained.tokenizer,
-        genomes,
-        _tasks(workspace),
-        limit=evaluation.task_limit,
-        batch_size=evaluation.task_batch_size,
-        bos=workspace.settings.model.bos,
-        known_as=("tasks", *workspace.known_as[1:], evaluation.task_batch_size, workspace.settings.model.bos),
-    )
+    tasks = _tasks(workspace)
+    asked = {"tasks": questions_digest(tasks, limit=evaluation.task_limit), "batch": evaluation.task_batch_size, "bos": bos}
+    found = {name: kept.find({**asked, "genome": genome}) for name, genome in genomes.items()}
+    answers = {name: answers_of_json(told) for name, told in found.items() if told is not None}
+    if missing := {name: genome for name, genome in genomes.items() if name not in answers}:
+        answers |= measure_zero_shot(
+            workspace.live,
+            workspace.pretrained.tokenizer,
+            missing,
+            tasks,
+            limit=evaluation.task_limit,
+            batch_size=evaluation.task_batch_size,
+            bos=bos,
+            known_as=("tasks", *workspace.known_as[1:], evaluation.task_batch_size, bos),
+            keep=lambda name, those: kept.keep({**asked, "genome": missing[name]}, answers_as_json(those)),
+        )
+    return {name: answers[name] for name in genomes}
 
 
 def _tasks(workspace: Workspace) -> dict[str, Any]:

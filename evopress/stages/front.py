@@ -27,6 +27,7 @@ from evopress.stages.checks import searching
 from evopress.stages.conclude import add_spent, measured_rows, track_results
 from evopress.stages.earlier import refuse_other_settings, refuse_other_work
 from evopress.stages.given import take_best_so_far
+from evopress.stages.measured import MEASURED
 from evopress.stages.results import read_result
 from evopress.stages.search import search
 from evopress.units import Genome
@@ -206,6 +207,8 @@ def evaluate_all(workspace: Workspace, points: Sequence[PointRun], tracker: Trac
     result |= {key: value for key, value in read_result(workspace.run_dir).items() if key not in result}
     result["memory"] = workspace.memory()
     write_json(workspace.run_dir / "result.json", result)
+    for each in (workspace, *(point.workspace for point in points)):
+        (each.run_dir / MEASURED).unlink(missing_ok=True)
     if "report" not in workspace.settings.stages:
         track_results(tracker, rows)
 

@@ -23,7 +23,7 @@ from evopress.data.tokens import token_sequences
 from evopress.fitness.archive import ARCHIVE
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.reporting.tables import MEANS
-from evopress.stages import search
+from evopress.stages import conclude, search
 
 SEARCH = "stages=[database,search]"
 
@@ -289,6 +289,36 @@ def interrupt_at(call: int, patch: pytest.MonkeyPatch, *, before_state: bool) ->
         return None if before_state else original(*args, **options)
 
     patch.setattr(target, name, interrupted)
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_end(
+    finished: Any, evopress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (f"Words of another kind, the {i}th of them, which are their own." for i in range(400))
+    (tmp_path / "other.txt").write_text("\n\n".join(words))
+    run, whole = (shutil.copytree(finished.folder, tmp_path / name) for name in ("run", "whole"))
+    both = ("stages=[evaluate,report]", f"+evaluation.files.other={tmp_path / 'other.txt'}")
+    assert evopress(f"resume={whole}", *both).code == 0
+    asked, measure = [], conclude.scores_by_data_set
+
+    def counted(evaluator: Any, genomes: Any, data_sets: Any, **sizes: Any) -> Any:
+        asked.append(*data_sets)
+        if asked.count("other") == 1 and asked[-1] == "other":
+            raise KeyboardInterrupt
+        return measure(evaluator, genomes, data_sets, **sizes)
+
+    monkeypatch.setattr(conclude, "scores_by_data_set", counted)
+    assert evopress(f"resume={run}", *both).code == 130
+    lines = (run / "measured.jsonl").read_text().splitlines()
+    assert asked == ["python_docs", "other"] and len(lines) == 1
+    (run / "measured.jsonl").write_text(f"{lines[0]}\n{lines[0].replace('e', 'f', 1)}\n" + lines[0][:40])  # of a disk that failed
+    outcome = evopress(f"resume={run}", *both)
+    assert outcome.code == 0 and "evaluation: goes on with what" in outcome.text, outcome.text
+    assert asked == ["python_docs", "other", "other"]
+    assert rows(run) == rows(whole) and not (run / "measured.jsonl").exists()
+    for name in ("results.csv", "results.md"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    assert evopress(f"resume={run}", *both).code == 0 and len(asked) == 5, "what is asked for again is measured again"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from evopress.evaluation import zero_shot
+
 pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval[hf] is not installed")
 
 ANIMALS = ("ant", "bee", "cat", "dog", "elk", "fox")
@@ -43,6 +45,28 @@ def tasks_path(tmp_path: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
         yield folder
+
+
+def test_an_interrupted_evaluation_keeps_the_answers_that_it_has(
+    finished: Any, tasks_path: Path, evopress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, whole = (shutil.copytree(finished.folder, tmp_path / name) for name in ("again", "whole"))
+    arguments = ("stages=[evaluate]", "evaluation.tasks=[animals]", f"evaluation.tasks_path={tasks_path}")
+    assert evopress(f"resume={whole}", *arguments).code == 0
+    asked, answers = [], zero_shot._answers
+
+    def counted(lm: Any, *rest: Any) -> Any:
+        asked.append(lm.genome)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return answers(lm, *rest)
+
+    monkeypatch.setattr(zero_shot, "_answers", counted)
+    assert evopress(f"resume={run}", *arguments).code == 130
+    assert evopress(f"resume={run}", *arguments).code == 0
+    there = json.loads((whole / "result.json").read_text())["rows"]
+    assert json.loads((run / "result.json").read_text())["rows"] == there
+    assert len(asked) == len(there) + 1 and asked[2] == asked[3], "two models' answers were kept"
 
 
 @pytest.mark.parametrize("earlier", ["finished", "finished_sparse"])
