@@ -26,10 +26,7 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
     if StatusLine.current is not None:
         yield from _beside(StatusLine.current, items, what)
         return
-    if on_terminal(sys.stderr):
-        yield from tqdm(items, desc=what, unit="", dynamic_ncols=True, leave=False)
-        return
-    lines = _Lines(what, len(items))
+    lines = _Bar(what, len(items)) if on_terminal(sys.stderr) else _Lines(what, len(items))
     _Lines.open.append(lines)
     try:
         for lines.done, item in enumerate(items):
@@ -37,6 +34,7 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
             yield item
     finally:
         _Lines.open.remove(lines)
+        lines.close()
 
 
 @contextmanager
@@ -70,7 +68,30 @@ class _Lines:
         if done and now - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = now
             left = (now - self._started) / done * (self.count - done)
-            logger.info("%s: %s of %d, about %s left", self.what, f"{done:.2f}".removesuffix(".00"), self.count, duration(left))
+            far = f"{done:.0f} of {self.count}" if done == int(done) else f"{done / self.count:.0%}"
+            logger.info("%s: %s, about %s left", self.what, far, duration(left))
+
+    def close(self) -> None:
+        """Take away what is drawn."""
+
+
+class _Bar(_Lines):
+    """A bar in a terminal."""
+
+    def __init__(self, what: str, count: int) -> None:
+        super().__init__(what, count)
+        self._bar = tqdm(total=count, desc=what, unit="", dynamic_ncols=True, leave=False)
+
+    def tell(self, done: float) -> None:
+        """Draw it, not too often."""
+        now = time.monotonic()
+        if now - self._last >= _SECONDS_BETWEEN_REDRAWS:
+            self._last = now
+            self._bar.n = round(done, 2)
+            self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 def _beside(line: StatusLine, items: Sequence[T], what: str) -> Iterator[T]:

@@ -59,9 +59,15 @@ class Archiving(Protocol):
     def tell(self, what: str) -> None:
         """Say in the log what was reused since this was last asked."""
 
+    @property
+    def reused(self) -> int:
+        """Evaluations that were taken from it so far."""
+
 
 class NoArchive:
     """Keeps nothing."""
+
+    reused = 0
 
     def fitnesses(self, genomes: Sequence[Genome], minibatch: Minibatch, *, alone: bool, measure: Means) -> list[float]:
         """Measure."""
@@ -95,6 +101,7 @@ class Archive:
         self._each: dict[tuple[Any, Genome], float] = {}
         self._held: dict[tuple[Genome, tuple[int, ...], int, str], np.ndarray] = {}
         self._asked = self._reused = self._tokens_asked = self._tokens_reused = 0
+        self.reused = 0
         self._read()
 
     def fitnesses(self, genomes: Sequence[Genome], minibatch: Minibatch, *, alone: bool, measure: Means) -> list[float]:
@@ -147,7 +154,7 @@ class Archive:
         self._asked = self._reused = self._tokens_asked = self._tokens_reused = 0
 
     def _count(self, asked: int, reused: int, tokens: int) -> None:
-        self._asked, self._reused = self._asked + asked, self._reused + reused
+        self._asked, self._reused, self.reused = self._asked + asked, self._reused + reused, self.reused + reused
         self._tokens_asked, self._tokens_reused = self._tokens_asked + asked * tokens, self._tokens_reused + reused * tokens
 
     def _knows(self, genome: Genome) -> bool:

@@ -37,8 +37,11 @@ class SearchMetrics:
         for record in earlier:
             self.add(record)
 
-    def add(self, record: Record) -> dict[str, float]:
-        """Return the numbers of the next record; what was not measured is left out."""
+    def add(self, record: Record, *, timed: bool = True) -> dict[str, float]:
+        """Return the numbers of the next record; what was not measured is left out.
+
+        Args: timed: all its evaluations were measured; what is taken from the archive takes no time.
+        """
         genome = record.get("genome") or ()
         if self._initial is None:
             self._initial = genome
@@ -53,7 +56,7 @@ class SearchMetrics:
             "gain": gain(record),
             "num_switches": len(record.get("switches") or ()),
             "distance": sum(a != b for a, b in zip(self._initial, genome, strict=False)),
-            **self._speed(record),
+            **self._speed(record, timed=timed),
         }
         for index, stage in enumerate(record.get("stages") or (), start=1):
             numbers[f"stage/{index}/best"] = best_fitness(stage)
@@ -65,13 +68,13 @@ class SearchMetrics:
         self._before = record
         return {key: shown for key, value in numbers.items() if (shown := number(value)) is not None}
 
-    def _speed(self, record: Record) -> dict[str, float]:
-        """Return the time since the record before, and the tokens evaluated per second in it, if any were."""
+    def _speed(self, record: Record, *, timed: bool) -> dict[str, float]:
+        """Return the time since the record before, and the tokens evaluated per second in it, if all of them were, and any."""
         before: Record = self._before or {}
         tokens, seconds = ((number(record.get(key)) or 0) - (number(before.get(key)) or 0) for key in AXES[1:])
         if seconds <= 0:
             return {}
-        return {"generation_seconds": seconds, **({"tokens_per_second": tokens / seconds} if tokens else {})}
+        return {"generation_seconds": seconds, **({"tokens_per_second": tokens / seconds} if timed and tokens else {})}
 
 
 def search_history(records: Iterable[Record], space: Space | None = None) -> list[dict[str, float]]:

@@ -48,10 +48,10 @@ def tracked_as(run_dir: Path, *, method: str, key: str, target: float | str, see
     Jobs of a sweep are of one group and have their folder's name beside, where that says more than the seed; other runs of one
     method and target are of one group.
 
-    Args: key: what the target is of, "bits", "sparsity" or "size".
+    Args: key: what the target is of, "bits", "sparsity" or "size"; others, such as "max_kl", are in the name.
     """
     said = target if isinstance(target, str) else f"{target:g}"
-    of, job = f"{method}-{said}", job_name(run_dir)
+    of, job = f"{method}-{said if key in ('bits', 'sparsity', 'size', 'budgets') else f'{key}-{said}'}", job_name(run_dir)
     name = f"{of}-seed{seed}"
     if job is not None and not _SEED.fullmatch(job):
         name += f" {job}"

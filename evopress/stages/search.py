@@ -115,7 +115,8 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
         )
         truncate_records(metrics, strategy.generation - 1)
         check_records(metrics, strategy, database.space)
-        logger.info("search: going on at generation %d of %d", strategy.generation, searching.num_generations)
+        if not strategy.finished:
+            logger.info("search: going on at generation %d of %d", strategy.generation, searching.num_generations)
     else:
         metrics.unlink(missing_ok=True)
     if not strategy.finished:
@@ -126,8 +127,10 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
         held_out = _HeldOut(workspace)
         asked, started = what_decides_fitness(workspace), time.monotonic()
         every, showing = workspace.settings.evaluation.every, 0.0
+        reused_before = workspace.archive.reused
 
         def finish_generation(record: GenerationRecord) -> None:
+            nonlocal reused_before
             nonlocal showing  # which is no part of the search: it only shows how it does
             ended = time.monotonic()
             seconds = seconds_before + ended - started - showing
@@ -149,7 +152,8 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
                 },
                 sealed=True,
             )
-            shown = numbers.add(entry)
+            shown = numbers.add(entry, timed=workspace.archive.reused == reused_before)
+            reused_before = workspace.archive.reused
             tracker.log(shown, generation=record.generation)
             live.show(entry, shown, measured)
             showing += time.monotonic() - ended

@@ -206,6 +206,18 @@ def test_a_terminal_that_goes_away_ends_nothing(search: Search, tmp_path: Path, 
     assert len(search(LiveSearch(GENERATIONS, 2, run_dir=tmp_path, stream=Gone()))) == GENERATIONS + 1
 
 
+def test_work_in_one_piece_moves_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_REDRAWS", 0.0)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with tracked("scores"):
+        within(0.4)
+        for _ in track("ab", "inner"):
+            within(0.5)
+    assert "scores:  40%" in terminal.getvalue() and "scores:  75%" in terminal.getvalue()
+
+
 def test_other_work_is_shown_on_the_same_line(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_REDRAWS", 0.0)
     monkeypatch.setattr(progress, "tqdm", None)  # no second bar
@@ -265,9 +277,9 @@ def test_long_items_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, caplog
     now += 20
     within(0.5)
     assert [record.getMessage() for record in caplog.records] == [
-        "batches: 0.75 of 4, about 1 min 9 s left",
-        "batches: 1.75 of 4, about 41 s left",
-        "batches: 2.75 of 4, about 22 s left",
-        "batches: 3.75 of 4, about 4 s left",
-        "one piece: 0.25 of 1, about 1 min 0 s left",
+        "batches: 19%, about 1 min 9 s left",
+        "batches: 44%, about 41 s left",
+        "batches: 69%, about 22 s left",
+        "batches: 94%, about 4 s left",
+        "one piece: 25%, about 1 min 0 s left",
     ]
