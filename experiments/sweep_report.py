@@ -37,7 +37,7 @@ from evopress.reporting.tables import display_name, number, significant
 from experiments.commands import of_sweep
 from experiments.convergence import draw_sweep, make_figures
 from experiments.specs import SPECS, Spec
-from experiments.sweeps import Job, Sweep, describe
+from experiments.sweeps import Job, Sweep, command_of_folder, describe
 from experiments.tables import BEGIN, END, command_of, make_table, make_table_of
 
 _JOB_FIGURES = ("dropped_modules", "level_heatmap", "level_profile", "switches", "selection", "lineage")
@@ -69,7 +69,7 @@ def make_report_of(folder: Path, *, out: Path) -> tuple[Sweep, Path]:
     sweep, spec = make_table_of(folder, out=out)
     curves = draw_sweep(sweep, spec, out)
     why_not = "" if curves else "No search measured anything on the way: evaluation.every is 0, or nothing was searched."
-    commands = [f"python -m experiments.sweep_report {shlex.quote(str(folder))}"]
+    commands = [*filter(None, [command_of_folder(folder)]), f"python -m experiments.sweep_report {shlex.quote(str(folder))}"]
     return sweep, _write_page(sweep, spec, out, curves=curves, why_not=why_not, commands=commands)
 
 
@@ -85,7 +85,10 @@ def _write_page(sweep: Sweep, spec: Spec, out: Path, *, curves: Sequence[Path], 
         section("Where the budget went, and how", _variants(sweep, spec)),
         section("Jobs", _jobs(sweep, out)),
         section("What it cost", _costs(sweep, spec)),
-        section("Run it again", code("\n".join(commands)) + paragraph("The same command again goes on where a sweep was cut off.")),
+        section(
+            "Run it again",
+            code("\n".join(commands)) + paragraph("The first goes on where a sweep was cut off, the last makes this page."),
+        ),
         section("Environment", _environment(sweep.jobs)),
     ]
     path = out / "report.html"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +71,25 @@ def any_sweep(folder: Path) -> Sweep:
     return read_sweep(folder, list(map(dict, dict.fromkeys(tuple(job.items()) for job in expected))), keys=axes, alike=False)
 
 
+def command_of_folder(folder: Path) -> str:
+    """Return the command that goes on with the sweep of a folder, as Hydra keeps it; nothing where it does not."""
+    try:
+        overrides = _typed(OmegaConf.load(folder / "multirun.yaml"))
+    except (OSError, ValueError, AttributeError, YAMLError, OmegaConfBaseException):
+        return ""
+    return f"python -m evopress -m {shlex.join([*overrides, f'hydra.sweep.dir={folder}'])}" if overrides else ""
+
+
+def _typed(config: Any) -> list[str]:
+    return [str(each) for each in OmegaConf.select(config, "hydra.overrides.task") or ()]
+
+
 def _asked_for(folder: Path) -> list[dict[str, str]]:
     """Return what was typed for each job that the sweep of a folder was started with last, as Hydra keeps it."""
     path = folder / "multirun.yaml"
     try:
         config = OmegaConf.load(path)
-        overrides = [str(each) for each in OmegaConf.select(config, "hydra.overrides.task") or ()]
+        overrides = _typed(config)
         params = OmegaConf.to_container(OmegaConf.select(config, "hydra.sweeper.params") or OmegaConf.create({}))
         assert isinstance(params, dict)
         typed = {override.lstrip("+").partition("=")[0] for override in overrides}
