@@ -85,10 +85,7 @@ def _write_page(sweep: Sweep, spec: Spec, out: Path, *, curves: Sequence[Path], 
         section("Where the budget went, and how", _variants(sweep, spec)),
         section("Jobs", _jobs(sweep, out)),
         section("What it cost", _costs(sweep, spec)),
-        section(
-            "Run it again",
-            code("\n".join(commands)) + paragraph("The first goes on where a sweep was cut off, the last makes this page."),
-        ),
+        section("Run it again", code("\n".join(commands)) + paragraph(_AGAIN)),
         section("Environment", _environment(sweep.jobs)),
     ]
     path = out / "report.html"
@@ -113,6 +110,7 @@ class SweepPage:
     on_multirun_start = on_run_start = on_run_end = on_job_start = on_job_end = on_compose_config = _nothing
 
 
+_AGAIN = "The first command goes on where the sweep was cut off, the last makes this page."
 _CURVES = "Lines are means over seeds, bands their range; curves and lines are of one held-out text."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 from evopress.errors import EvoPressError
 from evopress.reporting.jobs import note_failure
 from experiments.sweep_report import SweepPage, make_report_of
-from experiments.sweeps import any_sweep
+from experiments.sweeps import any_sweep, command_of_folder
 from experiments.tables import make_table_of
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,15 @@ def test_what_was_swept_is_read_from_the_folder(sweep: Path) -> None:
         {"bits": "3", "seed": "0"},
     ]
     assert list(found.missing) == [{"bits": "2.5", "seed": "2"}, {"bits": "3", "seed": "1"}, {"bits": "3", "seed": "2"}]
+
+
+def test_the_command_that_goes_on_is_the_sweeps_own(sweep: Path) -> None:
+    command = f"python -m evopress -m +method=quant bits=2.5,3 seed=0,1,2 'hydra.sweep.dir={sweep}'"
+    assert command_of_folder(sweep) == command
+    page = make_report_of(sweep, out=sweep)[1].read_text(encoding="utf-8")
+    assert html.escape(command) in page and page.index(html.escape(command)) < page.index("python -m experiments.sweep_report")
+    (sweep / "multirun.yaml").unlink()
+    assert command_of_folder(sweep) == ""
 
 
 def test_tables_go_into_the_folder(sweep: Path) -> None:
