@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from evopress.baselines.baseline import WEIGHTS, Baseline, Planned, Problem
 from evopress.search.initial import one_level
-from evopress.units import Genome, Level, Space
+from evopress.units import Budget, Genome, Level, Space
 
 
 class Uniform(Baseline):
@@ -16,18 +16,21 @@ class Uniform(Baseline):
 
     def num_genomes(self, plan: Planned) -> int:
         """See `Baseline`."""
-        return 1 + (plan.budget.total != plan.space.greatest_cost)
+        return len(_beside(plan.space, plan.budget, uniform_genomes(plan.space)))
 
     def find(self, problem: Problem) -> dict[str, Genome]:
         """See `Baseline`."""
-        space, budget = problem.space, problem.budget
-        uniform = uniform_genomes(space, problem.uniform_name)
-        costs = {name: space.cost(genome) for name, genome in uniform.items()}
-        kept = {name for name, genome in uniform.items() if budget.met_by(space, genome)}
-        within = max(sorted(kept), key=costs.__getitem__, default=None)
-        above = min((name for name in costs if name not in kept), key=costs.__getitem__, default=None)
-        exact = within is not None and costs[within] == budget.total
-        return {name: uniform[name] for name in ((within,) if exact else (above, within)) if name is not None}
+        return _beside(problem.space, problem.budget, uniform_genomes(problem.space, problem.uniform_name))
+
+
+def _beside(space: Space, budget: Budget, uniform: dict[str, Genome]) -> dict[str, Genome]:
+    """Return which of some genomes are next to a budget on either side, or spend it."""
+    costs = {name: space.cost(genome) for name, genome in uniform.items()}
+    kept = {name for name, genome in uniform.items() if budget.met_by(space, genome)}
+    within = max(sorted(kept), key=costs.__getitem__, default=None)
+    above = min((name for name in costs if name not in kept), key=costs.__getitem__, default=None)
+    exact = within is not None and costs[within] == budget.total
+    return {name: uniform[name] for name in ((within,) if exact else (above, within)) if name is not None}
 
 
 def uniform_genomes(space: Space, name: Callable[[Level], str] = lambda level: f"uniform_{level.key}") -> dict[str, Genome]:
