@@ -34,7 +34,8 @@ def load_tasks(tasks: Sequence[str], *, tasks_path: str | None = None) -> dict[s
     """Return lm-eval's tasks by the names asked for, their questions loaded.
 
     Args:
-        tasks: lm-eval's names of multiple-choice tasks. Local ones may be named without their ending "_local".
+        tasks: lm-eval's names of multiple-choice tasks, or of groups of them whose accuracy is that of all their questions, such as
+            mmlu. Local ones may be named without their ending "_local".
         tasks_path: folder that the tasks are read from: lm-eval's task files, in it or below. Their data files are found as
             `lm_eval --include_path` finds them, relative to the working directory; where they are not there, relative to the
             folder, and at last to the task file. None: lm-eval's own tasks, whose questions come from the hub.
@@ -55,28 +56,57 @@ def load_tasks(tasks: Sequence[str], *, tasks_path: str | None = None) -> dict[s
         own = Path(lm_eval.__file__).parent / "tasks"
         folders = [root] if root is not None else sorted({path.parent for path in _task_files(own, tasks).values()})
         manager = TaskManager(include_path=folders, include_defaults=False)
-        names = {task: f"{task}{_LOCAL}" if root and task not in manager.all_subtasks else task for task in tasks}
-        loaded = {}
+        there = {*manager.all_subtasks, *manager.all_groups}
+        names = {task: f"{task}{_LOCAL}" if root and task not in there else task for task in tasks}
+        loaded: dict[str, Any] = {}
         for task, name in names.items():
-            if name not in manager.all_subtasks:  # local ones, or gone since `_task_files` looked
-                known = ", ".join(manager.all_subtasks) or "none"
+            if name not in there:  # local ones, or gone since `_task_files` looked
+                known = ", ".join([*manager.all_subtasks, *manager.all_groups]) or "none"
                 raise EvoPressError(
                     f"evaluation.tasks has {task!r}, which is not among the task files in {root or own}: it has {known}"
                 )
             try:
                 with contextlib.chdir(Path.cwd() if root is None else _data_folder(manager.task_index[name].yaml_path, root)):
-                    loaded[task] = manager.load([name])["tasks"][name]
+                    found = manager.load([name])
             except Exception as error:  # of datasets, the hub's client, the template, the YAML
                 source = f"the folder {root}" if root else "the hub"
                 way_out = "check its task and data files" if root else "check the network, or give evaluation.tasks_path=FOLDER"
                 raise EvoPressError(
                     f"the questions of task {task!r} cannot be loaded from {source} ({_reason(error)}): {way_out}"
                 ) from error
-            if not _counts_right_answers(loaded[task]):
+            if not all(map(_counts_right_answers, found["tasks"].values())):
                 raise EvoPressError(
                     f"evaluation.tasks has {task!r}, which is not a multiple-choice task with the metric acc: leave it out"
                 )
+            if name in found["groups"] and not all(map(_counts_all_questions, found["groups"].values())):
+                raise EvoPressError(
+                    f"evaluation.tasks has {task!r}, a group whose accuracy is not that of all its questions: name its tasks, "
+                    f"{', '.join(found['tasks'])}"
+                )
+            loaded[task] = TaskGroup(tuple(found["tasks"].values())) if name in found["groups"] else found["tasks"][name]
     return loaded
+
+
+@dataclass(frozen=True)
+class TaskGroup:
+    """Tasks whose questions count as those of one: a group of lm-eval's that weighs them by size, such as MMLU's 57."""
+
+    tasks: tuple[Any, ...]
+
+
+def tasks_in(task: Any) -> tuple[Any, ...]:
+    """Return lm-eval's tasks in one of those that `load_tasks` returns: itself, or all of a group."""
+    return task.tasks if isinstance(task, TaskGroup) else (task,)
+
+
+def num_questions(task: Any, limit: int | None) -> int:
+    """Return how many questions are asked.
+
+    Args: limit: of each of lm-eval's tasks the first ones; None: all.
+    """
+    with undisturbed():
+        counts = [len(each.eval_docs) for each in tasks_in(task)]
+    return sum(count if limit is None else min(limit, count) for count in counts)
 
 
 def questions_digest(tasks: Mapping[str, Any], *, limit: int | None = None) -> str:
@@ -85,11 +115,16 @@ def questions_digest(tasks: Mapping[str, Any], *, limit: int | None = None) -> s
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     digest = hashlib.sha256(str(__version__).encode())
-    for name, task in tasks.items():
+    for name, task in _each(tasks):
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # as `measure_zero_shot` does
         asked = [f"{context}\n{continuation}" for context, continuation in _pairs(task, limit=limit)]
         digest.update("\n".join([name, *asked]).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def _each(tasks: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return lm-eval's tasks, each with the name of what it is of."""
+    return [(name, each) for name, task in tasks.items() for each in tasks_in(task)]
 
 
 @dataclass(frozen=True)
@@ -124,10 +159,9 @@ def count_asked(
 
     leading, window = leading_ids(tokenizer, bos), resolve_max_length(config, tokenizer)
     tokens, longest = 0.0, 0
-    for name, task in tasks.items():
-        with undisturbed():
-            count = len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs))
-        looked_at = min(count, _LOOKED_AT)
+    for name, task in _each(tasks):
+        count = num_questions(task, limit)
+        looked_at = min(count, max(_LOOKED_AT // len(tasks_in(tasks[name])), 1))
         pairs = _pairs(task, samples=[place * count // looked_at for place in range(looked_at)])
         whole = tokenizer(["".join(pair) for pair in pairs], add_special_tokens=bos != "false")["input_ids"]
         _check_answers(name, pairs, whole, tokenizer(_contexts(pairs), add_special_tokens=bos != "false")["input_ids"], window)
@@ -145,7 +179,7 @@ def check_questions(
     beyond = ids_beyond(tokenizer, num_rows)
     if not beyond:  # so it is with all but a few tokenizers
         return
-    for name, task in tasks.items():
+    for name, task in _each(tasks):
         texts = ["".join(pair) for pair in _pairs(task, limit=limit)]
         found = beyond.keys() & {i for ids in tokenizer(texts)["input_ids"] for i in ids}
         if found:
@@ -217,14 +251,16 @@ def undisturbed() -> Iterator[None]:
 
 
 def _task_files(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
-    """Find tasks among lm-eval's own by the line that names them: its index of 15,000 files takes half a minute to build.
+    """Find tasks and groups among lm-eval's own by the line that names them: its index of 15,000 files takes half a minute.
 
     Raises: EvoPressError for a task that does not exist.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*.yaml")):
-        if name := re.search(rb"^[\"']?task[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#]+)", path.read_bytes(), re.MULTILINE):
-            found.setdefault(name[1].decode(), path)
+        text = path.read_bytes()
+        for key in (b"task", b"group"):
+            if name := re.search(rb"^[\"']?" + key + rb"[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE):
+                found.setdefault(name[1].decode(), path)
     for task in tasks:
         if task not in found:
             near = get_close_matches(task, found) or list(PAPER_TASKS)
@@ -261,6 +297,12 @@ def _counts_right_answers(task: Any) -> bool:
     config = task.config
     metrics = [entry["metric"] for entry in config.metric_list or [{"metric": "acc"}]]
     return config.output_type == "multiple_choice" and config.process_results is None and "acc" in metrics
+
+
+def _counts_all_questions(group: Any) -> bool:
+    """Tell whether a group's accuracy is the share of right answers to all its questions."""
+    metrics = [metric for metric in group.aggregate_metric_list or () if metric.metric == "acc"]
+    return bool(metrics) and all(metric.weight_by_size and metric.aggregation == "mean" for metric in metrics)
 
 
 def _reason(error: Exception) -> str:

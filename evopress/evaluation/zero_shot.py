@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from evopress.data.special_tokens import leading_ids
 from evopress.errors import EvoPressError
-from evopress.evaluation.tasks import undisturbed
+from evopress.evaluation.tasks import num_questions, tasks_in, undisturbed
 from evopress.fitness.population import MOST_ON_HOST
 from evopress.levels.live import Live
 from evopress.models import attention
@@ -126,9 +126,7 @@ def measure_zero_shot(
 
     Raises: EvoPressError if a batch does not fit the device.
     """
-    with undisturbed():
-        counts = [len(task.eval_docs) for task in tasks.values()]
-    questions = sum(count if limit is None else min(count, limit) for count in counts)
+    questions = sum(num_questions(task, limit) for task in tasks.values())
     logger.info("zero-shot: %d models on %d questions of %s", len(genomes), questions, ", ".join(tasks))
     scores = {}
     # Made before lm-eval is silenced: a progress line keeps the stream that it starts with.
@@ -148,16 +146,17 @@ def _answers(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> ZeroShot:
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
 
-    for task in tasks.values():
+    parts = {part.task_name: part for task in tasks.values() for part in tasks_in(task)}
+    for task in parts.values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # anew each time: the same examples for all genomes, where a task has any
     with undisturbed():  # what a task draws, too
         # No bootstrap: the standard error of an accuracy is known.
-        results = evaluate(lm, {"tasks": {task.task_name: task for task in tasks.values()}}, limit=limit, bootstrap_iters=0)
+        results = evaluate(lm, {"tasks": parts}, limit=limit, bootstrap_iters=0)
     assert results is not None
     scores = {}
     for name, task in tasks.items():
-        samples = sorted(results["samples"][task.task_name], key=lambda sample: sample["doc_id"])
-        scores[name] = TaskScore(tuple(bool(sample["acc"]) for sample in samples))
+        of_parts = (sorted(results["samples"][part.task_name], key=lambda sample: sample["doc_id"]) for part in tasks_in(task))
+        scores[name] = TaskScore(tuple(bool(sample["acc"]) for samples in of_parts for sample in samples))
     return ZeroShot(scores)
 
 

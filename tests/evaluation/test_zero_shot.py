@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from tokenizers.processors import TemplateProcessing
 
 from evopress.errors import EvoPressError
 from evopress.evaluation import zero_shot
-from evopress.evaluation.tasks import count_asked, load_tasks
+from evopress.evaluation.tasks import count_asked, load_tasks, num_questions
 from evopress.evaluation.zero_shot import TaskScore, ZeroShot, measure_zero_shot
 from evopress.export import export_checkpoint
 from evopress.levels.live import LiveModel
@@ -79,6 +80,39 @@ def compare_with_lm_eval(live, genomes, tasks_path, folder, monkeypatch):
 def test_numbers_are_those_of_lm_eval_on_the_exported_checkpoint(family, dtype, live_model, tasks_path, tmp_path, monkeypatch):
     live = live_model(family, num_blocks=2, dtype=dtype)
     compare_with_lm_eval(live, genomes_of(live), tasks_path, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_group_counts_all_its_questions_as_lm_eval_does(limit, live_model, write_task, tmp_path, monkeypatch):
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    for name, count in (("few", 4), ("many", 13)):
+        rows = [{"question": f"{name} {i}?", "options": ["ant", "bee", "owl"], "gold": i % 3} for i in range(count)]
+        write_task(tmp_path, name, rows, tag="kinds")
+    weighed = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    for group in ({"group": "inner", "task": ["kinds"], **weighed}, {"group": "all", "task": ["inner"], **weighed}):
+        (tmp_path / "tasks" / f"{group['group']}.yaml").write_text(yaml.safe_dump(group))
+    (tmp_path / "tasks" / "loose.yaml").write_text(yaml.safe_dump({"group": "loose", "task": ["few", "many"]}))
+    with pytest.raises(EvoPressError, match="'loose', a group whose accuracy is not that of all its .*: name its tasks, few,"):
+        load_tasks(["loose"], tasks_path=str(tmp_path))
+
+    live = live_model("llama", num_blocks=2, dtype="float32")
+    tasks = load_tasks(["all", "few"], tasks_path=str(tmp_path))
+    scores = measure_zero_shot(live, byte_tokenizer(), {"dense": None}, tasks, limit=limit)["dense"].tasks
+    assert scores["all"].num_questions == num_questions(tasks["all"], limit) == (17 if limit is None else 9)
+    assert scores["few"].correct == scores["all"].correct[:4]
+    assert count_asked(tasks, byte_tokenizer(), limit=limit).tokens > count_asked({"few": tasks["few"]}, byte_tokenizer()).tokens
+    monkeypatch.chdir(tmp_path)
+    theirs = lm_eval.simple_evaluate(
+        HFLM(pretrained=live.blocks.model, tokenizer=byte_tokenizer(), batch_size=8),
+        tasks=["all"],
+        task_manager=TaskManager(include_path="tasks", include_defaults=False),
+        limit=limit,
+        bootstrap_iters=0,
+    )
+    assert scores["all"].accuracy == pytest.approx(theirs["results"]["all"]["acc,none"], abs=1e-12)
 
 
 BOS = "Ā"  # the letter of byte 0, which no text has
