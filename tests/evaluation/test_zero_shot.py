@@ -95,7 +95,7 @@ def test_a_group_counts_all_its_questions_as_lm_eval_does(limit, live_model, wri
     for group in ({"group": "inner", "task": ["kinds"], **weighed}, {"group": "all", "task": ["inner"], **weighed}):
         (tmp_path / "tasks" / f"{group['group']}.yaml").write_text(yaml.safe_dump(group))
     (tmp_path / "tasks" / "loose.yaml").write_text(yaml.safe_dump({"group": "loose", "task": ["few", "many"]}))
-    with pytest.raises(EvoPressError, match="'loose', a group whose accuracy is not that of all its .*: name its tasks, few,"):
+    with pytest.raises(EvoPressError, match=r"'loose', a group whose accuracy is not that of all its .*: name its tasks, few,"):
         load_tasks(["loose"], tasks_path=str(tmp_path))
 
     live = live_model("llama", num_blocks=2, dtype="float32")
