@@ -33,6 +33,7 @@ from evopress.errors import EvoPressError
 from evopress.files import explained, given_path
 from evopress.reporting import jobs
 from evopress.reporting.records import write_json
+from evopress.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 _failures: list[str] = []
@@ -310,6 +311,8 @@ def _job(config: DictConfig) -> float:
         _say_error(f"interrupted; go on with: {_to_go_on(folder, multirun=multirun)}")
         sys.exit(exit_code(stop))
     except Exception as error:
+        if isinstance(error, run_folder.TakenError) and (fitness := _finished_meanwhile(config, folder)) is not None:
+            return fitness
         told = error if isinstance(error, EvoPressError) else _told(error, config, folder)
         if told is None:
             raise
@@ -353,6 +356,29 @@ def _typed(path: str | Path) -> str:
     return os.path.abspath(path) if shown.startswith(("~", "'", '"')) or shown.lower() in ("null", "???") else shown
 
 
+def _finished_meanwhile(config: DictConfig, run_dir: Path) -> float | None:
+    """Do as `_finished_before` where another process holds the folder, such as that of the same sweep given twice."""
+    from evopress.models.opening import fitted
+
+    try:
+        return _finished_before(fitted(configuration.to_settings(config)), run_dir)
+    except EvoPressError:  # the job is refused for being taken
+        return None
+
+
+def _finished_before(settings: RunSettings, run_dir: Path) -> float | None:
+    """Return the fitness of a job of a sweep whose stages are done; None: they are not, or it is no job."""
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    with machine.importing():
+        from evopress import finished
+
+    if not set(settings.stages) <= set(finished.stages_done(settings, run_dir)):
+        return None
+    logger.info("finished before, so not run again: %s (to run it again, remove the folder)", _shown(run_dir))
+    return finished.best_fitness(run_dir)
+
+
 def _run(config: DictConfig, run_dir: Path) -> float:
     given = HydraConfig.get().overrides
     overrides = [*(each for each in given.hydra if each.startswith("hydra.searchpath=")), *given.task]
@@ -367,7 +393,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
         import torch
         import transformers
 
-        from evopress import finished, pipeline
+        from evopress import pipeline
         from evopress.models.opening import fitted
 
     transformers.utils.logging.disable_progress_bar()
@@ -377,9 +403,8 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     settings = fitted(settings)
-    if HydraConfig.get().mode == RunMode.MULTIRUN and set(settings.stages) <= set(finished.stages_done(settings, run_dir)):
-        logger.info("finished before, so not run again: %s (to run it again, remove the folder)", _shown(run_dir))
-        return finished.best_fitness(run_dir)
+    if (fitness := _finished_before(settings, run_dir)) is not None:
+        return fitness
     environment = machine.describe(torch.get_num_threads(), device=settings.model.device)
     if not there:
         write_json(run_dir / "environment.json", environment)

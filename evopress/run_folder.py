@@ -29,6 +29,10 @@ _PLAIN, _LIST = re.compile(r"[\w.-]+"), re.compile(r"\[([\w.-]+(,[\w.-]+)*)?\]")
 _LONGEST_NAME = 120
 
 
+class TakenError(EvoPressError):
+    """Another run is at work in a folder."""
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold a run folder for one run, and clear away the temporary files of an earlier one that was killed.
@@ -36,13 +40,13 @@ def held(folder: Path) -> Iterator[None]:
     Enter it before any logging. A run that is refused leaves the folder as it was; one that is refused because another is at work
     there has not touched it.
 
-    Raises: EvoPressError if another run is at work there, or the folder cannot be written to.
+    Raises: TakenError if another run is at work there, EvoPressError if the folder cannot be written to.
     """
     lock, had_one = FileLock(folder / LOCK), (folder / LOCK).exists()
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise EvoPressError(
+        raise TakenError(
             f"another run is at work in {folder}: wait for its end, or give this one a folder of its own (hydra.run.dir=DIR)"
         ) from None
     except OSError as error:

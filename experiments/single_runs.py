@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from evopress.earlier_versions import as_written_now
 from evopress.errors import EvoPressError
@@ -24,8 +27,6 @@ from experiments.clock import Clock
 
 _OF_ROUNDING = ("model.device", "fitness.max_tokens_in_flight", "fitness.chunk_tokens")
 """Settings that decide what a job finds by its rounding alone."""
-_ALL_STAGES = ("database", "baselines", "search", "evaluate", "export", "report")
-"""Of a run that is told none; some do refine, too."""
 _BEGUN = "$ "
 """Before the command in a log, once for each time that it was begun."""
 
@@ -158,15 +159,21 @@ def each_told(runs: Sequence[SingleRun], *, at_once: int = 1) -> Iterator[tuple[
 
 def has_finished(folder: Path) -> bool:
     """Tell whether a job has ended well, of whatever settings; not if a later command was killed in one of its stages."""
-    path = folder / "finished.json"
+    path, config = folder / "finished.json", folder / ".hydra" / "config.yaml"
     if not path.exists():
         return False
     try:
         done, own = read_json(path).get("stages"), own_stages(kept_overrides(folder) or [])
-    except (EvoPressError, AttributeError):
+        asked = (
+            re.findall(r"\w+", own.removeprefix("stages="))
+            if own
+            else OmegaConf.load(config).get("stages")
+            if config.exists()
+            else []
+        )
+    except (EvoPressError, AttributeError, YAMLError, OmegaConfBaseException):
         return False
-    asked = own.removeprefix("stages=").strip("[]").split(",") if own else _ALL_STAGES
-    return not isinstance(done, list) or set(asked) <= set(done)
+    return not isinstance(done, list) or set(map(str, asked or ())) <= set(done)
 
 
 def why_it_failed(folder: Path) -> str:

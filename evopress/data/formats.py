@@ -285,11 +285,11 @@ def _parquet_rows(path: Path, field: str, key: str) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            if twice := next((name for name in schema.names if schema.names.count(name) > 1), None):
-                raise EvoPressError(f"{path} has two columns {twice!r}: write it again with one of each")
             name = field if field in schema.names else field.split(".")[0]
             if name not in schema.names and CHAT_FIELD in schema.names:
                 name = field = CHAT_FIELD
+            if schema.names.count(name) > 1:
+                raise EvoPressError(f"{path} has two columns {name!r}: write it again with one of each")
             leaf = (
                 _leaf(schema.field(name).type, field if name == field else field.partition(".")[2], name)
                 if name in schema.names

@@ -324,9 +324,13 @@ class TextFiles:
         return made[file.sha256]
 
 
+_SAID_BESIDE = ("name", "reasoning_content", "thinking", "tool_calls", "tool_call_id", "function_call")
+"""What templates print of a message beside its role and content."""
+
+
 def _said(message: Mapping[str, Any]) -> str:
     """Return a chat's message as it is compared: who says what, and calls what."""
-    beside = {key: value for key, value in message.items() if key not in ("role", "content")}
+    beside = {key: message[key] for key in _SAID_BESIDE if key in message}
     called = f"\n{json.dumps(beside, sort_keys=True, default=str)}" if beside else ""
     return f"{message['role']}: {message.get('content')}{called}"
 

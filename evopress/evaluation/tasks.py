@@ -110,7 +110,7 @@ def num_questions(task: Any, limit: int | None) -> int:
 
 
 def questions_digest(tasks: Mapping[str, Any], *, limit: int | None = None) -> str:
-    """Return the SHA-256 of what tasks ask, and of lm-eval's version: what answers depend on beside the model."""
+    """Return the SHA-256 of what tasks ask and what is right, and of lm-eval's version: what scores depend on beside the model."""
     from lm_eval import __version__
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
@@ -118,7 +118,9 @@ def questions_digest(tasks: Mapping[str, Any], *, limit: int | None = None) -> s
     for name, task in _each(tasks):
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # as `measure_zero_shot` does
         asked = [f"{context}\n{continuation}" for context, continuation in _pairs(task, limit=limit)]
-        digest.update("\n".join([name, *asked]).encode("utf-8", "surrogatepass"))
+        with undisturbed():
+            right = [f"{instance.doc} {task.doc_to_target(instance.doc)}" for instance in task.instances]
+        digest.update("\n".join([name, *asked, *right]).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 

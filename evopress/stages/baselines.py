@@ -43,9 +43,9 @@ from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 _DATABASE = re.compile("[a-z]+-[0-9a-f]{16}")
+"""A level database's folder, beside the run's own."""
 _RESERVED = {"dense": "the dense model", "evopress": "what is found", "evopress_refined": "what is found, refined"}
 """Names of rows that are no baseline's."""
-"""A level database's folder, beside the run's own."""
 
 
 def database_needs(planner: Planner) -> Needs:

@@ -67,6 +67,12 @@ def test_a_stage_that_is_killed_later_leaves_the_others_done(
     assert skipped(evopress(*SWEEP, *FEW)) == ["sweep/seed-0", "sweep/seed-1"]
 
 
+def test_finished_jobs_whose_folders_are_taken_are_finished(sweep: Path, evopress: Callable[..., Any]) -> None:
+    with run_folder.held(sweep / "seed-0"):
+        outcome = evopress(*SWEEP, *FEW)
+    assert outcome.code == 0 and skipped(outcome) == ["sweep/seed-0", "sweep/seed-1"], outcome.text
+
+
 def test_finished_jobs_are_not_run_again(sweep: Path, evopress: Callable[..., Any]) -> None:
     before = [contents(sweep / f"seed-{seed}") for seed in (0, 1)]
     outcome = evopress(*SWEEP, *FEW)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from evopress.evaluation import zero_shot
+from evopress.evaluation.tasks import load_tasks, questions_digest
 
 pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval[hf] is not installed")
 
@@ -67,6 +68,10 @@ def test_an_interrupted_evaluation_keeps_the_answers_that_it_has(
     there = json.loads((whole / "result.json").read_text())["rows"]
     assert json.loads((run / "result.json").read_text())["rows"] == there
     assert len(asked) == len(there) + 1 and asked[2] == asked[3], "two models' answers were kept"
+    digest = questions_digest(load_tasks(["animals"], tasks_path=str(tasks_path)))
+    file = tasks_path / "animals.jsonl"
+    file.write_text(file.read_text().replace('"gold": 2', '"gold": 1'))
+    assert questions_digest(load_tasks(["animals"], tasks_path=str(tasks_path))) != digest, "other answers are right"
 
 
 @pytest.mark.parametrize("earlier", ["finished", "finished_sparse"])

@@ -297,6 +297,8 @@ def test_a_parquet_file_with_one_column_twice_is_refused(tmp_path: Path) -> None
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
     with pytest.raises(EvoPressError, match="has two columns 'text': write it again"):
         list(read_rows(path, "text"))
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], names=["text", "x", "x"]), path)
+    assert list(read_rows(path, "text")) == ["a"]
 
 
 @pytest.mark.parametrize("messages", [[{"content": "no role"}], ["text", {"role": "user"}], {"role": "user"}, [{"role": 3}]])

@@ -193,6 +193,21 @@ def test_chats_that_differ_in_what_they_call_are_different(tmp_path: Path) -> No
     assert all(len(texts) == 2 for texts in found.values()) and all(aside.values())
 
 
+def test_chats_that_differ_in_what_no_template_prints_are_one(tmp_path: Path) -> None:
+    for name, day in (("a", 1), ("b", 2)):
+        rows = ([{"role": "user", "content": f"Question {i}?", "timestamp": 100 * day + i}] for i in range(6))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+
+    class Content(Calls):
+        def render(self, messages: list[dict[str, object]], where: str) -> str:
+            return str(messages[0]["content"])
+
+    given = {"calibration": (tmp_path / "a.jsonl",), "search": (), "evaluation": (tmp_path / "b.jsonl",)}
+    source = TextFiles(**given, chat=Content())  # type: ignore[arg-type]
+    texts = [list(source.documents(split)) for split in ("calibration", "evaluation")]
+    assert sorted(texts[0] + texts[1]) == [f"Question {i}?" for i in range(6)] and all(texts)
+
+
 class Calls:
     """Stands for a chat template that prints what is called."""
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from evopress.errors import EvoPressError
 from evopress.run_folder import LOCK, keep_overrides
 from experiments import queue
-from experiments.single_runs import SingleRun, evopress, evopress_all, logged, why_it_failed
+from experiments.single_runs import SingleRun, evopress, evopress_all, has_finished, logged, why_it_failed
 from experiments.specs import BEST_LEVELS, home
 
 
@@ -119,8 +119,19 @@ def test_a_job_that_was_killed_after_its_evaluation_is_gone_on_with(tmp_path: Pa
         write_job(folder, [f"seed={seed}"])
     (jobs[1] / "finished.json").unlink()
     (jobs[2] / "finished.json").write_text(json.dumps({"stages": ["database", "search"]}))
+    (jobs[2] / ".hydra" / "config.yaml").write_text("stages: [database, search, evaluate]\n")
     left = queue.missing("table3", tmp_path)
     assert [dict(each) for each in left.jobs] == [{"seed": "1"}, {"seed": "2"}] and left.total == 3
+
+
+def test_a_job_has_finished_when_the_stages_of_its_own_config_are_done(tmp_path: Path) -> None:
+    write_job(tmp_path, ["seed=0"], stages=["database", "search", "evaluate", "report"])
+    finished = tmp_path / "finished.json"
+    for done, expected in (("database search evaluate report", True), ("database search evaluate", False)):
+        finished.write_text(json.dumps({"stages": done.split()}))
+        assert has_finished(tmp_path) == expected
+    keep_overrides(tmp_path, ["seed=0", "stages=[database, search]"])  # what was typed counts, a later command's config does not
+    assert has_finished(tmp_path)
 
 
 def test_a_job_that_outlived_its_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
