@@ -164,16 +164,12 @@ def has_finished(folder: Path) -> bool:
         return False
     try:
         done, own = read_json(path).get("stages"), own_stages(kept_overrides(folder) or [])
-        asked = (
-            re.findall(r"\w+", own.removeprefix("stages="))
-            if own
-            else OmegaConf.load(config).get("stages")
-            if config.exists()
-            else []
-        )
+        asked = re.findall(r"\w+", own.removeprefix("stages=")) if own else []
+        if own is None and config.exists():
+            asked = list(OmegaConf.select(OmegaConf.load(config), "stages") or ())
     except (EvoPressError, AttributeError, YAMLError, OmegaConfBaseException):
         return False
-    return not isinstance(done, list) or set(map(str, asked or ())) <= set(done)
+    return not isinstance(done, list) or set(asked) <= set(done)
 
 
 def why_it_failed(folder: Path) -> str:

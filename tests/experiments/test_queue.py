@@ -119,7 +119,7 @@ def test_a_job_that_was_killed_after_its_evaluation_is_gone_on_with(tmp_path: Pa
         write_job(folder, [f"seed={seed}"])
     (jobs[1] / "finished.json").unlink()
     (jobs[2] / "finished.json").write_text(json.dumps({"stages": ["database", "search"]}))
-    (jobs[2] / ".hydra" / "config.yaml").write_text("stages: [database, search, evaluate]\n")
+    keep_overrides(jobs[2], ["seed=2", "stages=[database,search,evaluate]"])
     left = queue.missing("table3", tmp_path)
     assert [dict(each) for each in left.jobs] == [{"seed": "1"}, {"seed": "2"}] and left.total == 3
 
