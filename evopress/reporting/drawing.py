@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 # Okabe and Ito: eight colours that people with any colour vision tell apart (without yellow, too pale for lines).
 _SEVEN = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -91,6 +93,47 @@ def open_frame(axis: Axes) -> None:
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+_LEGEND_SHARE = 0.92
+"""Of a figure's width that a legend may take."""
+_LABEL_CHARACTERS = 9.0
+"""Of a legend's label, to an inch of the figure's width, so that a legend of one column fits."""
+
+
+_TITLE_CHARACTERS = 130.0
+"""Of a title, to an inch of the figure's width, at a font size of one."""
+
+
+def title_above(figure: Figure, text: str, *, fontsize: float) -> None:
+    """Put a title over the whole figure, which panels of few blocks are narrower than; a long one has several lines."""
+    figure.suptitle(textwrap.fill(text, int(_TITLE_CHARACTERS * figure.get_figwidth() / fontsize)), fontsize=fontsize)
+
+
+def legend_below(figure: Figure, handles: Iterable[Any], labels: Iterable[str], *, most: int) -> None:
+    """Put a legend below all panels, of as many columns up to `most` as fit, and make the figure higher by it."""
+    legend = _legend(figure, figure, handles, labels, most, loc="outside lower center")
+    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
+
+
+def legend_above(axis: Axes, figure: Figure, *, most: int = 6) -> None:
+    """Put the legend of a wide panel above it, where no curve is, of as many columns up to `most` as fit."""
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        _legend(axis, figure, handles, labels, most, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
+
+
+def _legend(owner: Axes | Figure, figure: Figure, handles: Iterable[Any], labels: Iterable[str], most: int, **place: Any) -> Legend:
+    """Make a legend that is narrower than its figure, of `most` columns or fewer; labels that no column can hold are wrapped."""
+    width = figure.get_figwidth()
+    handles, labels = list(handles), [textwrap.fill(label, int(_LABEL_CHARACTERS * width)) for label in labels]
+    columns = max(1, min(most, len(labels)))
+    while True:
+        legend = owner.legend(handles, labels, ncols=columns, frameon=False, **place)
+        if columns == 1 or legend.get_window_extent().width <= _LEGEND_SHARE * width * figure.dpi:
+            return legend
+        legend.remove()
+        columns -= 1
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from evopress.reporting.drawing import new_figure, save
+from evopress.reporting.drawing import legend_below, new_figure, save, title_above
 
 _HALVES = {"attention": 0, "mlp": 1}
 
@@ -27,7 +27,7 @@ def dropped_modules_figure(
     for row, modules in enumerate(dropped.values()):
         for block, kind in modules:
             image[row, 2 * block + _HALVES[kind]] = 1
-    figure = new_figure(min(max(6.0, 0.3 * num_blocks + 3.0), 18.0), 1.6 + 0.34 * len(dropped))
+    figure = new_figure(min(max(6.0, 0.3 * num_blocks + 3.0), 18.0), 1.3 + 0.34 * len(dropped))
     axis = figure.subplots()
     edges_x, edges_y = np.arange(2 * num_blocks + 1) / 2 - 0.5, np.arange(len(dropped) + 1) - 0.5
     axis.pcolormesh(edges_x, edges_y, image, cmap=ListedColormap(["#d9e2ec", "#D55E00"]), vmin=0, vmax=1, edgecolors="none")
@@ -43,7 +43,7 @@ def dropped_modules_figure(
     for spine in axis.spines.values():
         spine.set_visible(False)
     axis.set_xlabel("transformer block")
-    axis.set_title("Dropped modules: left half of a cell attention, right half MLP", fontsize=10)
+    title_above(figure, "Dropped modules: left half of a cell attention, right half MLP", fontsize=10)
     handles = [Patch(color="#d9e2ec", label="kept"), Patch(color="#D55E00", label="dropped")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    legend_below(figure, handles, [str(handle.get_label()) for handle in handles], most=2)
     return save(figure, folder, name)

@@ -11,6 +11,7 @@ from evopress.reporting.drawing import (
     MARKERS,
     STYLES,
     Curves,
+    legend_below,
     log_scale,
     new_figure,
     open_frame,
@@ -18,6 +19,7 @@ from evopress.reporting.drawing import (
     show_tokens,
     styles,
     time_unit,
+    title_above,
 )
 from evopress.reporting.tables import display_name, number, significant
 from evopress.units import Genome, Space, Unit
@@ -103,7 +105,7 @@ def convergence(
     unit, unit_name = time_unit(max((value for value in seconds if value is not None), default=0.0))
     times = [None if value is None else value / unit for value in seconds]
     panels = (("generation", generations, None), ("tokens evaluated", tokens, show_tokens), (unit_name, times, None))
-    figure = new_figure(12, 1.3 + 3.2 * len(rows))
+    figure = new_figure(12, 0.7 + 3.2 * len(rows))
     axes = figure.subplots(len(rows), 3, sharey="row", squeeze=False)
     legend: dict[str, Any] = {}
     for name, row_axes in zip(rows, axes, strict=True):
@@ -144,8 +146,8 @@ def convergence(
         handles, labels = row_axes[0].get_legend_handles_labels()
         legend.update(zip(labels, handles, strict=True))
     if legend:
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle("Convergence of the search" + (f" ({text})" if text else ""), fontsize=13)
+        legend_below(figure, legend.values(), legend.keys(), most=4)
+    title_above(figure, "Convergence of the search" + (f" ({text})" if text else ""), fontsize=13)
     return save(figure, folder, "convergence")
 
 
@@ -203,9 +205,10 @@ def level_heatmap(space: Space, genome: Genome, folder: Path) -> list[Path]:
     average = measure(space, space.cost(genome), sum(measured_size(space, unit) for unit in space.units))
     percent = not by_label and space.words.taken_away
     if percent:
-        axis.set_title(f"Sparsity of each unit in percent ({100 * average:.4g}% on average)")
+        title = f"Sparsity of each unit in percent ({100 * average:.4g}% on average)"
     else:
-        axis.set_title(f"Level of each unit ({measure_name(space)}: {average:.4g} on average)")
+        title = f"Level of each unit ({measure_name(space)}: {average:.4g} on average)"
+    title_above(figure, title, fontsize=12)
     bar = figure.colorbar(mesh, ax=axis, ticks=list(range(len(labels))) if by_label else None, fraction=0.05, pad=0.015, aspect=12)
     if by_label:
         bar.ax.set_yticklabels(labels)
@@ -224,7 +227,7 @@ def level_profile(space: Space, genomes: Mapping[str, Genome], folder: Path) -> 
 
     Returns: the paths of `level_profile.png` and `level_profile.svg`.
     """
-    figure = new_figure(12, 4.4)
+    figure = new_figure(12, 4.1)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     open_frame(left)
     open_frame(right)
@@ -261,7 +264,7 @@ def level_profile(space: Space, genomes: Mapping[str, Genome], folder: Path) -> 
     figure.suptitle("Where the budget went", fontsize=13)
     handles, labels = left.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+        legend_below(figure, handles, labels, most=6)
     return save(figure, folder, "level_profile")
 
 

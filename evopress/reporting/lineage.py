@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evopress.reporting.drawing import COLOURS, STYLES, Curves, log_scale, new_figure, open_frame, save
+from evopress.reporting.drawing import COLOURS, STYLES, Curves, legend_above, legend_below, log_scale, new_figure, open_frame, save
 from evopress.reporting.figures import averages, measure_name
 from evopress.reporting.metrics import best_fitness, phases
 from evopress.reporting.tables import number
@@ -65,7 +65,7 @@ def switches(records: Sequence[Record], space: Space, folder: Path) -> list[Path
     axis.set_xlabel("generation")
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title("Accepted level switches", fontsize=13)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    legend_below(figure, *axis.get_legend_handles_labels(), most=2)
     return save(figure, folder, "switches")
 
 
@@ -102,8 +102,7 @@ def selection(records: Sequence[Record], folder: Path, *, fitness: str = "kl") -
     top.set_ylabel("perplexity" if fitness == "perplexity" else "KL divergence (nats per token)")
     if drawn.seen and min(drawn.seen) > 0 and max(drawn.seen) > 4 * min(drawn.seen):
         log_scale(top)
-    if drawn.seen:
-        top.legend(frameon=False, ncols=2)
+    legend_above(top, figure)
     window = max(5, len(tried) // 10)
     accepted = [bool(record.get("accepted")) for record in tried]
     means = [sum(accepted[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(accepted))]
@@ -114,8 +113,8 @@ def selection(records: Sequence[Record], folder: Path, *, fitness: str = "kl") -
     bottom.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     bottom.set_ylabel("accepted")
     bottom.set_xlabel("generation")
-    bottom.locator_params(axis="x", integer=True)
-    bottom.legend(frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1.0, 1.22))
+    bottom.locator_params(axis="x", integer=True, min_n_ticks=1)  # one generation has no halves
+    legend_above(bottom, figure)
     figure.suptitle("Selection: fitness per stage, and how often an offspring won", fontsize=13)
     return save(figure, folder, "selection")
 
@@ -159,7 +158,7 @@ def lineage(records: Sequence[Record], space: Space, folder: Path) -> list[Path]
     bottom.set_ylabel("units that differ")
     bottom.set_xlabel("generation")
     bottom.locator_params(axis="x", integer=True)
-    bottom.legend(frameon=False, ncols=2)
+    legend_above(bottom, figure)
     figure.suptitle("Lineage of the parent", fontsize=13)
     return save(figure, folder, "lineage")
 

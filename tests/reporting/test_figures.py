@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from evopress.reporting import drawing, figures, lineage
+from evopress.currencies import CURRENCIES
+from evopress.reporting import drawing, dropped, figures, lineage
 from evopress.units import Level, Space, Unit
 
 
@@ -57,6 +58,32 @@ def test_convergence(run: Any, tmp_path: Path) -> None:
     assert (0x00, 0x72, 0xB2) in colours(image)  # the held-out curve
     bare, _ = check(figures.convergence(run.records, tmp_path / "bare"), "convergence")
     assert (0xD5, 0x5E, 0x00) in colours(image) - colours(bare)  # a baseline's line
+
+
+def is_inside(artist: Any, figure: Any) -> bool:
+    """Tell whether all of a legend or a title is on the page; its layout has been done."""
+    box = artist.get_window_extent()
+    return bool(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1)
+
+
+@pytest.mark.parametrize("count", [0, 12])
+def test_legends_and_titles_are_whole(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    seen: list[Any] = []
+    for module in (figures, lineage, dropped):
+        monkeypatch.setattr(module, "save", lambda figure, *rest: (seen.append(figure), drawing.save(figure, *rest))[1])
+    names = [f"shortened_llama_of_a_long_name_{index}" for index in range(count)]
+    text = "the first 126 held-out tokens of " + "a_text_of_a_long_name_" * 6
+    figures.convergence(run.records, tmp_path, {name: 50.0 + index for index, name in enumerate(names)}, text=text)
+    figures.level_profile(run.space, dict.fromkeys([*names, "evopress"], run.genome), tmp_path)
+    figures.level_heatmap(run.space.priced(CURRENCIES["read"]), run.genome, tmp_path)
+    dropped.dropped_modules_figure({name: set() for name in [*names, "evopress"]}, 2, tmp_path)
+    lineage.selection(run.records, tmp_path)
+    assert len(seen) == 5
+    for figure in seen:
+        legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
+        assert all(is_inside(artist, figure) for artist in [*legends, figure._suptitle])
+    tall = [axis.get_window_extent().height / seen[0].dpi for axis in seen[0].axes]
+    assert min(tall) > 1.5  # inches: the legend takes no room from the panels
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
