@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evopress.files import write_bytes
 from evopress.reporting import account
-from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, log_scale, new_figure, open_frame, save, styles
+from evopress.reporting.drawing import (
+    COLOURS,
+    MARKERS,
+    STYLES,
+    legend_below,
+    log_scale,
+    new_figure,
+    open_frame,
+    save,
+    styles,
+    title_above,
+)
 from evopress.reporting.findings import compared
 from evopress.reporting.page import code, details, json_text, pairs, paragraph, pictures, section, table, write_page
 from evopress.reporting.tables import display_name, held_out_kl, number, results_columns, significant, spends_more
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 Row = Mapping[str, Any]
 _NEAR = 0.97
@@ -143,9 +159,11 @@ def front_figure(
         panels.append(("acceptance rate, drafting for the dense model", lambda row: row.get("acceptance_rate")))
     if not measured or "min_agreement" in (kept or {}):
         panels.append(("top-1 agreement with the dense model", lambda row: row.get("top1_agreement")))
-    figure = new_figure(4.3 * len(panels), 4.6)
+    figure = new_figure(4.3 * len(panels), 4.3)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     looks = styles(families)
+    answer = (kept or {}).get("answer")
+    labels_of: dict[Axes, list[Annotation]] = {}
     for axis, (title, value) in zip(axes, panels, strict=True):
         seen: list[float] = []
         for name, members in families.items():
@@ -172,11 +190,11 @@ def front_figure(
             below = title.startswith(_RISING)  # beside the line, which rises there and falls elsewhere
             for x, y, budget in points if ours else ():
                 place = {"xytext": (6, -11 if below else 5), "textcoords": "offset points"}
-                axis.annotate(budget, (x, y), fontsize=9, color=COLOURS[look], zorder=5, **place)
+                label = axis.annotate(budget, (x, y), fontsize=9, color=COLOURS[look], zorder=5, **place)
+                labels_of.setdefault(axis, []).append(label)
         limit = next(((kept or {}).get(key) for key, start in _LIMITS.items() if title.startswith(start)), None)
         if limit is not None:
             axis.axhline(limit, color="#555555", linestyle="--", linewidth=1.0, label=f"asked for: {limit:g}")
-        answer = (kept or {}).get("answer")
         for row in front:
             if row["budget"] == answer and (shown := number(value(row))) is not None:
                 axis.plot([(number(row.get("bytes")) or 0) / 1e6], [shown], "o", markersize=14, fillstyle="none", color=COLOURS[0])
@@ -192,9 +210,35 @@ def front_figure(
     for axis in axes:
         shown_handles, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, shown_handles, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
-    figure.suptitle(f"What each size costs in quality; the numbers at the points are budgets ({measure})", fontsize=12)
+    legend_below(figure, handles.values(), handles.keys(), most=6)
+    title_above(figure, f"What each size costs in quality; the numbers at the points are budgets ({measure})", fontsize=12)
+    _thin_out(figure, labels_of.values(), str(answer))
     return save(figure, folder, "front")
+
+
+def _thin_out(figure: Figure, panels: Iterable[Sequence[Annotation]], answer: str) -> None:
+    """Hide the labels of points that would print over another label or point of their panel.
+
+    Args:
+        panels: the labels of each panel, from the smallest size to the greatest.
+        answer: what is labelled first, and whatever is beside it; then the ends, and what lies between them.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # only then do labels have their places
+    point = figure.dpi / 72
+    for labels in panels:
+        ends = (labels[0], labels[-1])
+        places = {label: label.axes.transData.transform(label.xy) for label in labels if label.axes is not None}
+        taken = {label: Bbox([place - 4 * point, place + 4 * point]) for label, place in places.items()}
+        shown: list[Bbox] = []
+        for label in sorted(labels, key=lambda label: (label.get_text() != answer, label not in ends)):
+            box = label.get_window_extent().padded(point)
+            markers = [marker for other, marker in taken.items() if other is not label and label.get_text() != answer]
+            if any(box.overlaps(other) for other in [*shown, *markers]):
+                label.set_visible(False)
+            else:
+                shown.append(box)
 
 
 def write_front_report(
