@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -318,10 +319,16 @@ def cells(space: Space) -> list[Cell]:
 
 
 def _ordered_labels(space: Space) -> list[str]:
-    """Return all labels of the space, from the least compressed (by its mean cost per weight) to the most."""
+    """Return all labels of the space, from the least compressed (by its mean cost per weight) to the most.
+
+    A module that is kept is the least compressed of all: the costs of what lies in it are those units' own.
+    """
+    modules = {module for module in space.inside if module is not None}
     costs: dict[str, list[float]] = {}
-    for unit in space.units:
+    for index, unit in enumerate(space.units):
         for level in unit.levels:
-            cost = level.cost if space.currency is None else level.stored_bits
+            cost: float = level.cost if space.currency is None else level.stored_bits
+            if index in modules and not level.drops:
+                cost = math.inf
             costs.setdefault(level.label, []).append(cost / max(unit.size, 1))
     return sorted(costs, key=lambda label: -sum(costs[label]) / len(costs[label]))

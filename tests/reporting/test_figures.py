@@ -86,6 +86,16 @@ def test_legends_and_titles_are_whole(run: Any, tmp_path: Path, monkeypatch: pyt
     assert min(tall) > 1.5  # inches: the legend takes no room from the panels
 
 
+def test_what_is_kept_whole_is_darkest(tmp_path: Path) -> None:
+    bits = tuple(Level(f"{bits} bits", bits * 64, str(bits), bits * 64 + 8, "quant") for bits in (4, 2))
+    keep, drop = Level("keep", 1, "keep", 32, "drop"), Level("drop", 0, "drop", 0, "drop")
+    units = (Unit("layers.0.mlp.up", 0, "up_proj", 64, bits), Unit("layers.0.mlp", 0, "mlp", 64, (keep, drop)))
+    space = Space("joint", units, CURRENCIES["bytes"], inside=(1, None))
+    _, svg = check(figures.level_heatmap(space, (0, 0), tmp_path), "level_heatmap")
+    shown = [part.split("-->")[0].strip() for part in svg.split("<!--")[1:]]
+    assert [text for text in shown if text in ("keep", "4 bits", "2 bits", "drop")] == ["keep", "4 bits", "2 bits", "drop"]
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_convergence_of_a_short_run(run: Any, tmp_path: Path, count: int) -> None:
     short = [{**record, "fitness": None, "held_out": None} for record in run.records[:count]]
