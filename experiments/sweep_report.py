@@ -33,7 +33,7 @@ from evopress.reporting.page import (
     table,
     write_page,
 )
-from evopress.reporting.tables import display_name, number, significant
+from evopress.reporting.tables import display_name, held_out_kl, number, significant
 from experiments.commands import of_sweep
 from experiments.convergence import draw_sweep, make_figures
 from experiments.specs import SPECS, Spec
@@ -150,7 +150,7 @@ def _variants(sweep: Sweep, spec: Spec) -> str:
 
 
 def _jobs(sweep: Sweep, out: Path) -> str:
-    """List the jobs: what was swept, the held-out KL of what was found, and a link to the job's own report."""
+    """List the jobs: what was swept, what was found on the run's own held-out text, and a link to the job's own report."""
     body = []
     for job in sweep.jobs:
         ours: Mapping[str, Any] = next((row for row in job.result["rows"] if row.get("name") == "evopress"), {})
@@ -158,7 +158,7 @@ def _jobs(sweep: Sweep, out: Path) -> str:
         search = job.result.get("search") or {}
         cells = [
             escape(describe(job.axes)),
-            *(show(ours.get("kl"), significant) or "", show(perplexity, significant) or ""),
+            *(show(held_out_kl(ours)[1], significant) or "", show(perplexity, significant) or ""),
             *(show(search.get("tokens"), "{:,.0f}".format) or "", show(search.get("seconds"), show_duration) or ""),
             _link(job.folder / "report.html", out),
         ]

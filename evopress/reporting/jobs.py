@@ -22,7 +22,7 @@ from evopress.errors import EvoPressError
 from evopress.files import remove_empty, write_bytes
 from evopress.json_files import load_json
 from evopress.reporting.records import read_document, write_json
-from evopress.reporting.tables import number, significant
+from evopress.reporting.tables import held_out_kl, significant
 
 FAILED = ".failed"
 """Folder inside a sweep's: a note for each job that failed when the sweep was run last."""
@@ -41,7 +41,7 @@ class SweepJob:
     typed: Mapping[str, str]
     """Setting or config group to what was typed for it."""
     kl: float | None = None
-    """Held-out KL of what was found, or given: nats per token."""
+    """Held-out KL of what was found, or given, on the run's own text: nats per token."""
     state: str = "not finished"
     """ "finished", "not finished" or "failed: " and the sentence."""
 
@@ -176,7 +176,7 @@ def _read_job(sweep: Path, folder: Path) -> SweepJob:
     kl = None
     with suppress(EvoPressError):
         result = load_json(folder / "result.json")
-        kl = number((own_row(result) or {}).get("kl")) if isinstance(result, Mapping) else None
+        kl = held_out_kl(own_row(result) or {})[1] if isinstance(result, Mapping) else None
     state = "finished" if (folder / "finished.json").is_file() else "not finished"
     return SweepJob(_below(sweep, folder), typed, None if kl is None else float(kl), state)
 

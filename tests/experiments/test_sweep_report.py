@@ -125,6 +125,17 @@ def test_the_page_holds_all_it_shows_and_links_to_the_jobs(root: Path, out: Path
     assert sections(page)["Jobs"].count("<td>none</td>") == 2  # jobs without a report of their own
 
 
+def test_kl_and_perplexity_of_several_texts_are_of_the_runs_own(root: Path, out: Path) -> None:
+    for path in (root / "table2_sparsity").glob("*/result.json"):
+        result = json.loads(path.read_text())
+        for row in result["rows"]:
+            row |= {"kl_by_data_set": {"python_docs": row["kl"], "wiki": 9.0}, "kl": (row["kl"] + 9.0) / 2}
+            row["perplexity"]["wiki"] = 99.0
+        path.write_text(json.dumps(result))
+    _, path = make_report("table2_sparsity", root=root, out=out)
+    assert "<td>sparsity=0.7 seed=1</td><td>1.010</td><td>11.01</td>" in sections(path.read_text())["Jobs"]
+
+
 def test_a_half_finished_sweep_says_what_is_missing(root: Path, out: Path) -> None:
     job = root / "table2_sparsity" / "sparsity-0.7_seed-2"
     (job / "result.json").write_text("{}")

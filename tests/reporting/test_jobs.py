@@ -109,3 +109,12 @@ def test_a_job_that_was_gone_on_with_is_no_failure_any_more(tmp_path: Path) -> N
     (job / "finished.json").write_text("{}")
     os.utime(job / "finished.json", (2e9, 2e9))
     assert jobs.read_jobs(tmp_path)[0].state == "finished"
+
+
+def test_the_kl_of_several_texts_is_that_of_the_runs_own(tmp_path: Path) -> None:
+    job = tmp_path / "seed=1"
+    (job / ".hydra").mkdir(parents=True)
+    (job / ".hydra" / "overrides.yaml").write_text("- seed=1\n")
+    row = {"name": "evopress", "kl": 2.0, "kl_by_data_set": {"own": 1.5, "wiki": 2.5}}
+    (job / "result.json").write_text(json.dumps({"rows": [row]}))
+    assert jobs.read_jobs(tmp_path)[0].kl == 1.5
