@@ -66,7 +66,7 @@ def write_report(
 
     where = take("level_heatmap", "experts", "dropped_modules", "level_profile")
     if space is not None and genome is not None:
-        where = _extremes(space, genome, config) + where + _kinds(space, genome, records)
+        where = _extremes(space, genome, config, records) + where + _kinds(space, genome, records)
     parts = [
         section("What was asked", _asked(config, records, space)),
         section("What was found", paragraph(headline(rows), kind="lead") + results_table(rows)),
@@ -143,8 +143,8 @@ def _task(asked: Mapping[str, Any], records: Sequence[Mapping[str, Any]], space:
     return sentence
 
 
-def _extremes(space: Space, genome: Genome, config: Mapping[str, Any]) -> str:
-    """Name the blocks and kinds that kept most and least, or what was dropped."""
+def _extremes(space: Space, genome: Genome, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    """Name the blocks and kinds that kept more, and less, than all others, or what was dropped."""
     if all(num_modules(unit) for unit in space.units):
         dropped: dict[str, list[str]] = {}
         for unit, level in zip(space.units, space.check(genome), strict=True):
@@ -156,19 +156,30 @@ def _extremes(space: Space, genome: Genome, config: Mapping[str, Any]) -> str:
         inside = {getattr(unit, by) for unit in space.units if by == "kind" or not unit.is_outside}
         values = {key: value for key, value in averages(space, genome, by=by).items() if key in inside}
         most_first = sorted(values, key=lambda key: values[key], reverse=not space.words.taken_away)
-        if len(most_first) >= 4 and values[most_first[0]] != values[most_first[-1]]:
-            few = min(3, len(most_first) // 2)
-            named = [f"{name} {key} ({values[key]:.3g})".strip() for key in most_first]
-            said.append(f"Most was kept in {', '.join(named[:few])}; least in {', '.join(named[-few:])}.")
+        shown = [f"{values[key]:.3g}" for key in most_first]
+        named = [f"{name} {key} ({value})".strip() for key, value in zip(most_first, shown, strict=True)]
+        most, least = _num_apart(shown), _num_apart(shown[::-1])
+        kept = [f"Most was kept in {', '.join(named[:most])}"] if most else []
+        kept += [f"{'least' if most else 'Least was kept'} in {', '.join(named[-least:])}"] if least else []
+        if kept:
+            said.append(f"{'; '.join(kept)}.")
     if not said:
         return ""
-    said.append(f"In brackets: {measure_name(space)}. The search kept more where taking away hurt more, as far as it could tell.")
+    said.append(f"In brackets: {measure_name(space)}.")
+    if any(record.get("accepted") for record in records):
+        said.append("The search kept more where taking away hurt more, as far as it could tell.")
     search = config.get("search")
     search = search if isinstance(search, Mapping) else {}
     switched = (search.get("strategy") or {}).get("name", "evolution") == "evolution"
     if switched and search.get("exchange") == "size" and len({unit.size for unit in space.units}) > 1:
         said.append("Only units of equal size exchanged levels, so what each size has in all was settled by the initial genome.")
     return paragraph(" ".join(said))
+
+
+def _num_apart(shown: Sequence[str]) -> int:
+    """Return how many sorted values, at most three and half of them, can be named at the front: the next one is another value."""
+    few = min(3, len(shown) // 2) if len(shown) >= 4 else 0
+    return next((count for count in range(few, 0, -1) if shown[count - 1] != shown[count]), 0)
 
 
 def _kinds(space: Space, genome: Genome, records: Sequence[Mapping[str, Any]]) -> str:

@@ -263,3 +263,34 @@ def test_who_says_that_it_keeps_the_budget_is_believed() -> None:
     assert "the best baseline within this budget, DP, has 0.4000" in headline([kept, ours])
     broken = {**kept, "bits_per_weight": 2.5, "within_budget": False}
     assert "no baseline within this budget was measured" in headline([broken, ours])
+
+
+def said_of_extremes(run: Any, tmp_path: Path, bits: str, *, accepted: bool = False) -> str:
+    """Return what the page says of a model with a block for each digit, all its units of so many bits."""
+    units = tuple(unit for unit in run.space.units if unit.block < len(bits))
+    genome = tuple(6 - int(bits[unit.block]) for unit in units)
+    records = [{"generation": 1, "accepted": accepted}]
+    page = write(tmp_path / "report.html", run, space=Space("quant", units), genome=genome, records=records)
+    return page.text.partition("Where the budget went")[2].partition("kind units")[0].strip()
+
+
+@pytest.mark.parametrize(
+    ("bits", "said"),
+    [
+        ("444444", ""),
+        ("544444", "Most was kept in block 0 (5). In brackets: bits per weight."),
+        ("555543", "Least was kept in block 4 (4), block 5 (3). In brackets: bits per weight."),
+        ("543256", "Most was kept in block 5 (6), block 0 (5), block 4 (5); least in block 1 (4), block 2 (3), block 3 (2)."),
+        ("554444", "Most was kept in block 0 (5), block 1 (5). In brackets: bits per weight."),
+        ("555544", "Least was kept in block 4 (4), block 5 (4). In brackets: bits per weight."),
+        ("543", ""),
+    ],
+)
+def test_only_what_is_apart_is_named(run: Any, tmp_path: Path, bits: str, said: str) -> None:
+    found = said_of_extremes(run, tmp_path, bits)
+    assert found.startswith(said) if said else not found
+    assert "hurt more" not in found
+
+
+def test_a_search_that_accepted_nothing_kept_nothing_for_a_reason(run: Any, tmp_path: Path) -> None:
+    assert "The search kept more where taking away hurt more" in said_of_extremes(run, tmp_path, "544444", accepted=True)
