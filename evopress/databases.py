@@ -28,6 +28,7 @@ from evopress.methods import Method
 from evopress.models.blocks import BlockModel
 from evopress.models.loading import DTYPES
 from evopress.models.opening import ModelSource
+from evopress.progress import millions
 from evopress.settings import LevelDatabaseSettings
 from evopress.units import Space, is_of_expert
 
@@ -79,7 +80,7 @@ class Databases:
         """
         build = self._build_settings(name, compressor)
         database, reused = ensure_database(build, self._blocks, self._text.calibration, compressor)
-        logger.info("level database: %s %s (%.1f MB)", "reused" if reused else "built", database.folder, database.num_bytes / 1e6)
+        logger.info("level database: %s %s (%s MB)", "reused" if reused else "built", database.folder, millions(database.num_bytes))
         return database, reused
 
     def _build_settings(self, name: str, compressor: Compressor) -> BuildSettings:

@@ -21,6 +21,7 @@ from hydra_plugins.hydra_joblib_launcher._core import execute_job  # type: ignor
 from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher  # type: ignore[import-untyped, unused-ignore]
 
 from evopress.config import JobFailedError
+from evopress.progress import counted
 
 try:
     import cloudpickle  # type: ignore[import-untyped, unused-ignore]
@@ -48,7 +49,7 @@ class JobLauncher(JoblibLauncher):  # type: ignore[misc, unused-ignore]
         Path(sweep).mkdir(parents=True, exist_ok=True)
         side_by_side = joblib.effective_n_jobs(self.joblib.get("n_jobs", -1))
         jobs = [tuple(overrides) for overrides in job_overrides]
-        logger.info("%d jobs, %d at a time, in %s", len(jobs), side_by_side, sweep)
+        logger.info("%s, %d at a time, in %s", counted(len(jobs), "job"), side_by_side, sweep)
         shared = (self.hydra_context, self.config, self.task_function, Singleton.get_state())
         arguments = [cloudpickle.dumps((initial_job_idx + index, overrides, *shared)) for index, overrides in enumerate(jobs)]
         with _threads_shared_by(side_by_side):

@@ -155,10 +155,11 @@ def describe(threads: int, *, device: str = "cpu") -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = "not installed"
+    used = f"{threads} torch thread{'' if threads == 1 else 's'}"
     return {
         "schema": 1,
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {threads} torch threads{_gpu(device)}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {used}{_gpu(device)}",
         "precision": precision(),
         "git_revision": _git_revision(),
         **packages,

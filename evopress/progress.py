@@ -188,6 +188,16 @@ def _isatty(stream: Any) -> bool:
         return False
 
 
+def counted(count: int, what: str) -> str:
+    """Say how many there are of something: "1 model", "3 models"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def millions(count: float) -> str:
+    """Say a number in millions, of bytes in MB: "271.0", and what is below one with three digits, "0.0768"."""
+    return f"{count / 1e6:.1f}" if count >= 1e6 else f"{count / 1e6:#.3g}"
+
+
 def duration(seconds: float) -> str:
     """Say a number of seconds as people do: "45 s", "3 min 20 s", "2 h 5 min"."""
     total = round(seconds)

@@ -25,7 +25,7 @@ from evopress.fitness.population import MOST_ON_HOST
 from evopress.levels.live import Live
 from evopress.models import attention
 from evopress.models.blocks import BlockModel
-from evopress.progress import track
+from evopress.progress import counted, track
 from evopress.ranks import divided, size, together
 from evopress.units import Genome
 
@@ -127,7 +127,7 @@ def measure_zero_shot(
     Raises: EvoPressError if a batch does not fit the device.
     """
     questions = sum(num_questions(task, limit) for task in tasks.values())
-    logger.info("zero-shot: %d models on %d questions of %s", len(genomes), questions, ", ".join(tasks))
+    logger.info("zero-shot: %s on %d questions of %s", counted(len(genomes), "model"), questions, ", ".join(tasks))
     scores = {}
     # Made before lm-eval is silenced: a progress line keeps the stream that it starts with.
     progress = _Progress(len(genomes) * questions, "zero-shot")

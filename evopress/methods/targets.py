@@ -35,7 +35,7 @@ def size_budget(size: str, space: Space, rest: Rest) -> Budget:
             f"size={size} is less than the {rest.bits / 8e6:.4g} MB of what is no unit (norms, and embedding and head unless "
             "method.include has them): raise it, or include them"
         )
-    measure = "bits per weight of all" if unit == "bpw" else unit.upper().replace("I", "i")
+    measure = "bits per weight of all" if unit == "bpw" else unit.upper().replace("I", "i").replace("KB", "kB")
     return Budget(total=bits - rest.bits, target=number, measure=measure, beside=rest.bits)
 
 

@@ -36,6 +36,7 @@ from evopress.models.slots import shape_of
 from evopress.models.smollm2 import ensure_smollm2
 from evopress.models.stored import loaded_files, stored_tensors
 from evopress.models.tiny import ensure_tiny
+from evopress.progress import millions
 from evopress.settings import AUTO, ModelSettings, QuantSettings, RunSettings
 
 logger = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ class ModelSource:
             trust_remote_code=settings.trust_remote_code,
         )
         count = sum(parameter.numel() for parameter in pretrained.model.parameters())
-        logger.info("model: %s, %.1f M parameters, %s on %s", pretrained.name, count / 1e6, self._dtype, self._device)
+        logger.info("model: %s, %s M parameters, %s on %s", pretrained.name, millions(count), self._dtype, self._device)
         return pretrained
 
     def _outline(self) -> Pretrained:
@@ -260,7 +261,7 @@ class ModelSource:
         count = sum(parameter.numel() for parameter in model.parameters())
         size = count * DTYPES[self._dtype].itemsize
         name = safe_name(self._name or self.folder.absolute().name)
-        logger.info("model: %s, %.1f M parameters, %.3g GB in %s on %s", name, count / 1e6, size / 1e9, self._dtype, self._device)
+        logger.info("model: %s, %s M parameters, %.3g GB in %s on %s", name, millions(count), size / 1e9, self._dtype, self._device)
         logger.info(
             "its weights are not in %s, so nothing is read but config.json: text is taken to be as long as it was asked for, and "
             "nothing to be there already",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from evopress.progress import counted
 from evopress.reporting.lineage import words
 from evopress.reporting.metrics import gain, phases
 from evopress.reporting.page import details, pairs, paragraph, show, show_bytes, show_duration, table
@@ -29,7 +30,8 @@ def progress(records: Sequence[Record], text: str = "") -> str:
     sentences = []
     if tried:
         accepted = sum(bool(record.get("accepted")) for record in tried)
-        sentences.append(f"{accepted} of {len(tried)} generations replaced their parent: {accepted / len(tried):.0%}")
+        whose = "its" if len(tried) == 1 else "their"
+        sentences.append(f"{accepted} of {counted(len(tried), 'generation')} replaced {whose} parent: {accepted / len(tried):.0%}")
         if len(tried) >= 8:
             last = tried[-(len(tried) // 4) :]
             sentences[0] += f" ({sum(bool(record.get('accepted')) for record in last) / len(last):.0%} in the last quarter)"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evopress.files import write_bytes
+from evopress.progress import counted, millions
 from evopress.reporting import account
 from evopress.reporting.drawing import (
     COLOURS,
@@ -25,7 +26,7 @@ from evopress.reporting.drawing import (
 )
 from evopress.reporting.findings import compared
 from evopress.reporting.page import code, details, json_text, pairs, paragraph, pictures, section, table, write_page
-from evopress.reporting.tables import display_name, held_out_kl, number, results_columns, significant, spends_more
+from evopress.reporting.tables import Column, display_name, held_out_kl, number, results_columns, significant, spends_more
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +52,7 @@ def front_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def write_front(front: Sequence[Row], path: Path) -> None:
     """Write `front.csv`: a line for each budget, what it spends, how good it is, what its search took and where its genome is."""
-    columns = results_columns(front)
+    columns = _columns(front)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     spent = ("tokens", "seconds", "evaluations")
@@ -126,7 +127,7 @@ def _answer(front: Sequence[Row], kept: Mapping[str, Any]) -> str:
     held_out = held_out_kl(row)[1] if of_kl else number(row.get("top1_agreement"))
     searched = sum(entry["budget"] in {row["budget"] for row in front} for entry in kept["tried"])
     sentence = (
-        f"Of {searched} budgets that were searched, {kept['answer']} is the smallest whose {name} is {asked} on search text: "
+        f"Of {counted(searched, 'budget')} searched, {kept['answer']} is the smallest whose {name} is {asked} on search text: "
     )
     sentence += f"{significant(there[key])} on {there['num_tokens']:,} tokens" if there else "measured before"
     return f"{sentence}, and {significant(held_out)} on held-out text." if held_out is not None else f"{sentence}."
@@ -291,10 +292,15 @@ def write_front_report(
     write_page(path, title=title, parts=parts)
 
 
+def _columns(front: Sequence[Row]) -> list[Column]:
+    """Return the columns of a front; what its rows spent is what their searches took, which has a column of its own."""
+    return [column for column in results_columns(front) if column.header != "tokens spent"]
+
+
 def _front_table(rows: Sequence[Row], front: Sequence[Row]) -> str:
     if not front:
         return ""
-    columns = results_columns(front)
+    columns = _columns(front)
     body = []
     for index, row in enumerate(front):
         best, tokens = best_baseline(rows, row), number(row["spent"].get("tokens"))
@@ -328,4 +334,4 @@ def _kl(row: Row) -> str:
 
 def _megabytes(row: Row) -> str:
     size = number(row.get("bytes"))
-    return "" if size is None else f" ({size / 1e6:.1f} MB if packed)"
+    return "" if size is None else f" ({millions(size)} MB if packed)"

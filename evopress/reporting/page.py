@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from evopress.files import write_bytes
+from evopress.progress import millions
 from evopress.reporting.records import plain
 from evopress.reporting.tables import number
 
@@ -115,8 +116,8 @@ def show_duration(seconds: float) -> str:
 
 
 def show_bytes(count: float) -> str:
-    """Show a number of bytes: "271.0 MB"."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    """Show a number of bytes: "271.0 MB", "0.0768 MB"."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{millions(count)} MB"
 
 
 def pictures(figures: Sequence[Path]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.currencies import num_modules
+from evopress.progress import counted
 from evopress.reporting import account
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.figures import averages, measure, measure_name, measured_size, shown_level
@@ -138,7 +139,7 @@ def _task(asked: Mapping[str, Any], records: Sequence[Mapping[str, Any]], space:
     )
     generations = max((record.get("generation") or 0 for record in records), default=0)
     if generations:
-        sentence += f" EvoPress searched for {generations} generations"
+        sentence += f" EvoPress searched for {counted(generations, 'generation')}"
         sentence += f" of {asked['offspring']} offspring." if "offspring" in asked else "."
     return sentence
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evopress.files import write_bytes
+from evopress.progress import millions
 from evopress.reporting.differences import Difference
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class Column:
         if value is None:
             return ""
         stderr = self.stderrs[row] if with_stderr and self.stderrs else None
-        return self.show(value) if stderr is None else f"{self.show(value)} ± {self.show(stderr)}"
+        error = "" if stderr is None else self.show(stderr)
+        return f"{self.show(value)} ± {error}" if error.strip("0.") else self.show(value)  # 0, or what rounding leaves of it
 
 
 def display_name(name: str) -> str:
@@ -231,10 +233,10 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
         column("weights kept", lambda row: row.get("weights_kept"), "{:,.0f}".format),
         column("modules dropped", lambda row: row.get("modules_dropped"), "{:.0f}".format),
         column("experts dropped", lambda row: row.get("experts_dropped"), "{:.0f}".format),
-        column("size MB if packed", lambda row: _megabytes(row.get("bytes")), "{:.1f}".format),
-        column("MB read per token", lambda row: _megabytes(row.get("bytes_read_per_token")), "{:.1f}".format),
-        column("checkpoint MB", lambda row: _megabytes(row.get("checkpoint_bytes")), "{:.1f}".format),
-        *(column(f"{name} MB", partial(_exported_megabytes, name=name), "{:.1f}".format) for name in _inner_keys(rows, "exports")),
+        column("size MB if packed", lambda row: _megabytes(row.get("bytes")), _show_megabytes),
+        column("MB read per token", lambda row: _megabytes(row.get("bytes_read_per_token")), _show_megabytes),
+        column("checkpoint MB", lambda row: _megabytes(row.get("checkpoint_bytes")), _show_megabytes),
+        *(column(f"{name} MB", partial(_exported_megabytes, name=name), _show_megabytes) for name in _inner_keys(rows, "exports")),
         *(each for key, (name, show, best) in MEANS.items() for each in on_each_text(name, key, show, best)),
     ]
     for data_set in _inner_keys(rows, "perplexity"):
@@ -348,6 +350,10 @@ def _no_pipes(cell: str) -> str:
 def _megabytes(value: Any) -> float | None:
     count = number(value)
     return None if count is None else count / 1e6
+
+
+def _show_megabytes(value: float) -> str:
+    return millions(1e6 * value)
 
 
 def _exported_megabytes(row: Row, name: str) -> float | None:

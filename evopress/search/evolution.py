@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from evopress.errors import EvoPressError
+from evopress.progress import counted
 from evopress.search.constraint import EXCHANGES, Deviation
 from evopress.search.initial import initial_candidates, uniform_genome
 from evopress.search.mutation import DISTRIBUTIONS, LevelSwitch, Mutation, offspring
@@ -94,7 +95,7 @@ class SearchSettings:
     @property
     def summary(self) -> str:
         """See `Searching`."""
-        return f"{self.generations} generations, λ = {self.num_offspring}"
+        return f"{counted(self.num_generations, 'generation')}, λ = {self.num_offspring}"
 
     def asks(self, state: Mapping[str, Any] | None = None) -> list[Asks]:
         """See `Searching`."""

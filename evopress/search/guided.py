@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from evopress.errors import EvoPressError
+from evopress.progress import counted
 from evopress.search.evolution import SearchSettings
 from evopress.search.racing import RaceRules
 from evopress.search.rounds import Guided
@@ -145,7 +146,7 @@ class GuidedSettings:
         expanded = f", {self.numbers.second_order_rounds} of second order" if self.numbers.second_order_rounds else ""
         measured = f" and {self.numbers.delta_rounds} of measured neighbours" if self.numbers.delta_rounds else ""
         after = f", then {self.evolution.summary}" if self.numbers.generations_after else ""
-        return f"at most {self.numbers.rounds} guided rounds{expanded}{measured}{after}"
+        return f"at most {counted(self.numbers.rounds, 'guided round')}{expanded}{measured}{after}"
 
     def identity(self) -> dict[str, Any]:
         """See `Searching`: numbers of rounds and generations may differ, since a search can be gone on with."""

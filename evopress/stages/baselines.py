@@ -31,6 +31,7 @@ from evopress.levels.tied import TiedLevels
 from evopress.levels.union import LevelSource, LevelUnion
 from evopress.methods.points import has_limit
 from evopress.models.blocks import BlockModel
+from evopress.progress import counted
 from evopress.reporting.records import append_record, read_document, read_records, write_json
 from evopress.room import Needs
 from evopress.search import Fitness
@@ -54,7 +55,7 @@ def database_needs(planner: Planner) -> Needs:
     if build is None:
         return planner.needs("database", "no weights to store")
     if not build.units:
-        return planner.needs("database", f"there: {planner.num_blocks} blocks")
+        return planner.needs("database", f"there: {counted(planner.num_blocks, 'block')}")
     needs = build.in_folder(workspace.databases.root)
     needs.what += "" if "database" in planner.settings.stages else ", first"
     planner.build_levels(needs, build)

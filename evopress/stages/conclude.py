@@ -17,6 +17,7 @@ from evopress.evaluation.zero_shot import ZeroShot, measure_zero_shot
 from evopress.fitness.archive import code_digest
 from evopress.fitness.population import walked_together
 from evopress.levels.modules import dropped_modules, modules_of
+from evopress.progress import counted
 from evopress.ranks import processes
 from evopress.reporting import figures, tables
 from evopress.reporting.curve import held_out_curve
@@ -56,7 +57,7 @@ def evaluate_needs(planner: Planner) -> Needs:
     """Return what the stage `evaluate` takes."""
     models, data = 1 + _num_genomes(planner), planner.workspace.evaluation_data
     tokens = sum(sequences.numel() for sequences in data.values())
-    needs = planner.needs("evaluate", f"{models} models on {', '.join(data)}")
+    needs = planner.needs("evaluate", f"{counted(models, 'model')} on {', '.join(data)}")
     if planner.settings.evaluation.tasks:
         _answer_needs(planner, needs, models)
     _, mine = planner.mine(models, tokens, split=False)
@@ -173,7 +174,7 @@ def measured_rows(workspace: Workspace, genomes: Mapping[str, Genome | None], sp
     """
     data_sets = workspace.evaluation_data
     count = sum(sequences.numel() for sequences in data_sets.values())
-    logger.info("evaluation: %d models on %d tokens of %s", len(genomes), count, ", ".join(data_sets))
+    logger.info("evaluation: %s on %d tokens of %s", counted(len(genomes), "model"), count, ", ".join(data_sets))
     kept = Measured(workspace.run_dir, _decided_by(workspace))
     scores = _scores(workspace, genomes, kept)
     answers = _zero_shot(workspace, genomes, kept)
@@ -311,6 +312,8 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
         pictures += expert_figure(space, genome, run_dir / "figures")
         pictures += held_figure(records, database.space, run_dir / "figures", fitness=settings.fitness.name)
         pictures += lineage_figures(records, database.space, run_dir / "figures", fitness=settings.fitness.name)
+    if workspace.method.weights is None:
+        result.pop("database", None)  # no weights are stored
     if rows:
         tables.write_tables(rows, run_dir, said=headline(rows))
     shown = checkpoint.relative_to(Path.cwd()) if checkpoint.is_relative_to(Path.cwd()) else checkpoint

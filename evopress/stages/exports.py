@@ -18,6 +18,7 @@ from evopress.export.rules import refuse_unfit
 from evopress.files import make_folder
 from evopress.levels.modules import is_module
 from evopress.models.experts import copied_for_export
+from evopress.progress import millions
 from evopress.reporting.records import read_genome, read_json, write_genome, write_json
 from evopress.reporting.tables import markdown_table
 from evopress.room import Needs
@@ -210,7 +211,7 @@ def export(workspace: Workspace, *, command: str) -> None:
             files / "exports" / name,
             replace(what, table=markdown_table([in_table]), provenance={**what.provenance, "export": told}),
         )
-        logger.info("%s: %s%s%s", name, folder, f", {size / 1e6:.1f} MB of weights" if size else "", gone)
+        logger.info("%s: %s%s%s", name, folder, f", {millions(size)} MB of weights" if size else "", gone)
     result = read_result(run_dir)
     if result.get("rows"):
         add_sizes(result["rows"], workspace)
@@ -261,7 +262,7 @@ def served(workspace: Workspace, files: Path) -> Iterator[str]:
         if not isinstance(exporter, Serves) or not folder.is_dir():
             continue
         where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-        yield f"{name}, {_size(folder) / 1e6:.1f} MB: {exporter.serve(str(where), workspace.blocks.dtype)}"
+        yield f"{name}, {millions(_size(folder))} MB: {exporter.serve(str(where), workspace.blocks.dtype)}"
 
 
 def _sizes(files: Path) -> dict[str, Any]:

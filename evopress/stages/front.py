@@ -15,6 +15,7 @@ from typing import Any
 from evopress.errors import EvoPressError
 from evopress.files import make_folder
 from evopress.methods.points import Point, has_limit, has_points, in_order, point_at, points_of
+from evopress.progress import counted
 from evopress.reporting import tables
 from evopress.reporting.front import front_figure, front_rows, front_words, write_front, write_front_report
 from evopress.reporting.generations import read_generations
@@ -236,6 +237,8 @@ def report_all(
     rows, front = result.get("rows", []), front_rows(result)
     said = front_words(rows, front, result.get("kept"))
     pictures: list[Path] = []
+    if workspace.method.weights is None:
+        result.pop("database", None)  # no weights are stored
     if rows:
         tables.write_tables(rows, run_dir, said=said)
     if front:
@@ -245,7 +248,7 @@ def report_all(
         )
     write_front_report(
         run_dir / "report.html",
-        title=f"{workspace.pretrained.name}, {workspace.settings.method.name} at {len(front)} budgets",
+        title=f"{workspace.pretrained.name}, {workspace.settings.method.name} at {counted(len(front), 'budget')}",
         config=config,
         result=result,
         rows=rows,

@@ -19,6 +19,7 @@ from evopress.fitness.suffix import SuffixLoss
 from evopress.levels.plan import CORRECTED_FORWARDS, WalkSettings, batch_of, compressing_share, part_bytes
 from evopress.levels.refine import ensure_refined, folder_of, inexact_units, refined_units, steps_of
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase
+from evopress.progress import counted
 from evopress.ranks import busiest, together
 from evopress.reporting.records import read_genome, read_json, write_json
 from evopress.room import Needs
@@ -61,7 +62,7 @@ def refine_needs(planner: Planner) -> Needs:
     in_memory = level_db.activations == "memory"
     needs = planner.needs(
         "refine",
-        f"{n} blocks anew",
+        f"{counted(n, 'block')} anew",
         disk={workspace.run_dir: _stored_bytes(planner) + (0 if in_memory else walking * planner.states(calibration.numel()))},
         less_memory="use fewer calibration tokens (data.calibration_tokens), level_db.activations=disk, or leave refine out of "
         "stages",

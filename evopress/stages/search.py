@@ -15,6 +15,7 @@ from evopress.endings import stop_if_asked
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.json_files import check_schema, clip, shown
+from evopress.progress import counted
 from evopress.ranks import together
 from evopress.reporting.generations import read_generations
 from evopress.reporting.live import LiveSearch
@@ -50,12 +51,12 @@ def search_needs(planner: Planner) -> Needs:
     """Return what the stage `search` takes."""
     searching, asks, space = planner.searching, planner.asks or (), planner.space
     if not asks:
-        return planner.needs("search", f"done: {searching.num_generations} generations")
+        return planner.needs("search", f"done: {counted(searching.num_generations, 'generation')}")
     later = [ask for ask in asks if not ask.initial]
     milestones = max((ask.times for ask in later if ask.milestone), default=0)
     generations = milestones + max((ask.times for ask in later if not ask.milestone), default=0)
     at_most = "at most " if milestones else ""
-    needs = planner.needs("search", f"{at_most}{generations} of {searching.num_generations} generations")
+    needs = planner.needs("search", f"{at_most}{generations} of {counted(searching.num_generations, 'generation')}")
     planner.base(needs)
     if every := planner.settings.evaluation.every:
         _held_out_needs(planner, needs, milestones + (generations - milestones) // every + 1)

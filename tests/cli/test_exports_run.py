@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from evopress.progress import millions
 from evopress.stages.exports import served
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "exports.md").read_text(encoding="utf-8")
@@ -58,7 +59,7 @@ def test_a_finished_run_is_exported_once_more(copied: Path, evopress: Callable[.
     assert json.loads((folder / "evopress.json").read_text())["export"] == {"format": "mlx", "options": {}, "bytes": size}
     assert (folder / "genome.json").read_bytes() == before["genome.json"]
     card = (folder / "README.md").read_text()
-    assert f"{row['perplexity']['python_docs']:.2f}" in card and f"| {size / 1e6:.1f} |" in card and "mlx MB" in card
+    assert f"{row['perplexity']['python_docs']:.2f}" in card and f"| {millions(size)} |" in card and "mlx MB" in card
 
 
 def test_a_run_ends_with_the_commands_that_serve_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,7 @@ def test_the_gpu_is_named_where_it_may_be_used(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert machine.describe(2, device=device)["machine"].endswith(f" cores, 2 torch threads{told}")
+    assert machine.describe(1, device=device)["machine"].endswith(f" cores, 1 torch thread{told}")
 
 
 def test_a_run_records_its_precision(tiny: Callable[..., Any], tmp_path: Path) -> None:

@@ -41,3 +41,12 @@ def test_labels_that_are_far_apart_are_all_there(tmp_path: Path, monkeypatch: py
     far = [a_row(budget, 1e6 * float(budget), 0.1 / float(budget)) for budget in ("2", "3", "4")]
     front.front_figure(far, far, tmp_path, measure="bits per weight")
     assert [label.get_text() for label in shown_labels(seen[0].axes[0])] == ["2", "3", "4"]
+
+
+def test_the_tokens_of_a_search_are_in_one_column(tmp_path: Path) -> None:
+    row = {**a_row("2.5", 1e6, 0.1), "tokens_spent": 512, "spent": {"tokens": 512, "seconds": 1.5, "evaluations": 4}}
+    front.write_front([row], tmp_path / "front.csv")
+    assert (tmp_path / "front.csv").read_text().splitlines() == [
+        "budget,size MB if packed,held-out KL,ppl docs,search tokens,search seconds,search evaluations,genome",
+        "2.5,1.0,0.1,9.1,512,1.5,4,points/2.5/genome.json",
+    ]

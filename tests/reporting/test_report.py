@@ -294,3 +294,5 @@ def test_only_what_is_apart_is_named(run: Any, tmp_path: Path, bits: str, said: 
 
 def test_a_search_that_accepted_nothing_kept_nothing_for_a_reason(run: Any, tmp_path: Path) -> None:
     assert "The search kept more where taking away hurt more" in said_of_extremes(run, tmp_path, "544444", accepted=True)
+    one = write(tmp_path / "report.html", run, records=run.records[:2]).text
+    assert "EvoPress searched for 1 generation of 16 offspring." in one and re.search("of 1 generation replaced its parent", one)

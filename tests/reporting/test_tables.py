@@ -180,3 +180,11 @@ def test_names() -> None:
     names = ["dense", "uniform_3", "dp", "evopress", "evopress+refine", ""]
     assert [name for name in names if tables.is_found(name)] == ["evopress", "evopress+refine"]
     assert [name for name in names if tables.is_baseline(name)] == ["uniform_3", "dp"]
+
+
+def test_small_sizes_have_digits_and_errors_of_rounding_are_none(tmp_path: Path) -> None:
+    kept = {"docs": {"acceptance_rate": [1.0, 0.99999994, 1.0000001], "kl": [0.25, 0.5, 0.75]}}
+    means = {"kl_by_data_set": {"docs": 0.5}, "acceptance_rate_by_data_set": {"docs": 1.0}}
+    rows = [{"name": "dense", "bytes": 76_800, **means, "by_sequence": kept}, {"name": "dp", "bytes": 2_040_000}]
+    text = tables.write_tables(rows, tmp_path)[1].read_text().splitlines()
+    assert text[2:4] == ["| dense | 0.0768 | 0.5000 ± 0.1443 | 1.0000 |", "| DP | 2.0 |  |  |"]
