@@ -67,7 +67,8 @@ def main() -> None:
     entry = hydra.main(version_base="1.3", config_path=str(configuration.config_folder()), config_name="config")(_task)
     logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no reason for tracebacks
     if "--version" in sys.argv[1:]:
-        print(f"evopress {_version()}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"evopress {_version()}")
         sys.exit(0)
     try:
         with stopping_at_signals(), _among_others():
@@ -89,7 +90,9 @@ def main() -> None:
     except KeyboardInterrupt as stop:  # between jobs, or before the first
         _say_error("interrupted; go on with the same command, in the same folder")
         sys.exit(exit_code(stop))
-    sys.exit(1 if _failures else 0)
+    if jobs.had_none():
+        _say_error("this sweep has no job: what it sweeps over, such as a glob(...), matches nothing")
+    sys.exit(1 if _failures or jobs.had_none() else 0)
 
 
 @contextmanager
@@ -102,7 +105,12 @@ def _among_others() -> Iterator[None]:
         yield
         return
     try:
-        ranks.begin()
+        try:
+            ranks.begin()
+        except EvoPressError:
+            if os.environ.get("RANK", "0") != "0":  # the first one says it
+                sys.exit(1)
+            raise
         if ranks.leads():
             yield
             return
@@ -139,6 +147,12 @@ def _reader_has_gone() -> bool:
     return True
 
 
+def _is_hydras(error: Exception) -> bool:
+    """Tell whether Hydra itself has raised an error."""
+    raised = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised).is_relative_to(Path(hydra.__file__).parent)
+
+
 def _compose_and_run(entry: Callable[[], None]) -> None:
     """Let Hydra compose the config and run the jobs; what it refuses is one sentence, and a bug shows its whole traceback."""
     asked = os.environ.get("HYDRA_FULL_ERROR")
@@ -151,7 +165,15 @@ def _compose_and_run(entry: Callable[[], None]) -> None:
         failed = isinstance(error, configuration.JobFailedError)
         _say_error(f"a job failed: {error}" if failed else command_line.told(error, configuration.options()))
         sys.exit(1)
+    except YAMLError as error:  # of the user's own config
+        place = getattr(error, "problem_mark", None)
+        where = f"{place.name}, line {place.line + 1}," if place else "a config file"
+        _say_error(f"{where} is no YAML ({getattr(error, 'problem', None) or 'it cannot be read'}): mend it")
+        sys.exit(1)
     except Exception as error:
+        if isinstance(error, ValueError) and _is_hydras(error):  # of flags that it does not take together, or as they are
+            _say_error(error)
+            sys.exit(1)
         if isinstance(error, BrokenPipeError) and _reader_has_gone():  # who has had enough: `--help | head`
             sys.exit(1)
         if isinstance(error, OSError) and error.errno in _NO_FOLDER and isinstance(error.filename, str):

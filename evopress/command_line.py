@@ -108,6 +108,10 @@ def with_numbers_shown(arguments: Sequence[str]) -> list[str]:
     return [*arguments, "--resolve"] if shows and "--resolve" not in arguments else list(arguments)
 
 
+_ALONE = ("--run", "-r", "--multirun", "-m", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+"""Flags of which Hydra takes one."""
+
+
 def refused(
     arguments: Sequence[str], groups: Mapping[str, Sequence[str]], *, is_sweep: Callable[[str], bool] = lambda argument: False
 ) -> str | None:
@@ -119,6 +123,9 @@ def refused(
     Args: is_sweep: tells whether an argument has several values.
     """
     known, multirun = {*_settings(), *groups}, bool({"-m", "--multirun"} & set(arguments))
+    alone = [argument for argument in arguments if argument in _ALONE]
+    if len(alone) > 1:
+        return f"{' and '.join(alone)} exclude each other: leave all but one out"
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("--") and (name := name.replace("-", "_")) in known:
@@ -237,6 +244,8 @@ def _unreadable(found: re.Match[str], error: Exception, groups: Mapping[str, Seq
     key, equals, value = argument.partition("=")
     if not equals:
         return f"{argument!r} is no setting: write key=value, such as +method=quant bits=2.5, and quotes around what holds spaces"
+    if value.endswith(",") and value != ",":
+        return f"{argument} ends with a comma: leave it out, {key}={value.rstrip(',')}, or give another value after it"
     if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
         return f"{argument} has a bracket that is not closed: write the list without spaces, or all of it in quotes, 'key=[a, b]'"
     quote = '"' if '"' not in value else "'"

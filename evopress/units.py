@@ -298,23 +298,23 @@ class Budget:
         """Say a cost as the target is said: per weight, or as the size of the whole model."""
         if space.words.scale == 8:
             return f"{self.target * (cost + self.beside) / (self.total + self.beside):.4g} {self.measure}"
-        return f"{cost / space.size:g}"
+        return f"{space.words.measured(cost, space.size):g}"
 
     def check(self, space: Space) -> None:
         """Raise EvoPressError unless genomes of the space meet the budget and each limit, and not all meet the budget trivially."""
+        taken = space.words.taken_away  # a sparsity that is higher spends less
         if self.total < space.least_cost:
-            first = space.units[0]
-            least = self._shown(space, space.least_cost)
+            first, side, end, way = space.units[0], *(("above", "most", "lower") if taken else ("below", "least", "raise"))
             raise EvoPressError(
-                f"target {self.target:g} {self.measure} is below what the {len(space)} units can reach "
-                f"(least {least}; first: {first.name}, least {first.levels[-1].label}): "
-                "add a more compressed level or raise the target"
+                f"target {self.target:g} {self.measure} is {side} what the {len(space)} units can reach "
+                f"({end} {self._shown(space, space.least_cost)}; first: {first.name}, {end} {first.levels[-1].label}): "
+                f"add a more compressed level or {way} the target"
             )
         if self.total > space.greatest_cost:
-            most = self._shown(space, space.greatest_cost)
+            side, way = ("below", "raise") if taken else ("above", "lower")
             raise EvoPressError(
-                f"target {self.target:g} {self.measure} is above the least compressed level ({most}): "
-                "add a less compressed level or lower the target"
+                f"target {self.target:g} {self.measure} is {side} the least compressed level "
+                f"({self._shown(space, space.greatest_cost)}): add a less compressed level or {way} the target"
             )
         for limit in self.limits:
             lowest, highest = limit.bounds(space)

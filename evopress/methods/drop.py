@@ -228,6 +228,8 @@ class Drop:
         if layers:
             fewest = min(layers, key=lambda each: each.count)
             count, most, what = fewest.count, fewest.count - fewest.chosen, f"experts, of which a token is sent to {fewest.chosen}"
+            if not self.settings.balanced:  # blocks may differ
+                count, most = sum(each.count for each in layers), sum(each.count - each.chosen for each in layers)
         num_dropped = self.num_dropped(count)
         if not 0 < num_dropped <= most:
             raise EvoPressError(
@@ -270,7 +272,10 @@ class Drop:
         by_kind = parts if len(parts) > 1 and self.settings.balanced else ()
         limits = (*by_kind, *(() if self.settings.balanced else floors(space)), *further_limits(self.limits, space, rest))
         measure = EXPERTS.measure if self._of_experts else "depth sparsity"
-        return Budget(total=sum(part.total for part in parts), target=self.sparsity, measure=measure, limits=limits)
+        total = sum(part.total for part in parts)
+        if self._of_experts and not self.settings.balanced:
+            total = len(space) - self.num_dropped(len(space))
+        return Budget(total=total, target=self.sparsity, measure=measure, limits=limits)
 
     def generations(self, space: Space) -> int:
         """Return k(n - k) / 1.5 times the scale, for k of the n units of the most frequent kind (paper appendix C, Table 8)."""

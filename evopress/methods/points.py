@@ -129,7 +129,7 @@ def _parsed(budget: Any) -> tuple[float, str | None]:
         number = float(text)
     except ValueError:
         try:
-            return parsed_size(text)[0], text
+            return float(parsed_size(text)[0]), text
         except EvoPressError:
             raise EvoPressError(f"budgets has {budget!r:.60}, which is no budget: {_SUCH}") from None
     if not 0 < number < float("inf"):
@@ -141,5 +141,5 @@ def _spent(point: Point) -> float:
     settings = point.settings
     if settings.size is not None:
         number, unit = parsed_size(settings.size)
-        return number * BYTES_OF.get(unit, 1)
+        return float(number * BYTES_OF.get(unit, 1))
     return settings.bits if settings.bits is not None else -(settings.sparsity or 0.0)

@@ -15,7 +15,7 @@ from evopress.currencies import CURRENCIES, Currency
 from evopress.engines import Engine, engine_of
 from evopress.errors import EvoPressError
 from evopress.methods.method import NO_REST, Rest
-from evopress.methods.targets import BYTES, check_targets, further_limits, size_budget
+from evopress.methods.targets import BYTES, as_typed, check_targets, further_limits, size_budget
 from evopress.settings import AUTO, QuantSettings, RunSettings
 from evopress.units import Budget, Genome, Level, Space
 
@@ -158,7 +158,8 @@ class Quantization:
             budget = size_budget(self.size, space, rest)
         else:
             assert self.bits is not None
-            budget = Budget(total=math.floor(self.bits * space.size), target=self.bits, measure="bits per weight")
+            total = math.floor(as_typed(self.bits) * space.size)
+            budget = Budget(total=total, target=self.bits, measure="bits per weight")
         return replace(budget, limits=further_limits(self.limits, space, rest))
 
     def generations(self, space: Space) -> None:

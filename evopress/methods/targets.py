@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 from evopress.currencies import CURRENCIES, Currency, currency_of, num_experts
@@ -22,21 +23,33 @@ BYTES_OF = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 
 BYTES = CURRENCIES["bytes"]
 
 
-def size_budget(size: str, space: Space, rest: Rest) -> Budget:
+def as_typed(number: float) -> Fraction:
+    """Return a number as it was typed, exactly: 2.3 times so many weights is then no weight short."""
+    return Fraction(repr(number))
+
+
+def size_budget(size: str, space: Space, rest: Rest, *, key: str = "size") -> Budget:
     """Return the budget of a model whose file has so many bytes, or so many bits a weight of all its weights.
+
+    Args: key: the setting that says so.
 
     Raises: EvoPressError if the size is not one, or what is no unit is larger.
     """
     number, unit = parsed_size(size)
-    weights = space.size + rest.weights
-    bits = math.floor(number * weights) if unit == "bpw" else math.floor(number * BYTES_OF[unit]) * 8
+    bits = _bits(size, space.size + rest.weights)
     if bits < rest.bits:
         raise EvoPressError(
-            f"size={size} is less than the {rest.bits / 8e6:.4g} MB of what is no unit (norms, and embedding and head unless "
+            f"{key}={size} is less than the {rest.bits / 8e6:.4g} MB of what is no unit (norms, and embedding and head unless "
             "method.include has them): raise it, or include them"
         )
     measure = "bits per weight of all" if unit == "bpw" else unit.upper().replace("I", "i").replace("KB", "kB")
-    return Budget(total=bits - rest.bits, target=number, measure=measure, beside=rest.bits)
+    return Budget(total=bits - rest.bits, target=float(number), measure=measure, beside=rest.bits)
+
+
+def _bits(size: str, weights: int) -> int:
+    """Return the bits of a size, whole bytes where it is in bytes, of so many weights."""
+    number, unit = parsed_size(size)
+    return math.floor(number * weights) if unit == "bpw" else math.floor(number * BYTES_OF[unit]) * 8
 
 
 def check_targets(size: str | None, limits: Sequence[Any]) -> None:
@@ -47,8 +60,8 @@ def check_targets(size: str | None, limits: Sequence[Any]) -> None:
         checked_limit(entry)
 
 
-def parsed_size(size: str) -> tuple[float, str]:
-    """Return number and unit of a size; the unit is "bpw" or one of bytes, in small letters.
+def parsed_size(size: str) -> tuple[Fraction, str]:
+    """Return number, exactly as it is written, and unit of a size; the unit is "bpw" or one of bytes, in small letters.
 
     Raises: EvoPressError if it is not one.
     """
@@ -56,7 +69,7 @@ def parsed_size(size: str) -> tuple[float, str]:
     unit = found[2].lower() if found else ""
     if found is None or unit not in (*BYTES_OF, "bpw") or not float(found[1]) > 0.0:
         raise EvoPressError(f"size={size} is no size: give one such as 60MB, 57MiB, or 2.25bpw (bits per weight, of all weights)")
-    return float(found[1]), unit
+    return Fraction(found[1]), unit
 
 
 def further_limits(asked: Sequence[Any], space: Space, rest: Rest) -> tuple[Limit, ...]:
@@ -65,7 +78,12 @@ def further_limits(asked: Sequence[Any], space: Space, rest: Rest) -> tuple[Limi
     for entry in asked:
         currency, total, kind = checked_limit(entry)
         in_bits = isinstance(total, str)
-        count = size_budget(str(total), space, rest).total if in_bits else math.floor(float(total)) * currency.scale
+        if not in_bits:
+            count = math.floor(float(total)) * currency.scale
+        elif kind is None:
+            count = size_budget(str(total), space, rest, key="limits: total").total
+        else:  # what is no unit is of no kind
+            count = _bits(str(total), sum(unit.size for unit in space.units if unit.is_of(kind)))
         if kind is not None and not any(unit.is_of(kind) for unit in space.units):
             kinds = ", ".join(dict.fromkeys(unit.kind for unit in space.units))
             raise EvoPressError(f"limits has the kind {kind!r:.100}, which no unit is of: choose one of {kinds}, or leave it out")

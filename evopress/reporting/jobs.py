@@ -51,7 +51,8 @@ class JobsTable:
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         """Begin a sweep in the folder that the config names."""
-        global _begun, _fresh
+        global _begun, _fresh, _none
+        _none = False
         _begun = Path(str(config.hydra.sweep.dir))
         _fresh = not _begun.exists()
         shutil.rmtree(_begun / FAILED, ignore_errors=True)
@@ -72,13 +73,23 @@ _fresh = False
 """Whether its folder was not there before."""
 
 
+_none = False
+"""Whether the sweep that this process began had no job."""
+
+
+def had_none() -> bool:
+    """Tell whether a sweep of this process has ended without any job."""
+    return _none
+
+
 def show_jobs() -> None:
     """Print the jobs of the sweep that this process began, once, and write them into its folder; without a sweep nothing."""
-    global _begun
+    global _begun, _none
     folder, _begun = _begun, None
     if folder is None:
         return
     if not (jobs := read_jobs(folder)):
+        _none = True
         if _fresh:  # no job of it began: what Hydra wrote of the sweep goes, and its folder if nothing else is in it
             with suppress(OSError):
                 (folder / "multirun.yaml").unlink()
@@ -199,6 +210,6 @@ def _below(sweep: Path, job: Path) -> str:
     return job.relative_to(sweep).as_posix() if job.is_relative_to(sweep) else str(job)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort "2" before "10", and "seed-2" before "seed-10"."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+def _natural(name: str) -> list[tuple[float, str]]:
+    """Sort "2" before "10", "seed-2" before "seed-10", and "bits=2.25" before "bits=2.5"."""
+    return [(float(part), "") if part[:1].isdigit() else (-1.0, part) for part in re.split(r"(\d+(?:\.\d+)?)", name)]

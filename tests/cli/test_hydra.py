@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from evopress import config as configuration
+from evopress.reporting import jobs
 
 
 @pytest.fixture
@@ -117,3 +118,33 @@ def test_listing_groups_copies_no_schemas() -> None:
     """Or `--help` takes five seconds."""
     source = configuration.StructuredConfigSource("schema", "structured://")
     assert copy.deepcopy(source) is source
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("-m", "+method=quant", "bits=2,3", "--cfg", "job"), "-m and --cfg exclude each other: leave all but one out"),
+        (("--cfg", "job", "--info"), "--cfg and --info exclude each other: leave all but one out"),
+        (("--resolve", "+method=quant"), "The --resolve flag can only be used in conjunction with --cfg or --help"),
+        (
+            ("-m", "+method=quant", "bits=2.5,"),
+            "bits=2.5, ends with a comma: leave it out, bits=2.5, or give another value after it",
+        ),
+        (("-m", "+method=glob(zz*)", "bits=3"), "this sweep has no job: what it sweeps over, such as a glob(...), matches nothing"),
+    ],
+)
+def test_what_hydra_has_no_good_words_for(arguments: tuple[str, ...], sentence: str, evopress: Callable[..., Any]) -> None:
+    outcome = evopress(*arguments)
+    assert (outcome.code, outcome.errors) == (1, [f"error: {sentence}"]), outcome.text
+
+
+def test_a_config_of_ones_own_that_is_no_yaml_is_one_sentence(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "mine" / "local").mkdir(parents=True)
+    (tmp_path / "mine" / "local" / "default.yaml").write_text("threads: [1\n")
+    outcome = evopress("--config-dir", "mine", "+method=quant", "+debug=tiny")
+    assert outcome.code == 1 and len(outcome.errors) == 1 and "default.yaml, line 2, is no YAML (expected" in outcome.errors[0]
+
+
+def test_jobs_are_in_the_order_of_their_numbers() -> None:
+    names = ["seed-2", "seed-10", "bits=2.25", "bits=2.5", "bits=2.75", "bits=10"]
+    assert sorted(names, key=jobs._natural) == [*names[2:], *names[:2]]

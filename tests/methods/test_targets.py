@@ -1,5 +1,6 @@
 """Sizes and limits as the settings give them."""
 
+import math
 import re
 from typing import Any
 
@@ -41,6 +42,49 @@ def test_sizes_are_bits_of_the_whole_model_less_what_is_no_unit(size: str, expec
 def test_what_is_no_size_is_refused(size: str) -> None:
     with pytest.raises(EvoPressError, match="is no size"):
         parsed_size(size)
+
+
+@pytest.mark.parametrize("bits", [2.05, 2.3, 4.1, 4.35, 4.6, 4.85])
+def test_bits_that_no_float_holds_are_those_that_were_typed(bits: float) -> None:
+    """Of SmolLM2's weights, 2.3 times their number in floats is one bit short."""
+    weights = 106_168_320
+    levels = tuple(Level(f"{n} bits", n * weights, str(n), n * weights, "quant") for n in (8, 2))
+    space = Space("quant", (Unit("a", 0, "q_proj", weights, levels),))
+    method = make_method(RunSettings(method=QuantSettings(), search=SearchConfig(), bits=bits))
+    assert method.budget(space).total == round(bits * 100) * weights // 100
+
+
+def test_sizes_that_no_float_holds_are_those_that_were_typed() -> None:
+    assert math.floor(1.001 * 10**6) == 1_000_999
+    assert size_budget("1.001MB", SPACE, Rest()).total == 8 * 1_001_000
+
+
+def test_a_size_that_limits_a_kind_has_nothing_of_the_rest_in_it() -> None:
+    rest = Rest(bits=9_000_000, weights=10**6)
+    (limit,) = further_limits([{"currency": "bytes", "total": "1.3kB", "kind": "q_proj"}], SPACE, rest)
+    assert limit.total == 8 * 1300
+    (limit,) = further_limits([{"currency": "bytes", "total": "2.5bpw", "kind": "q_proj"}], SPACE, rest)
+    assert limit.total == 2500
+    with pytest.raises(EvoPressError, match=r"^limits: total=1\.3kB is less than"):
+        further_limits([{"currency": "bytes", "total": "1.3kB"}], SPACE, rest)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "words"),
+    [
+        (0.9, r"target 0\.9 sparsity is above what the 1 units can reach \(most 0\.75; first: a, most .*lower the target"),
+        (
+            0.5,
+            r"target 0\.5 sparsity is below the least compressed level \(0\.6\): add a less compressed level or raise the target",
+        ),
+    ],
+)
+def test_a_sparsity_out_of_reach_is_told_in_sparsities(sparsity: float, words: str) -> None:
+    levels = tuple(Level(f"{1 - kept / 1000:.0%}", kept, str(kept), 16 * kept, "sparsity") for kept in (400, 250))
+    space = Space("sparsity", (Unit("a", 0, "q_proj", 1000, levels),), CURRENCIES["weights"])
+    method = make_method(RunSettings(method=SparsitySettings(), search=SearchConfig(), sparsity=sparsity))
+    with pytest.raises(EvoPressError, match=words):
+        method.budget(space).check(space)
 
 
 def test_a_size_below_what_is_no_unit_is_refused() -> None:
