@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from evopress.config import register
 from evopress.earlier_versions import as_written_now
 from evopress.errors import EvoPressError
 from evopress.reporting.jobs import typed_settings
@@ -166,6 +167,7 @@ def has_finished(folder: Path) -> bool:
         done, own = read_json(path).get("stages"), own_stages(kept_overrides(folder) or [])
         asked = re.findall(r"\w+", own.removeprefix("stages=")) if own else []
         if own is None and config.exists():
+            register()  # of what the stages are by default
             asked = list(OmegaConf.select(OmegaConf.load(config), "stages") or ())
     except (EvoPressError, AttributeError, YAMLError, OmegaConfBaseException):
         return False

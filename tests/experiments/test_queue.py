@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 
 from evopress.errors import EvoPressError
 from evopress.run_folder import LOCK, keep_overrides
+from evopress.settings import STAGES
 from experiments import queue
 from experiments.single_runs import SingleRun, evopress, evopress_all, has_finished, logged, why_it_failed
 from experiments.specs import BEST_LEVELS, home
@@ -122,6 +124,18 @@ def test_a_job_that_was_killed_after_its_evaluation_is_gone_on_with(tmp_path: Pa
     keep_overrides(jobs[2], ["seed=2", "stages=[database,search,evaluate]"])
     left = queue.missing("table3", tmp_path)
     assert [dict(each) for each in left.jobs] == [{"seed": "1"}, {"seed": "2"}] and left.total == 3
+
+
+def test_a_job_that_is_told_no_stages_has_all_by_default(tmp_path: Path) -> None:
+    write_job(tmp_path / "job", ["seed=0"], stages="${stages_by_default:false}")
+    (tmp_path / "job" / "finished.json").write_text(json.dumps({"stages": [each for each in STAGES if each != "refine"]}))
+    ask = "from pathlib import Path; from experiments.single_runs import has_finished; print(has_finished(Path('job')))"
+    asked = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, env=with_sources(), capture_output=True, text=True)
+    assert asked.stdout == "True\n", asked.stderr  # where nothing else has made Hydra's resolvers known
+
+
+def with_sources() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(queue.__file__).parents[1])}
 
 
 def test_a_job_has_finished_when_the_stages_of_its_own_config_are_done(tmp_path: Path) -> None:
