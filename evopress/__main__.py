@@ -92,7 +92,8 @@ def main() -> None:
         sys.exit(exit_code(stop))
     if jobs.had_none():
         _say_error("this sweep has no job: what it sweeps over, such as a glob(...), matches nothing")
-    sys.exit(1 if _failures or jobs.had_none() else 0)
+        sys.exit(1)
+    sys.exit(1 if _failures else 0)
 
 
 @contextmanager

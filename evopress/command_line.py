@@ -244,10 +244,10 @@ def _unreadable(found: re.Match[str], error: Exception, groups: Mapping[str, Seq
     key, equals, value = argument.partition("=")
     if not equals:
         return f"{argument!r} is no setting: write key=value, such as +method=quant bits=2.5, and quotes around what holds spaces"
-    if value.endswith(",") and value != ",":
-        return f"{argument} ends with a comma: leave it out, {key}={value.rstrip(',')}, or give another value after it"
     if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
         return f"{argument} has a bracket that is not closed: write the list without spaces, or all of it in quotes, 'key=[a, b]'"
+    if value.endswith(",") and value != ",":
+        return f"{argument} ends with a comma: leave it out, {key}={value.rstrip(',')}, or give another value after it"
     quote = '"' if '"' not in value else "'"
     written = shlex.quote(f"{key}={quote}{value}{quote}") if quote not in value else "it with backslashes before its quotes"
     return f"{argument} holds characters that mean something to Hydra: write {written}"

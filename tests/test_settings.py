@@ -49,7 +49,7 @@ DOUBLED = {
         "batch_tokens": "levels.WalkSettings settings.LevelDatabaseSettings",
         "correction": "levels.WalkSettings levels.Walking settings.QuantSettings settings.RefineSettings",
         "k": "fitness.TopkKL settings.FitnessSettings",
-        "tasks": "evaluation.ZeroShot settings.EvaluationSettings",
+        "tasks": "evaluation.TaskGroup evaluation.ZeroShot settings.EvaluationSettings",
     },
     "a method takes its target out of the run, where it may be missing, and joint what is gone from the start": {
         "dropped": "methods.Modules settings.JointSettings",

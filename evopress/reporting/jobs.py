@@ -78,8 +78,10 @@ _none = False
 
 
 def had_none() -> bool:
-    """Tell whether a sweep of this process has ended without any job."""
-    return _none
+    """Tell, once, whether a sweep of this process has ended without any job."""
+    global _none
+    none, _none = _none, False
+    return none
 
 
 def show_jobs() -> None:
