@@ -64,6 +64,7 @@ def main() -> None:
     global _started_in
     _started_in = os.getpid()
     _failures.clear()
+    jobs.had_none()  # of an earlier command in this process
     entry = hydra.main(version_base="1.3", config_path=str(configuration.config_folder()), config_name="config")(_task)
     logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no reason for tracebacks
     if "--version" in sys.argv[1:]:
