@@ -68,7 +68,7 @@ def main() -> None:
     entry = hydra.main(version_base="1.3", config_path=str(configuration.config_folder()), config_name="config")(_task)
     logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no reason for tracebacks
     if "--version" in sys.argv[1:]:
-        if os.environ.get("RANK", "0") == "0":
+        if ranks.is_first():
             print(f"evopress {_version()}")
         sys.exit(0)
     try:
@@ -110,9 +110,9 @@ def _among_others() -> Iterator[None]:
         try:
             ranks.begin()
         except EvoPressError:
-            if os.environ.get("RANK", "0") != "0":  # the first one says it
-                sys.exit(1)
-            raise
+            if ranks.is_first():
+                raise
+            sys.exit(1)  # the first one says it
         if ranks.leads():
             yield
             return

@@ -76,6 +76,11 @@ def asked_for() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def is_first() -> bool:
+    """Tell, before they have begun, whether this is the first of a launcher's processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def is_task_of_several() -> bool:
     """Tell whether Slurm has started this process as one of several tasks of a step; then note what torchrun would tell it."""
     told = os.environ

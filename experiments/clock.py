@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping
 
+from evopress.progress import counted
 from evopress.reporting.page import show_duration
 
 
@@ -34,7 +35,7 @@ class Clock:
     def __str__(self) -> str:
         count = sum(self._left.values())
         known = {name: statistics.fmean(took) for name, took in self._took.items()}
-        jobs = f"{count} job{'' if count == 1 else 's'} left"
+        jobs = f"{counted(count, 'job')} left"
         if not count or not known:
             return jobs
         rest = sum(known.get(name, statistics.fmean(known.values())) * left for name, left in self._left.items())

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from evopress.config import register
+from evopress.config import list_of, register
 from evopress.earlier_versions import as_written_now
 from evopress.errors import EvoPressError
 from evopress.reporting.jobs import typed_settings
@@ -50,21 +51,11 @@ class Running:
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._lock, self._stopped = threading.Lock(), False
 
-    def waits_for(self, folder: Path) -> bool:
-        """Wait for another process that is at work in a job's folder, such as one that outlived a killed queue.
-
-        Returns: whether there was one.
-        """
-        lock, waited = FileLock(folder / LOCK), False
+    def wait_for(self, folder: Path) -> None:
+        """Wait for another process that is at work in a job's folder, such as one that outlived a killed queue."""
         while (folder / LOCK).exists() and not self._stopped:
-            try:
-                lock.acquire(timeout=1)
-            except Timeout:
-                waited = True
-                continue
-            lock.release()
-            break
-        return waited
+            with suppress(Timeout), FileLock(folder / LOCK, timeout=1):
+                return
 
     def ended_well(self, command: Sequence[str], log: IO[str]) -> bool:
         """Run a command to its end; tell whether that was a good one."""
@@ -97,7 +88,7 @@ def evopress(folder: Path, *arguments: str, running: Running | None = None) -> b
     Args: running: has the job's process while it runs.
     """
     typed, running = typed_settings(arguments), running or Running()
-    running.waits_for(folder)
+    running.wait_for(folder)
     if has_finished(folder):
         other = _other_settings(folder, typed)
         if other:
@@ -165,7 +156,7 @@ def has_finished(folder: Path) -> bool:
         return False
     try:
         done, own = read_json(path).get("stages"), own_stages(kept_overrides(folder) or [])
-        asked = re.findall(r"\w+", own.removeprefix("stages=")) if own else []
+        asked = list_of(own) if own else []
         if own is None and config.exists():
             register()  # of what the stages are by default
             asked = list(OmegaConf.select(OmegaConf.load(config), "stages") or ())

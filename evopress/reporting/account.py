@@ -61,9 +61,8 @@ def accepted_switches(records: Sequence[Record], space: Space | None) -> str:
     ]
     if len(steps) > _MOST_STEPS:
         parts += ["<h3>What helped most</h3>", _steps(steps[:_MOST_STEPS], space)]
-    shown = f"the first {_MOST_ROWS} of {len(accepted)}" if len(accepted) > _MOST_ROWS else f"all {len(accepted)}"
-    shown += " accepted generations" if len(accepted) > 1 else " accepted generation"
-    parts.append(details(shown, _steps(accepted[:_MOST_ROWS], space)))
+    which = f"the first {_MOST_ROWS} of" if len(accepted) > _MOST_ROWS else "all"
+    parts.append(details(f"{which} {counted(len(accepted), 'accepted generation')}", _steps(accepted[:_MOST_ROWS], space)))
     return "".join(parts)
 
 

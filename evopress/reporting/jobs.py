@@ -51,8 +51,7 @@ class JobsTable:
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         """Begin a sweep in the folder that the config names."""
-        global _begun, _fresh, _none
-        _none = False
+        global _begun, _fresh
         _begun = Path(str(config.hydra.sweep.dir))
         _fresh = not _begun.exists()
         shutil.rmtree(_begun / FAILED, ignore_errors=True)
