@@ -52,6 +52,16 @@ _GUIDED: dict[str, Any] = {
 }
 """Settings of search/strategy=guided that its first version did not have, with what leaves the search as it was."""
 
+_GROUPS: dict[str, dict[str, Any]] = {
+    "": _RUN,
+    "model": _MODEL,
+    "data": _DATA,
+    "method": _METHOD,
+    "baselines": _BASELINES,
+    "evaluation": _EVALUATION,
+    "refine": _REFINE,
+    "search.strategy": _GUIDED,
+}
 _MUTATION = re.compile(r"\+*search/mutation=(min_uniform|constant)_(\d+)")
 _FIRST_STAGE = re.compile(r"\+*search/first_stage=(\d+)_tokens")
 
@@ -84,8 +94,13 @@ def without_later(values: dict[str, Any]) -> dict[str, Any]:
         values = {**values, "search": {**values["search"], "strategy": told}}
     if values["method"].get("scale_dtype") == "auto":
         values = {**values, "method": {**values["method"], "scale_dtype": "float16"}}
-    groups = {"model": _MODEL, "data": _DATA, "method": _METHOD, "baselines": _BASELINES, "evaluation": _EVALUATION}
-    return values | {group: earlier(group, later) for group, later in groups.items()}
+    return values | {group: earlier(group, _GROUPS[group]) for group in ("model", "data", "method", "baselines", "evaluation")}
+
+
+def earlier_value(key: str) -> Any:
+    """Return what earlier versions did where this one has a setting, by its dotted key; None where they had it as well."""
+    group, _, name = key.rpartition(".")
+    return _GROUPS.get(group, {}).get(name)
 
 
 def refine_without_later(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from evopress.config import config_folder, register
-from evopress.earlier_versions import as_written_now
+from evopress.earlier_versions import as_written_now, earlier_value
 from evopress.errors import EvoPressError
 from evopress.reporting.jobs import NOT_COMPARED, read_jobs
 from evopress.reporting.records import read_json
@@ -209,7 +209,7 @@ def _check_alike(jobs: Sequence[Job], keys: Sequence[str]) -> None:
     settings = [{key: value for key, value in _flat(job.config) if not _within(key, free)} for job in jobs]
     for job, mine in zip(jobs, settings, strict=True):
         for key in settings[0].keys() | mine.keys():
-            here, there = mine.get(key), settings[0].get(key)
+            here, there = (values.get(key, earlier_value(key)) for values in (mine, settings[0]))
             if here != there:
                 raise EvoPressError(
                     f"the jobs are not of one sweep: {key} is {there} in {jobs[0].folder} and {here} in {job.folder}; move one of "
