@@ -302,6 +302,14 @@ class Budget:
 
     def check(self, space: Space) -> None:
         """Raise EvoPressError unless genomes of the space meet the budget and each limit, and not all meet the budget trivially."""
+        for unit, prices in zip(space.units, space.prices, strict=True):
+            if prices[-1] > min(prices):
+                last, better = unit.levels[-1], unit.levels[prices.index(min(prices))]
+                ours, least = (space.words.measured(price, unit.size) for price in (prices[-1], min(prices)))
+                raise EvoPressError(
+                    f"{unit.name} takes {ours:.4g} {space.words.measure} at {last.label}, its most compressed level, and "
+                    f"{least:.4g} at {better.label}: leave {last.label} out, or let its groups be larger"
+                )
         taken = space.words.taken_away  # a sparsity that is higher spends less
         if self.total < space.least_cost:
             first, side, end, way = space.units[0], *(("above", "most", "lower") if taken else ("below", "least", "raise"))

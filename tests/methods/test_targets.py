@@ -12,7 +12,7 @@ from evopress.methods import Rest, make_method
 from evopress.methods.targets import further_limits, parsed_size, size_budget
 from evopress.models.blocks import BlockShape
 from evopress.settings import JointSettings, QuantSettings, RunSettings, SearchConfig, SparsitySettings
-from evopress.units import Level, Space, Unit
+from evopress.units import Budget, Level, Space, Unit
 
 SPACE = Space("quant", (Unit("a", 0, "q_proj", 1000, (Level("8 bits", 8000, "8", 8500, "quant"),)),), CURRENCIES["bytes"])
 
@@ -85,6 +85,16 @@ def test_a_sparsity_out_of_reach_is_told_in_sparsities(sparsity: float, words: s
     method = make_method(RunSettings(method=SparsitySettings(), search=SearchConfig(), sparsity=sparsity))
     with pytest.raises(EvoPressError, match=words):
         method.budget(space).check(space)
+
+
+def test_a_width_that_its_scales_make_larger_than_another_is_refused() -> None:
+    levels = tuple(Level(f"{bits} bits", 1000 * bits, str(bits), stored, "quant") for bits, stored in ((3, 3250), (2, 4250)))
+    unit = Unit("a", 0, "q_proj", 1000, levels)
+    Budget(2500, 2.5, "bits per weight").check(Space("quant", (unit,), CURRENCIES["bits"]))
+    with pytest.raises(
+        EvoPressError, match=r"^a takes 4\.25 bits per weight as stored at 2 bits, .* and 3\.25 at 3 bits: leave 2 bits"
+    ):
+        Budget(3500, 3.5, "bits per weight").check(Space("quant", (unit,), CURRENCIES["bytes"]))
 
 
 def test_a_size_below_what_is_no_unit_is_refused() -> None:
