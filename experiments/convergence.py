@@ -6,14 +6,15 @@
 reads the run folders in <root>/table7 and writes experiments/table7/: convergence.csv with every measurement, and a figure for each
 group (convergence_bits-3.0.png and .svg) with a curve per variant of the table: mean over seeds, and their range. So come the
 paper's Figures 3 to 5 and 10; `COMPANIONS` says what of other sweeps is drawn beside. Curves and the baselines' lines are of one
-text, that which the searches were measured on; it is all of the held-out text unless `evaluation.every_tokens` said less. A sweep
-that is still going on gives what there is.
+text, that which the searches were measured on; it is all of the held-out text unless `evaluation.every_tokens` said less; of jobs
+that were told otherwise, those on the text that most have. A sweep that is still going on gives what there is.
 """
 
 from __future__ import annotations
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,15 +66,23 @@ Curve = dict[str, list[Point]]
 
 
 def curves(sweep: Sweep, spec: Spec) -> dict[Group, dict[str, Curve]]:
-    """Return the curves of all variants of a sweep; jobs whose search measured nothing are left out."""
+    """Return the curves of all variants of a sweep; jobs whose search measured nothing, or on another text, are left out."""
     found: dict[Group, dict[str, Curve]] = {}
-    for job in sweep.jobs:
+    for job in on_one_text(sweep.jobs):
         variant = spec.variant(job.axes, "evopress")
         points = list(_points(of_job(job).records))
         if variant is not None and points:
             group = tuple(job.axes[key] for key in spec.group)
             found.setdefault(group, {}).setdefault(variant, {})[job.axes.get(SEED, "0")] = points
     return found
+
+
+def on_one_text(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs whose searches were measured on the text that most were; the larger one where two are as many."""
+    tokens = [of_job(job).tokens for job in jobs]
+    counts = Counter(number for number in tokens if number is not None)
+    most = max(counts, key=lambda number: (counts[number], number)) if counts else None
+    return [job for job, number in zip(jobs, tokens, strict=True) if number == most]
 
 
 def of_job(job: Job) -> HeldOutCurve:
@@ -83,13 +92,14 @@ def of_job(job: Job) -> HeldOutCurve:
 
 def on_curves_text(jobs: Sequence[Job], spec: Spec) -> Values:
     """Return the values of all rows on the text of the curves: not the tables' where searches were measured on less."""
-    rows = [[{"name": name, **measures} for name, measures in of_job(job).rows.items()] for job in jobs]
-    return Table([replace(job, result={"rows": each}) for job, each in zip(jobs, rows, strict=True)], spec).values
+    measured = on_one_text(jobs)
+    rows = [[{"name": name, **measures} for name, measures in of_job(job).rows.items()] for job in measured]
+    return Table([replace(job, result={"rows": each}) for job, each in zip(measured, rows, strict=True)], spec).values
 
 
 def text_of(jobs: Sequence[Job]) -> str:
     """Say which text the curves of jobs are of."""
-    return " or ".join(dict.fromkeys(filter(None, (of_job(job).text for job in jobs))))
+    return " or ".join(dict.fromkeys(filter(None, (of_job(job).text for job in on_one_text(jobs)))))
 
 
 def _points(records: Sequence[Mapping[str, Any]]) -> Iterator[Point]:

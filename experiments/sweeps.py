@@ -21,7 +21,18 @@ from evopress.errors import EvoPressError
 from evopress.reporting.jobs import NOT_COMPARED, read_jobs
 from evopress.reporting.records import read_json
 
-_FREE = ("resume", "dry_run", "stages", "tracker", "paths", "level_db", "threads", "seed")
+_FREE = (
+    "resume",
+    "dry_run",
+    "stages",
+    "tracker",
+    "paths",
+    "level_db",
+    "threads",
+    "seed",
+    "evaluation.every",
+    "evaluation.every_tokens",
+)
 """Settings in which the jobs of one table may differ."""
 
 

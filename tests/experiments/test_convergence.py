@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from evopress.errors import EvoPressError
 from experiments import convergence
-from experiments.convergence import KL, Point, band, curves, make_figures, on_curves_text
+from experiments.convergence import KL, Point, band, curves, make_figures, on_curves_text, text_of
 from experiments.specs import SPECS
 from experiments.sweeps import expected_jobs, read_sweep
 
@@ -164,6 +164,23 @@ def test_lines_are_of_the_curves_text(tmp_path: Path) -> None:
     assert on_curves_text(jobs, SPECS["figure3"]) == {}  # nobody can tell what text it was
     drawn = make_figures("figure3", root=early.parent.parent, out=tmp_path / "out")[1]
     assert "<!-- uniform -->" not in drawn[2].read_text(encoding="utf-8")
+
+
+def test_searches_that_were_measured_on_another_text_are_not_averaged_in(tmp_path: Path) -> None:
+    for seed, tokens in ((0, TOKENS), (1, 4 * TOKENS), (2, TOKENS)):
+        job = write_search(
+            tmp_path / "table4", {"search.distribution": "constant", "search.max_switches": 1, "seed": seed}, [4.0, 2.0]
+        )
+        record = {"generation": 1, "tokens": 1000, "seconds": 1.0, "held_out": measures(1.0 + seed, tokens)}
+        (job / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        result = json.loads((job / "result.json").read_text(encoding="utf-8"))
+        for row in result["rows"][1:]:
+            row["held_out_in_search"] = measures(2.5 + seed, tokens)
+        (job / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    sweep = read_sweep(tmp_path / "table4", expected_jobs("table4"))
+    assert list(curves(sweep, SPECS["table4"])[()]["constant_1"]) == ["0", "2"]
+    assert on_curves_text(sweep.jobs, SPECS["table4"])[()]["constant_1"][KL] == {"0": 2.5, "2": 4.5}
+    assert text_of(sweep.jobs) == "the first 1,000 held-out tokens"
 
 
 def test_a_half_finished_sweep_gives_what_there_is(tmp_path: Path) -> None:

@@ -214,6 +214,7 @@ def test_two_folders_of_one_job_are_refused(sweep: Path, out: Path) -> None:
         ({"search": {"num_offspring": 8}}, r"search\.num_offspring is 16"),
         ({"tracker": {"name": "wandb"}}, None),
         ({"stages": ["evaluate"]}, None),
+        ({"evaluation": {"every": 0, "every_tokens": 512}}, None),
         ({"evaluation": {"field": "text"}}, None),  # which earlier versions did not ask about, and did
         ({"evaluation": {"field": "body"}}, r"evaluation\.field is text in .* and body in"),
     ],
