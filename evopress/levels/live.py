@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,15 @@ class Live(Protocol):
     def applied(self, genome: Genome | None) -> AbstractContextManager[None]:
         """Hold the whole model at a genome."""
 
-    def written(self, genome: Genome) -> AbstractContextManager[None]:
-        """Hold the model in the form in which a checkpoint of the genome is written."""
+    def written(
+        self, genome: Genome, parts: Collection[int] | None = None, *, on_host: bool = False
+    ) -> AbstractContextManager[None]:
+        """Hold the model in the form in which a checkpoint of the genome is written.
+
+        Args:
+            parts: whose weights are to be right, blocks and what is outside of them; None: all.
+            on_host: the levels are decoded one by one where the block is, and lie in host memory.
+        """
 
 
 @contextmanager
@@ -235,13 +242,16 @@ class LiveModel:
             weights = tuple(-1 if i is not None and dropped[i] else level for level, i in zip(weights, places, strict=True))
         return weights + dropped
 
-    def set_block(self, index: int, levels: Sequence[int] | None) -> None:
-        """Give a part what `levels_in` returned, or its dense weights and all its modules for None, on the device it is on."""
+    def set_block(self, index: int, levels: Sequence[int] | None, *, on_host: bool = False) -> None:
+        """Give a part what `levels_in` returned, or its dense weights and all its modules for None, on the device it is on.
+
+        Args: on_host: weights lie in host memory, where the part cannot be run if it is elsewhere.
+        """
         for i, slot in enumerate(self._slots[index]):
             device = slot.weight.device
             dense = levels is None or levels[i] < 0
             weight = self._dense[index][i] if dense else self._weight(self._weights[index][i], levels[i], device)  # type: ignore[index]
-            slot.put(weight.to(device))
+            slot.put(weight.cpu() if on_host else weight.to(device))
         if index >= len(self._droppable):
             return
         block, gone = self.blocks.blocks[index], () if levels is None else levels[len(self._slots[index]) :]
@@ -273,26 +283,31 @@ class LiveModel:
         return held(self, genome)
 
     @contextmanager
-    def written(self, genome: Genome) -> Iterator[None]:
+    def written(self, genome: Genome, parts: Collection[int] | None = None, *, on_host: bool = False) -> Iterator[None]:
         """See `Live`. Where modules are dropped, see `without_dropped`; where experts are, `without_experts`."""
-        if not self._droppable:
-            with self.applied(genome), gathered(self.blocks.model):
-                yield
-            return
         self.space.check(genome)
-        dropped = [self._gone_in(genome, index) for index in range(len(self.blocks.blocks))]
-        without: Any = without_dropped if self._modules else without_experts
+        parts = self.blocks.parts if parts is None else parts
+        blocks = [part for part in parts if part < len(self.blocks.blocks)]
         try:
-            for part in self.blocks.parts:
+            for part in parts:
                 levels = self.levels_in(genome, part)
                 if self._slots[part] and levels is not None:
                     there = (0,) * len(self._droppable[part]) if part < len(self._droppable) else ()
-                    self.set_block(part, (*levels[: len(self._slots[part])], *there))
-            with gathered(self.blocks.model), without(self.blocks, dropped):
+                    self.set_block(part, (*levels[: len(self._slots[part])], *there), on_host=on_host)
+            with gathered(*(self.blocks.blocks[index] for index in blocks)), self._without_dropped(genome, blocks):
                 yield
         finally:
-            for part in self.blocks.parts:
+            for part in parts:
                 self.restore_block(part)
+
+    def _without_dropped(self, genome: Genome, blocks: Collection[int]) -> AbstractContextManager[None]:
+        """Hold the model without what a genome drops, as far as these blocks are concerned."""
+        if not self._droppable:
+            return nullcontext()
+        dropped = [self._gone_in(genome, index) for index in range(len(self.blocks.blocks))]
+        if self._modules:
+            return without_dropped(self.blocks, [(attention, mlp) for attention, mlp in dropped])
+        return without_experts(self.blocks, dropped, blocks)
 
     def _weight(self, unit: int, level: int, device: torch.device) -> Tensor:
         key = (unit, level)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -141,11 +142,11 @@ def calls_of_experts(model: nn.Module) -> Iterator[list[tuple[nn.Module, tuple[A
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Hold a model with the weights that its experts' linears have now in their layers' parameters."""
+def gathered(*blocks: nn.Module) -> Iterator[None]:
+    """Hold blocks, or a whole model, with the weights that their experts' linears have now in their layers' parameters."""
     before: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        for module in model.modules():
+        for module in chain.from_iterable(block.modules() for block in blocks):
             linears = linears_of(module)
             for part in (_up(module), DOWN) if linears else ():
                 weights = [linear.weight.data for name, linear in linears.items() if name.endswith(f".{part}")]

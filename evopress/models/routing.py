@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -238,13 +238,15 @@ def _biases(block: nn.Module, layer: ExpertLayer) -> list[Tensor]:
 
 
 @contextmanager
-def without_experts(blocks: BlockModel, dropped: Sequence[Sequence[int]]) -> Iterator[None]:
+def without_experts(blocks: BlockModel, dropped: Sequence[Sequence[int]], held: Collection[int] | None = None) -> Iterator[None]:
     """Hold a model as it is written to a checkpoint: without the experts that are dropped, and the routers' rows of them.
 
     A configuration has one number of experts for all blocks. Where some keep fewer than others, they are filled up with experts of
     zeros, which a bias of the router never chooses.
 
-    Args: dropped: for every block whether each of its experts is dropped, as 0 or 1; nothing where it has none.
+    Args:
+        dropped: for every block whether each of its experts is dropped, as 0 or 1; nothing where it has none.
+        held: blocks whose weights are to be right; None: all.
 
     Raises: EvoPressError as `fewer_experts`.
     """
@@ -258,10 +260,12 @@ def without_experts(blocks: BlockModel, dropped: Sequence[Sequence[int]]) -> Ite
     model: Any = blocks.model
     config, cut = fewer_experts(model, count, min(most, count - 1), even=fewest == most)
     tensors, whole = _tensors(model), model.config
+    block_of = {name: int(name.removeprefix(f"{blocks.family.prefix}.").partition(".")[0]) for name in cut}
+    cut = {name: axis for name, axis in cut.items() if held is None or block_of[name] in held}
     before = {name: tensors[name].data for name in cut}
     try:
         for name, axis in cut.items():
-            here = kept[int(name.removeprefix(f"{blocks.family.prefix}.").partition(".")[0])]
+            here = kept[block_of[name]]
             places = here + [i for i in range(count) if i not in here][: most - len(here)]
             data = before[name].index_select(axis, torch.tensor(places, device=before[name].device))
             never = torch.finfo(data.dtype).min if _is_bias(name, data, most) else 0.0

@@ -12,6 +12,7 @@ from typing import Any
 from evopress.baselines.uniform import uniform_genomes
 from evopress.currencies import num_experts
 from evopress.errors import EvoPressError
+from evopress.export.checkpoint import FILE_BYTES, parts_together
 from evopress.export.exporter import DROPPED, Export, Exporter, Form, Serves, form_of, write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.export.rules import refuse_unfit
@@ -148,18 +149,25 @@ def what_is_exported(
 def export_needs(planner: Planner) -> Needs:
     """Return what the stage `export` takes."""
     workspace = planner.workspace
-    size = sum(parameter.numel() * parameter.element_size() for parameter in workspace.pretrained.model.parameters())
+    size = sum(parameter.nbytes for parameter in workspace.pretrained.model.parameters())
     less = "leave export out of stages, or use a machine with more memory"
     names = list(exporters_of(planner.settings))
     written = sum(size if name == DEQUANTIZED else _packed_bytes(planner) for name in names)
     what = ", ".join("checkpoint" if name == DEQUANTIZED else name for name in names)
     needs = Needs("export", what, disk={workspace.run_dir: written}, alone=True, less_memory=less)
+    if DEQUANTIZED not in names:  # others read a weight at a time
+        planner.hold_written(needs, (), beside=0, file_bytes=0)
+        return needs
+    blocks = workspace.blocks
+    outside = size - sum(each.nbytes for block in blocks.blocks for each in block.parameters())
     dropping = any(map(num_experts, planner.space.units))
     kept = 1.0 - (planner.settings.sparsity or 0.0) if dropping and planner.modules else 1.0
-    copied = copied_for_export(workspace.pretrained.model, levels=not planner.modules, kept=kept, fewer=dropping)
-    planner.hold_decoded(needs, beside=copied)
-    if workspace.device.type != "cpu" and not workspace.blocks.offload:
-        planner.put(needs, 0, host=size)  # what is written is copied first
+    files = parts_together(blocks, FILE_BYTES)
+    for parts in files:
+        held = [blocks.blocks[part] for part in parts if part < len(blocks.blocks)]
+        copied = sum(copied_for_export(block, levels=not planner.modules, kept=kept, fewer=dropping) for block in held)
+        file_bytes = size if len(files) == 1 else sum(each.nbytes for block in held for each in block.parameters())
+        planner.hold_written(needs, parts, beside=copied, file_bytes=file_bytes or outside)
     return needs
 
 

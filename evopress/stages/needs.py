@@ -8,7 +8,7 @@ buffers take, beside the model. What is there already counts as done.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from evopress.baselines.baseline import Planned
@@ -226,6 +226,23 @@ class Planner:
         else:
             there = self._decoded if not self.based else max(self._decoded, self._levels_kept)
             self.put(needs, there + max(self._decoding, beside), host=self._bases)
+
+    def hold_written(self, needs: Needs, parts: Collection[int], *, beside: int, file_bytes: int) -> None:
+        """Let the stage's peak be at least that of some parts of the model as a checkpoint has them: their levels in host memory.
+
+        Args:
+            beside: bytes that are taken where the levels are, or the model where it has none.
+            file_bytes: of all that is written of these parts, which is copied from a GPU first.
+        """
+        blocks, units = self.workspace.blocks, self.space.whole.units
+        size = 0 if self.modules else sum(unit.size for unit in units if unit.block in parts) * blocks.dtype.itemsize
+        if self.workspace.device.type == "cpu":
+            needs.memory = max(needs.memory, self._bases + max(size, self.based * self._levels_kept) + max(self._decoding, beside))
+        elif blocks.offload:
+            needs.memory = max(needs.memory, self._bases + size + max(self._decoding, beside))
+        else:
+            there = beside if self.modules else self._levels_kept + self._decoding
+            self.put(needs, there, host=self._bases + file_bytes + (0 if self.modules else beside))
 
     def put(self, needs: Needs, size: int, *, host: int = 0) -> None:
         """Let a stage's peak be at least so much on the compute device, and in host memory beside it."""

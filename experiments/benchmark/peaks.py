@@ -261,9 +261,11 @@ def _evaluate(case: Case, blocks: BlockModel, alive: Alive) -> None:
 
 
 def _export(case: Case, blocks: BlockModel, alive: Alive, *, copied: bool) -> None:
+    text = torch.zeros(case.tokens, blocks.hidden_size, dtype=blocks.dtype)  # of the search, still there
     live, alive.of_meta = _live(case, blocks, alive), HOST if blocks.offload else DEVICE
-    with live.written((3,) * len(live.space.units)):
+    with live.written((3,) * len(live.space.units), on_host=copied):
         _ = [each.cpu() for each in blocks.model.parameters() if copied]
+    del text
 
 
 class _Levels:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from evopress import room
 from evopress.evaluation.tasks import Asked
@@ -358,8 +359,11 @@ def test_on_a_host_the_plain_evaluator_goes_with_offload(tiny: Callable[..., Any
 
 GB = 10**9
 SIZE = 50_000_000
-WHOLE = 7 * GB + decoding_bytes(SIZE, torch.bfloat16)
+DECODING = decoding_bytes(SIZE, torch.bfloat16)
+WHOLE = 7 * GB + DECODING
 """Of a model's decoded units, and one that is being decoded."""
+FILE = 7 * GB // 2 + DECODING
+"""Of one of its two blocks, which are larger together than a file."""
 
 
 def planner(
@@ -373,13 +377,12 @@ def planner(
 ) -> Any:
     """Return a planner for a run of a model of 7 GB of units, on a device that is made up."""
     space = Space("quant", tuple(Unit(f"u{i}", i % 2, "u", SIZE, (Level("4", 4 * SIZE, "4", 4 * SIZE),)) for i in range(70)))
-    model = SimpleNamespace(
-        config=SimpleNamespace(intermediate_size=4096),
-        parameters=lambda: iter([torch.empty(1000, dtype=torch.bfloat16)]),
-        modules=lambda: iter(()),
-    )
+    layers = [nn.Linear(35_000, SIZE // 1000, bias=False, device="meta", dtype=torch.bfloat16) for _ in range(2)]
+    model = nn.Sequential(*layers, nn.Linear(1000, 1, bias=False, dtype=torch.bfloat16))
+    model.config = SimpleNamespace(intermediate_size=4096)
     blocks = SimpleNamespace(
-        blocks=[None] * 2,
+        blocks=layers,
+        parts=range(2),
         dtype=torch.bfloat16,
         offload=offload,
         hidden_size=1024,
@@ -419,11 +422,16 @@ def planner(
 
 @pytest.mark.parametrize(
     ("device", "offload", "memory", "on_device"),
-    [("cpu", False, WHOLE, 0), ("cuda", False, 0, WHOLE), ("cuda", True, WHOLE, 0)],
+    [("cpu", False, FILE, 0), ("cuda", False, 7 * GB // 2, 7 * GB // 2 + DECODING), ("cuda", True, FILE, 0)],
 )
-def test_the_export_decodes_the_model_where_its_blocks_lie(device: str, offload: bool, memory: int, on_device: int) -> None:
+def test_the_export_decodes_the_blocks_of_one_file_on_the_host(device: str, offload: bool, memory: int, on_device: int) -> None:
     needs = export_needs(planner(device, offload=offload))
-    assert (needs.memory // GB, needs.device) == (memory // GB, on_device)
+    assert (needs.memory, needs.device) == (memory, on_device)  # on a GPU beside the decoded levels of a block, which stay
+
+
+def test_packed_formats_decode_nothing() -> None:
+    least = Budget(70 * 4 * SIZE, 4.0, "bits per weight")
+    assert export_needs(planner("cpu", export=("mlx", "gguf"), budget=least)).memory == DECODING
 
 
 def test_an_export_takes_what_its_formats_do() -> None:
@@ -432,7 +440,7 @@ def test_an_export_takes_what_its_formats_do() -> None:
         export_needs(planner("cpu", export=export, budget=least)).disk[Path("run")]
         for export in (("dequantized",), ("mlx",), ("dequantized", "mlx", "gguf"))
     ]
-    assert of_format == [2000, 1000 + 35 * SIZE, 2000 + 2 * (1000 + 35 * SIZE)]
+    assert of_format == [7 * GB + 2000, 1000 + 35 * SIZE, 7 * GB + 2000 + 2 * (1000 + 35 * SIZE)]
 
 
 def test_zero_shot_tasks_and_the_plain_evaluator_decode_the_whole_model() -> None:

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import measure_held_out
 from evopress.export import export_checkpoint
+from evopress.export.checkpoint import Dequantized, parts_together
+from evopress.export.exporter import Export, write_export
 from evopress.fitness.population import PopulationEvaluator
 from evopress.models.tiny import byte_tokenizer
 
@@ -146,3 +148,53 @@ def test_a_wrong_genome_writes_nothing(live_model, genome_files, tmp_path):
     with pytest.raises(EvoPressError, match="1 levels but"):
         export(live_model(), tmp_path / "out" / "exported", genome_files, genome=(0,))
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def tensors_of(folder):
+    """Return all tensors of a checkpoint's files, each once."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        here = load_file(path)
+        assert not found.keys() & here.keys()
+        found |= here
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3_moe"])
+def test_a_large_model_is_written_in_files_of_a_few_blocks(family, live_model, genome_files, tmp_path, weights_digest, tokens):
+    live = live_model(family)
+    before, parts = weights_digest(live.blocks.model), list(live.blocks.parts)
+    genome, size = mixed(live), sum(parameter.nbytes for parameter in live.blocks.blocks[0].parameters())
+    assert parts_together(live.blocks, 10**9) == [parts] and parts_together(live.blocks, 2 * size) == [[0, 1], [2, 3], []]
+    assert parts_together(live.blocks, 1) == [[0], [1], [2], [3], []]
+    export_ = Export(live, live.blocks.model, byte_tokenizer(), genome)
+    whole, files = (write_export(Dequantized(file_bytes=most), tmp_path / str(most), export_) for most in (10**9, 2 * size))
+    assert weights_digest(live.blocks.model) == before
+    wanted, found = tensors_of(whole), tensors_of(files)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert [path.name for path in sorted(whole.glob("*.safetensors"))] == ["model.safetensors"]
+    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    others = {path.name for path in whole.iterdir()} - {"model.safetensors"}
+    assert {path.name for path in files.iterdir()} == {*names, "model.safetensors.index.json", *others}
+    index = json.loads((files / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in wanted.values())
+    assert index["weight_map"] == {name: path.name for path in files.glob("*.safetensors") for name in load_file(path)}
+    ids = tokens(2, 8, seed=1)
+    with torch.no_grad():
+        logits = [AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=ids).logits for folder in (whole, files)]
+    assert torch.equal(*logits)
+
+
+def test_no_more_than_one_file_s_blocks_are_decoded_at_a_time(live_model, genome_files, tmp_path, monkeypatch):
+    live, seen = live_model(), []
+    dense = {id(parameter): parameter.data_ptr() for parameter in live.blocks.model.parameters()}
+
+    def save(model, folder, state_dict):
+        changed = {i for i, block in enumerate(live.blocks.blocks) for p in block.parameters() if p.data_ptr() != dense[id(p)]}
+        seen.append((changed, {name.split(".")[2] for name in state_dict if ".layers." in name}))
+        original(model, folder, state_dict=state_dict)
+
+    original = type(live.blocks.model).save_pretrained
+    monkeypatch.setattr(type(live.blocks.model), "save_pretrained", save)
+    write_export(Dequantized(file_bytes=1), tmp_path / "files", Export(live, live.blocks.model, byte_tokenizer(), mixed(live)))
+    assert seen == [({i}, {str(i)}) for i in range(4)] + [(set(), set())]
