@@ -22,7 +22,8 @@ from evopress.data.special_tokens import leading_ids
 from evopress.errors import EvoPressError
 from evopress.evaluation.tasks import num_questions, tasks_in, undisturbed
 from evopress.fitness.population import MOST_ON_HOST
-from evopress.levels.live import Live
+from evopress.levels.live import Live, part_held
+from evopress.levels.refine import block_at
 from evopress.models import attention
 from evopress.models.blocks import BlockModel
 from evopress.progress import counted, track
@@ -167,8 +168,8 @@ def _likelihoods(lm: Any, genome: Genome | None, requests: Sequence[_Request]) -
     mixed = [batch for number in range(size()) for batch in batches[number :: size()]]  # long ones come first
 
     def asked(mine: Sequence[list[int]]) -> list[tuple[int, tuple[float, bool]]]:
-        places = [place for batch in mine for place in batch]
-        with undisturbed(), _transformers_attention(lm.model), lm.live.applied(genome):
+        lm.genome, places = genome, [place for batch in mine for place in batch]
+        with undisturbed(), _transformers_attention(lm.model), _held(lm.live, genome):
             try:
                 return list(zip(places, lm.ask([requests[place] for place in places]), strict=True))
             except AssertionError as error:
@@ -232,7 +233,7 @@ def answering(live: Live, tokenizer: PreTrainedTokenizerBase, batch_size: int, b
             if blocks.offload:  # asked twice: first for the batches alone, so that a block is carried once for many of them
                 self._noted: list[Tensor] | None = []
                 super()._loglikelihood_tokens(requests, disable_tqdm=True)
-                self._coming, self._noted = _walked(blocks, self._noted), None
+                self._coming, self._noted = _walked(live, self.genome, self._noted), None
             return super()._loglikelihood_tokens(requests, disable_tqdm=True)
 
         @torch.no_grad()
@@ -257,12 +258,26 @@ def answering(live: Live, tokenizer: PreTrainedTokenizerBase, batch_size: int, b
     return lm
 
 
-def _walked(blocks: BlockModel, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of ids with what leaves the last block, which is carried to the device once for many of them."""
+@contextlib.contextmanager
+def _held(live: Live, genome: Genome | None) -> Iterator[None]:
+    """Hold a model at a genome; where blocks are carried to the device, what is outside of them, and `_walked` each in its turn."""
+    if not live.blocks.offload:
+        with live.applied(genome):
+            yield
+        return
+    with contextlib.ExitStack() as held:
+        for part in live.blocks.parts[len(live.blocks.blocks) :]:
+            held.enter_context(part_held(live, part, live.levels_in(genome, part)))
+        yield
+
+
+def _walked(live: Live, genome: Genome | None, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of ids with what leaves the last block; each is carried to the device, and decoded, once for many of them."""
+    blocks = live.blocks
     for those in _together(blocks, batches):
         states = [blocks.embed(ids).cpu() for ids in those]
         for index in range(len(blocks.blocks)):
-            with blocks.on_device(index):
+            with block_at(live, index, genome, {}):
                 states = [blocks.run(index, state.to(blocks.device)).cpu() for state in states]
         for ids in those:
             yield ids, states.pop(0).to(blocks.device)

@@ -88,9 +88,7 @@ def _answer_needs(planner: Planner, needs: Needs, models: int) -> None:
     )
     # lm-eval has all logits of a batch, and their log-probabilities.
     logits = 2 * evaluation.task_batch_size * asked.longest * blocks.head().weight.shape[0] * blocks.dtype.itemsize
-    planner.hold_decoded(needs, beside=0 if blocks.offload else logits)
-    if blocks.offload:
-        planner.put(needs, logits)
+    planner.hold_decoded(needs, beside=logits)
 
 
 def _num_genomes(planner: Planner) -> int:

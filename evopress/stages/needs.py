@@ -211,18 +211,17 @@ class Planner:
         heads = [unit for unit in self.space.units if unit.block == blocks.head_part]
         measured += sum(min(len(unit.levels), candidates) * unit.size * blocks.dtype.itemsize for unit in heads)
         measured += max(self._levels_kept, self._decoded if plain else 0)
-        if blocks.offload:
-            measured += max(blocks.carried_bytes(index) for index in range(self.num_blocks))
+        measured += self._carried
         minibatch = 2 * given * self.states(tokens)  # of the base, drawn and without the last positions
         self.put(needs, measured, host=self._bases + minibatch)
 
     def hold_decoded(self, needs: Needs, *, beside: int = 0) -> None:
-        """Let the stage's peak be at least that of the whole model at a genome: where its blocks lie, they are decoded.
+        """Let the stage's peak be at least that of the whole model at a genome; or of one block, where each is carried in its turn.
 
         Args: beside: bytes that are taken there then.
         """
         if self.workspace.blocks.offload:
-            needs.memory = max(needs.memory, self._decoded + max(self._decoding, beside))
+            self.put(needs, self._levels_kept + self._carried + max(self._decoding, beside), host=self._bases)
         else:
             there = self._decoded if not self.based else max(self._decoded, self._levels_kept)
             self.put(needs, there + max(self._decoding, beside), host=self._bases)
@@ -258,6 +257,12 @@ class Planner:
     def _bases(self) -> int:
         """Bytes of the dense model's last states that are held: of the search text, and of held-out text."""
         return self.kept + (self.states(self.workspace.search_tokens.numel()) if self.based else 0)
+
+    @property
+    def _carried(self) -> int:
+        """Bytes of the largest block, where blocks are carried to the compute device."""
+        blocks = self.workspace.blocks
+        return max(map(blocks.carried_bytes, range(self.num_blocks))) if blocks.offload else 0
 
     @property
     def _levels_kept(self) -> int:

@@ -448,7 +448,7 @@ def test_zero_shot_tasks_and_the_plain_evaluator_decode_the_whole_model() -> Non
     assert 3.5 * GB < less.device < 4 * GB and less.memory == 0  # a block's
     assert evaluate_needs(planner("cuda", tasks=("piqa",))).device == WHOLE
     offloaded = evaluate_needs(planner("cuda", offload=True, tasks=("piqa",)))
-    assert offloaded.memory == WHOLE and offloaded.device == less.device
+    assert (offloaded.memory, offloaded.device) == (0, less.device)  # a block's, one after the other
     assert evaluate_needs(planner("cuda", evaluator="plain")).device > 7 * GB
 
 
@@ -467,7 +467,7 @@ def test_zero_shot_questions_are_counted_and_have_all_logits_of_a_batch(offload:
     assert needs.tokens == without.tokens + models * 10_000
     blocks = asking.workspace.blocks
     logits = 2 * 8 * 1_000_000 * blocks.head().weight.shape[0] * blocks.dtype.itemsize
-    assert needs.device == logits if offload else 0.9 * WHOLE < needs.device - logits <= WHOLE
+    assert needs.device - logits == 7 * GB // 2 if offload else 0.9 * WHOLE < needs.device - logits <= WHOLE
 
 
 @pytest.mark.parametrize("evaluator", ["population", "plain"])

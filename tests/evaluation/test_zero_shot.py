@@ -188,6 +188,7 @@ def test_a_model_that_streams_its_blocks_answers_alike(live_model, tasks_path, m
     expected = measure(live, tasks)
     monkeypatch.setattr(live.blocks, "offload", True)
     monkeypatch.setattr(live.blocks.model, "forward", None)  # the whole model cannot be called
+    monkeypatch.setattr(LiveModel, "applied", None)  # nor is it decoded
     carried, on_device, last = [], live.blocks.on_device, len(live.blocks.blocks) - 1
     monkeypatch.setattr(live.blocks, "on_device", lambda index, **how: carried.append(index) or on_device(index, **how))
     assert measure(live, tasks) == expected
