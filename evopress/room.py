@@ -12,7 +12,7 @@ from typing import Protocol
 import psutil
 import torch
 
-from evopress.compress.compressor import free_bytes
+from evopress.compress.compressor import free_now
 from evopress.errors import EvoPressError
 from evopress.ranks import Known, each, together
 
@@ -85,7 +85,7 @@ def rooms(of: Placed) -> list[Room]:
 
 def room_on(device: torch.device) -> Room:
     """Return what this process finds where it computes on a device."""
-    there = free_bytes(device) if device.type == "cuda" else None
+    there = free_now(device) if device.type == "cuda" else None
     return Room(socket.gethostname(), psutil.virtual_memory().available, there, str(device))
 
 
@@ -131,11 +131,11 @@ def check_room(stages: Sequence[Needs], rooms: Sequence[Room], *, offload: bool 
         total = sum(size for _, size in writing)
         if total * _SPARE > free:
             parts = ", ".join(f"{needs.stage} {in_bytes(size)}" for needs, size in writing)
-            one, *others = (needs for needs, _ in writing)
+            one, *others = (needs for needs, _ in sorted(writing, key=lambda each: -each[1]))
             raise EvoPressError(
                 f"{'this run' if others else one.name} needs {in_bytes(total)} of disk{f' ({parts})' if others else ''} but "
                 f"{' and '.join(map(str, folders))} has {in_bytes(free)} free: free some space, "
-                f"{Needs.less_disk if others else one.less_disk}"
+                f"{one.less_disk}{', or leave stages out (stages)' if others and one.less_disk != Needs.less_disk else ''}"
             )
     for needs in stages:
         work = [needs if number == 0 or not needs.alone else Needs(needs.stage, "") for number in range(len(rooms))]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -120,10 +121,28 @@ class Working:
         return round(4 * sum(sizes) + peak), result
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes that this process may still take of a GPU: free ones, and those that torch holds without need."""
+_to_come: dict[torch.device, int] = {}
+
+
+def free_now(device: torch.device) -> int:
+    """Return the bytes of a GPU that this process does not use: free ones, and those that torch holds without need."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that this process may still take of a GPU: what is free now, without what is to come."""
+    return max(free_now(device) - _to_come.get(device, 0), 0)
+
+
+@contextmanager
+def to_come(device: torch.device, size: int) -> Iterator[None]:
+    """Count bytes of a device as taken that will be: of a model that is not loaded, for whom plans what will be done beside it."""
+    _to_come[device] = size
+    try:
+        yield
+    finally:
+        del _to_come[device]
 
 
 def sweep_bytes(device: torch.device) -> int:

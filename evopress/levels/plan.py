@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evopress.compress.compressor import Compressor, Working, sweep_bytes
 from evopress.compress.hessian import multiplies_exactly
+from evopress.currencies import SPARSITY
 from evopress.errors import EvoPressError
 from evopress.levels.hessians import HessianStore
 from evopress.levels.journal import JOURNAL, read_journal
@@ -19,7 +20,7 @@ from evopress.levels.passage import held_on_host, stay_on_device
 from evopress.levels.store import DamagedDatabaseError, block_file, entries_of, fingerprint, read_manifest
 from evopress.models.blocks import BlockModel
 from evopress.ranks import SHARES, busiest, launched, part, processes
-from evopress.room import Needs
+from evopress.room import Needs, in_bytes
 from evopress.units import Space, Unit
 
 CORRECTED_FORWARDS = 6
@@ -108,6 +109,8 @@ class BuildNeeds:
     compressing: float = 0.0
     """Share of a block's compression that one process does."""
     disk_bytes: int = 0
+    hessian_bytes: int = 0
+    """Of the disk, what Hessians take that are kept for later levels."""
     memory_bytes: int = 0
     """Of the host, beside the model."""
     device_bytes: int = 0
@@ -125,6 +128,12 @@ class BuildNeeds:
 
     def in_folder(self, folder: Path) -> Needs:
         """Return it as what a run's stage takes, whose files are in a folder."""
+        fewer = (
+            "method.num_levels"
+            if any(level.source == SPARSITY for unit in self.units for level in unit.levels)
+            else "method.levels"
+        )
+        kept = f", keep no Hessians ({in_bytes(self.hessian_bytes)}; level_db.keep_hessians=false)" if self.hessian_bytes else ""
         return Needs(
             "database",
             f"{self.what} to build",
@@ -133,7 +142,7 @@ class BuildNeeds:
             device=self.device_bytes,
             name="building the level database",
             less_memory="use fewer calibration tokens (data.calibration_tokens) or level_db.activations=disk",
-            less_disk="store fewer levels (method.levels) or use another level_db.root",
+            less_disk=f"store fewer levels ({fewer}){kept} or use another level_db.root",
         )
 
 
@@ -176,8 +185,7 @@ def needs_of(
         for unit in missing
         if sees_activations(blocks, unit.block) and not seen and (store is None or not store.has_record(unit.block))
     }
-    if store is not None:
-        disk += sum(_hessian_bytes(blocks, index) for index in unseen)
+    hessians = sum(_hessian_bytes(blocks, index) for index in unseen) if store is not None else 0
     if not missing:
         return BuildNeeds(units=(), all_blocks=len(blocks.blocks))
     mine = busiest(len(tokens)) * tokens.shape[1]
@@ -200,7 +208,8 @@ def needs_of(
         + (CORRECTED_FORWARDS * walked if settings.corrects else 0),
         tokens=mine,
         compressing=compressing_share(blocks, parts[0], corrects=settings.corrects),
-        disk_bytes=disk + (0 if in_memory else tokens.numel() * per_token),
+        disk_bytes=disk + hessians + (0 if in_memory else tokens.numel() * per_token),
+        hessian_bytes=hessians,
         memory_bytes=(held_on_host(buffer, blocks.device) if in_memory and not beside else 0) + (device if on_host else host),
         device_bytes=0 if on_host else device + (buffer if beside else 0),
     )

@@ -179,6 +179,9 @@ def baselines_needs(planner: Planner) -> Needs:
     if further:
         count = sum(planner.build_further(needs, name, compressor) for name, compressor in further.items())
         needs.what += f" (at most {count} further levels of each weight)"
+        needs.less_disk = (
+            f"leave {', '.join(further)} out of baselines.names, whose levels are stored, or use another level_db.root"
+        )
     planner.hold(needs, *planner.mine(settings.num_random, settings.random_tokens))
     return needs
 

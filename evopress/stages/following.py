@@ -37,14 +37,21 @@ def open_for_all(workspace: Workspace) -> None:
         _open(_Opening(settings, workspace.run_dir, text.name, text.leading_ids, texts))
 
 
+def model_bytes_there(workspace: Workspace) -> int:
+    """Return the bytes of the model that lie, or will lie, on a compute device that is not the host."""
+    if workspace.device.type == "cpu":
+        return 0
+    inside = sum(each.nbytes for block in workspace.blocks.blocks for each in block.parameters())
+    size = sum(each.nbytes for each in workspace.pretrained.model.parameters())
+    return size - inside if workspace.settings.model.offload else size
+
+
 def rooms_of(workspace: Workspace) -> list[Room]:
     """Return what each process of a run finds, before the others open it, and what of the model it has yet to load.
 
     Raises: EvoPressError if one of them finds no device.
     """
-    size = sum(each.nbytes for each in workspace.pretrained.model.parameters())
-    inside = sum(each.nbytes for block in workspace.blocks.blocks for each in block.parameters())
-    there = 0 if workspace.device.type == "cpu" else size - inside if workspace.settings.model.offload else size
+    size, there = sum(each.nbytes for each in workspace.pretrained.model.parameters()), model_bytes_there(workspace)
     found = rooms(_Here(workspace.settings.model.device, workspace.device))
     opened = 0 if workspace.model_source.is_outline else 1
     loading = [replace(room, to_load=size - there, to_load_there=there) for room in found[opened:]]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from evopress.baselines.exhaustive import count_to_measure
-from evopress.compress.compressor import Compressor
+from evopress.compress.compressor import Compressor, to_come
 from evopress.errors import EvoPressError
 from evopress.methods.points import has_limit
 from evopress.models.blocks import BlockModel
@@ -32,7 +32,7 @@ from evopress.settings import STAGES
 from evopress.stages.baselines import baselines_needs, database_needs, further_levels, make_measure
 from evopress.stages.conclude import evaluate_needs, report_needs
 from evopress.stages.exports import export_needs
-from evopress.stages.following import rooms_of
+from evopress.stages.following import model_bytes_there, rooms_of
 from evopress.stages.given import check_levels
 from evopress.stages.needs import Planner, planned_for
 from evopress.stages.probe import Speed, measure_speed
@@ -88,6 +88,12 @@ def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple
     Raises: EvoPressError if the disk, the memory or the device has too little, the budget leaves nothing to search, or the model's
         numbers are not finite.
     """
+    with to_come(workspace.device, model_bytes_there(workspace) if workspace.model_source.is_outline else 0):
+        return _checked(workspace, searching, points)
+
+
+def _checked(workspace: Workspace, searching: Searching, points: Sequence[tuple[Workspace, Searching]]) -> Plan:
+    """Do it; what a model whose weights are not there will take of a GPU counts as taken."""
     space, build = workspace.databases.plan()
     runs = [(run, numbers, run.budget_of(space)) for run, numbers in points or [(workspace, searching)]]
     for run, _, budget in runs:
