@@ -22,18 +22,19 @@ class Gate:
         self.held = torch.zeros(num_sequences, dtype=torch.float64)
         """Of the last way back, [b]."""
         self.zeros: Tensor | None = None
-        """What a closed gate lets through; its gradient is for `take`."""
+        """What a closed gate lets through, before anything is added to it; its gradient is for `take`."""
         self._output: Tensor | None = None
 
     def forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
         """See `register_forward_hook`."""
         added = output[0] if isinstance(output, tuple) else output
-        self._output = added.detach()
+        self._output = added.detach().clone()  # Falcon adds to what it is handed in place
         if not self.closed:
             added.register_hook(self.take)
             return output
         self.zeros = torch.zeros_like(added).requires_grad_()
-        return (self.zeros, *output[1:]) if isinstance(output, tuple) else self.zeros
+        through = self.zeros + 0  # no leaf, which nothing may be added to in place
+        return (through, *output[1:]) if isinstance(output, tuple) else through
 
     def take(self, gradient: Tensor) -> None:
         """Take the gradient of what is added."""

@@ -282,6 +282,19 @@ def test_blocks_of_a_hybrid_have_gates_of_their_own(architecture, tokens) -> Non
         assert float(first[0, unit]) == pytest.approx(expected, rel=2e-2, abs=1e-4)
 
 
+def test_gates_hold_where_a_block_adds_to_their_outputs_in_place(tokens) -> None:
+    """Falcon adds what its attention returns to what its MLP returns."""
+    model = any_model("falcon")
+    blocks = BlockModel(model, outlined(model))
+    live = LiveModel(blocks, ModuleLevels(Modules().space(blocks.shapes(), dtype_bits=32)))
+    ids, uniform = tokens(2, 12, seed=5), torch.rand(2, 11, generator=torch.Generator().manual_seed(2))
+    base = base_states(PopulationEvaluator(live), ids, batch_tokens=48)
+    for dropped in ((), (3,), (0, 5)):
+        genome = tuple(int(index in dropped) for index in range(len(live.space)))
+        found = derivatives(live, genome, ids, base, KLDivergence(), uniform=uniform)
+        close(torch.cat(found), torch.cat(gates_plainly(live, genome, ids, KLDivergence(), uniform)))
+
+
 def test_the_minibatch_draws_labels_where_there_are_modules(tiny_blocks, tokens) -> None:
     blocks = tiny_blocks("llama", num_blocks=2)
     live = LiveModel(blocks, ModuleLevels(Modules().space(blocks.shapes(), dtype_bits=32)))

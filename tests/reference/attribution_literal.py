@@ -119,7 +119,11 @@ def drawn_labels(model: torch.nn.Module, sequence: Tensor, uniform: Tensor) -> t
     ]
 
 
-ADDING = {"gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"), "opt": ("self_attn", "fc2")}
+ADDING = {
+    "falcon": ("self_attention", "mlp"),
+    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "opt": ("self_attn", "fc2"),
+}
 """What adds to the residual stream, where it is not the attention and the MLP themselves."""
 CALLED = ("self_attn", "conv", "linear_attn"), ("mlp", "feed_forward")
 """What these are called, of which a block has one each."""
