@@ -152,24 +152,42 @@ def _by_block(value: Any, num_blocks: int) -> bool:
 def shortened(config: Any, kept: Sequence[int], num_blocks: int, family: Family) -> Any:
     """Return a model's configuration for the blocks that are kept; those fields are cut that have one entry per block.
 
-    Raises: EvoPressError as `check_fields`.
+    Raises: EvoPressError as `check_fields`, or if such a field is worked out from others, and not for these blocks.
     """
     check_fields(vars(config.get_text_config()), num_blocks, family)
     whole = copy.deepcopy(config)
     config, new = config.get_text_config(), whole.get_text_config()  # of a model with pictures, the language part's
+    worked_out = {}
     for key in family.per_block:
-        value = getattr(config, key, None)
-        if isinstance(value, (list, tuple)):
-            setattr(new, key, [value[index] for index in kept if index < len(value)])
-        elif isinstance(value, Mapping):
-            places = {str(index): place for place, index in enumerate(kept)}
-            cut = {type(block)(places[str(block)]): entry for block, entry in value.items() if str(block) in places}
+        cut = _cut(getattr(config, key, None), kept)
+        if cut is not None and _is_set(config, key):
             setattr(new, key, cut)
+        elif cut is not None:
+            worked_out[key] = cut
     full = getattr(config, "max_window_layers", None)  # Qwen: the blocks before it have no sliding window
     if isinstance(full, int) and full < num_blocks:
         new.max_window_layers = sum(index < full for index in kept)
     new.num_hidden_layers = len(kept)
+    for key, cut in worked_out.items():
+        if list(getattr(new, key)) != cut:
+            raise EvoPressError(f"{key} of the model's config is worked out from other fields, not for the blocks that are left")
     return whole
+
+
+def _cut(value: Any, kept: Sequence[int]) -> Any:
+    """Return the entries of the blocks that are kept, from a list or from a dictionary by number; None: it is neither."""
+    if isinstance(value, (list, tuple)):
+        return [value[index] for index in kept if index < len(value)]
+    if isinstance(value, Mapping):
+        places = {str(index): place for place, index in enumerate(kept)}
+        return {type(block)(places[str(block)]): entry for block, entry in value.items() if str(block) in places}
+    return None
+
+
+def _is_set(config: Any, key: str) -> bool:
+    """Tell whether a field of a configuration can be set, and is not worked out from others."""
+    found = getattr(type(config), type(config).attribute_map.get(key, key), None)
+    return not isinstance(found, property) or found.fset is not None
 
 
 @contextmanager
@@ -225,7 +243,7 @@ def _shortened(blocks: BlockModel, kept: Sequence[int]) -> Any:
         return shortened(model.config, kept, len(blocks.blocks), family)
     try:
         shorter = shortened(model.config, kept, len(blocks.blocks), family)
-    except Exception:  # a list that is worked out and not kept, or may be one entry per block; whatever an architecture refuses
+    except Exception:  # a list that is worked out otherwise, or may be one entry per block; whatever an architecture refuses
         return None
     return shorter if _describes(type(model), shorter, [blocks.blocks[index] for index in kept], family) else None
 
@@ -251,9 +269,7 @@ def _form(block: nn.Module) -> list[Any]:
         (name, key, value)
         for name, module in block.named_modules()
         for key, value in sorted(vars(module).items())
-        if not key.startswith("_")
-        and key not in ("layer_idx", "layer_index", "training", "layer_id")
-        and isinstance(value, (bool, int, float, str))
+        if not key.startswith("_") and key not in _NUMBERS and isinstance(value, (bool, int, float, str))
     ]
     return [
         *((name, type(module).__name__) for name, module in block.named_modules()),

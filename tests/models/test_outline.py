@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from evopress.errors import EvoPressError
 from evopress.models.blocks import BlockModel, by_blocks
+from evopress.models.dropping import shortened, without_dropped
 from evopress.models.families import family_of
 from evopress.models.outline import find_family, outlined, skeleton
 from evopress.models.tiny_any import any_config, any_model
@@ -155,19 +157,33 @@ def test_a_config_that_cannot_be_built_is_one_sentence() -> None:
 
 
 def test_blocks_that_cannot_be_described_stay_with_weights_of_zeros(tmp_path: Path) -> None:
-    from evopress.models.dropping import without_dropped
-
     blocks = opened("lfm2")
     with without_dropped(blocks, [(0, 0), (1, 1), (0, 1), (0, 0)]):
         blocks.model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 3
-    blocks = opened("falcon_h1")
+    blocks = opened("diffllama")  # whose attention depends on the block's number
     with without_dropped(blocks, [(0, 0), (1, 1), (0, 1), (0, 0)]):
         stay = blocks.model.get_submodule(blocks.family.prefix)
         assert len(stay) == 4
-        assert not any(bool(each.weight.any()) for each in (stay[1].self_attn.q_proj, stay[1].feed_forward.down_proj))
-        assert bool(stay[2].self_attn.q_proj.weight.any()) and not bool(stay[2].feed_forward.down_proj.weight.any())
+        assert not any(bool(each.weight.any()) for each in (stay[1].self_attn.q_proj, stay[1].mlp.down_proj))
+        assert bool(stay[2].self_attn.q_proj.weight.any()) and not bool(stay[2].mlp.down_proj.weight.any())
     assert bool(blocks.blocks[1].self_attn.q_proj.weight.any())
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "jamba", "recurrent_gemma"])
+def test_kinds_of_blocks_that_a_config_works_out_need_not_be_cut(model_type: str, tmp_path: Path) -> None:
+    blocks = opened(model_type)
+    with without_dropped(blocks, [(0, 0), (0, 0), (0, 0), (1, 1)]):
+        assert len(blocks.model.get_submodule(blocks.family.prefix)) == 3
+        blocks.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(loaded.get_submodule(blocks.family.prefix)) == 3
+
+
+def test_kinds_of_blocks_that_are_worked_out_otherwise_are_not_described() -> None:
+    blocks = opened("recurrent_gemma")  # every third block is one of attention
+    with pytest.raises(EvoPressError, match="layer_types of the model's config is worked out from other fields"):
+        shortened(blocks.model.config, (1, 2, 3), 4, blocks.family)
 
 
 def test_named_families_keep_their_names() -> None:
