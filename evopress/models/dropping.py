@@ -28,6 +28,10 @@ _NUMBERS = ("layer_idx", "layer_index", "layer_id", "training")
 """What modules hold that does not tell what they compute."""
 _OF_THE_MODEL = re.compile(r"(architectures|id2label|label2id|.*_token_ids?|.*_tokens|.*_words_ids|keys_to_ignore_at_inference)")
 """Fields of a configuration that may happen to have as many entries as there are blocks."""
+_FIRST = ("max_window_layers", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+"""Numbers of first blocks that are of another kind: without a sliding window in Qwen, without experts in DeepSeek and others."""
+_OF_SOME = ("mlp_only_layers", "moe_layers", "attn_layer_indices")
+"""Lists of the numbers of those blocks that are of another kind."""
 
 
 def drop(block: nn.Module, parts: Parts, *, attention: bool, mlp: bool) -> None:
@@ -152,22 +156,31 @@ def _by_block(value: Any, num_blocks: int) -> bool:
 def shortened(config: Any, kept: Sequence[int], num_blocks: int, family: Family) -> Any:
     """Return a model's configuration for the blocks that are kept; those fields are cut that have one entry per block.
 
+    Blocks are numbered anew where fields have their numbers, or say how many of the first are of another kind.
+
     Raises: EvoPressError as `check_fields`, or if such a field is worked out from others, and not for these blocks.
     """
     check_fields(vars(config.get_text_config()), num_blocks, family)
     whole = copy.deepcopy(config)
     config, new = config.get_text_config(), whole.get_text_config()  # of a model with pictures, the language part's
     worked_out = {}
-    for key in family.per_block:
+    for key in (key for key in family.per_block if key not in _OF_SOME):
         cut = _cut(getattr(config, key, None), kept)
         if cut is not None and _is_set(config, key):
             setattr(new, key, cut)
         elif cut is not None:
             worked_out[key] = cut
-    full = getattr(config, "max_window_layers", None)  # Qwen: the blocks before it have no sliding window
-    if isinstance(full, int) and full < num_blocks:
-        new.max_window_layers = sum(index < full for index in kept)
+    for key in _FIRST:
+        first = getattr(config, key, None)
+        if type(first) is int and first < num_blocks:
+            setattr(new, key, sum(index < first for index in kept))
+    for key in _OF_SOME:
+        if isinstance(numbers := getattr(config, key, None), (list, tuple)):
+            setattr(new, key, [place for place, index in enumerate(kept) if index in numbers])
     new.num_hidden_layers = len(kept)
+    if getattr(config, "is_heterogeneous", False):  # as Gemma 4: what blocks have otherwise than the rest, by number
+        overrides = {int(index): fields for index, fields in config.to_dict()["per_layer_config"].items()}
+        new.per_layer_config = _cut(overrides, kept)
     for key, cut in worked_out.items():
         if list(getattr(new, key)) != cut:
             raise EvoPressError(f"{key} of the model's config is worked out from other fields, not for the blocks that are left")

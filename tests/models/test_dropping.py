@@ -123,3 +123,43 @@ def test_each_module_is_dropped_alone(model_type: str) -> None:
             seen.append(model(input_ids=ids, use_cache=False).logits)
     assert all(bool(logits.isfinite().all()) for logits in seen)
     assert len({tuple(logits.flatten().tolist()) for logits in seen}) == len(seen)
+
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+GEMMA4 = {
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 2,
+    "layer_types": [LOCAL, GLOBAL, LOCAL, GLOBAL],
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "gone"),
+    [
+        ("gemma4_text", GEMMA4, 0),
+        ("gemma4_text", GEMMA4, 1),
+        ("deepseek_v3", {"first_k_dense_replace": 2}, 1),
+        ("deepseek_v3", {"first_k_dense_replace": 2}, 3),
+        ("lfm2_moe", {"num_dense_layers": 2}, 0),
+        ("ernie4_5_moe", {"moe_layer_start_index": 2}, 1),
+        ("qwen3_moe", {"mlp_only_layers": [0, 2], "decoder_sparse_step": 1}, 1),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2, 3], "decoder_sparse_step": 1}, 1),
+        ("llama4_text", {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 64}, 2),
+        ("llama4_text", {"interleave_moe_layer_step": 1}, 0),
+        ("bamba", {"attn_layer_indices": [1, 3]}, 0),
+    ],
+)
+def test_blocks_of_several_kinds_are_numbered_anew(model_type: str, fields: dict[str, Any], gone: int, tmp_path: Path) -> None:
+    model = any_model(model_type, **fields)
+    blocks = BlockModel(model, outlined(model))
+    live = LiveModel(blocks, ModuleLevels(Modules(ModuleSettings(granularity="block")).space(blocks.shapes(), dtype_bits=32)))
+    ids, genome = torch.arange(24)[None], tuple(int(unit.block == gone) for unit in live.space.units)
+    with torch.no_grad(), live.applied(genome):
+        wanted = model(input_ids=ids, use_cache=False).logits
+    with live.written(genome):
+        assert len(model.get_submodule(blocks.family.prefix)) == 3
+        model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, wanted)
