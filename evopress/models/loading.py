@@ -36,6 +36,7 @@ from evopress.models.stored import (
     loaded_files,
     readable_quantization,
     shards_of,
+    silently_left_out,
     stored_tensors,
 )
 from evopress.ranks import launched, local_rank, processes
@@ -377,9 +378,8 @@ def load_pretrained(
             f"the model in {folder} could not be loaded ({reason}): fetch the checkpoint again, or check model.attn_implementation"
         ) from error
     absent = sorted(found["missing_keys"])
-    homeless = sorted(found["unexpected_keys"])
-    if homeless:
-        homeless = but_masks(homeless, stored_tensors(loaded_files(folder, weights)))
+    stored = stored_tensors(loaded_files(folder, weights))
+    homeless = but_masks(sorted(found["unexpected_keys"]), stored)
     if absent:  # transformers would go on with random weights
         instead = f" but hold {homeless[0]}, which has no place in it" if homeless else ""
         raise EvoPressError(
@@ -388,7 +388,8 @@ def load_pretrained(
         )
     if quantized:  # what undid the codes would be done again, the wrong way round, when the model is saved
         vars(model).pop("_weight_conversions", None)
-    left_out = check_places(folder, homeless, model.config, family.prefix)
+    silent = silently_left_out(stored, homeless, model, family.prefix)
+    left_out = check_places(folder, homeless, model.config, family.prefix, silent=silent)
     model.eval()
     model.requires_grad_(False)
     return Pretrained(

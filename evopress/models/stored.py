@@ -156,24 +156,52 @@ def check_tensors(folder: Path, tensors: Mapping[str, Stored]) -> None:
             raise EvoPressError(_already(folder, f"{shown(name)} is stored as {tensor.dtype}"))
 
 
-def check_places(folder: Path, homeless: Collection[str], config: Any, prefix: str) -> tuple[str, ...]:
+def silently_left_out(tensors: Iterable[str], homeless: Collection[str], model: Any, prefix: str) -> list[str]:
+    """Return names of stored tensors of further heads that transformers leaves out by their names, and does not call homeless.
+
+    Args:
+        tensors: all names.
+        homeless: those that transformers says it has no place for.
+        model: what has been loaded.
+        prefix: of the blocks: "model.layers".
+    """
+    modules = {part for name, _ in model.named_modules() for part in name.split(".")}
+    count = len(model.get_submodule(prefix))
+    found = []
+    for name in tensors:
+        head = _FURTHER_HEAD.search(name)
+        if not (head and head[0].strip(".") not in modules) and _number_of(name, prefix) < count:
+            continue
+        if not any(f".{each}".endswith(f".{name}") for each in homeless):
+            found.append(name)
+    return found
+
+
+def _number_of(name: str, prefix: str) -> int:
+    """Return the number of the block that a tensor is in; -1: it is in none."""
+    number = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
+    return int(number[1]) if number else -1
+
+
+def check_places(
+    folder: Path, homeless: Collection[str], config: Any, prefix: str, *, silent: Collection[str] = ()
+) -> tuple[str, ...]:
     """Say what becomes of stored tensors that the model has no place for, which transformers drops in silence.
 
     Args:
         homeless: their names.
         config: the model's.
         prefix: of the blocks: "model.layers".
+        silent: names of further heads that are not among them.
 
     Returns: those of further heads, which the model does without; a warning names them.
     Raises: EvoPressError for all others.
     """
-    beyond: dict[str, int] = {}
-    for name in homeless:
-        number = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
-        if number and int(number[1]) >= config.get_text_config().num_hidden_layers:
-            beyond[name] = int(number[1])
+    numbers = {name: _number_of(name, prefix) for name in homeless}
+    beyond = {name: number for name, number in numbers.items() if number >= config.get_text_config().num_hidden_layers}
     next_tokens = {block for name, block in beyond.items() if _NEXT_TOKENS.search(name)}
-    heads = tuple(sorted(name for name in homeless if _FURTHER_HEAD.search(name) or beyond.get(name, -1) in next_tokens))
+    found = (name for name in homeless if _FURTHER_HEAD.search(name) or beyond.get(name, -1) in next_tokens)
+    heads = tuple(sorted({*found, *silent}))
     others = sorted(name for name in homeless if name not in heads and not _OF_NO_CONSEQUENCE.search(name))
     if others:
         guess = next((guess for pattern, guess in _GUESSES if pattern.search(others[0])), "of another architecture")

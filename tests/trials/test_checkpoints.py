@@ -18,6 +18,8 @@ from torch import Tensor
 from evopress.errors import EvoPressError
 from evopress.models.loading import fetch_from_hub, find_weights, load_pretrained
 from evopress.models.stored import INDEX, WEIGHTS
+from evopress.models.tiny import byte_tokenizer
+from evopress.models.tiny_any import any_model
 
 Weights = dict[str, Tensor]
 
@@ -189,6 +191,34 @@ def test_a_further_head_is_named_in_a_warning(
     with caplog.at_level(logging.WARNING):
         assert load_pretrained(checkpoint(change)).left_out == names
     assert names[0] in caplog.text and "neither used nor exported" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [
+        ("qwen3_next", ("mtp.fc.weight", "mtp.layers.0.mlp.gate.weight")),
+        ("mimo_v2_flash", ("model.mtp.layers.0.eh_proj.weight",)),
+        ("deepseek_v3", ("model.layers.61.eh_proj.weight", "model.layers.61.self_attn.o_proj.weight")),
+        ("glm4_moe", ("model.layers.4.eh_proj.weight", "model.layers.4.mlp.up_proj.weight")),
+    ],
+)
+def test_a_further_head_that_a_class_leaves_out_by_its_name_is_named_too(
+    model_type: str, names: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    any_model(model_type).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    with caplog.at_level(logging.WARNING):
+        assert load_pretrained(tmp_path, dtype="float32").left_out == ()
+        save_file(weights | {name: torch.ones(4, 4) for name in names}, tmp_path / WEIGHTS, metadata={"format": "pt"})
+        assert load_pretrained(tmp_path, dtype="float32").left_out == names
+    assert f"a further head ({names[0]}" in caplog.text
+
+
+def test_blocks_of_a_decoder_beside_a_shorter_encoder_are_no_further_head(tmp_path: Path) -> None:
+    any_model("mbart", encoder_layers=1).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path, dtype="float32").left_out == ()
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
