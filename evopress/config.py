@@ -25,6 +25,7 @@ from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from evopress import settings as schema
 from evopress.errors import EvoPressError
@@ -252,6 +253,16 @@ def plain_dict(config: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def kept_settings(folder: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Return settings, or whole groups, of the composed config that a run's folder keeps; those that are there."""
+    try:
+        config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+        found = {key: OmegaConf.select(config, key) for key in keys if key in config}
+        return {key: plain_dict(each) if isinstance(each, DictConfig) else each for key, each in found.items()}
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException):  # there is none, or it is damaged
+        return {}
 
 
 def override(key: str, value: str) -> str:

@@ -60,7 +60,7 @@ _GROUPS: dict[str, dict[str, Any]] = {
     "baselines": _BASELINES,
     "evaluation": _EVALUATION,
     "refine": _REFINE,
-    "search.strategy": _GUIDED,
+    "search.strategy": {"name": "evolution", **_GUIDED},
 }
 _MUTATION = re.compile(r"\+*search/mutation=(min_uniform|constant)_(\d+)")
 _FIRST_STAGE = re.compile(r"\+*search/first_stage=(\d+)_tokens")
@@ -79,22 +79,25 @@ def as_written_now(overrides: Sequence[str]) -> list[str]:
     return written
 
 
-def without_later(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out of a run's settings what earlier versions did not have, where it says what they did."""
+def without_later(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of a run's settings what earlier versions did not have, where it says what they did; groups may be absent."""
+    kept = _without(values, _RUN)
+    strategy = (kept.get("search") or {}).get("strategy") or {"name": "evolution"}
+    if strategy == {"name": "evolution"} and "search" in kept:
+        kept["search"] = {key: value for key, value in kept["search"].items() if key != "strategy"}
+    elif strategy.get("name") == "guided":
+        kept["search"] = {**kept["search"], "strategy": _without(strategy, _GUIDED)}
+    if (kept.get("method") or {}).get("scale_dtype") == "auto":
+        kept["method"] = {**kept["method"], "scale_dtype": "float16"}
+    for group in ("model", "data", "method", "baselines", "evaluation"):
+        if group in kept:
+            kept[group] = _without(kept[group], _GROUPS[group])
+    return kept
 
-    def earlier(group: str, later: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in values[group].items() if key not in later or value != later[key]}
 
-    values = {key: value for key, value in values.items() if key not in _RUN or value != _RUN[key]}
-    if (values["search"].get("strategy") or {"name": "evolution"}) == {"name": "evolution"}:
-        values = {**values, "search": {key: value for key, value in values["search"].items() if key != "strategy"}}
-    elif values["search"]["strategy"]["name"] == "guided":
-        strategy = values["search"]["strategy"]
-        told = {key: value for key, value in strategy.items() if key not in _GUIDED or value != _GUIDED[key]}
-        values = {**values, "search": {**values["search"], "strategy": told}}
-    if values["method"].get("scale_dtype") == "auto":
-        values = {**values, "method": {**values["method"], "scale_dtype": "float16"}}
-    return values | {group: earlier(group, _GROUPS[group]) for group in ("model", "data", "method", "baselines", "evaluation")}
+def _without(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out settings that have the value that earlier versions had for them."""
+    return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
 
 def earlier_value(key: str) -> Any:
@@ -105,7 +108,7 @@ def earlier_value(key: str) -> Any:
 
 def refine_without_later(values: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out of the settings of the stage refine what earlier versions did not have, where it says what they did."""
-    return {key: value for key, value in values.items() if key not in _REFINE or value != _REFINE[key]}
+    return _without(values, _REFINE)
 
 
 def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:

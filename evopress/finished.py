@@ -11,8 +11,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from evopress.config import kept_settings
+from evopress.counted import HOW_IT_RUNS, counted, counted_before
 from evopress.data.tokens import tokens_digest
-from evopress.earlier_versions import refine_without_later, without_later
+from evopress.earlier_versions import refine_without_later
 from evopress.errors import EvoPressError
 from evopress.files import sha256_file
 from evopress.levels.store import MANIFEST
@@ -26,13 +28,6 @@ from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 FINISHED = "finished.json"
-_NOT_COUNTED = ("stages", "resume", "dry_run", "refine", "export", "export_options", "archive")
-"""Settings that change no result; `refine` and what is exported stand beside the digest, since earlier versions had no such."""
-_SAID_ELSEWHERE = {
-    "scale": ("refine", "refine_tokens", "random_tokens", "baseline_tokens", "attribution_tokens", "screen_tokens"),
-    "search": ("paper", "least"),
-}
-"""Settings that only decide what others are by default."""
 
 
 def finish(workspace: Workspace, done: Collection[str], earlier: Mapping[str, Any]) -> None:
@@ -100,7 +95,7 @@ def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
     except EvoPressError:
         return []
     stages = finished.get("stages")
-    if finished.get("settings") not in (settings_digest(settings), _digest(settings)) or not isinstance(stages, list):
+    if not isinstance(stages, list) or not _are_of(finished, settings, run_dir):
         return []
     there = finished["contents"] if "contents" in finished else _of_database(result)
     known = [stage for stage in STAGES if stage in stages]
@@ -115,6 +110,12 @@ def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
     if "export" in settings.stages and any(there.get(name) != options for name, options in asked.items()):
         known = [stage for stage in known if stage != "export"]
     return [stage for stage in known if stage != "evaluate" or result.get("rows")]
+
+
+def _are_of(finished: Mapping[str, Any], settings: RunSettings, run_dir: Path) -> bool:
+    """Tell whether what is written of a finished run was written with these settings, by this version or an earlier one."""
+    digest = finished.get("settings")
+    return digest == settings_digest(settings) or digest in _digests_before(settings, run_dir)
 
 
 def best_fitness(run_dir: Path) -> float:
@@ -175,17 +176,24 @@ def _refine(settings: RunSettings) -> dict[str, Any]:
 
 
 def settings_digest(settings: RunSettings) -> str:
-    """Return a digest of all settings that decide a result; as earlier versions made it where nothing else is asked for.
+    """Return a digest of all settings that decide a result (`counted`)."""
+    return _digest(counted(asdict(settings)))
 
-    How the run is followed, on how many threads, and where its cache lies do not count.
+
+def _digests_before(settings: RunSettings, run_dir: Path) -> set[str]:
+    """Return the digests that earlier versions made of these settings, had the run in a folder been followed and kept as it was.
+
+    They counted the level database's, the first ones also those of tracker, paths and threads.
     """
-    return _digest(replace(settings, tracker=TrackerSettings(), paths=PathsSettings(), threads=None))
+    values = asdict(settings)
+    now = {key: values[key] for key in HOW_IT_RUNS}
+    plain = {"tracker": asdict(TrackerSettings()), "paths": asdict(PathsSettings()), "threads": None}
+    return {
+        _digest(counted_before({**values, **how, **uncounted}))
+        for how in (now, {**now, **kept_settings(run_dir, HOW_IT_RUNS)})
+        for uncounted in ({}, plain)
+    }
 
 
-def _digest(settings: RunSettings) -> str:
-    """Return a digest of all of them, as earlier versions made it."""
-    values = without_later({key: value for key, value in asdict(settings).items() if key not in _NOT_COUNTED})
-    for group, keys in _SAID_ELSEWHERE.items():
-        for key in keys:
-            values[group].pop(key, None)
+def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

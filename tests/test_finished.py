@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from evopress import finished
+from evopress.counted import HOW_IT_RUNS, counted_before
 from evopress.finished import best_fitness, settings_digest, stages_done
 from evopress.settings import (
     DataSettings,
     DropSettings,
     EvaluationSettings,
+    LevelDatabaseSettings,
     ModelSettings,
+    PathsSettings,
     QuantSettings,
     RunSettings,
     SparsitySettings,
@@ -45,10 +49,16 @@ def run_settings(method: str) -> RunSettings:
     )
 
 
+def write_finished(folder: Path, digest: str) -> None:
+    (folder / "finished.json").write_text(json.dumps({"schema": 1, "settings": digest, "stages": ["search"]}))
+
+
 @pytest.mark.parametrize("method", PINNED)
-def test_jobs_of_the_first_version_have_the_digest_that_they_had(method: str) -> None:
+def test_jobs_of_the_first_version_are_known_by_the_digest_that_they_had(method: str, tmp_path: Path) -> None:
     """A setting that came later must not count where it asks for what the first version did: else list it in `earlier_versions`."""
-    assert settings_digest(run_settings(method)) == PINNED[method]
+    write_finished(tmp_path, PINNED[method])
+    assert stages_done(run_settings(method), tmp_path) == ["search"]
+    assert stages_done(replace(run_settings(method), seed=7), tmp_path) == []
 
 
 def test_what_came_later_counts_where_it_asks_for_something_else() -> None:
@@ -66,7 +76,8 @@ def test_what_came_later_counts_where_it_asks_for_something_else() -> None:
         )
     }
     assert len(digests) == 7
-    assert settings_digest(replace(run_settings("quant"), stages=["report"], dry_run=True, resume="x")) == PINNED["quant"]
+    asked = replace(run_settings("quant"), stages=["report"], dry_run=True, resume="x")
+    assert settings_digest(asked) == settings_digest(run_settings("quant"))
 
 
 @pytest.mark.parametrize(
@@ -80,11 +91,32 @@ def test_a_job_returns_the_fitness_of_what_it_found(fitnesses: list[float | None
     assert best_fitness(tmp_path) == pytest.approx(best, nan_ok=True)
 
 
-def test_how_a_run_is_followed_and_on_how_many_threads_does_not_count(tmp_path: Path) -> None:
+MOVED = LevelDatabaseSettings(root="/moved/levels", cache_bytes=0, activations="disk", keep_hessians=False)
+
+
+def test_how_a_run_is_followed_and_where_its_levels_lie_does_not_count(tmp_path: Path) -> None:
     settings = replace(run_settings("quant"), stages=["search"])
-    followed = replace(settings, threads=2, tracker=TrackerSettings(name="none"))
-    assert settings_digest(followed) == settings_digest(settings) == PINNED["quant"] != finished._digest(followed)
-    for digest in (PINNED["quant"], finished._digest(followed)):  # of a later run, and of one that counted them
-        (tmp_path / "finished.json").write_text(json.dumps({"schema": 1, "settings": digest, "stages": ["search"]}))
-        assert stages_done(followed, tmp_path) == ["search"]
+    followed = replace(settings, threads=2, tracker=TrackerSettings(name="none"), level_db=MOVED)
+    assert settings_digest(followed) == settings_digest(settings)
+    write_finished(tmp_path, settings_digest(settings))
+    assert stages_done(followed, tmp_path) == ["search"]
     assert stages_done(replace(followed, seed=1), tmp_path) == []
+
+
+def test_a_run_whose_earlier_version_counted_that_is_known_by_what_its_folder_keeps(tmp_path: Path) -> None:
+    """The first versions counted tracker, paths and threads, later ones the level database's settings alone."""
+    settings = replace(run_settings("quant"), stages=["search"])
+    cache = PathsSettings(cache="/cache")
+    then = replace(settings, threads=2, paths=cache, level_db=LevelDatabaseSettings(root="/cache/levels"))
+    kept = {key: value for key, value in asdict(then).items() if key in HOW_IT_RUNS}
+    kept["level_db"] |= {"root": "${paths.cache}/levels"}
+    (tmp_path / ".hydra").mkdir()
+    uncounted = replace(then, tracker=TrackerSettings(), paths=PathsSettings(), threads=None)
+    for counting in (then, uncounted):
+        write_finished(tmp_path, finished._digest(counted_before(asdict(counting))))
+        OmegaConf.save(OmegaConf.create(kept), tmp_path / ".hydra" / "config.yaml")
+        assert stages_done(replace(settings, level_db=MOVED), tmp_path) == ["search"]
+        assert stages_done(replace(settings, level_db=MOVED, seed=1), tmp_path) == []
+        (tmp_path / ".hydra" / "config.yaml").write_text("{")
+        assert stages_done(replace(settings, level_db=MOVED), tmp_path) == []
+        assert stages_done(then, tmp_path) == ["search"]

@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "baselines": VOCABULARY | {"compress", "models", "data", "levels", "fitness", "search", "settings"},
     "endings": {"errors", "files"},
     "earlier_versions": set(),
+    "counted": {"earlier_versions"},
     "methods": VOCABULARY | {"compress", "models", "levels", "settings"},
     "databases": VOCABULARY | {"compress", "models", "data", "levels", "methods", "settings"},
     "workspace": VOCABULARY
@@ -50,7 +51,8 @@ MAY_IMPORT = {
     "stages": VOCABULARY
     | {"endings", "ranks", "room", "compress", "models", "data", "levels", "fitness", "search", "settings"}
     | {"methods", "workspace", "baselines", "evaluation", "export", "reporting"},
-    "finished": VOCABULARY | {"earlier_versions", "data", "levels", "reporting", "settings", "stages", "workspace"},
+    "finished": VOCABULARY
+    | {"config", "counted", "earlier_versions", "data", "levels", "reporting", "settings", "stages", "workspace"},
     "pipeline": VOCABULARY | {"finished", "methods", "reporting", "settings", "stages", "workspace"},
     "library": VOCABULARY
     | {"machine", "models", "data", "evaluation", "export", "reporting", "room", "search", "settings", "stages", "workspace"},
