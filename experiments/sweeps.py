@@ -15,25 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from evopress.config import config_folder, register
-from evopress.earlier_versions import as_written_now, earlier_value
+from evopress.config import config_folder, plain_dict, register
+from evopress.counted import counted
+from evopress.earlier_versions import as_written_now, earlier_value, refine_without_later
 from evopress.errors import EvoPressError
 from evopress.reporting.jobs import NOT_COMPARED, read_jobs
 from evopress.reporting.records import read_json
 
-_FREE = (
-    "resume",
-    "dry_run",
-    "stages",
-    "tracker",
-    "paths",
-    "level_db",
-    "threads",
-    "seed",
-    "evaluation.every",
-    "evaluation.every_tokens",
-)
-"""Settings in which the jobs of one table may differ."""
+_FREE = ("seed", "evaluation.every", "evaluation.every_tokens")
+"""Settings that decide a result in which the jobs of one table may differ."""
 
 
 @dataclass(frozen=True)
@@ -217,15 +207,36 @@ def _decided(key: str) -> set[str]:
 def _check_alike(jobs: Sequence[Job], keys: Sequence[str]) -> None:
     """Raise EvoPressError if jobs differ in more than what was swept."""
     free = {*_FREE, *(name for key in keys for name in _decided(key))}
-    settings = [{key: value for key, value in _flat(job.config) if not _within(key, free)} for job in jobs]
-    for job, mine in zip(jobs, settings, strict=True):
-        for key in settings[0].keys() | mine.keys():
-            here, there = (values.get(key, earlier_value(key)) for values in (mine, settings[0]))
-            if here != there:
-                raise EvoPressError(
-                    f"the jobs are not of one sweep: {key} is {there} in {jobs[0].folder} and {here} in {job.folder}; move one of "
-                    "them away"
-                )
+    settings = [_resolved(job) for job in jobs]
+    _refuse_others(jobs, [counted(each) for each in settings], settings, free)
+    refined = [place for place, each in enumerate(settings) if "refine" in (each.get("stages") or ())]
+    told = [settings[place] for place in refined]
+    decisive = [{"refine": refine_without_later(each.get("refine") or {})} for each in told]
+    _refuse_others([jobs[place] for place in refined], decisive, told, free)
+
+
+def _refuse_others(
+    jobs: Sequence[Job], decisive: Sequence[Mapping[str, Any]], told: Sequence[Mapping[str, Any]], free: set[str]
+) -> None:
+    """Raise EvoPressError if a job differs from the first one in a decisive setting that is not free; say it as it was told."""
+    values = [{key: value for key, value in _flat(each) if not _within(key, free)} for each in decisive]
+    for place, mine in enumerate(values):
+        keys = sorted(values[0].keys() | mine.keys(), key=lambda key: (not key.endswith(".name"), key))
+        for key in (key for key in keys if mine.get(key) != values[0].get(key)):
+            here, there = (dict(_flat(told[each])).get(key, earlier_value(key)) for each in (place, 0))
+            raise EvoPressError(
+                f"the jobs are not of one sweep: {key} is {there} in {jobs[0].folder} and {here} in {jobs[place].folder}; move one "
+                "of them away"
+            )
+
+
+def _resolved(job: Job) -> dict[str, Any]:
+    """Return the config of a job with its interpolations resolved; as it is where something that they name is not there."""
+    register()  # of what scales numbers
+    try:
+        return plain_dict(OmegaConf.create(job.config))
+    except OmegaConfBaseException:
+        return job.config
 
 
 def _within(key: str, names: set[str]) -> bool:

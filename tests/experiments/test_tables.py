@@ -217,6 +217,18 @@ def test_two_folders_of_one_job_are_refused(sweep: Path, out: Path) -> None:
         ({"evaluation": {"every": 0, "every_tokens": 512}}, None),
         ({"evaluation": {"field": "text"}}, None),  # which earlier versions did not ask about, and did
         ({"evaluation": {"field": "body"}}, r"evaluation\.field is text in .* and body in"),
+        ({"archive": True, "export": ["mlx"], "export_options": {"mlx": {}}, "level_db": {"root": "there"}}, None),
+        ({"refine": {"tokens": 64, "correction": 0.5}}, None),  # which nobody has asked for
+        ({"search": {"num_offspring": 16, "strategy": {"name": "evolution"}, "least": {"tokens": []}}}, None),
+        (
+            {"search": {"num_offspring": 16, "strategy": {"name": "guided", "changes": [8]}}},
+            r"search\.strategy\.name is evolution in .* and guided in",
+        ),
+        ({"scale": {"name": "mini", "offspring": 0.25}, "search": {"num_offspring": "${scaled:64,${scale.offspring}}"}}, None),
+        (
+            {"scale": {"name": "mini", "offspring": 0.5}, "search": {"num_offspring": "${scaled:64,${scale.offspring}}"}},
+            r"search\.num_offspring is 16 in .* and 32 in",
+        ),
     ],
 )
 def test_jobs_of_different_settings_are_not_mixed(change: dict[str, Any], sentence: str | None, sweep: Path, out: Path) -> None:
@@ -227,6 +239,15 @@ def test_jobs_of_different_settings_are_not_mixed(change: dict[str, Any], senten
     else:
         with pytest.raises(EvoPressError, match=f"not of one sweep: {sentence}"):
             make_table("table2_sparsity", root=sweep, out=out)
+
+
+def test_refined_jobs_are_refined_alike(sweep: Path, out: Path) -> None:
+    for seed, correction in ((5, 0.5), (6, 0.0)):
+        settings = {"stages": ["search", "refine"], "refine": {"tokens": 64, "correction": correction}}
+        rows = [DENSE, row("evopress", 0.5, 15.0)]
+        write_job(sweep / "table2_sparsity", f"z{seed}", ["sparsity=0.7", f"seed={seed}"], rows, **settings)
+    with pytest.raises(EvoPressError, match=r"not of one sweep: refine\.correction is 0.5 in .* and 0.0 in"):
+        make_table("table2_sparsity", root=sweep, out=out)
 
 
 # Other tables
