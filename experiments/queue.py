@@ -257,22 +257,27 @@ def alone(root: Path) -> Iterator[None]:
         raise EvoPressError(f"another queue is at work in {root}: wait for its end, or give this one a --root of its own") from None
 
 
-def show(names: Sequence[str], root: Path, jobs: int, further: Sequence[str]) -> None:
-    """List what is missing; run nothing."""
-    left = []
+def show(names: Sequence[str], root: Path, jobs: int, further: Sequence[str]) -> int:
+    """List what is missing; run nothing. Return how many names are refused."""
+    left, refused = [], 0
     for name in names:
-        if name in SWEEPS:
-            left.append(missing(name, root))
-            print(f"{name}: {len(left[-1].jobs)} of {left[-1].total} jobs missing")
-            for axes in left[-1].jobs:
-                print(f"    {describe(axes)}")
-        if name in SCRIPTS:
-            if found := missing_of_script(name, root, jobs, further):
-                left.append(found)
-                print(f"{name}: {len(found.jobs)} of {found.total} jobs missing")
-            for command in commands(name, root, jobs, further):
-                print(f"{name}: python {' '.join(command)}")
+        try:
+            if name in SWEEPS:
+                left.append(missing(name, root))
+                print(f"{name}: {len(left[-1].jobs)} of {left[-1].total} jobs missing")
+                for axes in left[-1].jobs:
+                    print(f"    {describe(axes)}")
+            if name in SCRIPTS:
+                if found := missing_of_script(name, root, jobs, further):
+                    left.append(found)
+                    print(f"{name}: {len(found.jobs)} of {found.total} jobs missing")
+                for command in commands(name, root, jobs, further):
+                    print(f"{name}: python {' '.join(command)}")
+        except EvoPressError as error:
+            refused += 1
+            print(f"{name}: left out: {error}")
     print(clock_of(left, jobs))
+    return refused
 
 
 def clock_of(left: Sequence[Missing], at_once: int) -> Clock:
@@ -309,7 +314,9 @@ def main() -> None:
     try:
         with stopping_at_signals():
             if asked.list:
-                show(names, asked.root, asked.jobs, further)
+                if refused := show(names, asked.root, asked.jobs, further):
+                    print(f"error: {refused} of it would be left out", file=sys.stderr)
+                    sys.exit(1)
                 return
             with alone(asked.root):
                 failed = go(names, root=asked.root, out=asked.out, at_once=asked.jobs, further=further)

@@ -88,6 +88,15 @@ def test_a_list_runs_nothing(ran: list[SingleRun], tmp_path: Path, capsys: pytes
     assert said[-1] == "351 jobs left" and not ran
 
 
+def test_a_list_goes_on_where_a_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1):
+        write_job(tmp_path / "table3" / f"{seed}", [f"seed={seed}"], bits=3.0 + seed)
+    assert queue.show(["table3", "table16"], tmp_path, 4, ["threads=1"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("table3: left out: the jobs are not of one sweep: bits is 3.0 in")
+    assert said[1] == "table16: 6 of 6 jobs missing"
+
+
 def test_what_scripts_run_are_jobs_of_the_queue(
     ran: list[SingleRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
