@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -220,9 +221,9 @@ class BlockModel:
         text: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
         return [_shape(f"{self._prefix}.{i}", block, self.family.parts(i), text) for i, block in enumerate(self.blocks)]
 
-    @property
+    @cached_property
     def widest(self) -> int:
-        """Most inputs of a linear in the blocks."""
+        """Most inputs of a linear in the blocks; they never change, and a mixture of experts has tens of thousands of linears."""
         return max(slot.weight.shape[1] for index in range(len(self.blocks)) for slot in self.slots(index).values())
 
     def forward_bytes(self, tokens: int, length: int) -> int:

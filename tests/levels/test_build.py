@@ -534,3 +534,10 @@ def test_the_dense_walk_of_a_corrected_build_stays_dense(tmp_path, build_setting
     settings = replace(build_settings(tmp_path, propagate="2", recipe={"correction": 0.5}), correction=0.5)
     ensure_database(settings, llama, ids, compressor)
     assert sorted(map(any, seen.values())) == [False, True], "one walk has compressed weights, the other none"
+
+
+def test_planning_looks_at_a_block_a_few_times(tmp_path, build_settings, tiny_blocks, ids, compressor, monkeypatch):
+    blocks, seen = tiny_blocks("llama", num_blocks=8), []
+    monkeypatch.setattr(blocks, "linears", lambda index, find=blocks.linears: seen.append(index) or find(index))
+    plan.planned(build_settings(tmp_path), blocks, ids, compressor)
+    assert all(seen.count(index) <= 4 for index in range(8))
