@@ -307,9 +307,8 @@ class LevelDatabase:
             if block not in self._files:
                 self._files[block] = safe_open(path, framework="pt")
             file = self._files[block]
-            prefix = _key(record["name"], stored["key"], "")
-            names = [name for name in self._keys(block) if name.startswith(prefix)]
-            tensors = {name.removeprefix(prefix): file.get_tensor(name).to(device) for name in names}
+            level_of = _key(record["name"], stored["key"], "")
+            tensors = {part: file.get_tensor(level_of + part).to(device) for part in self._parts(block).get(level_of, [])}
             return CODECS[stored["codec"]].decode(tensors, stored["meta"])
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
@@ -317,10 +316,15 @@ class LevelDatabase:
             raise DamagedDatabaseError(f"{path} cannot be read ({error}): start again, the file is then rebuilt") from error
 
     @cached_property
-    def _key_lists(self) -> dict[int, list[str]]:
+    def _parts_of(self) -> dict[int, dict[str, list[str]]]:
         return {}
 
-    def _keys(self, block: int) -> list[str]:
-        if block not in self._key_lists:
-            self._key_lists[block] = list(self._files[block].keys())
-        return self._key_lists[block]
+    def _parts(self, block: int) -> dict[str, list[str]]:
+        """Return the parts that a block's file has of each level of its units: a mixture of experts has thousands of them."""
+        if block not in self._parts_of:
+            found: dict[str, list[str]] = {}
+            for key in self._files[block].keys():  # noqa: SIM118  (a safetensors file is no mapping)
+                level_of, slash, part = key.rpartition("/")
+                found.setdefault(level_of + slash, []).append(part)
+            self._parts_of[block] = found
+        return self._parts_of[block]

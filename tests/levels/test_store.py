@@ -56,6 +56,40 @@ def test_what_is_read_is_bit_for_bit_what_the_compressor_returned(written):
     assert database.num_bytes == sum(path.stat().st_size for path in folder.iterdir())
 
 
+def test_a_level_is_found_without_a_look_at_all_that_its_file_has(written):
+    """A block of a mixture of experts has thousands of tensors: each of them is looked at when the file is opened."""
+
+    class Key(str):
+        looks = 0
+
+        def startswith(self, *args):
+            Key.looks += 1
+            return super().startswith(*args)
+
+        def rpartition(self, separator):
+            Key.looks += 1
+            return super().rpartition(separator)
+
+    class File:
+        def __init__(self, file):
+            self.file = file
+
+        def keys(self):
+            return map(Key, self.file.keys())
+
+        def get_tensor(self, name):
+            return self.file.get_tensor(name)
+
+    folder, results = written
+    database = LevelDatabase.open(folder)
+    for block in range(2):
+        database._files[block] = File(store.safe_open(folder / store.block_file(block), framework="pt"))
+    for i, levels in enumerate(results.values()):
+        for j, level in enumerate(levels):
+            assert torch.equal(database.read(i, j).decode(), level.payload.decode())
+    assert Key.looks == sum(len(database._files[block].file.keys()) for block in range(2))
+
+
 def test_packed_levels_take_what_their_stored_bits_say(written):
     folder, _ = written
     database = LevelDatabase.open(folder)
