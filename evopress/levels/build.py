@@ -241,8 +241,8 @@ def _built(
     hessians = kept or _hessians(blocks, index, walking, advance=advanced)
     if store is not None and index in unseen:
         first(partial(store.write, index, hessians))
-    compressed, decoded = _compress_part(blocks, index, hessians, tokens, compressor, walking, units, settings.propagate)
-    parts = each(partial(encoded, compressed, units), to_first=True)
+    made, decoded = _compress_part(blocks, index, hessians, tokens, compressor, walking, units, settings.propagate)
+    parts = [part for parts in each(lambda: made, to_first=True) for part in parts]
     return first(partial(_write, folder, index, parts, list(blocks.slots(index)))), decoded, advanced
 
 
@@ -267,30 +267,35 @@ def _compress_part(
     walking: Walking,
     units: Mapping[str, Unit],
     propagate: str | None,
-) -> tuple[dict[str, list[Compressed]], dict[str, Tensor]]:
-    """Compress this process's share of a part's units to all their levels.
+) -> tuple[list[Encoded], dict[str, Tensor]]:
+    """Compress this process's share of a part's units to all their levels, and encode those of each unit when they are made.
 
-    Returns: those, and the weights of all units at the level `propagate`, through which activations leave; none where that is None.
+    Returns: what a file has of them, and the weights of all units at the level `propagate`, through which activations leave; none
+        where that is None.
     """
     slots = blocks.slots(index)
     placed: dict[str, Tensor] = {}
+
+    def keep(name: str, levels: list[Compressed]) -> Encoded:
+        return encoded({name: levels}, units)
+
     if index == blocks.embedding_part:
         ((name, slot),) = slots.items()
         H = hessians.hessians[name].to(blocks.device) if index == blocks.head_part else None
 
-        compressed: dict[str, list[Compressed]] = {}
+        made: list[Encoded] = []
 
         def compress(_: Sequence[str]) -> None:
             with named([name]):
-                compressed[name] = compress_embedding(slot, tokens, compressor, H=H)
+                made.append(keep(name, compress_embedding(slot, tokens, compressor, H=H)))
 
         divided([name], compress)
-        return compressed, placed
+        return made, placed
 
     def settled(name: str, levels: list[Compressed]) -> Compressed | None:
         return next((result for level, result in zip(units[name].levels, levels, strict=True) if level.key == propagate), None)
 
-    return compress_units(blocks, index, slots, hessians, compressor, walking, placed=placed, settled=settled), placed
+    return compress_units(blocks, index, slots, hessians, compressor, keep, walking, placed=placed, settled=settled), placed
 
 
 def _stored_level(folder: Path, entry: dict[str, Any], key: str | None) -> dict[str, Tensor]:

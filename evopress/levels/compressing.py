@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from evopress.models.blocks import BlockModel
 from evopress.models.experts import ExpertLinear
 from evopress.ranks import divided, first, launched
 
+T = TypeVar("T")
 _DAMPING = 0.01
 """Share of a Hessian's mean diagonal added to it where a weight is corrected."""
 
@@ -72,57 +73,75 @@ def compress_units(
     names: Collection[str],
     hessians: BlockHessians,
     compressor: Compressor,
+    keep: Callable[[str, list[Compressed]], T],
     walking: Walking | None = None,
     *,
     placed: dict[str, Tensor] | None = None,
     settled: Callable[[str, list[Compressed]], Compressed | None] = lambda name, levels: None,
-) -> dict[str, list[Compressed]]:
-    """Compress units of a part, held dense on the device, to all their levels; each process returns those of its share.
+) -> list[T]:
+    """Compress units of a part, held dense on the device, to all their levels.
 
     Args:
         names: the units, of those that the part has.
+        hessians: of the part; each is taken out when the units that share it are compressed.
+        keep: makes of a unit's levels what is to stay of them; they are given up before the next units are compressed.
         walking: what enters it, where weights are corrected.
         placed: weights of units that are not the dense ones in the compressed model; takes those that `settled` returns, of all.
         settled: what units after this one shall meet; None: the weight that is placed.
 
+    Returns: what `keep` has made of this process's share of the units.
     Raises: EvoPressError with the names of the units.
     """
     slots = blocks.slots(index)
-    made: dict[str, list[Compressed]] = {}
+    made: list[T] = []
     placed = {} if placed is None else placed
     dense = None if walking is None else walking.beside(blocks, index)
-    sharing = [(owner, [name for name in slots if name in names and hessians.owners[name] == owner]) for owner in hessians.hessians]
-    sharing = [(owner, alike) for owner, alike in sharing if alike]
+    sharing = [[name for name in slots if name in names and hessians.owners[name] == owner] for owner in hessians.hessians]
+    sharing = [alike for alike in sharing if alike]
 
-    def compress(groups: Sequence[tuple[list[str], Tensor | Lost]]) -> dict[str, Packed]:
-        found: dict[str, Packed] = {}
-        for alike, stands_on in groups:
-            with named(alike):
-                weights, H = {name: slots[name].weight for name in alike}, stands_on
-                if not isinstance(H, Tensor):
-                    assert walking is not None
-                    share = walking.correction
-                    weights = {name: corrected(W, H, share=share, damping=_DAMPING) for name, W in weights.items()}
-                    H = H.H
-                made.update({name: list(levels) for name, levels in compressor.compress(weights, H.to(blocks.device)).items()})
-            found |= {name: Packed(level.payload) for name in alike if (level := settled(name, made[name])) is not None}
+    def compress(alike: list[str], stands_on: Tensor | Lost) -> dict[str, Packed]:
+        weights, H, found = {name: slots[name].weight for name in alike}, stands_on, {}
+        if not isinstance(H, Tensor):
+            assert walking is not None
+            share = walking.correction
+            weights = {name: corrected(W, H, share=share, damping=_DAMPING) for name, W in weights.items()}
+            H = H.H
+        levels = dict(compressor.compress(weights, H.to(blocks.device)))
+        for name in alike:
+            of_unit = list(levels.pop(name))
+            if (level := settled(name, of_unit)) is not None:
+                found[name] = Packed(level.payload)
+            made.append(keep(name, of_unit))
         return found
 
-    def settle(groups: Sequence[tuple[list[str], Tensor | Lost]]) -> None:
-        for found in divided(groups, compress):
-            placed.update({name: packed.payload.decode() for name, packed in found.items()})
+    def settle(groups: Sequence[list[str]], stand_on: Callable[[list[str]], Tensor | Lost]) -> None:
+        def compress_all(mine: Sequence[list[str]]) -> dict[str, Packed]:
+            found: dict[str, Packed] = {}
+            for alike in mine:
+                with named(alike):
+                    found |= compress(alike, stand_on(alike))
+            return found
+
+        for found in divided(groups, compress_all):
+            for name in list(found):
+                placed[name] = found.pop(name).payload.decode()
 
     if walking is None or dense is None:
-        settle([(alike, hessians.hessians[owner]) for owner, alike in sharing])
-    else:
-        start = dense[: walking.batch]
-        adding = first(lambda: adding_linears(blocks, index, start))
-        for owner, alike in sharing:
-            with named(alike):
-                lost = collect_lost(blocks, index, owner, dense, walking.buffer, walking.batch, placed, adding, mine=walking.mine)
-            # Apart where processes share them, so that it does not depend on how many do.
-            settle([([name], lost) for name in alike] if launched() else [(alike, lost)])
-    return {name: made[name] for name in slots if name in made}
+        settle(sharing, lambda alike: hessians.hessians.pop(hessians.owners[alike[0]]))
+        return made
+    start = dense[: walking.batch]
+    adding = first(lambda: adding_linears(blocks, index, start))
+
+    def correct(alike: list[str]) -> None:
+        with named(alike):
+            owner = hessians.owners[alike[0]]
+            lost = collect_lost(blocks, index, owner, dense, walking.buffer, walking.batch, placed, adding, mine=walking.mine)
+        # Apart where processes share them, so that it does not depend on how many do.
+        settle([[name] for name in alike] if launched() else [alike], lambda _: lost)
+
+    for alike in sharing:
+        correct(alike)
+    return made
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from evopress.levels.store import DamagedDatabaseError, block_file, entries_of, 
 from evopress.models.blocks import BlockModel
 from evopress.ranks import SHARES, busiest, launched, part, processes
 from evopress.room import Needs, in_bytes
-from evopress.units import Space, Unit
+from evopress.units import Level, Space, Unit
 
 CORRECTED_FORWARDS = 6
 """More forwards of a block where weights are corrected: to each of some four inputs and no further, in two models; one to go on."""
@@ -64,6 +64,10 @@ class BuildSettings(WalkSettings):
     def corrects(self) -> bool:
         """Tell whether weights make good what their inputs have lost; dense activations have lost nothing."""
         return self.correction > 0 and self.propagate is not None
+
+    def leaves_by(self, unit: Unit) -> Level | None:
+        """Return a unit's level through which activations leave its block; None: its dense weight."""
+        return next((level for level in unit.levels if level.key == self.propagate), None)
 
     @property
     def folder(self) -> Path:
@@ -193,7 +197,7 @@ def needs_of(
     buffer = mine * per_token
     parts = [[unit for unit in missing if unit.block == index] for index in sorted({unit.block for unit in missing})]
     batch = batch_of(tokens, settings.batch_tokens)
-    text: dict[str, Any] = {"batch": batch, "length": tokens.shape[1], "corrects": settings.corrects}
+    text: dict[str, Any] = {"batch": batch, "length": tokens.shape[1], "corrects": settings.corrects, "settled": settings.leaves_by}
     device = max(part_bytes(blocks, units, compressor, **text) for units in parts)
     host = max(database_bytes(Space(settings.method, tuple(units))) for units in parts)  # packed, as they are written
     on_host, in_memory = blocks.device.type == "cpu", settings.activations == "memory"
@@ -247,17 +251,25 @@ def compressing_share(blocks: BlockModel, units: Sequence[Unit], *, corrects: bo
 
 
 def part_bytes(
-    blocks: BlockModel, units: Sequence[Unit], compressor: Compressor, *, batch: int, length: int, corrects: bool
+    blocks: BlockModel,
+    units: Sequence[Unit],
+    compressor: Compressor,
+    *,
+    batch: int,
+    length: int,
+    corrects: bool,
+    settled: Callable[[Unit], Level | None],
 ) -> int:
     """Return the bytes that compressing units of a part takes at its peak where it is computed, beside the activations.
 
-    First text goes through the block, then come its inputs one after the other, each with what was made for those before; at the
-    end all is packed. What shares an input beyond a module shows only in a forward.
+    First text goes through the block, then come its inputs one after the other. What was made for one is packed, and what stays is
+    the level that later units meet, and on the host what is written. What shares an input beyond a module shows only in a forward.
 
     Args:
         batch: tokens of a forward.
         length: of a sequence.
         corrects: weights make good what their inputs have lost.
+        settled: the level at which later units meet one; None: they meet its weight.
     """
     index, on_host = units[0].block, blocks.device.type == "cpu"
     of = {unit.name: unit for unit in units}
@@ -275,9 +287,15 @@ def part_bytes(
             there = max(hessians, 8 * columns**2 + 4 * weights * (last and index < len(blocks.blocks)))
             most_lost = max(most_lost, there + held)
             most += blocks.dtype.itemsize * weights
-        peak, held = max(peak, there + held + most), held + result
-    packed = sum(working.packed(level, unit.size) for unit in units for level in unit.levels) if on_host else 0
-    peak = max(peak, hessians + held + 5 * max(unit.size for unit in units) + packed)
+        levels = [(level, of[name].size) for name in those for level in of[name].levels]
+        packing = 5 * max(of[name].size for name in those) + on_host * sum(working.packed(level, size) for level, size in levels)
+        peak = max(peak, there + held + max(most, result + packing))
+        held += on_host * sum(level.stored_bits // 8 for level, _ in levels)
+        held += sum(working.unpacked(level, of[name].size) for name in those if (level := settled(of[name])) is not None)
+        if not corrects and processes() == 1:  # it is given up; of several processes each gives up those of its share
+            hessians -= 4 * columns**2 * sees_activations(blocks, index)
+    placed = blocks.dtype.itemsize * sum(unit.size for unit in units if settled(unit) is not None)
+    peak = max(peak, held + placed)
     if index < len(blocks.blocks):
         hidden, widest, itemsize = blocks.hidden_size, blocks.widest, blocks.dtype.itemsize
         exact = multiplies_exactly(torch.empty(0, dtype=blocks.dtype, device=blocks.device)) or itemsize == 4
@@ -287,7 +305,7 @@ def part_bytes(
             forward += batch * (widest + 2 * hidden) * itemsize
             multiplied += batch * 2 * widest * itemsize + (0 if exact else 4 * batch * widest)
         inputs_held = 3 * batch * hidden * itemsize
-        peak = max(peak, max(most_lost, summed) + inputs_held + max(forward, multiplied))
+        peak = max(peak, max(most_lost, summed, placed) + inputs_held + max(forward, multiplied))
         peak += blocks.carried_bytes(index)
     return peak
 

@@ -37,6 +37,7 @@ from evopress.levels.plan import WalkSettings
 from evopress.levels.store import (
     MANIFEST,
     DamagedDatabaseError,
+    Encoded,
     LevelDatabase,
     encoded,
     fingerprint,
@@ -226,7 +227,7 @@ class _Walk:
                 kept = bool(new) and _is_better(after, before)
                 weights, loss = (new, after) if kept else ({}, before)
                 steps[index] = Step(index, kept, _finite(before), _finite(after))
-                entries[index] = self._write(index, made if kept else {}, steps[index])
+                entries[index] = self._write(index, made if kept else [], steps[index])
             if index + 1 in walked and index < len(self.blocks.blocks):
                 with block_at(self.live, index, self.genome, weights):
                     propagate(self.blocks, index, buffer, self.batch, {}, mine=self.mine)
@@ -260,15 +261,15 @@ class _Walk:
     def _activations(self) -> Tensor:
         return activations_of(self.folder, self.settings.activations, self.blocks, self.tokens, self.batch, self.mine)
 
-    def _compress(self, index: int, walking: Walking) -> tuple[dict[str, list[Compressed]], dict[str, Tensor]]:
+    def _compress(self, index: int, walking: Walking) -> tuple[list[Encoded], dict[str, Tensor]]:
         """Compress what can gain of a block, or the head, for what enters it, and what its own levels make of that.
 
-        Returns: what this process has made, and the weights of all units that are made.
+        Returns: what a file has of those that this process has made, and the weights of all units that are made.
         """
         slots = self.blocks.slots(index)
         names = [name for name in slots if name in self.inexact]
         if not names or index == self.blocks.embedding_part:
-            return {}, {}
+            return [], {}
         with block_at(self.live, index, self.genome, {}):
             placed = {name: slot.weight for name, slot in slots.items()}
             hessians = hessians_of(self.blocks, index, walking)
@@ -279,15 +280,16 @@ class _Walk:
                 names,
                 hessians,
                 self.compressor,
+                lambda name, levels: encoded({name: levels}, self.units),
                 walking,
                 placed=placed,
                 settled=lambda name, levels: levels[0],
             )
         return made, {name: placed[name] for name in names}
 
-    def _write(self, index: int, made: Mapping[str, list[Compressed]], step: Step) -> dict[str, Any]:
+    def _write(self, index: int, made: list[Encoded], step: Step) -> dict[str, Any]:
         """Write a block's file, new weights and the database's where there are none, and note what came of the block."""
-        parts = each(lambda: encoded(made, self.units), to_first=True)
+        parts = [part for parts in each(lambda: made, to_first=True) for part in parts]
 
         def write() -> dict[str, Any]:
             names = list(self.blocks.slots(index))

@@ -84,7 +84,8 @@ def refine_needs(planner: Planner) -> Needs:
     batch = batch_of(calibration, level_db.batch_tokens)
     held = planner.states(judging.numel() + 2 * judged + (walking * tokens if in_memory else 0))  # base, states twice
     compressor, length = workspace.databases.compressor, calibration.shape[1]
-    planner.put(needs, part_bytes(workspace.blocks, ones, compressor, batch=batch, length=length, corrects=corrected), host=held)
+    text: dict[str, Any] = {"batch": batch, "length": length, "corrects": corrected, "settled": lambda unit: unit.levels[0]}
+    planner.put(needs, part_bytes(workspace.blocks, ones, compressor, **text), host=held)
     return needs
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import weakref
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,16 @@ from database_literal import captured_inputs, output_errors
 
 from evopress import room
 from evopress.compress import gptq
+from evopress.compress.compressor import Working
 from evopress.compress.gptq import GPTQ
 from evopress.compress.hessian import SingularHessianError
 from evopress.errors import EvoPressError
+from evopress.files import sha256_file
 from evopress.levels import build, locking, plan
 from evopress.levels.build import ensure_database
 from evopress.levels.calibration import collect_hessians, weights_placed
 from evopress.levels.plan import database_bytes, plan_space
-from evopress.levels.store import MANIFEST, LevelDatabase, block_file
+from evopress.levels.store import MANIFEST, LevelDatabase, block_file, encoded, write_block
 
 CLEAN = {MANIFEST, *(block_file(i) for i in range(3))}
 
@@ -541,3 +544,46 @@ def test_planning_looks_at_a_block_a_few_times(tmp_path, build_settings, tiny_bl
     monkeypatch.setattr(blocks, "linears", lambda index, find=blocks.linears: seen.append(index) or find(index))
     plan.planned(build_settings(tmp_path), blocks, ids, compressor)
     assert all(seen.count(index) <= 4 for index in range(8))
+
+
+def test_units_that_are_encoded_one_by_one_are_written_as_all_of_a_block_are(whole, llama, ids, compressor, tmp_path):
+    hessians = collect_hessians(llama, 0, llama.embed(ids), 4)
+    made, slots = {}, llama.slots(0)
+    for owner, H in hessians.hessians.items():
+        alike = {name: slot.weight for name, slot in slots.items() if hessians.owners[name] == owner}
+        made |= compressor.compress(alike, H)
+    units = {unit.name: unit for unit in plan_space(llama, compressor, method="quant").units}
+    write_block(tmp_path, 0, [encoded({name: made[name] for name in slots}, units)], list(slots))
+    assert sha256_file(tmp_path / block_file(0)) == sha256_file(whole / block_file(0))
+
+
+@pytest.mark.parametrize("propagate", [None, "3"])
+def test_what_was_made_of_an_input_is_given_up_before_the_next(propagate, tmp_path, build_settings, llama, ids, monkeypatch):
+    made, hessians, left = [], [], []
+
+    class Watched(GPTQ):
+        def compress(self, weights, H):
+            if next(iter(weights)).endswith("q_proj"):  # the next block
+                made.clear(), hessians.clear()
+            else:
+                left.append((sum(payload() is not None for payload in made), sum(H() is not None for H in hessians)))
+            results = super().compress(weights, H)
+            made.extend(weakref.ref(level.payload) for levels in results.values() for level in levels)
+            hessians.append(weakref.ref(H))
+            return results
+
+    ensure_database(build_settings(tmp_path, propagate=propagate), llama, ids, Watched(bits=(4, 3, 2), group_size=16))
+    units = (3, 4, 6)  # of the inputs before the second, the third and the last one
+    assert left == [(0 if propagate is None else count, 0) for count in units] * 3
+
+
+def test_what_is_given_up_is_not_planned(build_settings, tmp_path, llama, ids):
+    class Large(GPTQ):
+        working = Working(unpacked=lambda level, size: 2**20)
+
+    def bytes_of(propagate):
+        settings = build_settings(tmp_path, propagate=propagate)
+        return plan.planned(settings, llama, ids, Large(bits=(4, 3, 2), group_size=16))[1].memory_bytes / 2**20
+
+    assert 9 < bytes_of(None) < 10, "the three levels of the three units that share the first input"
+    assert 10 < bytes_of("3") < 11, "of the two that share the third, beside one level of the four units before"
