@@ -100,10 +100,14 @@ def enough_to_keep(space: Space, itemsize: int, device: torch.device | None = No
     """Return the bytes of decoded levels that are worth keeping: 256 MiB, or more where a block is larger; modules have none.
 
     A block at one genome differs from the block at the next in few units; the others should not be decoded again. A GPU keeps an
-    eighth of what it has free: what is not decoded again is not read from the disk again either.
+    eighth of what it has free: what is not decoded again is not read from the disk again either. Beyond 256 MiB no more than a
+    third of that is kept, however large a block is.
     """
-    spare = free_bytes(device) // 8 if device is not None and device.type == "cuda" else 0
-    return max(2**28, 2 * block_bytes(space, itemsize), spare)
+    worth = max(2**28, 2 * block_bytes(space, itemsize))
+    if device is None or device.type != "cuda":
+        return worth
+    free = free_bytes(device)
+    return min(max(worth, free // 8), max(2**28, free // 3))
 
 
 def block_bytes(space: Space, itemsize: int) -> int:

@@ -89,3 +89,11 @@ def test_a_whole_block_is_worth_keeping(live_model):
     assert enough_to_keep(space, 4) == 2**28
     block = sum(unit.size for unit in space.units if unit.block == 0)
     assert enough_to_keep(space, 2**20) == 2 * block * 2**20
+
+
+def test_a_gpu_keeps_a_share_of_what_it_has_free_and_never_more_than_a_third(live_model, monkeypatch):
+    space, gpu = live_model("llama", num_blocks=2).space, torch.device("cuda")
+    two = 2 * sum(unit.size for unit in space.units if unit.block == 0) * 2**20
+    for free, kept in ((16 * two, 2 * two), (4 * two, two), (2 * two, 2 * two // 3), (0, 2**28)):
+        monkeypatch.setattr("evopress.levels.live.free_bytes", lambda device, free=free: free)
+        assert enough_to_keep(space, 2**20, gpu) == kept
