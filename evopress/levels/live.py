@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from evopress.compress.compressor import free_bytes
 from evopress.currencies import num_experts
 from evopress.errors import EvoPressError
+from evopress.levels.decoded import DecodedLevels
 from evopress.levels.modules import ATTENTION, BLOCK, MLP, PAIR, is_module, modules_of
 from evopress.levels.union import LevelSource
 from evopress.models.blocks import BlockModel
@@ -127,7 +127,7 @@ class LiveModel:
     """A model whose units can be switched to levels, block by block: weights exchanged, modules dropped.
 
     Switching exchanges references: the dense weights stay where they are, untouched, and come back bit for bit. Levels travel to
-    the compute device packed and are decoded there; decoded ones are kept, the least recently used given up first.
+    the compute device packed and are decoded there; see `DecodedLevels` for those that are kept.
     """
 
     def __init__(self, blocks: BlockModel, levels: LevelSource, *, cache_bytes: int | None = None) -> None:
@@ -150,9 +150,8 @@ class LiveModel:
         self._check_weights()
         self._dense = [[slot.weight for slot in slots] for slots in self._slots]
         self._inside = self._places_inside() if has_weights and self._droppable else []
-        self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-        self._cache_bytes = enough_to_keep(self.space, blocks.dtype.itemsize, blocks.device) if cache_bytes is None else cache_bytes
-        self._cached_bytes = 0
+        kept = enough_to_keep(self.space, blocks.dtype.itemsize, blocks.device) if cache_bytes is None else cache_bytes
+        self._decoded = DecodedLevels(kept, len(blocks.parts))
         self.num_loads = 0
         """Levels decoded so far."""
         if self._modules:
@@ -314,20 +313,12 @@ class LiveModel:
         return without_experts(self.blocks, dropped, blocks)
 
     def _weight(self, unit: int, level: int, device: torch.device) -> Tensor:
-        key = (unit, level)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        weight = self.levels.read(unit, level, device).decode()
-        self._check_fits(unit, weight)
-        self.num_loads += 1
-        size = weight.numel() * weight.element_size()
-        if size <= self._cache_bytes:
-            self._cache[key] = weight
-            self._cached_bytes += size
-            while self._cached_bytes > self._cache_bytes:
-                _, given_up = self._cache.popitem(last=False)
-                self._cached_bytes -= given_up.numel() * given_up.element_size()
+        weight = self._decoded.find(self.space.whole.units[unit].block, (unit, level))
+        if weight is None:
+            weight = self.levels.read(unit, level, device).decode()
+            self._check_fits(unit, weight)
+            self.num_loads += 1
+            self._decoded.keep((unit, level), weight)
         return weight
 
     def _check_fits(self, unit: int, weight: Tensor) -> None:

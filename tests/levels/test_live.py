@@ -94,13 +94,12 @@ def test_tied_embeddings_are_untouched(family, live_model):
         assert torch.equal(embeddings, before)
 
 
-def test_the_cache_stays_within_its_bound_and_gives_up_the_least_recently_used(live):
+def test_what_is_kept_stays_within_its_bound_and_is_of_the_block_that_was_last(live):
     block_bytes = sum(linear.weight.numel() * 4 for linear in live.blocks.linears(0).values())
     small = LiveModel(live.blocks, live.levels, cache_bytes=block_bytes)
     for seed in range(4):
         with small.applied(mixed(live, seed)):
-            held = sum(weight.numel() * weight.element_size() for weight in small._cache.values())
-            assert held == small._cached_bytes <= block_bytes
+            assert sum(weight.nbytes for weight in small._decoded) == small._decoded.num_bytes <= block_bytes
     with small.applied((0,) * len(live.space)):
         pass
     loads = small.num_loads
@@ -122,6 +121,18 @@ def test_a_weight_used_again_outlives_one_used_before_it(live):
         return two.num_loads - before
 
     assert [loads(level) for level in (0, 1, 0, 2, 0, 1)] == [1, 1, 0, 1, 0, 1]
+
+
+def test_walks_with_room_for_half_of_the_blocks_load_the_other_half(live):
+    block_bytes = sum(linear.weight.numel() * 4 for linear in live.blocks.linears(0).values())
+    half, loads = LiveModel(live.blocks, live.levels, cache_bytes=3 * block_bytes), []
+    for _ in range(3):
+        before = half.num_loads
+        for block in range(4):
+            half.set_block(block, (0,) * 7)
+            half.restore_block(block)
+        loads.append(half.num_loads - before)
+    assert loads == [28, 7, 7]
 
 
 def test_no_cache_reads_every_time(live):
