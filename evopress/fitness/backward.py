@@ -162,7 +162,7 @@ class BackwardPass:
         dense, part = self.blocks.head(), self.blocks.head_part
         with part_held(self.live, part, self._levels(part)):
             head = self.blocks.head()
-        delta = None if part is None else _difference(head.weight, dense.weight)
+        delta = None if part is None else _or_none([head.weight - dense.weight.to(head.weight.device)])[0]
         gradients = [torch.empty_like(states) for _ in range(1 if self.uniform is None else 2)]
         for rows in self.parts:
             hidden = states[rows].to(self.blocks.device).requires_grad_()
@@ -220,12 +220,7 @@ class BackwardPass:
                 self.live.set_block(index, None)
                 if self.uniform is not None and modules and index not in self.adding:
                     self.adding[index] = self._contributions(index, entering)
-                dense = [slot.weight for slot in slots]
-                deltas = []
-                for genome in self.errors_of:
-                    self.live.set_block(index, self.live.with_modules(index, self.live.levels_in(genome, index)))
-                    deltas.append([_difference(slot.weight, weight) for slot, weight in zip(slots, dense, strict=True)])
-                del dense
+                deltas = self._deltas(index, slots)
                 self.live.set_block(index, self.live.with_modules(index, levels))
                 for rows in self.parts:
                     hidden = entering[rows].to(self.blocks.device).requires_grad_()
@@ -244,11 +239,21 @@ class BackwardPass:
                                 found[rows, unit] += gate.held.cpu()
                             gradient[rows] = into.cpu()
                             to = self.drawn if number else self.found
-                            for (error, name), values in held.items():
-                                to[error, rows, self.place[name]] += values.cpu()
+                            arrived = torch.stack(list(held.values())).cpu() if held else ()  # at once: each copy waits
+                            for (error, name), values in zip(held, arrived, strict=True):
+                                to[error, rows, self.place[name]] += values
                             held.clear()
             finally:
                 self.live.restore_block(index)
+
+    def _deltas(self, index: int, slots: Sequence[Slot]) -> list[list[Tensor | None]]:
+        """Return what each error adds to the weights of a block that is dense, by slot; None: nothing."""
+        dense, differences = [slot.weight for slot in slots], []
+        for genome in self.errors_of:
+            self.live.set_block(index, self.live.with_modules(index, self.live.levels_in(genome, index)))
+            differences += [slot.weight - weight.to(slot.weight.device) for slot, weight in zip(slots, dense, strict=True)]
+        found = iter(_or_none(differences))
+        return [[next(found) for _ in slots] for _ in self.errors_of]
 
     def _contributions(self, index: int, entering: Tensor) -> tuple[str, str]:
         """Name what adds to the residual stream in a block that is whole."""
@@ -306,10 +311,10 @@ def _likelihood(measure: Measure, hidden: Tensor, reference: Any, head: Head, un
     return logq.gather(-1, drawn.clamp(max=logq.shape[-1] - 1)).sum()
 
 
-def _difference(level: Tensor, dense: Tensor) -> Tensor | None:
-    """Return a level less the dense weight; None where they are the same."""
-    difference = level - dense.to(level.device)
-    return difference if bool(difference.any()) else None
+def _or_none(differences: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return differences, or None for those that are zero everywhere; the device is waited for once."""
+    some = torch.stack([difference.any() for difference in differences]).tolist() if differences else []
+    return [difference if any_of_it else None for difference, any_of_it in zip(differences, some, strict=True)]
 
 
 @contextmanager

@@ -94,6 +94,17 @@ def test_an_expansion_is_the_whole_model_s_taylor_series(case, weights_digest) -
     assert not any(module._forward_hooks for module in case.live.blocks.model.modules())
 
 
+def test_the_host_waits_no_more_often_for_more_units(live_model, tokens, monkeypatch) -> None:
+    """What a block's units get comes at once, and whether they differ from the dense ones: a GPU stands still at each wait."""
+    live, ids = live_model("llama", num_blocks=2), tokens(2, 12)
+    base, waits = base_states(PopulationEvaluator(live), ids, batch_tokens=48), []
+    for name in ("cpu", "tolist", "__bool__"):
+        wait = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, wait=wait: waits.append(self) or wait(self))
+    attribute(live, genome_of(live), ids, base, KLDivergence(), max_tokens_in_flight=24)
+    assert len(waits) < 2 * 7 + 9, "of two blocks of seven units: entering, gradients, errors and whether there are any, and around"
+
+
 def test_an_expansion_of_some_levels_is_that_of_all(case) -> None:
     """What further levels a model has, of baselines, is not asked about."""
     genome, counts = (0,) * len(case.live.space), [1 + index % 3 for index in range(len(case.live.space))]
