@@ -186,7 +186,7 @@ class Planner:
         )
         # What enters each block and leaves the last one, gradients, and the base of these sequences.
         held = (self.num_blocks + (4 if gates or ask.expansion else 3)) * self.states(mine)
-        self.put(needs, there + self._levels_kept, host=self._bases + held)
+        self.put(needs, there + self.levels_kept + self._carried, host=self._bases + held)
 
     def hold(self, needs: Needs, candidates: int, tokens: int, *, apart: bool = False, given: bool = True) -> None:
         """Let the stage's peak be at least that of evaluating candidates on so many tokens each.
@@ -210,7 +210,7 @@ class Planner:
         )
         heads = [unit for unit in self.space.units if unit.block == blocks.head_part]
         measured += sum(min(len(unit.levels), candidates) * unit.size * blocks.dtype.itemsize for unit in heads)
-        measured += max(self._levels_kept, self._decoded if plain else 0)
+        measured += max(self.levels_kept, self._decoded if plain else 0)
         measured += self._carried
         minibatch = 2 * given * self.states(tokens)  # of the base, drawn and without the last positions
         self.put(needs, measured, host=self._bases + minibatch)
@@ -221,9 +221,9 @@ class Planner:
         Args: beside: bytes that are taken there then.
         """
         if self.workspace.blocks.offload:
-            self.put(needs, self._levels_kept + self._carried + max(self._decoding, beside), host=self._bases)
+            self.put(needs, self.levels_kept + self._carried + max(self._decoding, beside), host=self._bases)
         else:
-            there = self._decoded if not self.based else max(self._decoded, self._levels_kept)
+            there = self._decoded if not self.based else max(self._decoded, self.levels_kept)
             self.put(needs, there + max(self._decoding, beside), host=self._bases)
 
     def hold_written(self, needs: Needs, parts: Collection[int], *, beside: int, file_bytes: int) -> None:
@@ -236,11 +236,11 @@ class Planner:
         blocks, units = self.workspace.blocks, self.space.whole.units
         size = 0 if self.modules else sum(unit.size for unit in units if unit.block in parts) * blocks.dtype.itemsize
         if self.workspace.device.type == "cpu":
-            needs.memory = max(needs.memory, self._bases + max(size, self.based * self._levels_kept) + max(self._decoding, beside))
+            needs.memory = max(needs.memory, self._bases + max(size, self.based * self.levels_kept) + max(self._decoding, beside))
         elif blocks.offload:
             needs.memory = max(needs.memory, self._bases + size + max(self._decoding, beside))
         else:
-            there = beside if self.modules else self._levels_kept + self._decoding
+            there = beside if self.modules else self.levels_kept + self._decoding
             self.put(needs, there, host=self._bases + file_bytes + (0 if self.modules else beside))
 
     def put(self, needs: Needs, size: int, *, host: int = 0) -> None:
@@ -260,12 +260,12 @@ class Planner:
 
     @property
     def _carried(self) -> int:
-        """Bytes of the largest block, where blocks are carried to the compute device."""
+        """Bytes of the largest block where blocks lie on the host and are carried to the device."""
         blocks = self.workspace.blocks
-        return max(map(blocks.carried_bytes, range(self.num_blocks))) if blocks.offload else 0
+        return max(blocks.carried_bytes(index) for index in range(self.num_blocks)) if blocks.offload else 0
 
     @property
-    def _levels_kept(self) -> int:
+    def levels_kept(self) -> int:
         """Bytes of decoded levels that stay between switches, or of those in place."""
         itemsize, kept = self.workspace.blocks.dtype.itemsize, self.settings.level_db.cache_bytes
         if self.modules:

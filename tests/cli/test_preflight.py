@@ -29,7 +29,9 @@ from evopress.levels import build
 from evopress.levels.live import decoding_bytes
 from evopress.levels.plan import BuildNeeds
 from evopress.progress import duration
+from evopress.search.strategy import Asks
 from evopress.stages import conclude, preflight, probe
+from evopress.stages import needs as needs_of_stages
 from evopress.stages.conclude import evaluate_needs
 from evopress.stages.exports import export_needs
 from evopress.stages.needs import Planner
@@ -495,6 +497,21 @@ def test_zero_shot_tasks_and_the_plain_evaluator_decode_the_whole_model() -> Non
     offloaded = evaluate_needs(planner("cuda", offload=True, tasks=("piqa",)))
     assert (offloaded.memory, offloaded.device) == (0, less.device)  # a block's, one after the other
     assert evaluate_needs(planner("cuda", evaluator="plain")).device > 7 * GB
+
+
+def test_an_attribution_has_the_block_that_is_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs_of_stages, "backward_bytes", lambda *args, **settings: 1000)
+
+    def on_device(offload: bool) -> int:
+        asking = planner("cuda", offload=offload)
+        asking.workspace.search_tokens = torch.empty(8, 1024, dtype=torch.int64)
+        asking.workspace.method.modules = None
+        asking.workspace.blocks.carried_bytes = lambda index: (500, 700)[index] * offload
+        found = asking.needs("search", "")
+        asking.attribute(found, Asks("", 4096))
+        return found.device
+
+    assert on_device(True) == on_device(False) + 700
 
 
 @pytest.mark.parametrize("offload", [False, True])
