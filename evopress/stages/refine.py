@@ -26,7 +26,7 @@ from evopress.room import Needs
 from evopress.stages.given import take_best_so_far
 from evopress.stages.needs import Planner
 from evopress.stages.results import REFINED_ROW, forget_found, read_result
-from evopress.units import Genome
+from evopress.units import Genome, Unit
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ def refine_needs(planner: Planner) -> Needs:
         less_memory="use fewer calibration tokens (data.calibration_tokens), level_db.activations=disk, or leave refine out of "
         "stages",
     )
-    ones = [replace(unit, levels=unit.levels[:1]) for unit in planner.space.units if unit.block == 0]
-    compressing = compressing_share(workspace.blocks, ones, corrects=corrected) / max(
+    parts = _of_one_level(planner)
+    compressing = compressing_share(workspace.blocks, parts[0], corrects=corrected) / max(
         len(unit.levels) for unit in planner.space.units
     )
     planner.add(
@@ -85,8 +85,18 @@ def refine_needs(planner: Planner) -> Needs:
     held = planner.states(judging.numel() + 2 * judged + (walking * tokens if in_memory else 0))  # base, states twice
     compressor, length = workspace.databases.compressor, calibration.shape[1]
     text: dict[str, Any] = {"batch": batch, "length": length, "corrects": corrected, "settled": lambda unit: unit.levels[0]}
-    planner.put(needs, part_bytes(workspace.blocks, ones, compressor, **text), host=held)
+    working = max(part_bytes(workspace.blocks, units, compressor, **text) for units in parts)
+    kept = planner.levels_kept * (1 if planner.space.untied is None else 2)  # the search's, and those of weights that are not tied
+    planner.put(needs, kept + working, host=held)
     return needs
+
+
+def _of_one_level(planner: Planner) -> list[list[Unit]]:
+    """Return the weights that are made anew, with one level each, by the part that they are in; the embedding stays as it is."""
+    units = [replace(unit, levels=unit.levels[:1]) for unit in planner.space.whole.units]
+    blocks = planner.workspace.blocks
+    parts = ([unit for unit in units if unit.block == part] for part in blocks.parts if part != blocks.embedding_part)
+    return [those for those in parts if those]
 
 
 def _refined_before(planner: Planner) -> int | None:

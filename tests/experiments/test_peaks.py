@@ -69,6 +69,20 @@ def test_of_levels_of_other_methods(
     near(*peaks.counted_in_run(case, tmp_path))
 
 
+def test_a_refinement_has_the_largest_block_beside_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("evopress.stages.refine.part_bytes", lambda blocks, units, *_, **__: 2**30 * (1 + units[0].block))
+
+    def said(cache: int) -> int:
+        case = peaks.Case("small", SMALL, "float32", 128, 1024, 2, 1024, 512, str(cache), measured=("database", "search", "refine"))
+        (folder := tmp_path / f"{cache} kept").mkdir()
+        return peaks.planned(case, folder)["refine"][HOST]
+
+    block, least = 4 * (4 * 128 * 128 + 3 * 128 * 384), said(0)
+    assert 0 < least - 2 * 2**30 < 2**24
+    assert said(2 * block) - least == block, "those of one block are in place in any case"
+
+
 def test_of_a_search_from_random_mixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The target is between two levels: all the mixes are there at once, more than any generation has."""
     monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
