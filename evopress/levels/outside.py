@@ -31,9 +31,9 @@ def compress_embedding(slot: Slot, tokens: Tensor, compressor: Compressor, *, H:
         tokens: calibration token ids int64 [N, L].
         H: Hessian of the last hidden states where the head is tied, float32 [d, d]; left as it is.
     """
-    W = slot.weight.to(torch.float32)
-    shared = torch.eye(W.shape[1], device=W.device) if H is None else H
+    shared = torch.eye(slot.weight.shape[1], device=slot.weight.device) if H is None else H
     results = compressor.compress({slot.name: slot.weight}, shared)[slot.name]
+    W = slot.weight.to(torch.float32)  # after the compressor has given up its own
     of_head = [0.0 if H is None else result.error for result in results]
     shares = token_shares(tokens, W.shape[0]).to(W.device)
     whole = float(shares @ W.square().sum(1))

@@ -30,6 +30,7 @@ from evopress.models.tiny import VOCABULARY, make_tiny, tiny_config
 from evopress.models.tiny_any import any_model
 from evopress.stages import probe
 from evopress.units import BLOCKS, EMBEDDING, HEAD
+from experiments.benchmark.alive import HOST, Alive
 
 WHOLE = (BLOCKS, HEAD, EMBEDDING)
 MODELS = [("llama", False), ("llama", True), ("qwen3", True), ("gemma2", True), ("gemma3_text", True), ("opt", True)]
@@ -333,6 +334,21 @@ def test_a_build_that_was_cut_off_goes_on(finished, load, build_settings, tmp_pa
 def test_a_database_of_other_parts_is_refused(live, load):
     with pytest.raises(EvoPressError, match="is of another model"):
         LiveModel(load(include=(BLOCKS,)), live.levels)
+
+
+def test_an_embedding_is_compressed_with_nothing_of_its_size_beside_it(ids, compressor):
+    slot = Slot("embedding", EMBEDDING, torch.nn.Embedding(VOCABULARY, 32, dtype=torch.bfloat16))
+    there = []
+
+    class Watching(GPTQ):
+        def compress(self, weights, H):
+            there.append(alive.now[HOST] - H.nbytes)
+            return super().compress(weights, H)
+
+    with Alive() as alive:
+        found = compress_embedding(slot, ids, Watching(bits=(4, 3, 2), group_size=16))
+    assert there[0] < slot.weight.nbytes
+    assert [each.error for each in found] == [each.error for each in compress_embedding(slot, ids, compressor)]
 
 
 def test_what_the_parts_need_is_counted(load, build_settings, tmp_path, ids, compressor):
