@@ -31,8 +31,13 @@ class Head:
         return self._capped(nn.functional.linear(hidden, self.weight, self.bias))
 
     def logits_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Return float32 logits [T, k] of k tokens int64 [T, k] only, from last hidden states [T, d]."""
-        logits = torch.einsum("td,tkd->tk", hidden, self.weight[tokens])
+        """Return float32 logits [T, k] of k tokens int64 [T, k] only, from last hidden states [T, d].
+
+        Each takes a row of the weight, of which no more are there at a time than take what all T V logits would.
+        """
+        few = max(len(tokens) * len(self.weight) // max(tokens.shape[-1] * hidden.shape[-1], 1), 1)
+        parts = zip(hidden.split(few), tokens.split(few), strict=True)
+        logits = torch.cat([torch.einsum("td,tkd->tk", states, self.weight[rows]) for states, rows in parts])
         return self._capped(logits if self.bias is None else logits + self.bias[tokens]).float()
 
     def _capped(self, logits: Tensor) -> Tensor:

@@ -151,8 +151,20 @@ def test_half_precision_states_are_measured_in_float32():
     close(measured(KLDivergence(), base, hidden, labels, head)[0], kl_divergence(p, q))
 
 
+@pytest.mark.parametrize("k", [1, V // D, 7, V // D * T + 1, V * T // D + 1])
 @pytest.mark.parametrize("name", HEADS)
-def test_logits_of_some_tokens_are_those_of_all(name):
+def test_logits_of_some_tokens_are_those_of_all(name, k):
+    """Of few tokens at once, and of so many that their rows of the head would be more than all logits are."""
     head, hidden = HEADS[name], draw(T, D, seed=2)
-    tokens = torch.randint(V, (T, 7), generator=torch.Generator().manual_seed(4))
+    tokens = torch.randint(V, (T, k), generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(head.logits_of(hidden, tokens), head.logits(hidden).gather(-1, tokens), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [10, 100, 1000])
+def test_the_sparse_divergence_takes_no_more_than_the_exact_one(k):
+    head = Head(torch.empty(5000, 256, dtype=torch.bfloat16, device="meta"))
+    states, labels = torch.empty(T, 256, dtype=torch.bfloat16, device="meta"), torch.empty(T, dtype=torch.int64, device="meta")
+    with Alive() as alive:
+        measure = TopkKL(k)
+        measure(states, measure.reference(states, labels, head), head)
+    assert alive.peak[DEVICE] / (T * 5000) < 1.01 * PER_LOGIT
