@@ -103,6 +103,7 @@ def examine(model_type: str, folder: Path) -> Row:
 def _methods(model_type: str, blocks: BlockModel, check: float, ids: Tensor, folder: Path) -> Row:
     """Take a model that runs block by block through the methods."""
     slots = [slot for index in range(len(blocks.blocks)) for slot in blocks.slots(index).values()]
+    assert blocks.forward_bytes(ids.numel(), LENGTH) > 0, "a run asks for it before it begins"
     whole = sum(parameter.numel() for block in blocks.blocks for parameter in block.parameters())
     found = [("self-check", check)]
     quant, cache = _weights(blocks, "quant", GPTQ(bits=(4, 2), group_size=None), ids, folder)

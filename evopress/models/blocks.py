@@ -163,10 +163,11 @@ class BlockModel:
 
     @property
     def inner_size(self) -> int:
-        """Width of an MLP, as the model's config has it; four times the hidden size where it does not say."""
+        """Width of the widest MLP, as the model's config has it; four times the hidden size where it does not say."""
         config: Any = self.model.config
         text = config.get_text_config()
-        return int(getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * self.hidden_size)
+        width = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * self.hidden_size
+        return max(width) if isinstance(width, (list, tuple)) else int(width)  # Gemma 3n has one for each block
 
     @property
     def parts(self) -> range:
@@ -240,11 +241,15 @@ class BlockModel:
         return tokens * max((2 * self.hidden_size + inside) * itemsize, 8 * self.hidden_size * itemsize + scores)
 
     def scores_bytes(self, length: int) -> int:
-        """Return the bytes of a token's attention scores in sequences of a length; 0 where attention does not hold them."""
+        """Return the bytes of a token's attention scores in sequences of a length; 0 where attention does not hold them.
+
+        A model without attention, such as Mamba, has no heads.
+        """
         config: Any = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
         if config._attn_implementation != "eager":
             return 0
-        return length * config.num_attention_heads * (4 + 2 * 4)  # GPT-OSS's, Gemma 2's: as they are, masked, as probabilities
+        heads = getattr(config, "num_attention_heads", 0)
+        return length * heads * (4 + 2 * 4)  # GPT-OSS's, Gemma 2's: as they are, masked, as probabilities
 
     def most_inside(self, mlp: int, of_experts: Callable[[nn.Module, Any], int]) -> int:
         """Return the most numbers of a token inside a block: those in an MLP, or in a layer of experts."""

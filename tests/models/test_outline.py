@@ -55,6 +55,16 @@ def test_every_causal_architecture_works_or_is_refused_in_a_sentence() -> None:
     assert {row.model_type for row in rows if row.works and row.cache is False} <= {"glm_moe_dsa"}  # why is not known yet
 
 
+def test_a_forward_is_planned_by_the_widest_mlp_of_a_model_whose_blocks_have_widths_of_their_own() -> None:
+    blocks = opened("gemma3n_text", intermediate_size=[64, 96, 64, 32])
+    assert blocks.inner_size == 96 and blocks.forward_bytes(48, 24) > 0
+
+
+def test_a_model_without_attention_holds_no_scores() -> None:
+    blocks = opened("falcon_mamba")
+    assert blocks.scores_bytes(24) == 0 < blocks.forward_bytes(48, 24)
+
+
 def test_the_config_alone_tells_what_a_running_model_shows() -> None:
     for model_type in ("gpt2", "lfm2", "falcon_h1"):
         blocks = opened(model_type)
