@@ -53,12 +53,11 @@ def softcap_of(config: Any) -> float | None:
 
 def scale_of(config: Any) -> float:
     """Return what a model's logits are multiplied by before they are capped."""
-    if isinstance(scale := getattr(config, "logit_scale", None), (int, float)):  # Cohere
-        return float(scale)
-    if isinstance(scale := getattr(config, "logits_scaling", None), (int, float)) and scale:  # Granite
-        return 1.0 / float(scale)
-    if isinstance(scale := getattr(config, "lm_head_multiplier", None), (int, float)):  # Falcon H1
-        return float(scale)
+    for key in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon H1, Muse
+        if isinstance(scale := getattr(config, key, None), (int, float)):
+            return float(scale)
+    if isinstance(scale := getattr(config, "logits_scaling", None), (int, float)) and scale:
+        return float(scale) if config.model_type == "hyperclovax" else 1.0 / float(scale)  # Granite divides by it
     if isinstance(base := getattr(config, "dim_model_base", None), int):  # MiniCPM 3
         return base / int(config.hidden_size)
     return 1.0

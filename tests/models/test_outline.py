@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from evopress.errors import EvoPressError
 from evopress.models.blocks import BlockModel, by_blocks
 from evopress.models.dropping import shortened, without_dropped
 from evopress.models.families import family_of
+from evopress.models.head import scale_of
 from evopress.models.outline import find_family, outlined, skeleton
 from evopress.models.tiny_any import any_config, any_model
 from experiments.model_types import TOLERANCE, page, survey
@@ -106,14 +108,21 @@ def test_tiny_projections_routers_and_norms_stay_dense() -> None:
 
 def test_a_head_s_scale_is_the_model_s() -> None:
     ids = torch.arange(12)[None]
-    for model_type, changes in (("cohere", {"logit_scale": 0.25}), ("granite", {"logits_scaling": 8.0})):
+    scaled = {"cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 8.0}, "hyperclovax": {"logits_scaling": 0.125}}
+    for model_type, changes in scaled.items():
         blocks = opened(model_type, **changes)
-        assert blocks.head().scale == {"cohere": 0.25, "granite": 0.125}[model_type]
+        assert blocks.head().scale == (0.25 if model_type == "cohere" else 0.125)
         assert blocks.self_check() < TOLERANCE
         states = blocks.finish(blocks._through(ids))[0]
         some = torch.tensor([[3, 5]] * 12)
         expected = blocks.model(input_ids=ids).logits[0].gather(1, some)
         torch.testing.assert_close(blocks.head().logits_of(states, some), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_scale_inside_a_model_with_pictures_is_its_text_part_s() -> None:
+    for model_type, field in (("hyperclovax_vision_v2", "logits_scaling"), ("muse_glimmer", "output_multiplier")):
+        text = CONFIG_MAPPING[model_type](text_config={field: 0.125}).get_text_config()
+        assert scale_of(text) == 0.125
 
 
 def test_what_a_window_changes_shows_only_at_the_run_s_own_length(tiny_blocks: Callable[..., BlockModel]) -> None:
