@@ -68,6 +68,8 @@ class Row:
     """Why no expert of it can be dropped; empty: they can; None: it has none."""
     differences: tuple[tuple[str, float], ...] = ()
     """Largest differences, of logits or last hidden states."""
+    only: str = ""
+    """Of which models of this type all that is told; empty: of all."""
     cache: bool | None = None
     """Generation from the export with a cache is generation without; None: the dense model's differ already."""
 
@@ -102,6 +104,7 @@ def examine(model_type: str, folder: Path) -> Row:
 
 def _methods(model_type: str, blocks: BlockModel, check: float, ids: Tensor, folder: Path) -> Row:
     """Take a model that runs block by block through the methods."""
+    config: Any = blocks.model.config
     slots = [slot for index in range(len(blocks.blocks)) for slot in blocks.slots(index).values()]
     assert blocks.forward_bytes(ids.numel(), LENGTH) > 0, "a run asks for it before it begins"
     whole = sum(parameter.numel() for block in blocks.blocks for parameter in block.parameters())
@@ -123,6 +126,7 @@ def _methods(model_type: str, blocks: BlockModel, check: float, ids: Tensor, fol
         no_drop=f"WRONG: {'; '.join(far)}" if far else no_drop,
         experts=f"WRONG: {'; '.join(off)}" if off else experts,
         differences=(*found, *quant, *sparse, *dropped, *sent),
+        only="" if getattr(config.get_text_config(), "num_kv_shared_layers", None) is None else ", without shared layers",
         cache=cache,
     )
 
@@ -250,6 +254,9 @@ as it is:
 - linears inside norms, those that several blocks share, and those that text alone never reaches (attention to an encoder);
 - what is no linear layer: convolutions, and parameters that are used otherwise.
 
+*Without shared layers*: where the last blocks use the keys and values of earlier ones (`num_kv_shared_layers` above 0, as in
+Gemma 3n and in Gemma 4 E2B and E4B), a model is refused by its config.
+
 ## What a checkpoint is stored as
 Weights in FP8 (DeepSeek, Ministral 3), MXFP8 or MXFP4 (gpt-oss) are dequantized as transformers loads them, and the run says so:
 they are what *dense* means then, and what is exported has none of these codes. Any other quantized checkpoint is refused by name.
@@ -290,7 +297,7 @@ def page(rows: Sequence[Row]) -> str:
         "| model type | weights with levels | also dense | depth pruning | dropping experts |",
         "|---|---:|---|---|---|",
         *(
-            f"| {row.model_type} | {row.units:.0%} | {', '.join(row.dense)} | {row.no_drop or 'works'} "
+            f"| {row.model_type}{row.only} | {row.units:.0%} | {', '.join(row.dense)} | {row.no_drop or 'works'} "
             f"| {'' if row.experts is None else row.experts or 'works'} |"
             for row in working
         ),

@@ -140,9 +140,10 @@ def is_linear(module: nn.Module | None) -> bool:
 def outlined(model: Any) -> Family:
     """Look at a model's module tree, with or without weights; experts are called one after another from now on, see `loop`.
 
-    Raises: EvoPressError if no list of blocks is found, or they have no linears.
+    Raises: EvoPressError if no list of blocks is found, or they have no linears, or need one another's keys and values.
     """
     model_type = str(model.config.model_type)
+    _check_own_keys(model_type, model.config.get_text_config())
     loop(model)
     names = {module: name for name, module in model.named_modules()}
     blocks = _blocks(model)
@@ -211,6 +212,15 @@ def _blocks(model: Any) -> nn.ModuleList:
             "largest): choose another model"
         )
     return blocks
+
+
+def _check_own_keys(model_type: str, config: Any) -> None:
+    """Raise EvoPressError if blocks use the keys and values of earlier ones, without which they cannot be run."""
+    if shared := getattr(config, "num_kv_shared_layers", 0):
+        raise EvoPressError(
+            f"the last {shared} blocks of this {model_type} use the keys and values of earlier ones (num_kv_shared_layers), so "
+            "that they cannot be run one at a time: choose another model"
+        )
 
 
 def _check_share(model_type: str, blocks: nn.ModuleList, by_block: Sequence[Parts]) -> None:

@@ -19,6 +19,7 @@ from evopress.models.blocks import BlockModel, by_blocks
 from evopress.models.dropping import shortened, without_dropped
 from evopress.models.families import family_of
 from evopress.models.head import scale_of
+from evopress.models.loading import check_folder
 from evopress.models.outline import find_family, outlined, skeleton
 from evopress.models.tiny_any import any_config, any_model
 from experiments.model_types import TOLERANCE, page, survey
@@ -44,7 +45,8 @@ def test_a_model_without_an_adapter_goes_through_all_methods(model_type: str) ->
     assert row.differences and max(value for _, value in row.differences) < TOLERANCE, row.differences
     assert row.cache and bool(row.no_drop) == (model_type == "gemma4_text"), row
     assert row.experts == ("" if model_type == "nemotron_h" else None)
-    assert f"| {model_type} | {row.units:.0%} |" in page([row])
+    of = f"{model_type}, without shared layers" if model_type == "gemma4_text" else model_type
+    assert f"| {of} | {row.units:.0%} |" in page([row])
 
 
 @pytest.mark.slow
@@ -168,6 +170,14 @@ def test_what_a_model_keeps_between_calls_fails_the_self_check() -> None:
 def test_what_cannot_be_run_is_one_sentence(model_type: str, says: str) -> None:
     with pytest.raises(EvoPressError, match=says):
         checked(model_type)
+
+
+def test_blocks_that_use_the_keys_of_earlier_ones_are_refused_by_the_config_alone(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    for model_type in ("gemma3n_text", "gemma4_text"):
+        any_config(model_type, num_kv_shared_layers=2, layer_types=kinds).save_pretrained(tmp_path)
+        with pytest.raises(EvoPressError, match=rf"the last 2 blocks of this {model_type} use the keys and values of earlier ones"):
+            check_folder(tmp_path)
 
 
 def test_a_config_that_cannot_be_built_is_one_sentence() -> None:
