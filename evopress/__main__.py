@@ -27,6 +27,7 @@ from yaml import YAMLError
 
 from evopress import command_line, machine, ranks, run_folder
 from evopress import config as configuration
+from evopress.counted import HOW_IT_RUNS
 from evopress.earlier_versions import as_written_now, defaults_of
 from evopress.endings import exit_code, is_out_of_memory, of_the_disk, stopping_at_signals
 from evopress.errors import EvoPressError
@@ -397,7 +398,7 @@ def _finished_before(settings: RunSettings, run_dir: Path) -> float | None:
     with machine.importing():
         from evopress import finished
 
-    if not set(settings.stages) <= set(finished.stages_done(settings, run_dir)):
+    if not set(settings.stages) <= set(finished.stages_done(settings, run_dir, configuration.kept_settings(run_dir, HOW_IT_RUNS))):
         return None
     logger.info("finished before, so not run again: %s (to run it again, remove the folder)", _shown(run_dir))
     return finished.best_fitness(run_dir)
@@ -454,6 +455,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
             command=run_folder.command_of(run_dir, overrides),
             environment=environment,
             paper=paper and replace(paper, model=settings.model, method=settings.method),
+            kept=configuration.kept_settings(run_dir, HOW_IT_RUNS),
         )
     except Exception as error:
         if any((*run_dir.glob("state.json"), *run_dir.glob("points/*/state.json"))):

@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from evopress.config import kept_settings
 from evopress.counted import HOW_IT_RUNS, counted, counted_before
 from evopress.data.tokens import tokens_digest
 from evopress.earlier_versions import refine_without_later
@@ -83,11 +83,13 @@ def read_finished(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
+def stages_done(settings: RunSettings, run_dir: Path, kept: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
     """Return the stages that finished runs of the same settings, model and text have done in a folder.
 
     `stages` and `resume` may differ; what follows the stage refine is done only where that one is, if it is asked for. What changed
     in place, under the same path, is known by its content.
+
+    Args: kept: of `HOW_IT_RUNS`, what the folder's own config has, by which digests of earlier versions are known.
     """
     finished = read_finished(run_dir)
     try:
@@ -95,7 +97,7 @@ def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
     except EvoPressError:
         return []
     stages = finished.get("stages")
-    if not isinstance(stages, list) or not _are_of(finished, settings, run_dir):
+    if not isinstance(stages, list) or not _are_of(finished, settings, kept):
         return []
     there = finished["contents"] if "contents" in finished else _of_database(result)
     known = [stage for stage in STAGES if stage in stages]
@@ -112,10 +114,10 @@ def stages_done(settings: RunSettings, run_dir: Path) -> list[str]:
     return [stage for stage in known if stage != "evaluate" or result.get("rows")]
 
 
-def _are_of(finished: Mapping[str, Any], settings: RunSettings, run_dir: Path) -> bool:
+def _are_of(finished: Mapping[str, Any], settings: RunSettings, kept: Mapping[str, Any]) -> bool:
     """Tell whether what is written of a finished run was written with these settings, by this version or an earlier one."""
     digest = finished.get("settings")
-    return digest == settings_digest(settings) or digest in _digests_before(settings, run_dir)
+    return isinstance(digest, str) and (digest == settings_digest(settings) or digest in _digests_before(settings, kept))
 
 
 def best_fitness(run_dir: Path) -> float:
@@ -180,19 +182,15 @@ def settings_digest(settings: RunSettings) -> str:
     return _digest(counted(asdict(settings)))
 
 
-def _digests_before(settings: RunSettings, run_dir: Path) -> set[str]:
-    """Return the digests that earlier versions made of these settings, had the run in a folder been followed and kept as it was.
+def _digests_before(settings: RunSettings, kept: Mapping[str, Any]) -> set[str]:
+    """Return the digests that earlier versions made of these settings, had the run been followed and kept as its config says.
 
     They counted the level database's, the first ones also those of tracker, paths and threads.
     """
     values = asdict(settings)
     now = {key: values[key] for key in HOW_IT_RUNS}
     plain = {"tracker": asdict(TrackerSettings()), "paths": asdict(PathsSettings()), "threads": None}
-    return {
-        _digest(counted_before({**values, **how, **uncounted}))
-        for how in (now, {**now, **kept_settings(run_dir, HOW_IT_RUNS)})
-        for uncounted in ({}, plain)
-    }
+    return {_digest(counted_before({**values, **how, **uncounted})) for how in (now, {**now, **kept}) for uncounted in ({}, plain)}
 
 
 def _digest(values: Mapping[str, Any]) -> str:

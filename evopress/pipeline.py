@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from evopress.finished import begin_again, best_fitness, finish, read_finished, stages_done
@@ -64,6 +65,7 @@ def run(
     command: str,
     environment: dict[str, Any],
     paper: RunSettings | None = None,
+    kept: Mapping[str, Any] = MappingProxyType({}),
 ) -> float:
     """Run the stages that the settings name and return the fitness of what was found, on search text (NaN without a search).
 
@@ -76,6 +78,7 @@ def run(
         command: what was typed, for the report.
         environment: versions and machine, for the report.
         paper: the same run at the paper's size, to say what that would cost.
+        kept: how the run in the folder has run so far, as `stages_done` takes it.
     """
     picks = settings.pick is not None
     if picks:
@@ -128,9 +131,9 @@ def run(
     if settings.dry_run:
         logger.info("dry run: nothing was built or searched; leave dry_run out to run it")
         return float("nan")
-    done, earlier = stages_done(settings, run_dir), read_finished(run_dir)
+    done, earlier = stages_done(settings, run_dir, kept), read_finished(run_dir)
     # A genome that is looked at beside a finished run's own leaves that run finished.
-    aside = settings.genome is not None and bool(stages_done(replace(settings, genome=None), run_dir))
+    aside = settings.genome is not None and bool(stages_done(replace(settings, genome=None), run_dir, kept))
     begin()
     open_for_all(workspace)
     if not aside:

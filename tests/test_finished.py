@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from evopress import finished
+from evopress.config import kept_settings
 from evopress.counted import HOW_IT_RUNS, counted_before
 from evopress.finished import best_fitness, settings_digest, stages_done
 from evopress.settings import (
@@ -115,8 +116,10 @@ def test_a_run_whose_earlier_version_counted_that_is_known_by_what_its_folder_ke
     for counting in (then, uncounted):
         write_finished(tmp_path, finished._digest(counted_before(asdict(counting))))
         OmegaConf.save(OmegaConf.create(kept), tmp_path / ".hydra" / "config.yaml")
-        assert stages_done(replace(settings, level_db=MOVED), tmp_path) == ["search"]
-        assert stages_done(replace(settings, level_db=MOVED, seed=1), tmp_path) == []
+        there = kept_settings(tmp_path, HOW_IT_RUNS)
+        assert stages_done(replace(settings, level_db=MOVED), tmp_path, there) == ["search"]
+        assert stages_done(replace(settings, level_db=MOVED, seed=1), tmp_path, there) == []
         (tmp_path / ".hydra" / "config.yaml").write_text("{")
+        assert kept_settings(tmp_path, HOW_IT_RUNS) == {}
         assert stages_done(replace(settings, level_db=MOVED), tmp_path) == []
         assert stages_done(then, tmp_path) == ["search"]

@@ -51,8 +51,7 @@ MAY_IMPORT = {
     "stages": VOCABULARY
     | {"endings", "ranks", "room", "compress", "models", "data", "levels", "fitness", "search", "settings"}
     | {"methods", "workspace", "baselines", "evaluation", "export", "reporting"},
-    "finished": VOCABULARY
-    | {"config", "counted", "earlier_versions", "data", "levels", "reporting", "settings", "stages", "workspace"},
+    "finished": VOCABULARY | {"counted", "earlier_versions", "data", "levels", "reporting", "settings", "stages", "workspace"},
     "pipeline": VOCABULARY | {"finished", "methods", "reporting", "settings", "stages", "workspace"},
     "library": VOCABULARY
     | {"machine", "models", "data", "evaluation", "export", "reporting", "room", "search", "settings", "stages", "workspace"},
