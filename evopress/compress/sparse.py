@@ -21,7 +21,7 @@ from evopress.errors import EvoPressError
 from evopress.units import Level
 
 _RUN = 2**22
-"""Weights that are gathered or scattered together on a CPU."""
+"""Weights that are gathered, scattered or sorted together: what tells where they are takes some 16 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Sparse:
         """Return the weight, [R, C]: kept values bit for bit, 0 elsewhere."""
         weight = torch.zeros(self.mask.shape, dtype=self.values.dtype, device=self.values.device)
         if self.mask.device.type != "cpu":
-            return weight.masked_scatter_(self.mask, self.values)
+            return _scattered(weight, self.mask, self.values)
         start = 0
-        for rows in _runs(self.mask):
+        for rows in runs(self.mask):
             where = _positions(self.mask[rows])
             _bits(weight[rows]).view(-1).scatter_(0, where, _bits(self.values[start : start + len(where)]))
             start += len(where)
@@ -51,15 +51,32 @@ class Sparse:
     def of(cls, W: Tensor, mask: Tensor, dtype: torch.dtype) -> Sparse:
         """Keep what a mask bool [R, C] names of W [R, C], rounded to `dtype`."""
         if mask.device.type != "cpu":
-            return cls(mask=mask, values=W[mask].to(dtype))
-        kept = [_bits(W[rows]).reshape(-1).index_select(0, _positions(mask[rows])).view(W.dtype).to(dtype) for rows in _runs(mask)]
+            return cls(mask=mask, values=_gathered(W, mask, dtype))
+        kept = [_bits(W[rows]).reshape(-1).index_select(0, _positions(mask[rows])).view(W.dtype).to(dtype) for rows in runs(mask)]
         return cls(mask=mask, values=torch.cat(kept))
 
 
-def _runs(mask: Tensor) -> Iterator[slice]:
-    """Split the rows of a mask into runs whose positions take little memory."""
-    count = max(_RUN // mask.shape[1], 1)
-    return (slice(start, start + count) for start in range(0, mask.shape[0], count))
+def runs(weight: Tensor) -> Iterator[slice]:
+    """Split the rows of a weight, or of its mask, [R, C], into runs whose positions take little memory."""
+    count = max(_RUN // weight.shape[1], 1)
+    return (slice(start, start + count) for start in range(0, weight.shape[0], count))
+
+
+def _scattered(weight: Tensor, mask: Tensor, values: Tensor) -> Tensor:
+    """Put values [kept] where a mask bool [R, C] is true of a weight [R, C], which is changed, and return it: on a GPU."""
+    if mask.numel() <= _RUN:
+        return weight.masked_scatter_(mask, values)
+    counts = torch.stack([mask[rows].sum() for rows in runs(mask)]).tolist()  # the device is waited for once
+    for rows, part in zip(runs(mask), values.split(counts), strict=True):
+        weight[rows].masked_scatter_(mask[rows], part)
+    return weight
+
+
+def _gathered(W: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values of W [R, C] where a mask bool [R, C] is true, rounded to `dtype`, row by row: on a GPU."""
+    if mask.numel() <= _RUN:
+        return W[mask].to(dtype)
+    return torch.cat([W[rows][mask[rows]].to(dtype) for rows in runs(mask)])
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -255,12 +272,12 @@ def distribute(total: int, sizes: Sequence[int]) -> list[int]:
 def lowest(scores: Tensor, count: int) -> Tensor:
     """Mark exactly the `count` lowest scores, the earlier index first among equal ones.
 
-    Args: scores float [n], finite. Returns: bool [n].
+    Args: scores float32 [n], finite and at least 0. Returns: bool [n].
     """
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if scores.is_cuda:
-        threshold = scores.sort().values[count - 1]
+        threshold = _bisected(scores, count) if scores.numel() > _RUN else scores.sort().values[count - 1]
     else:  # torch's selection on a CPU takes a hundred times as long
         threshold = torch.from_numpy(np.partition(scores.numpy(), count - 1))[count - 1]
     marked = scores <= threshold
@@ -269,6 +286,22 @@ def lowest(scores: Tensor, count: int) -> Tensor:
         ties = (scores == threshold).nonzero().squeeze(1)
         marked[ties[len(ties) - surplus :]] = False
     return marked
+
+
+def _bisected(scores: Tensor, count: int) -> Tensor:
+    """Return the lowest of some scores that so many are no higher than, float32 []; nothing is sorted or waited for.
+
+    The bits of floats at least 0, read as integers, are in the order of the floats: each step halves a range of 2^31 of them.
+
+    Args: scores float32 [n], at least 0.
+    """
+    bits = scores.view(torch.int32)
+    low, high = torch.zeros((), dtype=torch.int32, device=scores.device), bits.max()
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        are_enough = (bits <= middle).sum() >= count
+        low, high = torch.where(are_enough, low, middle + 1), torch.where(are_enough, middle, high)
+    return high.view(torch.float32)
 
 
 def to_float32(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -163,6 +163,35 @@ def test_values_are_kept_and_put_back_as_indexing_by_the_mask_does(run, share, d
     assert torch.equal(payload.decode(), torch.zeros(5, 7, dtype=dtype).masked_scatter(mask, payload.values))
 
 
+@pytest.mark.parametrize("run", [1, 7, 12, 2**22])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_s_way_to_keep_values_and_put_them_back_is_as_the_mask_does(run, share, dtype, monkeypatch):
+    monkeypatch.setattr(sparse, "_RUN", run)
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(7, 5, generator=generator).T
+    mask = torch.rand(5, 7, generator=generator) < share
+    values = sparse._gathered(W, mask, dtype)
+    assert torch.equal(values, W[mask].to(dtype))
+    zeros = torch.zeros(5, 7, dtype=dtype)
+    assert torch.equal(sparse._scattered(zeros.clone(), mask, values), zeros.masked_scatter(mask, values))
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 3.0000000054977558e38, width=32), min_size=1, max_size=60), st.data())
+def test_a_score_that_so_many_are_no_higher_than_is_found_by_its_bits(values, data):
+    count = data.draw(st.integers(1, len(values)))
+    found = sparse._bisected(torch.tensor(values), count)
+    assert found.dtype == torch.float32 and float(found) == sorted(values)[count - 1]
+
+
+def test_it_is_found_in_one_array_of_many_ties_and_of_none():
+    generator = torch.Generator().manual_seed(0)
+    for scores in (torch.rand(20_000, generator=generator), torch.randint(4, (20_000,), generator=generator).float()):
+        for count in (1, 2, 9_999, 19_999, 20_000):
+            assert float(sparse._bisected(scores, count)) == float(scores.sort().values[count - 1])
+
+
 def test_a_kept_zero_stays_kept():
     payload = Sparse.of(torch.tensor([[0.0, 1.0], [2.0, -0.0]]), torch.tensor([[True, False], [True, True]]), torch.float32)
     assert payload.values.numel() == 3
