@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evopress.compress.compressor import Compressed, with_errors
-from evopress.compress.sparse import Sparse, SparsityLevels, distribute, to_float32
+from evopress.compress.sparse import Sparse, SparsityLevels, distribute, runs, to_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,19 @@ def wanda(weights: Mapping[str, Tensor], H: Tensor, kept: Mapping[str, Sequence[
     results: dict[str, Sequence[Compressed]] = {}
     for name, W in to_float32(weights, H.device).items():
         rows, columns = W.shape
-        order = wanda_scores(W, H).argsort(dim=1, stable=True)
-        ranks = torch.empty_like(order).scatter_(1, order, torch.arange(columns, device=W.device).expand(rows, -1))
         original = weights[name].to(H.device)
-        payloads = []
-        for count in kept[name]:
-            pruned = torch.tensor(distribute(W.numel() - count, [columns] * rows), device=W.device)
-            payloads.append(Sparse.of(original, ranks >= pruned.unsqueeze(1), original.dtype))
+        first_kept = [torch.tensor(distribute(W.numel() - count, [columns] * rows), device=W.device) for count in kept[name]]
+        masks = [torch.empty(W.shape, dtype=torch.bool, device=W.device) for _ in first_kept]
+        for run in runs(W):
+            ranks = _ranks(wanda_scores(W[run], H))
+            for mask, first in zip(masks, first_kept, strict=True):
+                torch.ge(ranks, first[run].unsqueeze(1), out=mask[run])
+        payloads = [Sparse.of(original, mask, original.dtype) for mask in masks]
         results[name] = with_errors(payloads, W, H)
     return results
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Return the place of each score among those of its row, int64 [R, C], the lowest first, the earlier among equal ones."""
+    order = scores.argsort(dim=1, stable=True)
+    return torch.empty_like(order).scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from evopress.compress import sparse
 from evopress.compress.magnitude import magnitude
 from evopress.compress.wanda import Wanda, wanda, wanda_scores
 
@@ -30,6 +31,17 @@ def test_counts_are_exact_and_rows_differ_by_one_at_most(constant):
         rows = result.payload.mask.sum(1)
         assert int(rows.sum()) == kept
         assert int(rows.max() - rows.min()) <= 1
+
+
+@pytest.mark.parametrize("run", [1, 25, 2**22])
+def test_some_rows_at_a_time_are_pruned_as_all_at_once(run, monkeypatch):
+    monkeypatch.setattr(sparse, "_RUN", run)
+    W = torch.randint(-3, 4, (7, 11), generator=torch.Generator().manual_seed(0)).float()
+    counts = [77, 60, 33, 5, 0]
+    ranks = wanda_scores(W, torch.eye(11)).argsort(dim=1, stable=True).argsort(dim=1)
+    for count, level in zip(counts, wanda({"w": W}, torch.eye(11), {"w": counts})["w"], strict=True):
+        pruned = torch.tensor(sparse.distribute(77 - count, [11] * 7)).unsqueeze(1)
+        assert torch.equal(level.payload.mask, ranks >= pruned)
 
 
 def test_never_active_inputs_go_first():
