@@ -24,7 +24,7 @@ from torch import Tensor
 from evopress.compress.compressor import Compressed, Compressor
 from evopress.errors import EvoPressError
 from evopress.files import make_folder, sync_folder
-from evopress.levels.calibration import activations_of, propagate
+from evopress.levels.calibration import activations_of, propagate, room_for_walks
 from evopress.levels.compressing import Walking, compress_units, hessians_of, named
 from evopress.levels.hessians import BlockHessians
 from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
@@ -195,10 +195,10 @@ def _walk(
     walked = range(unseen[-1] + 1 if unseen else 0)  # blocks that activations must pass or enter, the head after them
     units = {unit.name: unit for unit in plan_space(blocks, compressor, method=settings.method).units}
     batch, mine = part(len(tokens), max(settings.batch_tokens // tokens.shape[1], 1)), shares(len(tokens))
-    buffer = activations_of(folder, settings.activations, blocks, tokens, batch, mine) if unseen else torch.empty(0)
-    walking = Walking(buffer, batch, correction=settings.correction, mine=mine)
-    if unseen and settings.corrects:
-        walking.dense = activations_of(folder, settings.activations, blocks, tokens, batch, mine)
+    walks = (2 if settings.corrects else 1) if unseen else 0
+    found = room_for_walks(folder, settings.activations, blocks, tokens, mine, walks=walks) if walks else []
+    buffer, *dense = [activations_of(room, blocks, tokens, batch, mine) for room in found] or [torch.empty(0)]
+    walking = Walking(buffer, batch, correction=settings.correction, mine=mine, dense=dense[0] if dense else None)
     for index in track(sorted({*missing, *walked}), "building the level database"):
         with blocks.on_device(index):
             if index in missing:

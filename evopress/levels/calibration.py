@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -61,7 +62,8 @@ def _complete(
     blocks: BlockModel, store: HessianStore, missing: Sequence[int], tokens: Tensor, batch_tokens: int, activations: str
 ) -> None:
     batch, mine = part(len(tokens), max(batch_tokens // tokens.shape[1], 1)), shares(len(tokens))
-    buffer = activations_of(store.folder, activations, blocks, tokens, batch, mine)
+    (room,) = room_for_walks(store.folder, activations, blocks, tokens, mine)
+    buffer = activations_of(room, blocks, tokens, batch, mine)
     for index in track(range(missing[-1] + 1), "computing Hessians"):
         with blocks.on_device(index):
             if index in missing:
@@ -71,21 +73,31 @@ def _complete(
                 propagate(blocks, index, buffer, batch, {}, mine=mine)
 
 
-def activations_of(
-    folder: Path, where: str, blocks: BlockModel, tokens: Tensor, batch: int, mine: Sequence[range] | None = None
-) -> Tensor:
-    """Return the hidden states that enter the first block, [n, L, d], in memory or in a file that nobody else sees.
+def room_for_walks(
+    folder: Path, where: str, blocks: BlockModel, tokens: Tensor, mine: Sequence[range] | None = None, *, walks: int = 1
+) -> list[Tensor]:
+    """Return room for the hidden states [n, L, d] of each of some walks, in memory or in a file that nobody else sees.
+
+    All of them lie in the same place, of which is decided once: whoever plans asks about all of them, too.
+
+    Args: mine: as in `activations_of`.
+    """
+    count = len(tokens) if mine is None else mine[-1].stop - mine[0].start
+    shape = (walks, count, tokens.shape[1], blocks.hidden_size)
+    if where == "disk":
+        whole = _mapped(temporary_beside(folder / "activations"), math.prod(shape), blocks.dtype).reshape(shape)
+    else:
+        whole = room_for_activations(shape, blocks.dtype, blocks.device)
+    return list(whole)
+
+
+def activations_of(buffer: Tensor, blocks: BlockModel, tokens: Tensor, batch: int, mine: Sequence[range] | None = None) -> Tensor:
+    """Put the hidden states that enter the first block into a buffer [n, L, d], and return it.
 
     Args: mine: see `shares`: those sequences alone; None: all, which are one share.
     """
     mine = [range(len(tokens))] if mine is None else list(mine)
     tokens = tokens[mine[0].start : mine[-1].stop]
-    shape = (*tokens.shape, blocks.hidden_size)
-    if where == "disk":
-        count = tokens.numel() * blocks.hidden_size
-        buffer = _mapped(temporary_beside(folder / "activations"), count, blocks.dtype).reshape(shape)
-    else:
-        buffer = room_for_activations(shape, blocks.dtype, blocks.device)
 
     def fill() -> None:
         finite = []

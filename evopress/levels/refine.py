@@ -28,7 +28,7 @@ from torch import Tensor
 from evopress.compress.compressor import Compressed, Compressor
 from evopress.files import explained, make_folder
 from evopress.levels.build import _check_names_are_free, _finished_blocks, _opened
-from evopress.levels.calibration import activations_of, propagate
+from evopress.levels.calibration import activations_of, propagate, room_for_walks
 from evopress.levels.compressing import Walking, compress_units, hessians_of
 from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
 from evopress.levels.live import Live, part_held
@@ -209,11 +209,12 @@ class _Walk:
         walked = range(missing[-1] + 1 if missing else 0)
         if walked:
             judge = make_judge()
+            room, *further = self._room()
             with part_held(self.live, embedding, None if embedding is None else self.live.levels_in(self.genome, embedding)):
-                buffer = self._activations()
+                buffer = activations_of(room, self.blocks, self.tokens, self.batch, self.mine)
             walking = Walking(buffer, self.batch, correction=self.settings.correction, mine=self.mine)
-            if walking.correction:
-                walking.dense = self._activations()
+            for room in further:
+                walking.dense = activations_of(room, self.blocks, self.tokens, self.batch, self.mine)
         loss: float | None = None  # of the model as it is where the walk has come to
         for index in track(walked, "refining the model"):
             if index in entries:
@@ -258,8 +259,10 @@ class _Walk:
         )
         (self.folder / JOURNAL).unlink(missing_ok=True)
 
-    def _activations(self) -> Tensor:
-        return activations_of(self.folder, self.settings.activations, self.blocks, self.tokens, self.batch, self.mine)
+    def _room(self) -> list[Tensor]:
+        """Return room for the activations of the compressed model and, where weights are corrected, of the dense one."""
+        walks = 2 if self.settings.correction else 1
+        return room_for_walks(self.folder, self.settings.activations, self.blocks, self.tokens, self.mine, walks=walks)
 
     def _compress(self, index: int, walking: Walking) -> tuple[list[Encoded], dict[str, Tensor]]:
         """Compress what can gain of a block, or the head, for what enters it, and what its own levels make of that.

@@ -16,6 +16,7 @@ from evopress.files import explained
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.suffix import SuffixLoss
+from evopress.levels.passage import held_on_host, stay_on_device
 from evopress.levels.plan import CORRECTED_FORWARDS, WalkSettings, batch_of, compressing_share, part_bytes
 from evopress.levels.refine import ensure_refined, folder_of, inexact_units, refined_units, steps_of
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase
@@ -82,12 +83,15 @@ def refine_needs(planner: Planner) -> Needs:
     )
     planner.hold(needs, 1, min(planner.settings.fitness.max_tokens_in_flight, judged))
     batch = batch_of(calibration, level_db.batch_tokens)
-    held = planner.states(judging.numel() + 2 * judged + (walking * tokens if in_memory else 0))  # base, states twice
+    held = planner.states(judging.numel() + 2 * judged)  # base, states twice
+    activations = planner.states(walking * tokens) if in_memory else 0
+    beside = stay_on_device(activations, workspace.blocks.device)
+    held += 0 if beside else held_on_host(activations, workspace.blocks.device)
     compressor, length = workspace.databases.compressor, calibration.shape[1]
     text: dict[str, Any] = {"batch": batch, "length": length, "corrects": corrected, "settled": lambda unit: unit.levels[0]}
     working = max(part_bytes(workspace.blocks, units, compressor, **text) for units in parts)
     kept = planner.levels_kept * (1 if planner.space.untied is None else 2)  # the search's, and those of weights that are not tied
-    planner.put(needs, kept + working, host=held)
+    planner.put(needs, kept + working + (activations if beside else 0), host=held)
     return needs
 
 

@@ -22,7 +22,7 @@ from evopress.compress.gptq import GPTQ
 from evopress.compress.hessian import SingularHessianError
 from evopress.errors import EvoPressError
 from evopress.files import sha256_file
-from evopress.levels import build, locking, plan
+from evopress.levels import build, locking, passage, plan
 from evopress.levels.build import ensure_database
 from evopress.levels.calibration import collect_hessians, weights_placed
 from evopress.levels.plan import database_bytes, plan_space
@@ -587,3 +587,15 @@ def test_what_is_given_up_is_not_planned(build_settings, tmp_path, llama, ids):
 
     assert 9 < bytes_of(None) < 10, "the three levels of the three units that share the first input"
     assert 10 < bytes_of("3") < 11, "of the two that share the third, beside one level of the four units before"
+
+
+def test_where_both_walks_activations_lie_is_asked_once_and_as_it_is_planned(
+    tmp_path, build_settings, llama, ids, compressor, monkeypatch
+):
+    asked = {"plan": [], "passage": []}
+    for module in (plan, passage):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, "stay_on_device", lambda size, device, name=name: asked[name].append(size) or False)
+    settings = replace(build_settings(tmp_path, propagate="2", recipe={"correction": 0.5}), correction=0.5)
+    ensure_database(settings, llama, ids, compressor)
+    assert asked["plan"] == asked["passage"] == [2 * ids.numel() * llama.hidden_size * 4]
