@@ -23,6 +23,8 @@ READABLE = {"mxfp4": "MXFP4", "fp8": "FP8", "mxfp8": "MXFP8"}
 """What transformers can dequantize while it loads, on any machine: `quant_method` to its name."""
 _QUANTIZATION = "quantization_config"
 _QUANTIZED_KEY = re.compile(r"quant|compression_config", re.IGNORECASE)
+_CODEC_KEY = re.compile(r"quantizers|quantizer_dropout|vector_quantization|quantization_(dim|levels)|quantile", re.IGNORECASE)
+"""Sizes of audio codecs and of heads for quantiles, which have nothing to do with how weights are stored."""
 _DTYPES = ("F16", "BF16", "F32", "F64")
 """Of weights and biases that are no codes."""
 _QUANTIZED_TENSOR = re.compile(
@@ -99,7 +101,8 @@ def _marks(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     """Yield the entries of a config, and of what it holds, that say that the weights are quantized."""
     for key, value in config.items():
         codes = key in ("dtype", "torch_dtype") and re.search(r"float[468]_|int\d", str(value))
-        if codes or (_QUANTIZED_KEY.search(key) and value and str(value).lower() != "none"):
+        named = _QUANTIZED_KEY.search(key) and not _CODEC_KEY.search(key)
+        if codes or (named and value and str(value).lower() != "none"):
             yield key, value
         elif isinstance(value, dict):
             yield from ((f"{key}.{inner}", mark) for inner, mark in _marks(value))

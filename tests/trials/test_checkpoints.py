@@ -89,6 +89,18 @@ def test_a_mark_in_the_config_counts_whatever_its_key(config: dict[str, Any], ch
         find_weights(checkpoint(**config))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"audio_encoder_config": {"num_quantizers": 32, "vector_quantization_hidden_dimension": 256}},
+        {"num_semantic_quantizers": 1, "quantization_levels": [8, 8], "quantizer_dropout": 0.1},
+        {"quantiles": [0.1, 0.5, 0.9]},
+    ],
+)
+def test_sizes_of_an_audio_codec_are_no_mark(config: dict[str, Any], checkpoint: Callable[..., Path]) -> None:
+    assert find_weights(checkpoint(**config))
+
+
 @pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "quant_model_description.json"])
 def test_a_mark_in_a_file_counts_whatever_its_name(name: str, checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint()
