@@ -274,7 +274,7 @@ def _defaults_then(folder: Path, *, given: list[str]) -> list[str]:
     keys = {argument.split("=", 1)[0].lstrip("+") for argument in given}
     try:
         config = OmegaConf.load(folder / ".hydra" / "config.yaml")
-        changed = defaults_of(configuration.plain_dict(config)) if isinstance(config, DictConfig) else {}
+        changed = defaults_of(configuration.plain_dict(config), given) if isinstance(config, DictConfig) else {}
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):  # what it then composes is compared with what it did
         return []
     return [f"{key}={'null' if value is None else value}" for key, value in changed.items() if key not in keys]

@@ -111,10 +111,12 @@ def refine_without_later(values: Mapping[str, Any]) -> dict[str, Any]:
     return _without(values, _REFINE)
 
 
-def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def defaults_of(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return the defaults that have changed since the version that composed a run's config, as that run had them.
 
-    Args: config: the composed config that lies in its folder.
+    Args:
+        config: the composed config that lies in its folder.
+        overrides: what is typed, then or now.
 
     Returns: settings by their dotted keys; none for a run of this version.
     """
@@ -129,6 +131,8 @@ def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
         and strategy.get("name") == "evolution"
     ):
         had["search/strategy"] = "evolution"
+    if any(override.lstrip("+") == "search=super_fast" for override in overrides) and search.get("exchange") == "size":
+        had["search.exchange"] = "size"
     if "bos" in model:
         return had
     had |= {

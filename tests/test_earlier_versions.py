@@ -73,6 +73,13 @@ def test_the_defaults_of_an_earlier_run_are_its_own() -> None:
     assert defaults_of(config | {"scale": {"name": "small"}})["scale.refine"] is False, "it is not refined unless asked now"
 
 
+def test_super_fast_exchanged_within_a_size() -> None:
+    config = {"model": {"bos": "auto"}, "search": {"exchange": "size"}}
+    assert defaults_of(config, ["+method=drop", "search=super_fast"]) == {"search.exchange": "size"}
+    assert defaults_of(config, ["search=fast"]) == {}
+    assert defaults_of({**config, "search": {"exchange": "any"}}, ["search=super_fast"]) == {}
+
+
 def test_options_that_only_named_values_are_written_as_values() -> None:
     typed = ["search/mutation=constant_15", "+search/first_stage=64_tokens", "seed=1", "search=super_fast"]
     assert as_written_now(typed) == [

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 from evopress.errors import EvoPressError
-from evopress.json_files import shown
+from evopress.json_files import clip, shown
 from evopress.reporting.generations import read_generations
 from evopress.reporting.records import read_document, read_genome
+from evopress.search.evolution import SearchSettings
 from evopress.search.strategy import Problem, Searching
 from evopress.stages.baselines import baselines_as_asked, changes, read_baselines, what_decides_fitness
 from evopress.stages.exports import refuse_nothing_to_export
@@ -41,12 +45,22 @@ def refuse_other_settings(workspace: Workspace, searching: Searching) -> None:
         raise EvoPressError(f"{path} is damaged: its settings are {shown(there)}; restore it, or remove it to search again")
     changed = changes(there, what_decides_fitness(workspace, text=again))
     changed += changes({"search.strategy": strategy_in(state)}, {"search.strategy": searching.strategy})
+    own = ""
     if isinstance(numbers, dict) and isinstance(numbers.get("settings"), dict):  # what is damaged, `go_on` tells
         changed += changes(numbers["settings"], searching.identity())
+        own = _to_type(numbers["settings"], searching.identity())
     if changed:
         raise EvoPressError(
-            f"the search in {path.parent} had other settings ({'; '.join(changed)}): resume it with its own, or start a new run"
+            f"the search in {path.parent} had other settings ({'; '.join(changed)}): resume it with its own{own}, or "
+            "start a new run"
         )
+
+
+def _to_type(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Return what gives a search the numbers that it had, in brackets; nothing where no setting does."""
+    keys = [each.name for each in fields(SearchSettings) if each.name in here and each.name in there]
+    typed = [f"search.{key}={'null' if there[key] is None else clip(str(there[key]))}" for key in keys if there[key] != here[key]]
+    return f" ({' '.join(typed)})" if typed else ""
 
 
 def refuse_other_work(workspace: Workspace, searching: Searching) -> None:

@@ -49,3 +49,16 @@ def test_an_earlier_run_may_name_points_of_a_sweep_as_options(
     assert (config.search.distribution, config.search.max_switches) == ("constant", 7)
     refused = evopress(f"resume={folder}", stages, "search.max_switches=3")
     assert refused.code == 1 and "max_switches" in refused.errors[0]
+
+
+def test_an_earlier_run_keeps_its_exchange(tiny: Callable[..., Any], evopress: Callable[..., Any], tmp_path: Path) -> None:
+    """Of search=super_fast, which trades between sizes now; who types another is told what to type."""
+    folder, exchange, stages = tmp_path / "run", "search.exchange=size", "stages=[database,search]"
+    assert tiny("search=super_fast", "search/strategy=evolution", exchange, stages).code == 0
+    kept = json.loads((folder / ".hydra" / "overrides.json").read_text())
+    kept["overrides"].remove(exchange)
+    write_json(folder / ".hydra" / "overrides.json", kept)
+    again = evopress(f"resume={folder}", stages)
+    assert again.code == 0, again.text
+    refused = evopress(f"resume={folder}", stages, "search.exchange=any")
+    assert refused.code == 1 and "resume it with its own (search.exchange=size), or" in refused.errors[0]
