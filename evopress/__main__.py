@@ -326,7 +326,7 @@ def _job(config: DictConfig) -> float:
     configuration.register()  # in the process that a launcher starts for the job, nobody has
     folder = Path(HydraConfig.get().runtime.output_dir)
     folder = _linked.get(folder, folder)
-    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    multirun, finished_at = HydraConfig.get().mode == RunMode.MULTIRUN, jobs.finished_at(folder)
     try:
         with run_folder.held(folder):
             if ranks.asked_for() and not ranks.launched():  # a launcher's process, which the others do not know
@@ -348,7 +348,8 @@ def _job(config: DictConfig) -> float:
     _failures.append(str(told))
     if not multirun:
         sys.exit(1)
-    jobs.note_failure(Path(HydraConfig.get().sweep.dir), folder, HydraConfig.get().overrides.task, str(told))
+    refused = finished_at is not None and jobs.finished_at(folder) == finished_at
+    jobs.note_failure(Path(HydraConfig.get().sweep.dir), folder, HydraConfig.get().overrides.task, str(told), refused=refused)
     if os.getpid() != _started_in:  # the command learns of it by this alone, when the launcher's jobs have all ended
         raise configuration.JobFailedError(str(told))
     return float("nan")

@@ -101,19 +101,26 @@ def show_jobs() -> None:
     print(f"\nthe jobs in {folder}:\n{as_text(jobs)}", flush=True)
 
 
-def note_failure(sweep: Path, job: Path, typed: Sequence[str], sentence: str) -> None:
+def note_failure(sweep: Path, job: Path, typed: Sequence[str], sentence: str, *, refused: bool = False) -> None:
     """Keep what a job said when it failed, for the table of its sweep.
 
     Args:
         sweep: folder of the sweep.
         job: folder of the job, made or not.
         typed: its overrides.
+        refused: what has finished in the job's folder is as it was.
     """
     name = _below(sweep, job)
     path = sweep / FAILED / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
     with suppress(EvoPressError, OSError):  # the sentence has been printed as well
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"schema": 1, "job": name, "typed": list(typed), "sentence": sentence})
+        write_json(path, {"schema": 1, "job": name, "typed": list(typed), "sentence": sentence, "refused": refused})
+
+
+def finished_at(job: Path) -> int | None:
+    """Return when what has finished in a job's folder was written down, in nanoseconds; None: nothing has."""
+    path = job / "finished.json"
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def read_jobs(sweep: Path) -> list[SweepJob]:
@@ -129,8 +136,15 @@ def read_jobs(sweep: Path) -> list[SweepJob]:
             finished = sweep / name / "finished.json"
             if finished.is_file() and finished.stat().st_mtime > path.stat().st_mtime:
                 continue  # it was gone on with since
+            if note.get("refused") and name in jobs and _decisive(typed_settings(typed)) <= _decisive(jobs[name].typed):
+                continue  # what it had found is there
             jobs[name] = SweepJob(name, typed_settings(typed), state=f"failed: {note.get('sentence')}")
     return [jobs[name] for name in sorted(jobs, key=_natural)]
+
+
+def _decisive(typed: Mapping[str, str]) -> set[tuple[str, str]]:
+    """Return what was typed of a job without what says nothing about what it finds."""
+    return {(key, value) for key, value in typed.items() if key.split(".")[0] not in (*NOT_COMPARED, "stages")}
 
 
 def own_row(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -189,7 +203,7 @@ def _read_job(sweep: Path, folder: Path) -> SweepJob:
     with suppress(EvoPressError):
         result = load_json(folder / "result.json")
         kl = held_out_kl(own_row(result) or {})[1] if isinstance(result, Mapping) else None
-    state = "finished" if (folder / "finished.json").is_file() else "not finished"
+    state = "not finished" if finished_at(folder) is None else "finished"
     return SweepJob(_below(sweep, folder), typed, None if kl is None else float(kl), state)
 
 
