@@ -387,7 +387,7 @@ def _finished_meanwhile(config: DictConfig, run_dir: Path) -> float | None:
     from evopress.models.opening import fitted
 
     try:
-        return _finished_before(fitted(configuration.to_settings(config)), run_dir)
+        return _finished_before(fitted(configuration.to_settings(_as_begun(config, run_dir)[0])), run_dir)
     except EvoPressError:  # the job is refused for being taken
         return None
 
@@ -405,9 +405,28 @@ def _finished_before(settings: RunSettings, run_dir: Path) -> float | None:
     return finished.best_fitness(run_dir)
 
 
+def _as_begun(config: DictConfig, run_dir: Path) -> tuple[DictConfig, list[str]]:
+    """Return the config of a job of a sweep with the defaults of the earlier version that began it, and overrides for them."""
+    typed = list(HydraConfig.get().overrides.task)
+    if HydraConfig.get().mode != RunMode.MULTIRUN or not run_folder.is_job_of(run_dir, typed):
+        return config, []
+    if not (defaults := _defaults_of(run_dir, typed)):
+        return config, []
+    as_begun = configuration.composed_with([*typed, *defaults])
+    return (config, []) if as_begun == config else (as_begun, defaults)
+
+
+def _defaults_of(folder: Path, typed: list[str]) -> list[str]:
+    """Return overrides for the defaults that a folder's run has of an earlier version, but those that are typed."""
+    keys = {each.split("=", 1)[0].lstrip("+") for each in typed}
+    kept = [each for each in run_folder.kept_defaults(folder) if each.split("=", 1)[0] not in keys]
+    return [*kept, *_defaults_then(folder, given=[*typed, *kept])]
+
+
 def _run(config: DictConfig, run_dir: Path) -> float:
     given = HydraConfig.get().overrides
-    overrides = [*(each for each in given.hydra if each.startswith("hydra.searchpath=")), *given.task]
+    config, defaults = _as_begun(config, run_dir)
+    overrides = [*(each for each in given.hydra if each.startswith("hydra.searchpath=")), *given.task, *defaults]
     there = run_folder.holds_a_run(run_dir)
     settings = configuration.to_settings(config)
     documents = {"config": configuration.with_numbers(config), "hydra": HydraConfig.instance().cfg, "overrides": overrides}
@@ -439,11 +458,14 @@ def _run(config: DictConfig, run_dir: Path) -> float:
         if settings.resume is not None and run_folder.looks_aside(run_dir, list(overrides)):
             return
         kept = run_folder.kept_with_own_stages(run_dir, overrides) if settings.resume is not None else list(overrides)
+        defaults = [each for each in _defaults_of(run_dir, run_folder.typed_in(run_dir) or []) if each in kept]
         run_folder.keep_config(run_dir, composed | {"overrides.yaml": OmegaConf.to_yaml(kept)})
-        run_folder.keep_overrides(run_dir, kept)
+        run_folder.keep_overrides(run_dir, kept, defaults=defaults)
         write_json(run_dir / "environment.json", environment)
 
     logger.info("run folder %s", _shown(run_dir))
+    if defaults:
+        logger.info("an earlier version began this job: it goes on with that version's defaults, %s", " ".join(defaults))
     for sentence in command_line.unused(overrides, strategy=settings.search.strategy.name):
         logger.warning(sentence)
     paper = configuration.at_paper_scale(config)

@@ -17,13 +17,15 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins import structured_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -218,6 +220,14 @@ def _check_keys(settings: Any, prefix: str = "") -> None:
             raise EvoPressError(f"{prefix}{key} is no setting: remove it, or did you mean {meant}?")
         if is_dataclass(value):
             _check_keys(value, f"{prefix}{key}.")
+
+
+def composed_with(overrides: Sequence[str]) -> DictConfig:
+    """Compose the config of the job that is at work again, with other overrides."""
+    config = GlobalHydra.instance().config_loader().load_sweep_config(HydraConfig.instance().cfg, list(overrides))
+    with read_write(config), open_dict(config):
+        del config["hydra"]
+    return config
 
 
 def at_paper_scale(config: DictConfig) -> RunSettings | None:

@@ -90,10 +90,33 @@ def keep_config(folder: Path, composed: Mapping[str, str]) -> None:
         write_bytes(folder / _OVERRIDES.with_name(name), text.encode())
 
 
-def keep_overrides(folder: Path, overrides: Sequence[str]) -> None:
-    """Keep the overrides of a run that begins; a run that was refused leaves those of Hydra's form alone."""
+def keep_overrides(folder: Path, overrides: Sequence[str], *, defaults: Sequence[str] = ()) -> None:
+    """Keep the overrides of a run that begins; a run that was refused leaves those of Hydra's form alone.
+
+    Args: defaults: those of them that nobody typed, the defaults of the earlier version that began the run.
+    """
     (folder / _OVERRIDES).parent.mkdir(exist_ok=True)
-    write_json(folder / _OVERRIDES, {"schema": 1, "overrides": list(overrides)})
+    also = {"defaults": list(defaults)} if defaults else {}
+    write_json(folder / _OVERRIDES, {"schema": 1, "overrides": list(overrides), **also})
+
+
+def kept_defaults(folder: Path) -> list[str]:
+    """Return the overrides of the folder's run that nobody typed, as `keep_overrides` was told them."""
+    with suppress(EvoPressError):
+        defaults = read_document(folder / _OVERRIDES, what="list of overrides").get("defaults")
+        return [str(each) for each in defaults] if isinstance(defaults, list) else []
+    return []
+
+
+def typed_in(folder: Path) -> list[str] | None:
+    """Return the overrides that were typed for a folder's run, in either form; None if there are none that can be read."""
+    there, defaults = _overrides_in(folder), kept_defaults(folder)
+    return None if there is None else [override for override in there if override not in defaults]
+
+
+def is_job_of(folder: Path, overrides: Sequence[str]) -> bool:
+    """Tell whether a folder's run is the job with these overrides: of the same settings, whatever the order."""
+    return (there := typed_in(folder)) is not None and _name(there) == _name(overrides)
 
 
 def kept_overrides(folder: Path) -> list[str] | None:
@@ -153,7 +176,7 @@ def job_folder(overrides: Sequence[str], sweep: Path) -> str:
     name = _name(overrides)
     for folder in () if (sweep / name).is_dir() else sorted(sweep.glob("*")):
         named = folder.name.isdecimal() or "=" in folder.name
-        if named and (there := _overrides_in(folder)) is not None and _name(there) == name:
+        if named and is_job_of(folder, overrides):
             return folder.name
     return name
 

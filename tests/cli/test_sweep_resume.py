@@ -213,6 +213,32 @@ def test_a_sweep_that_an_earlier_version_numbered_goes_on_in_its_folders(sweep: 
     assert sorted(path.name for path in sweep.iterdir() if path.is_dir()) == ["0", "1", JOB.format(bits="3.5", seed=2)]
 
 
+def test_a_sweep_that_an_earlier_version_began_goes_on_with_its_defaults(
+    evopress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantization was searched by evolution: jobs that it finished are, those that were killed go on, numbered ones too."""
+    command = (*NUMBERED[:4], "seed=0,1", "hydra.sweep.dir=sweep", *FEW)
+    begun = (*command, "search/strategy=evolution", "hydra.sweep.subdir=${hydra.job.num}")
+    original, calls = MinibatchFitness.__call__, itertools.count()
+    assert evopress(*begun[:4], "seed=0", *begun[5:]).code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(MinibatchFitness, "__call__", lambda *a, **k: (killed if next(calls) == 6 else original)(*a, **k))
+        assert evopress(*begun).code == 130
+    for seed in (0, 1):
+        hydra = tmp_path / "sweep" / str(seed) / ".hydra"
+        kept = [each for each in run_folder.kept_overrides(hydra.parent) if "search/strategy" not in each]
+        run_folder.keep_overrides(hydra.parent, kept)
+        (hydra / "overrides.yaml").write_text("".join(f"- {each}\n" for each in kept), encoding="utf-8")
+    outcome = evopress(*command)
+    assert outcome.code == 0, outcome.text
+    assert skipped(outcome) == ["sweep/0"]
+    assert "going on at generation" in outcome.text and "defaults, search/strategy=evolution" in outcome.text
+    again = evopress(*command)
+    assert again.code == 0 and skipped(again) == ["sweep/0", "sweep/1"], again.text
+    asked = evopress(*command, "search/strategy=guided")
+    assert asked.code == 0 and skipped(asked) == [], "another job, which is typed"
+
+
 # Model and text that change in place
 
 PLACED = ("-m", "+method=quant", "bits=3.5", "+debug=tiny", "seed=0", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=job", *FEW)
