@@ -459,7 +459,8 @@ def _run(config: DictConfig, run_dir: Path) -> float:
             return
         kept = run_folder.kept_with_own_stages(run_dir, overrides) if settings.resume is not None else list(overrides)
         defaults = [each for each in _defaults_of(run_dir, run_folder.typed_in(run_dir) or []) if each in kept]
-        run_folder.keep_config(run_dir, composed | {"overrides.yaml": OmegaConf.to_yaml(kept)})
+        typed = [each for each in kept if each not in defaults]
+        run_folder.keep_config(run_dir, composed | {"overrides.yaml": OmegaConf.to_yaml(typed)})
         run_folder.keep_overrides(run_dir, kept, defaults=defaults)
         write_json(run_dir / "environment.json", environment)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def expected_jobs(experiment: str) -> list[dict[str, str]]:
 def any_sweep(folder: Path) -> Sweep:
     """Read the jobs in the folder of any sweep; what was swept, or typed otherwise for some of the jobs, are the axes.
 
+    So are settings in which jobs differ though nobody typed them: defaults of another version.
+
     Raises: EvoPressError if there is no job, or two are the same.
     """
     typed = [job.typed for job in read_jobs(folder)]
@@ -68,8 +71,39 @@ def any_sweep(folder: Path) -> Sweep:
         raise EvoPressError(f"no job of a sweep lies in {folder}: give the folder that hydra.sweep.dir names")
     keys = list(dict.fromkeys(key for job in jobs for key in job if key.split(".")[0] not in NOT_COMPARED and key != "stages"))
     axes = [key for key in keys if len({job.get(key) for job in jobs}) > 1]
-    expected = [{key: job[key] for key in axes} for job in asked if all(key in job for key in axes)]
-    return read_sweep(folder, list(map(dict, dict.fromkeys(tuple(job.items()) for job in expected))), keys=axes, alike=False)
+    wanted = [{key: job[key] for key in axes} for job in asked if all(key in job for key in axes)]
+    expected = list(map(dict, dict.fromkeys(tuple(job.items()) for job in wanted)))
+    if not (untyped := _untyped_axes(folder, axes)):
+        return read_sweep(folder, expected, keys=axes, alike=False)
+    sweep = read_sweep(folder, (), keys=[*axes, *untyped], alike=False)
+    there = [{key: job.axes[key] for key in axes} for job in sweep.jobs]
+    return replace(sweep, missing=tuple(each for each in expected if each not in there))
+
+
+def _untyped_axes(folder: Path, axes: Sequence[str]) -> list[str]:
+    """Return the settings in which jobs of the same axes differ, whatever their seeds; of a choice its name if that says all."""
+    settings: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+    found: list[str] = []
+    for path in sorted(folder.glob("**/.hydra/overrides.yaml")):
+        with suppress(EvoPressError):
+            job = read_job(path.parent.parent, axes)
+            place = tuple(value for key, value in job.axes.items() if key != "seed")
+            settings.append((place, {key: value for key, value in _flat(counted(_resolved(job))) if not _within(key, set(_FREE))}))
+    while True:
+        first: dict[tuple[str, ...], dict[str, Any]] = {}
+        for place, mine in settings:
+            there = first.setdefault((*place, *(repr(mine.get(key)) for key in found)), mine)
+            keys = _in_order((there.keys() | mine.keys()) - set(found))
+            if (key := next((key for key in keys if there.get(key) != mine.get(key)), None)) is not None:
+                found.append(key)
+                break
+        else:
+            return found
+
+
+def _in_order(keys: Iterable[str]) -> list[str]:
+    """Sort settings by their names, but that of a choice before all that it decides."""
+    return sorted(keys, key=lambda key: (not key.endswith(".name"), key))
 
 
 def command_of_folder(folder: Path) -> str:
@@ -188,15 +222,18 @@ def _chosen(folder: Path, config: DictConfig, key: str) -> str:
     """Return what a job that was not told has for an axis: its setting, or the option of a config group."""
     path, parent = folder / ".hydra" / "hydra.yaml", key.rpartition(".")[0]
     is_setting = "/" not in key and (not parent or OmegaConf.select(config, parent) is not None)
-    chosen = OmegaConf.select(config, key) if is_setting else None
+    chosen = OmegaConf.select(config, key, default=earlier_value(key)) if is_setting else None
     if is_setting and not OmegaConf.is_dict(chosen):  # which is a group
         return f"[{','.join(map(str, chosen or ()))}]" if OmegaConf.is_list(chosen) else str(chosen)
     options = OmegaConf.select(OmegaConf.load(path), "hydra.runtime.choices") if path.is_file() else None
     written = as_written_now([f"{group}={option}" for group, option in (options or {}).items()])
     choices = {group: option for group, _, option in (line.partition("=") for line in written)}
-    if key not in choices:
+    if key in choices:
+        return choices[key]
+    name = key if key.endswith(".name") else f"{key.replace('/', '.')}.name"  # of a choice that earlier versions did not have
+    if (chosen := OmegaConf.select(config, name, default=earlier_value(name))) is None:
         raise EvoPressError(f"{folder / '.hydra'} does not say which {key} it is")
-    return choices[key]
+    return str(chosen)
 
 
 def _decided(key: str) -> set[str]:
@@ -221,8 +258,7 @@ def _refuse_others(
     """Raise EvoPressError if a job differs from the first one in a decisive setting that is not free; say it as it was told."""
     values = [{key: value for key, value in _flat(each) if not _within(key, free)} for each in decisive]
     for place, mine in enumerate(values):
-        keys = sorted(values[0].keys() | mine.keys(), key=lambda key: (not key.endswith(".name"), key))
-        for key in (key for key in keys if mine.get(key) != values[0].get(key)):
+        for key in (key for key in _in_order(values[0].keys() | mine.keys()) if mine.get(key) != values[0].get(key)):
             here, there = (dict(_flat(told[each])).get(key, earlier_value(key)) for each in (place, 0))
             raise EvoPressError(
                 f"the jobs are not of one sweep: {key} is {there} in {jobs[0].folder} and {here} in {jobs[place].folder}; move one "

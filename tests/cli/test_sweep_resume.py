@@ -235,6 +235,7 @@ def test_a_sweep_that_an_earlier_version_began_goes_on_with_its_defaults(
     assert "going on at generation" in outcome.text and "defaults, search/strategy=evolution" in outcome.text
     again = evopress(*command)
     assert again.code == 0 and skipped(again) == ["sweep/0", "sweep/1"], again.text
+    assert "strategy" not in (tmp_path / "sweep" / "jobs.csv").read_text(encoding="utf-8"), "nobody has typed it"
     asked = evopress(*command, "search/strategy=guided")
     assert asked.code == 0 and skipped(asked) == [], "another job, which is typed"
 

@@ -130,6 +130,32 @@ def test_a_swept_group_and_a_swept_method(tmp_path: Path) -> None:
     assert found.jobs[1].axes["model"] == "toy"
 
 
+def test_defaults_that_have_changed_on_the_way_are_an_axis(tmp_path: Path) -> None:
+    """Jobs of an earlier version, which had no such setting, are no seeds of what this one does."""
+    before = {"name": "quant"}
+    guided = {"tokens": [64], "strategy": {"name": "guided", "rounds": 5}}
+    write_job(tmp_path, "a", ["bits=3", "seed=0"], 1.0, bits=3, method=before, search={"tokens": [64]}, archive=True)
+    write_job(tmp_path, "b", ["bits=3", "seed=1"], 2.0, bits=3, method=before, search=guided, seed=1)
+    write_job(tmp_path, "c", ["bits=3", "seed=2"], 3.0, bits=3, method=before | {"recipe": "best"}, search=guided)
+    started(tmp_path, "bits=3", "seed=0,1,2,3")
+    found = any_sweep(tmp_path)
+    assert [tuple(job.axes.values()) for job in found.jobs] == [
+        ("0", "evolution", "paper"),
+        ("1", "guided", "paper"),
+        ("2", "guided", "best"),
+    ]
+    assert list(found.jobs[0].axes) == ["seed", "search.strategy.name", "method.recipe"]
+    assert list(found.missing) == [{"seed": "3"}] and found.unfinished == ()
+    make_table_of(tmp_path, out=tmp_path)
+    assert "search.strategy.name=guided method.recipe=paper" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_choice_that_earlier_versions_did_not_have_may_be_swept(tmp_path: Path) -> None:
+    write_job(tmp_path, "a", ["seed=0"], 1.0)
+    write_job(tmp_path, "b", ["seed=0", "search/strategy=guided"], 2.0, search={"strategy": {"name": "guided"}})
+    assert [job.axes for job in any_sweep(tmp_path).jobs] == [{"search/strategy": "evolution"}, {"search/strategy": "guided"}]
+
+
 def test_an_experiments_parameters_are_what_was_swept(tmp_path: Path) -> None:
     write_job(tmp_path, "a", ["seed=0", "+experiment=mine"], 1.0)
     started(tmp_path, "+experiment=mine", seed="0,1")
