@@ -11,7 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 _failures: list[str] = []
 _started_in = 0
 """Process of the command itself; a launcher's jobs run in others."""
+_told_defaults: set[Path] = set()
+"""Sweeps of which it was said that their jobs have not all the same defaults."""
 _linked: dict[Path, Path] = {}
 """Links that Hydra knows folders by, to the folders."""
 _NO_FOLDER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -65,6 +67,7 @@ def main() -> None:
     global _started_in
     _started_in = os.getpid()
     _failures.clear()
+    _told_defaults.clear()
     jobs.had_none()  # of an earlier command in this process
     entry = hydra.main(version_base="1.3", config_path=str(configuration.config_folder()), config_name="config")(_task)
     logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no reason for tracebacks
@@ -423,6 +426,22 @@ def _defaults_of(folder: Path, typed: list[str]) -> list[str]:
     return [*kept, *_defaults_then(folder, given=[*typed, *kept])]
 
 
+def _tell_other_defaults(config: DictConfig, sweep: Path) -> None:
+    """Say once what a job that begins has otherwise, for nobody typed it, than one that an earlier version did of its sweep."""
+    typed = list(HydraConfig.get().overrides.task)
+    done = next((path.parent for path in sorted(sweep.glob("*/finished.json"))), None)
+    if sweep in _told_defaults or done is None or not (defaults := _defaults_of(done, typed)):
+        return
+    with suppress(HydraException, OmegaConfBaseException):  # of another method, which has no such setting
+        if configuration.composed_with([*typed, *defaults]) != config:
+            _told_defaults.add(sweep)
+            logger.warning(
+                "jobs of this sweep that an earlier version did had other defaults than those that begin now: for all to be "
+                "alike run it in a new folder, with %s to have the earlier ones",
+                shlex.join(defaults),
+            )
+
+
 def _run(config: DictConfig, run_dir: Path) -> float:
     given = HydraConfig.get().overrides
     config, defaults = _as_begun(config, run_dir)
@@ -433,6 +452,8 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     composed = {f"{name}.yaml": OmegaConf.to_yaml(document) for name, document in documents.items()}
     if not there:
         run_folder.keep_config(run_dir, composed)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            _tell_other_defaults(config, Path(HydraConfig.get().sweep.dir))
     # Imported here: `--help`, shell completion and configuration errors need no torch.
     with machine.importing():
         import torch

@@ -236,6 +236,9 @@ def test_a_sweep_that_an_earlier_version_began_goes_on_with_its_defaults(
     again = evopress(*command)
     assert again.code == 0 and skipped(again) == ["sweep/0", "sweep/1"], again.text
     assert "strategy" not in (tmp_path / "sweep" / "jobs.csv").read_text(encoding="utf-8"), "nobody has typed it"
+    more = evopress(*command[:4], "seed=0,1,2,3", *command[5:], "stages=[database]")
+    assert more.code == 0 and more.text.count("had other defaults than those that begin now") == 1, more.text
+    assert "other defaults" not in outcome.text + again.text
     asked = evopress(*command, "search/strategy=guided")
     assert asked.code == 0 and skipped(asked) == [], "another job, which is typed"
 
