@@ -75,14 +75,26 @@ def wrapper_of(config: Mapping[str, Any]) -> Any:
     Such a model is loaded whole: its language part is compressed, the rest stays what it is.
     """
     named = config.get("architectures")
-    if not isinstance(config.get("text_config"), Mapping) or not isinstance(named, list) or len(named) != 1:
+    if not isinstance(named, list) or len(named) != 1 or not (isinstance(config.get("text_config"), Mapping) or _is_flat(config)):
         return None
     kind = getattr(transformers, str(named[0]), None) if str(named[0]).isidentifier() else None
     return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
 
 
+def _is_flat(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config.json has the fields of a language part beside those of the whole model, as that of Qwen2.5-VL."""
+    model_type = config.get("model_type")
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type not in CONFIG_MAPPING:
+        return False
+    try:
+        text = CONFIG_MAPPING[model_type].from_dict(_with_floats(dict(config))).text_config
+        return all(getattr(text, key) == config[key] for key in ("num_hidden_layers", "hidden_size"))
+    except Exception:  # whatever an architecture makes of such a config
+        return False
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a config.json that is of the language model: all of it, or its `text_config`."""
+    """Return the part of a config.json that has the language model's fields: all of it, or its `text_config`."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) else config
 

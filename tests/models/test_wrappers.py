@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import transformers
 
 from evopress.models.blocks import BlockModel
 from evopress.models.loading import load_pretrained
-from evopress.models.outline import find_family, num_blocks_of
+from evopress.models.outline import find_family, num_blocks_of, wrapper_of
 from evopress.models.tiny import byte_tokenizer
 from evopress.models.tiny_any import any_config
 
@@ -54,3 +55,22 @@ def test_the_language_part_has_levels_and_the_rest_is_carried_through(folder: Pa
     torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, expected)
     before, after = pretrained.model.state_dict(), loaded.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before if "vision" in name)
+
+
+def test_fields_of_the_language_part_may_lie_beside_those_of_the_whole(tmp_path: Path) -> None:
+    text = any_config("qwen2").to_dict() | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    pictures = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=pictures)
+        transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    nested = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    flat = nested.pop("text_config") | nested
+    (tmp_path / "config.json").write_text(json.dumps(flat), encoding="utf-8")
+    pretrained = load_pretrained(tmp_path, dtype="float32")
+    assert type(pretrained.model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    blocks = BlockModel(pretrained.model, pretrained.family)
+    assert blocks.self_check(full_length=40) < 1e-4
+    assert num_blocks_of(flat) == len(blocks.blocks) == 4
+    assert wrapper_of(any_config("whisper").to_dict() | {"architectures": ["WhisperForCausalLM"]}) is None
