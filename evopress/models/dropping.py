@@ -28,6 +28,8 @@ _NUMBERS = ("layer_idx", "layer_index", "layer_id", "training")
 """What modules hold that does not tell what they compute."""
 _OF_THE_MODEL = re.compile(r"(architectures|id2label|label2id|.*_token_ids?|.*_tokens|.*_words_ids|keys_to_ignore_at_inference)")
 """Fields of a configuration that may happen to have as many entries as there are blocks."""
+_COUNTS = ("num_hidden_layers", "decoder_layers", "num_blocks")
+"""Numbers of blocks; of a decoder that may have an encoder beside it, the first is the encoder's."""
 _FIRST = ("max_window_layers", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 """Numbers of first blocks that are of another kind: without a sliding window in Qwen, without experts in DeepSeek and others."""
 _OF_SOME = ("mlp_only_layers", "moe_layers", "attn_layer_indices")
@@ -177,7 +179,9 @@ def shortened(config: Any, kept: Sequence[int], num_blocks: int, family: Family)
     for key in _OF_SOME:
         if isinstance(numbers := getattr(config, key, None), (list, tuple)):
             setattr(new, key, [place for place, index in enumerate(kept) if index in numbers])
-    new.num_hidden_layers = len(kept)
+    for key in _COUNTS:
+        if getattr(config, key, None) == num_blocks:
+            setattr(new, key, len(kept))
     if getattr(config, "is_heterogeneous", False):  # as Gemma 4: what blocks have otherwise than the rest, by number
         overrides = {int(index): fields for index, fields in config.to_dict()["per_layer_config"].items()}
         new.per_layer_config = _cut(overrides, kept)

@@ -149,6 +149,9 @@ GEMMA4 = {
         ("llama4_text", {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 64}, 2),
         ("llama4_text", {"interleave_moe_layer_step": 1}, 0),
         ("bamba", {"attn_layer_indices": [1, 3]}, 0),
+        ("mbart", {"encoder_layers": 2}, 1),
+        ("whisper", {"encoder_layers": 4}, 1),
+        ("xlstm", {}, 1),
     ],
 )
 def test_blocks_of_several_kinds_are_numbered_anew(model_type: str, fields: dict[str, Any], gone: int, tmp_path: Path) -> None:
