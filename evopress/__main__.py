@@ -433,6 +433,9 @@ def _tell_other_defaults(config: DictConfig, sweep: Path) -> None:
     if sweep in _told_defaults or done is None or not (defaults := _defaults_of(done, typed)):
         return
     with suppress(HydraException, OmegaConfBaseException):  # of another method, which has no such setting
+        own = [each for each in run_folder.typed_in(done) or [] if not each.startswith("hydra.")]
+        if configuration.composed_with([*own, *defaults]) == configuration.composed_with(own):
+            return  # what it typed, an experiment, chose them
         if configuration.composed_with([*typed, *defaults]) != config:
             _told_defaults.add(sweep)
             logger.warning(

@@ -62,6 +62,9 @@ _GROUPS: dict[str, dict[str, Any]] = {
     "refine": _REFINE,
     "search.strategy": {"name": "evolution", **_GUIDED},
 }
+_ON_ALL_TEXT = ("experiment=table4", "experiment=table5", "experiment=table6")
+"""Sweeps that measured their searches on all held-out text on the way."""
+
 _MUTATION = re.compile(r"\+*search/mutation=(min_uniform|constant)_(\d+)")
 _FIRST_STAGE = re.compile(r"\+*search/first_stage=(\d+)_tokens")
 
@@ -133,6 +136,9 @@ def defaults_of(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> dic
         had["search/strategy"] = "evolution"
     if any(override.lstrip("+") == "search=super_fast" for override in overrides) and search.get("exchange") == "size":
         had["search.exchange"] = "size"
+    evaluation = config.get("evaluation") or {}
+    if any(override.lstrip("+") in _ON_ALL_TEXT for override in overrides) and evaluation.get("every_tokens", 0) is None:
+        had["evaluation.every_tokens"] = None
     if "bos" in model:
         return had
     had |= {

@@ -73,6 +73,13 @@ def test_the_defaults_of_an_earlier_run_are_its_own() -> None:
     assert defaults_of(config | {"scale": {"name": "small"}})["scale.refine"] is False, "it is not refined unless asked now"
 
 
+def test_tables_4_to_6_measured_their_searches_on_all_held_out_text() -> None:
+    config = {"model": {"bos": "auto"}, "refine": {"correction": 0.5}, "evaluation": {"every_tokens": None}}
+    assert defaults_of(config, ["+experiment=table5", "seed=1"]) == {"evaluation.every_tokens": None}
+    assert defaults_of(config, ["+experiment=table3"]) == {}
+    assert defaults_of({**config, "evaluation": {"every_tokens": 4096}}, ["+experiment=table5"]) == {}
+
+
 def test_super_fast_exchanged_within_a_size() -> None:
     config = {"model": {"bos": "auto"}, "search": {"exchange": "size"}}
     assert defaults_of(config, ["+method=drop", "search=super_fast"]) == {"search.exchange": "size"}

@@ -18,7 +18,7 @@ from evopress.levels.union import LevelSource
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import check_identity, drop, restore, without_dropped
 from evopress.models.experts import gathered
-from evopress.models.routing import check_routers, drop_experts, expert_layer, restore_experts, without_experts
+from evopress.models.routing import check_fillers, check_routers, drop_experts, expert_layer, restore_experts, without_experts
 from evopress.units import Genome, Space
 
 
@@ -152,6 +152,7 @@ class LiveModel:
         self._inside = self._places_inside() if has_weights and self._droppable else []
         kept = enough_to_keep(self.space, blocks.dtype.itemsize, blocks.device) if cache_bytes is None else cache_bytes
         self._decoded = DecodedLevels(kept, len(blocks.parts))
+        self._fills_exactly = False  # not looked at yet
         self.num_loads = 0
         """Levels decoded so far."""
         if self._modules:
@@ -289,6 +290,7 @@ class LiveModel:
     def written(self, genome: Genome, parts: Collection[int] | None = None, *, on_host: bool = False) -> Iterator[None]:
         """See `Live`. Where modules are dropped, see `without_dropped`; where experts are, `without_experts`."""
         self.space.check(genome)
+        self._check_uneven(genome)
         parts = self.blocks.parts if parts is None else parts
         blocks = [part for part in parts if part < len(self.blocks.blocks)]
         try:
@@ -302,6 +304,14 @@ class LiveModel:
         finally:
             for part in parts:
                 self.restore_block(part)
+
+    def _check_uneven(self, genome: Genome) -> None:
+        """Raise EvoPressError if blocks keep fewer experts than others, and what fills them up would change the model."""
+        if self._modules or not self._droppable or self._fills_exactly:
+            return
+        if len({sum(self._gone_in(genome, index)) for index, units in enumerate(self._droppable) if units}) > 1:
+            check_fillers(self.blocks)
+            self._fills_exactly = True
 
     def _without_dropped(self, genome: Genome, blocks: Collection[int]) -> AbstractContextManager[None]:
         """Hold the model without what a genome drops, as far as these blocks are concerned."""

@@ -11,7 +11,8 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from evopress.models.experts import parameters_of
 from evopress.models.families import Family, Parts
 
 logger = logging.getLogger(__name__)
+_DESCRIBED: WeakKeyDictionary[nn.Module, dict[tuple[tuple[int, ...], str], Any]] = WeakKeyDictionary()
+"""Configurations of models with some of their blocks, by these and the whole one's; None: it cannot describe them."""
 _NUMBERS = ("layer_idx", "layer_index", "layer_id", "training")
 """What modules hold that does not tell what they compute."""
 _OF_THE_MODEL = re.compile(r"(architectures|id2label|label2id|.*_token_ids?|.*_tokens|.*_words_ids|keys_to_ignore_at_inference)")
@@ -222,12 +225,8 @@ def without_dropped(blocks: BlockModel, dropped: Sequence[tuple[int, int]]) -> I
     model: Any = blocks.model
     config, all_blocks = model.config, blocks.decoder.get_submodule(family.blocks)
     kept = [index for index, gone in enumerate(whole) if not gone]
-    shorter = config if len(kept) == len(dropped) and family.is_found else _shortened(blocks, kept)
+    shorter = config if len(kept) == len(dropped) and family.is_found else _described(blocks, kept)
     if shorter is None:
-        logger.warning(
-            "the config of %s cannot describe the blocks that are left alone: those that are dropped stay, with weights of zeros",
-            family.name,
-        )
         kept, shorter = list(range(len(dropped))), config
     parameters = [
         parameter
@@ -251,6 +250,20 @@ def without_dropped(blocks: BlockModel, dropped: Sequence[tuple[int, int]]) -> I
         model.config = config
         for parameter, before in zip(parameters, data, strict=True):
             parameter.data = before
+
+
+def _described(blocks: BlockModel, kept: Sequence[int]) -> Any:
+    """Return what `_shortened` does, and say once where there is none; a model that is written in parts asks for each of them."""
+    found, key = _DESCRIBED.setdefault(blocks.model, {}), (tuple(kept), cast("Any", blocks.model).config.to_json_string())
+    if key not in found:
+        found[key] = _shortened(blocks, kept)
+        if found[key] is None:
+            logger.warning(
+                "the config of %s cannot describe the blocks that are left alone: those that are dropped stay, with weights of "
+                "zeros",
+                blocks.family.name,
+            )
+    return found[key]
 
 
 def _shortened(blocks: BlockModel, kept: Sequence[int]) -> Any:

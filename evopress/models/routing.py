@@ -242,7 +242,7 @@ def without_experts(blocks: BlockModel, dropped: Sequence[Sequence[int]], held: 
     """Hold a model as it is written to a checkpoint: without the experts that are dropped, and the routers' rows of them.
 
     A configuration has one number of experts for all blocks. Where some keep fewer than others, they are filled up with experts of
-    zeros, which a bias of the router never chooses.
+    zeros, which a bias of the router never chooses; see `check_fillers`.
 
     Args:
         dropped: for every block whether each of its experts is dropped, as 0 or 1; nothing where it has none.
@@ -255,8 +255,6 @@ def without_experts(blocks: BlockModel, dropped: Sequence[Sequence[int]], held: 
     if fewest == count:
         yield
         return
-    if fewest != most:
-        check_fillers(blocks)
     model: Any = blocks.model
     config, cut = fewer_experts(model, count, min(most, count - 1), even=fewest == most)
     tensors, whole = _tensors(model), model.config

@@ -142,9 +142,13 @@ def read_jobs(sweep: Path) -> list[SweepJob]:
     return [jobs[name] for name in sorted(jobs, key=_natural)]
 
 
+_AFTERWARDS = ("stages", "refine", "export", "export_options", "archive")
+"""Settings of what is done with what a job finds."""
+
+
 def _decisive(typed: Mapping[str, str]) -> set[tuple[str, str]]:
     """Return what was typed of a job without what says nothing about what it finds."""
-    return {(key, value) for key, value in typed.items() if key.split(".")[0] not in (*NOT_COMPARED, "stages")}
+    return {(key, value) for key, value in typed.items() if key.split(".")[0] not in (*NOT_COMPARED, *_AFTERWARDS)}
 
 
 def own_row(result: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -243,6 +243,13 @@ def test_a_sweep_that_an_earlier_version_began_goes_on_with_its_defaults(
     assert asked.code == 0 and skipped(asked) == [], "another job, which is typed"
 
 
+def test_what_an_experiment_chooses_is_no_default_of_an_earlier_version(evopress: Callable[..., Any]) -> None:
+    others = ("+debug=tiny", "seed=0", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.num}-${search.strategy.name}", *FEW)
+    assert evopress("-m", "+experiment=demo_evolution", "bits=3.5", *others, "search.starts=[]").code == 0
+    outcome = evopress("-m", "+method=quant", "bits=3.5", *others)
+    assert outcome.code == 0 and "other defaults" not in outcome.text, outcome.text
+
+
 # Model and text that change in place
 
 PLACED = ("-m", "+method=quant", "bits=3.5", "+debug=tiny", "seed=0", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=job", *FEW)

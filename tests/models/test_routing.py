@@ -87,12 +87,18 @@ def test_a_checkpoint_has_the_experts_that_stay_and_computes_what_was_measured(t
 
 
 @pytest.mark.parametrize("uneven", [(1, 1, 0, 0, 0, 0, 1, 0), (1, 1, 0, 0, 0, 0, 0, 0)])
-def test_blocks_that_keep_fewer_are_filled_up_where_a_bias_keeps_tokens_away(tmp_path: Path, uneven: Genome) -> None:
+def test_blocks_that_keep_fewer_are_filled_up_where_a_bias_keeps_tokens_away(
+    tmp_path: Path, uneven: Genome, monkeypatch: pytest.MonkeyPatch
+) -> None:
     live = live_of("gpt_oss")
     with live.applied(uneven):
         expected = logits(live.blocks.model)
-    with live.written(uneven):
-        live.blocks.model.save_pretrained(tmp_path)
+    filled: list[BlockModel] = []
+    monkeypatch.setattr("evopress.levels.live.check_fillers", lambda blocks: filled.append(blocks) or check_fillers(blocks))
+    for _ in range(2):
+        with live.written(uneven):
+            live.blocks.model.save_pretrained(tmp_path)
+    assert filled == [live.blocks]  # once, however many files it is written in
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert loaded.config.num_local_experts == 4 - sum(uneven[4:])
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)

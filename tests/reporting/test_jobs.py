@@ -114,7 +114,8 @@ def test_a_job_that_was_gone_on_with_is_no_failure_any_more(tmp_path: Path) -> N
 def test_a_finished_job_that_is_refused_keeps_what_it_had_found(sweep: Path) -> None:
     """Where it is the same job; one that was begun again and failed, or is another, has failed."""
     typed = ["+method=quant", "bits=3", "seed=0", "tracker=wandb", "stages=[search]"]
-    for changed, refused, state in (([], True, "finished"), ([], False, "failed: no"), (["seed=1"], True, "failed: no")):
+    exported = (["export=[gptq]"], True, "finished")
+    for changed, refused, state in (([], True, "finished"), exported, ([], False, "failed: no"), (["seed=1"], True, "failed: no")):
         note_failure(sweep, sweep / "0", [*typed, *changed], "no", refused=refused)
         found = next(job for job in read_jobs(sweep) if job.name == "0")
         assert (found.kl, found.state) == ((1.25 if state == "finished" else None), state)
