@@ -15,7 +15,7 @@ from evopress.levels.live import LiveModel
 from evopress.levels.modules import ModuleLevels
 from evopress.methods.drop import Modules
 from evopress.models.blocks import BlockModel
-from evopress.models.dropping import check_fields, shortened
+from evopress.models.dropping import check_fields, shortened, without_dropped
 from evopress.models.families import family_of
 from evopress.models.outline import outlined
 from evopress.models.tiny import tiny_config
@@ -166,3 +166,13 @@ def test_blocks_of_several_kinds_are_numbered_anew(model_type: str, fields: dict
         model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     torch.testing.assert_close(loaded(input_ids=ids, use_cache=False).logits, wanted)
+
+
+def test_that_a_config_cannot_describe_what_is_left_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = any_model("minicpm3")  # whose values depend on how many blocks it has
+    blocks = BlockModel(model, outlined(model))
+    for _ in range(2):
+        with without_dropped(blocks, [(1, 1), *[(0, 0)] * (len(blocks.blocks) - 1)]):
+            assert len(model.model.layers) == len(blocks.blocks)
+            assert not any(bool(parameter.any()) for parameter in model.model.layers[0].mlp.down_proj.parameters())
+    assert caplog.text.count("cannot describe the blocks that are left alone") == 1
