@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from evopress.export.exporter import Export, Form, write_export
 from evopress.levels.live import LiveModel
 from evopress.models.blocks import BlockModel
+from evopress.progress import track
 from evopress.units import Genome
 
 FILE_BYTES = 5 * 10**9
@@ -79,7 +80,7 @@ def _write_files(folder: Path, export: Export, groups: Sequence[Sequence[int]]) 
     """Write weights in a file for each group of parts, with the index that transformers reads, the configuration and its like."""
     blocks, scratch, files = export.live.blocks, folder / "part", list[Path]()
     inside = {id(tensor) for block in blocks.blocks for tensor in _tensors(block).values()}
-    for group in groups:
+    for group in track(groups, "files of the checkpoint"):
         here = {id(tensor) for part in group if part < len(blocks.blocks) for tensor in _tensors(blocks.blocks[part]).values()}
         with export.live.written(export.genome, group, on_host=True):
             everything = _tensors(export.model)
