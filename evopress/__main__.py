@@ -16,6 +16,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -390,19 +391,23 @@ def _finished_meanwhile(config: DictConfig, run_dir: Path) -> float | None:
     from evopress.models.opening import fitted
 
     try:
-        return _finished_before(fitted(configuration.to_settings(_as_begun(config, run_dir)[0])), run_dir)
+        settings = fitted(configuration.to_settings(_as_begun(config, run_dir)[0]))
+        return _finished_before(settings, run_dir, configuration.kept_settings(run_dir, HOW_IT_RUNS))
     except EvoPressError:  # the job is refused for being taken
         return None
 
 
-def _finished_before(settings: RunSettings, run_dir: Path) -> float | None:
-    """Return the fitness of a job of a sweep whose stages are done; None: they are not, or it is no job."""
+def _finished_before(settings: RunSettings, run_dir: Path, kept: dict[str, Any]) -> float | None:
+    """Return the fitness of a job of a sweep whose stages are done; None: they are not, or it is no job.
+
+    Args: kept: as `stages_done` takes it.
+    """
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     with machine.importing():
         from evopress import finished
 
-    if not set(settings.stages) <= set(finished.stages_done(settings, run_dir, configuration.kept_settings(run_dir, HOW_IT_RUNS))):
+    if not set(settings.stages) <= set(finished.stages_done(settings, run_dir, kept)):
         return None
     logger.info("finished before, so not run again: %s (to run it again, remove the folder)", _shown(run_dir))
     return finished.best_fitness(run_dir)
@@ -472,7 +477,8 @@ def _run(config: DictConfig, run_dir: Path) -> float:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     settings = fitted(settings)
-    if (fitness := _finished_before(settings, run_dir)) is not None:
+    how_it_ran = configuration.kept_settings(run_dir, HOW_IT_RUNS) if there else {}
+    if (fitness := _finished_before(settings, run_dir, how_it_ran)) is not None:
         return fitness
     environment = machine.describe(torch.get_num_threads(), device=settings.model.device)
     if not there:
@@ -503,7 +509,7 @@ def _run(config: DictConfig, run_dir: Path) -> float:
             command=run_folder.command_of(run_dir, overrides),
             environment=environment,
             paper=paper and replace(paper, model=settings.model, method=settings.method),
-            kept=configuration.kept_settings(run_dir, HOW_IT_RUNS),
+            kept=how_it_ran,
         )
     except Exception as error:
         if any((*run_dir.glob("state.json"), *run_dir.glob("points/*/state.json"))):

@@ -35,7 +35,7 @@ from evopress.levels.tied import TiedLevels
 from evopress.levels.union import Levels, LevelSource, LevelUnion
 from evopress.machine import PeakMemory, precision
 from evopress.methods import Rest, make_method
-from evopress.models.blocks import BlockModel, BlockShape, by_blocks
+from evopress.models.blocks import BlockModel, BlockShape, by_blocks, bytes_of
 from evopress.models.devices import begin_on
 from evopress.models.dropping import check_contributions, check_fields
 from evopress.models.loading import Pretrained, pick_device
@@ -295,10 +295,9 @@ class Workspace:
 
     def rest_of(self, space: Space) -> Rest:
         """Return what of the model is no unit of a space."""
-        parameters = list(self.pretrained.model.parameters())
-        bits = 8 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        weights = sum(parameter.numel() for parameter in parameters)
-        return Rest(bits - 8 * space.size * self.blocks.dtype.itemsize, weights - space.size)
+        model = self.pretrained.model
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        return Rest(8 * bytes_of(model) - 8 * space.size * self.blocks.dtype.itemsize, weights - space.size)
 
     @cached_property
     def budget(self) -> Budget:

@@ -68,21 +68,24 @@ Curve = dict[str, list[Point]]
 def curves(sweep: Sweep, spec: Spec) -> dict[Group, dict[str, Curve]]:
     """Return the curves of all variants of a sweep; jobs whose search measured nothing, or on another text, are left out."""
     found: dict[Group, dict[str, Curve]] = {}
-    for job in on_one_text(sweep.jobs):
+    for job, curve in on_one_text(sweep.jobs):
         variant = spec.variant(job.axes, "evopress")
-        points = list(_points(of_job(job).records))
+        points = list(_points(curve.records))
         if variant is not None and points:
             group = tuple(job.axes[key] for key in spec.group)
             found.setdefault(group, {}).setdefault(variant, {})[job.axes.get(SEED, "0")] = points
     return found
 
 
-def on_one_text(jobs: Sequence[Job]) -> list[Job]:
-    """Return the jobs whose searches were measured on the text that most were; the larger one where two are as many."""
-    tokens = [of_job(job).tokens for job in jobs]
-    counts = Counter(number for number in tokens if number is not None)
+def on_one_text(jobs: Sequence[Job]) -> list[tuple[Job, HeldOutCurve]]:
+    """Return the jobs whose searches were measured on the text that most were, with what they measured.
+
+    The larger text where two have as many.
+    """
+    found = [(job, of_job(job)) for job in jobs]
+    counts = Counter(curve.tokens for _, curve in found if curve.tokens is not None)
     most = max(counts, key=lambda number: (counts[number], number)) if counts else None
-    return [job for job, number in zip(jobs, tokens, strict=True) if number == most]
+    return [(job, curve) for job, curve in found if curve.tokens == most]
 
 
 def of_job(job: Job) -> HeldOutCurve:
@@ -92,14 +95,13 @@ def of_job(job: Job) -> HeldOutCurve:
 
 def on_curves_text(jobs: Sequence[Job], spec: Spec) -> Values:
     """Return the values of all rows on the text of the curves: not the tables' where searches were measured on less."""
-    measured = on_one_text(jobs)
-    rows = [[{"name": name, **measures} for name, measures in of_job(job).rows.items()] for job in measured]
-    return Table([replace(job, result={"rows": each}) for job, each in zip(measured, rows, strict=True)], spec).values
+    measured = [(job, [{"name": name, **of} for name, of in curve.rows.items()]) for job, curve in on_one_text(jobs)]
+    return Table([replace(job, result={"rows": rows}) for job, rows in measured], spec).values
 
 
 def text_of(jobs: Sequence[Job]) -> str:
     """Say which text the curves of jobs are of."""
-    return " or ".join(dict.fromkeys(filter(None, (of_job(job).text for job in on_one_text(jobs)))))
+    return " or ".join(dict.fromkeys(filter(None, (curve.text for _, curve in on_one_text(jobs)))))
 
 
 def _points(records: Sequence[Mapping[str, Any]]) -> Iterator[Point]:

@@ -22,8 +22,7 @@ from evopress.data.special_tokens import leading_ids
 from evopress.errors import EvoPressError
 from evopress.evaluation.tasks import num_questions, tasks_in, undisturbed
 from evopress.fitness.population import MOST_ON_HOST
-from evopress.levels.live import Live, part_held
-from evopress.levels.refine import block_at
+from evopress.levels.live import Live, block_at, part_held
 from evopress.models import attention
 from evopress.models.blocks import BlockModel
 from evopress.progress import counted, track
@@ -277,7 +276,7 @@ def _walked(live: Live, genome: Genome | None, batches: Sequence[Tensor]) -> Ite
     for those in _together(blocks, batches):
         states = [blocks.embed(ids).cpu() for ids in those]
         for index in range(len(blocks.blocks)):
-            with block_at(live, index, genome, {}):
+            with block_at(live, index, genome):
                 states = [blocks.run(index, state.to(blocks.device)).cpu() for state in states]
         for ids in those:
             yield ids, states.pop(0).to(blocks.device)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from evopress.errors import EvoPressError
 from evopress.fitness.gates import Gate, GatedHead
 from evopress.fitness.measures import KLDivergence, Measure, TopkKL
-from evopress.levels.live import Live, part_held
-from evopress.levels.refine import block_at
+from evopress.levels.live import Live, block_at, part_held
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import contributions
 from evopress.models.experts import kept_per_token
@@ -149,7 +148,7 @@ class BackwardPass:
             if self.live.skips(self._levels(index)):
                 states.append(states[-1])
                 continue
-            with block_at(self.live, index, self.genome, {}):
+            with block_at(self.live, index, self.genome):
                 inputs = (states[-1][part].to(self.blocks.device) for part in self.parts)
                 states.append(torch.cat([self.blocks.run(index, hidden).cpu() for hidden in inputs]))
         return states

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from evopress.fitness.measures import Measure
-from evopress.levels.live import Live, part_held
-from evopress.levels.refine import Weights, block_at
+from evopress.levels.live import Live, block_at, part_held
+from evopress.levels.refine import Weights
 from evopress.ranks import each, part, share
 from evopress.units import Genome
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -94,6 +95,23 @@ def part_held(live: Live, part: int | None, levels: Genome | None) -> Iterator[N
         yield
     finally:
         live.restore_block(part)
+
+
+@contextmanager
+def block_at(live: Live, index: int, genome: Genome | None, weights: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[None]:
+    """Hold block `index`, or another part, on the device at a genome's levels, but with the weights that are given by name.
+
+    Args: genome: None: the dense model.
+    """
+    with live.on_device(index):
+        try:
+            live.set_block(index, live.levels_in(genome, index))
+            for name, slot in live.blocks.slots(index).items():
+                if name in weights:
+                    slot.put(weights[name].to(slot.weight.device))
+            yield
+        finally:
+            live.restore_block(index)
 
 
 def enough_to_keep(space: Space, itemsize: int, device: torch.device | None = None) -> int:

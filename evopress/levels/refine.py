@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ from evopress.levels.build import _check_names_are_free, _finished_blocks, _open
 from evopress.levels.calibration import activations_of, propagate, room_for_walks
 from evopress.levels.compressing import Walking, compress_units, hessians_of
 from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
-from evopress.levels.live import Live, part_held
+from evopress.levels.live import Live, block_at, part_held
 from evopress.levels.locking import TEMPORARIES
 from evopress.levels.plan import WalkSettings
 from evopress.levels.store import (
@@ -103,23 +103,6 @@ def inexact_units(database: LevelDatabase, genome: Genome) -> set[str]:
     return {
         unit.name for unit, errors, level in zip(database.space.units, database.errors, genome, strict=True) if errors[level] > 0.0
     }
-
-
-@contextmanager
-def block_at(live: Live, index: int, genome: Genome | None, weights: Weights) -> Iterator[None]:
-    """Hold block `index`, or another part, on the device at a genome's levels, but with these weights where there are any.
-
-    Args: genome: None: the dense model.
-    """
-    with live.on_device(index):
-        try:
-            live.set_block(index, live.levels_in(genome, index))
-            for name, slot in live.blocks.slots(index).items():
-                if name in weights:
-                    slot.put(weights[name].to(slot.weight.device))
-            yield
-        finally:
-            live.restore_block(index)
 
 
 def ensure_refined(
@@ -273,7 +256,7 @@ class _Walk:
         names = [name for name in slots if name in self.inexact]
         if not names or index == self.blocks.embedding_part:
             return [], {}
-        with block_at(self.live, index, self.genome, {}):
+        with block_at(self.live, index, self.genome):
             placed = {name: slot.weight for name, slot in slots.items()}
             hessians = hessians_of(self.blocks, index, walking)
         with self.blocks.on_device(index):

@@ -70,6 +70,11 @@ class BlockShape:
     """Its layer of experts, where it has one whose router is found."""
 
 
+def bytes_of(module: nn.Module) -> int:
+    """Return the bytes of a module's parameters, of a shared one once."""
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
 @contextmanager
 def by_blocks(family: Family) -> Iterator[None]:
     """Turn whatever a model raises when its blocks are first called alone into one sentence; too little memory stays what it is."""

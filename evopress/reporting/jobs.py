@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from evopress.counted import ASKED, HOW_IT_RUNS
 from evopress.errors import EvoPressError
 from evopress.files import remove_empty, write_bytes
 from evopress.json_files import load_json
@@ -26,7 +27,7 @@ from evopress.reporting.tables import held_out_kl, significant
 
 FAILED = ".failed"
 """Folder inside a sweep's: a note for each job that failed when the sweep was run last."""
-NOT_COMPARED = ("resume", "dry_run", "tracker", "paths", "level_db", "threads", "hydra")
+NOT_COMPARED = ("resume", "dry_run", *HOW_IT_RUNS, "hydra")
 """Settings that say nothing about what a job found."""
 _DEPTH = 3
 """A job's folder lies at most this deep below its sweep's."""
@@ -142,13 +143,9 @@ def read_jobs(sweep: Path) -> list[SweepJob]:
     return [jobs[name] for name in sorted(jobs, key=_natural)]
 
 
-_AFTERWARDS = ("stages", "refine", "export", "export_options", "archive")
-"""Settings of what is done with what a job finds."""
-
-
 def _decisive(typed: Mapping[str, str]) -> set[tuple[str, str]]:
     """Return what was typed of a job without what says nothing about what it finds."""
-    return {(key, value) for key, value in typed.items() if key.split(".")[0] not in (*NOT_COMPARED, *_AFTERWARDS)}
+    return {(key, value) for key, value in typed.items() if key.split(".")[0] not in (*NOT_COMPARED, *ASKED)}
 
 
 def own_row(result: Mapping[str, Any]) -> Mapping[str, Any] | None:

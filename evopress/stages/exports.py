@@ -18,6 +18,7 @@ from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.export.rules import refuse_unfit
 from evopress.files import make_folder
 from evopress.levels.modules import is_module
+from evopress.models.blocks import bytes_of
 from evopress.models.experts import copied_for_export
 from evopress.progress import millions
 from evopress.reporting.records import read_genome, read_json, write_genome, write_json
@@ -149,7 +150,7 @@ def what_is_exported(
 def export_needs(planner: Planner) -> Needs:
     """Return what the stage `export` takes."""
     workspace = planner.workspace
-    size = sum(parameter.nbytes for parameter in workspace.pretrained.model.parameters())
+    size = bytes_of(workspace.pretrained.model)
     less = "leave export out of stages, or use a machine with more memory"
     names = list(exporters_of(planner.settings))
     written = sum(size if name == DEQUANTIZED else _packed_bytes(planner) for name in names)
@@ -159,14 +160,14 @@ def export_needs(planner: Planner) -> Needs:
         planner.hold_written(needs, (), beside=0, file_bytes=0)
         return needs
     blocks = workspace.blocks
-    outside = size - sum(each.nbytes for block in blocks.blocks for each in block.parameters())
+    outside = size - sum(map(bytes_of, blocks.blocks))
     dropping = any(map(num_experts, planner.space.units))
     kept = 1.0 - (planner.settings.sparsity or 0.0) if dropping and planner.modules else 1.0
     files = parts_together(blocks, FILE_BYTES)
     for parts in files:
         held = [blocks.blocks[part] for part in parts if part < len(blocks.blocks)]
         copied = sum(copied_for_export(block, levels=not planner.modules, kept=kept, fewer=dropping) for block in held)
-        file_bytes = size if len(files) == 1 else sum(each.nbytes for block in held for each in block.parameters())
+        file_bytes = size if len(files) == 1 else sum(map(bytes_of, held))
         planner.hold_written(needs, parts, beside=copied, file_bytes=file_bytes or outside)
     return needs
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from evopress.data.opening import GivenText
 from evopress.evaluation.zero_shot import answering
 from evopress.levels.store import LevelDatabase
+from evopress.models.blocks import bytes_of
 from evopress.models.loading import pick_device
 from evopress.ranks import each, follow, processes, together
 from evopress.room import Room, rooms
@@ -41,9 +42,8 @@ def model_bytes_there(workspace: Workspace) -> int:
     """Return the bytes of the model that lie, or will lie, on a compute device that is not the host."""
     if workspace.device.type == "cpu":
         return 0
-    inside = sum(each.nbytes for block in workspace.blocks.blocks for each in block.parameters())
-    size = sum(each.nbytes for each in workspace.pretrained.model.parameters())
-    return size - inside if workspace.settings.model.offload else size
+    inside = sum(map(bytes_of, workspace.blocks.blocks)) if workspace.settings.model.offload else 0
+    return bytes_of(workspace.pretrained.model) - inside
 
 
 def rooms_of(workspace: Workspace) -> list[Room]:
@@ -51,7 +51,7 @@ def rooms_of(workspace: Workspace) -> list[Room]:
 
     Raises: EvoPressError if one of them finds no device.
     """
-    size, there = sum(each.nbytes for each in workspace.pretrained.model.parameters()), model_bytes_there(workspace)
+    size, there = bytes_of(workspace.pretrained.model), model_bytes_there(workspace)
     found = rooms(_Here(workspace.settings.model.device, workspace.device))
     opened = 0 if workspace.model_source.is_outline else 1
     loading = [replace(room, to_load=size - there, to_load_there=there) for room in found[opened:]]

@@ -235,10 +235,10 @@ class Planner:
         """
         blocks, units = self.workspace.blocks, self.space.whole.units
         size = 0 if self.modules else sum(unit.size for unit in units if unit.block in parts) * blocks.dtype.itemsize
-        if self.workspace.device.type == "cpu":
-            needs.memory = max(needs.memory, self._bases + max(size, self.based * self.levels_kept) + max(self._decoding, beside))
-        elif blocks.offload:
-            needs.memory = max(needs.memory, self._bases + size + max(self._decoding, beside))
+        on_host = self.workspace.device.type == "cpu"
+        if on_host or blocks.offload:
+            kept = self.levels_kept if on_host and self.based else 0
+            needs.memory = max(needs.memory, self._bases + max(size, kept) + max(self._decoding, beside))
         else:
             there = beside if self.modules else self.levels_kept + self._decoding
             self.put(needs, there, host=self._bases + file_bytes + (0 if self.modules else beside))

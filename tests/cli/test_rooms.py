@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "config": {"settings", "errors", "run_folder", "search"},
     "command_line": {"run_folder", "settings"},
     "search": VOCABULARY,
-    "reporting": VOCABULARY,
+    "reporting": VOCABULARY | {"counted"},
     "compress": {"units", "errors", "machine"},
     "models": VOCABULARY | {"endings", "settings", "machine", "ranks"},
     "data": VOCABULARY | {"settings"},
