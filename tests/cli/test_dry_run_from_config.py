@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from evopress import config as configuration
 from evopress import pipeline
 from evopress.errors import EvoPressError
+from evopress.models import opening
 from evopress.models.first_block import first_block
 from evopress.models.loading import load_pretrained
 from evopress.models.opening import find_model, fitted
@@ -137,6 +138,24 @@ def test_what_this_machine_lacks_is_said_and_refuses_nothing(
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 100_000}))
     plan_of("+method=quant", "bits=2.5", "+debug=tiny", f"model.path={tmp_path / 'model'}", "stages=[evaluate]")
     assert "on this machine the run would be refused: building the level database needs" in caplog.text
+
+
+def test_weights_that_this_machine_has_no_room_for_are_planned_by_their_config(
+    plan_of: Callable[..., Plan],
+    tiny_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As those that are not there: on a login node, for example, whose files a cluster shares."""
+    same = ("+method=quant", "bits=2.5", "+debug=tiny", f"model.path={tiny_folder()}", "stages=[database,search]")
+    with_room = plan_of(*same).stages
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    caplog.set_level("INFO")
+    monkeypatch.setattr(opening, "load_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(preflight, "first_block", lambda *_, **__: None)
+    assert [needs.stage for needs in plan_of(*same).stages] == [needs.stage for needs in with_room]
+    assert "on this machine the run would be refused: the model takes" in caplog.text
+    assert "its weights are more than this machine has room for, so nothing is read but config.json" in caplog.text
 
 
 def test_of_the_hub_the_small_files_are_fetched_alone(
