@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from evopress.errors import EvoPressError
+from evopress.progress import counted
 from evopress.reporting.curve import HeldOutCurve, held_out_curve
 from evopress.reporting.drawing import (
     COLOURS,
@@ -100,8 +101,11 @@ def on_curves_text(jobs: Sequence[Job], spec: Spec) -> Values:
 
 
 def text_of(jobs: Sequence[Job]) -> str:
-    """Say which text the curves of jobs are of."""
-    return " or ".join(dict.fromkeys(filter(None, (curve.text for _, curve in on_one_text(jobs)))))
+    """Say which text the curves of jobs are of, and how many jobs were measured on another."""
+    drawn = on_one_text(jobs)
+    text = " or ".join(dict.fromkeys(filter(None, (curve.text for _, curve in drawn))))
+    of_another = sum(curve.tokens is not None for curve in map(of_job, jobs)) - sum(curve.tokens is not None for _, curve in drawn)
+    return f"{text}; without {counted(of_another, 'job')} on another text" if of_another else text
 
 
 def _points(records: Sequence[Mapping[str, Any]]) -> Iterator[Point]:

@@ -180,7 +180,7 @@ def test_searches_that_were_measured_on_another_text_are_not_averaged_in(tmp_pat
     sweep = read_sweep(tmp_path / "table4", expected_jobs("table4"))
     assert list(curves(sweep, SPECS["table4"])[()]["constant_1"]) == ["0", "2"]
     assert on_curves_text(sweep.jobs, SPECS["table4"])[()]["constant_1"][KL] == {"0": 2.5, "2": 4.5}
-    assert text_of(sweep.jobs) == "the first 1,000 held-out tokens"
+    assert text_of(sweep.jobs) == "the first 1,000 held-out tokens; without 1 job on another text"
 
 
 def test_a_half_finished_sweep_gives_what_there_is(tmp_path: Path) -> None:
