@@ -1,4 +1,4 @@
-"""The command line of what reads a sweep: its table, its curves, its page."""
+"""The command line of what reads a sweep: its table, its curves, its page; and what scripts' command lines share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from evopress.errors import EvoPressError
-from evopress.files import given_path
+from evopress.files import given_path, make_folder
 from experiments.specs import SPECS, home
 from experiments.sweeps import Sweep, describe
+
+
+def file_to_write(path: str) -> Path:
+    """Read the path of a file that is written after hours: its folder is made now.
+
+    Raises: argparse.ArgumentTypeError if nothing can be written there.
+    """
+    file = Path(path)
+    try:
+        make_folder(file.parent)
+    except EvoPressError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder: name a file in it")
+    return file
 
 
 def of_sweep(

@@ -26,6 +26,7 @@ import pandas as pd
 from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, new_figure, open_frame, save
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name
+from experiments.commands import file_to_write
 from experiments.guided.measure import KEYS, merged, read, table
 from experiments.single_runs import SingleRun, each_told, folder_name
 
@@ -187,7 +188,7 @@ def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--searches", nargs="*", default=list(SEARCHES), help="search strategies")
     parser.add_argument("--genomes", nargs="*", default=[], metavar="ROW=FOLDER", help="of another tool: BUDGET.txt in a folder")
     parser.add_argument("--jobs", type=int, default=1, help="at once")
-    parser.add_argument("--results", type=Path, default=FOLDER / "results.csv", help="the figure goes beside it")
+    parser.add_argument("--results", type=file_to_write, default=FOLDER / "results.csv", help="the figure goes beside it")
     parser.add_argument("--draw", action="store_true", help="draw results.csv, run nothing")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
     asked = parser.parse_args(words)

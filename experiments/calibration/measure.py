@@ -29,6 +29,7 @@ from evopress.reporting.differences import Difference
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name, significant
 from experiments.calibration.texts import HELD_OUT, KINDS, TEXTS, write_texts
+from experiments.commands import file_to_write
 from experiments.guided.measure import KEYS, merged, read
 from experiments.single_runs import SingleRun, each_told
 from experiments.tables import markdown, write_table
@@ -214,7 +215,7 @@ def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="0 to 2, each with a part of its own of every text")
     parser.add_argument("--folder", type=Path, default=TEXTS, help="of the texts (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="at once")
-    parser.add_argument("--results", type=Path, default=FOLDER / "results.csv")
+    parser.add_argument("--results", type=file_to_write, default=FOLDER / "results.csv")
     parser.add_argument("--draw", action="store_true", help="make the table of results.csv, run nothing")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
     return parser.parse_args(words)

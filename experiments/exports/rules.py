@@ -22,6 +22,7 @@ from typing import Any
 import pandas as pd
 
 from evopress.engines import ENGINES, NONE
+from experiments.commands import file_to_write
 from experiments.joint.run import has_run, rows_of
 from experiments.single_runs import why_it_failed
 
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="at once")
     parser.add_argument("--runs", type=Path, default=RUNS)
-    parser.add_argument("--results", type=Path, default=FOLDER / "rules.csv")
+    parser.add_argument("--results", type=file_to_write, default=FOLDER / "rules.csv")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
     asked = parser.parse_args()
     found: list[dict[Any, Any]] = pd.read_csv(asked.results).to_dict("records") if asked.results.exists() else []

@@ -27,6 +27,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from evopress.reporting.drawing import COLOURS, MARKERS, log_scale, new_figure, open_frame, save
+from experiments.commands import file_to_write
 from experiments.exports.engines import bytes_of, engine_of, opened
 from experiments.exports.mixes import DENSE, MIXES, RUNS, workspace_of
 
@@ -127,11 +128,10 @@ def main() -> None:
         "--rounds", type=int, default=3, help="in which speed and memory are measured, all files in turn; 0: they are not"
     )
     parser.add_argument("--threads", type=int, default=1, help="of engines whose speed is measured")
-    parser.add_argument("--results", type=Path, default=FOLDER / "results.csv")
+    parser.add_argument("--results", type=file_to_write, default=FOLDER / "results.csv")
     parser.add_argument("--further", nargs="*", default=[], help="overrides of the model and the text, as for mixes")
     asked = parser.parse_args()
     done: list[dict[Any, Any]] = pd.read_csv(asked.results).to_dict("records") if asked.results.exists() else []
-    asked.results.parent.mkdir(parents=True, exist_ok=True)
     known = {(row["file"], row["engine"]) for row in done}
     missing = [each for each in named(asked.files) if (each[0], each[2]) not in known]
     if missing:

@@ -22,6 +22,7 @@ import pandas as pd
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, open_frame, save, show_tokens
 from evopress.reporting.records import read_json, read_records
+from experiments.commands import file_to_write
 from experiments.single_runs import SingleRun, each_told, folder_name
 
 FOLDER = Path(__file__).parent
@@ -207,7 +208,7 @@ def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", type=float, default=None)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="at once")
-    parser.add_argument("--results", type=Path, default=FOLDER / "results.csv", help="curves.csv goes beside it")
+    parser.add_argument("--results", type=file_to_write, default=FOLDER / "results.csv", help="curves.csv goes beside it")
     parser.add_argument("--draw", action="store_true", help="draw curves.csv, run nothing")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
     asked = parser.parse_args(words)

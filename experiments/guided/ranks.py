@@ -37,6 +37,7 @@ from evopress.search.sensitivity import Expected, errors_at, errors_of, latest_s
 from evopress.stages.baselines import make_fitness
 from evopress.units import Budget, Genome, Space
 from evopress.workspace import Workspace
+from experiments.commands import file_to_write
 from experiments.composed import settings_of
 from experiments.single_runs import evopress, folder_name, why_it_failed
 
@@ -154,7 +155,7 @@ def main() -> None:
     parser.add_argument("--switches", type=int, default=4, help="of a genome, at most")
     parser.add_argument("--tokens", type=int, default=16384, help="held-out tokens that all are measured on")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=FOLDER / "ranks.csv")
+    parser.add_argument("--results", type=file_to_write, default=FOLDER / "ranks.csv")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
     arguments = parser.parse_args()
     found: list[dict[str, Any]] = []

@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.commands import file_to_write
 from experiments.single_runs import SingleRun, evopress, evopress_all, folder_name, why_it_failed
 
 FOLDER = Path(__file__).parent
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--strategy", default="guided", choices=["guided", "evolution"])
     parser.add_argument("--jobs", type=int, default=1, help="at once")
-    parser.add_argument("--results", type=Path, default=FOLDER / "results.csv")
+    parser.add_argument("--results", type=file_to_write, default=FOLDER / "results.csv")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
     asked = parser.parse_args()
     found: list[dict[str, Any]] = []

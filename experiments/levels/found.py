@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 
 from evopress.reporting.records import read_json
+from experiments.commands import file_to_write
 from experiments.single_runs import SingleRun, each_told, folder_name
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -75,7 +76,7 @@ def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", type=float, default=None)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="at once")
-    parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--out", type=file_to_write, default=TABLE)
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
     return parser.parse_args(words)
 

@@ -24,6 +24,7 @@ from evopress.methods import make_method
 from evopress.progress import duration
 from evopress.units import Genome
 from evopress.workspace import Workspace
+from experiments.commands import file_to_write
 from experiments.composed import settings_of
 
 ROWS: dict[str, list[str]] = {
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--out", type=Path, default=FOLDER / "results.csv")
+    parser.add_argument("--out", type=file_to_write, default=FOLDER / "results.csv")
     parser.add_argument("further", nargs="*", help="overrides for every row, after --")
     arguments = parser.parse_args()
     if arguments.threads:

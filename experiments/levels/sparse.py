@@ -28,6 +28,7 @@ from evopress.compress.sparsegpt import RECIPES, SparseGPT
 from evopress.evaluation.heldout import measure_held_out
 from evopress.levels.union import LevelUnion
 from evopress.workspace import Workspace
+from experiments.commands import file_to_write
 from experiments.composed import settings_of, take_threads
 
 SPARSITIES = (0.7, 0.6, 0.5)
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
     parser.add_argument("--root", type=Path, help="of databases, kept; default: a temporary folder")
-    parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--out", type=file_to_write, default=TABLE)
     parser.add_argument("overrides", nargs="*", help="of every run, such as threads=1 model.dtype=float32")
     arguments = parser.parse_args()
     rows: list[dict[Any, Any]] = pd.read_csv(arguments.out).to_dict("records") if arguments.out.exists() else []

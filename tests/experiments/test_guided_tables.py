@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from experiments.guided import tables
-from experiments.guided.measure import folder_of, runs
+from experiments.guided.measure import asked_for, folder_of, runs
 
 
 def _row(name: str, kl: float, bits: float = 2.25, **more: Any) -> dict[str, Any]:
@@ -58,3 +60,13 @@ def test_a_search_from_a_level_began_with_no_random_mix(tmp_path: Path) -> None:
 def test_folders_are_those_that_measure_makes() -> None:
     (run,) = runs("quant", ["best"], ["evolution"], [3.0], [0], [])
     assert run.folder == folder_of(tables.labels_of("table3_best", {"seed": "0"}, "evolution"))
+
+
+def test_a_file_of_results_has_its_folder_before_hours_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = asked_for(["--results", str(tmp_path / "new" / "results.csv")])
+    assert asked.results == tmp_path / "new" / "results.csv" and asked.results.parent.is_dir()
+    (tmp_path / "file").touch()
+    for path, said in ((tmp_path / "file" / "results.csv", "file"), (tmp_path, "is a folder: name a file in it")):
+        with pytest.raises(SystemExit):
+            asked_for(["--results", str(path)])
+        assert said in capsys.readouterr().err
