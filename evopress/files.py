@@ -17,6 +17,7 @@ from evopress.errors import EvoPressError
 
 _MADE_BY_DEFAULT = re.compile(r"multirun|debug|\d{4}-\d\d-\d\d")
 """Folders around a run's that nobody named."""
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def sha256_file(path: Path) -> str:
@@ -77,7 +78,7 @@ def explained(error: OSError, path: Path) -> EvoPressError:
     """Turn an operating system's error about `path` into one sentence."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EvoPressError(f"the disk is full while writing {path}: free some space and start the same command again, it goes on")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno in _READ_ONLY:
         return EvoPressError(f"{path} cannot be written ({error.strerror}): choose a folder that you may write to")
     return EvoPressError(f"{path} cannot be written ({error.strerror or error}): check the folder and the disk")
 
@@ -120,6 +121,24 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise explained(error, folder) from error
     return folder
+
+
+def open_folder(folder: Path) -> Path:
+    """Create a folder, or take one that has something in it and may only be read: what a group shares.
+
+    Raises: EvoPressError if it is neither.
+    """
+    try:
+        return make_folder(folder)
+    except EvoPressError as error:
+        if not is_read_only(error) or not folder.is_dir() or not any(folder.iterdir()):
+            raise
+    return folder
+
+
+def is_read_only(error: EvoPressError) -> bool:
+    """Tell whether what could not be written is a place that this user, or anybody, may only read."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _READ_ONLY
 
 
 def canonical_json(data: Any) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from evopress.compress.compressor import free_now
 from evopress.errors import EvoPressError
+from evopress.files import make_folder
 from evopress.ranks import Known, each, together
 
 _SPARE = 1.02
@@ -126,6 +127,8 @@ def check_room(stages: Sequence[Needs], rooms: Sequence[Room], *, offload: bool 
         rooms: of each process, the first one's first; those on one machine share its memory.
         offload: the model's blocks lie in the host's memory already.
     """
+    for folder in dict.fromkeys(folder for needs in stages for folder, size in needs.disk.items() if size):
+        make_folder(_existing(folder))  # what is shared with others may be there to be read alone
     for folders, free in disks(dict.fromkeys(folder for needs in stages for folder in needs.disk)):
         writing = [(needs, size) for needs in stages if (size := sum(needs.disk.get(folder, 0) for folder in folders))]
         total = sum(size for _, size in writing)

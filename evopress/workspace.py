@@ -22,7 +22,7 @@ from evopress.data.tokens import tokens_digest
 from evopress.databases import Databases
 from evopress.engines import engine_of
 from evopress.errors import EvoPressError
-from evopress.files import given_path, make_folder
+from evopress.files import given_path, open_folder
 from evopress.fitness.archive import ARCHIVE, Archive, Archiving, NoArchive, code_digest
 from evopress.fitness.fusion import can_compile
 from evopress.fitness.minibatch import base_states
@@ -104,8 +104,8 @@ class Workspace:
                 "fitness.evaluator=plain runs the whole model on the device, where model.offload=true does not put it: leave one "
                 "of them out"
             )
-        self.cache = make_folder(given_path(settings.paths.cache, "paths.cache"))
-        root = make_folder(given_path(settings.level_db.root, "level_db.root"))
+        self.cache = open_folder(given_path(settings.paths.cache, "paths.cache"))
+        root = open_folder(given_path(settings.level_db.root, "level_db.root"))
         self._further: list[str] = []
         self._held_out_base: Tensor | None = None
         self._refined: LevelDatabase | None = None

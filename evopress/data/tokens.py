@@ -21,7 +21,7 @@ from torch import Tensor
 from evopress.data.sources import Split, TextSource, streams_of
 from evopress.data.special_tokens import leading_ids
 from evopress.errors import EvoPressError
-from evopress.files import canonical_json, write_atomically
+from evopress.files import canonical_json, is_read_only, write_atomically
 from evopress.json_files import clip, parse_json
 
 if TYPE_CHECKING:
@@ -331,7 +331,13 @@ def _save(path: Path, sequences: Tensor, *, key: str, recipe: dict[str, Any], le
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
 
-    write_atomically(path, write)
+    try:
+        write_atomically(path, write)
+    except EvoPressError as error:
+        if not is_read_only(error):
+            raise
+        log.info("the tokens are not kept: %s", error)
+        return
     for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a run that was killed; another one may be about to rename its own
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > _ABANDONED:

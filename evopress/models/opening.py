@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from evopress.errors import EvoPressError
-from evopress.files import given_path, make_folder
+from evopress.files import given_path, open_folder
 from evopress.machine import has_half_products
 from evopress.models.experts import loop, named_linear
 from evopress.models.loading import (
@@ -89,7 +89,7 @@ def fitted(settings: RunSettings) -> RunSettings:
     grouped = isinstance(method, QuantSettings) and method.group_size == AUTO
     if AUTO not in (model.sequence_length, model.group_size) and not grouped:
         return settings
-    cache = make_folder(given_path(settings.paths.cache, "paths.cache"))
+    cache = open_folder(given_path(settings.paths.cache, "paths.cache"))
     folder = find_model(model, cache, weights=not settings.dry_run)
     config = read_config(folder)
     changes: dict[str, Any] = {}

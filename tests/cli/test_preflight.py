@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
+import tempfile
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -37,6 +39,7 @@ from evopress.stages.exports import export_needs
 from evopress.stages.needs import Planner
 from evopress.units import Budget, Level, Space, Unit
 from experiments.benchmark.alive import BOTH, Alive
+from tests.cli.conftest import TINY
 
 METHODS = {
     "quant": ("+method=quant", "bits=3.5"),
@@ -300,6 +303,27 @@ def refused(outcome: Any, *parts: str) -> None:
     assert outcome.code == 1, outcome.text
     (sentence,) = outcome.errors
     assert all(part in sentence for part in parts), sentence
+
+
+def test_what_is_there_may_be_shared_to_be_read_alone(
+    finished: Any, cache: Path, evopress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group's levels and tokens, in folders that another user owns; what has yet to be built there is refused before it is."""
+    shared, made = shutil.copytree(cache, tmp_path / "shared"), tempfile.TemporaryFile
+
+    def probe(dir: Path, **options: Any) -> Any:
+        if Path(dir).is_relative_to(shared):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return made(dir=dir, **options)
+
+    monkeypatch.setattr("evopress.files.tempfile.TemporaryFile", probe)
+    monkeypatch.setattr("evopress.levels.build._build", lambda *_: pytest.fail("built"))
+    asked = (*TINY, f"paths.cache={shared}", "stages=[database,search,evaluate]", "bits=3.25")
+    outcome = evopress(*asked, f"hydra.run.dir={tmp_path / 'run'}")
+    assert outcome.code == 0, outcome.text
+    again = evopress(*asked, f"hydra.run.dir={tmp_path / 'other'}", "method.levels=[6,4,3]")
+    refused(again, "cannot be written (Read-only file system)", "choose a folder")
+    assert not (tmp_path / "other").exists()
 
 
 def test_too_little_disk_is_refused_before_anything_is_touched(

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "compress": {"units", "errors", "machine"},
     "models": VOCABULARY | {"endings", "settings", "machine", "ranks"},
     "data": VOCABULARY | {"settings"},
-    "room": {"compress", "errors", "ranks"},
+    "room": {"compress", "errors", "files", "ranks"},
     "levels": VOCABULARY | {"endings", "ranks", "room", "compress", "models", "data"},
     "fitness": VOCABULARY | {"ranks", "compress", "models", "data", "levels"},
     "evaluation": VOCABULARY | {"ranks", "compress", "models", "data", "levels", "fitness"},

@@ -1,3 +1,4 @@
+import errno
 import logging
 import os
 import subprocess
@@ -130,6 +131,21 @@ def test_cache_is_keyed_by_all_that_decides_the_tokens(tmp_path, other):
     _get(source, cache_dir=tmp_path, **settings)
     assert source.num_read > 0
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_tokens_are_not_kept_where_files_may_only_be_read(tmp_path, monkeypatch, caplog):
+    number = errno.EACCES
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    caplog.set_level("INFO")
+    assert torch.equal(_get(Source([_text(0, 50)]), cache_dir=tmp_path), _get(Source([_text(0, 50)])))
+    assert "the tokens are not kept" in caplog.text and not list(tmp_path.iterdir())
+    number = errno.ENOSPC
+    with pytest.raises(EvoPressError, match="the disk is full"):
+        _get(Source([_text(0, 50)]), cache_dir=tmp_path)
 
 
 def test_what_a_killed_run_left_half_written_goes_when_the_file_is_written(tmp_path):
