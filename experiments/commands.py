@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from evopress.endings import exit_code, stopping_at_signals
 from evopress.errors import EvoPressError
 from evopress.files import given_path, make_folder
 from experiments.specs import SPECS, home
 from experiments.sweeps import Sweep, describe
+
+
+@contextmanager
+def with_its_jobs() -> Iterator[None]:
+    """End a script in one sentence and with its exit code: at a user's error, or at a signal, which ends its jobs too."""
+    try:
+        with stopping_at_signals():
+            yield
+    except EvoPressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as stop:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(exit_code(stop))
 
 
 def file_to_write(path: str) -> Path:

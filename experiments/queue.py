@@ -31,10 +31,10 @@ from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
 
 from evopress import config as configuration
-from evopress.endings import exit_code, stopping_at_signals
 from evopress.errors import EvoPressError
 from experiments import claims
 from experiments.clock import Clock
+from experiments.commands import with_its_jobs
 from experiments.single_runs import SingleRun, evopress_all, has_finished, logged, why_it_failed
 from experiments.specs import SPECS, home
 from experiments.sweeps import Sweep, describe, expected_jobs, read_sweep
@@ -311,24 +311,15 @@ def main() -> None:
     if asked.out is not None and (own := [name for name in asked.names if name in SCRIPTS and name not in SWEEPS]):
         parser.error(f"--out {asked.out} is for tables of sweeps, and {own[0]} writes into its own folder: leave one of them out")
     asked.root.mkdir(parents=True, exist_ok=True)
-    try:
-        with stopping_at_signals():
-            if asked.list:
-                if refused := show(names, asked.root, asked.jobs, further):
-                    print(f"error: {refused} of it would be left out", file=sys.stderr)
-                    sys.exit(1)
-                return
-            with alone(asked.root):
-                failed = go(names, root=asked.root, out=asked.out, at_once=asked.jobs, further=further)
-            if failed:
-                print(f"error: {failed} of it failed; the same command goes on with what is missing", file=sys.stderr)
-                sys.exit(1)
-    except EvoPressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt as stop:
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(exit_code(stop))
+    with with_its_jobs():
+        if asked.list:
+            if refused := show(names, asked.root, asked.jobs, further):
+                raise EvoPressError(f"{refused} of it would be left out")
+            return
+        with alone(asked.root):
+            failed = go(names, root=asked.root, out=asked.out, at_once=asked.jobs, further=further)
+        if failed:
+            raise EvoPressError(f"{failed} of it failed; the same command goes on with what is missing")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import pandas as pd
 from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, new_figure, open_frame, save
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name
-from experiments.commands import file_to_write
+from experiments.commands import file_to_write, with_its_jobs
 from experiments.guided.measure import KEYS, merged, read, table
 from experiments.single_runs import SingleRun, each_told, folder_name
 
@@ -204,6 +204,7 @@ def asked_runs(asked: argparse.Namespace) -> list[SingleRun]:
     return list(runs(asked.method, recipes, asked.seeds, asked.budgets, baselines, asked.searches, asked.further, genomes))
 
 
+@with_its_jobs()
 def main() -> None:
     """Run what is missing, write what was found, and draw it."""
     asked = asked_for()

@@ -16,7 +16,6 @@ import argparse
 import itertools
 import math
 import statistics
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from evopress.reporting.differences import Difference
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name, significant
 from experiments.calibration.texts import HELD_OUT, KINDS, TEXTS, write_texts
-from experiments.commands import file_to_write
+from experiments.commands import file_to_write, with_its_jobs
 from experiments.guided.measure import KEYS, merged, read
 from experiments.single_runs import SingleRun, each_told
 from experiments.tables import markdown, write_table
@@ -232,23 +231,18 @@ def prepare(asked: argparse.Namespace) -> None:
     write_texts(asked.folder)
 
 
+@with_its_jobs()
 def main() -> None:
     """Run what is missing, and write what was found."""
     asked = asked_for()
-    try:
-        if not asked.draw:
-            all_runs = asked_runs(asked)
-            prepare(asked)
-            for run, well in each_told(all_runs, at_once=asked.jobs):
-                if well:
-                    merged(asked.results, list(ends(run)))
-        if not asked.results.is_file():
-            raise EvoPressError(f"{asked.results} is not there: no run has ended well yet")
-        text = render(read(asked.results))
-        write_table(asked.results.parent, "Text against search", text)
-    except EvoPressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    if not asked.draw:
+        all_runs = asked_runs(asked)
+        prepare(asked)
+        for run, well in each_told(all_runs, at_once=asked.jobs):
+            if well:
+                merged(asked.results, list(ends(run)))
+    text = render(read(asked.results))
+    write_table(asked.results.parent, "Text against search", text)
     print(text)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from evopress.engines import ENGINES, NONE
-from experiments.commands import file_to_write
+from experiments.commands import file_to_write, with_its_jobs
 from experiments.joint.run import has_run, rows_of
 from experiments.single_runs import why_it_failed
 
@@ -75,6 +75,7 @@ def table(found: pd.DataFrame) -> pd.DataFrame:
     return means.join(spread).reset_index()
 
 
+@with_its_jobs()
 def main() -> None:
     """Run what is missing and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

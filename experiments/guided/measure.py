@@ -19,10 +19,11 @@ from typing import Any
 
 import pandas as pd
 
+from evopress.errors import EvoPressError
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, open_frame, save, show_tokens
 from evopress.reporting.records import read_json, read_records
-from experiments.commands import file_to_write
+from experiments.commands import file_to_write, with_its_jobs
 from experiments.single_runs import SingleRun, each_told, folder_name
 
 FOLDER = Path(__file__).parent
@@ -184,7 +185,12 @@ def draw(curves: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Return the rows of a CSV that was written here."""
+    """Return the rows of a CSV that was written here.
+
+    Raises: EvoPressError if there is none.
+    """
+    if not path.is_file():
+        raise EvoPressError(f"{path} is not there: no run has ended well yet")
     return pd.read_csv(path).assign(recipe=lambda rows: rows.recipe.astype(object).fillna(""))
 
 
@@ -224,6 +230,7 @@ def asked_runs(asked: argparse.Namespace) -> list[SingleRun]:
     return list(runs(asked.method, recipes, names, targets, asked.seeds, asked.further))
 
 
+@with_its_jobs()
 def main() -> None:
     """Run what is missing, write what was found, and draw it."""
     asked = asked_for()

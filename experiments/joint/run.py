@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.commands import file_to_write
+from experiments.commands import file_to_write, with_its_jobs
 from experiments.single_runs import SingleRun, evopress, evopress_all, folder_name, why_it_failed
 
 FOLDER = Path(__file__).parent
@@ -112,6 +112,7 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
             }
 
 
+@with_its_jobs()
 def main() -> None:
     """Run what is missing and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from evopress.reporting.records import read_json
-from experiments.commands import file_to_write
+from experiments.commands import file_to_write, with_its_jobs
 from experiments.single_runs import SingleRun, each_told, folder_name
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -86,6 +86,7 @@ def asked_runs(asked: argparse.Namespace) -> list[SingleRun]:
     return list(runs(asked.rows, asked.bits, asked.seeds, asked.further))
 
 
+@with_its_jobs()
 def main() -> None:
     """Run what is missing and write what was found."""
     asked = asked_for()

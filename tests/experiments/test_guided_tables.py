@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from experiments.guided import tables
+from experiments.guided import measure, tables
 from experiments.guided.measure import asked_for, folder_of, runs
 
 
@@ -70,3 +76,30 @@ def test_a_file_of_results_has_its_folder_before_hours_of_runs(tmp_path: Path, c
         with pytest.raises(SystemExit):
             asked_for(["--results", str(path)])
         assert said in capsys.readouterr().err
+
+
+def test_a_script_that_is_stopped_takes_its_jobs_along(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.guided.measure", "--recipes", "best", "--rows", "guided", "--targets", "2.5"]
+    paths = {"PYTHONPATH": str(Path(measure.__file__).parents[2]), "EVOPRESS_CACHE": str(tmp_path / "cache")}
+    asked = ["--seeds", "0", "--results", str(tmp_path / "results.csv"), "--", "+debug=tiny"]
+    script = subprocess.Popen([*command, *asked], cwd=tmp_path, env=os.environ | paths, stderr=subprocess.PIPE, text=True)
+    jobs: list[psutil.Process] = []
+    deadline = time.monotonic() + 120
+    while not jobs and script.poll() is None and time.monotonic() < deadline:
+        jobs = psutil.Process(script.pid).children()
+        time.sleep(0.05)
+    assert jobs
+    script.send_signal(signal.SIGTERM)
+    said = script.communicate(timeout=120)[1]
+    assert script.returncode == 128 + signal.SIGTERM and said == "stopped; the same command goes on\n", said
+    assert not psutil.wait_procs(jobs, timeout=60)[1]
+
+
+def test_results_that_nothing_wrote_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["measure", "--draw", "--results", str(tmp_path / "results.csv")])
+    with pytest.raises(SystemExit) as ended:
+        measure.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'curves.csv'} is not there: no run has ended well yet\n"
