@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from evopress.engines import ENGINES
+from evopress.errors import EvoPressError
 from evopress.export.card import model_card
 from evopress.export.compressed_tensors import zeros_as_codes
 from evopress.export.exporter import Export, Form
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 ENGINE = ENGINES["gptqmodel"]
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Bits to the widths of the planes that they are stored in, lowest first."""
+_SPLIT = ("glm", "glm4", "phi3", "phi4_multimodal", "zamba2")
+"""Model types whose `gate_up_proj` GPTQModel 7.7 splits before it reads a file (its package `defuser`)."""
 _METADATA = {"format": "pt"}
 
 
@@ -44,7 +47,12 @@ class GPTQFiles:
     """See `Exporter`."""
 
     def check(self, config: Mapping[str, Any], forms: Iterable[Form]) -> None:
-        """Refuse what GPTQModel does not hold."""
+        """Refuse what GPTQModel does not hold, or would leave unread."""
+        if (model_type := config.get("model_type")) in _SPLIT:
+            raise EvoPressError(
+                f"export=[gptq] cannot hold a model of type {model_type}, whose gate_up_proj GPTQModel splits in two, so that it leaves "
+                "unread what a file has of it: use export=[dequantized]"
+            )
         forms = list(forms)
         refuse_unfit(ENGINE, forms, asked=ENGINE.export, otherwise="use export=[dequantized]")
         refuse_experts(forms, asked=ENGINE.export)

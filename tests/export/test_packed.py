@@ -152,6 +152,15 @@ def test_experts_are_refused_before_a_search(what: str) -> None:
         EXPORTERS[what]().check({"model_type": "mixtral"}, iter([form]))
 
 
+@pytest.mark.parametrize("model_type", ["phi3", "glm4"])
+def test_models_whose_weights_gptqmodel_splits_are_refused(model_type: str) -> None:
+    """It would load them, and leave what lies in the file as gate_up_proj unread."""
+    with pytest.raises(
+        EvoPressError, match=rf"^export=\[gptq\] cannot hold a model of type {model_type}, whose gate_up_proj GPTQModel"
+    ):
+        GPTQFiles().check({"model_type": model_type}, [])
+
+
 def test_a_weight_takes_what_its_engine_is_said_to_store(exported: Callable[..., Export]) -> None:
     """The price that a search pays is the file's, its header aside."""
     export = exported(packed=True)
