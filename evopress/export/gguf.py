@@ -45,6 +45,8 @@ FILE = "model.gguf"
 _DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _ROUNDED = GGUF_TYPES["Q8_0"]
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+_WITHOUT_BIASES = ("qwen3",)
+"""Model types whose attention's output has no bias in llama.cpp."""
 _MOST_BITS = 7
 """Of integers with any zero: their differences fit Q8_0's signed bytes."""
 
@@ -108,7 +110,15 @@ class GGUF:
                 "export=[dequantized] and llama.cpp's own converter"
             )
         if (activation := config.get("hidden_act", "silu")) != "silu":
-            raise EvoPressError(f"export=[gguf] cannot hold a model with hidden_act={activation}: llama.cpp computes silu here")
+            raise EvoPressError(
+                f"export=[gguf] cannot hold a model with hidden_act={activation}, where llama.cpp computes silu: use "
+                "export=[dequantized]"
+            )
+        if config.get("attention_bias") and model_type in _WITHOUT_BIASES:
+            raise EvoPressError(
+                f"export=[gguf] cannot hold a {model_type} with attention_bias={config['attention_bias']}, where llama.cpp has no "
+                "place for the bias of o_proj: use export=[dequantized]"
+            )
         frequency_factors(config)
         for form in forms:
             if form.kind == SPARSE:

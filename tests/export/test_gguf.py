@@ -320,6 +320,7 @@ def test_levels_that_gguf_cannot_hold_are_refused(form: Form, sentence: str) -> 
     [
         ({"model_type": "gemma3_text"}, "of type gemma3_text: it knows llama, mistral, qwen2, qwen3"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({"model_type": "qwen3", "attention_bias": True}, "a qwen3 with attention_bias=True, where llama.cpp has no place"),
         ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rotary embedding \(dynamic\)"),
         (
             {"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}},
@@ -330,6 +331,8 @@ def test_levels_that_gguf_cannot_hold_are_refused(form: Form, sentence: str) -> 
 def test_models_that_llama_cpp_computes_otherwise_are_refused(config: dict[str, Any], sentence: str) -> None:
     with pytest.raises(EvoPressError, match=sentence):
         GGUF().check(config, [])
+    GGUF().check({"model_type": "llama", "attention_bias": True}, [])
+    GGUF().check({"model_type": "qwen3", "attention_bias": False}, [])
 
 
 def test_the_engine_asks_for_types_and_others_refuse_them() -> None:
