@@ -30,7 +30,7 @@ from evopress.levels.codec import pack_bits
 
 logger = logging.getLogger(__name__)
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
-"""Of the architectures that EvoPress knows, those that mlx-lm knows."""
+"""Models that are written here; mlx-lm 0.32.2 knows others, too."""
 _OF_GELU = ("gemma", "gemma2", "gemma3_text")
 """Those whose MLPs mlx-lm computes with GELU; all others' with SiLU."""
 _WITHOUT_BIASES = ("qwen3", "phi3", *_OF_GELU)
@@ -74,8 +74,8 @@ class MLX:
         """Refuse what MLX, or mlx-lm, does not hold."""
         if (model_type := config.get("model_type")) not in MODEL_TYPES:
             raise EvoPressError(
-                f"export=[mlx] cannot hold a model of type {model_type}, which mlx-lm does not know (it knows "
-                f"{', '.join(MODEL_TYPES)}): use export=[dequantized]"
+                f"export=[mlx] is not written for models of type {model_type}: it knows {', '.join(MODEL_TYPES)}; use "
+                "export=[dequantized]"
             )
         activation = config.get("hidden_act") or "silu"
         if activation not in ("silu", "swish") and model_type not in _OF_GELU:

@@ -278,9 +278,13 @@ def test_sliding_windows_that_mlx_lm_does_not_know_are_said() -> None:
     assert window_left_out(qwen2 | {"layer_types": ["full_attention", "sliding_attention"]}) == 64
 
 
-def test_models_that_mlx_lm_does_not_know_and_other_dtypes_are_refused() -> None:
-    with pytest.raises(EvoPressError, match="a model of type opt, which mlx-lm does not know"):
-        MLX().check({"model_type": "opt"}, [])
+@pytest.mark.parametrize("model_type", ["opt", "mixtral"])
+def test_models_that_it_is_not_written_for_are_refused(model_type: str) -> None:
+    with pytest.raises(EvoPressError, match=rf"^export=\[mlx\] is not written for models of type {model_type}: it knows llama, "):
+        MLX().check({"model_type": model_type}, [])
+
+
+def test_other_dtypes_are_refused() -> None:
     with pytest.raises(EvoPressError, match="scales=bfloat16 is unknown"):
         MLX(scales="bfloat16")
 
