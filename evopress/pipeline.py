@@ -122,8 +122,7 @@ def run(
     else:
         refuse_without_genome(workspace)
         refuse_other_work(workspace, numbers)
-    if not settings.budgets or has_limit(settings):
-        refuse_unfit_formats(workspace)
+    refuse_unfit_formats(workspace, exported=not settings.budgets or has_limit(settings))
     tried = budgets_to_try(workspace) if has_limit(settings) else []
     planned = likely_tries(workspace, tried) if tried and ("search" in settings.stages or not points) else points
     plan = preflight(workspace, numbers, [(each.workspace, each.searching) for each in planned])

@@ -63,8 +63,8 @@ class CompressedTensors:
     def check(self, config: Mapping[str, Any], forms: Iterable[Form]) -> None:
         """Refuse what compressed-tensors does not hold, or vLLM would run as something else."""
         forms = list(forms)
-        refuse_unfit(ENGINE, forms, asked=ENGINE.export, otherwise="use export=[dequantized]")
         refuse_experts(forms, asked=ENGINE.export)
+        refuse_unfit(ENGINE, forms, asked=ENGINE.export, otherwise="use export=[dequantized]")
 
     def serve(self, folder: str, dtype: torch.dtype) -> str:
         """See `Serves`."""

@@ -39,10 +39,10 @@ def refuse_unfit(engine: Engine, forms: Iterable[Form], *, asked: str, otherwise
         _refuse_untied(engine, name, list(members.values()), asked=asked, otherwise=otherwise)
 
 
-def refuse_experts(forms: Iterable[Form], *, asked: str) -> None:
+def refuse_experts(forms: Iterable[Form], *, asked: str, otherwise: str = "use export=[dequantized]") -> None:
     """Raise EvoPressError if one of these forms is an expert's weight, for formats that are not written for those."""
     if (form := next((form for form in forms if form.of_expert), None)) is not None:
-        raise EvoPressError(f"{asked} is not written for experts ({form}): use export=[dequantized]")
+        raise EvoPressError(f"{asked} is not written for experts ({form}): {otherwise}")
 
 
 def _refuse_integers(engine: Engine, form: Form, *, asked: str, otherwise: str) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 from evopress.baselines.uniform import uniform_genomes
 from evopress.currencies import num_experts
+from evopress.engines import Engine
 from evopress.errors import EvoPressError
 from evopress.export.checkpoint import FILE_BYTES, parts_together
 from evopress.export.exporter import DROPPED, Export, Exporter, Form, Serves, form_of, write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
-from evopress.export.rules import refuse_unfit
+from evopress.export.rules import refuse_experts, refuse_unfit
 from evopress.files import make_folder
 from evopress.levels.modules import is_module
 from evopress.models.blocks import bytes_of
@@ -48,21 +49,36 @@ def exporters_of(settings: RunSettings) -> dict[str, Exporter]:
     return make_exporters(settings.export, settings.export_options) if "export" in settings.stages else {}
 
 
-def refuse_unfit_formats(workspace: Workspace) -> None:
+def refuse_unfit_formats(workspace: Workspace, *, exported: bool = True) -> None:
     """Raise EvoPressError if a format, or the engine, cannot hold what may be exported: the genome if it is known, else any.
 
-    Builds nothing; the model is loaded for it.
+    Levels and a search by an engine's rules are refused where the engine's format is not written for the model, exported now or
+    later. Builds nothing; the model is loaded for it.
+
+    Args: exported: the stage `export` writes something now; of several budgets it does not.
     """
-    exporters, engine = exporters_of(workspace.settings), workspace.engine
+    exporters, engine = exporters_of(workspace.settings) if exported else {}, workspace.engine
     if not set(exporters) - {DEQUANTIZED} and engine is None:
         return
     space, _ = workspace.databases.plan()
     genome = _known_genome(workspace, space)
     forms = list(_all_forms(workspace, space)) if genome is None else forms_of(workspace, space, genome)
     if engine is not None:
+        if {"database", "search"} & set(workspace.settings.stages):
+            _refuse_what_is_not_written(workspace, engine, forms)
         refuse_unfit(engine, forms, asked=f"engine={engine.name}", otherwise="use engine=none")
     for exporter in exporters.values():
         exporter.check(workspace.model_source.config, forms)
+
+
+def _refuse_what_is_not_written(workspace: Workspace, engine: Engine, forms: Sequence[Form]) -> None:
+    """Raise EvoPressError if an engine's format is not written for the model, or for experts: no genome could be exported."""
+    refuse_experts(forms, asked=f"engine={engine.name}", otherwise="use engine=none")
+    (exporter,) = make_exporters(engine.formats[:1], {}).values()
+    try:
+        exporter.check(workspace.model_source.config, ())
+    except EvoPressError as error:
+        raise EvoPressError(f"engine={engine.name}: {error} and engine=none") from error
 
 
 def _known_genome(workspace: Workspace, space: Space) -> Genome | None:

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from evopress.models.tiny import byte_tokenizer
+from evopress.models.tiny_any import any_model
+
 GROUPS = "model.group_size=32"
 
 
@@ -73,3 +76,25 @@ def test_what_an_engine_cannot_hold_is_refused_before_anything_is_built(
     outcome = tiny(*arguments)
     assert outcome.code == 1 and len(outcome.errors) == 1 and sentence in outcome.errors[0], outcome.text
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "engine", "sentence"),
+    [
+        ("mixtral", "vllm", "engine=vllm is not written for experts (model.layers.0.mlp.experts.0"),
+        ("mixtral", "gptqmodel", "engine=gptqmodel is not written for experts"),
+        ("opt", "mlx", "engine=mlx: export=[mlx] is not written for models of type opt: it knows"),
+        ("phi3", "gptqmodel", "engine=gptqmodel: export=[gptq] cannot hold a model of type phi3, whose gate_up_proj"),
+    ],
+)
+def test_a_search_for_a_file_that_is_not_written_does_not_begin(
+    model_type: str, engine: str, sentence: str, evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Not even where that file is not exported yet."""
+    any_model(model_type).save_pretrained(tmp_path / model_type)
+    byte_tokenizer().save_pretrained(tmp_path / model_type)
+    model = ("model=local", f"model.path={tmp_path / model_type}", GROUPS, "model.sequence_length=64")
+    levels = ("+debug=tiny", "method.levels=[6,4,2]")
+    for targets in (("bits=4",), ("budgets=[3,4]",))[: 1 + (engine == "mlx")]:
+        outcome = evopress("+method=quant", *targets, *levels, *model, f"engine={engine}", "dry_run=true")
+        assert outcome.code == 1 and sentence in outcome.errors[0] and outcome.errors[0].endswith("engine=none"), outcome.text
