@@ -82,14 +82,34 @@ def check_given(settings: RunSettings) -> None:
         file_of(name, "search.starts")
 
 
-def check_levels(settings: RunSettings, space: Space) -> None:
-    """Raise EvoPressError if a file of a genome does not fit the space that the run's level database has, or will have."""
+def check_levels(settings: RunSettings, space: Space, run_dir: Path) -> None:
+    """Raise EvoPressError if a file of a genome does not fit the space that the run's level database has, or will have.
+
+    So it is if the run has exported another genome by that name, whose folder and row would be this one's.
+    """
     given = [] if settings.genome is None else [("genome", settings.genome)]
     if "search" in settings.stages:
         given += [("search.starts", name) for name in settings.search.starts]
     for key, name in given:
         if (path := file_of(name, key)) is not None:
-            read_genome(path, space)
+            genome = read_genome(path, space)
+            if key == "genome" and {"evaluate", "export"} & set(settings.stages):
+                _refuse_another_of_its_name(path, genome, space, run_dir)
+
+
+def _refuse_another_of_its_name(path: Path, genome: Genome, space: Space, run_dir: Path) -> None:
+    own = run_dir / "genomes" / folder_of(row_name(path)) / "genome.json"
+    if not own.is_file():
+        return
+    try:
+        same = read_genome(own, space) == genome
+    except EvoPressError:  # of other levels
+        same = False
+    if not same:
+        raise EvoPressError(
+            f"genome={path} is another genome than the {row_name(path)} that this run has exported in {own.parent}: rename the "
+            "file, or remove that folder"
+        )
 
 
 def find_genome(workspace: Workspace, given: str, *, key: str = "genome") -> Given:

@@ -101,7 +101,7 @@ def _checked(workspace: Workspace, searching: Searching, points: Sequence[tuple[
         baselines = run.settings.baselines
         if "baselines" in run.settings.stages and "exhaustive" in baselines.names:
             count_to_measure(space, budget, limit=baselines.exhaustive_limit)
-        check_levels(run.settings, space)
+        check_levels(run.settings, space, run.run_dir)
     _check_finite(workspace)
     asked = []
     for run, numbers, budget in runs:

@@ -142,6 +142,25 @@ def test_a_file_gives_the_model_that_was_searched(copied: Path, tiny: Callable[.
     assert name in outcome.text and name in (fresh / "report.html").read_text(encoding="utf-8")
 
 
+def test_another_genome_does_not_take_the_place_of_one_whose_file_has_the_same_name(
+    copied: Path, evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    lines = (copied / "genome.txt").read_text(encoding="utf-8").splitlines()
+    for folder, text in (("a", lines), ("b", [*lines[1:], lines[0]]), ("c", [line.split(":")[0] + ": 3" for line in lines])):
+        (tmp_path / folder / "checkpoint").mkdir(parents=True)
+        (tmp_path / folder / "checkpoint" / "genome.txt").write_text("\n".join(text), encoding="utf-8")
+    export = (f"resume={copied}", "stages=[export]")
+    for same in ("a", "b"):  # the same one, whatever its lines' order
+        assert evopress(*export, f"genome={tmp_path / same}/checkpoint/genome.txt").code == 0
+    before = contents(copied / "genomes")
+    for stage in ("export", "evaluate"):
+        outcome = evopress(f"resume={copied}", f"stages=[{stage}]", f"genome={tmp_path / 'c'}/checkpoint/genome.txt")
+        assert outcome.code == 1 and "is another genome than the checkpoint/genome.txt that this run" in outcome.errors[0], (
+            outcome.text
+        )
+    assert contents(copied / "genomes") == before
+
+
 def test_a_run_of_a_given_genome_goes_on_as_one(
     copied: Path, evopress: Callable[..., Any], tiny: Callable[..., Any], tmp_path: Path
 ) -> None:
