@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
 
-from evopress.currencies import EXPERT, Currency, own_currency
+from evopress.currencies import EXPERT, Currency, num_experts, num_modules, own_currency
 from evopress.errors import EvoPressError
 
 Genome = tuple[int, ...]
@@ -79,6 +79,11 @@ class Unit:
     def place(self) -> str:
         """Where the unit lies, for people: the block's number, or "head" or "embedding"."""
         return self.kind if self.is_outside else str(self.block)
+
+
+def is_module(unit: Unit) -> bool:
+    """Tell whether a unit stands for modules, or an expert, that are kept or dropped, not for a weight."""
+    return num_modules(unit) + num_experts(unit) > 0
 
 
 def is_of_expert(unit: Unit) -> bool:

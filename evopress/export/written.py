@@ -24,10 +24,11 @@ from evopress.compress.gptq import Dense, Quantized
 from evopress.errors import EvoPressError
 from evopress.export.exporter import INTEGERS, Export, Form
 from evopress.export.tensors_file import Entry, Section, write_sections
-from evopress.levels.modules import ATTENTION, MLP, dropped_modules, is_module
+from evopress.levels.modules import ATTENTION, MLP, dropped_modules
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import without_dropped
 from evopress.models.experts import ExpertLinear
+from evopress.units import is_module
 
 WEIGHTS = "model.safetensors"
 

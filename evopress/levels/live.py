@@ -14,13 +14,13 @@ from evopress.compress.compressor import free_bytes
 from evopress.currencies import num_experts
 from evopress.errors import EvoPressError
 from evopress.levels.decoded import DecodedLevels
-from evopress.levels.modules import ATTENTION, BLOCK, MLP, PAIR, is_module, modules_of
+from evopress.levels.modules import ATTENTION, BLOCK, MLP, PAIR, modules_of
 from evopress.levels.union import LevelSource
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import check_identity, drop, restore, without_dropped
 from evopress.models.experts import gathered
 from evopress.models.routing import check_fillers, check_routers, drop_experts, expert_layer, restore_experts, without_experts
-from evopress.units import Genome, Space
+from evopress.units import Genome, Space, is_module
 
 
 class Live(Protocol):

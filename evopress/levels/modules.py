@@ -25,11 +25,6 @@ KEEP, DROP = "keep", "drop"
 """Keys and labels of levels."""
 
 
-def is_module(unit: Unit) -> bool:
-    """Tell whether a unit stands for modules, or an expert, that are kept or dropped, not for a weight."""
-    return num_modules(unit) + num_experts(unit) > 0
-
-
 def modules_of(unit: Unit) -> tuple[tuple[int, str], ...]:
     """Return what a unit stands for: (block, ATTENTION or MLP) of each of its modules; a weight and an expert stand for none."""
     if not num_modules(unit):

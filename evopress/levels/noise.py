@@ -10,9 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from evopress.levels.modules import is_module
 from evopress.models.blocks import BlockModel
-from evopress.units import Level, Space
+from evopress.units import Level, Space, is_module
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 from evopress.compress.compressor import Payload
 from evopress.currencies import Currency, num_experts
 from evopress.errors import EvoPressError
-from evopress.levels.modules import ATTENTION, MLP, is_module, modules_of
+from evopress.levels.modules import ATTENTION, MLP, modules_of
 from evopress.levels.store import fingerprint
-from evopress.units import Genome, Space, Unit
+from evopress.units import Genome, Space, Unit, is_module
 
 
 class LevelSource(Protocol):

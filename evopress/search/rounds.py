@@ -34,7 +34,7 @@ from evopress.search.second_order import second_order_values
 from evopress.search.selection import select_fittest
 from evopress.search.sensitivity import Expected, errors_at, errors_of, is_droppable, latest_sensitivities
 from evopress.search.strategy import Attribution, Expansion, Problem, Question, backward_tokens
-from evopress.units import Budget, Genome, Space
+from evopress.units import Budget, Genome, Space, is_module
 
 if TYPE_CHECKING:
     from evopress.search.guided import GuidedSettings
@@ -55,6 +55,7 @@ class Guided:
         self._problem, self._settings, self._numbers = problem, settings, settings.numbers
         self._errors = errors_of(problem.space, problem.errors)
         self._droppable = [is_droppable(problem.space, unit) for unit in range(len(problem.space))]
+        self._modules = [is_module(unit) for unit in problem.space.units]
         self._backward = backward_tokens(any(self._droppable))
         self._generation = 0  # the one that is asked about next, as long as there is no evolution
         self._parent: Genome | None = None
@@ -290,9 +291,9 @@ class Guided:
     def _held(self, genome: Genome, means: np.ndarray) -> dict[str, Any]:
         """Lay out what each unit holds; a module that is kept holds nothing, and what dropping it would add stands apart."""
         space = self._problem.space
-        kept = [self._droppable[i] and not unit.levels[genome[i]].drops for i, unit in enumerate(space.units)]
+        kept = [self._modules[i] and not unit.levels[genome[i]].drops for i, unit in enumerate(space.units)]
         held = {"held": [0.0 if there else round(float(value), 9) for there, value in zip(kept, means, strict=True)]}
-        if any(self._droppable):
+        if any(self._modules):
             held["dropping"] = [round(float(value), 9) if there else 0.0 for there, value in zip(kept, means, strict=True)]
         return held
 
@@ -400,7 +401,7 @@ class Guided:
     def _changes(self) -> list[int]:
         """The most changes of each proposal; where all units are modules, which are few, in proportion to their number."""
         space, changes = self._problem.space, self._numbers.changes
-        if not all(self._droppable):
+        if not all(self._modules):
             return changes
         return [max(round(most * len(space) / _UNITS), 2) for most in changes]
 
@@ -458,7 +459,7 @@ class Guided:
 
     @property
     def _measures_the_way(self) -> bool:
-        return self._numbers.approach_tokens > 0 and all(self._droppable)
+        return self._numbers.approach_tokens > 0 and all(self._modules)
 
     def _evolve_if_over(self) -> None:
         """Begin the evolution once the rounds are over, where one was asked for."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evopress.errors import EvoPressError
-from evopress.units import Genome, Space
+from evopress.units import Genome, Space, is_module
 
 _LEAST = 0.1
 """Least sensitivity of a unit, as a share of its kind's."""
@@ -21,13 +21,13 @@ _LEAST_SPREAD = 0.05
 
 
 def errors_of(space: Space, errors: Sequence[Sequence[float]]) -> list[np.ndarray]:
-    """Return the relative error of every unit at every level; that of a module is 1 where it is dropped.
+    """Return the relative error of every unit at every level; that of a module is 1 where it is dropped, else 0.
 
     Args: errors: as a level database has them; of modules it has none that tell, and where there is nothing else, none at all.
 
     Raises: EvoPressError unless every level of a weight has an error.
     """
-    modules = [is_droppable(space, unit) for unit in range(len(space))]
+    modules = [is_module(unit) for unit in space.units]
     if len(errors) != len(space) and not all(modules):
         raise EvoPressError(
             f"there are errors of {len(errors)} units but {len(space)} units, and search/strategy=guided needs them all: use "
@@ -46,7 +46,7 @@ def errors_of(space: Space, errors: Sequence[Sequence[float]]) -> list[np.ndarra
 
 
 def is_droppable(space: Space, unit: int) -> bool:
-    """Tell whether a unit is a module, which can be dropped or is gone from the start."""
+    """Tell whether a unit is a module that can be dropped or is gone from the start, not one that must stay."""
     return any(level.drops for level in space.units[unit].levels)
 
 
@@ -61,7 +61,7 @@ def with_modules_kept(space: Space, values: Sequence[Sequence[float]]) -> list[l
 
 
 def errors_at(space: Space, errors: Sequence[np.ndarray], genome: Genome) -> np.ndarray:
-    """Return the errors that attributions at a genome are of: 0 for what lies in a dropped module, 1 for every module."""
+    """Return the errors that attributions at a genome are of: 0 for what lies in a dropped module, 1 for what can be dropped."""
     found = np.array([of_unit[level] for of_unit, level in zip(errors, genome, strict=True)])
     for unit in range(len(space)):
         if is_droppable(space, unit):

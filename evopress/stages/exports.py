@@ -18,7 +18,6 @@ from evopress.export.exporter import DROPPED, Export, Exporter, Form, Serves, fo
 from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.export.rules import refuse_experts, refuse_unfit
 from evopress.files import make_folder
-from evopress.levels.modules import is_module
 from evopress.models.blocks import bytes_of
 from evopress.models.experts import copied_for_export
 from evopress.progress import millions
@@ -30,7 +29,7 @@ from evopress.stages.given import Given, file_of, folder_of, named_genome, take_
 from evopress.stages.needs import Planner
 from evopress.stages.refine import is_refined, refined_levels, summary_of
 from evopress.stages.results import read_result
-from evopress.units import Genome, Level, Space, Unit, is_of_expert
+from evopress.units import Genome, Level, Space, Unit, is_module, is_of_expert
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from evopress.levels.live import Live
-from evopress.levels.modules import is_module
 from evopress.models.blocks import BlockModel
-from evopress.units import Genome
+from evopress.units import Genome, is_module
 
 Lengths = Sequence[tuple[int, int]]
 """(sequences, tokens of each)."""

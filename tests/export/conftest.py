@@ -15,11 +15,10 @@ from evopress.compress.compressor import Payload
 from evopress.compress.gptq import Dense, Quantized
 from evopress.export.exporter import DENSE, DROPPED, INTEGERS, KEPT, Export, Form
 from evopress.levels.live import LiveModel
-from evopress.levels.modules import is_module
 from evopress.models.blocks import BlockModel
 from evopress.models.families import family_of
 from evopress.models.tiny import byte_tokenizer, tiny_config
-from evopress.units import Level, Space, Unit
+from evopress.units import Level, Space, Unit, is_module
 
 WIDTHS = ((8, 32), (6, 64), (5, 128), (4, 32), (3, 64), (2, 128), (1, 32), (4, 128))
 """Bits and group size of the made-up levels; the last one is the weight as it is."""

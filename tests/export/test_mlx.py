@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evopress.errors import EvoPressError
 from evopress.export.exporter import INTEGERS, SPARSE, Export, Form, write_export
 from evopress.export.mlx import MLX, MODEL_TYPES, engine_config, window_left_out
-from evopress.levels.modules import is_module
+from evopress.units import is_module
 
 FILE = "model.safetensors"
 

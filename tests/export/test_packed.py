@@ -26,12 +26,11 @@ from evopress.export.gptq import GPTQFiles
 from evopress.export.named import make_exporters
 from evopress.export.tensors_file import Entry, Section, header, write_sections
 from evopress.levels.live import LiveModel
-from evopress.levels.modules import is_module
 from evopress.models.blocks import BlockModel
 from evopress.models.outline import outlined
 from evopress.models.tiny import byte_tokenizer
 from evopress.models.tiny_any import any_model
-from evopress.units import Level, Space, Unit
+from evopress.units import Level, Space, Unit, is_module
 
 FILE = "model.safetensors"
 EXPORTERS: dict[str, Callable[..., Exporter]] = {"compressed_tensors": CompressedTensors, "gptq": GPTQFiles}

@@ -23,7 +23,7 @@ from evopress.fitness.minibatch import MinibatchFitness, base_states
 from evopress.fitness.population import PopulationEvaluator, measure_sequences
 from evopress.levels.build import ensure_database
 from evopress.levels.live import LiveModel
-from evopress.levels.modules import ModuleLevels, ensure_modules, is_module
+from evopress.levels.modules import ModuleLevels, ensure_modules
 from evopress.levels.union import LevelUnion
 from evopress.methods.drop import Modules
 from evopress.models.blocks import BlockModel
@@ -32,6 +32,7 @@ from evopress.models.outline import outlined
 from evopress.models.tiny import make_tiny
 from evopress.models.tiny_any import any_model
 from evopress.settings import ModuleSettings
+from evopress.units import is_module
 
 MODELS = [("llama", False), ("llama", True), ("gemma2", True), ("qwen3", True), ("opt", True), ("phi3", False)]
 MEASURES = [KLDivergence(), KLDivergence(fused=True), TopkKL(5), NegativeLogLikelihood()]

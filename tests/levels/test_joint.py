@@ -17,13 +17,13 @@ from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import PopulationEvaluator
 from evopress.levels.build import ensure_database
 from evopress.levels.live import LiveModel
-from evopress.levels.modules import dropped_modules, ensure_modules, is_module
+from evopress.levels.modules import dropped_modules, ensure_modules
 from evopress.levels.union import LevelUnion
 from evopress.methods.drop import Modules
 from evopress.models.blocks import BlockModel
 from evopress.models.loading import load_pretrained
 from evopress.models.tiny import make_tiny
-from evopress.units import BLOCKS, EMBEDDING, HEAD, Genome
+from evopress.units import BLOCKS, EMBEDDING, HEAD, Genome, is_module
 
 NUM_BLOCKS = 3
 

@@ -16,7 +16,7 @@ from evopress.errors import EvoPressError
 from evopress.search import Attribution, Expansion, Problem, Question, SearchSettings, run_search
 from evopress.search.guided import GuidedStrategy
 from evopress.search.sensitivity import sensitivities
-from evopress.units import Budget, Genome, Level, Limit, Space, Unit
+from evopress.units import Budget, Genome, Level, Limit, Space, Unit, is_module
 
 EVOLUTION = SearchSettings(9, 4, [2, 1], [8, 16], 3, 8, 3, "min_uniform", "any")
 NUMBERS = GuidedStrategy(rounds=5, attribution_tokens=64, attribution_sequences=8, screen_tokens=32, changes=[3, 1])
@@ -443,8 +443,11 @@ class WithModules:
     def __init__(self, space: Space, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.space, self.asked = space, []
-        self.modules = [any(level.drops for level in unit.levels) for unit in space.units]
-        self.errors = [[0.0, 0.0] if module else [0.01, 0.1, 0.5] for module in self.modules]
+        self.modules = [is_module(unit) for unit in space.units]
+        self.errors = [
+            [0.0, 0.0][: len(unit.levels)] if module else [0.01, 0.1, 0.5]
+            for module, unit in zip(self.modules, space.units, strict=True)
+        ]
         self.weights = rng.lognormal(size=len(space)) * np.where(self.modules, 2.0, 1.0)
 
     def parts(self, genome: Genome) -> list[float]:
@@ -492,6 +495,24 @@ def test_a_search_that_came_down_to_its_budget_goes_on_from_there_when_it_is_kil
     assert asked[0] == (0, 0, 2, 2, 2, 2, 2) and toy.asked == asked[-len(toy.asked) :] and asked[0] not in toy.asked
 
 
+def without_dropping(space: Space, units) -> Space:
+    """Return a space in which some modules must stay."""
+    return replace(
+        space,
+        units=tuple(replace(unit, levels=unit.levels[:1]) if i in units else unit for i, unit in enumerate(space.units)),
+    )
+
+
+@pytest.mark.parametrize("total", [11, 14, 18])
+def test_a_module_that_must_stay_holds_nothing_beside_weights(joint_space, total) -> None:
+    space = without_dropping(joint_space, [0])
+    toy, budget = WithModules(space, 0), Budget(total, total / 5, "bits per weight")
+    best, records = run(NUMBERS.searching(EVOLUTION).make(problem_of(space, budget, toy.errors)), toy)
+    assert sum(toy.parts(best)) == pytest.approx(toy.best(budget), rel=1e-9)
+    asked = [record["details"] for record in records if "held" in record.get("details", {})]
+    assert asked and all(details["held"][0] == 0 < details["dropping"][0] for details in asked), "what dropping would add is apart"
+
+
 def depth_space(count: int) -> Space:
     levels = (Level("keep", 1, "keep", 32, "drop"), Level("drop", 0, "drop", 0, "drop"))
     return Space(
@@ -517,6 +538,23 @@ def test_what_holds_least_is_dropped_of_each_kind(approach, measured, rounds) ->
     assert tuple(records[0]["genome"]) == best and not records[-1]["accepted"]
     assert records[-1]["tokens"] <= sum(ask.cost_where(modules=True) for ask in settings.asks())
     assert not any(ask.initial and ask.times for ask in settings.asks({"rounds": 0, "evolution": None, "settled": False}))
+
+
+@pytest.mark.parametrize("measured", [0, 64])
+@pytest.mark.parametrize("kind", ["module", "block", "pair", "expert"])
+def test_modules_that_must_stay_are_left_and_the_best_of_the_others_found(kind, measured) -> None:
+    space = depth_space(6)
+    if kind != "module":
+        space = replace(space, units=tuple(replace(unit, kind=kind, name=f"{i}.{kind}.0") for i, unit in enumerate(space.units)))
+    toy = WithModules(space, 1)
+    least = np.argsort(toy.weights)[:2].tolist()
+    space = toy.space = without_dropping(space, least)
+    budget = Budget(8, 1 / 3, "depth sparsity")
+    settings = replace(NUMBERS, approach_tokens=measured).searching(EVOLUTION)
+    best, records = run(settings.make(problem_of(space, budget, ())), toy)
+    assert sum(best) == 4 and not any(best[unit] for unit in least)
+    assert sum(toy.parts(best)) == pytest.approx(toy.best(budget), rel=1e-9)
+    assert all(record["details"]["held"][unit] == 0 for record in records if "held" in record["details"] for unit in least)
 
 
 def test_modules_are_told_apart_beside_one_that_holds_nearly_all() -> None:
