@@ -10,7 +10,7 @@ from typing import Any
 from evopress.reporting.drawing import new_figure, save
 from evopress.reporting.figures import cells, draw_cells
 from evopress.reporting.tables import number, significant
-from evopress.units import Genome, Space
+from evopress.units import Genome, Space, is_module
 
 _DECADES = 3
 """Below the greatest value by so many powers of ten all is as pale as nothing."""
@@ -113,5 +113,4 @@ def _when(held: Held, maps: Sequence[Held]) -> str:
 
 
 def _is_kept_module(space: Space, genome: Genome, unit: int) -> bool:
-    levels = space.units[unit].levels
-    return any(level.drops for level in levels) and not levels[genome[unit]].drops
+    return is_module(space.units[unit]) and not space.units[unit].levels[genome[unit]].drops

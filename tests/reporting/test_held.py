@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,6 +45,13 @@ def test_who_held_most_is_said_without_modules_that_are_kept(space) -> None:
     before, after = held_words(records(), space)
     assert before == "Before, in round 1, most was held by blocks.0.up at 3 bits (0.5000), blocks.1.up at 3 bits (0.2500)."
     assert after == "After, in round 2, most was held by blocks.1.mlp at drop (0.7500), blocks.0.up at 4 bits (0.1000)."
+
+
+def test_a_module_that_must_stay_counts_for_nothing(space, tmp_path) -> None:
+    space = replace(space, units=(replace(space.units[0], levels=KEEP[:1]), *space.units[1:]))
+    assert all("blocks.0.mlp" not in words for words in held_words(records(), space))
+    held_figure(records(), space, tmp_path)
+    assert "Before, in round 1: 0.7500 in all" in (tmp_path / "held.svg").read_text()
 
 
 def test_the_figure_is_drawn_where_there_is_something_to_draw(space, tmp_path) -> None:
