@@ -19,12 +19,13 @@ from evopress.data.minibatch import Minibatch, draw_equal
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.fitness.gradients import Score
+from evopress.levels.store import fingerprint
 from evopress.levels.union import LevelSource
 from evopress.progress import track
 from evopress.search.program import best_in
-from evopress.search.sensitivity import is_droppable, with_modules_kept
+from evopress.search.sensitivity import with_modules_kept
 from evopress.settings import RunSettings
-from evopress.units import BLOCKS, Genome, Space
+from evopress.units import BLOCKS, Genome, Space, is_module
 
 DENSE = -1
 """The level of a weight that is the dense one."""
@@ -93,10 +94,7 @@ class Allocator(Baseline):
 def levels_everywhere(space: Space) -> list[Genome]:
     """Return a genome for every index of a level: all units that have it are there, others at their last; all modules stay."""
     count = max(len(unit.levels) for unit in space.units)
-    return [
-        tuple(0 if is_droppable(space, i) else min(level, len(unit.levels) - 1) for i, unit in enumerate(space.units))
-        for level in range(count)
-    ]
+    return [tuple(0 if is_module(unit) else min(level, len(unit.levels) - 1) for unit in space.units) for level in range(count)]
 
 
 def scored(
@@ -117,9 +115,26 @@ def by_unit(space: Space, scores: Sequence[Sequence[float]]) -> list[list[float]
     return [[scores[level][i] for level in range(len(unit.levels))] for i, unit in enumerate(space.units)]
 
 
+def levels_of_weights(space: Space) -> list[int]:
+    """Return of every unit how many levels it has to be measured alone at; modules stay, and have none."""
+    return [0 if is_module(unit) else len(unit.levels) for unit in space.units]
+
+
+def key_of(space: Space, genomes: Sequence[Genome]) -> str:
+    """Return the key of what is kept of some genomes: it stands for the level that each of them has of every unit.
+
+    A database of weights serves runs whose modules differ: some must stay there, or are gone from the start.
+    """
+
+    def named(genome: Genome) -> list[str]:
+        return ["dense" if level == DENSE else unit.levels[level].key for unit, level in zip(space.units, genome, strict=True)]
+
+    return f"genomes {fingerprint({'genomes': [named(genome) for genome in genomes]})}"
+
+
 def alone(space: Space, unit: int, level: int) -> Genome:
     """Return the genome with one weight at a level and all others dense."""
-    return tuple(level if i == unit else 0 if is_droppable(space, i) else DENSE for i in range(len(space)))
+    return tuple(level if i == unit else 0 if is_module(other) else DENSE for i, other in enumerate(space.units))
 
 
 def measured_alone(
@@ -132,7 +147,7 @@ def measured_alone(
     Args: levels: that are measured, in the place of the run's own.
     """
     space = problem.space if levels is None else levels.space
-    counts = [0 if is_droppable(space, i) else len(unit.levels) for i, unit in enumerate(space.units)]
+    counts = levels_of_weights(space)
     genomes = [alone(space, i, level) for i, count in enumerate(counts) for level in range(count)]
     values = iter(divergences(problem, genomes, ids, kept, what="one weight at a time", levels=levels))
     return [[next(values) for _ in range(count)] for count in counts]
@@ -149,18 +164,20 @@ def divergences(
 ) -> list[float | None]:
     """Return the KL divergence of genomes, measured as far as it is not kept, some at a time; None: it is not finite."""
 
-    def measured(start: int) -> list[float | None]:
-        some = genomes[start : start + TOGETHER]
+    def measured(key: str) -> list[float | None]:
         found: list[float | None] = remembered(
-            problem, kept, str(start), lambda: [score.kl for score in problem.measure(some, ids, what=what, levels=levels)]
+            problem, kept, key, lambda: [score.kl for score in problem.measure(batches[key], ids, what=what, levels=levels)]
         )
         return found
 
-    starts = range(0, len(genomes), TOGETHER)
-    found = {start: measured(start) for start in starts if str(start) in kept}
-    missing = [start for start in starts if start not in found]
-    found |= {start: measured(start) for start in track(missing, f"{what}, batches of {TOGETHER}")}
-    return [kl for start in starts for kl in found[start]]
+    space = problem.space if levels is None else levels.space
+    parts = [genomes[start : start + TOGETHER] for start in range(0, len(genomes), TOGETHER)]
+    keys = [key_of(space, some) for some in parts]
+    batches = dict(zip(keys, parts, strict=True))
+    found = {key: measured(key) for key in batches if key in kept}
+    missing = [key for key in batches if key not in found]
+    found |= {key: measured(key) for key in track(missing, f"{what}, batches of {TOGETHER}")}
+    return [kl for key in keys for kl in found[key]]
 
 
 def check_tokens(name: str, tokens: int) -> None:

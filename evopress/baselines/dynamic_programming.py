@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from evopress.baselines.baseline import WEIGHTS, Baseline, Problem
 from evopress.errors import EvoPressError
 from evopress.search.program import best_genome, best_in
-from evopress.search.sensitivity import is_droppable, with_modules_kept
-from evopress.units import Budget, Genome, Space, Unit
+from evopress.search.sensitivity import with_modules_kept
+from evopress.units import Budget, Genome, Space, Unit, is_module
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[
     genome = [0] * len(space)
     groups: dict[int, list[int]] = {}
     for index, unit in enumerate(space.units):
-        if not is_droppable(space, index) and not space.is_gone(genome, index):
+        if not is_module(unit) and not space.is_gone(genome, index):
             groups.setdefault(unit.size, []).append(index)
     for members in groups.values():
         units = [space.units[index] for index in members]

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evopress.baselines.allocation import SEQUENCES, Allocator, by_unit, levels_everywhere, scored
+from evopress.baselines.allocation import SEQUENCES, Allocator, by_unit, key_of, levels_everywhere, scored
 from evopress.baselines.baseline import Pass, Planned, Problem, remembered
 from evopress.data.minibatch import Minibatch
 from evopress.fitness.gradients import first_order
@@ -35,10 +35,10 @@ class FirstOrder(Allocator):
     def values(self, problem: Problem, minibatch: Minibatch, ids: Tensor, kept: MutableMapping[str, Any]) -> list[list[float]]:
         """See `Allocator`."""
         scores = []
-        for level, genome in enumerate(track(levels_everywhere(problem.space), "scores by gradients, levels")):
+        for genome in track(levels_everywhere(problem.space), "scores by gradients, levels"):
 
             def measure(genome: Genome = genome) -> list[float]:
                 return scored(problem, genome, [genome], minibatch, first_order, together=SEQUENCES)[0]
 
-            scores.append(remembered(problem, kept, f"level {level}", measure))
+            scores.append(remembered(problem, kept, key_of(problem.space, [genome]), measure))
         return by_unit(problem.space, scores)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evopress.baselines.allocation import Allocator, by_unit, levels_everywhere, scored
+from evopress.baselines.allocation import Allocator, by_unit, key_of, levels_everywhere, scored
 from evopress.baselines.baseline import Pass, Planned, Problem, remembered
 from evopress.data.minibatch import Minibatch
 from evopress.fitness.gradients import fisher
@@ -34,5 +34,6 @@ class Fisher(Allocator):
     def values(self, problem: Problem, minibatch: Minibatch, ids: Tensor, kept: MutableMapping[str, Any]) -> list[list[float]]:
         """See `Allocator`."""
         levels, together = levels_everywhere(problem.space), max(problem.batch_tokens // ids.shape[1], 1)
-        scores = remembered(problem, kept, "scores", lambda: scored(problem, None, levels, minibatch, fisher, together=together))
+        key = key_of(problem.space, levels)
+        scores = remembered(problem, kept, key, lambda: scored(problem, None, levels, minibatch, fisher, together=together))
         return by_unit(problem.space, scores)

@@ -41,7 +41,7 @@ class Interactions(Baseline):
 
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""
-        count = len(plan.space)
+        count = sum(len(unit.levels) > 1 for unit in plan.space.units)
         return [Pass(count * (count + 1) // 2, min(self.tokens, plan.search_tokens), together=TOGETHER, shared="interactions")]
 
     def find(self, problem: Problem) -> dict[str, Genome]:

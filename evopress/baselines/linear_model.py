@@ -20,6 +20,7 @@ from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.levels.noise import NoisyLevels
 from evopress.settings import RunSettings
+from evopress.units import is_module
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class LinearModel(Allocator):
 
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""
-        count = len(self.sizes) * len(plan.space)
+        count = len(self.sizes) * sum(not is_module(unit) for unit in plan.space.units)
         return [Pass(count, min(self.tokens, plan.search_tokens), together=TOGETHER, alone=True, shared=self.name)]
 
     def values(

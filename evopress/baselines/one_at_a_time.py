@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evopress.baselines.allocation import TOGETHER, Allocator, measured_alone
+from evopress.baselines.allocation import TOGETHER, Allocator, levels_of_weights, measured_alone
 from evopress.baselines.baseline import Pass, Planned, Problem
 from evopress.data.minibatch import Minibatch
 
@@ -26,7 +26,7 @@ class OneAtATime(Allocator):
 
     def passes(self, plan: Planned) -> list[Pass]:
         """See `Baseline`."""
-        count = sum(len(unit.levels) for unit in plan.space.units)
+        count = sum(levels_of_weights(plan.space))
         return [Pass(count, min(self.tokens, plan.search_tokens), together=TOGETHER, shared=self.name)]
 
     def values(

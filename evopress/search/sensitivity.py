@@ -54,7 +54,7 @@ def with_modules_kept(space: Space, values: Sequence[Sequence[float]]) -> list[l
     """Return values[unit][level] of weights, with those of modules: 0, and infinite for dropping one that is not gone anyway."""
     found = [list(of_unit) for of_unit in values]
     for index, unit in enumerate(space.units):
-        if is_droppable(space, index):
+        if is_module(unit):
             stays = not all(level.drops for level in unit.levels)
             found[index] = [math.inf if stays and level.drops else 0.0 for level in unit.levels]
     return found

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import toy_search
 from gradients_literal import first_order_plainly, fisher_plainly, kl_alone_plainly
 
-from evopress.baselines.allocation import SEQUENCES
+from evopress.baselines.allocation import SEQUENCES, key_of, levels_of_weights, measured_alone
 from evopress.baselines.baseline import remembered
 from evopress.baselines.dynamic_programming import dynamic_programming
 from evopress.baselines.first_order import FirstOrder
@@ -138,6 +141,47 @@ def test_the_genome_is_the_integer_programs(problem) -> None:
     values, _ = problem().values(allocator)
     assert genome == best_in(here.space, here.budget, values.tolist())
     assert genome == dynamic_programming(here.space, here.budget, values.tolist())
+
+
+class Toy:
+    """A problem whose genomes' numbers tell their levels, one that keeps what it measured."""
+
+    def __init__(self, space):
+        self.space, self.tokens, self.asked = space, 0, 0
+
+    def spend(self, *, tokens, seconds=0.0):
+        self.tokens += tokens
+
+    def measure(self, genomes, tokens, *, what, levels=None):
+        self.asked += len(genomes)
+        named = [
+            [unit.levels[level].key if level >= 0 else "9" for unit, level in zip(self.space.units, g, strict=True)]
+            for g in genomes
+        ]
+        return [SimpleNamespace(kl=float(int("".join(keys).replace("keep", "1").replace("drop", "2")))) for keys in named]
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_what_is_kept_of_single_changes_serves_runs_whose_other_modules_stay_and_no_others(first) -> None:
+    joint_space = toy_search.joint_space()
+    keep, drop = joint_space.units[0].levels
+    spaces = [joint_space, *(with_levels(joint_space, *levels) for levels in (((keep,), None), (None, (keep,)), ((drop,), None)))]
+    kept = {"0": [0.0] * 20, "schema": 1}  # of a version that did not know the genomes
+    for space in (spaces[first], *spaces):
+        here = Toy(space)
+        there = "2" if space.units[0].levels == (drop,) else "1"
+        values = measured_alone(here, None, kept)
+        assert values[:2] == [[], []] and [len(of_unit) for of_unit in values[2:]] == [3] * 5
+        assert values[3] == [float(f"{there}19{bits}999") for bits in (4, 3, 2)]
+    assert len([key for key in kept if key.startswith("genomes") and "took" not in key]) == 2
+    assert sum(levels_of_weights(joint_space)) == 15
+    assert key_of(spaces[0], [(0,) * 7]) == key_of(spaces[1], [(0,) * 7]) != key_of(spaces[3], [(0,) * 7])
+
+
+def with_levels(space, *levels):
+    """Return a space in which the first modules have other levels."""
+    units = [unit if other is None else replace(unit, levels=other) for unit, other in zip(space.units, levels, strict=False)]
+    return replace(space, units=(*units, *space.units[len(units) :]))
 
 
 def test_levels_that_are_not_finite_are_not_chosen_and_a_unit_without_any_is_an_error(problem, monkeypatch) -> None:
