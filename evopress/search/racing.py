@@ -31,7 +31,7 @@ class RaceRules:
     race_margin: float = 2.0
     """Standard errors behind the leader at which a candidate drops out of a race."""
     race_accept: float = 1.0
-    """Standard errors that the winner of a race must be ahead of the current genome to be the next."""
+    """Standard errors that the winner must be ahead of a current genome that has not dropped out; at most the margin counts."""
 
     def __post_init__(self) -> None:
         for name, least in (("race_parts", _FEWEST), ("race_margin", 0), ("race_accept", 0)):
@@ -95,7 +95,7 @@ class Race:
 
     @property
     def winner(self) -> int:
-        """Index of the leader, or of the current genome as long as the leader is not ahead of it beyond doubt."""
+        """Index of the leader, or of the current genome while it is in the race and the leader not ahead of it beyond doubt."""
         leader = self._leader
         if leader and 0 in self._running and not self._is_behind(0, leader, self._rules.race_accept):
             return 0

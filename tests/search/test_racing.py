@@ -59,6 +59,15 @@ def test_what_is_not_finite_drops_out_at_once() -> None:
         race.tell([1.0, 1.0])
 
 
+def test_a_current_genome_that_dropped_out_is_replaced_by_whoever_wins() -> None:
+    winners = []
+    for accept in (1.0, 2.0, 3.0):
+        rules = RaceRules(race_margin=2.0, race_accept=accept)
+        winners.append([race_of([1.0, 1.0, 1.0], noise=0.5, seed=seed, rules=rules).winner for seed in range(40)])
+    one, two, three = winners
+    assert two == three and sum(map(bool, one)) > sum(map(bool, two)) > 0, "above the margin it does what the margin does"
+
+
 @pytest.mark.parametrize("wrong", [{"race_parts": 2}, {"race_margin": -1.0}, {"race_accept": float("nan")}])
 def test_rules_out_of_range_are_refused(wrong) -> None:
     with pytest.raises(EvoPressError, match=rf"search\.strategy\.{next(iter(wrong))}="):
