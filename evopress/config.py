@@ -32,7 +32,7 @@ from yaml import YAMLError
 from evopress import settings as schema
 from evopress.errors import EvoPressError
 from evopress.run_folder import job_folder
-from evopress.search.strategies import STRATEGIES
+from evopress.search.strategies import STRATEGIES, settings_class
 from evopress.settings import METHODS, RunSettings
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class BrokenStrategy:
     """A strategy of an installed package that cannot be loaded: its name can be chosen, to be told why."""
 
     name: str
+    why: str
 
 
 class JobFailedError(CompactHydraException):  # type: ignore[misc, unused-ignore]
@@ -166,10 +167,16 @@ def _register_strategies(store: ConfigStore) -> None:
     there = options().get("search/strategy", [])
     for name in STRATEGIES:
         try:
-            node: Any = STRATEGIES.get(name, key="search/strategy")()
-        except EvoPressError as error:  # told when it is chosen
-            logger.debug("%s", error)
-            node = BrokenStrategy(name)
+            node: Any = OmegaConf.structured(settings_class(name, key="search/strategy")())
+        except EvoPressError as error:
+            node = BrokenStrategy(name, str(error))
+        except Exception as error:  # of another package
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            why = (
+                f"{STRATEGIES.called(name)} cannot be an option ({type(error).__name__}: {reason}): each of its settings needs a "
+                "default, of a type that a config can hold; repair that package, or choose another search/strategy"
+            )
+            node = BrokenStrategy(name, why)
         store.store(group="search/strategy", name=f"base_{name}" if name in there else name, node=node)
 
 
@@ -206,6 +213,8 @@ def to_settings(config: DictConfig) -> RunSettings:
     except OmegaConfBaseException as error:
         raise EvoPressError(f"the configuration is incomplete: {str(error).splitlines()[0]}") from None
     assert isinstance(settings, RunSettings)
+    if isinstance(settings.search.strategy, BrokenStrategy):
+        raise EvoPressError(settings.search.strategy.why)
     _check_keys(settings)
     return settings
 

@@ -41,7 +41,7 @@ from evopress.reporting.generations import read_generations
 from evopress.reporting.records import read_genome, write_genome
 from evopress.reporting.tracker import NullTracker
 from evopress.room import check_model
-from evopress.search.strategies import STRATEGIES
+from evopress.search.strategies import settings_class
 from evopress.settings import (
     AUTO,
     METHODS,
@@ -461,7 +461,7 @@ def _strategy(given: Any) -> Any:
     if not isinstance(told, dict) or not isinstance(told.get("name"), str):
         return given
     numbers = {key: value for key, value in told.items() if key != "name"}
-    return _made(STRATEGIES.get(told["name"], key="strategy"), numbers, what=f"strategy {told['name']}")
+    return _made(settings_class(told["name"], key="strategy"), numbers, what=f"strategy {told['name']}")
 
 
 def _made(schema: type, settings: dict[str, Any], *, what: str) -> Any:

@@ -71,12 +71,15 @@ class Registry(Generic[Part]):
         try:
             loaded: Part = points[0].load()
         except Exception as error:
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
             raise EvoPressError(
-                f"the {self.kind} {name} of {_origins(points)} could not be loaded ({type(error).__name__}: {reason}): "
-                f"repair that package, or choose another {key}"
+                f"{self.called(name)} could not be loaded ({_reason(error)}): repair that package, or choose another {key}"
             ) from error
         return loaded
+
+    def called(self, name: str) -> str:
+        """Name a part with the package that it comes from: "the text source stories of package mine 1.0 (my_package:Stories)"."""
+        points = [] if name in self._own else [point for point in _offered(self.group) if point.name == name]
+        return f"the {self.kind} {name}" + (f" of {_origins(points)}" if points else "")
 
     def make(self, name: str, options: Mapping[str, Any], *, key: str, told_by: str) -> Any:
         """Call the part of this name with its options, where the parts are factories that take keywords.
@@ -85,7 +88,7 @@ class Registry(Generic[Part]):
             key: the setting that names it, for errors: "data.source".
             told_by: the setting that the options come from, for errors: "data.options".
 
-        Raises: EvoPressError as `get`, and if it does not take these options.
+        Raises: EvoPressError as `get`, and if it does not take these options, or is another package's and raises.
         """
         make: Any = self.get(name, key=key)
         try:
@@ -96,8 +99,17 @@ class Registry(Generic[Part]):
             ) from None
         try:
             return make(**options)
+        except EvoPressError:
+            raise
         except TypeError as error:  # of a class that lacks a method
             raise EvoPressError(f"the {self.kind} {name} cannot be made ({error}): repair it, or choose another {key}") from error
+        except Exception as error:
+            if name in self._own:
+                raise
+            raise EvoPressError(
+                f"{self.called(name)} cannot be made ({_reason(error)}): give it other {told_by}, repair that package, or choose "
+                f"another {key}"
+            ) from error
 
     @staticmethod
     def _load_own(part: str | Part) -> Part:
@@ -130,6 +142,10 @@ def _origins(points: list[EntryPoint]) -> str:
     """Name the packages that entry points come from, and where each points: "package stories 1.0 (my_package.text:Stories)"."""
     packages = [f"package {point.dist.name} {point.dist.version}" if point.dist else "a package" for point in points]
     return " and ".join(f"{package} ({point.value})" for package, point in zip(packages, points, strict=True))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
 
 
 def _options_of(make: Any) -> str:

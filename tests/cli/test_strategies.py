@@ -17,6 +17,18 @@ import evopress.stages.search as program_search
 from evopress.errors import EvoPressError
 
 OUTSIDE = Path(__file__).parent.parent / "reference" / "random_search.py"
+WRONG = """
+from dataclasses import dataclass, field
+class Plain:
+    name = "plain"
+@dataclass
+class Lacking:
+    name: str
+@dataclass
+class Strange:
+    name: str = "strange"
+    steps: object = field(default_factory=object)
+"""
 STAGES = "stages=[database,search]"
 
 
@@ -30,18 +42,21 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install a package that offers two strategies, one of which cannot be loaded."""
+    """Install a package that offers a strategy, and others that cannot be options."""
     site = tmp_path / "site"
     info = site / "strategies_of_others-2.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: strategies-of-others\nVersion: 2.0\n")
     (info / "entry_points.txt").write_text(
         "[evopress.strategies]\nrandom = others_random:RandomSearch\nbroken = others_gone:Gone\n"
+        "plain = others_wrong:Plain\nlacking = others_wrong:Lacking\nstrange = others_wrong:Strange\n"
     )
+    (site / "others_wrong.py").write_text(WRONG)
     shutil.copyfile(OUTSIDE, site / "others_random.py")
     monkeypatch.syspath_prepend(site)
     yield
-    sys.modules.pop("others_random", None)
+    for module in ("others_random", "others_wrong"):
+        sys.modules.pop(module, None)
 
 
 def test_a_strategy_of_another_package_searches_is_resumed_and_reported(
@@ -83,6 +98,12 @@ def test_a_strategy_of_another_package_searches_is_resumed_and_reported(
             ["search/strategy=broken"],
             "the search strategy broken of package strategies-of-others 2.0 (others_gone:Gone) could not be",
         ),
+        (
+            ["search/strategy=plain"],
+            "the search strategy plain of package strategies-of-others 2.0 (others_wrong:Plain) is no dataclass, expected one",
+        ),
+        (["search/strategy=lacking"], "(others_wrong:Lacking) cannot be an option (TypeError: "),
+        (["search/strategy=strange"], "(others_wrong:Strange) cannot be an option (ValidationError: "),
         (["search/strategy=random", "search.strategy.token=3"], "token"),
         (["search/strategy=random", "search.strategy.tokens=3000"], "search.strategy.tokens asks for a minibatch of 3000 tokens"),
     ],
