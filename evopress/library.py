@@ -14,13 +14,15 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ from evopress.export.exporter import write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.files import make_folder
 from evopress.machine import exactly
+from evopress.models.alone import lock_of
 from evopress.models.loading import DTYPES, pick_device, take_model
 from evopress.models.opening import ModelSource, greatest_group, longest_sequence, pick_dtype
 from evopress.reporting.generations import read_generations
@@ -69,6 +72,8 @@ _SEPARATORS = {"smollm2_135m": "<|endoftext|>"}
 """As the models' configs have them."""
 _EXCHANGES = {"drop": "name", "joint": "fit", "sparsity": "any"}
 """As the methods' configs choose: attention for attention, whatever fits the size, steps of as many weights in any unit."""
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 Text = Sequence[str] | Tensor
 """Documents, or token ids int64 [N, L], which are taken as they are."""
 
@@ -83,14 +88,27 @@ class Model:
     """Digest of some of a loaded model's weights, which tells whether they are what they were; None: it is loaded here."""
 
     def check(self) -> None:
-        """Raise EvoPressError if a model that was given has been changed since, or cast: what is kept of it would not fit."""
+        """Put it into evaluation mode, which a trainer may have ended.
+
+        Raises: EvoPressError if a model that was given has been changed since, or cast: what is kept of it would not fit.
+        """
+        if self.source.is_loaded:
+            self.source.pretrained.model.eval()
         if self.sample is not None and self.sample != _sample(self.source.pretrained.model):
             raise EvoPressError("the model's weights have changed since load_model: call load_model and build_levels again")
 
     @property
+    def lock(self) -> Any:
+        """Held by whoever works with the network, which every `Model` of it shares."""
+        return lock_of(self.source if self.sample is None else self.source.pretrained.model)
+
+    @property
     def model(self) -> PreTrainedModel:
         """The transformers model."""
-        return self.source.pretrained.model
+        with self.lock:
+            network = self.source.pretrained.model
+            lock_of(network, same_as=self.source)
+            return network
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -170,6 +188,20 @@ class Found:
     """Fingerprint of the levels that the genome counts."""
 
 
+def _alone(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Let a function that works with a network compute exactly, and wait until no other thread works with that network."""
+    (first, *_) = signature(function).parameters
+
+    @wraps(function)
+    def alone(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        given: Any = args[0] if args else kwargs.get(first)
+        model = given.model if isinstance(given, Levels) else given
+        with model.lock if isinstance(model, Model) else nullcontext(), exactly():
+            return function(*args, **kwargs)
+
+    return alone
+
+
 def load_model(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -216,7 +248,8 @@ def load_model(
                 f"dtype={dtype} and device={device} are of a model that is loaded here, and this one is {names[model.dtype]} on "
                 f"{model.device}: leave them out, or load or move it yourself"
             )
-        pretrained = take_model(model, tokenizer, name=str(model.config.name_or_path or model.config.model_type))
+        with lock_of(model):
+            pretrained = take_model(model, tokenizer, name=str(model.config.name_or_path or model.config.model_type))
         settings = ModelSettings(**given, dtype=names[model.dtype], device=str(model.device), group_size=None)
         source = ModelSource.of(pretrained, settings)
     else:
@@ -243,7 +276,7 @@ def load_model(
     return Model(source, settings, _sample(model) if isinstance(model, PreTrainedModel) else None)
 
 
-@exactly()
+@_alone
 def build_levels(
     model: Model,
     text: Text,
@@ -301,7 +334,7 @@ def build_levels(
     return Levels(model, run, workspace, root, kept)
 
 
-@exactly()
+@_alone
 def search(
     levels: Levels,
     text: Text,
@@ -360,7 +393,7 @@ def search(
     return Found(genome, measured[-1] if measured else math.nan, run_dir, records, kept, fingerprint)
 
 
-@exactly()
+@_alone
 def evaluate(levels: Levels, text: Text, genome: Genome | Found | str | Path | None = None) -> Scores:
     """Measure a genome, or the dense model, on held-out text: KL divergence to the dense model, perplexity, top-1 agreement.
 
@@ -378,7 +411,7 @@ def evaluate(levels: Levels, text: Text, genome: Genome | Found | str | Path | N
     return scores
 
 
-@exactly()
+@_alone
 def export(
     levels: Levels, genome: Genome | Found | str | Path, folder: str | Path, *, format: str = DEQUANTIZED, **options: Any
 ) -> Path:

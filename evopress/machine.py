@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 _PACKAGES = (
@@ -49,18 +50,37 @@ def exact_products() -> None:
 
 @contextmanager
 def exactly() -> Iterator[None]:
-    """Compute by `exact_products`, and leave this process as it was."""
+    """Compute by `exact_products`, with torch's own default dtype and outside inference mode; leave this process as it was.
+
+    That is what it was before the first of several threads that are inside at once.
+    """
     import torch
 
-    precision, switches = torch.get_float32_matmul_precision(), _switches()
-    before = [getattr(where, switch) for where, switch in switches]
-    exact_products()
+    gradients = torch.is_grad_enabled()
+    with _SWITCHING:
+        if not _INSIDE:
+            switches = [(where, switch, getattr(where, switch)) for where, switch in _switches()]
+            _INSIDE.append((torch.get_float32_matmul_precision(), torch.get_default_dtype(), switches))
+        else:
+            _INSIDE.append(_INSIDE[0])
+        exact_products()
+        torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        for (where, switch), value in zip(switches, before, strict=True):
-            setattr(where, switch, value)
+        with _SWITCHING:
+            precision, dtype, switches = _INSIDE.pop()
+            if not _INSIDE:
+                torch.set_float32_matmul_precision(precision)
+                torch.set_default_dtype(dtype)
+                for where, switch, value in switches:
+                    setattr(where, switch, value)
+
+
+_SWITCHING = Lock()
+_INSIDE: list[tuple[str, Any, list[tuple[Any, str, Any]]]] = []
+"""Of each `exactly` that is open what it found, or the first did."""
 
 
 def _switches() -> list[tuple[Any, str]]:

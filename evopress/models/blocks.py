@@ -324,7 +324,7 @@ class BlockModel:
         caught: list[Tensor] = []
 
         def stop(*args: Any, **kwargs: Any) -> Tensor:
-            caught.append(Call.of(args, kwargs)[0])
+            caught.append(Call.of(args, kwargs)[0].detach())  # a hook of gradient checkpointing lets it ask for gradients
             raise _Stop
 
         if self._form is not None and self._form.sides:
@@ -441,7 +441,7 @@ class BlockModel:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, call = Call.of(args, kwargs)
                 if entering is not None and not calls:
-                    entering.append(hidden)
+                    entering.append(hidden.detach())
                 calls.append(call)
                 return as_returned(hidden, count)
 
@@ -456,14 +456,14 @@ class BlockModel:
         """Let the first blocks' forwards be these functions for a moment."""
         blocks = self.blocks[: len(forwards)]
         before = [block.__dict__.get("forward") for block in blocks]
-        for block, forward in zip(blocks, forwards, strict=True):
-            block.forward = forward
         try:
+            for block, forward in zip(blocks, forwards, strict=True):
+                block.forward = forward
             yield
         finally:
             for block, own in zip(blocks, before, strict=True):
                 if own is None:
-                    del block.forward
+                    block.__dict__.pop("forward", None)
                 else:  # of a dropped block
                     block.forward = own
 

@@ -208,7 +208,7 @@ class ModelSource:
         if family.is_found or self.is_outline:
             return _looked_up(self.config)
         linears = tuple(f".{name}.weight" for name in family.linears)
-        if "pretrained" in self.__dict__:
+        if self.is_loaded:
             parameters = self.pretrained.model.named_parameters()
             return {name: tuple(parameter.shape) for name, parameter in parameters if name.endswith(linears)}
         for path in find_weights(self.folder):
@@ -227,7 +227,12 @@ class ModelSource:
     @property
     def digest(self) -> str:
         """The digest of the model's files, which level databases are known by; of what was loaded, once it is."""
-        return self.pretrained.digest if "pretrained" in self.__dict__ else self._digest_of_files
+        return self.pretrained.digest if self.is_loaded else self._digest_of_files
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is there already, so that asking for it loads nothing."""
+        return "pretrained" in self.__dict__
 
     @cached_property
     def _digest_of_files(self) -> str:

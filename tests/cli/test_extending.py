@@ -180,7 +180,7 @@ SPARSE, READ = ("+method=sparsity", "sparsity=0.3", "method.compressor=part"), (
             "text_sources",
             TEXT % ("{}", "'a'") + "    def __init__(self): open('nowhere.txt')\n",
             READ,
-            r"the text source part of package my_part 1.0 \(my_part:Part\) cannot be made \(FileNotFoundError: .*nowhere\.txt'\): give",
+            r"text source part of package my_part 1.0 \(my_part:Part\) cannot be made \(FileNotFoundError: .*nowhere\.txt'\): give",
         ),
         ("text_sources", TEXT % ("{1: b'x'}", "'a'"), READ, "cannot be read .TypeError"),
         ("text_sources", TEXT % ("{}", "b'bytes'"), READ, "cannot be read .TypeError"),
