@@ -191,6 +191,8 @@ class Baseline(ABC):
 
     serves: Collection[str] = (WEIGHTS, MODULES, EXPERTS)
     """What levels it can choose."""
+    beside_budget: bool = False
+    """Rows over the budget are meant, and no warning tells of them."""
 
     def check(self, run: RunSettings) -> None:  # noqa: B027
         """Raise EvoPressError if the settings do not allow it; before any model work."""

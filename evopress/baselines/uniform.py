@@ -13,6 +13,7 @@ class Uniform(Baseline):
     """The uniform genomes on either side of the budget, or the one that costs exactly as much."""
 
     serves = (WEIGHTS,)
+    beside_budget = True
 
     def num_genomes(self, plan: Planned) -> int:
         """See `Baseline`."""

@@ -232,6 +232,14 @@ def find_baselines(workspace: Workspace) -> None:
                 raise EvoPressError(
                     f"the baseline {name} gives a row {row!r} that is no genome of these levels ({error})"
                 ) from error
+            if not baseline.beside_budget and (over := workspace.budget_of(workspace.database.space).exceeded(space, found[row])):
+                logger.warning(
+                    "the baseline %s gives a row %r over the budget of %s: results mark it, and it is compared with nothing that "
+                    "keeps it",
+                    name,
+                    row,
+                    over,
+                )
             spent[row] = took
     workspace.archive.tell("baselines")
     stored = {"schema": 1, "database": workspace.database.fingerprint, "asked": _asked(workspace), "further": further}

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from evopress.export.exporter import DROPPED, Export, Exporter, Form, Serves, fo
 from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.export.rules import refuse_experts, refuse_unfit
 from evopress.files import make_folder
+from evopress.json_files import shown
 from evopress.models.blocks import bytes_of
 from evopress.models.experts import copied_for_export
 from evopress.progress import millions
@@ -227,6 +229,11 @@ def export(workspace: Workspace, *, command: str) -> None:
             logger.info("checkpoint: %s%s", write_export(exporter, files / "checkpoint", what), gone)
             continue
         size = exporter.num_bytes(what)
+        if size is not None and (not isinstance(size, Integral) or size < 0):
+            raise EvoPressError(
+                f"the exporter {name} says that its weight file takes {shown(size)} bytes, expected a whole number, or None where "
+                "that is not known: mend its num_bytes, or leave it out of export"
+            )
         sizes = {} if size is None else {"bytes": size}
         told = {"format": name, "options": dict(workspace.settings.export_options.get(name, {})), **sizes}
         in_table = {**row, "exports": {name: sizes}} if sizes else row

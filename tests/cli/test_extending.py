@@ -193,3 +193,29 @@ def test_a_part_that_is_wrong_is_one_sentence(
     outcome = evopress(*given, "+debug=tiny", "hydra.run.dir=run", "stages=[database,baselines,search,evaluate]")
     assert outcome.code == 1 and len(outcome.errors) == 1 and "Traceback" not in outcome.text, outcome.text
     assert re.search(words, outcome.errors[0]), outcome.errors
+
+
+def test_a_baseline_over_the_budget_is_told_and_marked(
+    install: Callable[..., Path], evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    install("my_part", {"part": "my_part:Part"}, BASELINE % '{"over": (0,) * 14}', group="evopress.baselines")
+    names = "baselines.names=[part,uniform]"
+    outcome = evopress(*QUANT[:2], names, "+debug=tiny", "hydra.run.dir=run", "stages=[database,baselines,evaluate]")
+    assert outcome.code == 0, outcome.text
+    told = [line for line in outcome.text.splitlines() if "over the budget" in line]
+    assert len(told) == 1 and "the baseline part gives a row 'over' over the budget of 3.5 bits per weight" in told[0], outcome.text
+    rows = {row["name"]: row for row in json.loads((tmp_path / "run" / "result.json").read_text())["rows"]}
+    assert rows["over"]["within_budget"] is False
+
+
+def test_an_exporter_that_cannot_count_is_refused_before_it_writes(
+    install: Callable[..., Path], evopress: Callable[..., Any]
+) -> None:
+    code = (
+        "class Part:\n    def check(self, config, forms): pass\n    def num_bytes(self, export): return 'many'\n"
+        "    def write(self, folder, export): raise AssertionError\n"
+    )
+    install("my_part", {"part": "my_part:Part"}, code, group="evopress.exporters")
+    given = ("genome=uniform_3", "stages=[database,export]", "export=[part]")
+    outcome = evopress(*QUANT[:2], "+debug=tiny", "hydra.run.dir=run", *given)
+    assert outcome.code == 1 and "the exporter part says that its weight file takes 'many' bytes" in outcome.errors[0], outcome.text
