@@ -225,6 +225,18 @@ class QuantSettings(WeightSettings):
 
 
 @dataclass
+class GgufSettings(QuantSettings):
+    """Quantization to the types of GGUF files, which llama.cpp runs (not in the paper)."""
+
+    grid: str = "gguf"
+    levels: list[Any] = field(
+        default_factory=lambda: ["Q8_0", "Q6_K", "Q5_1", "Q5_0", "Q5_K", "Q4_1", "Q4_0", "Q4_K", "Q3_K", "Q2_K"]
+    )
+    """Names of GGUF's types; a unit has those that its rows can have."""
+    propagate_bits: int | None = None
+
+
+@dataclass
 class JointSettings(QuantSettings, ModuleSettings):
     """Quantized levels, weights as they are and dropped modules under one budget (not in the paper)."""
 
@@ -270,10 +282,19 @@ class DropSettings(ModuleSettings):
     granularity=expert: drop as many experts of each block; false needs search.exchange=fit."""
 
 
+@dataclass
+class ExpertsSettings(DropSettings):
+    """Experts are dropped, as many of each block (not in the paper)."""
+
+    granularity: str = "expert"
+
+
 METHODS: dict[str, type[MethodSettings]] = {
     "quant": QuantSettings,
+    "gguf": GgufSettings,
     "sparsity": SparsitySettings,
     "drop": DropSettings,
+    "experts": ExpertsSettings,
     "joint": JointSettings,
 }
 """A method's name to the schema of its settings."""

@@ -121,7 +121,9 @@ def model(tiny_folder: Callable[..., Path]) -> Any:
 
 def test_what_cannot_be_is_one_sentence(model: Any, tiny_folder: Callable[..., Path]) -> None:
     text = ["Some words to calibrate on. " * 40]
-    with pytest.raises(EvoPressError, match=r"^method=quantum is unknown: choose one of quant, sparsity, drop, joint$"):
+    with pytest.raises(
+        EvoPressError, match=r"^method=quantum is unknown: choose one of quant, gguf, sparsity, drop, experts, joint$"
+    ):
         evopress.build_levels(model, text, method="quantum", bits=3)
     with pytest.raises(EvoPressError, match=r"^method quant has no setting bit: choose among recipe, damping, "):
         evopress.build_levels(model, text, bits=3, bit=3)
