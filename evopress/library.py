@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from inspect import signature
 from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from types import UnionType
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -35,7 +36,7 @@ from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.export.exporter import write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
-from evopress.files import make_folder
+from evopress.files import given_path, make_folder
 from evopress.machine import exactly
 from evopress.models.alone import lock_of
 from evopress.models.loading import DTYPES, pick_device, take_model
@@ -126,6 +127,10 @@ class Model:
         if isinstance(text, Mapping) or not isinstance(text, Iterable):
             raise EvoPressError(f"the text is a {type(text).__name__}: give a list of documents, or token ids")
         if isinstance(text, Tensor):
+            if text.is_meta or text.layout != torch.strided:
+                raise EvoPressError(
+                    f"the token ids are on {text.device}, {text.layout}: give a plain tensor in memory, int64 [sequences, tokens]"
+                )
             if text.dim() != 2 or text.dtype != torch.int64 or not len(text) or text.shape[1] < 2:
                 raise EvoPressError(
                     f"the token ids are {text.dtype} {list(text.shape)}: give int64 [sequences, tokens], at least 2 tokens each"
@@ -233,8 +238,10 @@ def load_model(
 
     Raises: EvoPressError if there is no such model, its family is not known, or it brings what is given beside it.
     """
-    given: dict[str, Any] = {"separator": separator, "bos": bos, "offload": offload, "sequence_length": sequence_length}
-    _check_types(ModelSettings, {"separator": separator, "offload": offload, "dtype": dtype}, what="load_model")
+    given: dict[str, Any] = {"separator": separator, "offload": offload, "sequence_length": sequence_length}
+    given = {**_checked(ModelSettings, {**given, "dtype": dtype}, what="load_model"), "bos": bos}
+    del given["dtype"]
+    _refuse_other_models(model)
     if isinstance(model, PreTrainedModel):
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise EvoPressError("the model has no tokenizer: give load_model(model, tokenizer)")
@@ -260,12 +267,13 @@ def load_model(
         )
         if "builtin" in where and separator == END_OF_TEXT:
             given["separator"] = _SEPARATORS.get(str(model), separator)
+            make_folder(given_path(cache, "cache"))
         device = str(pick_device(str(device)))
         dtype = pick_dtype(dtype, torch.device(device))
         settings = ModelSettings(**given, **where, dtype=dtype, device=device, group_size=None)
         source = ModelSource(
             settings,
-            cache=Path(cache).expanduser(),
+            cache=given_path(cache, "cache"),
             device=torch.device(device),
             dtype=dtype,
             may_load=lambda size: check_model(size, torch.device(device), offload=settings.offload),
@@ -293,10 +301,10 @@ def build_levels(
 
     Args:
         text: for calibration.
-        method: quant, sparsity, drop or joint.
-        bits: average bits per weight asked for (quant).
-        sparsity: share of weights or modules to remove (sparsity, drop).
-        size: of all weights, "60MB" or "2.25bpw" (quant, joint).
+        method: quant, gguf, sparsity, drop, experts or joint.
+        bits: average bits per weight asked for (quant, gguf).
+        sparsity: share of weights or modules to remove (sparsity, drop, experts).
+        size: of all weights, "60MB" or "2.25bpw" (quant, gguf, joint).
         engine: what will run the model, by whose rules it is searched: none, mlx, vllm, gptqmodel or llama_cpp.
         folder: where levels are kept; None: in a temporary folder, as long as the result lives.
         settings: the method's own, such as levels=[4, 3, 2] or recipe="paper"; see docs/methods.md.
@@ -313,8 +321,8 @@ def build_levels(
         raise EvoPressError(f"bits={bits} and size={size} are both given: leave one of them out")
     calibration = model.sequences(text)
     kept = tempfile.TemporaryDirectory(prefix="evopress-") if folder is None else None
-    root = Path(kept.name if kept is not None else str(folder)).expanduser()
-    _check_types(RunSettings, {"bits": bits, "sparsity": sparsity, "size": size, "engine": engine}, what="the target")
+    root = Path(kept.name) if kept is not None else _path(folder)
+    target = _checked(RunSettings, {"bits": bits, "sparsity": sparsity, "size": size, "engine": engine}, what="the target")
     run = RunSettings(
         model=replace(model.settings, sequence_length=calibration.shape[1]),
         data=_data(calibration, calibration),
@@ -322,15 +330,14 @@ def build_levels(
         level_db=LevelDatabaseSettings(root=str(root)),
         evaluation=EvaluationSettings(every=0),
         paths=PathsSettings(cache=str(root)),
-        bits=bits,
-        sparsity=sparsity,
-        size=size,
-        engine=engine,
+        **target,
         stages=["database"],
     )
     workspace = Workspace(run, root, model=model.source, text=GivenText(calibration))
     refuse_unfit_formats(workspace)
-    _ = workspace.database, workspace.budget  # built, and checked against the target
+    space, _ = workspace.databases.plan()
+    workspace.budget_of(space).check(space)
+    _ = workspace.database, workspace.budget
     return Levels(model, run, workspace, root, kept)
 
 
@@ -362,11 +369,11 @@ def search(
     if exchange := "fit" if getattr(method, "grid", None) == "gguf" else _EXCHANGES.get(method.name):
         settings.setdefault("exchange", exchange)
     settings["strategy"] = _strategy(settings.get("strategy"))
-    _check_types(RunSettings, {"seed": seed}, what="search")
+    seed = _checked(RunSettings, {"seed": seed}, what="search")["seed"]
     tokens = levels.model.sequences(text)
     calibration = levels.workspace.calibration_tokens
     kept = tempfile.TemporaryDirectory(prefix="evopress-") if folder is None else None
-    run_dir = Path(kept.name if kept is not None else str(folder)).expanduser()
+    run_dir = Path(kept.name) if kept is not None else _path(folder)
     make_folder(run_dir)
     run = replace(
         levels.settings,
@@ -425,7 +432,7 @@ def export(
     """
     if not isinstance(format, str):
         raise EvoPressError(f"format={format!r} is no name: give one, such as format='mlx'")
-    folder = Path(folder).expanduser()
+    folder = _path(folder)
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not is_empty and not (folder / "evopress.json").is_file():
         raise EvoPressError(f"{folder} is there and holds no export, which alone may be replaced: give another folder")
@@ -462,6 +469,33 @@ def _check_levels(levels: Any) -> None:
     """Raise EvoPressError unless these are levels, and of a model as it is now."""
     _check_is(levels, Levels, "build_levels")
     levels.model.check()
+
+
+def _path(folder: Any) -> Path:
+    """Return a folder that is given; raise EvoPressError if it is none."""
+    if not isinstance(folder, str | PathLike):
+        raise EvoPressError(f"the folder is {folder!r:.100}: give its path")
+    return given_path(Path(folder), "folder")
+
+
+def _refuse_other_models(model: Any) -> None:
+    """Raise EvoPressError unless a model is one of transformers' that computes logits, as it is, or what names one."""
+    if isinstance(model, str | PathLike):
+        return
+    kind = type(model).__name__
+    inside = {
+        "merge_and_unload": "what the PeftModel's merge_and_unload() returns",
+        "_orig_mod": "its _orig_mod",
+        "module": "its module",
+        "model": "its model",
+    }
+    if not isinstance(model, PreTrainedModel):
+        found = next((inside[name] for name in inside if getattr(model, name, None) is not None), None)
+        raise EvoPressError(f"the model is a {kind}: give {found or 'a model of transformers, a folder or a hub id'}")
+    if found := next((name for name, each in model.named_modules() if type(each).__module__.startswith("peft.")), None):
+        raise EvoPressError(f"the model has an adapter of peft in it, {found}: give {inside['merge_and_unload']}")
+    if model.get_output_embeddings() is None:
+        raise EvoPressError(f"the model is a {kind}, which has no head over tokens: load it with AutoModelForCausalLM")
 
 
 def _genome(levels: Levels, genome: Genome | Found | str | Path) -> Genome:
@@ -502,21 +536,36 @@ def _made(schema: type, settings: dict[str, Any], *, what: str) -> Any:
 
     Raises: EvoPressError for a setting that it has not, or a value of another type.
     """
-    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     known = [name for name in signature(schema).parameters if name != "name" or schema is FitnessSettings]
     if unknown := [key for key in settings if key not in known]:
         raise EvoPressError(f"{what} has no setting {unknown[0]}: choose among {', '.join(known)}")
-    _check_types(schema, settings, what=what)
-    return schema(**settings)
+    return schema(**_checked(schema, settings, what=what))
 
 
-def _check_types(schema: type, settings: Mapping[str, Any], *, what: str) -> None:
-    """Raise EvoPressError if a value is not of the type that a dataclass of settings gives its name."""
-    types = get_type_hints(schema)
+def _checked(schema: type, settings: Mapping[str, Any], *, what: str) -> dict[str, Any]:
+    """Return settings with Python's own numbers and lists.
+
+    Raises: EvoPressError if a value is not of the type that a dataclass of settings gives its name.
+    """
+    types, settings = get_type_hints(schema), {key: _plain(value) for key, value in settings.items()}
     for key, value in settings.items():
         if not _is_of(value, types[key]):
             expected = types[key].__name__ if type(types[key]) is type else types[key]
             raise EvoPressError(f"{what} takes no {key}={value!r}: expected {expected}")
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of another library, such as numpy's, as Python's, and a tuple as a list; also those in lists and dicts."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {int(key) if isinstance(key, Integral) else key: _plain(each) for key, each in value.items()}
+    return value
 
 
 def _is_of(value: Any, hint: Any) -> bool:

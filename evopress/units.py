@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from numbers import Integral
 
 from evopress.currencies import EXPERT, Currency, num_experts, num_modules, own_currency
 from evopress.errors import EvoPressError
@@ -208,13 +208,17 @@ class Space:
         """Cost with every unit at its least compressed level."""
         return self.total(self.prices, (0,) * len(self.units))
 
-    def uniform(self, label: str) -> Genome | None:
-        """Return the genome with every unit at the level of this label; None if a unit lacks it."""
+    def uniform(self, label: str) -> Genome:
+        """Return the genome with every unit at the level of this label, such as "3 bits".
+
+        Raises: EvoPressError if a unit lacks it.
+        """
         genome = []
         for unit in self.units:
             index = next((i for i, level in enumerate(unit.levels) if level.label == label), None)
             if index is None:
-                return None
+                labels = ", ".join(level.label for level in unit.levels)
+                raise EvoPressError(f"{unit.name} has no level {label!r:.60}: choose one that all units have, it has {labels}")
             genome.append(index)
         return tuple(genome)
 
@@ -225,11 +229,17 @@ class Space:
                 f"the genome has {len(genome)} levels but the level database has {len(self.units)} units: "
                 "use the database that the genome was found with"
             )
-        for unit, level in zip(self.units, genome, strict=True):
-            if not isinstance(level, Integral) or isinstance(level, bool) or not 0 <= level < len(unit.levels):
+        checked = []
+        for unit, given in zip(self.units, genome, strict=True):
+            try:
+                level = given if isinstance(given, bool) else operator.index(given)  # numpy's and torch's whole numbers, too
+            except TypeError:
+                level = given
+            if type(level) is not int or not 0 <= level < len(unit.levels):
                 most = len(unit.levels) - 1
-                raise EvoPressError(f"level {level!s:.60} of {unit.name} does not exist: it has levels 0 to {most}")
-        return tuple(int(level) for level in genome)
+                raise EvoPressError(f"level {level!r:.60} of {unit.name} does not exist: it has levels 0 to {most}")
+            checked.append(level)
+        return tuple(checked)
 
 
 @dataclass(frozen=True)

@@ -146,10 +146,11 @@ def refuse_missing(workspace: Workspace, given: Sequence[tuple[str, str]], basel
     made: list[str] = []
     if workspace.method.weights is not None:
         made = [*uniform_genomes(space, workspace.method.uniform_name), "dp"]
+    there = f"{', '.join(baselines) or 'none'}{'; made when asked for: ' if made else ''}{', '.join(made)}"
     for key, name in given:
         if file_of(name, key) is None and name not in (*baselines, *made):
             raise EvoPressError(
-                f"{key} has {name!r}, which is not among this run's baselines ({', '.join(baselines) or 'none'}): name it as its "
+                f"{key} has {name!r}, which is not among this run's baselines ({there}): name it as its "
                 "row is called, and let baselines.names and the stage baselines make it, or give a file"
             )
 

@@ -139,7 +139,7 @@ def made_up_run(*, seed: int = 0, generations: int = 40) -> Run:
         "seed": 0,
     }
     genomes = {
-        "uniform_3": space.uniform("3 bits") or (),
+        "uniform_3": space.uniform("3 bits"),
         "best_of_32": start,
         "dp": tuple(2 if unit.kind in ("k_proj", "v_proj") else 3 + (unit.block % 3 > 0) for unit in space.units),
         "evopress": genome,
