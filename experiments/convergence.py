@@ -26,13 +26,14 @@ from evopress.progress import counted
 from evopress.reporting.curve import HeldOutCurve, held_out_curve
 from evopress.reporting.drawing import (
     COLOURS,
-    DASHES,
     MARKERS,
+    STYLES,
     log_scale,
     new_figure,
     open_frame,
     save,
     show_tokens,
+    styles,
     time_unit,
 )
 from evopress.reporting.records import read_records
@@ -157,15 +158,16 @@ def draw(
     measures = list(dict.fromkeys(m for curve in group.values() for points in curve.values() for p in points for m in p.values))
     most = max(point.x["seconds"] for curve in group.values() for points in curve.values() for point in points)
     unit, unit_name = time_unit(most)
+    looks = styles(dict.fromkeys(name for values in baselines.values() for name in values))
     figure = new_figure(12, 1.4 + 3.2 * len(measures))
     axes = figure.subplots(len(measures), len(X_AXES), sharey="row", squeeze=False)
     for measure, row in zip(measures, axes, strict=True):
         seen: list[float] = []
         for axis, x in zip(row, X_AXES, strict=True):
             seen += _panel(axis, group, x, measure, scale=unit if x == "seconds" else 1.0)
-            for index, (baseline, value) in enumerate(baselines.get(measure, {}).items()):
-                style = DASHES[index % len(DASHES)]
-                axis.axhline(value, color="#666666", linestyle=style, linewidth=1.3, label=display_name(baseline))
+            for baseline, value in baselines.get(measure, {}).items():
+                look = {"color": COLOURS[looks[baseline]], "linestyle": STYLES[looks[baseline]], "linewidth": 1.3}
+                axis.axhline(value, label=display_name(baseline), **look)
                 seen.append(value)
             open_frame(axis)
             axis.set_xlabel({"tokens": "candidate tokens", "seconds": unit_name}.get(x, x))
