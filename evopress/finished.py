@@ -188,8 +188,9 @@ def _digests_before(settings: RunSettings, kept: Mapping[str, Any]) -> set[str]:
     They counted the level database's, the first ones also those of tracker, paths and threads.
     """
     values = asdict(settings)
+    values["tracker"]["project"] = values["tracker"]["project"] or "evopress"  # then the default
     now = {key: values[key] for key in HOW_IT_RUNS}
-    plain = {"tracker": asdict(TrackerSettings()), "paths": asdict(PathsSettings()), "threads": None}
+    plain = {"tracker": {**asdict(TrackerSettings()), "project": "evopress"}, "paths": asdict(PathsSettings()), "threads": None}
     return {_digest(counted_before({**values, **how, **uncounted})) for how in (now, {**now, **kept}) for uncounted in ({}, plain)}
 
 

@@ -510,8 +510,9 @@ class TrackerSettings:
     name: str = "none"
     """none or wandb."""
     mode: str | None = None
-    """wandb: online, offline or disabled; None: online where a key is, else offline."""
-    project: str = "evopress"
+    """wandb: online, offline or disabled; None: what wandb is set to, but offline where no key is."""
+    project: str | None = None
+    """None: what wandb is set to, else evopress."""
     entity: str | None = None
     group: str | None = None
     run_name: str | None = None

@@ -108,11 +108,17 @@ def test_a_run_whose_earlier_version_counted_that_is_known_by_what_its_folder_ke
     """The first versions counted tracker, paths and threads, later ones the level database's settings alone."""
     settings = replace(run_settings("quant"), stages=["search"])
     cache = PathsSettings(cache="/cache")
-    then = replace(settings, threads=2, paths=cache, level_db=LevelDatabaseSettings(root="/cache/levels"))
+    then = replace(
+        settings,
+        threads=2,
+        paths=cache,
+        tracker=TrackerSettings(project="evopress"),
+        level_db=LevelDatabaseSettings(root="/cache/levels"),
+    )
     kept = {key: value for key, value in asdict(then).items() if key in HOW_IT_RUNS}
     kept["level_db"] |= {"root": "${paths.cache}/levels"}
     (tmp_path / ".hydra").mkdir()
-    uncounted = replace(then, tracker=TrackerSettings(), paths=PathsSettings(), threads=None)
+    uncounted = replace(then, tracker=TrackerSettings(project="evopress"), paths=PathsSettings(), threads=None)
     for counting in (then, uncounted):
         write_finished(tmp_path, finished._digest(counted_before(asdict(counting))))
         OmegaConf.save(OmegaConf.create(kept), tmp_path / ".hydra" / "config.yaml")

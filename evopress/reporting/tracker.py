@@ -10,6 +10,8 @@ import netrc
 import os
 import re
 import secrets
+import shlex
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -25,7 +27,15 @@ Mode = Literal["online", "offline", "disabled"]
 
 _MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 
+PROJECT = "evopress"
+"""Where runs appear unless something else is said."""
+
 _RUN_ID = Path("wandb") / "run_id.txt"
+_EARLIER = Path("wandb") / "earlier"
+"""Parts of an offline run that a later one replaces: deeper than `wandb sync` looks."""
+_MOST_REASON = 600
+_SLOW = 5.0
+"""Seconds after which a failure is one of a service that does not answer; the next would take as long."""
 _MOST_TAG = 64
 """W&B refuses longer tags."""
 
@@ -126,14 +136,17 @@ class WandbTracker:
 
     Jobs of a sweep are grouped under the sweep's name and named by their folders, unless a group or a name is given; a run is
     tagged with the experiment it is of. The W&B run is opened when the first number is there, so a run that is refused leaves
-    nothing. A run that is resumed goes on in the same W&B run, whose id lies in the run folder: online it gets the generations that
-    W&B lacks, offline all of them, since `wandb sync` of a later part replaces the earlier. Metrics are drawn against the
-    generation, and `tokens` and `seconds` are there as further axes. The first failure is logged as a warning and turns the tracker
-    off.
+    nothing. A run that is resumed goes on in the same W&B run, whose id lies in the run folder: online it gets the generations
+    that W&B lacks. Offline the last part has all of them: `wandb sync` would append it to earlier ones, so these are moved to
+    `wandb/earlier/` when it is whole; where one was sent already, the run goes on as a W&B run of its own. Metrics are drawn
+    against the generation, and `tokens` and `seconds` are there as further axes. The first failure of a table, figure or
+    artifact is logged as a warning, any other turns the tracker off. Where the service did not answer in time, the process's
+    later runs are offline.
 
     Args:
-        mode: None takes WANDB_MODE from the environment, else online. Online without an API key becomes offline.
-        project, entity: where the run appears; None leaves it to the environment's or the account's default.
+        mode: None takes what wandb is set to (WANDB_MODE, `wandb offline`), online by default. Online without an API key becomes
+            offline.
+        project, entity: where the run appears; None leaves it to what wandb is set to, else to "evopress" and to the account.
         init_timeout: seconds that opening the run may take.
         finish_timeout: seconds that the last upload may take; what is not sent by then stays in the run folder.
 
@@ -162,6 +175,10 @@ class WandbTracker:
         self._open: Callable[[], None] | None = None
         self._sent = -1
         """The last generation that W&B has."""
+        self._online = False
+        self._warned = False
+        self._given_up: set[str] = set()
+        """What a service that does not answer is not asked for again."""
 
     def start(
         self,
@@ -173,9 +190,8 @@ class WandbTracker:
         tags: Sequence[str],
         history: History = tuple,
     ) -> None:
-        mode = self._resolve_mode()
-        if mode != "disabled":
-            self._open = lambda: self._start(mode, config, run_dir, name, group, tags, history)
+        if self._wanted() != "disabled":
+            self._open = lambda: self._start(config, run_dir, name, group, tags, history)
 
     def log(self, metrics: Mapping[str, float], *, generation: int) -> None:
         if self._opened() and generation > self._sent:
@@ -193,29 +209,48 @@ class WandbTracker:
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         if self._opened():
-            self._try("log a table", lambda: self._run.log({name: self._table(columns, rows)}))
+            self._try_one("log a table", lambda: self._run.log({name: self._table(columns, rows)}))
 
     def figure(self, name: str, path: Path) -> None:
         if self._opened():
-            self._try("log a figure", lambda: self._run.log({name: self._wandb.Image(str(path))}))
+            self._try_one("log a figure", lambda: self._run.log({name: self._wandb.Image(str(path))}))
 
     def artifact(self, name: str, type: str, paths: Sequence[Path]) -> None:
         if self._opened():
-            self._try("log an artifact", lambda: self._log_artifact(name, type, paths))
+            self._try_one("log an artifact", lambda: self._log_artifact(name, type, paths))
 
     def finish(self) -> None:
         if self._run is not None:
-            self._try("finish", lambda: self._run.finish())
+            self._try("finish", self._end)
         self._run = self._open = None
         for variable in self._borrowed:
             os.environ.pop(variable, None)
         self._borrowed.clear()
 
-    def _resolve_mode(self) -> Mode:
-        wanted = self.mode or os.environ.get("WANDB_MODE", "").strip().lower()
-        mode: Mode = _MODES.get(wanted, "online")
+    def _end(self) -> None:
+        """End the run, and say what is waited for and what is left to do."""
+        run, self._run = self._run, None
+        part, began = Path(run.dir).parent, time.monotonic()
+        if self._online:
+            _log.info("waiting for Weights & Biases to take what is left, %g s at most", self.finish_timeout)
+        run.finish()
+        _put_aside(part)
+        if not self._online:
+            _log.info("the run was tracked offline: send it with `wandb sync %s`", shlex.quote(str(part)))
+        elif time.monotonic() - began >= self.finish_timeout:
+            _log.warning("Weights & Biases did not take all of it in %g s: the rest is in %s", self.finish_timeout, part)
+
+    def _wanted(self) -> str:
+        """Return the mode that is asked for without asking wandb; empty if that decides it."""
+        return self.mode or os.environ.get("WANDB_MODE", "").strip().lower()
+
+    def _resolve_mode(self, wandb: Any) -> Mode:
+        mode: Mode = _MODES.get(self._wanted() or wandb.setup().settings.mode, "online")
+        if mode == "online" and _unanswered:
+            _log.info("Weights & Biases did not answer an earlier run of this process: the run is tracked offline")
+            return "offline"
         if mode == "online" and not has_key():
-            _log.info("no Weights & Biases API key was found: the run is tracked offline; send it with `wandb sync`")
+            _log.info("no Weights & Biases API key was found: the run is tracked offline")
             return "offline"
         return mode
 
@@ -228,7 +263,6 @@ class WandbTracker:
 
     def _start(
         self,
-        mode: Mode,
         config: dict[str, Any],
         run_dir: Path,
         name: str | None,
@@ -236,7 +270,6 @@ class WandbTracker:
         tags: Sequence[str],
         history: History,
     ) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
         folder = str(run_dir.resolve() / "wandb")
         # What no setting of wandb's says: files that it would keep in the home folder, and its login's greeting.
         for variable, value in {"WANDB_DATA_DIR": folder, "WANDB_CACHE_DIR": folder, "WANDB_SILENT": "true"}.items():
@@ -245,6 +278,14 @@ class WandbTracker:
                 self._borrowed.append(variable)
         import wandb
 
+        mode = self._resolve_mode(wandb)
+        if mode == "disabled":
+            return
+        self._online = mode == "online"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if mode == "offline" and _was_sent(run_dir):
+            _log.info("a part of this run was sent to Weights & Biases: the run goes on there as one of its own")
+            (run_dir / _RUN_ID).unlink(missing_ok=True)
         settings = wandb.Settings(
             init_timeout=self.init_timeout,
             login_timeout=self.init_timeout,
@@ -259,7 +300,7 @@ class WandbTracker:
 
         def open_run() -> Any:
             return wandb.init(
-                project=self.project,
+                project=self.project or wandb.setup().settings.project or PROJECT,
                 entity=self.entity,
                 id=_run_id(run_dir),
                 resume="allow" if mode == "online" else None,
@@ -274,14 +315,15 @@ class WandbTracker:
                 settings=settings,
             )
 
-        run, done = open_run(), list(history())
-        self._sent = _last_generation(run)
+        done = list(history())
+        self._wandb, self._run = wandb, open_run()
+        self._sent = _last_generation(self._run)
         if self._sent > max((int(metrics["generation"]) for metrics in done), default=-1):
             # The search was begun anew in its folder: what W&B has is of another search, and stays.
-            run.finish()
+            self._run.finish()
             (run_dir / _RUN_ID).unlink()
-            run, self._sent = open_run(), -1
-        self._wandb, self._run = wandb, run
+            self._run, self._sent = open_run(), -1
+        run = self._run
         run.define_metric(AXES[0], summary="max")  # what `_last_generation` reads, whatever was logged last
         for axis in AXES[1:]:
             run.define_metric(axis)
@@ -302,12 +344,59 @@ class WandbTracker:
         self._run.log_artifact(artifact)
 
     def _try(self, what: str, action: Callable[[], object]) -> None:
+        """Do something that the run stands or falls with: if it fails, the tracker ends its run and is off."""
+        began = time.monotonic()
         try:
             action()
         except (Exception, SystemExit) as error:  # whatever goes wrong there, the run goes on
-            self._run = None
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            _log.warning("Weights & Biases failed to %s (%s: %s): the run goes on without it", what, type(error).__name__, reason)
+            _warn(what, error, "the run goes on without it")
+            if what == "start" and self._online and time.monotonic() - began >= _SLOW:
+                _unanswered.add(what)
+            if self._run is not None:
+                try:
+                    self._end()
+                except (Exception, SystemExit) as again:
+                    _log.debug("Weights & Biases failed to finish: %s", again)
+                self._run = None
+
+    def _try_one(self, what: str, action: Callable[[], object]) -> None:
+        """Do something that may fail alone: the rest goes on, and what the service did not answer is not asked for again."""
+        if what in self._given_up:
+            return
+        began = time.monotonic()
+        try:
+            action()
+        except (Exception, SystemExit) as error:
+            if not self._warned:
+                _warn(what, error, "the rest is tracked on")
+            self._warned = True
+            if time.monotonic() - began >= _SLOW:
+                self._given_up.add(what)
+
+
+_unanswered: set[str] = set()
+"""Not empty once the service let a run of this process wait in vain."""
+
+
+def _warn(what: str, error: BaseException, then: str) -> None:
+    reason = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())[:_MOST_REASON]
+    name = type(error).__name__
+    _log.warning("Weights & Biases failed to %s (%s): %s", what, f"{name}: {reason}" if reason else name, then)
+
+
+def _was_sent(run_dir: Path) -> bool:
+    """Tell if W&B has, or may have, a part of what a run folder tracks now."""
+    parts = run_dir / "wandb"
+    return any(parts.glob("offline-run-*/*.wandb.synced")) or any(parts.glob(f"run-*-{_run_id(run_dir)}"))
+
+
+def _put_aside(part: Path) -> None:
+    """Move what earlier parts wrote offline, and nobody sent, to where `wandb sync` does not find it."""
+    for earlier in sorted(part.parent.glob("offline-run-*")):
+        if earlier != part and not any(earlier.glob("*.wandb.synced")):
+            aside = part.parents[1] / _EARLIER
+            aside.mkdir(exist_ok=True)
+            earlier.rename(aside / earlier.name)
 
 
 def _last_generation(run: Any) -> int:
@@ -330,16 +419,21 @@ def _run_id(run_dir: Path) -> str:
 
 
 def has_key() -> bool:
-    """Tell if wandb can log in by itself, so that it never has to ask."""
+    """Tell if wandb can log in by itself, so that it never has to ask: to the server that its settings name."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    import wandb
+
+    settings = wandb.setup().settings
+    if settings.api_key or settings.identity_token_file:
+        return True
+    machines = [urlsplit(settings.base_url).netloc]
+    if settings.base_url == wandb.Settings().base_url:
+        machines.append("api.wandb.ai")  # W&B's own, by which name keys were kept before it had another
     named = os.environ.get("NETRC")
-    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
-        try:
-            login = netrc.netrc(str(path)).hosts.get(host)
-        except (OSError, netrc.NetrcParseError):
-            continue
-        if login is not None and login[2]:
-            return True
-    return False
+    paths = [Path(named).expanduser()] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    try:
+        logins = netrc.netrc(next(path for path in paths if path.exists()))
+    except (OSError, StopIteration, netrc.NetrcParseError):
+        return False
+    return any(login[2] for machine in machines if (login := logins.authenticators(machine)) is not None)

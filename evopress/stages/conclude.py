@@ -149,12 +149,12 @@ def track_results(tracker: Tracker, rows: Sequence[Mapping[str, Any]], records: 
     """Tell a tracker what was measured: once a command, in its last stage that has it."""
     if not rows:
         return
-    frame = tables.results_frame(rows)
-    tracker.table("results", list(frame.columns), frame.to_numpy().tolist())
+    tracker.summarize({**best_metrics(records), **final_metrics(rows)})
     if records:
         lines, axes = baseline_lines(held_out_curve(records, rows))
         tracker.lines(lines, axes=axes)
-    tracker.summarize({**best_metrics(records), **final_metrics(rows)})
+    frame = tables.results_frame(rows)
+    tracker.table("results", list(frame.columns), frame.to_numpy().tolist())
 
 
 def add_spent(rows: list[dict[str, Any]], spent: Mapping[str, Mapping[str, Any]]) -> None:

@@ -25,6 +25,15 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setattr(tracker, "_unanswered", set())
+
+
+class Settings(types.SimpleNamespace):
+    """What wandb is set to where nobody set anything."""
+
+    def __init__(self, **given: Any) -> None:
+        none = dict.fromkeys(("project", "entity", "api_key", "identity_token_file"))
+        super().__init__(**{**none, "mode": "online", "base_url": "https://api.wandb.ai", **given})
 
 
 def follow(tracker: Tracker, run_dir: Path, figure: Path, files: list[Path]) -> None:
@@ -49,6 +58,14 @@ class FakeWandb(types.ModuleType):
         super().__init__("wandb")
         self.failing = failing
         self.calls: list[tuple[str, Any]] = []
+        self.settings = Settings()
+        self.dir = "wandb/offline-run-1-x/files"
+
+    def setup(self) -> FakeWandb:
+        return self
+
+    def Settings(self, **options: Any) -> Settings:
+        return Settings()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -131,11 +148,12 @@ def folder(tmp_path: Path, figure: Path) -> Path:
 
 def test_offline_run_is_written_below_the_run_folder_alone(folder: Path) -> None:
     result = in_a_process(PROGRAM, folder)
-    assert result.stderr.splitlines() == [
-        "no Weights & Biases API key was found: the run is tracked offline; send it with `wandb sync`"
-    ]
     assert (result.returncode, result.stdout) == (0, "[]\n")
     (record,) = (folder / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert result.stderr.splitlines() == [
+        "no Weights & Biases API key was found: the run is tracked offline",
+        f"the run was tracked offline: send it with `wandb sync {record.parent}`",
+    ]
     content = record.read_bytes()
     for word in (b"generation", b"tokens", b"seconds", b"genome-of-a-run-2.5", b"a run", b"results", b"profile"):
         assert word in content
@@ -151,8 +169,8 @@ def test_a_service_out_of_reach_ends_no_run_and_holds_none_up(folder: Path) -> N
     assert (result.returncode, result.stdout) == (0, "[]\n")
 
 
-@pytest.mark.parametrize("failing", ["init", "define_metric", "log", "Table", "Image", "Artifact", "finish"])
-def test_a_failure_is_told_once_and_turns_the_tracker_off(
+@pytest.mark.parametrize("failing", ["init", "define_metric", "log", "finish"])
+def test_a_failure_is_told_once_and_ends_the_run(
     tmp_path: Path, figure: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
     fake = FakeWandb(failing)
@@ -160,8 +178,47 @@ def test_a_failure_is_told_once_and_turns_the_tracker_off(
     follow(WandbTracker("offline"), tmp_path / "run", figure, [figure])
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
-    assert warning.message.endswith("(RuntimeError: the service is on fire): the run goes on without it")
-    assert fake.names()[-1] == failing
+    told = "(RuntimeError: the service is on fire; with a long traceback): the run goes on without it"
+    assert warning.message.endswith(told)
+    assert fake.names()[-1] == ("init" if failing == "init" else "finish")
+
+
+@pytest.mark.parametrize("failing", ["Table", "Image", "Artifact"])
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_fails_alone_is_told_once_and_the_rest_goes_on(
+    tmp_path: Path, figure: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str, slow: bool
+) -> None:
+    fake = FakeWandb(failing)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(tracker, "_SLOW", 0.0 if slow else 60.0)
+    followed = WandbTracker("offline")
+    followed.start(config={}, run_dir=tmp_path / "run", name="a run", group="g", tags=["quant"])
+    for _ in range(2):
+        followed.table("results", ["kl"], [[1]])
+        followed.figure("profile", figure)
+        followed.artifact("genome", "genome", [figure])
+    followed.log({"kl": 1.0}, generation=0)
+    followed.finish()
+    (warning,) = caplog.records
+    assert warning.message.endswith("(RuntimeError: the service is on fire; with a long traceback): the rest is tracked on")
+    names = fake.names()
+    assert {name: names.count(name) for name in ("Table", "Image", "Artifact")} == {
+        name: 1 if slow and name == failing else 2 for name in ("Table", "Image", "Artifact")
+    }
+    assert fake.calls[-2:] == [("log", ({"kl": 1.0, "generation": 0},)), ("finish", ())]
+
+
+def test_after_a_service_that_did_not_answer_the_process_tracks_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = FakeWandb("init")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    monkeypatch.setattr(tracker, "_SLOW", 0.0)
+    begun(WandbTracker(), tmp_path / "first")
+    fake.failing = ""
+    begun(WandbTracker(), tmp_path / "second")
+    assert [options["mode"] for name, options in fake.calls if name == "init"] == ["online", "offline"]
 
 
 def test_a_missing_wandb_is_told_once(
@@ -256,15 +313,72 @@ def test_mode(
     assert dict(fake.calls).get("init", {}).get("mode") == expected
 
 
-def test_a_netrc_entry_is_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("machine", "base_url", "mode"),
+    [
+        ("api.wandb.ai", "https://api.wandb.ai", "online"),
+        ("api.wandb.ai", "https://wandb.example.org:8443", "offline"),
+        ("wandb.example.org", "https://wandb.example.org:8443", "offline"),
+        ("wandb.example.org:8443", "https://wandb.example.org:8443", "online"),
+    ],
+)
+def test_a_netrc_entry_of_the_server_is_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, base_url: str, mode: str
+) -> None:
     fake = FakeWandb()
+    fake.settings = Settings(base_url=base_url)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    (tmp_path / "no-netrc").write_text("machine api.wandb.ai login user password made-up\n")
+    (tmp_path / "no-netrc").write_text(f"machine {machine} login user password made-up\n")
     begun(WandbTracker(), tmp_path)
-    assert dict(fake.calls)["init"]["mode"] == "online"
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8443")
-    begun(WandbTracker(), tmp_path)
-    assert dict(fake.calls)["init"]["mode"] == "offline"
+    assert dict(fake.calls)["init"]["mode"] == mode
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "expected"),
+    [({}, None, "evopress"), ({"project": "foo"}, None, "foo"), ({"project": "foo"}, "ours", "ours")],
+)
+def test_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Any, given: str | None, expected: str) -> None:
+    fake = FakeWandb()
+    fake.settings = Settings(**settings)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    begun(WandbTracker("offline", given), tmp_path)
+    assert dict(fake.calls)["init"]["project"] == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "mode", "expected"),
+    [("offline", None, "offline"), ("disabled", None, None), ("disabled", "online", "online"), ("offline", "disabled", None)],
+)
+def test_wandb_offline_holds_where_no_mode_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, mode: Any, expected: str | None
+) -> None:
+    fake = FakeWandb()
+    fake.settings = Settings(mode=said)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    begun(WandbTracker(mode), tmp_path / "run")
+    assert dict(fake.calls).get("init", {}).get("mode") == expected
+    assert (tmp_path / "run").exists() == (expected is not None)
+
+
+def test_wandbs_own_settings_are_taken(folder: Path) -> None:
+    """`wandb login --host` and `wandb offline` write files, which wandb reads itself."""
+    code = """
+        import sys
+        from pathlib import Path
+        from evopress.reporting.tracker import WandbTracker, has_key
+        Path("wandb").mkdir()
+        Path("wandb/settings").write_text("[default]\\nbase_url = http://127.0.0.1:9\\nmode = offline\\nproject = foo\\n")
+        Path(".netrc").write_text("machine 127.0.0.1:9\\n login user\\n password " + "k" * 40 + "\\n")
+        tracker = WandbTracker()
+        tracker.start(config={}, run_dir=Path(sys.argv[1]) / "run", name="n", group=None, tags=())
+        tracker.log({"kl": 1.0}, generation=0)
+        print(has_key(), tracker._online, tracker._run.project)
+        tracker.finish()
+    """
+    result = in_a_process(code, folder, NETRC="")
+    assert (result.stdout, result.stderr) == ("True False foo\n", "")
+    assert len(list((folder / "run" / "wandb").glob("offline-run-*"))) == 1
 
 
 def test_an_unknown_mode_is_refused() -> None:
@@ -281,12 +395,20 @@ class Service(types.ModuleType):
         self.summaries: dict[str, dict[str, Any]] = {}
         self.opened: list[dict[str, Any]] = []
 
-    def Settings(self, **options: Any) -> None:
-        pass
+        self.settings = Settings()
+
+    def setup(self) -> Service:
+        return self
+
+    def Settings(self, **options: Any) -> Settings:
+        return Settings()
 
     def init(self, **options: Any) -> Any:
         self.opened.append(options)
         name, online = options["id"], options["mode"] == "online"
+        part = Path(options["dir"]) / "wandb" / f"{'' if online else 'offline-'}run-{len(self.opened)}-{name}"
+        (part / "files").mkdir(parents=True)
+        (part / f"run-{name}.wandb").touch()
         resumed = online and name in self.runs
         if not resumed:
             self.runs[name], self.summaries[name] = [], {}
@@ -299,7 +421,9 @@ class Service(types.ModuleType):
                 summary["generation"] = {"max": max(row["generation"], summary.get("generation", {"max": -1})["max"])}
 
         done = lambda *_, **__: None  # noqa: E731
-        return types.SimpleNamespace(resumed=resumed, summary=summary, log=log, define_metric=done, finish=done)
+        return types.SimpleNamespace(
+            resumed=resumed, summary=summary, log=log, define_metric=done, finish=done, dir=str(part / "files")
+        )
 
     def generations(self, name: str) -> list[float]:
         return [row["generation"] for row in self.runs[name] if "fitness" in row]
@@ -360,6 +484,43 @@ def test_a_search_begun_anew_in_its_folder_is_another_run(tmp_path: Path, servic
     assert service.generations(second) == [0, 1, 2]
     part(tmp_path, "online", 3, 4)
     assert list(service.runs) == [first, second] and service.generations(second) == [0, 1, 2, 3]
+
+
+def parts(run_dir: Path) -> list[str]:
+    """Return the files that `wandb sync` finds in a run folder."""
+    return sorted(path.parent.name for path in (run_dir / "wandb").glob("*/*.wandb"))
+
+
+def test_a_later_offline_part_takes_the_place_of_earlier_ones(
+    tmp_path: Path, service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "evopress")
+    part(tmp_path, "offline", 0, 3)
+    (name,) = service.runs
+    part(tmp_path, "offline", 3, 6)
+    assert parts(tmp_path) == [f"offline-run-2-{name}"]
+    assert [path.name for path in (tmp_path / "wandb" / "earlier").iterdir()] == [f"offline-run-1-{name}"]
+    assert caplog.messages[-1].endswith(f"send it with `wandb sync {tmp_path / 'wandb' / f'offline-run-2-{name}'}`")
+
+
+def test_until_the_later_part_is_whole_the_earlier_ones_stay(tmp_path: Path, service: Service) -> None:
+    part(tmp_path, "offline", 0, 3)
+    begun(WandbTracker("offline"), tmp_path)  # killed
+    assert len(parts(tmp_path)) == 2
+    part(tmp_path, "offline", 3, 6)
+    assert len(parts(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("sent", ["by hand", "online"])
+def test_an_offline_part_of_a_run_that_was_sent_is_a_run_of_its_own(tmp_path: Path, service: Service, sent: str) -> None:
+    part(tmp_path, "online" if sent == "online" else "offline", 0, 3)
+    (name,) = service.runs
+    if sent == "by hand":
+        (tmp_path / "wandb" / f"offline-run-1-{name}" / f"run-{name}.wandb.synced").touch()
+    part(tmp_path, "offline", 3, 6)
+    first, second = service.runs
+    assert service.generations(first) == [0, 1, 2] and service.generations(second) == [0, 1, 2, 3, 4, 5]
+    assert len(parts(tmp_path)) == 2
 
 
 def test_nothing_is_opened_before_there_is_something_to_show(tmp_path: Path, service: Service) -> None:
