@@ -26,14 +26,13 @@ from evopress.progress import counted
 from evopress.reporting.curve import HeldOutCurve, held_out_curve
 from evopress.reporting.drawing import (
     COLOURS,
+    DASHES,
     MARKERS,
-    STYLES,
     log_scale,
     new_figure,
     open_frame,
     save,
     show_tokens,
-    styles,
     time_unit,
 )
 from evopress.reporting.records import read_records
@@ -158,7 +157,9 @@ def draw(
     measures = list(dict.fromkeys(m for curve in group.values() for points in curve.values() for p in points for m in p.values))
     most = max(point.x["seconds"] for curve in group.values() for points in curve.values() for point in points)
     unit, unit_name = time_unit(most)
-    looks = styles(dict.fromkeys(name for values in baselines.values() for name in values))
+    names = list(dict.fromkeys(name for values in baselines.values() for name in values))
+    colours = COLOURS[len(group) :] + COLOURS[: len(group)]  # those that no curve has, as far as there are so many
+    looks = {name: {"color": colours[i % len(colours)], "linestyle": DASHES[i % len(DASHES)]} for i, name in enumerate(names)}
     figure = new_figure(12, 1.4 + 3.2 * len(measures))
     axes = figure.subplots(len(measures), len(X_AXES), sharey="row", squeeze=False)
     for measure, row in zip(measures, axes, strict=True):
@@ -166,8 +167,7 @@ def draw(
         for axis, x in zip(row, X_AXES, strict=True):
             seen += _panel(axis, group, x, measure, scale=unit if x == "seconds" else 1.0)
             for baseline, value in baselines.get(measure, {}).items():
-                look = {"color": COLOURS[looks[baseline]], "linestyle": STYLES[looks[baseline]], "linewidth": 1.3}
-                axis.axhline(value, label=display_name(baseline), **look)
+                axis.axhline(value, label=display_name(baseline), linewidth=1.3, **looks[baseline])
                 seen.append(value)
             open_frame(axis)
             axis.set_xlabel({"tokens": "candidate tokens", "seconds": unit_name}.get(x, x))

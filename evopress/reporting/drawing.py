@@ -18,6 +18,8 @@ COLOURS = _SEVEN * 2
 # The second seven differ from the first by their dashes and markers.
 _DOTTED = ((0, (6, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (2, 3)), (0, (9, 2, 1, 2)))
 STYLES = ("-", "--", "-.", ":", "--", "-.", ":", *_DOTTED)
+DASHES = STYLES[1:]
+"""For straight lines beside curves."""
 MARKERS = "osD^vPX<>ph*d8"
 _FIXED = {"evopress": 0, "dp": 1, "best_of": 2}
 

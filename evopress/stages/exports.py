@@ -234,7 +234,7 @@ def export(workspace: Workspace, *, command: str) -> None:
                 f"the exporter {name} says that its weight file takes {shown(size)} bytes, expected a whole number, or None where "
                 "that is not known: mend its num_bytes, or leave it out of export"
             )
-        sizes = {} if size is None else {"bytes": size}
+        sizes: dict[str, int] = {} if size is None else {"bytes": int(size)}
         told = {"format": name, "options": dict(workspace.settings.export_options.get(name, {})), **sizes}
         in_table = {**row, "exports": {name: sizes}} if sizes else row
         folder = write_export(

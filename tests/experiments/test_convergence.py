@@ -142,7 +142,7 @@ def test_figures_and_measurements_of_a_sweep(tmp_path: Path) -> None:
     assert rows[0] == first | {KL: "4", "ppl docs": "40"}
     image = imread(paths[1])
     drawn = (image[..., :3] * 255).round().astype(int)
-    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x66, 0x66, 0x66)):  # both variants, and uniform
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):  # both variants, and uniform
         assert (drawn == colour).all(axis=-1).any()
     text = paths[2].read_text(encoding="utf-8")
     assert "Table 7" in text and "bits=3.0" in text and "<!-- uniform -->" in text
