@@ -70,6 +70,7 @@ def convergence(
     folder: Path,
     baselines: Mapping[str, float] | None = None,
     *,
+    perplexities: Mapping[str, float] | None = None,
     fitness: str = "kl",
     text: str = "",
 ) -> list[Path]:
@@ -80,6 +81,7 @@ def convergence(
     Args:
         records: the records of `metrics.jsonl`, all measurements on one text.
         baselines: KL, nats per token, of each baseline by name, on that same text; drawn as horizontal lines.
+        perplexities: their perplexities on it, where it is of one data set.
         fitness: what the search minimised; "perplexity" draws it among the perplexities, all else with the KL.
         text: which text that is, in words.
 
@@ -97,11 +99,12 @@ def convergence(
     ]
     fitness_row = "perplexity" if fitness == "perplexity" else "kl"
     minibatch = [number(record.get("fitness")) for record in records]
-    lines = {name: value for name, value in (baselines or {}).items() if number(value) is not None}
-    looks = styles(lines)
+    given = {"kl": baselines or {}, "perplexity": perplexities or {}}
+    lines = {row: {name: value for name, value in of.items() if number(value) is not None} for row, of in given.items()}
+    looks = styles(dict.fromkeys(name for of in lines.values() for name in of))
     y_names = {"kl": "KL divergence (nats per token)", "perplexity": "perplexity"}
     filled = {name for name, _, values in [*curves, (fitness_row, "", minibatch)] if any(v is not None for v in values)}
-    rows = [name for name in y_names if name in filled or (name == "kl" and (lines or not filled))]
+    rows = [name for name in y_names if name in filled or (name == "kl" and (lines["kl"] or not filled))]
 
     unit, unit_name = time_unit(max((value for value in seconds if value is not None), default=0.0))
     times = [None if value is None else value / unit for value in seconds]
@@ -125,15 +128,15 @@ def convergence(
                     linewidth=2,
                     zorder=3,
                 )
-            if name == "kl":
-                near = [value for value in lines.values() if not drawn.seen or _near(value, drawn.seen)]
-                for key, value in lines.items():
-                    look = {"color": COLOURS[looks[key]], "linestyle": STYLES[looks[key]], "linewidth": 1.4}
-                    if value in near:
-                        axis.axhline(value, label=f"{display_name(key)}, held-out", **look)
-                    else:
-                        axis.plot([], [], label=f"{display_name(key)}: {significant(value)}, off the scale", **look)
-                drawn.seen += near
+            near = [value for value in lines[name].values() if not drawn.seen or _near(value, drawn.seen)]
+            for key, value in lines[name].items():
+                look = {"color": COLOURS[looks[key]], "linestyle": STYLES[looks[key]], "linewidth": 1.4}
+                if value in near:
+                    axis.axhline(value, label=f"{display_name(key)}, held-out", **look)
+                else:
+                    what = "perplexity " if name == "perplexity" else ""
+                    axis.plot([], [], label=f"{display_name(key)}: {what}{significant(value)}, off the scale", **look)
+            drawn.seen += near
             open_frame(axis)
             axis.set_xlabel(x_name)
             if shown is not None:

@@ -287,7 +287,15 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
     if records:
         curve = held_out_curve(records, rows)
         lines = {name: held_out["kl"] for name, held_out in curve.lines.items()}
-        pictures += figures.convergence(curve.records, run_dir / "figures", lines, fitness=settings.fitness.name, text=curve.text)
+        of_one = {name: tuple((held_out.get("perplexity") or {}).values()) for name, held_out in curve.lines.items()}
+        pictures += figures.convergence(
+            curve.records,
+            run_dir / "figures",
+            lines,
+            perplexities={name: values[0] for name, values in of_one.items() if len(values) == 1},
+            fitness=settings.fitness.name,
+            text=curve.text,
+        )
     if (run_dir / "genome.json").exists():
         genome, shown_as = read_genome(run_dir / "genome.json", database.space, database=database.fingerprint), "evopress"
     elif given is not None:

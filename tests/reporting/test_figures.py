@@ -13,6 +13,7 @@ from matplotlib.image import imread
 
 from evopress.currencies import CURRENCIES
 from evopress.reporting import drawing, dropped, figures, lineage
+from evopress.reporting.tables import significant
 from evopress.units import Level, Space, Unit
 
 
@@ -58,6 +59,16 @@ def test_convergence(run: Any, tmp_path: Path) -> None:
     assert (0x00, 0x72, 0xB2) in colours(image)  # the held-out curve
     bare, _ = check(figures.convergence(run.records, tmp_path / "bare"), "convergence")
     assert (0xD5, 0x5E, 0x00) in colours(image) - colours(bare)  # a baseline's line
+
+
+def test_baselines_are_lines_among_perplexities_too(run: Any, tmp_path: Path) -> None:
+    seen = [value for record in run.records for value in (record.get("held_out") or {"perplexity": {}})["perplexity"].values()]
+    least, most = min(seen), max(seen)
+    drawn = {"dp": (least + most) / 2, "uniform_2": 9 * most}
+    without, _ = check(figures.convergence(run.records, tmp_path), "convergence")
+    image, svg = check(figures.convergence(run.records, tmp_path, perplexities=drawn), "convergence")
+    assert (0xD5, 0x5E, 0x00) in colours(image) - colours(without)
+    assert "DP, held-out -->" in svg and f"uniform 2: perplexity {significant(9 * most)}, off the scale -->" in svg
 
 
 def is_inside(artist: Any, figure: Any) -> bool:
