@@ -195,8 +195,14 @@ class Space:
         return self.total(self.prices_in(currency), genome, kind)
 
     def stored_bits(self, genome: Sequence[int]) -> int:
-        """Add up the bits that storing a genome's levels takes, metadata included."""
-        return self.total(tuple(tuple(level.stored_bits for level in unit.levels) for unit in self.units), genome)
+        """Add up the bits that storing a genome's levels takes, metadata included.
+
+        What stands in the place of a dropped module is counted where its block stays, and left out with a block of which all goes.
+        """
+        total = self.total(tuple(tuple(level.stored_bits for level in unit.levels) for unit in self.units), genome)
+        modules = [(unit.block, unit.levels[level]) for unit, level in zip(self.units, genome, strict=True) if num_modules(unit)]
+        stay = {block for block, level in modules if not level.drops}
+        return total - sum(level.stored_bits for block, level in modules if block not in stay)
 
     @property
     def least_cost(self) -> int:
@@ -318,7 +324,7 @@ class Budget:
     def check(self, space: Space) -> None:
         """Raise EvoPressError unless genomes of the space meet the budget and each limit, and not all meet the budget trivially."""
         for unit, prices in zip(space.units, space.prices, strict=True):
-            if prices[-1] > min(prices):
+            if prices[-1] > min(prices) and not unit.levels[-1].drops:  # the price of its gap, in place of what lies in it
                 last, better = unit.levels[-1], unit.levels[prices.index(min(prices))]
                 ours, least = (space.words.measured(price, unit.size) for price in (prices[-1], min(prices)))
                 raise EvoPressError(

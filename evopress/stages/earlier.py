@@ -93,6 +93,13 @@ def _check_search(workspace: Workspace, searching: Searching, space: Space) -> N
         trial = searching.make(Problem(space, budget, no_errors, rng_initial=rng[0], rng_mutation=rng[1]))
         go_on(path, trial, rng[2], database=workspace.databases.fingerprint, strategy=searching.strategy)
         check_records(workspace.run_dir / "metrics.jsonl", trial, space)
+        parent = space.check(read_document(path, what="saved search")["evolution"]["parent"])
+        if workspace.engine is not None and workspace.method.modules is not None and space.cost(parent) > budget.total:
+            raise EvoPressError(
+                f"the search in {path.parent} is of an earlier version, which did not count what engine={workspace.engine.name} "
+                "has in the place of modules that are dropped alone: its best genome takes more than the target; start a new run, "
+                "or leave search out of stages"
+            )
         return
     try:
         there = read_document(path, what="saved search")["evolution"]["settings"]["budget"]
