@@ -177,13 +177,28 @@ class Space:
         module = self.inside[unit] if self.inside else None
         return module is not None and self.units[module].levels[genome[module]].drops
 
+    @cached_property
+    def beside(self) -> dict[int, tuple[int, ...]]:
+        """Of every attention or MLP that can be dropped, or is, those of its block, itself among them."""
+        modules: dict[int, list[int]] = {}
+        for index, unit in enumerate(self.units):
+            if num_modules(unit) == 1:
+                modules.setdefault(unit.block, []).append(index)
+        return {index: tuple(own) for own in modules.values() for index in own}
+
+    def is_free(self, genome: Sequence[int], unit: int) -> bool:
+        """Tell whether a unit costs nothing: it lies in a dropped module, or is one and so are all of its block, which is gone."""
+        if unit in self.beside:
+            return all(self.units[each].levels[genome[each]].drops for each in self.beside[unit])
+        return self.is_gone(genome, unit)
+
     def total(self, prices: Sequence[Sequence[int]], genome: Sequence[int], kind: str | None = None) -> int:
-        """Add up a genome's prices[unit][level], of all units or of one kind or group; what lies in a dropped module is free."""
+        """Add up a genome's prices[unit][level], of all units or of one kind or group, but for those that are free."""
         chosen = zip(self.units, prices, genome, strict=True)
         return sum(
             of_unit[level]
             for index, (unit, of_unit, level) in enumerate(chosen)
-            if unit.is_of(kind) and not (self.inside and self.is_gone(genome, index))
+            if unit.is_of(kind) and not (self.inside and self.is_free(genome, index))
         )
 
     def cost(self, genome: Sequence[int]) -> int:
@@ -195,14 +210,8 @@ class Space:
         return self.total(self.prices_in(currency), genome, kind)
 
     def stored_bits(self, genome: Sequence[int]) -> int:
-        """Add up the bits that storing a genome's levels takes, metadata included.
-
-        What stands in the place of a dropped module is counted where its block stays, and left out with a block of which all goes.
-        """
-        total = self.total(tuple(tuple(level.stored_bits for level in unit.levels) for unit in self.units), genome)
-        modules = [(unit.block, unit.levels[level]) for unit, level in zip(self.units, genome, strict=True) if num_modules(unit)]
-        stay = {block for block, level in modules if not level.drops}
-        return total - sum(level.stored_bits for block, level in modules if block not in stay)
+        """Add up the bits that storing a genome's levels takes, metadata included."""
+        return self.total(tuple(tuple(level.stored_bits for level in unit.levels) for unit in self.units), genome)
 
     @property
     def least_cost(self) -> int:

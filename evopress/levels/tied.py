@@ -59,8 +59,7 @@ def with_gaps_priced(
 ) -> Space:
     """Return a space in which a module that is dropped costs what an engine's file has in its place.
 
-    That is nothing where both modules of a block are gone from the start, as the block is then. Of a block that loses both in a
-    search the file has nothing either, so that a budget counts too much, never too little.
+    Of a block of which both are dropped the file has nothing, which `Space.is_free` says.
 
     Args:
         columns: of every weight, by name.
@@ -73,10 +72,9 @@ def with_gaps_priced(
     for unit, module in zip(space.units, space.inside or (None,) * len(space), strict=True):
         if module is not None and unit.name in columns:
             zeros[module] += engine.bits_of_zeros((unit.size // columns[unit.name], columns[unit.name]), **given)
-    stay = {unit.block for unit in space.units if num_modules(unit) and any(not level.drops for level in unit.levels)}
     units = []
     for unit, bits in zip(space.units, zeros, strict=True):
-        if num_modules(unit) == 1 and unit.block in stay:
+        if num_modules(unit) == 1:
             gap = engine.bits_of_gap(config, unit.kind, unit.block)
             price = bits if gap is None else gap
             unit = replace(unit, levels=tuple(replace(each, stored_bits=price) if each.drops else each for each in unit.levels))

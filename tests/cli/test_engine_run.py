@@ -111,3 +111,7 @@ def test_a_joint_search_counts_the_zeros_of_modules_that_are_dropped_alone(evopr
     weights = (tmp_path / "run" / "exports" / "compressed_tensors" / "model.safetensors").read_bytes()
     size = len(weights) - 8 - int.from_bytes(weights[:8], "little")
     assert row["modules_dropped"] >= 2 and size <= row["bytes"] <= 75_000
+    with pytest.MonkeyPatch.context() as patch:  # as if an earlier version had left it
+        patch.setattr("evopress.units.Space.cost", lambda self, genome: 10**9)
+        again = evopress("resume=run", "stages=[search]")
+    assert again.code == 1 and "is of an earlier version, which did not count what engine=vllm has" in again.errors[0]

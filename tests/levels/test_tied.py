@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from evopress.fitness.population import PopulationEvaluator
 from evopress.levels.live import LiveModel
 from evopress.levels.tied import TiedLevels, as_engine_has, tied, with_gaps_priced
 from evopress.reporting.records import read_genome, read_json, write_genome
-from evopress.units import Level, Space, Unit
+from evopress.search.constraint import Spending
+from evopress.units import Budget, Level, Space, Unit
 
 VLLM = ENGINES["vllm"]
 
@@ -154,7 +156,14 @@ def test_a_module_that_is_dropped_alone_costs_what_stands_in_its_place(
     assert priced.cost((*before, 0, 0, 1, 0)) == own - a + attention[1]
     assert priced.cost((*before, 0, 0, 0, 1)) == own - m + mlp
     whole = (*before, 0, 0, 1, 1)
-    assert priced.stored_bits(whole) == space.stored_bits(whole) <= priced.cost(whole), "a block without both is not in the file"
+    assert priced.stored_bits(whole) == space.stored_bits(whole) == priced.cost(whole), "a block without both is not in the file"
+    rng, levels = np.random.default_rng(0), [1] * 4 + [0] * 4
+    spending = Spending(priced, Budget(10**9, 1.0, "MB"), levels)
+    for _ in range(60):  # whichever way a genome is reached
+        unit, by = int(rng.integers(8)), int(rng.choice([-1, 1]))
+        if spending.can_move(unit, by):
+            spending.move(unit, by)
+            assert 10**9 - spending.left[0] == priced.cost(levels) == priced.stored_bits(levels)
     assert priced.cost_in(CURRENCIES["bits"], whole) == space.cost_in(CURRENCIES["bits"], whole)
     given = _with_modules({1})
     found = with_gaps_priced(given, ENGINES[engine], columns=columns, config=config, written=16, dense=32)
