@@ -28,6 +28,8 @@ class Deltas:
         """Take the genome.
 
         Args: tokens: of every neighbour, in so many minibatches.
+
+        Raises: EvoPressError if no unit that is there has another level.
         """
         self._space, self._genome = space, genome
         self.moves = [
@@ -38,6 +40,11 @@ class Deltas:
             if 0 <= genome[unit] + by < len(space.units[unit].levels)
         ]
         """(unit, levels that it moves by) of every neighbour, in the order of their measurement."""
+        if not self.moves:
+            raise EvoPressError(
+                f"none of the {len(space)} units has a level beside its own to be measured at: leave search.strategy.delta_rounds "
+                "and approach_tokens at 0, or add a level"
+            )
         self._together = [
             self.moves[start : start + NEIGHBOURS_TOGETHER] for start in range(0, len(self.moves), NEIGHBOURS_TOGETHER)
         ]

@@ -31,6 +31,13 @@ def test_both_neighbours_of_every_unit_that_is_there_are_measured_beside_the_gen
     assert values[2] == [0.0, 1.0, math.inf] and values[4] == [0.0, math.inf, math.inf] and values[6] == [math.inf, -0.5, 0.0]
 
 
+def test_a_genome_without_neighbours_is_refused(quant_space) -> None:
+    with pytest.raises(
+        EvoPressError, match=r"none of the 3 units has a level beside its own .*delta_rounds and approach_tokens at 0"
+    ):
+        Deltas(quant_space((1,) * 3, bits=(3,)), (0,) * 3, tokens=8, parts=2)
+
+
 def test_many_neighbours_are_measured_some_at_a_time(quant_space) -> None:
     space = quant_space((1,) * 40, bits=(4, 3, 2))
     deltas = Deltas(space, (1,) * 40, tokens=8, parts=2)
