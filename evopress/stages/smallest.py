@@ -29,6 +29,7 @@ from evopress.workspace import Workspace
 logger = logging.getLogger(__name__)
 MOST_TOKENS = 32768
 """Search tokens that a genome is held to, at most."""
+_BEYOND = "no smaller one is tried, and all units at their most compressed level may keep it, too: give budgets to choose among"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ def find_smallest(workspace: Workspace, tried: Sequence[Point], points: list[Poi
     result["kept"] = {**told, "tried": [{key: value for key, value in entry.items() if key != "genome"} for entry in entries]}
     del result["kept"]["schema"]
     write_json(workspace.run_dir / "result.json", result)
-    logger.info("the smallest of %d budgets that keeps %s: %s", len(tried), kept, answer.name)
+    beyond = "" if over < len(tried) or workspace.settings.budgets else f"; {_BEYOND}"
+    logger.info("the smallest of %d budgets that keeps %s: %s%s", len(tried), kept, answer.name, beyond)
     if "baselines" in workspace.settings.stages:
         find_baselines(answer.workspace)
     places = {

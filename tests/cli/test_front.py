@@ -275,6 +275,21 @@ def test_the_smallest_model_that_keeps_a_kl_is_found_by_bisection_and_exported(a
     }
 
 
+def test_an_answer_at_the_end_of_the_steps_says_that_what_is_most_compressed_was_not_tried(
+    asked: RunSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = []
+    for budgets in ([], [2.5]):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            run(replace(asked, budgets=budgets, max_kl=100.0, stages=SEARCH), tmp_path / f"run{len(budgets)}")
+        said.append(next(line for line in caplog.text.splitlines() if "the smallest of" in line))
+    assert said[0].endswith(
+        "; no smaller one is tried, and all units at their most compressed level may keep it, too: give budgets to choose among"
+    )
+    assert said[1].endswith("budgets that keeps max_kl=100: 2.5")
+
+
 def test_what_no_budget_decides_is_planned_and_said_once(
     asked: RunSettings, paths: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
