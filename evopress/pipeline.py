@@ -108,7 +108,7 @@ def run(
         logger.info(
             "scale %s: the search evaluates %.3g million candidate tokens%s%s",
             settings.scale.name,
-            search_cost(numbers, modules=workspace.method.modules is not None) / 1e6,
+            search_cost(numbers, modules=workspace.method.modules is not None, starts=len(settings.search.starts)) / 1e6,
             " at each budget" if has_points(settings) else "",
             f" (scale=paper: {_paper_cost(workspace, paper) / 1e6:.3g} million)" if paper else "",
         )

@@ -109,11 +109,15 @@ def check_strategy(settings: RunSettings) -> None:
         )
 
 
-def search_cost(numbers: Searching, *, modules: bool = False, units: int = 0) -> int:
+def search_cost(numbers: Searching, *, modules: bool = False, units: int = 0, starts: int = 0) -> int:
     """Return the candidate tokens that a search evaluates at most: the one honest currency.
 
     Args:
         modules: whether some can be dropped.
         units: how many there are, as far as that is known.
+        starts: genomes that the run gives to choose the initial one from, beside the search's own.
     """
-    return sum(ask.cost_where(modules=modules, units=units) for ask in numbers.asks())
+    asks = numbers.asks()
+    chosen_from = [ask for ask in asks if ask.initial and starts and not (ask.attribution or ask.neighbours)]
+    given = sum(ask.tokens * (starts + (0 if ask.candidates else 1)) for ask in chosen_from)
+    return given + sum(ask.cost_where(modules=modules, units=units) for ask in asks)

@@ -121,7 +121,8 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
     else:
         metrics.unlink(missing_ok=True)
     if not strategy.finished:
-        tokens = search_cost(searching, modules=workspace.method.modules is not None, units=len(database.space))
+        modules, starts = workspace.method.modules is not None, len(workspace.settings.search.starts)
+        tokens = search_cost(searching, modules=modules, units=len(database.space), starts=starts)
         logger.info("search: %s, %.3g million candidate tokens in all", searching.summary, tokens / 1e6)
         fitness = make_fitness(workspace, workspace.rng["minibatch"])
         numbers = SearchMetrics(database.space, read_generations(metrics, database.space))

@@ -214,6 +214,14 @@ def test_scales_are_ordered_by_cost(settings: Callable[..., RunSettings]) -> Non
     assert round(150 * generation / 1e6) == 177
 
 
+@pytest.mark.parametrize(("name", "own"), [("guided", 1), ("evolution", 0)])
+def test_a_cost_counts_the_genomes_that_are_given_to_start_from(settings: Callable[..., RunSettings], name: str, own: int) -> None:
+    search = settings("+method=quant", "bits=2.5", f"search/strategy={name}").search
+    tokens = search.strategy.screen_tokens if own else search.initial_tokens
+    numbers = checks.searching(search)
+    assert checks.search_cost(numbers, starts=2) - checks.search_cost(numbers) == tokens * (2 + own)
+
+
 @pytest.mark.parametrize("scale", ["mini", "small", "paper"])
 def test_explicit_values_win_over_the_scale(scale: str, settings: Callable[..., RunSettings]) -> None:
     result = settings(f"scale={scale}", "search.generations=7", "search.tokens=[64,96,128]", "data.calibration_tokens=4096")
