@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from evopress import command_line, machine, ranks, run_folder
+from evopress import command_line, launching, machine, ranks, run_folder
 from evopress import config as configuration
 from evopress.counted import HOW_IT_RUNS
 from evopress.earlier_versions import as_written_now, defaults_of
@@ -61,10 +60,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     configuration.register()
-    if find_spec("hydra_plugins") and find_spec("hydra_plugins.hydra_joblib_launcher"):  # an extra
-        from evopress import launching
-
-        launching.register()
+    launching.register()
     global _started_in
     _started_in = os.getpid()
     _failures.clear()
@@ -94,7 +90,7 @@ def main() -> None:
         _say_error(error)
         sys.exit(1)
     except KeyboardInterrupt as stop:  # between jobs, or before the first
-        _say_error("interrupted; go on with the same command, in the same folder")
+        _say_error("; ".join(["interrupted; go on with the same command, in the same folder", *getattr(stop, "__notes__", [])]))
         sys.exit(exit_code(stop))
     if jobs.had_none():
         _say_error("this sweep has no job: what it sweeps over, such as a glob(...), matches nothing")
@@ -177,6 +173,8 @@ def _compose_and_run(entry: Callable[[], None]) -> None:
         where = f"{place.name}, line {place.line + 1}," if place else "a config file"
         _say_error(f"{where} is no YAML ({getattr(error, 'problem', None) or 'it cannot be read'}): mend it")
         sys.exit(1)
+    except EvoPressError:  # of a launcher
+        raise
     except Exception as error:
         if isinstance(error, ValueError) and _is_hydras(error):  # of flags that it does not take together, or as they are
             _say_error(error)

@@ -103,22 +103,23 @@ def test_a_job_that_is_killed_takes_no_other_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", ["local", "joblib"])
 def test_jobs_have_processes_of_their_own_by_either_name(preset: str) -> None:
     from evopress import launching
+    from evopress.launching.local import JobLauncher
 
     configuration.register()
     launching.register()
     with initialize_config_dir(version_base="1.3", config_dir=str(configuration.config_folder())):
         launcher = compose("config", overrides=[f"hydra/launcher={preset}"], return_hydra_config=True).hydra.launcher
-    assert isinstance(Plugins.instance()._instantiate(launcher), launching.JobLauncher)
+    assert isinstance(Plugins.instance()._instantiate(launcher), JobLauncher)
 
 
 @needs("joblib")
 def test_processes_share_the_cores_that_nobody_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    from evopress import launching
+    from evopress.launching import local
 
     monkeypatch.setattr("joblib.cpu_count", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    with launching._threads_shared_by(3):
+    with local._threads_shared_by(3):
         assert (os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]) == ("5", "2")
     assert os.environ["OMP_NUM_THREADS"] == "5" and "MKL_NUM_THREADS" not in os.environ
 

@@ -60,6 +60,8 @@ MAY_IMPORT = {
 ONLY_IN = {
     "hydra": {"__main__", "config", "launching"},
     "joblib": {"launching"},
+    "submitit": {"launching"},
+    "hydra_plugins": {"launching"},
     "omegaconf": {"__main__", "config"},
     "wandb": {"reporting"},
     "pandas": {"reporting"},

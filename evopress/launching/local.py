@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import joblib  # type: ignore[import-untyped, unused-ignore]
-from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
-from hydra.core.utils import configure_log, filter_overrides, setup_globals
+from hydra.core.utils import configure_log, setup_globals
 from hydra_plugins.hydra_joblib_launcher._core import execute_job  # type: ignore[import-untyped, unused-ignore]
 from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher  # type: ignore[import-untyped, unused-ignore]
 
 from evopress import ranks
 from evopress.config import JobFailedError
+from evopress.launching import of_killed
 from evopress.progress import counted
 
 try:
@@ -58,17 +58,8 @@ class JobLauncher(JoblibLauncher):  # type: ignore[misc, unused-ignore]
         with _threads_shared_by(side_by_side):
             results, killed = _run(arguments, side_by_side)
         if killed:
-            told = "; ".join(f"{' '.join(filter_overrides(jobs[index]))} ({how})" for index, how in sorted(killed.items()))
-            raise JobFailedError(
-                f"{len(killed)} of {len(jobs)} jobs were killed, the others have ended. To be run again: {told}. Give the same "
-                f"command in the same folder (hydra.sweep.dir={sweep}): what is done is not run again"
-            )
+            raise of_killed(killed, jobs, sweep)
         return [results[index] for index in range(len(jobs))]
-
-
-def register() -> None:
-    """Let Hydra launch by `JobLauncher` where a config names joblib's launcher."""
-    Plugins.instance().class_name_to_class[f"{JoblibLauncher.__module__}.{JoblibLauncher.__name__}"] = JobLauncher
 
 
 def _run(arguments: Sequence[bytes], side_by_side: int) -> tuple[dict[int, Any], dict[int, str]]:
