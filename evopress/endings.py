@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+from safetensors import SafetensorError
 
 from evopress.errors import EvoPressError
 from evopress.files import explained
@@ -88,6 +91,15 @@ def of_the_disk(error: BaseException, folder: Path) -> EvoPressError | None:
 
     Args: folder: named where the error names no file.
     """
-    if isinstance(error, OSError) and error.errno in _DISK:
-        return explained(error, Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else folder)
+    found = os_error(error) if isinstance(error, SafetensorError) else error
+    if isinstance(found, OSError) and found.errno in _DISK:
+        return explained(found, Path(os.fsdecode(found.filename)) if isinstance(found.filename, (str, bytes)) else folder)
     return None
+
+
+def os_error(error: SafetensorError | OSError) -> OSError:
+    """Turn safetensors' own error on writing, which is no OSError, into the one of the operating system behind it."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found[1]), str(error)) if found else OSError(str(error))

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evopress.compress.gguf_types import GGUF_TYPES
 from evopress.currencies import num_experts
+from evopress.endings import os_error
 from evopress.files import explained
 from evopress.levels.live import LiveModel
-from evopress.levels.store import os_error
 from evopress.levels.union import LevelSource
 from evopress.units import Genome, Level, Unit
 
@@ -174,9 +174,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> Path:
         if folder.exists():
             folder.rename(older)  # to remove it in its place would leave half of it if this is killed
         scratch.rename(folder)
-    except OSError as error:
-        raise explained(error, folder) from error
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise explained(os_error(error), folder) from error
     finally:
         if older.exists() and not folder.exists():

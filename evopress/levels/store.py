@@ -28,7 +28,7 @@ from evopress.compress.gguf_levels import GGUFWeight
 from evopress.compress.gptq import Dense, Quantized
 from evopress.compress.sparse import Sparse
 from evopress.currencies import Currency
-from evopress.endings import is_out_of_memory
+from evopress.endings import is_out_of_memory, os_error
 from evopress.errors import EvoPressError
 from evopress.files import canonical_json, is_sealed, seal, sha256_file, unreadable, write_atomically, write_bytes
 from evopress.json_files import parse_json, shown
@@ -115,12 +115,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     except SafetensorError as error:
         raise os_error(error) from error
     path.chmod(mode)
-
-
-def os_error(error: SafetensorError) -> OSError:
-    """Turn safetensors' own error on writing, which is no OSError, into the one of the operating system behind it."""
-    found = re.search(r"os error (\d+)", str(error))
-    return OSError(int(found[1]), str(error)) if found else OSError(str(error))
 
 
 def _key(unit: str, level: str, part: str) -> str:

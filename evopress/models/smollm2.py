@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
+from evopress.endings import os_error
 from evopress.errors import EvoPressError
 from evopress.files import explained, sha256_file, sync_folder
 from evopress.json_files import load_document
@@ -150,8 +152,8 @@ def _build(folder: Path, *, source: Path | str | None, download_timeout_seconds:
                 os.fsync(file.fileno())
         checkpoint.rename(folder)
         sync_folder(folder.parent)
-    except OSError as error:
-        raise explained(error, folder) from error
+    except (OSError, SafetensorError) as error:
+        raise explained(os_error(error), folder) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

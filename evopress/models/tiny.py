@@ -62,11 +62,15 @@ def make_tiny(folder: Path, model_type: str = "llama", *, num_blocks: int = 2, s
             for parameter in model.parameters():  # larger than usual, so that levels differ in more than rounding
                 if parameter.ndim == 2:
                     parameter.data.normal_(std=0.15)
-        model.save_pretrained(scratch)
-        byte_tokenizer().save_pretrained(scratch)
+        made = scratch / folder.name
+        made.mkdir()  # in the scratch folder, which is its owner's alone
+        model.save_pretrained(made)
+        byte_tokenizer().save_pretrained(made)
+        for path in made.iterdir():
+            path.chmod(made.stat().st_mode & 0o666)  # safetensors writes for the owner alone
         if not folder.exists():
             try:
-                scratch.rename(folder)
+                made.rename(folder)
             except OSError:  # another process was first
                 if not (folder / "config.json").is_file():
                     raise

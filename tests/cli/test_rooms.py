@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "levels": VOCABULARY | {"endings", "ranks", "room", "compress", "models", "data"},
     "fitness": VOCABULARY | {"ranks", "compress", "models", "data", "levels"},
     "evaluation": VOCABULARY | {"ranks", "compress", "models", "data", "levels", "fitness"},
-    "export": VOCABULARY | {"compress", "models", "data", "levels", "fitness"},
+    "export": VOCABULARY | {"endings", "compress", "models", "data", "levels", "fitness"},
     "baselines": VOCABULARY | {"compress", "models", "data", "levels", "fitness", "search", "settings"},
     "endings": {"errors", "files"},
     "earlier_versions": set(),

