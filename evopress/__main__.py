@@ -100,7 +100,7 @@ def main() -> None:
 
 @contextmanager
 def _among_others() -> Iterator[None]:
-    """Join the other processes if torchrun has started this one; all but the first do what that one asks and end with it.
+    """Join the others if this is one of several processes; all but the first do what that one asks, and end with it.
 
     Raises: SystemExit in those others.
     """
@@ -332,7 +332,7 @@ def _job(config: DictConfig) -> float:
     try:
         with run_folder.held(folder):
             if ranks.asked_for() and not ranks.launched():  # a launcher's process, which the others do not know
-                raise EvoPressError("under torchrun the jobs of a sweep run one after the other: leave hydra/launcher out")
+                raise EvoPressError("under torchrun or srun the jobs of a sweep run one after the other: leave hydra/launcher out")
             return _run(config, folder)
     except KeyboardInterrupt as stop:
         _say_error(f"interrupted; go on with: {_to_go_on(folder, multirun=multirun)}")

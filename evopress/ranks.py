@@ -16,6 +16,7 @@ import functools
 import importlib
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -72,22 +73,23 @@ _world: _World | None = None
 
 
 def asked_for() -> bool:
-    """Tell whether torchrun has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Tell whether the command itself is run by several processes: torchrun's, or the tasks of one srun."""
+    told = os.environ
+    return "TORCHELASTIC_RUN_ID" in told or ("SUBMITIT_EXECUTOR" not in told and is_task_of_several())
 
 
 def is_first() -> bool:
     """Tell, before they have begun, whether this is the first of a launcher's processes, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return not asked_for() or os.environ.get("RANK", "0") == "0"
 
 
 def is_task_of_several() -> bool:
     """Tell whether Slurm has started this process as one of several tasks of a step; then note what torchrun would tell it."""
     told = os.environ
     tasks = told.get("SLURM_STEP_NUM_TASKS") or told.get("SLURM_NTASKS", "1")  # the latter may be the job's, of another step
-    if "SLURM_STEP_ID" not in told or int(tasks) < 2:
+    if "SLURM_STEP_ID" not in told or int(tasks) < 2 or "SLURM_PTY_PORT" in told:  # the last: a shell, which the first task has
         return False
-    port = told.get("MASTER_PORT") or str(20000 + int(told["SLURM_JOB_ID"]) % 20000)
+    port = told.get("MASTER_PORT") or str(20000 + (31 * int(told["SLURM_JOB_ID"]) + int(told["SLURM_STEP_ID"])) % 20000)
     address = told.get("MASTER_ADDR") or _first_node(told)
     os.environ |= {"RANK": told["SLURM_PROCID"], "LOCAL_RANK": told["SLURM_LOCALID"], "WORLD_SIZE": tasks}
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": port}
@@ -133,14 +135,14 @@ def local_rank() -> int:
 def begin() -> None:
     """Join the other processes of the run.
 
-    Raises: EvoPressError if there are not 1, 2, 4 or 8, or they do not find each other.
+    Raises: EvoPressError if there are not 1, 2, 4 or 8, they do not find each other, or were given different commands.
     """
     global _world
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if SHARES % count:
         raise EvoPressError(
-            f"this run was started as {count} processes, expected 1, 2, 4 or {SHARES}: give torchrun --nproc-per-node=N, or "
-            "hydra.launcher.tasks_per_node=N"
+            f"this run was started as {count} processes, expected 1, 2, 4 or {SHARES}: give torchrun --nproc-per-node=N, "
+            "srun -n N or hydra.launcher.tasks_per_node=N; runs of their own are started with srun -n 1 each"
         )
     import torch.distributed as dist
 
@@ -151,6 +153,14 @@ def begin() -> None:
         # Objects and tensors on the host go by gloo, also where there are GPUs; NCCL waits for the first tensor on one.
         dist.init_process_group("cpu:gloo,cuda:nccl" if _has_nccl() else "gloo", timeout=_TOGETHER)
         _world.waiting = dist.new_group(backend="gloo", timeout=_WAITING)
+        commands: list[Any] = [None] * count
+        dist.all_gather_object(commands, sys.argv[1:])
+    if any(command != commands[0] for command in commands):
+        _world.broken = True
+        raise EvoPressError(
+            f"the {count} processes of this run were given different commands, expected one run that they share: start runs of "
+            "their own with srun -n 1 each"
+        )
 
 
 def end() -> None:

@@ -309,3 +309,42 @@ def test_sums_of_shares_are_added_in_one_tree() -> None:
     while len(expected) > 1:
         expected = expected[0::2] + expected[1::2]
     assert tree.sums["unit"].total.item() == expected.item() != values.sum().item()
+
+
+def test_processes_that_are_given_different_commands_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tasks of one srun may be, each with a seed of its own."""
+    begin = ranks.begin
+
+    def begun() -> None:
+        monkeypatch.setattr("sys.argv", ["evopress", f"seed={os.environ['RANK']}"])
+        begin()
+
+    monkeypatch.setattr(ranks, "begin", begun)
+    ends = on(2, tmp_path / "two", lambda folder: None, lambda key: None)
+    assert [code for code, _ in ends] == [1, 1]
+    assert all("the 2 processes of this run were given different commands" in said for _, said in ends)
+
+
+@pytest.mark.parametrize(
+    ("told", "asked_for", "is_first"),
+    [
+        ({}, False, True),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False, True),  # a script of sbatch, or a shell of salloc
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "2"}, False, True),  # srun -n 1
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PTY_PORT": "1"}, False, True),  # srun -n 2 --pty bash
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, True, False),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SUBMITIT_EXECUTOR": "slurm"}, False, True),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "TORCHELASTIC_RUN_ID": "x", "RANK": "0"}, True, True),
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "1"}, True, False),
+    ],
+)
+def test_several_processes_are_asked_for_by_torchrun_and_by_srun(
+    told: dict[str, str], asked_for: bool, is_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = {"TORCHELASTIC_RUN_ID", "SUBMITIT_EXECUTOR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    for name in ours | {name for name in os.environ if name.startswith("SLURM_")}:
+        monkeypatch.setenv(name, "")  # to be given back
+        monkeypatch.delenv(name)
+    for name, value in ({"SLURM_JOB_ID": "7", "SLURM_LOCALID": told.get("SLURM_PROCID", "0")} | told if told else told).items():
+        monkeypatch.setenv(name, value)
+    assert (ranks.asked_for(), ranks.is_first()) == (asked_for, is_first)

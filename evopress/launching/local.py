@@ -45,7 +45,7 @@ class JobLauncher(JoblibLauncher):  # type: ignore[misc, unused-ignore]
         """
         setup_globals()
         if ranks.asked_for():
-            raise JobFailedError("under torchrun the jobs of a sweep run one after the other: leave hydra/launcher out")
+            raise JobFailedError("under torchrun or srun the jobs of a sweep run one after the other: leave hydra/launcher out")
         assert self.config is not None and self.hydra_context is not None and self.task_function is not None
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         sweep = str(self.config.hydra.sweep.dir)

@@ -134,13 +134,19 @@ def test_a_run_whose_processes_were_killed_goes_on_with_another_number_of_them(
     assert found_in(tmp_path / "killed") == found_in(tmp_path / "whole")
 
 
-def as_tasks_of_slurm(rank: int) -> None:
-    """Let a process be what a launcher's job is: one of two tasks that srun has started, which runs the job that it is given."""
+def as_tasks_of_srun(rank: int) -> None:
+    """Let a process be one of two tasks that srun has started."""
     for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
         del os.environ[name]
     job = str(int(os.environ.pop("MASTER_PORT")) % 20000)
     os.environ |= {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}
     os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+
+
+def as_tasks_of_a_launcher(rank: int) -> None:
+    """Let a process be what submitit's job is: one of two such tasks, which runs the job that it is given."""
+    as_tasks_of_srun(rank)
+    os.environ["SUBMITIT_EXECUTOR"] = "slurm"
     task = program._task
 
     def launched(config: Any) -> float:
@@ -153,12 +159,13 @@ def as_tasks_of_slurm(rank: int) -> None:
 def test_tasks_of_a_slurm_job_share_it(evopress_in: Callable[..., Any], tmp_path: Path) -> None:
     command = (*METHODS["drop"], *HERE)
     ends = [run_on(2, evopress_in, *command, cwd=tmp_path / "torchrun")]
-    ends.append(run_on(2, evopress_in, *command, cwd=tmp_path / "slurm", in_child=as_tasks_of_slurm))
-    assert [process.code for end in ends for process in end] == [0] * 4, ends[1][0].text
-    assert "2 processes share the work" in ends[1][0].text
+    for name, in_child in {"srun": as_tasks_of_srun, "launcher": as_tasks_of_a_launcher}.items():
+        ends.append(run_on(2, evopress_in, *command, cwd=tmp_path / name, in_child=in_child))
+    assert [process.code for end in ends for process in end] == [0] * 6, ends[1][0].text
+    assert all("2 processes share the work" in end[0].text for end in ends)
     assert ends[0][0].text.count("what this run will take in each of 2 processes") == 1
     assert f"of memory for 2 processes on {socket.gethostname()}" in ends[0][0].text
-    assert found_in(tmp_path / "slurm") == found_in(tmp_path / "torchrun")
+    assert found_in(tmp_path / "srun") == found_in(tmp_path / "launcher") == found_in(tmp_path / "torchrun")
 
 
 def without_memory(rank: int) -> None:
