@@ -340,6 +340,7 @@ def _job(config: DictConfig) -> float:
     except Exception as error:
         if isinstance(error, run_folder.TakenError) and (fitness := _finished_meanwhile(config, folder)) is not None:
             return fitness
+        taken = isinstance(error, run_folder.TakenError)
         told = error if isinstance(error, EvoPressError) else _told(error, config, folder)
         if told is None:
             raise
@@ -351,7 +352,8 @@ def _job(config: DictConfig) -> float:
     if not multirun:
         sys.exit(1)
     refused = finished_at is not None and jobs.finished_at(folder) == finished_at
-    jobs.note_failure(Path(HydraConfig.get().sweep.dir), folder, HydraConfig.get().overrides.task, str(told), refused=refused)
+    typed = HydraConfig.get().overrides.task
+    jobs.note_failure(Path(HydraConfig.get().sweep.dir), folder, typed, str(told), refused=refused, taken=taken)
     if os.getpid() != _started_in:  # the command learns of it by this alone, when the launcher's jobs have all ended
         raise configuration.JobFailedError(str(told))
     return float("nan")

@@ -44,7 +44,7 @@ class SweepJob:
     kl: float | None = None
     """Held-out KL of what was found, or given, on the run's own text: nats per token."""
     state: str = "not finished"
-    """ "finished", "not finished" or "failed: " and the sentence."""
+    """ "finished", "not finished", "at work elsewhere" or "failed: " and the sentence."""
 
 
 class JobsTable:
@@ -102,7 +102,9 @@ def show_jobs() -> None:
     print(f"\nthe jobs in {folder}:\n{as_text(jobs)}", flush=True)
 
 
-def note_failure(sweep: Path, job: Path, typed: Sequence[str], sentence: str, *, refused: bool = False) -> None:
+def note_failure(
+    sweep: Path, job: Path, typed: Sequence[str], sentence: str, *, refused: bool = False, taken: bool = False
+) -> None:
     """Keep what a job said when it failed, for the table of its sweep.
 
     Args:
@@ -110,12 +112,13 @@ def note_failure(sweep: Path, job: Path, typed: Sequence[str], sentence: str, *,
         job: folder of the job, made or not.
         typed: its overrides.
         refused: what has finished in the job's folder is as it was.
+        taken: another run is at work in the job's folder, so that the job itself has not failed.
     """
     name = _below(sweep, job)
     path = sweep / FAILED / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
     with suppress(EvoPressError, OSError):  # the sentence has been printed as well
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"schema": 1, "job": name, "typed": list(typed), "sentence": sentence, "refused": refused})
+        write_json(path, {"schema": 1, "job": name, "typed": list(typed), "sentence": sentence, "refused": refused, "taken": taken})
 
 
 def finished_at(job: Path) -> int | None:
@@ -139,7 +142,9 @@ def read_jobs(sweep: Path) -> list[SweepJob]:
                 continue  # it was gone on with since
             if note.get("refused") and name in jobs and _decisive(typed_settings(typed)) <= _decisive(jobs[name].typed):
                 continue  # what it had found is there
-            jobs[name] = SweepJob(name, typed_settings(typed), state=f"failed: {note.get('sentence')}")
+            jobs[name] = SweepJob(
+                name, typed_settings(typed), state="at work elsewhere" if note.get("taken") else f"failed: {note.get('sentence')}"
+            )
     return [jobs[name] for name in sorted(jobs, key=_natural)]
 
 

@@ -238,6 +238,7 @@ def test_a_job_of_a_sweep_whose_folder_is_taken_is_refused_and_the_others_run(tm
     assert ending.code == 1
     (sentence,) = errors(ending)
     assert sentence.startswith(f"another run is at work in {tmp_path / 'sweep' / '0'}: ")
+    assert (tmp_path / "sweep" / "jobs.csv").read_text().splitlines()[1].endswith(",at work elsewhere")
     assert (tmp_path / "sweep" / "1" / "genome.json").exists() and not (tmp_path / "sweep" / "0" / "metrics.jsonl").exists()
 
 
