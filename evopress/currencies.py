@@ -75,8 +75,6 @@ class Currency:
 
 
 def _coded_bits(unit: PricedUnit, level: PricedLevel) -> int:
-    if level.drops:
-        return 0  # an engine's file may have zeros there
     return level.stored_bits if level.source in (SPARSITY, DROP) else level.cost
 
 

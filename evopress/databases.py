@@ -22,7 +22,7 @@ from evopress.levels.hessians import HessianStore
 from evopress.levels.modules import ensure_modules
 from evopress.levels.plan import BuildNeeds, BuildSettings, planned
 from evopress.levels.store import LevelDatabase, fingerprint
-from evopress.levels.tied import TiedLevels, as_engine_has, tied, with_gaps_priced
+from evopress.levels.tied import TiedLevels, as_engine_has, tied
 from evopress.levels.union import Levels, LevelUnion, join, joint_fingerprint
 from evopress.methods import Method
 from evopress.models.blocks import BlockModel
@@ -182,15 +182,15 @@ class Databases:
             return space
         if self._engine is not None:
             dtype = str(self.compressor.settings().get("scale_dtype", "float16"))
-            slots = (slot for part in self._blocks.parts for slot in self._blocks.slots(part).items())
-            columns, itembits = {name: slot.weight.shape[1] for name, slot in slots}, 8 * self._blocks.dtype.itemsize
-            stored = torch.finfo(DTYPES[dtype]).bits + 16
-            space = as_engine_has(space, self._engine, columns=columns, stored=stored, written=itembits)
-            if self._method.modules is not None:
-                config: Any = self._blocks.model.config
-                space = with_gaps_priced(
-                    space, self._engine, columns=columns, config=config.to_dict(), written=itembits, dense=itembits
-                )
+            space = as_engine_has(
+                space,
+                self._engine,
+                columns={
+                    name: slot.weight.shape[1] for part in self._blocks.parts for name, slot in self._blocks.slots(part).items()
+                },
+                stored=torch.finfo(DTYPES[dtype]).bits + 16,
+                written=8 * self._blocks.dtype.itemsize,
+            )
         if experts and not any(is_of_expert(unit) for unit in space.units):
             raise EvoPressError("method.experts=layer ties the experts of a block, and this model has none: leave it out")
         return tied(space, self._engine, experts=experts) if self._engine is not None or experts else space

@@ -7,10 +7,8 @@ them. A new engine is one entry here. Standard library only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from evopress.errors import EvoPressError
 
@@ -64,32 +62,11 @@ class Engine:
     """It computes with the types of GGUF (method.grid=gguf), which keep scales their own way, and with no other integers."""
     ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Weights of a module that have one level, by the name of all together."""
-    zero_bits: int | None = None
-    """Of the integers that stand in a module's place which is dropped while its block stays; None: the fewest of the levels'."""
-    bits_of_gap: Callable[[Mapping[str, Any], str, int], int | None] = lambda config, kind, block: None
-    """What of "attention" or "mlp" of a block, dropped while the block stays, is in the file of a model of this config instead of
-    zeros as large as itself, in bits; None: those."""
 
     @property
     def export(self) -> str:
         """The setting that writes its format."""
         return f"export=[{self.formats[0]}]"
-
-    def bits_of_zeros(self, shape: tuple[int, int], *, fewest: int, scale_bits: int, dense_bits: int) -> int:
-        """Return what a linear [rows, columns] of a dropped module takes in its file as zeros, in the largest group that it has.
-
-        Args:
-            fewest: bits of the levels' integers.
-            scale_bits: of a scale in its file.
-            dense_bits: of a weight as it is, which a linear stays that no group divides.
-        """
-        (rows, columns), weights = shape, math.prod(shape)
-        if self.gguf_types:
-            return weights * 21 // 8 if columns % 256 == 0 else weights * 9 // 2 if columns % 32 == 0 else weights * dense_bits
-        group = next((size for size in sorted(self.groups, reverse=True) if columns % size == 0), None)
-        if group is None:
-            return weights * dense_bits
-        return self.stored_bits(Shape(rows, columns, self.zero_bits or fewest, weights // group, scale_bits))
 
 
 def _words(count: int, bits: int) -> int:
@@ -115,41 +92,10 @@ def _as_stored(shape: Shape) -> int:
     return shape.rows * shape.columns * shape.bits + shape.groups * (shape.scale_bits + 16)
 
 
-def has_gaps_in_mlx(config: Mapping[str, Any]) -> bool:
-    """Tell whether mlx-lm's `nemotron-nas`, whose blocks may be without attention or MLP, is this model.
-
-    It is Llama but for that, takes the size of a head from the model's width, and rounds an MLP's width up to a multiple of 256.
-    """
-    if config.get("model_type") not in ("llama", "mistral"):
-        return False
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    return (config.get("head_dim") or width // heads) * heads == width and config.get("intermediate_size", 1) % 256 == 0
-
-
-def _gap_in_mlx(config: Mapping[str, Any], kind: str, block: int) -> int | None:
-    return 0 if has_gaps_in_mlx(config) else None
-
-
-def _gap_in_gguf(config: Mapping[str, Any], kind: str, block: int) -> int | None:
-    """An MLP is one of width 1 in float32. The first block that is written keeps its attention, paid for as that of block 0."""
-    if config.get("model_type") not in ("llama", "mistral"):
-        return None
-    return 3 * 32 * int(config["hidden_size"]) if kind == "mlp" else 0 if block else None
-
-
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine(
-            "mlx",
-            "MLX",
-            bits=(1, 2, 3, 4, 5, 6, 8),
-            groups=(32, 64, 128),
-            stored_bits=_as_mlx,
-            formats=("mlx",),
-            zero_bits=2,
-            bits_of_gap=_gap_in_mlx,
-        ),
+        Engine("mlx", "MLX", bits=(1, 2, 3, 4, 5, 6, 8), groups=(32, 64, 128), stored_bits=_as_mlx, formats=("mlx",)),
         Engine(
             "vllm",
             "vLLM",
@@ -175,16 +121,7 @@ ENGINES = {
             rows_in_words=True,
             outside=False,
         ),
-        Engine(
-            "llama_cpp",
-            "llama.cpp",
-            bits=(),
-            groups=(),
-            stored_bits=_as_stored,
-            formats=("gguf",),
-            gguf_types=True,
-            bits_of_gap=_gap_in_gguf,
-        ),
+        Engine("llama_cpp", "llama.cpp", bits=(), groups=(), stored_bits=_as_stored, formats=("gguf",), gguf_types=True),
     )
 }
 """By name."""

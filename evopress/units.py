@@ -177,28 +177,13 @@ class Space:
         module = self.inside[unit] if self.inside else None
         return module is not None and self.units[module].levels[genome[module]].drops
 
-    @cached_property
-    def beside(self) -> dict[int, tuple[int, ...]]:
-        """Of every attention or MLP that can be dropped, or is, those of its block, itself among them."""
-        modules: dict[int, list[int]] = {}
-        for index, unit in enumerate(self.units):
-            if num_modules(unit) == 1:
-                modules.setdefault(unit.block, []).append(index)
-        return {index: tuple(own) for own in modules.values() for index in own}
-
-    def is_free(self, genome: Sequence[int], unit: int) -> bool:
-        """Tell whether a unit costs nothing: it lies in a dropped module, or is one and so are all of its block, which is gone."""
-        if unit in self.beside:
-            return all(self.units[each].levels[genome[each]].drops for each in self.beside[unit])
-        return self.is_gone(genome, unit)
-
     def total(self, prices: Sequence[Sequence[int]], genome: Sequence[int], kind: str | None = None) -> int:
-        """Add up a genome's prices[unit][level], of all units or of one kind or group, but for those that are free."""
+        """Add up a genome's prices[unit][level], of all units or of one kind or group; what lies in a dropped module is free."""
         chosen = zip(self.units, prices, genome, strict=True)
         return sum(
             of_unit[level]
             for index, (unit, of_unit, level) in enumerate(chosen)
-            if unit.is_of(kind) and not (self.inside and self.is_free(genome, index))
+            if unit.is_of(kind) and not (self.inside and self.is_gone(genome, index))
         )
 
     def cost(self, genome: Sequence[int]) -> int:
@@ -333,7 +318,7 @@ class Budget:
     def check(self, space: Space) -> None:
         """Raise EvoPressError unless genomes of the space meet the budget and each limit, and not all meet the budget trivially."""
         for unit, prices in zip(space.units, space.prices, strict=True):
-            if prices[-1] > min(prices) and not unit.levels[-1].drops:  # the price of its gap, in place of what lies in it
+            if prices[-1] > min(prices):
                 last, better = unit.levels[-1], unit.levels[prices.index(min(prices))]
                 ours, least = (space.words.measured(price, unit.size) for price in (prices[-1], min(prices)))
                 raise EvoPressError(

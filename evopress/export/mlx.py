@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from evopress.compress.gptq import Quantized
-from evopress.engines import ENGINES, has_gaps_in_mlx
+from evopress.engines import ENGINES
 from evopress.errors import EvoPressError
 from evopress.export.card import model_card
 from evopress.export.exporter import INTEGERS, Export, Form
@@ -138,7 +138,7 @@ class MLX:
         sections: dict[str, Section] = {}
         layers: dict[str, dict[str, int]] = {}
         gaps = _gaps(export)
-        zeros = zeros_in(ENGINES["mlx"].groups, ENGINES["mlx"].zero_bits or 2) if gaps is None else lambda columns: None
+        zeros = zeros_in(ENGINES["mlx"].groups, 2) if gaps is None else lambda columns: None
         for weight in weights_of(export, zeros=zeros):
             if weight.form.kind == INTEGERS:
                 layers[weight.name] = {"group_size": weight.form.group_size, "bits": weight.form.bits}
@@ -188,13 +188,17 @@ class MLX:
 def _gaps(export: Export) -> list[dict[str, Any]] | None:
     """Return what config.json says of every block where some are without attention or MLP.
 
-    None: there is no such block, or mlx-lm's `nemotron-nas` is not this model, so that zeros stay there.
+    None: there is no such block, or mlx-lm's `nemotron-nas` is not this model, so that zeros stay there: it is Llama but for that,
+    takes the size of a head from the model's width, and rounds an MLP's width up to a multiple of 256.
     """
     config, dropped = export.model.config, modules_dropped(export)
-    if not has_gaps_in_mlx(config.to_dict()) or not any(map(any, dropped)) or all(attention for attention, _ in dropped):
+    heads, width, inner = config.num_attention_heads, config.hidden_size, getattr(config, "intermediate_size", 1)
+    head_size = getattr(config, "head_dim", None) or width // heads
+    is_it = config.model_type in ("llama", "mistral") and head_size * heads == width and inner % 256 == 0
+    if not is_it or not any(map(any, dropped)) or all(attention for attention, _ in dropped):
         return None
-    attention = {"n_heads_in_group": config.num_attention_heads // config.num_key_value_heads}
-    mlp = {"ffn_mult": 1.5 * (config.intermediate_size - 128) / config.hidden_size}  # its width is 2/3 of that, rounded up
+    attention = {"n_heads_in_group": heads // config.num_key_value_heads}
+    mlp = {"ffn_mult": 1.5 * (inner - 128) / width}  # its width is 2/3 of that, rounded up
     gap = {"no_op": True}
     return [{"attention": gap if gone[0] else attention, "ffn": gap if gone[1] else mlp} for gone in dropped]
 

@@ -25,7 +25,6 @@ from evopress.errors import EvoPressError
 from evopress.export.exporter import INTEGERS, Export, Form
 from evopress.export.tensors_file import Entry, Section, write_sections
 from evopress.levels.modules import ATTENTION, MLP, dropped_modules
-from evopress.levels.tied import fewest_bits
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import without_dropped
 from evopress.models.experts import ExpertLinear
@@ -122,9 +121,10 @@ def packed_sections(
         groups: sizes that the format has, for a dropped module's linears.
         dtype: of what is not packed; None: its own.
     """
+    fewest = min((form.bits for form in export.forms if form.kind == INTEGERS), default=4)
     sections: dict[str, Section] = {}
     forms: dict[str, Form] = {}
-    for weight in weights_of(export, zeros=zeros_in(groups, fewest_bits(export.live.space))):
+    for weight in weights_of(export, zeros=zeros_in(groups, fewest)):
         if weight.form.kind == INTEGERS:
             forms[weight.name] = weight.form
             sections[f"{weight.name}.weight"] = pack(weight)

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from evopress.compress.compressor import Payload
-from evopress.currencies import num_modules
 from evopress.engines import Engine, Shape
 from evopress.errors import EvoPressError
 from evopress.levels.union import Levels, LevelUnion
@@ -46,40 +44,6 @@ def _priced(level: Level, engine: Engine, shape: tuple[int, int], *, stored: int
     bits = int(level.key)
     groups = (level.stored_bits - bits * rows * columns) // stored
     return replace(level, stored_bits=engine.stored_bits(Shape(rows, columns, bits, groups, written)))
-
-
-def fewest_bits(space: Space) -> int:
-    """Return the fewest bits that integers have at any level; 4 where none are integers."""
-    levels = {level for unit in space.units for level in unit.levels}
-    return min((int(level.key) for level in levels if level.source == "quant" and level.key.isdecimal()), default=4)
-
-
-def with_gaps_priced(
-    space: Space, engine: Engine, *, columns: Mapping[str, int], config: Mapping[str, Any], written: int, dense: int
-) -> Space:
-    """Return a space in which a module that is dropped costs what an engine's file has in its place.
-
-    Of a block of which both are dropped the file has nothing, which `Space.is_free` says.
-
-    Args:
-        columns: of every weight, by name.
-        config: the model's.
-        written: bits of a scale in the engine's file.
-        dense: bits of a weight as it is.
-    """
-    zeros = [0] * len(space)
-    given: dict[str, Any] = {"fewest": fewest_bits(space), "scale_bits": written, "dense_bits": dense}
-    for unit, module in zip(space.units, space.inside or (None,) * len(space), strict=True):
-        if module is not None and unit.name in columns:
-            zeros[module] += engine.bits_of_zeros((unit.size // columns[unit.name], columns[unit.name]), **given)
-    units = []
-    for unit, bits in zip(space.units, zeros, strict=True):
-        if num_modules(unit) == 1:
-            gap = engine.bits_of_gap(config, unit.kind, unit.block)
-            price = bits if gap is None else gap
-            unit = replace(unit, levels=tuple(replace(each, stored_bits=price) if each.drops else each for each in unit.levels))
-        units.append(unit)
-    return replace(space, units=tuple(units))
 
 
 def tied(space: Space, engine: Engine | None, *, experts: bool = False) -> Space:

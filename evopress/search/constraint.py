@@ -195,7 +195,7 @@ class Spending:
         self.levels = levels
         self._spent = [0] * len(self._totals)
         for unit, level in enumerate(levels):
-            if not self._space.is_free(levels, unit):
+            if not self._space.is_gone(levels, unit):
                 for limit, prices in self._counted[unit]:
                     self._spent[limit] += prices[level]
         self.exceeded = [limit for limit, left in enumerate(self.left) if left < 0]
@@ -221,13 +221,6 @@ class Spending:
             for member in self._members.get(unit, ()):
                 for limit, prices in self._counted[member]:
                     added[limit] = added.get(limit, 0) + sign * prices[self.levels[member]]
-            beside = self._space.beside.get(unit, ())
-            if all(self._space.units[each].levels[self.levels[each]].drops for each in beside if each != unit):
-                for each in beside:  # the block goes whole, or comes back: what stands in the place of its modules does, too
-                    gap = self.levels[each] if each != unit else new if sign < 0 else old
-                    for limit, prices in self._counted[each]:
-                        if prices[gap]:
-                            added[limit] = added.get(limit, 0) + sign * prices[gap]
         return added
 
     def fits(self, added: Mapping[int, int]) -> bool:

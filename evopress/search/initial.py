@@ -77,8 +77,7 @@ def _fitting_mix(space: Space, budget: Budget, rng: np.random.Generator) -> Geno
         if spending.can_move(module, 1) and spending.helps(module):
             spending.move(module, 1)
     there = [index for index in weights if not space.is_gone(levels, index)]
-    paid = [index for index in modules if not space.is_free(levels, index)]
-    part, total = _part(space, there), budget.total - sum(space.prices[index][levels[index]] for index in paid)
+    part, total = _part(space, there), budget.total - sum(space.prices[index][levels[index]] for index in modules)
     if there and total < part.greatest_cost:
         mix = _mix(part, Budget(total, budget.target, budget.measure), rng)
     else:

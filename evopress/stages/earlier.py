@@ -18,7 +18,7 @@ from evopress.stages.exports import refuse_nothing_to_export
 from evopress.stages.given import refuse_missing
 from evopress.stages.results import read_result
 from evopress.stages.search import check_records, go_on, strategy_in
-from evopress.units import Budget, Space
+from evopress.units import Space
 from evopress.workspace import Workspace
 
 STATE = "state.json"
@@ -91,7 +91,6 @@ def _check_search(workspace: Workspace, searching: Searching, space: Space) -> N
         rng = [copy.deepcopy(workspace.rng["minibatch"]) for _ in range(3)]
         no_errors = tuple((0.0,) * len(unit.levels) for unit in space.units)
         trial = searching.make(Problem(space, budget, no_errors, rng_initial=rng[0], rng_mutation=rng[1]))
-        _refuse_gaps_that_were_free(workspace, space, budget)
         go_on(path, trial, rng[2], database=workspace.databases.fingerprint, strategy=searching.strategy)
         check_records(workspace.run_dir / "metrics.jsonl", trial, space)
         return
@@ -103,23 +102,6 @@ def _check_search(workspace: Workspace, searching: Searching, space: Space) -> N
         raise EvoPressError(
             f"the search in {path.parent} had another target (its budget is {shown(there)}, here {budget.total}): give the one "
             "that it had, or start a new run"
-        )
-
-
-def _refuse_gaps_that_were_free(workspace: Workspace, space: Space, budget: Budget) -> None:
-    """Raise EvoPressError if the best genome of an earlier version's search takes more than its size, as it is counted now."""
-    engine, path = workspace.engine, workspace.run_dir / STATE
-    if engine is None or workspace.method.modules is None:
-        return
-    try:
-        parent = space.check(read_document(path, what="saved search")["evolution"]["parent"])
-    except (EvoPressError, KeyError, TypeError):
-        return  # what is damaged, `go_on` tells
-    if space.cost(parent) > budget.total:
-        raise EvoPressError(
-            f"the search in {path.parent} is of an earlier version, which did not count what engine={engine.name} has in the "
-            "place of modules that are dropped alone: its best genome takes more than the target; start a new run, or leave search "
-            "out of stages"
         )
 
 

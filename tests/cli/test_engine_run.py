@@ -98,20 +98,3 @@ def test_a_search_for_a_file_that_is_not_written_does_not_begin(
     for targets in (("bits=4",), ("budgets=[3,4]",))[: 1 + (engine == "mlx")]:
         outcome = evopress("+method=quant", *targets, *levels, *model, f"engine={engine}", "dry_run=true")
         assert outcome.code == 1 and sentence in outcome.errors[0] and outcome.errors[0].endswith("engine=none"), outcome.text
-
-
-def test_a_joint_search_counts_the_zeros_of_modules_that_are_dropped_alone(evopress: Callable[..., Any], tmp_path: Path) -> None:
-    """Half of the modules are gone whatever is found."""
-    limits = "limits=[{currency: modules, total: 2}]"
-    stages = "stages=[database,search,evaluate,export]"
-    few = ("evaluation.every=0", "engine=vllm", "export=[compressed_tensors]", stages, "method.include=[blocks]")
-    outcome = evopress("+method=joint", "+debug=tiny", GROUPS, "size=75kB", "hydra.run.dir=run", limits, *few)
-    assert outcome.code == 0, outcome.text
-    (row,) = (row for row in json.loads((tmp_path / "run" / "result.json").read_text())["rows"] if row["name"] == "evopress")
-    weights = (tmp_path / "run" / "exports" / "compressed_tensors" / "model.safetensors").read_bytes()
-    size = len(weights) - 8 - int.from_bytes(weights[:8], "little")
-    assert row["modules_dropped"] >= 2 and size <= row["bytes"] <= 75_000
-    with pytest.MonkeyPatch.context() as patch:  # as if an earlier version had left it
-        patch.setattr("evopress.units.Space.cost", lambda self, genome: 10**9)
-        again = evopress("resume=run", "stages=[search]")
-    assert again.code == 1 and "is of an earlier version, which did not count what engine=vllm has" in again.errors[0]

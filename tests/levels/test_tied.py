@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,10 +17,9 @@ from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.population import PopulationEvaluator
 from evopress.levels.live import LiveModel
-from evopress.levels.tied import TiedLevels, as_engine_has, tied, with_gaps_priced
+from evopress.levels.tied import TiedLevels, as_engine_has, tied
 from evopress.reporting.records import read_genome, read_json, write_genome
-from evopress.search.constraint import Spending
-from evopress.units import Budget, Level, Space, Unit
+from evopress.units import Level, Space, Unit
 
 VLLM = ENGINES["vllm"]
 
@@ -126,57 +123,3 @@ def test_weights_with_other_levels_cannot_be_tied_and_engines_have_names() -> No
     assert engine_of("none") is None and engine_of("vllm") is VLLM
     with pytest.raises(EvoPressError, match="engine=vlm is unknown: choose one of none, mlx, vllm, gptqmodel"):
         engine_of("vlm")
-
-
-LLAMA = {"model_type": "llama", "num_attention_heads": 2, "hidden_size": 128, "intermediate_size": 256}
-
-
-@pytest.mark.parametrize(
-    ("engine", "config", "attention", "mlp"),
-    [
-        ("vllm", LLAMA, (128 * 128 * 3 + 128 * (16 + 3) + 128,) * 2, 256 * 128 * 3 + 256 * (16 + 3) + 128),
-        ("mlx", {"model_type": "qwen2"}, (128 * 128 * 2 + 128 * 32,) * 2, 256 * 128 * 2 + 256 * 32),
-        ("mlx", LLAMA, (0, 0), 0),
-        ("mlx", {**LLAMA, "intermediate_size": 192}, (128 * 128 * 2 + 128 * 32,) * 2, 256 * 128 * 2 + 256 * 32),
-        ("llama_cpp", LLAMA, (128 * 128 * 9 // 2, 0), 3 * 128 * 32),
-        ("llama_cpp", {"model_type": "qwen3"}, (128 * 128 * 9 // 2,) * 2, 256 * 128 * 9 // 2),
-    ],
-)
-def test_a_module_that_is_dropped_alone_costs_what_stands_in_its_place(
-    engine: str, config: dict[str, Any], attention: tuple[int, int], mlp: int
-) -> None:
-    space = _with_modules({})
-    columns = {unit.name: 128 for unit in space.units[:4]}
-    priced = with_gaps_priced(space, ENGINES[engine], columns=columns, config=config, written=16, dense=32)
-    before = (1, 1, 1, 1)
-    assert priced.cost((*before, 0, 0, 0, 0)) == space.cost((*before, 0, 0, 0, 0)), "what is kept costs what it did"
-    own = sum(unit.levels[1].stored_bits for unit in space.units[:4])
-    a, m = (space.units[i].levels[1].stored_bits for i in (0, 1))
-    assert priced.cost((*before, 1, 0, 0, 0)) == own - a + attention[0]
-    assert priced.cost((*before, 0, 0, 1, 0)) == own - a + attention[1]
-    assert priced.cost((*before, 0, 0, 0, 1)) == own - m + mlp
-    whole = (*before, 0, 0, 1, 1)
-    assert priced.stored_bits(whole) == space.stored_bits(whole) == priced.cost(whole), "a block without both is not in the file"
-    rng, levels = np.random.default_rng(0), [1] * 4 + [0] * 4
-    spending = Spending(priced, Budget(10**9, 1.0, "MB"), levels)
-    for _ in range(60):  # whichever way a genome is reached
-        unit, by = int(rng.integers(8)), int(rng.choice([-1, 1]))
-        if spending.can_move(unit, by):
-            spending.move(unit, by)
-            assert 10**9 - spending.left[0] == priced.cost(levels) == priced.stored_bits(levels)
-    assert priced.cost_in(CURRENCIES["bits"], whole) == space.cost_in(CURRENCIES["bits"], whole)
-    given = _with_modules({1})
-    found = with_gaps_priced(given, ENGINES[engine], columns=columns, config=config, written=16, dense=32)
-    assert found.cost((*before, 0, 0, 0, 0)) == given.cost((*before, 0, 0, 0, 0)), "nor is one that is gone from the start"
-
-
-def _with_modules(gone: set[int]) -> Space:
-    """Two blocks of a weight [128, 128] in an attention and one [256, 128] in an MLP, at 8 and 3 bits."""
-    keep, drop = Level("keep", 1, "keep", 0, DROP), Level("drop", 0, "drop", 0, DROP)
-    weights, modules = [], []
-    for block in range(2):
-        for kind, size in (("attention", 128 * 128), ("mlp", 256 * 128)):
-            levels = tuple(Level(f"{bits} bits", bits * size, str(bits), bits * size + size // 4, QUANT) for bits in (8, 3))
-            weights.append(Unit(f"{block}.{kind}.proj", block, "proj", size, levels))
-            modules.append(Unit(f"{block}.{kind}", block, kind, 0, (drop,) if block in gone else (keep, drop)))
-    return Space("joint", (*weights, *modules), CURRENCIES["bytes"], (4, 5, 6, 7, None, None, None, None))
