@@ -87,13 +87,18 @@ def is_task_of_several() -> bool:
     """Tell whether Slurm has started this process as one of several tasks of a step; then note what torchrun would tell it."""
     told = os.environ
     tasks = told.get("SLURM_STEP_NUM_TASKS") or told.get("SLURM_NTASKS", "1")  # the latter may be the job's, of another step
-    if "SLURM_STEP_ID" not in told or int(tasks) < 2 or "SLURM_PTY_PORT" in told:  # the last: a shell, which the first task has
+    if "SLURM_STEP_ID" not in told or int(tasks) < 2 or _has_terminal(told):
         return False
     port = told.get("MASTER_PORT") or str(20000 + (31 * int(told["SLURM_JOB_ID"]) + int(told["SLURM_STEP_ID"])) % 20000)
     address = told.get("MASTER_ADDR") or _first_node(told)
     os.environ |= {"RANK": told["SLURM_PROCID"], "LOCAL_RANK": told["SLURM_LOCALID"], "WORLD_SIZE": tasks}
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": port}
     return True
+
+
+def _has_terminal(told: Mapping[str, str]) -> bool:
+    """Tell whether a person types at this task, the first of `srun --pty`; what that starts inherits its variables alone."""
+    return "SLURM_PTY_PORT" in told and "SUBMITIT_EXECUTOR" not in told and sys.stdin is not None and sys.stdin.isatty()
 
 
 def _first_node(told: Mapping[str, str]) -> str:

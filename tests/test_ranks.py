@@ -331,7 +331,16 @@ def test_processes_that_are_given_different_commands_are_refused(tmp_path: Path,
         ({}, False, True),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False, True),  # a script of sbatch, or a shell of salloc
         ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "2"}, False, True),  # srun -n 1
-        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PTY_PORT": "1"}, False, True),  # srun -n 2 --pty bash
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PTY_PORT": "1", "tty": ""},
+            False,
+            True,
+        ),  # srun -n 2 --pty bash
+        (
+            {"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PTY_PORT": "1", "SLURM_PROCID": "1"},
+            True,
+            False,
+        ),  # in it: srun -n 2
         ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, True, False),
         ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SUBMITIT_EXECUTOR": "slurm"}, False, True),
         ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "TORCHELASTIC_RUN_ID": "x", "RANK": "0"}, True, True),
@@ -345,6 +354,7 @@ def test_several_processes_are_asked_for_by_torchrun_and_by_srun(
     for name in ours | {name for name in os.environ if name.startswith("SLURM_")}:
         monkeypatch.setenv(name, "")  # to be given back
         monkeypatch.delenv(name)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: "tty" in told))
     for name, value in ({"SLURM_JOB_ID": "7", "SLURM_LOCALID": told.get("SLURM_PROCID", "0")} | told if told else told).items():
         monkeypatch.setenv(name, value)
     assert (ranks.asked_for(), ranks.is_first()) == (asked_for, is_first)

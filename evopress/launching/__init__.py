@@ -9,6 +9,7 @@ from typing import Any
 from hydra.core.plugins import Plugins
 from hydra.core.utils import filter_overrides
 
+from evopress import ranks
 from evopress.config import JobFailedError
 
 
@@ -26,6 +27,12 @@ def register() -> None:
     for launcher in launchers:
         (theirs,) = launcher.__bases__
         Plugins.instance().class_name_to_class[f"{theirs.__module__}.{theirs.__name__}"] = launcher
+
+
+def refuse_among_processes() -> None:
+    """Raise JobFailedError where the command itself is run by several processes."""
+    if ranks.asked_for():
+        raise JobFailedError("under torchrun or srun the jobs of a sweep run one after the other: leave hydra/launcher out")
 
 
 def of_killed(killed: Mapping[int, str], jobs: Sequence[Sequence[str]], sweep: str) -> JobFailedError:

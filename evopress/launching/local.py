@@ -19,9 +19,8 @@ from hydra.core.utils import configure_log, setup_globals
 from hydra_plugins.hydra_joblib_launcher._core import execute_job  # type: ignore[import-untyped, unused-ignore]
 from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher  # type: ignore[import-untyped, unused-ignore]
 
-from evopress import ranks
 from evopress.config import JobFailedError
-from evopress.launching import of_killed
+from evopress.launching import of_killed, refuse_among_processes
 from evopress.progress import counted
 
 try:
@@ -44,8 +43,7 @@ class JobLauncher(JoblibLauncher):  # type: ignore[misc, unused-ignore]
         Raises: JobFailedError when all have ended, if some were killed, with what they were.
         """
         setup_globals()
-        if ranks.asked_for():
-            raise JobFailedError("under torchrun or srun the jobs of a sweep run one after the other: leave hydra/launcher out")
+        refuse_among_processes()
         assert self.config is not None and self.hydra_context is not None and self.task_function is not None
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         sweep = str(self.config.hydra.sweep.dir)

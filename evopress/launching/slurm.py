@@ -20,7 +20,7 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLaunche
 
 from evopress.errors import EvoPressError
 from evopress.files import remove_empty
-from evopress.launching import of_killed
+from evopress.launching import of_killed, refuse_among_processes
 from evopress.progress import counted
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class SlurmJobLauncher(SlurmLauncher):  # type: ignore[misc, unused-ignore]
         Raises: EvoPressError if sbatch refuses them; JobFailedError when all have ended, if some ended before their time;
             KeyboardInterrupt with a note that names the jobs that go on.
         """
+        refuse_among_processes()
         setup_globals()
         assert self.config is not None
         sweep = str(self.config.hydra.sweep.dir)
@@ -99,7 +100,8 @@ class SlurmJobLauncher(SlurmLauncher):  # type: ignore[misc, unused-ignore]
             submitted = executor.map_array(self, jobs, *named, [state] * len(jobs))
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             for path in set(fixed.iterdir()) - before if fixed.is_dir() else ():  # what was to be submitted
-                path.unlink(missing_ok=True)
+                if path.is_file():
+                    path.unlink(missing_ok=True)
             remove_empty(fixed)
             reason = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).splitlines() if line)
             raise EvoPressError(f"sbatch refused the jobs ({reason}): see hydra.launcher's settings, none was queued") from error
