@@ -33,6 +33,8 @@ PROJECT = "evopress"
 _RUN_ID = Path("wandb") / "run_id.txt"
 _EARLIER = Path("wandb") / "earlier"
 """Parts of an offline run that a later one replaces: deeper than `wandb sync` looks."""
+_LAST = ("log a figure", "log an artifact")
+"""What the stage report alone does."""
 _MOST_REASON = 600
 _SLOW = 5.0
 """Seconds after which a failure is one of a service that does not answer; the next would take as long."""
@@ -137,11 +139,11 @@ class WandbTracker:
     Jobs of a sweep are grouped under the sweep's name and named by their folders, unless a group or a name is given; a run is
     tagged with the experiment it is of. The W&B run is opened when the first number is there, so a run that is refused leaves
     nothing. A run that is resumed goes on in the same W&B run, whose id lies in the run folder: online it gets the generations
-    that W&B lacks. Offline the last part has all of them: `wandb sync` would append it to earlier ones, so these are moved to
-    `wandb/earlier/` when it is whole; where one was sent already, the run goes on as a W&B run of its own. Metrics are drawn
-    against the generation, and `tokens` and `seconds` are there as further axes. The first failure of a table, figure or
-    artifact is logged as a warning, any other turns the tracker off. Where the service did not answer in time, the process's
-    later runs are offline.
+    that W&B lacks. Offline each part has all of them: `wandb sync` would append it to earlier ones, so these are moved to
+    `wandb/earlier/` when one ends that has the report's figures, too; where one was sent already, the run goes on as a W&B run
+    of its own. Metrics are drawn against the generation, and `tokens` and `seconds` are there as further axes. The first
+    failure of a table, figure or artifact is logged as a warning, any other turns the tracker off. Where the service did not
+    answer in time, the process's later runs are offline.
 
     Args:
         mode: None takes what wandb is set to (WANDB_MODE, `wandb offline`), online by default. Online without an API key becomes
@@ -177,6 +179,8 @@ class WandbTracker:
         """The last generation that W&B has."""
         self._online = False
         self._warned = False
+        self._is_whole = False
+        """Whether this part of the run has what only the stage report shows."""
         self._given_up: set[str] = set()
         """What a service that does not answer is not asked for again."""
 
@@ -234,7 +238,8 @@ class WandbTracker:
         if self._online:
             _log.info("waiting for Weights & Biases to take what is left, %g s at most", self.finish_timeout)
         run.finish()
-        _put_aside(part)
+        if self._is_whole:
+            _put_aside(part)
         if not self._online:
             _log.info("the run was tracked offline: send it with `wandb sync %s`", shlex.quote(str(part)))
         elif time.monotonic() - began >= self.finish_timeout:
@@ -350,6 +355,7 @@ class WandbTracker:
             action()
         except (Exception, SystemExit) as error:  # whatever goes wrong there, the run goes on
             _warn(what, error, "the run goes on without it")
+            self._is_whole = False
             if what == "start" and self._online and time.monotonic() - began >= _SLOW:
                 _unanswered.add(what)
             if self._run is not None:
@@ -366,6 +372,7 @@ class WandbTracker:
         began = time.monotonic()
         try:
             action()
+            self._is_whole = self._is_whole or what in _LAST
         except (Exception, SystemExit) as error:
             if not self._warned:
                 _warn(what, error, "the rest is tracked on")

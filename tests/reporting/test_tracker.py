@@ -400,6 +400,9 @@ class Service(types.ModuleType):
     def setup(self) -> Service:
         return self
 
+    def Image(self, path: str) -> str:
+        return path
+
     def Settings(self, **options: Any) -> Settings:
         return Settings()
 
@@ -435,7 +438,7 @@ class Service(types.ModuleType):
         self.summaries[name]["generation"] = {"max": last}
 
 
-def part(run_dir: Path, mode: Any, done: int, until: int, *, lines: bool = False) -> None:
+def part(run_dir: Path, mode: Any, done: int, until: int, *, lines: bool = False, reported: bool = False) -> None:
     """Follow a search that has `done` generations behind it when it is opened, up to the generation `until`."""
     rows: list[dict[str, float]] = [{"generation": i, "fitness": 1.0 / (i + 1)} for i in range(done)]
     tracker = WandbTracker(mode)
@@ -446,6 +449,8 @@ def part(run_dir: Path, mode: Any, done: int, until: int, *, lines: bool = False
     if lines:
         tracker.lines({"baseline/dp/kl": 1.5}, axes=[{"generation": 0, "tokens": 10}, {"generation": until - 1, "tokens": 90}])
         tracker.summarize({"best/kl": 0.5, "final/evopress/kl": 0.6})
+    if reported:
+        tracker.figure("convergence", run_dir / "convergence.png")
     tracker.finish()
 
 
@@ -497,7 +502,7 @@ def test_a_later_offline_part_takes_the_place_of_earlier_ones(
     caplog.set_level(logging.INFO, "evopress")
     part(tmp_path, "offline", 0, 3)
     (name,) = service.runs
-    part(tmp_path, "offline", 3, 6)
+    part(tmp_path, "offline", 3, 6, reported=True)
     assert parts(tmp_path) == [f"offline-run-2-{name}"]
     assert [path.name for path in (tmp_path / "wandb" / "earlier").iterdir()] == [f"offline-run-1-{name}"]
     assert caplog.messages[-1].endswith(f"send it with `wandb sync {tmp_path / 'wandb' / f'offline-run-2-{name}'}`")
@@ -507,8 +512,21 @@ def test_until_the_later_part_is_whole_the_earlier_ones_stay(tmp_path: Path, ser
     part(tmp_path, "offline", 0, 3)
     begun(WandbTracker("offline"), tmp_path)  # killed
     assert len(parts(tmp_path)) == 2
-    part(tmp_path, "offline", 3, 6)
+    part(tmp_path, "offline", 3, 6)  # without the report
+    assert len(parts(tmp_path)) == 3
+    part(tmp_path, "offline", 6, 6, reported=True)
     assert len(parts(tmp_path)) == 1
+
+
+def test_a_part_that_fails_hides_no_earlier_one(tmp_path: Path, service: Service) -> None:
+    part(tmp_path, "offline", 0, 3, reported=True)
+    tracker = WandbTracker("offline")
+    begun(tracker, tmp_path)
+    tracker.figure("convergence", tmp_path / "convergence.png")
+    tracker._run.log = lambda row: 1 / 0
+    tracker.log({"fitness": 1.0}, generation=9)
+    tracker.finish()
+    assert len(parts(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("sent", ["by hand", "online"])
