@@ -36,7 +36,7 @@ from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.export.exporter import write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
-from evopress.files import given_path, make_folder
+from evopress.files import given_path, make_folder, open_folder
 from evopress.machine import exactly
 from evopress.models.alone import lock_of
 from evopress.models.loading import DTYPES, pick_device, take_model
@@ -267,7 +267,7 @@ def load_model(
         )
         if "builtin" in where and separator == END_OF_TEXT:
             given["separator"] = _SEPARATORS.get(str(model), separator)
-            make_folder(given_path(cache, "cache"))
+            open_folder(given_path(cache, "cache"))
         device = str(pick_device(str(device)))
         dtype = pick_dtype(dtype, torch.device(device))
         settings = ModelSettings(**given, **where, dtype=dtype, device=device, group_size=None)
