@@ -40,6 +40,8 @@ EXPORTED_BEFORE: dict[str, Any] = {DEQUANTIZED: {}}
 _LICENCE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)", re.MULTILINE)
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 _MOST_CARD_CHARACTERS = 2**16
+_MORE = 1.05
+"""Times the bytes that were counted, above which a file's size is no header's."""
 
 
 def exporters_of(settings: RunSettings) -> dict[str, Exporter]:
@@ -243,6 +245,15 @@ def export(workspace: Workspace, *, command: str) -> None:
             replace(what, table=markdown_table([in_table]), provenance={**what.provenance, "export": told}),
         )
         logger.info("%s: %s%s%s", name, folder, f", {millions(size)} MB of weights" if size else "", gone)
+        counted = row.get("bytes")
+        if size and counted and workspace.engine is not None and row.get("modules_dropped") and size > _MORE * counted:
+            logger.warning(
+                "%s has %s MB of weights where %s were counted: an attention or MLP that is dropped alone is counted as nothing, "
+                "and stays in the file as zeros; ask for a smaller size",
+                name,
+                millions(size),
+                millions(counted),
+            )
     result = read_result(run_dir)
     if result.get("rows"):
         add_sizes(result["rows"], workspace)

@@ -98,3 +98,17 @@ def test_a_search_for_a_file_that_is_not_written_does_not_begin(
     for targets in (("bits=4",), ("budgets=[3,4]",))[: 1 + (engine == "mlx")]:
         outcome = evopress("+method=quant", *targets, *levels, *model, f"engine={engine}", "dry_run=true")
         assert outcome.code == 1 and sentence in outcome.errors[0] and outcome.errors[0].endswith("engine=none"), outcome.text
+
+
+def test_zeros_of_modules_that_are_dropped_alone_are_told_where_they_were_not_counted(
+    evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    limits = "limits=[{currency: modules, total: 2}]"
+    stages = "stages=[database,search,evaluate,export]"
+    few = ("evaluation.every=0", "engine=vllm", "export=[compressed_tensors]", stages, "method.include=[blocks]")
+    outcome = evopress("+method=joint", "+debug=tiny", GROUPS, "size=75kB", "hydra.run.dir=run", limits, *few)
+    assert outcome.code == 0, outcome.text
+    (row,) = (row for row in json.loads((tmp_path / "run" / "result.json").read_text())["rows"] if row["name"] == "evopress")
+    weights = (tmp_path / "run" / "exports" / "compressed_tensors" / "model.safetensors").stat().st_size
+    assert row["modules_dropped"] >= 2
+    assert ("is counted as nothing, and stays in the file as zeros" in outcome.text) == (weights > 1.05 * row["bytes"])
