@@ -332,7 +332,7 @@ def _job(config: DictConfig) -> float:
     try:
         with run_folder.held(folder):
             if ranks.asked_for() and not ranks.launched():  # a launcher's process, which the others do not know
-                raise EvoPressError("under torchrun or srun the jobs of a sweep run one after the other: leave hydra/launcher out")
+                raise EvoPressError(launching.ONE_AFTER_THE_OTHER)
             return _run(config, folder)
     except KeyboardInterrupt as stop:
         _say_error(f"interrupted; go on with: {_to_go_on(folder, multirun=multirun)}")

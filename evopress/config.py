@@ -171,9 +171,8 @@ def _register_strategies(store: ConfigStore) -> None:
         except EvoPressError as error:
             node = BrokenStrategy(name, str(error))
         except Exception as error:  # of another package
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
             why = (
-                f"{STRATEGIES.called(name)} cannot be an option ({type(error).__name__}: {reason}): each of its settings needs a "
+                f"{STRATEGIES.called(name)} cannot be an option ({STRATEGIES.reason_of(error)}): each of its settings needs a "
                 "default, of a type that a config can hold; repair that package, or choose another search/strategy"
             )
             node = BrokenStrategy(name, why)

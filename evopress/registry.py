@@ -72,7 +72,7 @@ class Registry(Generic[Part]):
             loaded: Part = points[0].load()
         except Exception as error:
             raise EvoPressError(
-                f"{self.called(name)} could not be loaded ({_reason(error)}): repair that package, or choose another {key}"
+                f"{self.called(name)} could not be loaded ({self.reason_of(error)}): repair that package, or choose another {key}"
             ) from error
         return loaded
 
@@ -80,6 +80,11 @@ class Registry(Generic[Part]):
         """Name a part with the package that it comes from: "the text source stories of package mine 1.0 (my_package:Stories)"."""
         points = [] if name in self._own else [point for point in _offered(self.group) if point.name == name]
         return f"the {self.kind} {name}" + (f" of {_origins(points)}" if points else "")
+
+    @staticmethod
+    def reason_of(error: Exception) -> str:
+        """Say in part of a sentence what another package raised: its kind, and the first line of its words."""
+        return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
 
     def make(self, name: str, options: Mapping[str, Any], *, key: str, told_by: str) -> Any:
         """Call the part of this name with its options, where the parts are factories that take keywords.
@@ -107,8 +112,8 @@ class Registry(Generic[Part]):
             if name in self._own:
                 raise
             raise EvoPressError(
-                f"{self.called(name)} cannot be made ({_reason(error)}): give it other {told_by}, repair that package, or choose "
-                f"another {key}"
+                f"{self.called(name)} cannot be made ({self.reason_of(error)}): give it other {told_by}, repair that package, or "
+                f"choose another {key}"
             ) from error
 
     @staticmethod
@@ -142,10 +147,6 @@ def _origins(points: list[EntryPoint]) -> str:
     """Name the packages that entry points come from, and where each points: "package stories 1.0 (my_package.text:Stories)"."""
     packages = [f"package {point.dist.name} {point.dist.version}" if point.dist else "a package" for point in points]
     return " and ".join(f"{package} ({point.value})" for package, point in zip(packages, points, strict=True))
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
 
 
 def _options_of(make: Any) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -84,9 +84,14 @@ def on_one_text(jobs: Sequence[Job]) -> list[tuple[Job, HeldOutCurve]]:
     The larger text where two have as many.
     """
     found = [(job, of_job(job)) for job in jobs]
-    counts = Counter(curve.tokens for _, curve in found if curve.tokens is not None)
-    most = max(counts, key=lambda number: (counts[number], number)) if counts else None
+    most = _most(curve for _, curve in found)
     return [(job, curve) for job, curve in found if curve.tokens == most]
+
+
+def _most(found: Iterable[HeldOutCurve]) -> int | None:
+    """Return the tokens of the text that most curves are of; None: none says."""
+    counts = Counter(curve.tokens for curve in found if curve.tokens is not None)
+    return max(counts, key=lambda number: (counts[number], number)) if counts else None
 
 
 def of_job(job: Job) -> HeldOutCurve:
@@ -102,9 +107,10 @@ def on_curves_text(jobs: Sequence[Job], spec: Spec) -> Values:
 
 def text_of(jobs: Sequence[Job]) -> str:
     """Say which text the curves of jobs are of, and how many jobs were measured on another."""
-    drawn = on_one_text(jobs)
-    text = " or ".join(dict.fromkeys(filter(None, (curve.text for _, curve in drawn))))
-    of_another = sum(curve.tokens is not None for curve in map(of_job, jobs)) - sum(curve.tokens is not None for _, curve in drawn)
+    found = [of_job(job) for job in jobs]
+    most = _most(found)
+    text = " or ".join(dict.fromkeys(curve.text for curve in found if curve.tokens == most and curve.text))
+    of_another = sum(curve.tokens not in (None, most) for curve in found)
     return f"{text}; without {counted(of_another, 'job')} on another text" if of_another else text
 
 
@@ -227,7 +233,7 @@ def draw_sweep(sweep: Sweep, spec: Spec, out: Path, *, beside: Mapping[str, Curv
     found = curves(sweep, spec)
     if not found:
         return []
-    values = on_curves_text(sweep.jobs, spec)
+    values, text = on_curves_text(sweep.jobs, spec), text_of(sweep.jobs)
     paths = [out / "convergence.csv"]
     write_csv(paths[0], list(_rows(found, beside, spec)))
     for group, variants in found.items():
@@ -243,7 +249,7 @@ def draw_sweep(sweep: Sweep, spec: Spec, out: Path, *, beside: Mapping[str, Curv
         }
         name = "_".join(["convergence", *(re.sub(r"[^\w.+-]+", "-", f"{key}-{value}") for key, value in where.items())])
         seeds = max(len(curve) for curve in variants.values())
-        about = f"mean and range, {seeds} seed{'s' if seeds > 1 else ''}; {text_of(sweep.jobs)}"
+        about = f"mean and range, {seeds} seed{'s' if seeds > 1 else ''}; {text}"
         title = f"{spec.title}{', ' if where else ''}{describe(where)}\n({about})"
         paths += draw({**variants, **beside}, baselines, out, name, title=title)
     return paths

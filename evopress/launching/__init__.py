@@ -12,6 +12,8 @@ from hydra.core.utils import filter_overrides
 from evopress import ranks
 from evopress.config import JobFailedError
 
+ONE_AFTER_THE_OTHER = "under torchrun or srun the jobs of a sweep run one after the other: leave hydra/launcher out"
+
 
 def register() -> None:
     """Let Hydra launch by ours where a config names the launcher of joblib or of submitit."""
@@ -32,7 +34,7 @@ def register() -> None:
 def refuse_among_processes() -> None:
     """Raise JobFailedError where the command itself is run by several processes."""
     if ranks.asked_for():
-        raise JobFailedError("under torchrun or srun the jobs of a sweep run one after the other: leave hydra/launcher out")
+        raise JobFailedError(ONE_AFTER_THE_OTHER)
 
 
 def of_killed(killed: Mapping[int, str], jobs: Sequence[Sequence[str]], sweep: str) -> JobFailedError:

@@ -257,8 +257,8 @@ class ModelSource:
         settings = self._settings
         if self.is_outline:
             return self._outline()
-        if (size := self._bytes()) is not None:
-            self._may_load(size)
+        if self._bytes is not None:
+            self._may_load(self._bytes)
         pretrained = load_pretrained(
             self.folder,
             name=self._name,
@@ -272,17 +272,17 @@ class ModelSource:
         return pretrained
 
     def _too_large(self) -> bool:
-        size = self._bytes()
         try:
-            self._may_load(size or 0)
+            self._may_load(self._bytes or 0)
         except EvoPressError as error:
             logger.warning("on this machine the run would be refused: %s", error)
             self._unread = "are more than this machine has room for"
             return True
         return False
 
+    @cached_property
     def _bytes(self) -> int | None:
-        """Return the bytes of the model's weights; None: of an architecture that comes with its checkpoint."""
+        """The bytes of the model's weights; None: of an architecture that comes with its checkpoint."""
         try:
             model = skeleton(self.config)
         except EvoPressError:
