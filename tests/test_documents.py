@@ -23,6 +23,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), *sort
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _INLINE = re.compile(r"`([^`]+)`")
+_MODULE = re.compile(r"\b(?!my_)[a-z_][\w/]*\.py\b")
 _ELSEWHERE = "hydra.searchpath="
 LARGEST_PICTURE = 130_000
 
@@ -55,6 +56,16 @@ def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     links = [link.partition("#")[0] for link in _LINK.findall(path.read_text(encoding="utf-8")) if "://" not in link]
     assert not [link for link in links if link and not (path.parent / link).exists()]
+
+
+@pytest.mark.parametrize("document", [name_of(path) for path in DOCUMENTS])
+def test_modules_that_are_named_are_there(document: str) -> None:
+    """`my_….py` is a reader's own."""
+    there = {
+        path.relative_to(ROOT).as_posix() for room in ("evopress", "experiments", "tests") for path in (ROOT / room).rglob("*.py")
+    }
+    named = set(_MODULE.findall((ROOT / document).read_text(encoding="utf-8")))
+    assert not [name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in there)]
 
 
 def test_commands_are_found() -> None:
