@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib
 import os
 import sys
 from collections import Counter
@@ -103,6 +104,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
         (info / "entry_points.txt").write_text(f"[{group}]\n{lines}")
         (root / f"{package}.py").write_text(code)
         monkeypatch.delitem(sys.modules, package, raising=False)
+        importlib.invalidate_caches()  # a folder that changed twice within one tick of its clock looks as it was
         return root
 
     return put
