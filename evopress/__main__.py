@@ -109,6 +109,7 @@ def _among_others() -> Iterator[None]:
         return
     try:
         try:
+            ranks.adopt_slurm_task()
             ranks.begin()
         except EvoPressError:
             if ranks.is_first():
@@ -137,8 +138,8 @@ def _follow() -> None:
         sys.exit(exit_code(stop))
 
 
-def _reader_has_gone() -> bool:
-    """Tell whether nobody reads what this process says any more; then let it say nothing."""
+def _silenced_without_reader() -> bool:
+    """Send what this process still says to nowhere if nobody reads it any more; return whether that is so."""
     try:
         said_to, poll = sys.stdout.fileno(), select.poll()
         poll.register(said_to, select.POLLOUT)
@@ -179,7 +180,7 @@ def _compose_and_run(entry: Callable[[], None]) -> None:
         if isinstance(error, ValueError) and _is_hydras(error):  # of flags that it does not take together, or as they are
             _say_error(error)
             sys.exit(1)
-        if isinstance(error, BrokenPipeError) and _reader_has_gone():  # who has had enough: `--help | head`
+        if isinstance(error, BrokenPipeError) and _silenced_without_reader():  # who has had enough: `--help | head`
             sys.exit(1)
         if isinstance(error, OSError) and error.errno in _NO_FOLDER and isinstance(error.filename, str):
             _say_error(explained(error, Path(error.filename)))  # of the folder that Hydra makes
@@ -314,6 +315,7 @@ def _task(config: DictConfig) -> float:
     if os.getpid() == _started_in or ranks.asked_for() or not ranks.is_task_of_several():
         return _job(config)
     try:
+        ranks.adopt_slurm_task()
         ranks.begin()
         if ranks.leads():
             return _job(config)

@@ -1,9 +1,9 @@
 """One run on several processes, as torchrun or Slurm starts them: the first decides and writes, the others do their share.
 
-A function whose work can be shared is marked by `together`: where the first process calls it, all call it, each on what it has
-opened itself. Inside it `divided`, `stacked`, `each`, `first` and `summed` share the work and bring together what was found.
-Outside of it, inside of each other, and without torchrun, they do all the work here; so whoever knows nothing of this module is
-right too.
+A function whose work can be shared is marked by `collective`: where the first process calls it, all call it, each on what it has
+opened itself. Inside it `map_shards`, `stack_shards`, `on_all_ranks`, `on_rank_zero` and `sum_over_ranks` share the work and bring
+together what was found. Outside of it, inside of each other, and without torchrun, they do all the work here; so whoever knows
+nothing of this module is right too.
 
 What is found does not depend on how many processes there are: text is cut into `SHARES` shares, a forward never reaches from one
 into the next, a candidate's rows are in no other's forward, and sums of shares are added in one order, float32 ones in a tree.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SHARES = 8
 """Of text, whatever the number of processes, which divides it."""
-_TOGETHER, _WAITING = timedelta(minutes=30), timedelta(days=30)
+_COLLECTIVE, _WAITING = timedelta(minutes=30), timedelta(days=30)
 """How long one waits for the others in shared work, and for the first to ask. A process that has ended is noticed at once."""
 
 P = ParamSpec("P")
@@ -74,26 +74,38 @@ _world: _World | None = None
 
 def asked_for() -> bool:
     """Tell whether the command itself is run by several processes: torchrun's, or the tasks of one srun."""
-    told = os.environ
-    return "TORCHELASTIC_RUN_ID" in told or ("SUBMITIT_EXECUTOR" not in told and is_task_of_several())
+    return _of_torchrun() or ("SUBMITIT_EXECUTOR" not in os.environ and is_task_of_several())
 
 
 def is_first() -> bool:
     """Tell, before they have begun, whether this is the first of a launcher's processes, or the only one."""
-    return not asked_for() or os.environ.get("RANK", "0") == "0"
+    return not asked_for() or os.environ.get("RANK" if _of_torchrun() else "SLURM_PROCID", "0") == "0"
 
 
 def is_task_of_several() -> bool:
-    """Tell whether Slurm has started this process as one of several tasks of a step; then note what torchrun would tell it."""
+    """Tell whether Slurm has started this process as one of several tasks of a step."""
     told = os.environ
-    tasks = told.get("SLURM_STEP_NUM_TASKS") or told.get("SLURM_NTASKS", "1")  # the latter may be the job's, of another step
-    if "SLURM_STEP_ID" not in told or int(tasks) < 2 or _has_terminal(told):
-        return False
+    return "SLURM_STEP_ID" in told and _num_tasks(told) > 1 and not _has_terminal(told)
+
+
+def adopt_slurm_task() -> None:
+    """Write into the environment of a Slurm task what torchrun would tell it, which `begin` reads; leave any other process's."""
+    if _of_torchrun() or not is_task_of_several():
+        return
+    told = os.environ
     port = told.get("MASTER_PORT") or str(20000 + (31 * int(told["SLURM_JOB_ID"]) + int(told["SLURM_STEP_ID"])) % 20000)
     address = told.get("MASTER_ADDR") or _first_node(told)
-    os.environ |= {"RANK": told["SLURM_PROCID"], "LOCAL_RANK": told["SLURM_LOCALID"], "WORLD_SIZE": tasks}
+    os.environ |= {"RANK": told["SLURM_PROCID"], "LOCAL_RANK": told["SLURM_LOCALID"], "WORLD_SIZE": str(_num_tasks(told))}
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": port}
-    return True
+
+
+def _of_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _num_tasks(told: Mapping[str, str]) -> int:
+    """Return how many tasks a Slurm step has."""
+    return int(told.get("SLURM_STEP_NUM_TASKS") or told.get("SLURM_NTASKS", "1"))  # the latter may be the job's, of another step
 
 
 def _has_terminal(told: Mapping[str, str]) -> bool:
@@ -138,7 +150,7 @@ def local_rank() -> int:
 
 
 def begin() -> None:
-    """Join the other processes of the run.
+    """Join the other processes of the run, whom the environment names as torchrun writes it, or `adopt_slurm_task`.
 
     Raises: EvoPressError if there are not 1, 2, 4 or 8, they do not find each other, or were given different commands.
     """
@@ -154,9 +166,9 @@ def begin() -> None:
     if not dist.is_available():
         raise EvoPressError("this torch has no torch.distributed, which torchrun needs: start with python -m evopress")
     _world = _World(rank, count)
-    with _together():
+    with _losses_told():
         # Objects and tensors on the host go by gloo, also where there are GPUs; NCCL waits for the first tensor on one.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if _has_nccl() else "gloo", timeout=_TOGETHER)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if _has_nccl() else "gloo", timeout=_COLLECTIVE)
         _world.waiting = dist.new_group(backend="gloo", timeout=_WAITING)
         commands: list[Any] = [None] * count
         dist.all_gather_object(commands, sys.argv[1:])
@@ -185,7 +197,7 @@ def end() -> None:
         dist.destroy_process_group()
 
 
-def together(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+def collective(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
     """Mark a function of a module, or a method, whose work is shared: the first process's call becomes a call on every process.
 
     Its first argument is `Known`; the others are sent. What it returns is only looked at on the first process.
@@ -199,7 +211,7 @@ def together(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S
         if world.depth == 0 and world.size > 1:
             import torch.distributed as dist
 
-            with _together():
+            with _losses_told():
                 name = f"{function.__module__}:{function.__qualname__}"
                 dist.broadcast_object_list([(name, subject.known_as, args, kwargs)], src=0, group=world.waiting)
         return _called(world, function, subject, *args, **kwargs)
@@ -220,7 +232,7 @@ def follow(find: Callable[[Any], Any]) -> None:
     assert world is not None and world.rank, "the first process follows nobody"
     while True:
         asked: list[Any] = [None]
-        with _together():
+        with _losses_told():
             dist.broadcast_object_list(asked, src=0, group=world.waiting)
         if asked[0] is None:
             return
@@ -233,7 +245,7 @@ def follow(find: Callable[[Any], Any]) -> None:
             pass  # it was raised on all, and the first process tells it
 
 
-def part(count: int, most: int) -> int:
+def batch_within_share(count: int, most: int) -> int:
     """Return how many of `count` sequences go together: as many as there is room for, but none of two shares.
 
     Args: most: for which there is room.
@@ -246,21 +258,22 @@ def shares(count: int) -> list[range]:
     if not launched():
         return [range(count)]
     width = -(-count // SHARES)
-    return [range(min(number * width, count), min((number + 1) * width, count)) for number in share(SHARES)]
+    return [range(min(number * width, count), min((number + 1) * width, count)) for number in shard(SHARES)]
 
 
-def busiest(count: int, most: int | None = None) -> int:
+def largest_shard(count: int, most: int | None = None) -> int:
     """Return how many of `count` things the process has that has most of them, where the run's processes share them.
 
-    Args: most: that go together as `part` has it, where `divided` shares what goes together; None: sequences that `shares` cuts.
+    Args: most: that go together as `batch_within_share` has it, where `map_shards` shares what goes together; None: sequences that
+        `shares` cuts.
     """
     if most is None:
         return min(count, -(-count // SHARES) * (SHARES // processes()))
-    together = part(count, most)
-    return min(count, -(-count // (together * processes())) * together)
+    batch = batch_within_share(count, most)
+    return min(count, -(-count // (batch * processes())) * batch)
 
 
-def each(work: Callable[[], T], *, to_first: bool = False) -> list[T]:
+def on_all_ranks(work: Callable[[], T], *, to_first: bool = False) -> list[T]:
     """Do something on every process, and return what all found, in their order; an error of one is raised on all.
 
     Args: to_first: what is found is large, and for the first process alone; others get no more than their own.
@@ -272,17 +285,17 @@ def each(work: Callable[[], T], *, to_first: bool = False) -> list[T]:
 
     mine, error = _tried(work)
     found: list[Any] = [None] * world.size
-    with _together():
+    with _losses_told():
         dist.all_gather_object(found, (None, *mine[1:]) if to_first else mine)
     results = _agreed(found, error)
     if not to_first:
         return results
-    with _together():
+    with _losses_told():
         dist.gather_object(mine[0], found if world.rank == 0 else None, dst=0)
     return found if world.rank == 0 else [mine[0]]
 
 
-def first(work: Callable[[], T]) -> T:
+def on_rank_zero(work: Callable[[], T]) -> T:
     """Do something on the first process alone, while the others wait, and return what it found; its error is raised on all."""
     world = _world
     if world is None or size() == 1:
@@ -291,12 +304,12 @@ def first(work: Callable[[], T]) -> T:
 
     mine, error = _tried(work) if world.rank == 0 else (None, None)
     found: list[Any] = [mine]
-    with _together():
+    with _losses_told():
         dist.broadcast_object_list(found, src=0)
     return _agreed(found, error)[0]
 
 
-def share(count: int, *, of: int | None = None, number: int | None = None) -> range:
+def shard(count: int, *, of: int | None = None, number: int | None = None) -> range:
     """Return which of `count` things are this process's: consecutive ones.
 
     Args:
@@ -308,17 +321,17 @@ def share(count: int, *, of: int | None = None, number: int | None = None) -> ra
     return range(count * number // of, count * (number + 1) // of)
 
 
-def divided(things: Sequence[T], work: Callable[[Sequence[T]], R]) -> list[R]:
+def map_shards(things: Sequence[T], work: Callable[[Sequence[T]], R]) -> list[R]:
     """Let every process work on its share of things, and return what was found in their order; who has none does nothing."""
-    mine = share(len(things))
+    mine = shard(len(things))
     idle = not mine and size() > 1
-    found = each(lambda: [] if idle else [work(things[mine.start : mine.stop])])
+    found = on_all_ranks(lambda: [] if idle else [work(things[mine.start : mine.stop])])
     return [result for results in found for result in results]
 
 
-def stacked(things: Sequence[T], work: Callable[[Sequence[T]], Tensor]) -> Tensor:
-    """As `divided`, where rows of a tensor on the host are found, many of them: returns all, in the order of the things."""
-    mine, rows = share(len(things)), []
+def stack_shards(things: Sequence[T], work: Callable[[Sequence[T]], Tensor]) -> Tensor:
+    """As `map_shards`, where rows of a tensor on the host are found, many of them: returns all, in the order of the things."""
+    mine, rows = shard(len(things)), []
     idle = not mine and size() > 1
 
     def shape() -> Any:
@@ -327,7 +340,7 @@ def stacked(things: Sequence[T], work: Callable[[Sequence[T]], Tensor]) -> Tenso
         rows.append(work(things[mine.start : mine.stop]))
         return rows[0].shape, rows[0].dtype
 
-    shapes = each(shape)
+    shapes = on_all_ranks(shape)
     world = _world
     if world is None or size() == 1:
         return rows[0]
@@ -342,13 +355,13 @@ def stacked(things: Sequence[T], work: Callable[[Sequence[T]], Tensor]) -> Tenso
         if number == world.rank and count:
             theirs.copy_(rows.pop())
         if count:
-            with _together():
+            with _losses_told():
                 dist.broadcast(theirs.view(torch.uint8), src=number)
         start += count
     return total
 
 
-def summed(total: Tensor) -> Tensor:
+def sum_over_ranks(total: Tensor) -> Tensor:
     """Add up the processes' tensors of one shape in a tree, to the same bits on each; changes `total`, and returns it."""
     world = _world
     if world is None or size() == 1:
@@ -358,7 +371,7 @@ def summed(total: Tensor) -> Tensor:
 
     at_hand = total.cpu() if total.is_cuda and not _has_nccl() else total
     step = 1
-    with _together():
+    with _losses_told():
         while step < world.size:
             if world.rank % (2 * step) == step:
                 dist.send(at_hand, world.rank - step)
@@ -428,7 +441,7 @@ def _agreed(found: Sequence[tuple[T, str | None, bool]], mine: Exception | None)
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _losses_told() -> Iterator[None]:
     """Turn what torch says of a process that is not there any more into a sentence."""
     try:
         yield

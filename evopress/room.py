@@ -15,7 +15,7 @@ import torch
 from evopress.compress.compressor import free_now
 from evopress.errors import EvoPressError
 from evopress.files import make_folder
-from evopress.ranks import Known, each, together
+from evopress.ranks import Known, collective, on_all_ranks
 
 _SPARE = 1.02
 """Of the disk: headers of files and the like."""
@@ -78,10 +78,10 @@ class Placed(Known, Protocol):
         """Where it is computed."""
 
 
-@together
+@collective
 def rooms(of: Placed) -> list[Room]:
     """Return what each process of the run finds."""
-    return each(lambda: room_on(of.device))
+    return on_all_ranks(lambda: room_on(of.device))
 
 
 def room_on(device: torch.device) -> Room:

@@ -42,7 +42,7 @@ from evopress.models.loading import Pretrained, pick_device
 from evopress.models.opening import ModelSource, pick_dtype
 from evopress.models.outline import find_family, num_blocks_of, skeleton, text_config
 from evopress.models.routing import check_fillers, fewer_experts
-from evopress.ranks import SHARES, launched, leads, together
+from evopress.ranks import SHARES, collective, launched, leads
 from evopress.room import check_model
 from evopress.settings import RunSettings
 from evopress.units import BLOCKS, Budget, Genome, Space, is_of_expert
@@ -439,7 +439,7 @@ class Workspace:
         """The dense model's last hidden states on the search text, [N, L, d]."""
         return self._open_search_base()
 
-    @together
+    @collective
     def _open_search_base(self) -> Tensor:
         return self._search_base
 
@@ -447,7 +447,7 @@ class Workspace:
     def _search_base(self) -> Tensor:
         return base_states(self.evaluator, self.search_tokens, batch_tokens=self.settings.fitness.max_tokens_in_flight)
 
-    @together
+    @collective
     def held_out_base(self, count: int) -> Tensor | None:
         """Return the dense model's last hidden states on the first sequences of the run's own held-out text, [count, L, d].
 

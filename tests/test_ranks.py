@@ -135,11 +135,11 @@ class Case:
     def known_as(self) -> Any:
         return "case", self._levels
 
-    @ranks.together
+    @ranks.collective
     def open(self) -> None:
         self.opened("fitness")
 
-    @ranks.together
+    @ranks.collective
     def refine(self, genome: tuple[int, ...], correction: float) -> None:
         live, settings = self.opened("evaluator").live, self.settings(self._levels)
         how = WalkSettings(root=self._levels, recipe={"correction": correction}, batch_tokens=48, correction=correction)
@@ -230,7 +230,7 @@ class Asked:
 
     known_as = ("asked",)
 
-    @ranks.together
+    @ranks.collective
     def ask(self, who: int, error: type[Exception] | None) -> list[int]:
         """Return the numbers of all processes, unless that of one of them is an error."""
 
@@ -241,7 +241,7 @@ class Asked:
             return rank
 
         assert ranks.size() == 2
-        return ranks.each(work)
+        return ranks.on_all_ranks(work)
 
 
 def test_an_error_of_one_process_is_raised_by_the_first_and_all_go_on(tmp_path: Path) -> None:
@@ -284,10 +284,10 @@ def test_what_is_said_of_the_busiest_process_is_what_it_does(size: int, count: i
         fitness: Any = SimpleNamespace(max_tokens_in_flight=in_flight)
         parts = list(MinibatchFitness._parts(fitness, Minibatch(tuple(range(count)), (16,) * count)))
         of = min(max(size // len(parts), 1), candidates)
-        tokens = [len(rows) * length * len(ranks.share(candidates, of=of, number=n)) for rows, length in parts for n in range(of)]
-        return sum(tokens[place] for place in ranks.share(len(tokens)))
+        tokens = [len(rows) * length * len(ranks.shard(candidates, of=of, number=n)) for rows, length in parts for n in range(of)]
+        return sum(tokens[place] for place in ranks.shard(len(tokens)))
 
-    assert most(lambda: sum(map(len, ranks.shares(count)))) == ranks.busiest(count)
+    assert most(lambda: sum(map(len, ranks.shares(count)))) == ranks.largest_shard(count)
     for candidates, in_flight in ((1, 16), (6, 16), (6, 64)):
         planner: Any = SimpleNamespace(
             workspace=SimpleNamespace(search_tokens=torch.empty(64, 16)),
@@ -357,4 +357,6 @@ def test_several_processes_are_asked_for_by_torchrun_and_by_srun(
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: "tty" in told))
     for name, value in ({"SLURM_JOB_ID": "7", "SLURM_LOCALID": told.get("SLURM_PROCID", "0")} | told if told else told).items():
         monkeypatch.setenv(name, value)
+    before = dict(os.environ)
     assert (ranks.asked_for(), ranks.is_first()) == (asked_for, is_first)
+    assert dict(os.environ) == before, "to ask changes nothing"

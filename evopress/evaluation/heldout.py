@@ -12,7 +12,7 @@ from torch import Tensor
 from evopress.fitness.measures import HeldOut
 from evopress.fitness.population import Evaluator, measure_sequences, walked_together
 from evopress.progress import track
-from evopress.ranks import divided, launched, part, together
+from evopress.ranks import batch_within_share, collective, launched, map_shards
 from evopress.units import Genome
 
 MEASURES = HeldOut().names
@@ -67,7 +67,7 @@ class Scores:
         return Scores.of(sums, tokens)
 
 
-@together
+@collective
 def measure_held_out(
     evaluator: Evaluator,
     genomes: Sequence[Genome | None],
@@ -86,7 +86,7 @@ def measure_held_out(
         batch_tokens: tokens per pass of the population over the blocks, where these lie on the device.
     """
     measure = HeldOut()
-    batch = part(len(sequences), max(batch_tokens // sequences.shape[1], 1))
+    batch = batch_within_share(len(sequences), max(batch_tokens // sequences.shape[1], 1))
     # The dense model comes first where its last hidden states are the base of the others' KL divergence.
     measured, extra = (list(genomes), 0) if base is not None else ([None, *genomes], 1)
 
@@ -109,7 +109,7 @@ def measure_held_out(
             )
         return torch.cat(found, dim=-1)
 
-    found = torch.cat(divided(range(0, len(sequences), batch), sums), dim=-1)
+    found = torch.cat(map_shards(range(0, len(sequences), batch), sums), dim=-1)
     return [Scores.of(each, sequences.shape[1] - 1) for each in found]
 
 

@@ -26,7 +26,7 @@ from evopress.levels.live import Live, block_at, part_held
 from evopress.models import attention
 from evopress.models.blocks import BlockModel
 from evopress.progress import counted, track
-from evopress.ranks import divided, size, together
+from evopress.ranks import collective, map_shards, size
 from evopress.units import Genome
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def _answers(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> ZeroShot:
     return ZeroShot(scores)
 
 
-@together
+@collective
 def _likelihoods(lm: Any, genome: Genome | None, requests: Sequence[_Request]) -> list[tuple[float, bool]]:
     """Return the log-likelihood of each continuation at a genome, and whether it is the likeliest one; batches are shared."""
     batches = _batches(requests, lm.batch_size)
@@ -181,7 +181,7 @@ def _likelihoods(lm: Any, genome: Genome | None, requests: Sequence[_Request]) -
                     f"evaluation.task_batch_size={lm.batch_size} sequences do not fit the memory of {lm.device}: lower it"
                 ) from error
 
-    found = dict(answer for answers in divided(mixed, asked) for answer in answers)
+    found = dict(answer for answers in map_shards(mixed, asked) for answer in answers)
     return [found[place] for place in range(len(requests))]
 
 

@@ -20,7 +20,7 @@ from evopress.fitness.attribution import attribute, expand
 from evopress.fitness.measures import Measure, NegativeLogLikelihood
 from evopress.fitness.population import Evaluator, measure_parts, walked_together
 from evopress.progress import track
-from evopress.ranks import divided, launched, part, share, size, stacked, together
+from evopress.ranks import batch_within_share, collective, launched, map_shards, shard, size, stack_shards
 from evopress.units import Genome
 
 logger = logging.getLogger(__name__)
@@ -76,14 +76,14 @@ class MinibatchFitness:
             return [math.exp(mean) if mean < 700 else math.inf for mean in means]
         return means
 
-    @together
+    @collective
     def _means(self, genomes: Sequence[Genome], minibatch: Minibatch) -> list[float]:
         """Return the measure's mean over a minibatch for every genome."""
         parts = list(self._parts(minibatch))
         # Where there are fewer parts than processes, these share the genomes too.
         columns = min(max(size() // len(parts), 1), len(genomes))
-        work = [_Work(*part, share(len(genomes), of=columns, number=column)) for part in parts for column in range(columns)]
-        found = [sums for mine in divided(work, lambda mine: self._sums(genomes, mine)) for sums in mine]
+        work = [_Work(*part, shard(len(genomes), of=columns, number=column)) for part in parts for column in range(columns)]
+        found = [sums for mine in map_shards(work, lambda mine: self._sums(genomes, mine)) for sums in mine]
         total = torch.zeros(len(genomes), dtype=torch.float64)
         for (rows, length, of), sums in zip(work, found, strict=True):
             if not bool(torch.isfinite(sums).all()):
@@ -95,7 +95,7 @@ class MinibatchFitness:
     def _parts(self, minibatch: Minibatch) -> Iterator[tuple[tuple[int, ...], int]]:
         """Yield rows that are measured together, and how many tokens of each: a group, or one process's least share of it."""
         for rows, length in minibatch.groups():
-            most = part(len(rows), max(self.max_tokens_in_flight // length, 1)) if launched() else len(rows)
+            most = batch_within_share(len(rows), max(self.max_tokens_in_flight // length, 1)) if launched() else len(rows)
             yield from ((rows[start : start + most], length) for start in range(0, len(rows), most))
 
     def _sums(self, genomes: Sequence[Genome], work: Sequence[_Work]) -> list[Tensor]:
@@ -156,12 +156,12 @@ class MinibatchFitness:
         """Draw what draws a label for every predicted token of rows, [rows, length - 1]."""
         return self.rng.random((len(rows), length - 1))
 
-    @together
+    @collective
     def _gone_back(
         self, walk: Callable[..., Tensor], genome: Genome, rows: Sequence[int], length: int, uniform: np.ndarray | None
     ) -> np.ndarray:
         """Return what `attribute` or `expand`, the walk back, finds of a genome on the first tokens of some rows, [rows, ...]."""
-        most = part(len(rows), max(self.max_tokens_in_flight // length, 1))
+        most = batch_within_share(len(rows), max(self.max_tokens_in_flight // length, 1))
         parts = [slice(start, start + most) for start in range(0, len(rows), most)]
 
         def walked(mine: Sequence[slice]) -> Tensor:
@@ -177,7 +177,7 @@ class MinibatchFitness:
                 chunk_tokens=self.chunk_tokens,
             )
 
-        return stacked(parts, walked).numpy()
+        return stack_shards(parts, walked).numpy()
 
     def _explain(self, genome: Genome, rows: list[int], ids: Tensor) -> None:
         """Say, the first time, where a genome's numbers stop being finite.
@@ -203,13 +203,13 @@ class MinibatchFitness:
         )
 
 
-@together
+@collective
 def base_states(evaluator: Evaluator, sequences: Tensor, *, batch_tokens: int) -> Tensor:
     """Return the dense model's last hidden states [N, L, d] in its dtype, in host memory.
 
     Raises: EvoPressError if one is not finite.
     """
-    batch = part(len(sequences), max(batch_tokens // sequences.shape[1], 1))
+    batch = batch_within_share(len(sequences), max(batch_tokens // sequences.shape[1], 1))
 
     together = walked_together(evaluator.live.blocks, 1, sequences.shape[1], batch)
 
@@ -228,7 +228,7 @@ def base_states(evaluator: Evaluator, sequences: Tensor, *, batch_tokens: int) -
             parts.append(found.cpu())
         return torch.cat(parts)
 
-    return stacked(range(0, len(sequences), batch), states)
+    return stack_shards(range(0, len(sequences), batch), states)
 
 
 class _Work(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 from evopress.fitness.measures import Measure
 from evopress.levels.live import Live, block_at, part_held
 from evopress.levels.refine import Weights
-from evopress.ranks import each, part, share
+from evopress.ranks import batch_within_share, on_all_ranks, shard
 from evopress.units import Genome
 
 
@@ -42,13 +42,13 @@ class SuffixLoss:
         self.live, self.genome, self.measure = live, genome, measure
         self.chunk_tokens, self.fused = chunk_tokens, fused
         self._count = sequences[:, 1:].numel()
-        batch = part(len(sequences), max(max_tokens_in_flight // sequences.shape[1], 1))
-        mine = share(-(-len(sequences) // batch))
+        batch = batch_within_share(len(sequences), max(max_tokens_in_flight // sequences.shape[1], 1))
+        mine = shard(-(-len(sequences) // batch))
         own = slice(mine.start * batch, mine.stop * batch)
         self.sequences, self.base = sequences[own], base[own]
         self._parts = [slice(start, start + batch) for start in range(0, len(self.sequences), batch)]
         self._states = torch.empty(*self.sequences.shape, live.blocks.hidden_size, dtype=live.blocks.dtype)
-        each(self._embed)
+        on_all_ranks(self._embed)
 
     def _embed(self) -> None:
         live, embedding = self.live, self.live.blocks.embedding_part
@@ -58,7 +58,7 @@ class SuffixLoss:
 
     def loss(self, index: int, weights: Weights) -> float:
         """Return the mean of the measure over all predicted tokens; see `Judge`."""
-        return sum(chunk for found in each(lambda: self._sums(index, weights)) for chunk in found) / self._count
+        return sum(chunk for found in on_all_ranks(lambda: self._sums(index, weights)) for chunk in found) / self._count
 
     def _sums(self, index: int, weights: Weights) -> list[float]:
         """Return the measure's sums over the chunks of this process's text."""
@@ -71,7 +71,7 @@ class SuffixLoss:
 
     def advance(self, index: int, weights: Weights) -> None:
         """See `Judge`."""
-        each(lambda: self._run(index, weights, self._states, self._states))
+        on_all_ranks(lambda: self._run(index, weights, self._states, self._states))
 
     def _run(self, index: int, weights: Weights, states: Tensor, into: Tensor) -> None:
         blocks = self.live.blocks

@@ -47,7 +47,7 @@ from evopress.levels.store import (
 )
 from evopress.models.blocks import BlockModel
 from evopress.progress import track
-from evopress.ranks import divided, each, first, part, shares, together
+from evopress.ranks import batch_within_share, collective, map_shards, on_all_ranks, on_rank_zero, shares
 from evopress.room import check_room, rooms
 from evopress.units import Space, Unit
 
@@ -175,7 +175,7 @@ def _build(
     (folder / JOURNAL).unlink(missing_ok=True)
 
 
-@together
+@collective
 def _walk(
     blocks: BlockModel,
     settings: BuildSettings,
@@ -194,7 +194,7 @@ def _walk(
     missing = [index for index in blocks.parts if index not in entries]
     walked = range(unseen[-1] + 1 if unseen else 0)  # blocks that activations must pass or enter, the head after them
     units = {unit.name: unit for unit in plan_space(blocks, compressor, method=settings.method).units}
-    batch, mine = part(len(tokens), max(settings.batch_tokens // tokens.shape[1], 1)), shares(len(tokens))
+    batch, mine = batch_within_share(len(tokens), max(settings.batch_tokens // tokens.shape[1], 1)), shares(len(tokens))
     walks = (2 if settings.corrects else 1) if unseen else 0
     found = room_for_walks(folder, settings.activations, blocks, tokens, mine, walks=walks) if walks else []
     buffer, *dense = [activations_of(room, blocks, tokens, batch, mine) for room in found] or [torch.empty(0)]
@@ -240,10 +240,10 @@ def _built(
     advanced = kept is None and settings.propagate is None and on
     hessians = kept or _hessians(blocks, index, walking, advance=advanced)
     if store is not None and index in unseen:
-        first(partial(store.write, index, hessians))
+        on_rank_zero(partial(store.write, index, hessians))
     made, decoded = _compress_part(blocks, index, hessians, tokens, compressor, walking, units, settings.propagate)
-    parts = [part for parts in each(lambda: made, to_first=True) for part in parts]
-    return first(partial(_write, folder, index, parts, list(blocks.slots(index)))), decoded, advanced
+    parts = [part for parts in on_all_ranks(lambda: made, to_first=True) for part in parts]
+    return on_rank_zero(partial(_write, folder, index, parts, list(blocks.slots(index)))), decoded, advanced
 
 
 def _write(folder: Path, index: int, parts: Sequence[Encoded], order: list[str]) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def _compress_part(
             with named([name]):
                 made.append(keep(name, compress_embedding(slot, tokens, compressor, H=H)))
 
-        divided([name], compress)
+        map_shards([name], compress)
         return made, placed
 
     def settled(name: str, levels: list[Compressed]) -> Compressed | None:

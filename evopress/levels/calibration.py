@@ -29,7 +29,7 @@ from evopress.levels.passage import Passage, room_for_activations
 from evopress.models.blocks import BlockModel
 from evopress.models.experts import ExpertLinear
 from evopress.progress import track
-from evopress.ranks import each, first, part, shares, summed, together
+from evopress.ranks import batch_within_share, collective, on_all_ranks, on_rank_zero, shares, sum_over_ranks
 
 logger = logging.getLogger(__name__)
 Sum = TypeVar("Sum", bound=ProductSum)
@@ -57,18 +57,18 @@ def complete_hessians(
         _complete(blocks, store, missing, tokens, batch_tokens, activations)
 
 
-@together
+@collective
 def _complete(
     blocks: BlockModel, store: HessianStore, missing: Sequence[int], tokens: Tensor, batch_tokens: int, activations: str
 ) -> None:
-    batch, mine = part(len(tokens), max(batch_tokens // tokens.shape[1], 1)), shares(len(tokens))
+    batch, mine = batch_within_share(len(tokens), max(batch_tokens // tokens.shape[1], 1)), shares(len(tokens))
     (room,) = room_for_walks(store.folder, activations, blocks, tokens, mine)
     buffer = activations_of(room, blocks, tokens, batch, mine)
     for index in track(range(missing[-1] + 1), "computing Hessians"):
         with blocks.on_device(index):
             if index in missing:
                 hessians = collect_hessians(blocks, index, buffer, batch, advance=index < missing[-1], mine=mine)
-                first(partial(store.write, index, hessians))
+                on_rank_zero(partial(store.write, index, hessians))
             else:
                 propagate(blocks, index, buffer, batch, {}, mine=mine)
 
@@ -108,7 +108,7 @@ def activations_of(buffer: Tensor, blocks: BlockModel, tokens: Tensor, batch: in
         if (broken := _first_not_finite(finite, batch, buffer, mine)) is not None:
             raise EvoPressError(f"the embedding is not finite, first on {broken}: {blocks.advice}")
 
-    each(fill)
+    on_all_ranks(fill)
     return buffer
 
 
@@ -190,9 +190,9 @@ def collect_hessians(
             what = what if broken is None else f"the weight of {broken} is"
             raise EvoPressError(f"{what} not finite, first on {where}: {blocks.advice}")
 
-    each(walk)
+    on_all_ranks(walk)
     found = total.of_all(blocks.device)
-    seen = each(lambda: (owners, {name: int(count) for name, count in experts.items()}))
+    seen = on_all_ranks(lambda: (owners, {name: int(count) for name, count in experts.items()}))
     owners = {name: owner for theirs, _ in seen for name, owner in theirs.items()}
     hessians: dict[str, Tensor] = {}
 
@@ -206,7 +206,7 @@ def collect_hessians(
         for owner in list(found):  # each sum goes when its Hessian is there
             hessians[owner] = _result(found.pop(owner), [name for name in linears if owners[name] == owner])
 
-    each(finish)
+    on_all_ranks(finish)
     return BlockHessians(owners, hessians)
 
 
@@ -238,12 +238,12 @@ class _Tree(Generic[Sum]):
 
     def of_all(self, device: torch.device) -> dict[str, Sum]:
         """Return the sums over all shares of all processes, on each of them; the tree has them no more."""
-        told = each(lambda: {name: (type(total), total.widths, total.num_sequences) for name, total in self.sums.items()})
+        told = on_all_ranks(lambda: {name: (type(total), total.widths, total.num_sequences) for name, total in self.sums.items()})
         found = {}
         for name, (kind, widths, _) in {name: about for theirs in told for name, about in theirs.items()}.items():
             found[name] = self.sums.pop(name) if name in self.sums else kind(*widths, device=device)
             found[name].num_sequences = sum(theirs[name][2] for theirs in told if name in theirs)
-            summed(found[name].total)
+            sum_over_ranks(found[name].total)
         return found
 
 
@@ -310,10 +310,10 @@ def head_hessian(blocks: BlockModel, buffer: Tensor, batch: int, *, mine: Sequen
         if (where := _first_not_finite(finite, batch, buffer, mine)) is not None:
             raise EvoPressError(f"the last hidden states are not finite, first on {where}: {blocks.advice}")
 
-    each(walk)
+    on_all_ranks(walk)
     found = total.of_all(blocks.device)
     hessians: dict[str, Tensor] = {}
-    each(lambda: hessians.update({name: _result(found[name], [name])}))
+    on_all_ranks(lambda: hessians.update({name: _result(found[name], [name])}))
     return BlockHessians({name: name}, hessians)
 
 
@@ -353,10 +353,10 @@ def collect_lost(
                     paired.add(own, _seen_at(blocks, index, name, current, adding))
             total.add(paired.sums)
 
-    each(walk)
+    on_all_ranks(walk)
     found = PairedSum(total.of_all(blocks.device))
     lost: list[Lost] = []
-    each(lambda: lost.append(found.result()))
+    on_all_ranks(lambda: lost.append(found.result()))
     return lost[0]
 
 
@@ -459,7 +459,7 @@ def propagate(
                 f"the output of {blocks.block_name(index)}{compressed} is not finite, first on {where}: {blocks.advice}"
             )
 
-    each(walk)
+    on_all_ranks(walk)
 
 
 def _mapped(path: Path, count: int, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ from evopress.levels.codec import Packed
 from evopress.levels.hessians import BlockHessians
 from evopress.models.blocks import BlockModel
 from evopress.models.experts import ExpertLinear
-from evopress.ranks import divided, first, launched
+from evopress.ranks import launched, map_shards, on_rank_zero
 
 T = TypeVar("T")
 _DAMPING = 0.01
@@ -55,7 +55,7 @@ def hessians_of(blocks: BlockModel, index: int, walking: Walking, *, advance: bo
     """Return a part's Hessians as it is; where weights are corrected, which have others, only who shares an input."""
     buffer, batch, mine = walking.buffer, walking.batch, walking.mine
     if index != blocks.embedding_part and walking.beside(blocks, index) is not None:  # the embedding goes by all the text
-        owners = first(lambda: _collected(blocks, index, buffer[:batch], batch).owners)
+        owners = on_rank_zero(lambda: _collected(blocks, index, buffer[:batch], batch).owners)
         return BlockHessians(owners, {owner: torch.empty(0) for owner in owners.values()})
     return _collected(blocks, index, buffer, batch, advance=advance, mine=mine)
 
@@ -122,7 +122,7 @@ def compress_units(
                     found |= compress(alike, stand_on(alike))
             return found
 
-        for found in divided(groups, compress_all):
+        for found in map_shards(groups, compress_all):
             for name in list(found):
                 placed[name] = found.pop(name).payload.decode()
 
@@ -130,7 +130,7 @@ def compress_units(
         settle(sharing, lambda alike: hessians.hessians.pop(hessians.owners[alike[0]]))
         return made
     start = dense[: walking.batch]
-    adding = first(lambda: adding_linears(blocks, index, start))
+    adding = on_rank_zero(lambda: adding_linears(blocks, index, start))
 
     def correct(alike: list[str]) -> None:
         with named(alike):

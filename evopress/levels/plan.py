@@ -19,7 +19,7 @@ from evopress.levels.journal import JOURNAL, read_journal
 from evopress.levels.passage import held_on_host, stay_on_device
 from evopress.levels.store import DamagedDatabaseError, block_file, entries_of, fingerprint, read_manifest
 from evopress.models.blocks import BlockModel
-from evopress.ranks import SHARES, busiest, launched, part, processes
+from evopress.ranks import SHARES, batch_within_share, largest_shard, launched, processes
 from evopress.room import Needs, in_bytes
 from evopress.units import Level, Space, Unit
 
@@ -192,7 +192,7 @@ def needs_of(
     hessians = sum(_hessian_bytes(blocks, index) for index in unseen) if store is not None else 0
     if not missing:
         return BuildNeeds(units=(), all_blocks=len(blocks.blocks))
-    mine = busiest(len(tokens)) * tokens.shape[1]
+    mine = largest_shard(len(tokens)) * tokens.shape[1]
     per_token = blocks.hidden_size * blocks.dtype.itemsize * (2 if settings.corrects else 1) if unseen else 0
     buffer = mine * per_token
     parts = [[unit for unit in missing if unit.block == index] for index in sorted({unit.block for unit in missing})]
@@ -226,7 +226,7 @@ def _hessian_bytes(blocks: BlockModel, index: int) -> int:
 
 def batch_of(tokens: Tensor, batch_tokens: int) -> int:
     """Return the tokens of a forward over calibration text."""
-    return min(part(len(tokens), max(batch_tokens // tokens.shape[1], 1)), len(tokens)) * tokens.shape[1]
+    return min(batch_within_share(len(tokens), max(batch_tokens // tokens.shape[1], 1)), len(tokens)) * tokens.shape[1]
 
 
 def _inputs(blocks: BlockModel, units: Sequence[Unit]) -> tuple[dict[str, tuple[int, int]], dict[tuple[str, int, bool], list[str]]]:
@@ -246,8 +246,8 @@ def compressing_share(blocks: BlockModel, units: Sequence[Unit], *, corrects: bo
     """Return the share of a part's compression that the busiest process does: of its inputs, or of the weights of each."""
     _, inputs = _inputs(blocks, units)
     if corrects:
-        return sum(busiest(len(names), 1) for names in inputs.values()) / len(units)
-    return busiest(len(inputs), 1) / len(inputs)
+        return sum(largest_shard(len(names), 1) for names in inputs.values()) / len(units)
+    return largest_shard(len(inputs), 1) / len(inputs)
 
 
 def part_bytes(

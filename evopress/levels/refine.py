@@ -46,7 +46,7 @@ from evopress.levels.store import (
     write_manifest,
 )
 from evopress.progress import track
-from evopress.ranks import each, first, part, shares
+from evopress.ranks import batch_within_share, on_all_ranks, on_rank_zero, shares
 from evopress.units import Genome, Unit
 
 logger = logging.getLogger(__name__)
@@ -129,12 +129,12 @@ def ensure_refined(
     """
     folder = folder_of(settings, database)
     try:
-        refined = first(lambda: _whole(folder, len(live.blocks.parts)))
+        refined = on_rank_zero(lambda: _whole(folder, len(live.blocks.parts)))
         if refined is None:
             _Walk(settings, live, database, genome, tokens, compressor, folder).go(judge)
     except OSError as error:
         raise explained(error, folder) from error
-    return refined or first(lambda: LevelDatabase.open(folder))
+    return refined or on_rank_zero(lambda: LevelDatabase.open(folder))
 
 
 def _whole(folder: Path, num_parts: int) -> LevelDatabase | None:
@@ -182,12 +182,15 @@ class _Walk:
         self.places = {unit.name: i for i, unit in enumerate(database.space.units)}
         self.inexact = inexact_units(database, genome)
         self.compressor = compressor.narrowed({name: self.units[name].levels[0] for name in self.units if name in self.inexact})
-        self.batch, self.mine = part(len(tokens), max(settings.batch_tokens // tokens.shape[1], 1)), shares(len(tokens))
+        self.batch, self.mine = (
+            batch_within_share(len(tokens), max(settings.batch_tokens // tokens.shape[1], 1)),
+            shares(len(tokens)),
+        )
 
     def go(self, make_judge: Callable[[], Judge]) -> None:
         """Walk up to the last missing block; then write the manifest."""
         parts, embedding = self.blocks.parts, self.blocks.embedding_part
-        entries, steps = first(self._begin)
+        entries, steps = on_rank_zero(self._begin)
         missing = [index for index in parts if index not in entries]
         walked = range(missing[-1] + 1 if missing else 0)
         if walked:
@@ -219,7 +222,7 @@ class _Walk:
                     with self.blocks.on_device(index):
                         propagate(self.blocks, index, walking.dense, self.batch, {}, mine=self.mine)
                 judge.advance(index, weights)
-        first(lambda: self._end(entries, steps))
+        on_rank_zero(lambda: self._end(entries, steps))
 
     def _begin(self) -> tuple[dict[int, dict[str, Any]], dict[int, Step]]:
         """Return the entries of the finished parts and what came of each; only the journal names them from now on."""
@@ -275,7 +278,7 @@ class _Walk:
 
     def _write(self, index: int, made: list[Encoded], step: Step) -> dict[str, Any]:
         """Write a block's file, new weights and the database's where there are none, and note what came of the block."""
-        parts = [part for parts in each(lambda: made, to_first=True) for part in parts]
+        parts = [part for parts in on_all_ranks(lambda: made, to_first=True) for part in parts]
 
         def write() -> dict[str, Any]:
             names = list(self.blocks.slots(index))
@@ -285,7 +288,7 @@ class _Walk:
             append(self.folder / JOURNAL, {**entry, "step": step.to_dict()})
             return entry
 
-        return first(write)
+        return on_rank_zero(write)
 
     def _of_database(self, name: str) -> Compressed:
         place = self.places[name]

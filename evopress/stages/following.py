@@ -17,7 +17,7 @@ from evopress.evaluation.zero_shot import answering
 from evopress.levels.store import LevelDatabase
 from evopress.models.blocks import bytes_of
 from evopress.models.loading import pick_device
-from evopress.ranks import each, follow, processes, together
+from evopress.ranks import collective, follow, on_all_ranks, processes
 from evopress.room import Room, rooms
 from evopress.settings import RunSettings
 from evopress.stages.baselines import make_fitness
@@ -161,6 +161,6 @@ class _Opened:
         return self._other[1]
 
 
-@together
+@collective
 def _open(run: _Opening) -> None:
-    each(run.open_run)
+    on_all_ranks(run.open_run)

@@ -18,7 +18,7 @@ from evopress.fitness.population import evaluation_bytes
 from evopress.levels.live import block_bytes, decoding_bytes, enough_to_keep
 from evopress.levels.modules import modules_of
 from evopress.levels.plan import BuildNeeds
-from evopress.ranks import busiest, part, processes
+from evopress.ranks import batch_within_share, largest_shard, processes
 from evopress.room import Needs
 from evopress.search.strategy import Asks, Attribution, Searching, backward_tokens
 from evopress.stages.probe import Speed
@@ -132,8 +132,8 @@ class Planner:
             return candidates, tokens
         length = min(self.workspace.search_tokens.shape[1], tokens)
         rows, most = -(-tokens // length), max(self.settings.fitness.max_tokens_in_flight // length, 1)
-        columns = max(min(processes() // -(-rows // part(rows, most)), candidates), 1) if split else 1
-        return -(-candidates // columns), min(busiest(rows, most) * length, tokens)
+        columns = max(min(processes() // -(-rows // batch_within_share(rows, most)), candidates), 1) if split else 1
+        return -(-candidates // columns), min(largest_shard(rows, most) * length, tokens)
 
     def score(self, needs: Needs, candidates: int, tokens: int, *, times: int = 1, together: int | None = None) -> None:
         """Add the evaluation of candidates on so many tokens each, so many times, as `mine` says how many."""
@@ -162,7 +162,7 @@ class Planner:
         """
         blocks, fitness, (available, length) = self.workspace.blocks, self.settings.fitness, self.workspace.search_tokens.shape
         rows = min(max(Attribution.sequences, -(-ask.tokens // length)), available)
-        shared = rows if alone else busiest(rows, max(fitness.max_tokens_in_flight * rows // ask.tokens, 1))
+        shared = rows if alone else largest_shard(rows, max(fitness.max_tokens_in_flight * rows // ask.tokens, 1))
         mine = -(-ask.tokens * shared // rows)
         tokens = mine * ask.times
         gates = self.workspace.method.modules is not None and not alone

@@ -21,7 +21,7 @@ from evopress.levels.plan import CORRECTED_FORWARDS, WalkSettings, batch_of, com
 from evopress.levels.refine import ensure_refined, folder_of, inexact_units, refined_units, steps_of
 from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase
 from evopress.progress import counted
-from evopress.ranks import busiest, together
+from evopress.ranks import collective, largest_shard
 from evopress.reporting.records import read_genome, read_json, write_json
 from evopress.room import Needs
 from evopress.stages.given import take_best_so_far
@@ -55,7 +55,7 @@ def refine_needs(planner: Planner) -> Needs:
     if (steps := _refined_before(planner)) is not None:
         return planner.needs("refine", f"done: {steps} blocks")
     calibration, judging = workspace.calibration_tokens, workspace.refine_tokens
-    tokens, (_, judged) = busiest(len(calibration)) * calibration.shape[1], planner.mine(1, judging.numel())
+    tokens, (_, judged) = largest_shard(len(calibration)) * calibration.shape[1], planner.mine(1, judging.numel())
     corrected = planner.settings.refine.correction > 0
     forwards = 2.0 + (CORRECTED_FORWARDS if corrected else 0)  # of the calibration text through each block
     suffixes = n + n * (n + 1) // 2 + n  # the genome as it was found, the candidates, the blocks that are settled
@@ -161,7 +161,7 @@ def refine(workspace: Workspace) -> None:
     write_json(workspace.run_dir / "result.json", result)
 
 
-@together
+@collective
 def _refined(workspace: Workspace, settings: WalkSettings, genome: Genome) -> LevelDatabase:
     return ensure_refined(
         settings,

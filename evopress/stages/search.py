@@ -16,7 +16,7 @@ from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.json_files import check_schema, clip, shown
 from evopress.progress import counted
-from evopress.ranks import together
+from evopress.ranks import collective
 from evopress.reporting.generations import read_generations
 from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics, best_metrics
@@ -272,7 +272,7 @@ class _HeldOut:
         return self._last[1]
 
 
-@together
+@collective
 def _measured(workspace: Workspace, genome: Genome) -> Scores:
     _, sequences = held_out_in_search(workspace)
     fitness = workspace.settings.fitness

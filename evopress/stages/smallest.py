@@ -15,7 +15,7 @@ from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.json_files import shown
 from evopress.methods.points import Point, grid, in_order, point_at
-from evopress.ranks import together
+from evopress.ranks import collective
 from evopress.reporting.records import read_document, write_json
 from evopress.reporting.tables import significant
 from evopress.settings import RunSettings
@@ -216,7 +216,7 @@ def _kept_by_none(kept: Kept, entry: dict[str, Any], where: str, otherwise: str)
     )
 
 
-@together
+@collective
 def _on_search_text(workspace: Workspace, genome: Genome) -> Scores:
     fitness, tokens = workspace.settings.fitness, workspace.search_tokens
     count = max(MOST_TOKENS // tokens.shape[1], 1)

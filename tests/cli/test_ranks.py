@@ -197,11 +197,16 @@ def test_slurm_s_first_task_is_where_its_step_is_and_what_is_set_stays(monkeypat
         monkeypatch.delenv(key)
     for key, value in told.items():
         monkeypatch.setenv(key, value)
-    assert ranks.is_task_of_several() and os.environ["MASTER_ADDR"] == "127.0.0.1" and os.environ["WORLD_SIZE"] == "4"
+    before = dict(os.environ)
+    assert ranks.is_task_of_several() and ranks.asked_for() and not ranks.is_first() and dict(os.environ) == before
+    ranks.adopt_slurm_task()
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1" and os.environ["WORLD_SIZE"] == "4"
     monkeypatch.setenv("MASTER_ADDR", "mine")
-    assert ranks.is_task_of_several() and os.environ["MASTER_ADDR"] == "mine"
+    ranks.adopt_slurm_task()
+    assert os.environ["MASTER_ADDR"] == "mine"
     monkeypatch.delenv("MASTER_ADDR")
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
-    assert ranks.is_task_of_several() and os.environ["MASTER_ADDR"] == "10.0.0.1", "where scontrol says nothing"
+    ranks.adopt_slurm_task()
+    assert os.environ["MASTER_ADDR"] == "10.0.0.1", "where scontrol says nothing"
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert not ranks.is_task_of_several(), "a step of one task in a job of four"
