@@ -355,7 +355,7 @@ def test_settings_are_plain_dataclasses(settings: Callable[..., RunSettings]) ->
 def test_what_is_misspelt_dies_at_composition(
     arguments: tuple[str, ...], evopress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evopress.__main__._run", lambda config: pytest.fail("a config that is wrong reached the task"))
+    monkeypatch.setattr("evopress.launching.job._run", lambda *_: pytest.fail("a config that is wrong reached the task"))
     outcome = evopress(*arguments, "hydra.run.dir=run")
     assert outcome.code == 1, outcome.text
     assert "Traceback" not in outcome.text

@@ -17,9 +17,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-import evopress.__main__ as program
 from evopress import config as configuration
 from evopress import run_folder
+from evopress.launching import resume
+from evopress.launching.command import Command
+from evopress.launching.folders import named_for_hydra
 
 NAMES = (
     *("x=y", "a,b", "q(1)", "it's", "br[1]", "two words", "имя", "日本語", "{a:b}", "a${b}", "\\${b}", "${now:%Y}", "'quoted'"),
@@ -74,13 +76,13 @@ def test_any_folder_goes_on_by_the_command_that_is_printed(name: str, inside: bo
         folder.mkdir(parents=True)
         (folder / ".hydra").mkdir()
         run_folder.keep_overrides(folder, ["bits=3", f"resume={name}", "stages=[search]"])
-        words = shlex.split(program._to_go_on(folder))
+        words = shlex.split(resume.to_go_on(folder))
         assert words[:3] == ["python", "-m", "evopress"] and len(words) == 4
         for arguments in (words[3:], [f"resume={folder}"], ["seed=1", f"resume={folder}"]):
-            found = program._resumed_folder(arguments)
+            found = resume.resumed_folder(arguments)
             assert found is not None and found.samefile(folder)
-            told = program._with_resumed(arguments, found)
-            with program._named_for_hydra(told) as told:
+            told = resume.with_resumed(arguments, found)
+            with named_for_hydra(Command(), told) as told:
                 values = {argument.partition("=")[0]: composed(argument) for argument in told}
                 assert Path(values["hydra.run.dir"]).samefile(folder) and "${" not in values["hydra.run.dir"]
             assert (values["bits"], values["hydra.mode"]) == (3, "RUN") and values["stages"] == ["search"]

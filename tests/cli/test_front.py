@@ -19,10 +19,10 @@ import evopress.fitness.minibatch as minibatch_fitness
 import evopress.pipeline as pipeline
 import evopress.stages.search as search_stage
 from evopress import config as configuration
-from evopress.__main__ import _with_resumed
 from evopress.command_line import refused, unused
 from evopress.errors import EvoPressError
 from evopress.finished import FINISHED, settings_digest
+from evopress.launching.resume import with_resumed
 from evopress.models.opening import fitted
 from evopress.reporting.front import best_baseline, front_rows, front_words
 from evopress.run_folder import command_of, keep_overrides, looks_aside, without_options_of_others
@@ -189,20 +189,20 @@ def test_one_target_means_nothing_to_several_budgets_that_are_resumed(given: str
     with pytest.raises(
         EvoPressError, match=rf"^{given} means nothing to the run in .*, which has budgets=\[4,2\.5\]: give further"
     ):
-        _with_resumed([f"resume={tmp_path}", given], tmp_path)
-    assert "budgets=null" in _with_resumed([f"resume={tmp_path}", given, "budgets=null"], tmp_path)
-    assert "budgets=[3]" in _with_resumed([f"resume={tmp_path}", "budgets=[3]"], tmp_path)
+        with_resumed([f"resume={tmp_path}", given], tmp_path)
+    assert "budgets=null" in with_resumed([f"resume={tmp_path}", given, "budgets=null"], tmp_path)
+    assert "budgets=[3]" in with_resumed([f"resume={tmp_path}", "budgets=[3]"], tmp_path)
 
 
 def test_a_run_that_was_killed_goes_on_with_its_own_stages_and_a_finished_one_with_all(tmp_path: Path) -> None:
     keep_overrides(tmp_path, ["+method=quant", "bits=2.5", "stages=[search,report]"])
-    assert "stages=[search,report]" in _with_resumed([f"resume={tmp_path}"], tmp_path)
-    given = _with_resumed([f"resume={tmp_path}", "stages=[export]"], tmp_path)
+    assert "stages=[search,report]" in with_resumed([f"resume={tmp_path}"], tmp_path)
+    given = with_resumed([f"resume={tmp_path}", "stages=[export]"], tmp_path)
     assert [each for each in given if each.startswith("stages=")] == ["stages=[export]"]
     (tmp_path / FINISHED).write_text('{"schema": 1, "stages": ["report"]}')
-    assert "stages=[search,report]" in _with_resumed([f"resume={tmp_path}"], tmp_path), "a look at one that was killed is no end"
+    assert "stages=[search,report]" in with_resumed([f"resume={tmp_path}"], tmp_path), "a look at one that was killed is no end"
     (tmp_path / FINISHED).write_text('{"schema": 1, "stages": ["search", "report"]}')
-    assert not any(each.startswith("stages=") for each in _with_resumed([f"resume={tmp_path}"], tmp_path))
+    assert not any(each.startswith("stages=") for each in with_resumed([f"resume={tmp_path}"], tmp_path))
 
 
 def test_a_single_target_does_not_take_the_place_of_several_budgets(asked: RunSettings, copied: Path) -> None:
@@ -222,9 +222,9 @@ def test_what_a_search_makes_no_use_of_is_said() -> None:
 def test_bits_mean_nothing_beside_what_takes_their_place(instead: str, tmp_path: Path) -> None:
     keep_overrides(tmp_path, ["+method=quant", instead])
     with pytest.raises(EvoPressError, match=rf"^bits=3 means nothing to the run in .*, which has {instead}: leave it out$"):
-        _with_resumed([f"resume={tmp_path}", "bits=3"], tmp_path)
+        with_resumed([f"resume={tmp_path}", "bits=3"], tmp_path)
     key = instead.partition("=")[0]
-    assert f"{key}=null" in _with_resumed([f"resume={tmp_path}", "bits=3", f"{key}=null"], tmp_path)
+    assert f"{key}=null" in with_resumed([f"resume={tmp_path}", "bits=3", f"{key}=null"], tmp_path)
     assert refused(["+method=quant", "bits=3", instead], {}) == f"bits=3 and {instead} are both given: leave one of them out"
     assert refused(["+method=quant", "bits=3", instead, f"{key}=null"], {}) is None
     assert refused(["+method=sparsity", "sparsity=0.5", instead], {}) is None, "which pruned levels may lie around"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -147,13 +148,8 @@ def as_tasks_of_a_launcher(rank: int) -> None:
     """Let a process be what submitit's job is: one of two such tasks, which runs the job that it is given."""
     as_tasks_of_srun(rank)
     os.environ["SUBMITIT_EXECUTOR"] = "slurm"
-    task = program._task
-
-    def launched(config: Any) -> float:
-        program._started_in = 0
-        return task(config)
-
-    program._task = launched
+    run_job = program.run_job
+    program.run_job = lambda command, config: run_job(pickle.loads(pickle.dumps(command)), config)
 
 
 def test_tasks_of_a_slurm_job_share_it(evopress_in: Callable[..., Any], tmp_path: Path) -> None:

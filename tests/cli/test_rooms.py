@@ -62,7 +62,7 @@ ONLY_IN = {
     "joblib": {"launching"},
     "submitit": {"launching"},
     "hydra_plugins": {"launching"},
-    "omegaconf": {"__main__", "config"},
+    "omegaconf": {"__main__", "config", "launching"},
     "wandb": {"reporting"},
     "pandas": {"reporting"},
     "matplotlib": {"reporting"},
