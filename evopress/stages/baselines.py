@@ -29,7 +29,6 @@ from evopress.levels.locking import alone_in
 from evopress.levels.store import fingerprint
 from evopress.levels.tied import TiedLevels
 from evopress.levels.union import LevelSource, LevelUnion
-from evopress.methods.points import has_limit
 from evopress.models.blocks import BlockModel
 from evopress.progress import counted
 from evopress.reporting.records import append_record, read_document, read_records, write_json
@@ -62,11 +61,14 @@ def database_needs(planner: Planner) -> Needs:
     return needs
 
 
-def build_database(workspace: Workspace) -> None:
-    """Stage `database`: build what is missing of the level database, or reuse it."""
+def build_database(workspace: Workspace, *, check_budget: bool = True) -> None:
+    """Stage `database`: build what is missing of the level database, or reuse it.
+
+    Args: check_budget: whether there is one that its levels must be able to meet.
+    """
     started = time.monotonic()
     database = workspace.database
-    if not has_limit(workspace.settings):
+    if check_budget:
         workspace.budget.check(database.space)
     result = read_result(workspace.run_dir)
     result["database"] = {

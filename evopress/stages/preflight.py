@@ -19,7 +19,6 @@ import torch
 from evopress.baselines.exhaustive import count_to_measure
 from evopress.compress.compressor import Compressor, to_come
 from evopress.errors import EvoPressError
-from evopress.methods.points import has_limit
 from evopress.models.blocks import BlockModel
 from evopress.models.first_block import first_block
 from evopress.progress import duration
@@ -78,24 +77,29 @@ class Plan:
         logger.info("%s took %s%s", stage, duration(time.monotonic() - started), said)
 
 
-def preflight(workspace: Workspace, searching: Searching, points: Sequence[tuple[Workspace, Searching]] = ()) -> Plan:
+def preflight(
+    workspace: Workspace, searching: Searching, runs: Sequence[tuple[Workspace, Searching]], *, once: Collection[str]
+) -> Plan:
     """Print what the run's stages will take, and check it against what there is; changes nothing but the model's place.
 
     Args:
         searching: the search's numbers.
-        points: the runs of several budgets with the numbers of their searches, in place of the run's own.
+        runs: of one budget each, with the numbers of their searches: the run itself, or those that it has of several budgets.
+        once: stages that are done once for all of them.
 
     Raises: EvoPressError if the disk, the memory or the device has too little, the budget leaves nothing to search, or the model's
         numbers are not finite.
     """
     with to_come(workspace.device, model_bytes_there(workspace) if workspace.model_source.is_outline else 0):
-        return _checked(workspace, searching, points)
+        return _checked(workspace, searching, runs, once)
 
 
-def _checked(workspace: Workspace, searching: Searching, points: Sequence[tuple[Workspace, Searching]]) -> Plan:
+def _checked(
+    workspace: Workspace, searching: Searching, planned: Sequence[tuple[Workspace, Searching]], once: Collection[str]
+) -> Plan:
     """Do it; what a model whose weights are not there will take of a GPU counts as taken."""
     space, build = workspace.databases.plan()
-    runs = [(run, numbers, run.budget_of(space)) for run, numbers in points or [(workspace, searching)]]
+    runs = [(run, numbers, run.budget_of(space)) for run, numbers in planned]
     for run, _, budget in runs:
         budget.check(space)
         baselines = run.settings.baselines
@@ -128,7 +132,6 @@ def _checked(workspace: Workspace, searching: Searching, points: Sequence[tuple[
     for (run, numbers, budget), asks in zip(runs, asked, strict=True):
         planner = Planner(run, space, budget, build, numbers, asks, speed, after=planner)
         taken.append([_NEEDS[stage](planner) for stage in stages])
-    once = {"database", "report", *(["baselines"] if has_limit(workspace.settings) else [])}  # those are of the answer alone
     plan = Plan(together(taken, once=once), speed, built_first)
     found = rooms_of(workspace)
     each = f" in each of {len(found)} processes (disk: in all)" if len(found) > 1 else ""

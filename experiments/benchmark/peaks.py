@@ -189,8 +189,8 @@ def _run(overrides: list[str], folder: Path) -> Plan:
     plans: list[Plan] = []
     made = preflight.preflight
 
-    def noted(*args: Any) -> Plan:
-        plans.append(made(*args))
+    def noted(*args: Any, **options: Any) -> Plan:
+        plans.append(made(*args, **options))
         return plans[-1]
 
     no_probe = mock.patch.object(preflight, "_probe", return_value=None)  # times are not of interest

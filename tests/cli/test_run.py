@@ -17,13 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evopress import pipeline
 from evopress.data.python_docs import PythonDocs
 from evopress.data.tokens import token_sequences
 from evopress.fitness.archive import ARCHIVE
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.reporting.tables import MEANS
-from evopress.stages import conclude, search
+from evopress.stages import conclude, one_budget, search
 
 SEARCH = "stages=[database,search]"
 
@@ -352,7 +351,7 @@ def test_an_interrupted_run_does_its_later_stages_when_it_goes_on(
     finished: Any, tiny: Callable[..., Any], evopress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(one_budget, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         assert tiny().code == 130
     outcome = evopress("resume=run")
     assert outcome.code == 0, outcome.text

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evopress import pipeline, run_folder
+from evopress import run_folder
 from evopress.finished import FINISHED
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.models.tiny import make_tiny
@@ -59,7 +59,7 @@ def test_a_stage_that_is_killed_later_leaves_the_others_done(
 ) -> None:
     folder = sweep / "seed-0"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "export", killed)
+        patch.setattr("evopress.stages.one_budget.export", killed)
         assert evopress(f"resume={folder}", "stages=[export]").code == 130
     assert json.loads((folder / FINISHED).read_text())["stages"] == ["database", "search", "evaluate"]
     assert evopress(f"resume={folder}", "stages=[export]").code == 0
@@ -132,7 +132,7 @@ def test_a_job_that_fails_half_way_is_not_taken_for_finished(
 ) -> None:
     """Another evaluation that is cut off leaves neither its own results nor the earlier ones as finished."""
     with monkeypatch.context() as patch:
-        patch.setattr("evopress.pipeline.evaluate", killed)
+        patch.setattr("evopress.stages.one_budget.evaluate", killed)
         assert evopress(*SWEEP, *FEW, "evaluation.every=3").code == 130
     assert not (sweep / "seed-0" / FINISHED).exists()
     outcome = evopress(*SWEEP, *FEW)

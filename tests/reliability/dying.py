@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import evopress.__main__ as program
-from evopress import pipeline
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.models.blocks import BlockModel
+from evopress.stages import one_budget
 
 STAGES = {
     "": "no stage",
@@ -30,7 +30,7 @@ STAGES = {
     "find_baselines": "baselines",
     **{name: name for name in ("search", "refine", "evaluate", "export", "report")},
 }
-"""The pipeline's functions and their names in the tally; before and after them a run is in none."""
+"""Functions of a run of one budget and their names in the tally; before and after them a run is in none."""
 _WRITES = os.O_WRONLY | os.O_RDWR
 _AUDITED = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "fcntl.flock")
 
@@ -99,7 +99,7 @@ class _Recorder:
         sys.addaudithook(self._audit)
 
     def _follow(self, name: str) -> None:
-        original = getattr(pipeline, name)
+        original = getattr(one_budget, name)
 
         def stage(*args: Any, **options: Any) -> Any:
             self._stage = name
@@ -108,7 +108,7 @@ class _Recorder:
             finally:
                 self._stage = ""
 
-        setattr(pipeline, name, stage)
+        setattr(one_budget, name, stage)
 
     def _precede(self, owner: Any, name: str, what: str) -> None:
         original = getattr(owner, name)

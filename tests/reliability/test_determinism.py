@@ -20,7 +20,7 @@ import torch
 from dying import run_child
 from trials import CASES, SHORT, Trials, records_of
 
-from evopress import pipeline
+from evopress.stages import one_budget
 from evopress.workspace import Workspace
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="forks the program and follows it through /proc")
@@ -78,7 +78,7 @@ def test_every_stage_draws_from_its_own_generators_and_the_checkpoint_has_those_
         stages = ("build_database", "find_baselines", "search", "evaluate")
 
         def watch(name: str) -> None:
-            original = getattr(pipeline, name)
+            original = getattr(one_budget, name)
 
             def watched(workspace: Workspace, *args: Any, **options: Any) -> None:
                 if not drawn:
@@ -94,7 +94,7 @@ def test_every_stage_draws_from_its_own_generators_and_the_checkpoint_has_those_
                     drawn["states"] = {key: value for key, value in states(workspace).items() if key in SEARCHED}
                 (tmp_path / "drawn.json").write_text(json.dumps(drawn))
 
-            setattr(pipeline, name, watched)
+            setattr(one_budget, name, watched)
 
         for stage in stages:
             watch(stage)
