@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from evopress.search.constraint import Prices, tables_of
 from evopress.units import Budget, Genome, Space
+
+if TYPE_CHECKING:
+    from scipy.optimize import LinearConstraint
 
 
 def best_in(
@@ -58,92 +62,149 @@ def best_genome(
 
     Returns: None if no genome is within the limits.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp  # half a second, which naming a strategy need not wait for
-    from scipy.sparse import csr_array
-
-    counts = [len(of_unit) for of_unit in values]
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(int)
-    size = sum(counts)
-    inside = inside or (None,) * len(counts)
-    kept = {  # the variables of which one is 1 as long as a module is there
-        module: [starts[module] + level for level, gone in enumerate(drops[module]) if not gone]
-        for module in sorted({module for module in inside if module is not None})
-    }
-
-    def above_least(of_units: Sequence[Sequence[float]]) -> tuple[list[float], float]:
-        """Take each unit's least number off, which is paid anyhow or as its module is; return the rest, and what is paid anyhow."""
-        least = [min(filter(math.isfinite, of_unit)) for of_unit in of_units]
-        flat = [number - low for of_unit, low in zip(of_units, least, strict=True) for number in of_unit]
-        total = sum(low for low, module in zip(least, inside, strict=True) if module is None)
-        for low, module in zip(least, inside, strict=True):
-            for variable in () if module is None else kept[module]:
-                flat[variable] += low
-        return flat, total
-
-    # The solver stops at an absolute gap of 1e-6, which must be small against every difference that matters.
-    objective = np.array(above_least(values)[0])
-    allowed = np.isfinite(objective)
+    variables = _Variables([len(of_unit) for of_unit in values], inside, drops)
+    objective = np.array(variables.above_least(values)[0])
+    allowed, changes = np.isfinite(objective), None
     if near is not None and most_changes is not None:
-        allowed &= _worth_making(limits, values, near, most_changes, inside, drops)
+        allowed &= _worth_making(limits, values, near, most_changes, variables.inside, drops)
+        changes = variables.changes(near, most_changes)
     objective = np.where(allowed, objective, 0.0)
+    # The solver stops at an absolute gap of 1e-6, which must be small against every difference that matters.
     objective = objective / (np.abs(objective).max() or 1.0) * 1e4
-    rows, columns, entries = [np.repeat(np.arange(len(counts)), counts)], [np.arange(size)], [np.ones(size)]
-    for unit, module in enumerate(inside):
-        if module is not None:
-            rows.append(np.full(len(kept[module]), unit))
-            columns.append(np.array(kept[module], dtype=int))
-            entries.append(np.full(len(kept[module]), -1.0))
-    levels = csr_array((np.concatenate(entries), (np.concatenate(rows), np.concatenate(columns))), shape=(len(counts), size))
-    one = np.array([float(module is None) for module in inside])
-    constraints = [LinearConstraint(levels, one, one)]
-    capacities, divisors = [], []
-    for prices, total in limits:
-        # In units of the greatest common divisor: small integers, exact in the solver.
-        extra, least = above_least(prices)
-        divisors.append(math.gcd(*map(int, extra)) or 1)
-        capacities.append((total - int(least)) // divisors[-1])
-        if capacities[-1] < 0:
-            return None
-        costs = np.array([price // divisors[-1] for price in extra], dtype=np.float64)
-        constraints.append(LinearConstraint(costs[None, :], ub=capacities[-1]))
-    if near is not None and most_changes is not None:
-        same, number = np.zeros((1, size)), 0
-        for unit, module in enumerate(inside):
-            if module is not None and drops[module][near[module]]:
-                continue  # whatever it becomes
-            same[0, starts[unit] + near[unit]] += 1.0
-            if module is None:
-                number += 1
-            else:
-                same[0, kept[module]] -= 1.0
-        constraints.append(LinearConstraint(same, lb=number - most_changes))
-    while True:
-        result = milp(
-            objective,
-            integrality=np.ones(size),
-            bounds=Bounds(0, allowed.astype(np.float64)),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0},
-        )
-        if result.x is None:
-            return None
-        genome = [int(np.argmax(part)) for part in np.split(result.x, starts[1:])]
-        there = [module is None or not drops[module][genome[module]] for module in inside]
-        # Numbers of eight digits are not exact in the solver, which takes 0.999999 for 1.
-        excess = [
-            sum(of_unit[level] for of_unit, level, counts in zip(prices, genome, there, strict=True) if counts) - total
-            for prices, total in limits
-        ]
-        if all(over <= 0 for over in excess):
-            break
-        for place, over in enumerate(excess):
-            if over > 0:
-                capacities[place] -= -(-over // divisors[place])
-                constraints[1 + place] = LinearConstraint(constraints[1 + place].A, ub=capacities[place])
+    genome = _solved(variables, objective, allowed, [_Capacity(variables, prices, total) for prices, total in limits], changes)
+    if genome is None:
+        return None
+    there = variables.there(genome)
     return tuple(
         level if counts else (0 if near is None else near[unit])
         for unit, (level, counts) in enumerate(zip(genome, there, strict=True))
     )
+
+
+class _Variables:
+    """The program's variables, of every unit one for each level, in a row; what they mean to each other.
+
+    Args: as `best_genome` has them, `counts` the number of every unit's levels.
+    """
+
+    def __init__(self, counts: Sequence[int], inside: Sequence[int | None], drops: Sequence[Sequence[bool]]) -> None:
+        self.counts, self.inside, self._drops = counts, inside or (None,) * len(counts), drops
+        self.size = sum(counts)
+        self.starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(int)
+        """Every unit's first variable."""
+        self._kept = {  # the variables of which one is 1 as long as a module is there
+            module: [self.starts[module] + level for level, gone in enumerate(drops[module]) if not gone]
+            for module in sorted({module for module in self.inside if module is not None})
+        }
+
+    def above_least(self, of_units: Sequence[Sequence[float]]) -> tuple[list[float], float]:
+        """Take each unit's least number off, which is paid anyhow or as its module is; return the rest, and what is paid anyhow."""
+        least = [min(filter(math.isfinite, of_unit)) for of_unit in of_units]
+        flat = [number - low for of_unit, low in zip(of_units, least, strict=True) for number in of_unit]
+        total = sum(low for low, module in zip(least, self.inside, strict=True) if module is None)
+        for low, module in zip(least, self.inside, strict=True):
+            for variable in () if module is None else self._kept[module]:
+                flat[variable] += low
+        return flat, total
+
+    def one_level_each(self) -> LinearConstraint:
+        """Return that a unit has one level, and one in a module as long as that is there."""
+        from scipy.optimize import LinearConstraint
+        from scipy.sparse import csr_array
+
+        num_units = len(self.counts)
+        rows, columns = [np.repeat(np.arange(num_units), self.counts)], [np.arange(self.size)]
+        entries = [np.ones(self.size)]
+        for unit, module in enumerate(self.inside):
+            if module is not None:
+                rows.append(np.full(len(self._kept[module]), unit))
+                columns.append(np.array(self._kept[module], dtype=int))
+                entries.append(np.full(len(self._kept[module]), -1.0))
+        places = np.concatenate(rows), np.concatenate(columns)
+        levels = csr_array((np.concatenate(entries), places), shape=(num_units, self.size))
+        one = np.array([float(module is None) for module in self.inside])
+        return LinearConstraint(levels, one, one)
+
+    def changes(self, near: Genome, most: int) -> LinearConstraint:
+        """Return that at most so many units differ from a genome, those that are not there in it aside."""
+        from scipy.optimize import LinearConstraint
+
+        same, number = np.zeros((1, self.size)), 0
+        for unit, module in enumerate(self.inside):
+            if module is not None and self._drops[module][near[module]]:
+                continue  # whatever it becomes
+            same[0, self.starts[unit] + near[unit]] += 1.0
+            if module is None:
+                number += 1
+            else:
+                same[0, self._kept[module]] -= 1.0
+        return LinearConstraint(same, lb=number - most)
+
+    def genome(self, x: np.ndarray) -> list[int]:
+        """Return the level of every unit: the variable that is next to 1."""
+        return [int(np.argmax(of_unit)) for of_unit in np.split(x, self.starts[1:])]
+
+    def there(self, genome: Sequence[int]) -> list[bool]:
+        """Tell of every unit whether it is in no module that the genome drops."""
+        return [module is None or not self._drops[module][genome[module]] for module in self.inside]
+
+
+class _Capacity:
+    """A limit in units of the greatest common divisor of its prices: small integers, exact in the solver."""
+
+    def __init__(self, variables: _Variables, prices: Prices, total: int) -> None:
+        extra, least = variables.above_least(prices)
+        self._prices, self._total = prices, total
+        self._divisor = math.gcd(*map(int, extra)) or 1
+        self._costs = np.array([price // self._divisor for price in extra], dtype=np.float64)
+        self.left = (total - int(least)) // self._divisor
+        """What may be spent beyond the least."""
+
+    def constraint(self) -> LinearConstraint:
+        from scipy.optimize import LinearConstraint
+
+        return LinearConstraint(self._costs[None, :], ub=self.left)
+
+    def tighten(self, genome: Sequence[int], there: Sequence[bool]) -> bool:
+        """Lower the capacity by what a genome spends too much; return whether it does."""
+        spent = sum(of_unit[level] for of_unit, level, counts in zip(self._prices, genome, there, strict=True) if counts)
+        over = max(spent - self._total, 0)
+        self.left -= -(-over // self._divisor)
+        return over > 0
+
+
+def _solved(
+    variables: _Variables,
+    objective: np.ndarray,
+    allowed: np.ndarray,
+    capacities: Sequence[_Capacity],
+    changes: LinearConstraint | None,
+) -> list[int] | None:
+    """Return the best genome within all capacities, counted in integers; None if there is none.
+
+    Numbers of eight digits are not exact in the solver, which takes 0.999999 for 1: a capacity that what it finds exceeds is
+    tightened until nothing does.
+    """
+    from scipy.optimize import Bounds, milp  # half a second, which naming a strategy need not wait for
+
+    if any(capacity.left < 0 for capacity in capacities):
+        return None
+    levels, also = variables.one_level_each(), () if changes is None else (changes,)
+    while True:
+        result = milp(
+            objective,
+            integrality=np.ones(variables.size),
+            bounds=Bounds(0, allowed.astype(np.float64)),
+            constraints=[levels, *(capacity.constraint() for capacity in capacities), *also],
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            return None
+        genome = variables.genome(result.x)
+        there = variables.there(genome)
+        exceeded = [capacity.tighten(genome, there) for capacity in capacities]
+        if not any(exceeded):
+            return genome
 
 
 def _worth_making(
