@@ -45,6 +45,7 @@ from evopress.workspace import MOST_KEPT_BYTES, Workspace
 
 logger = logging.getLogger(__name__)
 _RECORD_BYTES = 400
+_METRICS, _STATE = "metrics.jsonl", "state.json"
 
 
 def search_needs(planner: Planner) -> Needs:
@@ -108,76 +109,110 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
             neighbour=neighbour,
         )
     )
-    metrics, state_path = run_dir / "metrics.jsonl", run_dir / "state.json"
-    seconds_before = 0.0
-    if state_path.exists():
-        seconds_before = go_on(
-            state_path, strategy, workspace.rng["minibatch"], database=database.fingerprint, strategy=searching.strategy
-        )
-        truncate_records(metrics, strategy.generation - 1)
-        check_records(metrics, strategy, database.space)
-        if not strategy.finished:
-            logger.info("search: going on at generation %d of %d", strategy.generation, searching.num_generations)
-    else:
-        metrics.unlink(missing_ok=True)
+    seconds = _go_on_or_begin(workspace, searching, strategy)
     if not strategy.finished:
-        modules, starts = workspace.method.modules is not None, len(workspace.settings.search.starts)
-        tokens = search_cost(searching, modules=modules, units=len(database.space), starts=starts)
-        logger.info("search: %s, %.3g million candidate tokens in all", searching.summary, tokens / 1e6)
-        fitness = make_fitness(workspace, workspace.rng["minibatch"])
-        numbers = SearchMetrics(database.space, read_generations(metrics, database.space))
-        held_out = _HeldOut(workspace)
-        asked, started = what_decides_fitness(workspace), time.monotonic()
-        every, showing = workspace.settings.evaluation.every, 0.0
-        reused_before = workspace.archive.reused
-
-        def finish_generation(record: GenerationRecord) -> None:
-            nonlocal reused_before
-            nonlocal showing  # which is no part of the search: it only shows how it does
-            ended = time.monotonic()
-            seconds = seconds_before + ended - started - showing
-            entry = {"schema": 1, **record.to_dict(), "seconds": seconds}
-            if every and (record.generation % every == 0 or record.milestone or strategy.finished):
-                entry["held_out"] = held_out(record.genome)
-            measured = time.monotonic() - ended
-            append_record(metrics, entry)
-            write_json(
-                state_path,
-                {
-                    "schema": 1,
-                    "database": database.fingerprint,
-                    "asked": asked,
-                    **({} if searching.strategy == "evolution" else {"strategy": searching.strategy}),
-                    "evolution": {"schema": 1, **strategy.state()},  # of any strategy; the key is as old as the first
-                    "rng_minibatch": workspace.rng["minibatch"].bit_generator.state,
-                    "seconds": seconds,
-                },
-                sealed=True,
-            )
-            shown = numbers.add(entry, timed=workspace.archive.reused == reused_before)
-            reused_before = workspace.archive.reused
-            tracker.log(shown, generation=record.generation)
-            live.show(entry, shown, measured)
-            showing += time.monotonic() - ended
-            stop_if_asked()
-
-        def answer(question: Attribution) -> Any:
-            drawn = {"tokens": question.tokens, "sequences": question.sequences}
-            if isinstance(question, Expansion):
-                return fitness.expand(question.genome, **drawn, counts=[len(unit.levels) for unit in database.space.units])
-            return fitness.attribute(question.genome, **drawn)
-
-        num_stages = len(searching.tokens) if isinstance(searching, SearchSettings) else None
-        with LiveSearch(searching.num_generations, num_stages, every=every, run_dir=run_dir) as live:
-            run_search(
-                strategy,
-                live.watching(fitness),
-                attribute=live.attributing(answer),
-                on_generation=finish_generation,
-            )
-        workspace.archive.tell("search")
-    tracker.summarize(best_metrics(read_generations(metrics, database.space)))
+        _search(workspace, searching, strategy, tracker, seconds_before=seconds)
+    tracker.summarize(best_metrics(read_generations(run_dir / _METRICS, database.space)))
     keep_found(workspace, strategy.parent)
+
+
+def _go_on_or_begin(workspace: Workspace, searching: Searching, strategy: Strategy) -> float:
+    """Take up what an earlier run has searched, or forget its record; return the seconds that it took."""
+    metrics, state = workspace.run_dir / _METRICS, workspace.run_dir / _STATE
+    if not state.exists():
+        metrics.unlink(missing_ok=True)
+        return 0.0
+    database, rng = workspace.database, workspace.rng["minibatch"]
+    seconds = go_on(state, strategy, rng, database=database.fingerprint, strategy=searching.strategy)
+    truncate_records(metrics, strategy.generation - 1)
+    check_records(metrics, strategy, database.space)
+    if not strategy.finished:
+        logger.info("search: going on at generation %d of %d", strategy.generation, searching.num_generations)
+    return seconds
+
+
+def _search(workspace: Workspace, searching: Searching, strategy: Strategy, tracker: Tracker, *, seconds_before: float) -> None:
+    """Let a strategy search until it is finished."""
+    space = workspace.database.space
+    modules, starts = workspace.method.modules is not None, len(workspace.settings.search.starts)
+    tokens = search_cost(searching, modules=modules, units=len(space), starts=starts)
+    logger.info("search: %s, %.3g million candidate tokens in all", searching.summary, tokens / 1e6)
+    fitness = make_fitness(workspace, workspace.rng["minibatch"])
+
+    def answer(question: Attribution) -> Any:
+        drawn = {"tokens": question.tokens, "sequences": question.sequences}
+        if isinstance(question, Expansion):
+            return fitness.expand(question.genome, **drawn, counts=[len(unit.levels) for unit in space.units])
+        return fitness.attribute(question.genome, **drawn)
+
+    journal = _Journal(workspace, searching, strategy, tracker, seconds_before=seconds_before)
+    num_stages = len(searching.tokens) if isinstance(searching, SearchSettings) else None
+    every, run_dir = workspace.settings.evaluation.every, workspace.run_dir
+    with LiveSearch(searching.num_generations, num_stages, every=every, run_dir=run_dir) as live:
+        run_search(
+            strategy,
+            live.watching(fitness),
+            attribute=live.attributing(answer),
+            on_generation=lambda record: journal.finish_generation(record, live),
+        )
+    workspace.archive.tell("search")
+
+
+class _Journal:
+    """Keeps and shows what a search does: a record, a checkpoint, a tracker's step and a line for every generation.
+
+    Args: seconds_before: what earlier runs searched. What showing and measuring on held-out text take is no part of the search.
+    """
+
+    def __init__(
+        self, workspace: Workspace, searching: Searching, strategy: Strategy, tracker: Tracker, *, seconds_before: float
+    ) -> None:
+        self._workspace, self._searching, self._strategy, self._tracker = workspace, searching, strategy, tracker
+        space = workspace.database.space
+        self._numbers = SearchMetrics(space, read_generations(workspace.run_dir / _METRICS, space))
+        self._held_out = _HeldOut(workspace)
+        self._asked = what_decides_fitness(workspace)
+        self._seconds_before, self._started, self._showing = seconds_before, time.monotonic(), 0.0
+        self._reused = workspace.archive.reused  # a generation whose numbers were is not timed
+
+    def finish_generation(self, record: GenerationRecord, live: LiveSearch) -> None:
+        """Keep a generation's record, then the state after it, then show it; stop if that is asked for."""
+        ended = time.monotonic()
+        seconds = self._seconds_before + ended - self._started - self._showing
+        entry = {"schema": 1, **record.to_dict(), "seconds": seconds}
+        if self._is_measured(record):
+            entry["held_out"] = self._held_out(record.genome)
+        measured = time.monotonic() - ended
+        append_record(self._workspace.run_dir / _METRICS, entry)
+        self._keep_state(seconds)
+        reused = self._workspace.archive.reused
+        shown = self._numbers.add(entry, timed=reused == self._reused)
+        self._reused = reused
+        self._tracker.log(shown, generation=record.generation)
+        live.show(entry, shown, measured)
+        self._showing += time.monotonic() - ended
+        stop_if_asked()
+
+    def _is_measured(self, record: GenerationRecord) -> bool:
+        """Tell whether a generation's genome is measured on held-out text."""
+        every = self._workspace.settings.evaluation.every
+        return bool(every) and (record.generation % every == 0 or record.milestone or self._strategy.finished)
+
+    def _keep_state(self, seconds: float) -> None:
+        workspace, strategy = self._workspace, self._searching.strategy
+        write_json(
+            workspace.run_dir / _STATE,
+            {
+                "schema": 1,
+                "database": workspace.database.fingerprint,
+                "asked": self._asked,
+                **({} if strategy == "evolution" else {"strategy": strategy}),
+                "evolution": {"schema": 1, **self._strategy.state()},  # of any strategy; the key is as old as the first
+                "rng_minibatch": workspace.rng["minibatch"].bit_generator.state,
+                "seconds": seconds,
+            },
+            sealed=True,
+        )
 
 
 def strategy_in(state: Mapping[str, Any]) -> Any:
