@@ -231,7 +231,7 @@ def _no_option(found: re.Match[str], error: Exception, groups: Mapping[str, Sequ
     plus = "+" if group in NOT_BY_DEFAULT else ""
     what = f"{group}={option}" if group else option
     if group.startswith("hydra/") and (extra := _EXTRAS.get(option)):
-        return f"{what} needs a plugin that is not installed: pip install 'evopress[{extra}]'"
+        return f"{what} needs a plugin that is not installed: pip install -e '.[{extra}]' in the clone"
     if not options:
         return f"{what} is not among the configurations: {_HELP}"
     meant = f"did you mean {near[0]}? There is" if near else "choose one of"

@@ -110,6 +110,14 @@ def test_the_site_has_every_guide() -> None:
     assert "docs:" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
+def test_extras_are_installed_from_the_clone() -> None:
+    """No registry has a package of this name, so that advice to install it from one would fail, or fetch another's."""
+    rooms = (("evopress", "py"), ("experiments", "py"), ("tests", "py"), ("conf", "yaml"))
+    read = [*DOCUMENTS, *(path for room, ending in rooms for path in (ROOT / room).rglob(f"*.{ending}"))]
+    by_name = re.compile(r"pip install (?:-\S+ )*'?evopress\b")
+    assert not [name_of(path) for path in read if by_name.search(path.read_text(encoding="utf-8"))]
+
+
 def test_results_in_the_tree_are_small() -> None:
     """A CSV, a table and one PNG an experiment; HTML and SVG are made by a command."""
     done = subprocess.run(["git", "ls-files", "experiments"], cwd=ROOT, capture_output=True, text=True, check=False)

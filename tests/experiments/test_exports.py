@@ -102,7 +102,7 @@ def test_importance_is_the_mean_square_of_what_columns_meet(workspace: Any) -> N
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(not llama_cpp.is_there(), reason="llama.cpp is not installed: pip install 'evopress[llama_cpp]'")
+@pytest.mark.skipif(not llama_cpp.is_there(), reason="llama.cpp is not installed: pip install -e '.[llama_cpp]'")
 def test_llama_cpp_makes_its_own_mix_by_an_importance_matrix(workspace: Any, tmp_path: Path) -> None:
     dense_file(workspace, tmp_path / "dense.gguf")
     importance = importance_of(workspace)

@@ -448,7 +448,7 @@ with opened(Path(sys.argv[1]), length=len(asked["tokens"][0])) as loaded:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(not llama_cpp.is_there(), reason="llama.cpp is not installed: pip install 'evopress[llama_cpp]'")
+@pytest.mark.skipif(not llama_cpp.is_there(), reason="llama.cpp is not installed: pip install -e '.[llama_cpp]'")
 @pytest.mark.parametrize(
     ("model_type", "given"),
     [

@@ -322,7 +322,7 @@ np.save(sys.argv[3], np.array(model(mx.array(ids)).astype(mx.float32)))
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(find_spec("mlx_lm") is None, reason="mlx-lm is not installed: pip install 'evopress[mlx]'")
+@pytest.mark.skipif(find_spec("mlx_lm") is None, reason="mlx-lm is not installed: pip install -e '.[mlx]'")
 @pytest.mark.parametrize("scales", ["float16", "float32"])
 @pytest.mark.parametrize(
     "given",

@@ -310,7 +310,7 @@ def test_what_fits_is_not_refused() -> None:
 @pytest.mark.engine
 @pytest.mark.skipif(
     find_spec("compressed_tensors") is None,
-    reason="compressed-tensors is not installed: pip install 'evopress[compressed_tensors]'",
+    reason="compressed-tensors is not installed: pip install -e '.[compressed_tensors]'",
 )
 def test_the_formats_own_code_decodes_what_was_stored(exported: Callable[..., Export], tmp_path: Path) -> None:
     from compressed_tensors.compressors import BaseCompressor
