@@ -236,7 +236,8 @@ def load_model(
         offload: keep blocks in host memory and move one at a time to the device.
         cache: folder for models that are converted.
 
-    Raises: EvoPressError if there is no such model, its family is not known, or it brings what is given beside it.
+    Raises: EvoPressError if there is no such model, no blocks of linear layers are found in it, or it brings what is given beside
+        it.
     """
     given: dict[str, Any] = {"separator": separator, "offload": offload, "sequence_length": sequence_length}
     given = {**_checked(ModelSettings, {**given, "dtype": dtype}, what="load_model"), "bos": bos}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,3 +144,12 @@ def test_importing_stays_light(module: str, absent: tuple[str, ...]) -> None:
     code = f"import importlib, sys; importlib.import_module({module!r}); print([m for m in {absent!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("library", "said"), [("hydra", r"Hydra stays in (.*?), OmegaConf"), ("omegaconf", r"Hydra stays in (.*?) and")]
+)
+def test_the_design_page_says_where_hydra_is(library: str, said: str) -> None:
+    page = " ".join((PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8").split())
+    found = re.search(said, page)
+    assert found and {name.rstrip("/") for name in re.findall(r"`([^`]+)`", found[1])} == ONLY_IN[library]
