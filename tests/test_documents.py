@@ -58,6 +58,30 @@ def test_links_lead_somewhere(document: str) -> None:
     assert not [link for link in links if link and not (path.parent / link).exists()]
 
 
+def anchors_of(path: Path) -> set[str]:
+    """Return what GitHub and mkdocs call a page's headings in links."""
+    headings = re.findall(r"^#+ (.*)$", _FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", [name_of(path) for path in DOCUMENTS])
+def test_anchors_are_headings(document: str) -> None:
+    path = ROOT / document
+    links = [link.partition("#") for link in _LINK.findall(path.read_text(encoding="utf-8")) if "://" not in link]
+    pages = [(path.parent / page if page else path, anchor) for page, _, anchor in links if anchor]
+    assert not [(page.name, anchor) for page, anchor in pages if page.suffix == ".md" and anchor not in anchors_of(page)]
+
+
+def test_sentences_that_are_explained_are_said() -> None:
+    """What the page to start from quotes of refusals is in the code: Python's own sentence aside."""
+    page = (ROOT / "docs" / "start.md").read_text(encoding="utf-8").partition("| what is said |")[2].partition("\n\n")[0]
+    quoted = [quote for line in page.splitlines()[2:] for quote in re.findall(r"`([^`]+)`", line.split(" | ")[0])]
+    code = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "evopress").rglob("*.py"))
+    code = re.sub(r"\"\s+f?\"", "", code)  # a sentence over several lines is one
+    assert len(quoted) > 10
+    assert [quote for quote in quoted if quote not in code] == ["No module named 'hydra'"]
+
+
 @pytest.mark.parametrize("document", [name_of(path) for path in DOCUMENTS])
 def test_modules_that_are_named_are_there(document: str) -> None:
     """`my_….py` is a reader's own."""
@@ -70,7 +94,9 @@ def test_modules_that_are_named_are_there(document: str) -> None:
 
 def test_commands_are_found() -> None:
     """Or the tests below would hold for nothing."""
-    assert {document for document, _ in commands("python -m evopress")} >= {"README.md", "docs/methods.md", "docs/running.md"}
+    assert {document for document, _ in commands("python -m evopress")} >= {
+        *("README.md", "docs/methods.md", "docs/running.md", "docs/gpus.md", "docs/sweeps.md", "docs/start.md")
+    }
     assert len(commands("python -m evopress")) > 40 and len(commands("python -m experiments.")) > 20
 
 
