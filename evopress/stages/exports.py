@@ -130,7 +130,7 @@ def _packed_bytes(planner: Planner) -> int:
         prices = zip(space.units, space.prices, strict=True)
         beside = [max(level.stored_bits - price for level, price in zip(unit.levels, own, strict=True)) for unit, own in prices]
         most = min(most, budget.total + sum(beside))
-    return planner.workspace.other_bytes + -(-most // 8)
+    return planner.workspace.rest_of(space).bits // 8 + -(-most // 8)  # `other_bytes` would build the level database
 
 
 def what_is_exported(

@@ -30,6 +30,7 @@ from evopress.fitness.population import PopulationEvaluator, evaluation_bytes, m
 from evopress.levels import build
 from evopress.levels.live import decoding_bytes
 from evopress.levels.plan import BuildNeeds
+from evopress.methods.method import Rest
 from evopress.progress import duration
 from evopress.search.strategy import Asks
 from evopress.stages import conclude, preflight, probe
@@ -265,6 +266,17 @@ def test_every_stage_says_how_long_it_took(finished: Any) -> None:
         assert re.search(rf"{stage} took \d+ s$", finished.outcome.text, re.MULTILINE), stage
 
 
+@pytest.mark.parametrize("form", ["mlx", "gguf"])
+def test_a_packed_format_is_counted_before_anything_is_built(form: str, evopress: Callable[..., Any], tmp_path: Path) -> None:
+    levels = tmp_path / "levels"
+    size = "model.group_size=32"
+    outcome = evopress(*METHODS["quant"], "+debug=tiny", size, DRY, f"export=[{form}]", f"level_db.root={levels}")
+    assert outcome.code == 0, outcome.text
+    assert rows(outcome.text)["database"][0] == "2 of 2 blocks to build"
+    assert rows(outcome.text)["export"][0] == form
+    assert not list(levels.rglob("*"))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_times_are_estimated_from_a_probe(
     method: str, evopress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -486,7 +498,7 @@ def planner(
         method=SimpleNamespace(weights=object()),
         model_source=SimpleNamespace(is_outline=True),
         refines=True,
-        other_bytes=1000,
+        rest_of=lambda space: Rest(bits=8000),
     )
     return Planner(workspace, space, budget, None, None, None, None)  # type: ignore[arg-type]
 
