@@ -21,6 +21,7 @@ install: $(STAMP) ## create .venv and install evopress with our pins
 
 demo: $(STAMP) ## the main job: SmolLM2-135M to 2.5 bits, table, report, checkpoint and the files of two engines (no model hub; 4 to 30 minutes on 2 cores)
 	$(BIN)/python -m evopress +method=quant bits=2.5 'export=[dequantized,mlx,gguf]' $(ARGS)
+	@echo "To go on: . $(VENV)/bin/activate && python -m evopress +method=quant bits=3    (docs/start.md says what to choose)"
 
 smoke: $(STAMP) ## the same on a tiny random model, in seconds
 	$(BIN)/python -m evopress +method=quant bits=3.5 +debug=tiny $(ARGS)

@@ -115,6 +115,16 @@ def test_commands_compose(document: str, command: str) -> None:
             assert configuration.to_settings(config).stages
 
 
+def test_the_demo_says_how_to_go_on() -> None:
+    """It has made an environment, which no further command finds before it is activated; what it says composes."""
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\ndemo:")[2].partition("\n\n")[0]
+    found = re.search(r"\. \$\(VENV\)/bin/activate && (python -m evopress [^(]+)", recipe.splitlines()[-1])
+    assert found, "the last line of make demo"
+    test_commands_compose("Makefile", found[1])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert ". .venv/bin/activate\npython -m evopress" in readme
+
+
 def _first_of_a_sweep(argument: str) -> str:
     override = OverridesParser.create().parse_override(argument)
     if not override.is_sweep_override():
