@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.run_folder import ANY_JOB
-from evopress.settings import DropSettings, QuantSettings, RunSettings, SparsitySettings
+from evopress.settings import DropSettings, JointSettings, QuantSettings, RunSettings, SparsitySettings
 
 NOT_BY_DEFAULT = ("method", "debug", "experiment", "hparams_search")
 """Groups that are not in the defaults list, so that they are written with a plus."""
@@ -138,8 +138,8 @@ def refused(
             return f"{argument} names a config group: write {group}={value}"
         if multirun and not key.startswith("hydra") and ANY_JOB.fullmatch(key) and is_sweep(argument):
             return (
-                f"{argument} sweeps over what a job's folder is not named by, so that its jobs would have one: give two sweeps, "
-                "each with its hydra.sweep.dir=DIR"
+                f"{argument} cannot be swept over: {key} is not part of a job's folder name, so that all jobs would share one; "
+                "run one sweep for each value, with its own hydra.sweep.dir=DIR"
             )
         if argument.replace(" ", "") == "hydra.launcher.n_jobs=0":
             return f"{argument} is no number of jobs: give one, or -1 for one on each core"
@@ -167,13 +167,13 @@ def unused(arguments: Sequence[str], *, strategy: str) -> Iterator[str]:
     for argument in arguments if strategy == "guided" else ():
         if argument.startswith("search.generations="):
             yield (
-                f"{argument} means nothing to search/strategy=guided: its rounds are search.strategy.rounds and "
-                "search.strategy.second_order_rounds, and search.strategy.generations_after is evolution after them"
+                f"{argument} has no effect with search/strategy=guided: set search.strategy.rounds and "
+                "search.strategy.second_order_rounds, or search.strategy.generations_after for evolution after them"
             )
         elif _OF_EVOLUTION.match(argument) and not any(map(_AFTER.match, arguments)):
             yield (
-                f"{argument} is of evolution and means nothing to search/strategy=guided, but after its rounds "
-                "(search.strategy.generations_after): add search/strategy=evolution, or leave it out"
+                f"{argument} has no effect with search/strategy=guided unless evolution follows its rounds: set "
+                "search.strategy.generations_after, choose search/strategy=evolution, or leave it out"
             )
 
 
@@ -301,7 +301,7 @@ _SENTENCES = (
 
 def _settings() -> list[str]:
     """Return the dotted names of all settings, those of every method included."""
-    schemas = (QuantSettings, SparsitySettings, DropSettings)
+    schemas = (QuantSettings, SparsitySettings, DropSettings, JointSettings)
     methods = dict.fromkeys(f"method.{each.name}" for schema in schemas for each in fields(schema))
     return [*_names(RunSettings()), *methods]
 

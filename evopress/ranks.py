@@ -158,8 +158,8 @@ def begin() -> None:
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if SHARES % count:
         raise EvoPressError(
-            f"this run was started as {count} processes, expected 1, 2, 4 or {SHARES}: give torchrun --nproc-per-node=N, "
-            "srun -n N or hydra.launcher.tasks_per_node=N; runs of their own are started with srun -n 1 each"
+            f"this run has {count} processes, expected 1, 2, 4 or {SHARES}: give torchrun --nproc-per-node=N, srun -n N or "
+            "hydra.launcher.tasks_per_node=N; for separate runs start each with srun -n 1"
         )
     import torch.distributed as dist
 
@@ -175,8 +175,8 @@ def begin() -> None:
     if any(command != commands[0] for command in commands):
         _world.broken = True
         raise EvoPressError(
-            f"the {count} processes of this run were given different commands, expected one run that they share: start runs of "
-            "their own with srun -n 1 each"
+            f"the {count} processes of this run have different commands, expected the same one: for separate runs start each with "
+            "srun -n 1"
         )
 
 
@@ -450,6 +450,6 @@ def _losses_told() -> Iterator[None]:
             _world.broken = True
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LostError(
-            f"another process of this run has ended or does not answer ({reason[:160]}): see what it said, and go on with resume=, "
+            f"another process of this run has ended or does not answer ({reason[:160]}): see its output, then resume with resume=, "
             "on any number of processes"
         ) from error

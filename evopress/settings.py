@@ -219,8 +219,8 @@ class QuantSettings(WeightSettings):
         check_correction("method.correction", self.correction)
         if self.correction and self.propagate_bits is None:
             raise EvoPressError(
-                f"method.correction={self.correction:g} makes good what activations lose, and with method.propagate_bits=null they "
-                "lose nothing: name the level that they leave blocks through, or set it to 0"
+                f"method.correction={self.correction:g} has no effect with method.propagate_bits=null (calibration activations are "
+                "the dense model's): set method.propagate_bits to one of method.levels, or method.correction=0"
             )
 
 
@@ -609,16 +609,16 @@ class RunSettings:
             self.size = str(self.size)
             if isinstance(self.method, MethodSettings) and not isinstance(self.method, QuantSettings):
                 raise EvoPressError(
-                    f"size={self.size} means nothing to method {self.method.name}: leave it out, or choose method quant or joint"
+                    f"method {self.method.name} does not take size={self.size}: leave it out, or choose method quant or joint"
                 )
             self.bits = None  # the method's default; the size is the target
         if isinstance(self.method, JointSettings) and self.bits is not None:
-            raise EvoPressError(f"bits={self.bits:g} means nothing to method joint: give size, such as size={self.bits:g}bpw")
+            raise EvoPressError(f"method joint does not take bits={self.bits:g}: give size={self.bits:g}bpw")
         if isinstance(self.method, MethodSettings):
             key, value = ("sparsity", self.sparsity) if isinstance(self.method, QuantSettings) else ("bits", self.bits)
             if value is not None:
                 raise EvoPressError(
-                    f"{key}={value:g} means nothing to method {self.method.name}: leave it out, or choose another method"
+                    f"method {self.method.name} does not take {key}={value:g}: leave it out, or choose another method"
                 )
         for stage in self.stages:
             _expect_one_of("stages", stage, STAGES)

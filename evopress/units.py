@@ -342,9 +342,9 @@ class Budget:
         for limit in self.limits:
             lowest, highest = limit.bounds(space)
             if lowest == highest == 0:  # floors are priced below nothing
-                raise EvoPressError(f"limits has {limit}, which no level of this run's takes any of: leave it out")
+                raise EvoPressError(f"limits has {limit}, which no level of this run counts towards: leave it out")
             if limit.total < lowest:
                 raise EvoPressError(
-                    f"limits has {limit} for all units together, whose most compressed levels take {lowest // limit.scale}: raise "
-                    "it, or add a more compressed level"
+                    f"limits has {limit}, but at their most compressed levels the units take {lowest // limit.scale} in total: "
+                    "raise it, or add a more compressed level"
                 )

@@ -322,7 +322,7 @@ def test_processes_that_are_given_different_commands_are_refused(tmp_path: Path,
     monkeypatch.setattr(ranks, "begin", begun)
     ends = on(2, tmp_path / "two", lambda folder: None, lambda key: None)
     assert [code for code, _ in ends] == [1, 1]
-    assert all("the 2 processes of this run were given different commands" in said for _, said in ends)
+    assert all("the 2 processes of this run have different commands" in said for _, said in ends)
 
 
 @pytest.mark.parametrize(

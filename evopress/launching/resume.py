@@ -52,7 +52,7 @@ def with_resumed(arguments: list[str], folder: Path) -> list[str]:
     if both := command_line.two_targets(given, kept):
         target, instead = both
         otherwise = "give further ones of these, or " if instead.startswith("budgets=") else ""
-        raise EvoPressError(f"{target} means nothing to the run in {folder}, which has {instead}: {otherwise}leave it out")
+        raise EvoPressError(f"{target} cannot be set for the run in {folder}, which has {instead}: {otherwise}leave it out")
     kept = [*command_line.prepared(kept), *_defaults_then(folder, given=[*kept, *given])]
     # hydra.mode: also where the experiment is a sweep
     return [*kept, *given, configuration.override("resume", typed(folder)), here, "hydra.mode=RUN"]

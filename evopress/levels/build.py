@@ -71,7 +71,9 @@ def ensure_database(
     for unit in space.units:
         keys = [level.key for level in unit.levels]
         if settings.propagate is not None and settings.propagate not in keys:
-            raise EvoPressError(f"activations cannot leave through level {settings.propagate!r}: {unit.name} has {', '.join(keys)}")
+            raise EvoPressError(
+                f"method.propagate_bits={settings.propagate} is no level of {unit.name}: choose one of {', '.join(keys)}, or null"
+            )
     database = _opened(folder)  # a manifest is written last, so a whole database needs no lock, and no right to write
     if database is not None:
         _remove_journal(folder)

@@ -39,8 +39,8 @@ def size_budget(size: str, space: Space, rest: Rest, *, key: str = "size") -> Bu
     bits = _bits(size, space.size + rest.weights)
     if bits < rest.bits:
         raise EvoPressError(
-            f"{key}={size} is less than the {rest.bits / 8e6:.4g} MB of what is no unit (norms, and embedding and head unless "
-            "method.include has them): raise it, or include them"
+            f"{key}={size} is too small: uncompressed parameters (norms, and embedding and head unless method.include has them) "
+            f"take {rest.bits / 8e6:.4g} MB; raise it, or extend method.include"
         )
     measure = "bits per weight of all" if unit == "bpw" else unit.upper().replace("I", "i").replace("KB", "kB")
     return Budget(total=bits - rest.bits, target=float(number), measure=measure, beside=rest.bits)
@@ -89,8 +89,8 @@ def further_limits(asked: Sequence[Any], space: Space, rest: Rest) -> tuple[Limi
             raise EvoPressError(f"limits has the kind {kind!r:.100}, which no unit is of: choose one of {kinds}, or leave it out")
         if currency is CURRENCIES["read"] and any(map(num_experts, space.units)):
             raise EvoPressError(
-                "limits has the currency read, which no sum over units is where experts are dropped: those that stay are read more "
-                "often; leave it out, or set method.granularity to another"
+                "limits cannot have currency=read with method.granularity=expert, since tokens of dropped experts are routed to "
+                "those that stay: leave it out, or choose another granularity"
             )
         limits.append(Limit(count, currency, kind))
     return tuple(limits)

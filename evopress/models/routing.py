@@ -207,9 +207,9 @@ def check_fillers(blocks: BlockModel) -> None:
         with blocks.on_device(index):
             if (layer := expert_layer(block)) is not None and not _is_filled_exactly(blocks, index, layer, hidden):
                 raise EvoPressError(
-                    f"routers of {blocks.family.name} weigh experts against all others before a bias is added, so that what "
-                    "fills up a block with fewer experts would change it: leave export out of stages, or, of method drop, drop as "
-                    "many of each by method.balanced=true"
+                    f"{blocks.family.name} cannot be exported with a different number of experts in each block: its router "
+                    "normalises over all experts, so that padding experts would change the output; use method drop with "
+                    "method.balanced=true, or leave export out of stages"
                 )
             hidden = blocks.run(index, hidden)
 
@@ -303,13 +303,14 @@ def fewer_experts(model: Any, count: int, fewer: int, *, even: bool) -> tuple[An
         assert cut, "nothing is smaller"
     except Exception as error:  # whatever an architecture makes of such a configuration
         raise EvoPressError(
-            f"the config of {name} cannot say that {fewer} of {count} experts are left in a block: leave export out of stages"
+            f"{name} cannot be exported with {fewer} of {count} experts in a block, since transformers cannot build it from such a "
+            "config: leave export out of stages"
         ) from error
     if not even and not any(_is_bias(key, tensors[key], count) for key in cut):
         raise EvoPressError(
-            f"the config of {name} has one number of experts for all blocks, and its routers have no bias that could keep tokens "
-            "from experts that fill up a block: leave export out of stages, or, of method drop, drop as many of each by "
-            "method.balanced=true"
+            f"{name} cannot be exported with a different number of experts in each block: its config has one number of experts for "
+            "all blocks, and its router no bias to keep tokens from padding experts; use method drop with method.balanced=true, or "
+            "leave export out of stages"
         )
     return config, cut
 

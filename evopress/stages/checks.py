@@ -100,8 +100,8 @@ def check_strategy(settings: RunSettings) -> None:
     name = settings.search.strategy.name
     if getattr(settings.method, "granularity", None) == EXPERT:
         raise EvoPressError(
-            f"search/strategy={name} asks what each unit holds, and of an expert that no token is sent to nothing tells: use "
-            "search/strategy=evolution"
+            f"search/strategy={name} does not support method.granularity=expert, since an expert that receives no tokens has no "
+            "gradient: use search/strategy=evolution"
         )
     if settings.fitness.evaluator == "plain":
         raise EvoPressError(

@@ -128,7 +128,7 @@ def test_further_limits_are_kept(seed):
     assert genome in kept and error_sum(genome, errors) == pytest.approx(min(error_sum(each, errors) for each in kept), rel=1e-9)
     free = dynamic_programming(space, replace(budget, limits=()), errors)
     assert error_sum(free, errors) <= error_sum(genome, errors)
-    with pytest.raises(EvoPressError, match=r"limits has \d+ bytes for all units together, whose"):
+    with pytest.raises(EvoPressError, match=r"limits has \d+ bytes, but at their most compressed levels"):
         dynamic_programming(space, replace(budget, limits=(Limit(least - 1, stored),)), errors)
 
 

@@ -178,9 +178,14 @@ def test_what_is_refused_in_one_sentence(arguments: list[str], sentence: str) ->
     assert told is not None and told.startswith(sentence)
 
 
+def test_a_misspelt_setting_of_method_joint_alone_is_recognized() -> None:
+    error = ValueError("Could not override 'method.droped'.")
+    assert command_line.told(error, {}) == "method.droped is no setting: did you mean method.dropped?"
+
+
 def test_numbers_of_evolution_are_said_to_mean_nothing_to_guided_rounds() -> None:
     (sentence,) = command_line.unused(["search.num_offspring=64", "bits=3"], strategy="guided")
-    assert "search.num_offspring=64 is of evolution and means nothing to search/strategy=guided" in sentence
+    assert "search.num_offspring=64 has no effect with search/strategy=guided unless" in sentence
     assert not list(command_line.unused(["search.num_offspring=64", "search.strategy.generations_after=2"], strategy="guided"))
     assert not list(command_line.unused(["search.num_offspring=64"], strategy="evolution"))
 
@@ -189,8 +194,8 @@ def test_numbers_of_evolution_are_said_to_mean_nothing_to_guided_rounds() -> Non
     ("arguments", "sentence"),
     [
         (["search.strategy=evolution"], "search.strategy=evolution names a config group: write search/strategy=evolution"),
-        (["-m", "archive=true,false"], "archive=true,false sweeps over what a job's folder is not named by"),
-        (["-m", "export=[mlx],[dequantized]"], "export=[mlx],[dequantized] sweeps over"),
+        (["-m", "archive=true,false"], "archive=true,false cannot be swept over: archive is not part of a job's folder name"),
+        (["-m", "export=[mlx],[dequantized]"], "export=[mlx],[dequantized] cannot be swept over"),
         (["-m", "export=[mlx,gguf]", "bits=2,3"], None),
         (["archive=false"], None),
     ],

@@ -187,7 +187,7 @@ def test_a_further_budget_is_searched_alone_and_other_settings_are_refused(asked
 def test_one_target_means_nothing_to_several_budgets_that_are_resumed(given: str, tmp_path: Path) -> None:
     keep_overrides(tmp_path, ["+method=quant", "bits=2.5", "budgets=[4,2.5]"])
     with pytest.raises(
-        EvoPressError, match=rf"^{given} means nothing to the run in .*, which has budgets=\[4,2\.5\]: give further"
+        EvoPressError, match=rf"^{given} cannot be set for the run in .*, which has budgets=\[4,2\.5\]: give further"
     ):
         with_resumed([f"resume={tmp_path}", given], tmp_path)
     assert "budgets=null" in with_resumed([f"resume={tmp_path}", given, "budgets=null"], tmp_path)
@@ -214,14 +214,14 @@ def test_a_single_target_does_not_take_the_place_of_several_budgets(asked: RunSe
 
 def test_what_a_search_makes_no_use_of_is_said() -> None:
     (sentence,) = unused(["bits=3", "search.generations=60"], strategy="guided")
-    assert sentence.startswith("search.generations=60 means nothing to search/strategy=guided: its rounds are search")
+    assert sentence.startswith("search.generations=60 has no effect with search/strategy=guided: set search")
     assert not list(unused(["bits=3", "search.generations=60"], strategy="evolution"))
 
 
 @pytest.mark.parametrize("instead", ["max_kl=0.1", "min_agreement=0.9", "size=60MB"])
 def test_bits_mean_nothing_beside_what_takes_their_place(instead: str, tmp_path: Path) -> None:
     keep_overrides(tmp_path, ["+method=quant", instead])
-    with pytest.raises(EvoPressError, match=rf"^bits=3 means nothing to the run in .*, which has {instead}: leave it out$"):
+    with pytest.raises(EvoPressError, match=rf"^bits=3 cannot be set for the run in .*, which has {instead}: leave it out$"):
         with_resumed([f"resume={tmp_path}", "bits=3"], tmp_path)
     key = instead.partition("=")[0]
     assert f"{key}=null" in with_resumed([f"resume={tmp_path}", "bits=3", f"{key}=null"], tmp_path)

@@ -673,10 +673,10 @@ def test_a_model_without_a_yaml_says_what_was_taken_from_it(
 @pytest.mark.parametrize(
     ("limit", "sentence"),
     [
-        ("{currency: bytes, total: 70kB}", r"limits has \d+ bytes for all units together, whose most compressed levels take \d+:"),
+        ("{currency: bytes, total: 70kB}", r"limits has \d+ bytes, but at their most compressed levels the units take \d+ "),
         ("{currency: bits, total: 2.5}", "limits has 2.5 bits, which are those of all units together: expected a whole number"),
-        ("{currency: bits, total: 3}", "limits has 3 bits for all units together, whose most compressed levels take 36864:"),
-        ("{currency: modules, total: 3}", "limits has 3 modules, which no level of this run's takes any of: leave it out"),
+        ("{currency: bits, total: 3}", "limits has 3 bits, but at their most compressed levels the units take 36864 in"),
+        ("{currency: modules, total: 3}", "limits has 3 modules, which no level of this run counts towards: leave it out"),
     ],
 )
 def test_limits_that_nothing_keeps_are_refused_before_any_work(limit: str, sentence: str, tiny: Callable[..., Any]) -> None:

@@ -54,7 +54,7 @@ def test_the_default_target_of_a_method_gives_way() -> None:
         (QUANT, [float("nan")], "out of range"),
         (QUANT, [9], "bits=9 is above the highest level"),
         (JOINT, [2.5], "write 2.5bpw"),
-        (PRUNED, ["60MB"], "size=60MB means nothing to method sparsity"),
+        (PRUNED, ["60MB"], "method sparsity does not take size=60MB"),
     ],
 )
 def test_what_is_no_budget_is_one_sentence(method: Any, budgets: list[Any], sentence: str) -> None:

@@ -98,7 +98,7 @@ def test_a_width_that_its_scales_make_larger_than_another_is_refused() -> None:
 
 
 def test_a_size_below_what_is_no_unit_is_refused() -> None:
-    with pytest.raises(EvoPressError, match=r"size=1kB is less than the 0\.002 MB of what is no unit"):
+    with pytest.raises(EvoPressError, match=r"size=1kB is too small: uncompressed parameters .* take 0\.002 MB"):
         size_budget("1kB", SPACE, Rest(bits=16_000, weights=1000))
 
 
@@ -166,12 +166,12 @@ def test_modules_can_be_gone_from_the_start() -> None:
     ("method", "settings", "expected"),
     [
         (JointSettings(), {}, "method joint needs a target: give size=60MB"),
-        (JointSettings(), {"bits": 2.5}, "bits=2.5 means nothing to method joint: give size, such as size=2.5bpw"),
-        (JointSettings(), {"sparsity": 0.5, "size": "1MB"}, "sparsity=0.5 means nothing to method joint"),
+        (JointSettings(), {"bits": 2.5}, "method joint does not take bits=2.5: give size=2.5bpw"),
+        (JointSettings(), {"sparsity": 0.5, "size": "1MB"}, "method joint does not take sparsity=0.5"),
         (JointSettings(), {"size": "lots"}, "size=lots is no size"),
         (JointSettings(), {"size": "1MB", "exchange": "any"}, "search.exchange=any cannot trade modules for levels"),
         (JointSettings(), {"size": "1MB", "limits": [3]}, "limits has 3: expected {currency: bytes"),
-        (SparsitySettings(), {"sparsity": 0.5, "size": "1MB"}, "size=1MB means nothing to method sparsity"),
+        (SparsitySettings(), {"sparsity": 0.5, "size": "1MB"}, "method sparsity does not take size=1MB"),
         (QuantSettings(), {}, "give bits=2.5, the average number of bits per weight, or size=60MB of the whole model"),
     ],
 )
