@@ -15,7 +15,7 @@ from typing import Any
 
 from evopress.finished import begin_again, best_fitness, finish, read_finished, stages_done
 from evopress.methods.points import has_limit, has_points
-from evopress.progress import duration
+from evopress.progress import count_of_tokens, duration
 from evopress.reporting.generations import read_generations
 from evopress.reporting.metrics import search_history
 from evopress.reporting.sweep import tracked_as
@@ -133,11 +133,13 @@ def _tell_cost(workspace: Workspace, work: Kind, paper: RunSettings | None) -> N
     """Say what the search will evaluate, and what it would at the paper's size."""
     settings = workspace.settings
     logger.info(
-        "scale %s: the search evaluates %.3g million candidate tokens%s%s",
+        "scale %s: the search evaluates at most %s candidate tokens%s%s",
         settings.scale.name,
-        search_cost(work.searching, modules=workspace.method.modules is not None, starts=len(settings.search.starts)) / 1e6,
+        count_of_tokens(
+            search_cost(work.searching, modules=workspace.method.modules is not None, starts=len(settings.search.starts))
+        ),
         work.each,
-        f" (scale=paper: {_paper_cost(workspace, paper) / 1e6:.3g} million)" if paper else "",
+        f" (scale=paper: {count_of_tokens(_paper_cost(workspace, paper))})" if paper else "",
     )
 
 

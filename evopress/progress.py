@@ -198,6 +198,11 @@ def millions(count: float) -> str:
     return f"{count / 1e6:.1f}" if count >= 1e6 else f"{count / 1e6:#.3g}"
 
 
+def count_of_tokens(count: int) -> str:
+    """Say a number of tokens: "11,520", and from a million on "1.97 million"."""
+    return f"{count:,}" if count < 1e6 else f"{count / 1e6:,.3g} million"
+
+
 def duration(seconds: float) -> str:
     """Say a number of seconds as people do: "45 s", "3 min 20 s", "2 h 5 min"."""
     total = round(seconds)

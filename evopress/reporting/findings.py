@@ -24,7 +24,12 @@ from evopress.reporting.tables import (
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Say in words what the rows of `result.json` show: who has the lowest held-out KL within EvoPress's budget.
+    """Return the sentences of `headlines` as one text."""
+    return " ".join(headlines(rows))
+
+
+def headlines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say in sentences what the rows of `result.json` show: who has the lowest held-out KL within EvoPress's budget.
 
     KL is that on the run's own text; a difference within two of its standard errors, paired by sequence, is called a tie.
     """
@@ -32,34 +37,36 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
         str(row.get("name")): row for row in rows if held_out_kl(row)[1] is not None and row.get("name") not in (None, "dense")
     }
     if not measured:
-        return "Nothing has been measured on held-out text yet."
+        return ["Nothing has been measured on held-out text yet."]
     if "evopress" not in measured:
         best = min(measured, key=lambda name: _kl(measured[name]))
-        return (
+        return [
             f"No search has been measured; of {_list(measured)}, {display_name(best)} has the lowest held-out KL"
             f"{_on(measured[best])}: {significant(_kl(measured[best]))} nats per token{_at(measured[best])}."
-        )
+        ]
     ours = measured.pop("evopress")
     found = {name: measured.pop(name) for name in list(measured) if is_found(name)}
-    sentence = f"EvoPress's held-out KL{_on(ours)} is {significant(_kl(ours))} nats per token{_at(ours)}"
+    sentences = [f"EvoPress's held-out KL{_on(ours)} is {significant(_kl(ours))} nats per token{_at(ours)}."]
     equal = {name: row for name, row in measured.items() if not spends_more(row, ours)}
     larger = {name: row for name, row in measured.items() if name not in equal}
     if equal:
         best = min(equal, key=lambda name: _kl(equal[name]))
-        sentence += f"; the best baseline within this budget, {display_name(best)}, has {significant(_kl(equal[best]))}: "
-        sentence += compared("EvoPress", ours, display_name(best), equal[best]) + _accepted(ours, equal[best])
-        others = [f"{display_name(name)} at {significant(_kl(row))}" for name, row in equal.items() if name != best]
-        sentence += f" (others: {', '.join(others)})" if others else ""
-    else:
-        sentence += "; no baseline within this budget was measured"
-    for name, row in found.items():
-        sentence += f". {display_name(name)} has {significant(_kl(row))}{_at(row)}: "
-        sentence += compared(display_name(name), row, "EvoPress", ours)
-    if larger:
-        sentence += ". With a larger budget: " + ", ".join(
-            f"{display_name(name)} has {significant(_kl(row))}{_at(row)}" for name, row in larger.items()
+        verdict = compared("EvoPress", ours, display_name(best), equal[best])
+        sentences.append(
+            f"The best baseline within this budget, {display_name(best)}, has {significant(_kl(equal[best]))}: {verdict}."
         )
-    return sentence + ". One run, one seed: another seed finds another genome."
+        sentences += _accepted(ours, equal[best])
+        if others := [f"{display_name(name)} {significant(_kl(row))}" for name, row in equal.items() if name != best]:
+            sentences.append(f"Other baselines within it: {', '.join(others)}.")
+    else:
+        sentences.append("No baseline within this budget was measured.")
+    for name, row in found.items():
+        verdict = compared(display_name(name), row, "EvoPress", ours)
+        sentences.append(f"{display_name(name)} has {significant(_kl(row))}{_at(row)}: {verdict}.")
+    if larger:
+        shown = (f"{display_name(name)} {significant(_kl(row))}{_at(row)}" for name, row in larger.items())
+        sentences.append(f"With a larger budget: {', '.join(shown)}.")
+    return [*sentences, "One run, one seed: another seed finds another genome."]
 
 
 def compared(name: str, ours: Mapping[str, Any], other: str, theirs: Mapping[str, Any]) -> str:
@@ -87,15 +94,16 @@ def compared(name: str, ours: Mapping[str, Any], other: str, theirs: Mapping[str
     return f"{name} wins, {by} ({error})" if kl < there else f"{other} wins, {name} is {by} ({error})"
 
 
-def _accepted(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def _accepted(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Say what share of tokens would be kept if the model drafted for the dense one, and what another's would."""
     data_set, _ = held_out_kl(ours)
     values = [number((row.get("acceptance_rate_by_data_set") or {}).get(data_set)) for row in (ours, theirs)]
     if values[0] is None or values[1] is None:
-        return ""
+        return []
     mine, other = (by_sequence(row, data_set, "acceptance_rate") or () for row in (ours, theirs))
     difference = told(Difference.of_sequences(mine, other), MEANS["acceptance_rate"][2])
-    return f"; its acceptance rate is {values[0]:.4f} against {values[1]:.4f}" + (f": {difference}" if difference else "")
+    verdict = f": {difference}" if difference else ""
+    return [f"EvoPress's acceptance rate is {values[0]:.4f}, the baseline's {values[1]:.4f}{verdict}."]
 
 
 def _kl(row: Mapping[str, Any]) -> float:

@@ -56,7 +56,8 @@ class LiveSearch:
         self._measured: deque[float] = deque(maxlen=_WINDOW)
         self._held_out: Mapping[str, Any] = {}
         self._last: Mapping[str, float] = {}
-        self._stage = 0
+        self._stage = self._done = 0
+        self._why = ""
 
     def __enter__(self) -> LiveSearch:
         if self._line is not None:
@@ -70,7 +71,8 @@ class LiveSearch:
         if kind is None and self._last:
             accepted = f", accepted {self._last['acceptance_rate']:.0%}" if "acceptance_rate" in self._last else ""
             tokens, seconds = (self._last.get(key, 0.0) for key in ("tokens", "seconds"))
-            logger.info("%ssearch: done, %s tokens in %s%s", self._prefix, f"{tokens:,.0f}", duration(seconds), accepted)
+            early = f" after generation {self._done} of {self._generations}{self._why}" if self._done < self._generations else ""
+            logger.info("%ssearch: done%s, %s tokens in %s%s", self._prefix, early, f"{tokens:,.0f}", duration(seconds), accepted)
 
     def watching(self, fitness: Fitness) -> Fitness:
         """Return the same fitness; the line says which stage it is asked for."""
@@ -89,7 +91,7 @@ class LiveSearch:
 
         def watched(question: Any) -> Any:
             if self._line is not None:
-                self._line.show(detail=f"what each unit holds: {question.tokens:,} tokens")
+                self._line.show(detail=f"attribution: {question.tokens:,} tokens")
             return answer(question)
 
         return watched
@@ -102,7 +104,8 @@ class LiveSearch:
             metrics: what `SearchMetrics` makes of it.
             measured: seconds that its winner's measurement on held-out text took, where it was measured.
         """
-        self._stage, self._last = 0, metrics
+        self._stage, self._last, self._done = 0, metrics, record["generation"]
+        self._why = "" if record.get("accepted", True) else ", which found nothing better"
         held_out = record.get("held_out") or {}
         if record["generation"] > 0 and "generation_seconds" in metrics:  # generation 0 only chose where to start
             self._seconds.append(metrics["generation_seconds"])

@@ -54,7 +54,7 @@ def database_needs(planner: Planner) -> Needs:
     if build is None:
         return planner.needs("database", "no weights to store")
     if not build.units:
-        return planner.needs("database", f"there: {counted(planner.num_blocks, 'block')}")
+        return planner.needs("database", f"reused, {counted(planner.num_blocks, 'block')}")
     needs = build.in_folder(workspace.databases.root)
     needs.what += "" if "database" in planner.settings.stages else ", first"
     planner.build_levels(needs, build)

@@ -23,12 +23,13 @@ from evopress.reporting import figures, tables
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.dropped import dropped_modules_figure
 from evopress.reporting.experts import expert_figure
+from evopress.reporting.findings import headline, headlines
 from evopress.reporting.generations import read_generations
 from evopress.reporting.held import held_figure
 from evopress.reporting.lineage import lineage_figures
 from evopress.reporting.metrics import baseline_lines, best_metrics, final_metrics, levels_table, switches_table
 from evopress.reporting.records import read_genome, write_json
-from evopress.reporting.report import headline, write_report
+from evopress.reporting.report import write_report
 from evopress.reporting.tracker import Tracker, track_figures
 from evopress.room import Needs
 from evopress.stages.baselines import read_baselines, spent_on_baselines, stored_baselines
@@ -343,5 +344,5 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
     files = [run_dir / name for name in ("genome.json", "genome.txt", "result.json") if (run_dir / name).exists()]
     tracker.artifact(f"genome-{database.fingerprint}", "genome", files)
     if rows:
-        print(f"\n{tables.format_table(rows)}\n\n{headline(rows)}", flush=True)
+        print(f"\n{tables.format_table(rows)}\n", *headlines(rows), sep="\n", flush=True)
     print(f"report: {run_dir / 'report.html'}", *served(workspace, exported), sep="\n", flush=True)

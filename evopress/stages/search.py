@@ -15,7 +15,7 @@ from evopress.endings import stop_if_asked
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.json_files import check_schema, clip, shown
-from evopress.progress import counted
+from evopress.progress import count_of_tokens, counted
 from evopress.ranks import collective
 from evopress.reporting.generations import read_generations
 from evopress.reporting.live import LiveSearch
@@ -127,7 +127,7 @@ def _go_on_or_begin(workspace: Workspace, searching: Searching, strategy: Strate
     truncate_records(metrics, strategy.generation - 1)
     check_records(metrics, strategy, database.space)
     if not strategy.finished:
-        logger.info("search: going on at generation %d of %d", strategy.generation, searching.num_generations)
+        logger.info("search: resuming at generation %d of %d", strategy.generation, searching.num_generations)
     return seconds
 
 
@@ -136,7 +136,7 @@ def _search(workspace: Workspace, searching: Searching, strategy: Strategy, trac
     space = workspace.database.space
     modules, starts = workspace.method.modules is not None, len(workspace.settings.search.starts)
     tokens = search_cost(searching, modules=modules, units=len(space), starts=starts)
-    logger.info("search: %s, %.3g million candidate tokens in all", searching.summary, tokens / 1e6)
+    logger.info("search: %s, at most %s candidate tokens", searching.summary, count_of_tokens(tokens))
     fitness = make_fitness(workspace, workspace.rng["minibatch"])
 
     def answer(question: Attribution) -> Any:

@@ -180,7 +180,7 @@ def test_what_is_refused_in_one_sentence(arguments: list[str], sentence: str) ->
 
 def test_a_misspelt_setting_of_method_joint_alone_is_recognized() -> None:
     error = ValueError("Could not override 'method.droped'.")
-    assert command_line.told(error, {}) == "method.droped is no setting: did you mean method.dropped?"
+    assert command_line.told(error, {}).startswith("method.droped is no setting: did you mean method.dropped or ")
 
 
 def test_numbers_of_evolution_are_said_to_mean_nothing_to_guided_rounds() -> None:

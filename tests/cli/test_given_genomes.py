@@ -80,7 +80,7 @@ def test_the_search_goes_on_as_if_nothing_had_been_exported(
     folder = cut_off(3)
     assert evopress(f"resume={folder}", "stages=[export]").code == 0
     outcome = evopress(f"resume={folder}", "stages=[search,export]")
-    assert outcome.code == 0 and "going on at generation 2" in outcome.text, outcome.text
+    assert outcome.code == 0 and "resuming at generation 2" in outcome.text, outcome.text
     assert (folder / "genome.json").read_bytes() == (finished.folder / "genome.json").read_bytes()
     assert (folder / "checkpoint" / "genome.json").read_bytes() == (finished.folder / "genome.json").read_bytes()
 

@@ -196,7 +196,7 @@ def test_what_is_there_counts_as_done(finished: Any, evopress: Callable[..., Any
     assert outcome.code == 0, outcome.text
     table = rows(outcome.text)
     assert [table[stage][0] for stage in ("database", "baselines", "search")] == [
-        *("there: 2 blocks", "found before", "done: 3 generations")
+        *("reused, 2 blocks", "found before", "done: 3 generations")
     ]
     assert [table[stage][1:5] for stage in ("database", "baselines", "search")] == [["-"] * 4] * 3
     assert contents(folder) == before  # finished.json and the run's own settings too

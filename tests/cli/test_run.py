@@ -340,7 +340,7 @@ def test_an_interrupted_search_goes_on_to_the_same_end(
         assert len(records(tmp_path / "run")) == num_records
     outcome = evopress("resume=run", SEARCH)
     assert outcome.code == 0, outcome.text
-    assert ("going on at generation" in outcome.text) == (num_records > before_state)
+    assert ("resuming at generation" in outcome.text) == (num_records > before_state)
     assert records(tmp_path / "run") == records(finished.folder)
     assert (tmp_path / "run" / "genome.json").read_bytes() == (finished.folder / "genome.json").read_bytes()
     seconds = [record["seconds"] for record in records(tmp_path / "run", without=())]

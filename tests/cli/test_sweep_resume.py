@@ -95,7 +95,7 @@ def test_a_killed_job_goes_on_and_the_others_are_left_alone(
     outcome = evopress(*SWEEP, *FEW)
     assert outcome.code == 0, outcome.text
     assert skipped(outcome) == ["sweep/seed-0"]
-    assert "going on at generation" in outcome.text
+    assert "resuming at generation" in outcome.text
     assert contents(sweep / "seed-0") == expected[0]
     assert contents(sweep / "seed-1")["genome.json"][1] == expected[1]["genome.json"][1]
 
@@ -232,7 +232,7 @@ def test_a_sweep_that_an_earlier_version_began_goes_on_with_its_defaults(
     outcome = evopress(*command)
     assert outcome.code == 0, outcome.text
     assert skipped(outcome) == ["sweep/0"]
-    assert "going on at generation" in outcome.text and "defaults, search/strategy=evolution" in outcome.text
+    assert "resuming at generation" in outcome.text and "defaults, search/strategy=evolution" in outcome.text
     again = evopress(*command)
     assert again.code == 0 and skipped(again) == ["sweep/0", "sweep/1"], again.text
     assert "strategy" not in (tmp_path / "sweep" / "jobs.csv").read_text(encoding="utf-8"), "nobody has typed it"

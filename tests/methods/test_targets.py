@@ -65,7 +65,7 @@ def test_a_size_that_limits_a_kind_has_nothing_of_the_rest_in_it() -> None:
     assert limit.total == 8 * 1300
     (limit,) = further_limits([{"currency": "bytes", "total": "2.5bpw", "kind": "q_proj"}], SPACE, rest)
     assert limit.total == 2500
-    with pytest.raises(EvoPressError, match=r"^limits: total=1\.3kB is less than"):
+    with pytest.raises(EvoPressError, match=r"^limits: total=1\.3kB is too small"):
         further_limits([{"currency": "bytes", "total": "1.3kB"}], SPACE, rest)
 
 

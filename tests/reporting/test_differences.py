@@ -98,10 +98,10 @@ def test_what_was_not_kept_is_not_decided() -> None:
 
 def test_a_found_row_that_is_no_baseline_is_compared_with_the_search() -> None:
     said = headline([row("dp", DP), row("evopress", NEAR), row("evopress+refine", CLEAR)])
-    assert "the best baseline within this budget, DP, has 2.500: a tie" in said
+    assert "The best baseline within this budget, DP, has 2.500: a tie" in said
     assert "EvoPress + refine has 2.375 at 2.500 bits per weight: " in said
     assert "EvoPress + refine, has" not in said
-    assert "the best baseline" not in headline([row("evopress", NEAR), row("evopress+refine", CLEAR)])
+    assert "The best baseline" not in headline([row("evopress", NEAR), row("evopress+refine", CLEAR)])
 
 
 def test_the_headline_is_on_the_runs_own_text() -> None:
@@ -130,7 +130,7 @@ def test_acceptance_rates_and_flips_are_paired_with_those_of_what_was_found(tmp_
     assert lines[-3].startswith("| DP | 2.500 | 2.500 ± 0.6455 | 0.5550 ± 0.0290 | 0.2000 ± 0.0577 | 9.00 |")
     page = results_table(rows)
     assert all(cell in page for cell in ("-0.0950 ± 0.0029 (worse)", "0 ± 0.082 (tie)"))
-    assert "its acceptance rate is 0.6500 against 0.5550: 0.0950 ± 0.0029 (better)" in headline(rows)
+    assert "EvoPress's acceptance rate is 0.6500, the baseline's 0.5550: 0.0950 ± 0.0029 (better)" in headline(rows)
     assert "difference to EvoPress" not in results_table(rows[:2]) + results_table([row("dp", [1.0]) | {"by_sequence": None}, ours])
 
 

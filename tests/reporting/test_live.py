@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from evopress import progress
-from evopress.progress import StatusLine, on_terminal, track, tracked, within
+from evopress.progress import StatusLine, count_of_tokens, on_terminal, track, tracked, within
 from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics
 from evopress.search import Evolution, run_search
@@ -143,6 +143,20 @@ def test_jobs_of_a_sweep_say_which_they_are(search: Search, tmp_path: Path, capl
     lines = [record.getMessage() for record in caplog.records]
     assert all(line.startswith("[seed-1] generation ") for line in lines[:-1])
     assert lines[-1].startswith("[seed-1] search: done")
+
+
+@pytest.mark.parametrize(("count", "said"), [(640, "640"), (11_520, "11,520"), (1_966_080, "1.97 million"), (177e6, "177 million")])
+def test_tokens_are_counted_in_what_fits_their_number(count: int, said: str) -> None:
+    assert count_of_tokens(count) == said
+
+
+def test_a_search_that_ends_before_its_last_generation_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with LiveSearch(5, None, run_dir=tmp_path, stream=io.StringIO()) as live:
+        for generation, accepted in enumerate((True, True, False)):
+            live.show({"generation": generation, "accepted": accepted}, {"tokens": 7.0, "seconds": 3.0, "acceptance_rate": 0.5})
+    said = caplog.records[-1].getMessage()
+    assert said == "search: done after generation 2 of 5, which found nothing better, 7 tokens in 3 s, accepted 50%"
 
 
 # In a terminal

@@ -127,23 +127,23 @@ def rows(**kl: float) -> list[dict[str, Any]]:
 def test_the_headline_names_the_winner() -> None:
     wins = headline(rows(uniform_3=0.4, uniform_2=4.0, best_of_32=1.5, dp=1.25, evopress=1.0))
     assert wins == (
-        "EvoPress's held-out KL is 1.000 nats per token at 2.500 bits per weight; the best baseline within this "
-        "budget, DP, has 1.250: EvoPress is 20.0% lower; whether that is more than chance was not measured "
-        "(others: uniform 2 at 4.000, best of 32 at 1.500). "
-        "With a larger budget: uniform 3 has 0.4000 at 3.000 bits per weight. One run, one seed: another seed finds another genome."
+        "EvoPress's held-out KL is 1.000 nats per token at 2.500 bits per weight. The best baseline within this "
+        "budget, DP, has 1.250: EvoPress is 20.0% lower; whether that is more than chance was not measured. "
+        "Other baselines within it: uniform 2 4.000, best of 32 1.500. "
+        "With a larger budget: uniform 3 0.4000 at 3.000 bits per weight. One run, one seed: another seed finds another genome."
     )
     assert "EvoPress is 25.0% higher; whether" in headline(rows(dp=0.8, evopress=1.0))
     assert "DP, has 1.000: a tie." in headline(rows(dp=1.00001, evopress=1.0))
-    assert "no baseline within this budget" in headline(rows(uniform_3=0.4, evopress=1.0))
+    assert "No baseline within this budget" in headline(rows(uniform_3=0.4, evopress=1.0))
     assert "No search has been measured; of uniform 2, DP, DP has the lowest" in headline(rows(uniform_2=4.0, dp=1.0))
     assert headline([{"name": "dense", "kl": 0.0}, {"name": "evopress", "kl": None}]).startswith("Nothing has been")
 
 
 def test_budgets_of_other_methods_are_compared_their_way() -> None:
     sparse = [{"name": "dp", "sparsity": 0.5, "kl": 0.1}, {"name": "evopress", "sparsity": 0.7, "kl": 1.0}]
-    assert "no baseline within this budget" in headline(sparse)
+    assert "No baseline within this budget" in headline(sparse)
     dropped = [{"name": "dp", "modules_dropped": 14, "kl": 2.0}, {"name": "evopress", "modules_dropped": 14, "kl": 1.0}]
-    assert "with 14 modules dropped; the best baseline within this budget, DP, has 2.000: EvoPress is 50.0% lower" in headline(
+    assert "with 14 modules dropped. The best baseline within this budget, DP, has 2.000: EvoPress is 50.0% lower" in headline(
         dropped
     )
 
@@ -260,9 +260,9 @@ def test_what_lies_in_a_dropped_module_has_no_level(run: Any, tmp_path: Path) ->
 def test_who_says_that_it_keeps_the_budget_is_believed() -> None:
     kept = {"name": "dp", "bits_per_weight": 2.9275, "kl": 0.4, "within_budget": True}
     ours = {"name": "evopress", "bits_per_weight": 2.9, "kl": 0.5, "within_budget": True}
-    assert "the best baseline within this budget, DP, has 0.4000" in headline([kept, ours])
+    assert "The best baseline within this budget, DP, has 0.4000" in headline([kept, ours])
     broken = {**kept, "bits_per_weight": 2.5, "within_budget": False}
-    assert "no baseline within this budget was measured" in headline([broken, ours])
+    assert "No baseline within this budget was measured" in headline([broken, ours])
 
 
 def said_of_extremes(run: Any, tmp_path: Path, bits: str, *, accepted: bool = False) -> str:
