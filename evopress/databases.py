@@ -192,7 +192,9 @@ class Databases:
                 written=8 * self._blocks.dtype.itemsize,
             )
         if experts and not any(is_of_expert(unit) for unit in space.units):
-            raise EvoPressError("method.experts=layer ties the experts of a block, and this model has none: leave it out")
+            raise EvoPressError(
+                "method.experts=layer gives the experts of a layer one level, but this model has no experts: leave it out"
+            )
         return tied(space, self._engine, experts=experts) if self._engine is not None or experts else space
 
     @cached_property

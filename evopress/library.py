@@ -145,7 +145,7 @@ class Model:
                     f"the text has a {other} among its documents: give strings, or token ids, one int64 tensor [sequences, tokens]"
                 )
             if any("\ud800" <= letter <= "\udfff" for document in documents for letter in set(document)):
-                raise EvoPressError("the text has half of a surrogate pair: mend the document or leave it out")
+                raise EvoPressError("the text has an unpaired surrogate: fix the document or leave it out")
             sequences = sequences_of(
                 documents,
                 self.tokenizer,

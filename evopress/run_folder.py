@@ -126,7 +126,7 @@ def kept_overrides(folder: Path) -> list[str] | None:
     overrides = read_document(folder / _OVERRIDES, what="list of overrides").get("overrides")
     if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
         raise EvoPressError(
-            f"{folder / _OVERRIDES} holds no list of overrides: remove it, {folder / '.hydra' / 'overrides.yaml'} has them"
+            f"{folder / _OVERRIDES} is not a list of overrides: remove it, {folder / '.hydra' / 'overrides.yaml'} has them"
         )
     return overrides
 

@@ -275,7 +275,7 @@ def test_what_was_found_on_other_levels_is_refused(tiny_folder: Callable[..., Pa
 
 def test_half_of_a_surrogate_pair_is_one_sentence_and_the_separator_is_a_runs(tmp_path: Path) -> None:
     model = evopress.load_model("tiny", dtype="float32", device="cpu", sequence_length=32, cache=tmp_path)
-    with pytest.raises(EvoPressError, match="half of a surrogate pair"):
+    with pytest.raises(EvoPressError, match="an unpaired surrogate"):
         model.sequences(["a text", "\ud800 another"])
     assert evopress.load_model("smollm2_135m", cache=tmp_path).settings.separator == "<|endoftext|>"
     assert evopress.load_model("smollm2_135m", cache=tmp_path, separator=None).settings.separator is None

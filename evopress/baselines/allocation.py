@@ -50,13 +50,11 @@ class Allocator(Baseline):
         check_tokens(self.name, self.tokens)
         if run.method.include != [BLOCKS]:
             raise EvoPressError(
-                f"baseline {self.name} scores the weights of blocks, not what lies outside them (method.include="
-                f"{run.method.include}): leave it out of baselines.names, or include blocks alone"
+                f"baseline {self.name} supports method.include=[blocks] only, not {run.method.include}: leave it out of "
+                "baselines.names, or change method.include"
             )
         if run.fitness.evaluator == "plain":
-            raise EvoPressError(
-                f"baseline {self.name} runs blocks alone, which fitness.evaluator=plain does not: leave one of them out"
-            )
+            raise EvoPressError(f"baseline {self.name} needs fitness.evaluator=population, not plain: leave one of them out")
 
     def find(self, problem: Problem) -> dict[str, Genome]:
         """Raise EvoPressError if a unit has no level with a finite number; without a genome within the budget there is no row."""

@@ -88,7 +88,7 @@ class RankedBlocks(Baseline):
         excluded = {i for i, (start, stop) in enumerate(spans) if stuck & set(range(start, stop))}
         if len(spans) - len(excluded) < count:
             raise EvoPressError(
-                f"method.exclude leaves {len(spans) - len(excluded)} whole blocks for baselines that drop {count}: exclude fewer, "
+                f"method.exclude leaves {len(spans) - len(excluded)} whole blocks, but {self.name} drops {count}: exclude fewer, "
                 f"or leave {self.name} out of baselines.names"
             )
         scores = _Scores(problem, spans, self.tokens)
@@ -250,7 +250,7 @@ def windows(spans: Sequence[Span], count: int, *, excluded: Collection[int] = ()
             found[spans[run[0]][0], spans[run[-1]][1]] = tuple(run)
     if not found:
         raise EvoPressError(
-            f"no {count} of {len(spans)} consecutive units are without an excluded one ({len(set(excluded))} are excluded): "
-            "remove or exclude fewer, or leave sliding_window out of the baselines"
+            f"no {count} consecutive units of {len(spans)} can be dropped ({len(set(excluded))} are excluded): drop or exclude "
+            "fewer, or leave sliding_window out of baselines.names"
         )
     return found

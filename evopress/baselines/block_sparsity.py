@@ -51,16 +51,16 @@ class BlockSparsity(Baseline):
         """See `Baseline`."""
         if run.method.name != "sparsity":
             raise EvoPressError(
-                f"baseline {self.name} is of method sparsity, not {run.method.name}: leave it out of baselines.names"
+                f"baseline {self.name} supports method sparsity only, not {run.method.name}: leave it out of baselines.names"
             )
         if run.method.include != [BLOCKS]:
             raise EvoPressError(
-                f"baseline {self.name} divides sparsity over blocks, not over what lies outside them (method.include="
-                f"{run.method.include}): leave it out of baselines.names, or include blocks alone"
+                f"baseline {self.name} supports method.include=[blocks] only, not {run.method.include}: leave it out of "
+                "baselines.names, or change method.include"
             )
         if not run.level_db.keep_hessians:
             raise EvoPressError(
-                f"baseline {self.name} needs the Hessians kept: set level_db.keep_hessians=true, or leave it out of baselines.names"
+                f"baseline {self.name} needs stored Hessians: set level_db.keep_hessians=true, or leave it out of baselines.names"
             )
         if not 2 <= self.tokens <= run.data.calibration_tokens:
             raise EvoPressError(

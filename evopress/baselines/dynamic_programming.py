@@ -56,7 +56,7 @@ def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[
         if least is None:
             limits = f" and {', '.join(map(str, budget.limits))}" if budget.limits else ""
             raise EvoPressError(
-                f"no levels keep the budget of {budget.target:g} {budget.measure}{limits} with all modules there: raise the target "
+                f"no genome that keeps all modules is within {budget.target:g} {budget.measure}{limits}: raise the target "
                 "or the limits, or add a more compressed level"
             )
         return least

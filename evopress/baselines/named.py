@@ -68,8 +68,8 @@ def _make(name: str, settings: BaselinesSettings) -> Baseline:
     baseline = BASELINES.make(name, _options(name, settings), key="baselines.names", told_by="baselines.options")
     if not isinstance(baseline, Baseline):
         raise EvoPressError(
-            f"baselines.names has {name!r}, which is a {type(baseline).__name__} and no evopress.baselines.baseline.Baseline: "
-            "leave it out"
+            f"baselines.names has {name!r}, which is a {type(baseline).__name__}, expected an "
+            "evopress.baselines.baseline.Baseline: leave it out"
         )
     return baseline
 

@@ -89,5 +89,5 @@ def corrected(W: Tensor, lost: Lost, *, share: float, damping: float) -> Tensor:
     factor = torch.linalg.cholesky(damp(lost.H, damping=damping)[0])
     V = W.to(torch.float32) + share * torch.cholesky_solve(moved.T, factor).T
     if not bool(torch.isfinite(V).all()):
-        raise EvoPressError("what corrects it for its inputs is not finite: set refine.correction or method.correction to 0")
+        raise EvoPressError("its correction for compressed inputs is not finite: set refine.correction or method.correction to 0")
     return V.to(W.dtype)

@@ -85,8 +85,8 @@ class GGUFLevels:
             levels.append(Level(of.name, bits, of.name, bits, source="quant"))
         if not levels:
             raise EvoPressError(
-                f"rows of {shape[1]} can have none of method.levels {list(self.types)}, whose blocks are of 32 or 256 weights: "
-                f"{'add Q4_0, of 32' if shape[1] % 32 == 0 else 'add dense, the weight as it is'}"
+                f"none of method.levels {list(self.types)} fits rows of {shape[1]} weights, since GGUF blocks have 32 or 256: "
+                f"{'add Q4_0, which has 32' if shape[1] % 32 == 0 else 'add dense, the weight as it is'}"
             )
         return tuple(levels)
 

@@ -202,7 +202,7 @@ def pruned(
         if found and found != list(counts):
             raise EvoPressError(
                 f"the pruner {type(pruner).__name__} keeps {found} of the {weights[name].numel()} weights of {name}, asked for "
-                f"{list(counts)}: mend it, or choose another method.compressor"
+                f"{list(counts)}: fix it, or choose another method.compressor"
             )
     return made
 

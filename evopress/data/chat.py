@@ -43,7 +43,7 @@ class ChatTemplate:
             raise EvoPressError(
                 f"{where} is a chat, and "
                 + ("data.chat_template is null" if self.given is None else "this tokenizer has no chat template")
-                + ": give a file with one by data.chat_template=FILE, or name a field of text with data.field"
+                + ": set data.chat_template=FILE, or name a text field with data.field"
             )
         try:
             with _on_one_day():
@@ -51,8 +51,7 @@ class ChatTemplate:
         except Exception as error:  # whatever a template raises
             reason = clip(str(error) or type(error).__name__).rstrip(". ")
             raise EvoPressError(
-                f"{where} cannot be rendered by the chat template ({reason}): mend the row, or give another template by "
-                "data.chat_template=FILE"
+                f"{where} cannot be rendered by the chat template ({reason}): fix the row, or set another data.chat_template=FILE"
             ) from error
         return str(text).removeprefix(tokenizer.bos_token or "")
 

@@ -264,7 +264,9 @@ def _entries(path: Path) -> Iterator[Any]:
         if mark[1] == "]" or (number == 0 and buffer.startswith("]", mark.end())):
             rest = buffer[mark.end() :].lstrip().removeprefix("]" if mark[1] == "[" else "").strip()
             if rest or any(chunk.strip() for chunk in chunks):
-                raise EvoPressError(f"{path} goes on after its JSON array: put all into one array, or a document a line (.jsonl)")
+                raise EvoPressError(
+                    f"{path} has data after its JSON array: put all documents into the array, or write one a line (.jsonl)"
+                )
             return
         buffer, number = buffer[mark.end() :], number + 1
         while True:
@@ -376,7 +378,7 @@ def _text(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise EvoPressError(f"{where} has half of a surrogate pair in its text: mend the line or leave it out") from None
+        raise EvoPressError(f"{where} has an unpaired surrogate in its text: fix the line or leave it out") from None
     return text
 
 

@@ -94,7 +94,7 @@ class RunText:
         sources |= {name: self.source(name) for name in evaluation.data if name not in sources}
         for name, path in evaluation.files.items():
             if name in sources:
-                raise EvoPressError(f"evaluation.files has {name!r}, which another data set is called: give the file another name")
+                raise EvoPressError(f"evaluation.files has {name!r}, which is already the name of another data set: choose another")
             own = self.own_source if isinstance(self.own_source, TextFiles) else None
             sources[name] = TextFiles(
                 evaluation=(path,),
@@ -116,7 +116,7 @@ class RunText:
                 used |= dict.fromkeys(source.digests(split), split)
             held_out = source.digests("evaluation") if source is not self.own_source else []
             if same := next((used[digest] for digest in held_out if digest in used), None):
-                raise EvoPressError(f"evaluation.files has {name!r}, which is also a {same} file: hold out another one")
+                raise EvoPressError(f"evaluation.files has {name!r}, which is also a {same} file: give another one")
 
     @cached_property
     def leading_ids(self) -> tuple[int, ...]:
@@ -183,8 +183,8 @@ class RunText:
             return self.tokens("search", (searched + count) * length)[searched:]
         except EvoPressError as error:
             raise EvoPressError(
-                f"{error}; the search draws from {searched * length} of them (data.search_tokens), and the {count * length} after "
-                "these are what the stage refine decides by (refine.tokens)"
+                f"{error}; the search uses {searched * length} of them (data.search_tokens), the stage refine the "
+                f"{count * length} after these (refine.tokens)"
             ) from error
 
     @cached_property
@@ -222,7 +222,9 @@ class GivenText:
         Raises: EvoPressError if nothing was: what comes after the search text is not known.
         """
         if self._after_search is None:
-            raise EvoPressError(f"there is no text after the search text to refine by ({num_tokens} tokens were asked for)")
+            raise EvoPressError(
+                f"no text is left after the search text for refine.tokens={num_tokens}: lower data.search_tokens, or give more text"
+            )
         return self._after_search
 
     def check_files(self) -> None:

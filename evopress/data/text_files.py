@@ -98,7 +98,7 @@ class TextFiles:
             if left_out["repeated"] > before:
                 if len(self._files[split]) == 1:
                     raise EvoPressError(
-                        f"all documents of {file.path} that the {split} split would get repeat others: give it text of its own"
+                        f"all documents of {file.path} for the {split} split are duplicates: give that split its own text"
                     )
             elif len(file.splits) == 1:
                 raise EvoPressError(f"{file.path} has no text: give a file with at least one document")

@@ -79,9 +79,7 @@ def token_sequences(
         )
     separator_id, leading = _separator_id(tokenizer, separator), leading_ids(tokenizer, bos)
     if sequence_length <= len(leading):
-        raise EvoPressError(
-            f"sequence_length is {sequence_length}, all taken by what the tokenizer puts before a text: lengthen it"
-        )
+        raise EvoPressError(f"sequence_length is {sequence_length}, which the tokenizer's own first tokens fill: raise it")
     shape, left_out = (num_tokens // sequence_length, sequence_length), Counter[str]()
 
     def read() -> Tensor:
@@ -238,8 +236,8 @@ def _told_of(source: TextSource) -> Iterator[None]:
             raise
         reason = clip(str(error) or type(error).__name__).rstrip(". ")
         raise EvoPressError(
-            f"the text source {source.name} cannot be read ({type(error).__name__}: {reason}): check data.options, and that it "
-            "yields text and is identified by what JSON holds"
+            f"the text source {source.name} cannot be read ({type(error).__name__}: {reason}): check data.options, that it yields "
+            "text, and that its identity is JSON-able"
         ) from error
 
 

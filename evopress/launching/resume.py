@@ -41,7 +41,9 @@ def with_resumed(arguments: list[str], folder: Path) -> list[str]:
             raise EvoPressError(f"resume={folder} is not a run folder: expected {overrides}")
         earlier = _hydras_own(overrides)
         if not earlier:  # killed while Hydra wrote it
-            raise EvoPressError(f"the run in {folder} was stopped before it began: give its whole command with {shlex.quote(here)}")
+            raise EvoPressError(
+                f"the run in {folder} was stopped before it saved its settings: repeat its whole command with {shlex.quote(here)}"
+            )
     later = {argument.split("=", 1)[0] for argument in arguments} | {"resume", "dry_run"}
     if _has_finished(folder, earlier):  # one that was killed goes on with the stages that it was begun with
         later.add("stages")
@@ -92,7 +94,7 @@ def _hydras_own(overrides: Path) -> list[str]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EvoPressError(f"{overrides} cannot be read ({reason}): give the whole command with hydra.run.dir instead") from error
     if not isinstance(listed, ListConfig):
-        raise EvoPressError(f"{overrides} holds no list of overrides: give the whole command with hydra.run.dir instead")
+        raise EvoPressError(f"{overrides} is not a list of overrides: repeat the whole command with hydra.run.dir instead")
     return [str(override) for override in listed]
 
 

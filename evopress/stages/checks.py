@@ -104,9 +104,7 @@ def check_strategy(settings: RunSettings) -> None:
             "gradient: use search/strategy=evolution"
         )
     if settings.fitness.evaluator == "plain":
-        raise EvoPressError(
-            f"search/strategy={name} runs blocks alone, which fitness.evaluator=plain does not: leave one of them out"
-        )
+        raise EvoPressError(f"search/strategy={name} needs fitness.evaluator=population, not plain: leave one of them out")
 
 
 def search_cost(numbers: Searching, *, modules: bool = False, units: int = 0, starts: int = 0) -> int:

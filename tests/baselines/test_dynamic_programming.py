@@ -139,6 +139,6 @@ def test_where_a_limit_asks_for_modules_to_be_dropped_there_is_none():
     space = Space("joint", units, None, (None, 0, None))
     errors = [[0.0, 0.0], [0.1, 0.2], [0.0, 0.0]]
     budget = Budget(4, 4.0, "bits per weight", (Limit(1, currency_of("modules")),))
-    with pytest.raises(EvoPressError, match="no levels keep the budget of 4 bits per weight and 1 modules with all modules there"):
+    with pytest.raises(EvoPressError, match="no genome that keeps all modules is within 4 bits per weight and 1 modules"):
         dynamic_programming(space, budget, errors)
     assert dynamic_programming(space, replace(budget, limits=()), errors) == (0, 0, 0)

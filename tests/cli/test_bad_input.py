@@ -111,7 +111,7 @@ SETTINGS = {
     "unknown exchange": (["search.exchange=colour"], ["search.exchange=colour", "size, name, any, none"]),
     "unknown distribution": (["search.distribution=normal"], ["search.distribution=normal", "min_uniform"]),
     "unknown stage": (["stages=[databse]"], ["databse", "database, baselines"]),
-    "OWL is of another method": (["baselines.names=[owl]"], ["owl", "method sparsity, not quant"]),
+    "OWL is of another method": (["baselines.names=[owl]"], ["owl", "method sparsity only, not quant"]),
     "a bound where the target is no level": (["search.max_level=1"], ["search.max_level=1", "between two levels"]),
     "a total where the target is no level": (["search.max_total_deviation=4"], ["search.max_total_deviation=4", "between two"]),
     "unknown baseline": (["baselines.names=[spdy]"], ["'spdy'", "choose among uniform", "dp"]),
@@ -500,7 +500,7 @@ def test_what_is_held_out_is_not_trained_on(tiny: Callable[..., Any], tmp_path: 
     (tmp_path / "b.txt").write_text(PROSE.upper(), encoding="utf-8")
     (tmp_path / "copy.txt").write_text(PROSE, encoding="utf-8")
     outcome = tiny("data=text", "data.calibration=[a.txt]", "data.evaluation=[b.txt]", "+evaluation.files.other=copy.txt")
-    refused(outcome, "'other'", "which is also a", "hold out another one")
+    refused(outcome, "'other'", "which is also a", "give another one")
 
 
 @pytest.mark.usefixtures("no_model")

@@ -166,7 +166,7 @@ SPARSE, READ = ("+method=sparsity", "sparsity=0.3", "method.compressor=part"), (
             "pruners",
             PRUNER % SETTINGS,
             SPARSE,
-            r"the pruner Part keeps \[.*\] of the \d+ weights of model\.layers\.0\..*, asked for \[.*\]: mend it, or choose",
+            r"the pruner Part keeps \[.*\] of the \d+ weights of model\.layers\.0\..*, asked for \[.*\]: fix it, or choose",
         ),
         ("pruners", PRUNER % "", SPARSE, "method.compressor=part is no pruner: expected a class of"),
         ("pruners", "class Part:\n    def __init__(self, **given): pass", SPARSE, "is no pruner"),

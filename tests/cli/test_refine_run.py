@@ -249,7 +249,7 @@ def test_dropped_modules_have_nothing_to_refine(evopress: Callable[..., Any], tm
         (("stages=[database,refine]",), ("there is no genome.json", "run the stage search first")),
         ((ON, "refine.tokens=63"), ("refine.tokens=63 does not fill one sequence of model.sequence_length=64",)),
         ((ON, "refine.tokens=1"), ("refine.tokens=1 is out of range",)),
-        ((ON, "refine.tokens=900000"), ("the search draws from 2048 of them (data.search_tokens)", "refine.tokens")),
+        ((ON, "refine.tokens=900000"), ("the search uses 2048 of them (data.search_tokens)", "refine.tokens")),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(

@@ -196,7 +196,7 @@ def test_guided_drops_modules(method: tuple[str, ...], evopress: Callable[..., A
     [
         (
             ("+method=quant", "bits=2.5", "fitness.evaluator=plain"),
-            "search/strategy=guided runs blocks alone, which fitness.evaluator=plain",
+            "search/strategy=guided needs fitness.evaluator=population, not plain",
         ),
         (("+method=quant", "bits=2.5", "search.strategy.changes=[0]"), "search.strategy.changes=[0] is out of range"),
         (("+method=quant", "bits=2.5", "search.max_level=2"), "knows no such bounds"),

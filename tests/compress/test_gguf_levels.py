@@ -56,7 +56,7 @@ def test_levels_of_256_are_k_types_and_all_decode_as_gguf_says() -> None:
 
 def test_rows_that_are_no_multiple_of_256_have_the_types_of_32() -> None:
     assert [level.key for level in EVERY.levels((8, 96))] == ["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
-    with pytest.raises(EvoPressError, match=r"rows of 96 can have none of method.levels \['Q4_K'\].*: add Q4_0, of 32"):
+    with pytest.raises(EvoPressError, match=r"none of method.levels \['Q4_K'\] fits rows of 96 weights.*: add Q4_0, which has 32"):
         GGUFLevels(("Q4_K",)).levels((8, 96))
     with pytest.raises(EvoPressError, match=r"rows of 80 .*: add dense, the weight as it is"):
         GGUFLevels(("Q4_0",)).levels((8, 80))

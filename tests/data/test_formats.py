@@ -132,8 +132,8 @@ def test_a_list_of_strings_is_one_document_of_paragraphs(tmp_path: Path) -> None
         ("a.json", b'[{"text": "a"}, {"text": ', "entry 2 .* no JSON"),
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "no JSON array after its entry 1"),
         ("a.json", b'[{"text": "a"}', "no JSON array after its entry 1"),
-        ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]', "goes on after its JSON array"),
-        ("a.json", b'[] {"text": "a"}', "goes on after its JSON array"),
+        ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]', "has data after its JSON array"),
+        ("a.json", b'[] {"text": "a"}', "has data after its JSON array"),
         ("a.json", b'{"rows": []}', "line 1 .* field 'text' .*rows"),
         ("a.json", b'["\\ud800"]', "entry 1 .* surrogate"),
         ("a.json", b"[" * 100_000, "entry 1 .* no JSON"),
@@ -271,7 +271,7 @@ def fails(message: str) -> str:
     [
         (None, "row 2 .* is a chat: name a field"),
         (chat_template(None), r"is a chat, and data\.chat_template is null"),
-        (chat_template(own=None), "this tokenizer has no chat template: give a file"),
+        (chat_template(own=None), "this tokenizer has no chat template: set data.chat_template=FILE"),
         (chat_template(own=fails("roles must alternate")), "roles must alternate.*: mend the row"),
         (chat_template(own="{{ messages[7].content.x }}"), "cannot be rendered"),
         (chat_template("nowhere.jinja"), "data.chat_template=nowhere.jinja cannot be read"),
@@ -288,7 +288,7 @@ def test_a_chat_that_cannot_be_rendered_is_told(chat: ChatTemplate | None, words
 def test_half_a_surrogate_pair_in_a_chat_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"messages": [{"role": "user", "content": "a \\ud800"}]}\n')
-    with pytest.raises(EvoPressError, match=r"line 1 of .* has half of a surrogate pair"):
+    with pytest.raises(EvoPressError, match=r"line 1 of .* has an unpaired surrogate"):
         read_chats(path, chat_template())
 
 

@@ -55,7 +55,9 @@ def test_text_after_the_search_is_what_comes_next(text: Callable[..., RunText]) 
 
 
 def test_too_little_text_after_the_search_names_both_settings(text: Callable[..., RunText]) -> None:
-    with pytest.raises(EvoPressError, match=r"\(data\.search_tokens\), and the 1600000 after these .* \(refine\.tokens\)$"):
+    with pytest.raises(
+        EvoPressError, match=r"\(data\.search_tokens\), the stage refine the 1600000 after these \(refine\.tokens\)$"
+    ):
         text().after_search(50000 * LENGTH)
 
 
@@ -65,9 +67,9 @@ def test_an_unknown_set_is_told_with_the_choices(text: Callable[..., RunText]) -
 
 
 def test_a_held_out_file_may_not_be_trained_on_or_share_a_name(text: Callable[..., RunText], tmp_path: Path) -> None:
-    with pytest.raises(EvoPressError, match=r"evaluation\.files has 'mine', which is also a search file: hold out another one"):
+    with pytest.raises(EvoPressError, match=r"evaluation\.files has 'mine', which is also a search file: give another one"):
         text(files={"mine": str(tmp_path / "search.txt")}).check_files()
-    with pytest.raises(EvoPressError, match=r"evaluation\.files has 'text', which another data set is called"):
+    with pytest.raises(EvoPressError, match=r"evaluation\.files has 'text', which is already the name of another data set"):
         text(files={"text": str(tmp_path / "other.txt")}).check_files()
 
 

@@ -150,7 +150,7 @@ def test_held_out_files_of_their_own_leave_out_what_is_trained_on(tmp_path: Path
     assert left_out["repeated"] == 10
     assert source.identity() != TextFiles(evaluation=(further,)).identity()
     copied = array_of(tmp_path / "copied.json", texts[:5])
-    with pytest.raises(EvoPressError, match=r"all documents of .*copied\.json .* repeat others: give it text of its own"):
+    with pytest.raises(EvoPressError, match=r"all documents of .*copied\.json .* are duplicates: give that split its own text"):
         list(TextFiles(evaluation=(copied,), apart_from=own).documents("evaluation"))
 
 

@@ -87,7 +87,7 @@ def test_sequences_begin_with_it_and_stay_as_long_as_asked(rule: str) -> None:
 def test_two_tokens_before_a_text_are_kept_together() -> None:
     tokenizer = tokenizer_with((END_OF_TEXT, BOS))
     assert get(tokenizer, "abcdef")[:, :2].tolist() == [list(leading_ids(tokenizer))] * 3
-    with pytest.raises(EvoPressError, match="all taken by what the tokenizer puts before"):
+    with pytest.raises(EvoPressError, match="which the tokenizer's own first tokens fill"):
         get(tokenizer, "abcdef", sequence_length=2)
 
 

@@ -142,7 +142,7 @@ def _split(files, split):
     try:
         return "\n\n".join(files.documents(split))
     except EvoPressError as error:
-        if f"the {split} split would get repeat others" not in str(error):
+        if f"for the {split} split are duplicates" not in str(error):
             raise
         return ""
 
