@@ -339,7 +339,7 @@ def _stored(weight: Weight) -> Tensor:
     """Return the bytes of a weight of one of GGUF's types."""
     payload = weight.read()
     if not isinstance(payload, GGUFWeight) or payload.kind != weight.form.label:
-        raise EvoPressError(f"{weight.form} is stored otherwise in the level database: remove it, and it is built again")
+        raise EvoPressError(f"{weight.form} does not match what the level database stores: remove the database, it is then rebuilt")
     return payload.blocks
 
 

@@ -90,8 +90,8 @@ def split_name(steps: Sequence[Mapping[str, Any]]) -> str:
             if not steps[0].get("invert") and pattern in _OF_PATTERN:
                 return _OF_PATTERN[pattern]
     raise EvoPressError(
-        f"export=[gguf] does not know what llama.cpp calls a tokenizer that splits text by {' and '.join(kinds) or 'nothing'} "
-        "as this one does: name it, such as '+export_options.gguf.pre_tokenizer=llama-bpe' (all names: llama-vocab.cpp)"
+        f"export=[gguf] does not know llama.cpp's name for this pre-tokenizer ({' and '.join(kinds) or 'no rule'}): give it, such "
+        "as '+export_options.gguf.pre_tokenizer=llama-bpe' (all names: llama-vocab.cpp)"
     )
 
 

@@ -50,8 +50,8 @@ class GPTQFiles:
         """Refuse what GPTQModel does not hold, or would leave unread."""
         if (model_type := config.get("model_type")) in _SPLIT:
             raise EvoPressError(
-                f"export=[gptq] cannot hold a model of type {model_type}, whose gate_up_proj GPTQModel splits in two, so that it "
-                "leaves unread what a file has of it: use export=[dequantized]"
+                f"export=[gptq] cannot hold a model of type {model_type}: GPTQModel splits its gate_up_proj in two and would not "
+                "read the stored one; use export=[dequantized]"
             )
         forms = list(forms)
         refuse_experts(forms, asked=ENGINE.export)

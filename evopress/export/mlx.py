@@ -244,8 +244,8 @@ def _pattern(layer_types: Sequence[str]) -> int:
     every = full[0] + 1 if full else 0
     if not every or full != list(range(every - 1, len(layer_types), every)):
         raise EvoPressError(
-            f"export=[mlx] cannot hold this model, of whose blocks {full} have full attention: mlx-lm gives it to every n-th, and "
-            "needs one that has it; use export=[dequantized]"
+            f"export=[mlx] cannot hold this model, whose full-attention blocks are {full}: mlx-lm expects every n-th block; "
+            "use export=[dequantized]"
         )
     return every
 

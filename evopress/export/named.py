@@ -33,9 +33,7 @@ def make_exporters(names: Sequence[str], options: Mapping[str, Mapping[str, Any]
     Raises: EvoPressError if there is none of a name, or it does not take its options.
     """
     if unused := [name for name in options if name not in names]:
-        raise EvoPressError(
-            f"export_options has {unused[0]}, which export={list(names)} does not name: add it there, or leave it out"
-        )
+        raise EvoPressError(f"export_options has {unused[0]}, which is not in export={list(names)}: add it there, or leave it out")
     return {name: _make(name, options.get(name, {})) for name in names}
 
 

@@ -25,8 +25,7 @@ def refuse_unfit(engine: Engine, forms: Iterable[Form], *, asked: str, otherwise
             raise EvoPressError(f"{asked} cannot hold sparse weights ({form}): {otherwise}")
         if form.kind == INTEGERS and engine.gguf_types:
             raise EvoPressError(
-                f"{asked} cannot hold {form}: {engine.title} computes with the types of GGUF; use +method=gguf, whose levels they "
-                f"are, or {otherwise}"
+                f"{asked} cannot hold {form}: {engine.title} computes with GGUF types only; use +method=gguf, or {otherwise}"
             )
         if form.kind == GGUF_TYPE and not engine.gguf_types:
             raise EvoPressError(f"{asked} cannot hold GGUF's types ({form}): set method.grid=integers, or use export=[gguf]")
@@ -70,8 +69,8 @@ def _refuse_integers(engine: Engine, form: Form, *, asked: str, otherwise: str) 
         )
     if engine.rows_in_words and (form.rows % 32 or form.columns % 32):
         raise EvoPressError(
-            f"{asked} cannot hold {form}, which is [{form.rows}, {form.columns}]: {engine.title} packs integers in words of 32 "
-            f"bits, so both have to be multiples of 32; {otherwise}"
+            f"{asked} cannot hold {form}, which is [{form.rows}, {form.columns}]: {engine.title} packs integers in 32-bit "
+            f"words, so both must be multiples of 32; {otherwise}"
         )
 
 
@@ -90,6 +89,6 @@ def _refuse_untied(engine: Engine, name: str, members: list[list[Form]], *, aske
     else:
         what = f"{members[0][0].unit} and {', '.join(kinds[1:])} at levels of their own"
     raise EvoPressError(
-        f"{asked} cannot hold {what}: {engine.title} runs {', '.join(kinds)} as one, {name}, with the bits of the first; "
+        f"{asked} cannot hold {what}: {engine.title} fuses {', '.join(kinds)} into {name}, with the bits of the first; "
         f"search with engine={engine.name}, which gives them one level, or {otherwise}"
     )

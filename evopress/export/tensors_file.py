@@ -78,7 +78,7 @@ def write_sections(path: Path, sections: Sequence[Section], metadata: Mapping[st
                 if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
                     raise EvoPressError(
                         f"{entry.name} is {tensor.dtype} {list(tensor.shape)} in the level database, expected {entry.dtype} "
-                        f"{list(entry.shape)}: it was built with other settings, remove it and it is built again"
+                        f"{list(entry.shape)}: it was built with other settings; remove it, it is then rebuilt"
                     )
                 flat = tensor.contiguous().cpu().reshape(-1)
                 if flat.stride(0) != 1:  # of one number: contiguous, whatever its strides

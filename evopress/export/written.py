@@ -53,7 +53,9 @@ class Weight:
         """
         payload = self.read()
         if not isinstance(payload, Quantized) or payload.bits != self.form.bits:
-            raise EvoPressError(f"{self.form} is stored otherwise in the level database: remove it, and it is built again")
+            raise EvoPressError(
+                f"{self.form} does not match what the level database stores: remove the database, it is then rebuilt"
+            )
         return payload
 
     def dense_section(self, dtype: torch.dtype) -> Section:
@@ -64,7 +66,9 @@ class Weight:
     def _dense(self) -> torch.Tensor:
         payload = self.read()
         if not isinstance(payload, Dense):
-            raise EvoPressError(f"{self.form} is stored otherwise in the level database: remove it, and it is built again")
+            raise EvoPressError(
+                f"{self.form} does not match what the level database stores: remove the database, it is then rebuilt"
+            )
         return payload.weight.T if self.transposed else payload.weight
 
 

@@ -131,8 +131,8 @@ class BackwardPass:
         if not bool(finite.all()):
             row, unit = (int(i) for i in torch.nonzero(~finite)[0])
             raise EvoPressError(
-                f"what {self.live.space.units[unit].name} holds of the fitness is not a finite number on sequence {row}: look at "
-                "the model's outputs at these levels (overflow in half precision, a damaged level), or search by evolution"
+                f"the attribution of {self.live.space.units[unit].name} is not finite on sequence {row}: look at the model's "
+                "outputs at these levels (overflow in half precision, a damaged level), or use search/strategy=evolution"
             )
         return first, second
 

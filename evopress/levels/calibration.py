@@ -200,7 +200,7 @@ def collect_hessians(
         idle = [name for name in linears if name not in owners and name not in experts]
         if idle:
             raise EvoPressError(
-                f"{idle[0]} was never called in its block's forward: its family's adapter names a module that is not used"
+                f"{idle[0]} is not used in its block's forward, so it has no calibration inputs: choose another model"
             )
         _pool_experts({name: sum(counts[name] for _, counts in seen) for name in experts}, owners, found)
         for owner in list(found):  # each sum goes when its Hessian is there

@@ -89,7 +89,7 @@ def check_contributions(family: Family, index: int) -> None:
     parts = family.parts(index)
     if len(parts.attention) != 1 or len(parts.mlp) != 1:
         raise EvoPressError(
-            f"search/strategy=guided cannot score the blocks of {family.name}, which have not one mixer and one MLP each: "
+            f"search/strategy=guided needs one mixer and one MLP in each block, which {family.name} does not have: "
             "use search/strategy=evolution"
         )
 
@@ -148,8 +148,8 @@ def check_fields(config: Mapping[str, Any], num_blocks: int, family: Family) -> 
             continue
         if (isinstance(value, (list, tuple)) and len(value) == num_blocks > 1) or _by_block(value, num_blocks):
             raise EvoPressError(
-                f"the model's config has {key}={shown(value)}, which may be one entry per block, of {num_blocks} blocks, and so "
-                "may have to be cut with them: leave export out of stages, or name it in evopress/models/families.py (per_block)"
+                f"the model's config has {key}={shown(value)}, which may have one entry per block, of {num_blocks} blocks, to be cut with "
+                "them: leave export out of stages, or add it to per_block in evopress/models/families.py"
             )
 
 
@@ -327,8 +327,8 @@ def check_identity(blocks: BlockModel) -> None:
             )
         if not same:
             raise EvoPressError(
-                "a block of this model changes its input even without attention and MLP (it normalises the residual stream): "
-                "modules of it cannot be dropped, choose another model or method"
+                "modules of this model cannot be dropped, since its blocks normalise the residual stream itself: choose another "
+                "model or method"
             )
 
 

@@ -204,8 +204,8 @@ def _forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> T
     sizes: Sequence[int] = tokens_of(module, hidden_states, numbers).tolist()
     if any(sizes[expert] for expert in vars(module).get("dropped", ())):
         raise EvoPressError(
-            f"a token is sent to an expert that is dropped, by the router beside this {type(module).__name__}: fewer are left than "
-            "it chooses, or it chooses by more than its logits; drop fewer, or choose another model"
+            f"the router beside this {type(module).__name__} sends a token to a dropped expert: fewer experts are left than its "
+            "top-k, or it does not choose by its logits alone; drop fewer, or choose another model"
         )
     # Summed over a token's experts in their order: adding in place would depend on the order of a GPU's threads.
     made, start = hidden_states.new_zeros(total * k, hidden_states.shape[-1]), 0

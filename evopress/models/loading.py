@@ -116,7 +116,7 @@ def pick_device(device: str) -> torch.device:
         raise EvoPressError(f"device {device!r} is not a device name: use auto, cpu, cuda or cuda:N") from None
     if processes() > 1 and chosen.index is not None:
         raise EvoPressError(
-            f"model.device={device} is one device for {processes()} processes: leave it out, each takes its own GPU"
+            f"model.device={device} would be shared by {processes()} processes: leave it out, each then takes its own GPU"
         )
     if chosen.type not in ("cpu", "cuda"):
         raise EvoPressError(f"device {device!r} is not supported: use auto, cpu, cuda or cuda:N")
@@ -355,8 +355,7 @@ def load_pretrained(
         attn_implementation = attention.NAME
     if attn_implementation == attention.NAME and not family.plain_attention:
         raise EvoPressError(
-            f"model.attn_implementation={attention.NAME} is for plain attention, which {config.get('model_type')} models "
-            "have not: leave it out"
+            f"model.attn_implementation={attention.NAME} does not support {config.get('model_type')} models: leave it out"
         )
     if attn_implementation == attention.NAME:
         attention.register()

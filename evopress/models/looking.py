@@ -149,8 +149,8 @@ def _arguments(blocks: BlockModel, family: Family, form: Form, ids: Tensor) -> b
                 continue
             if a.shape[:2] != ids.shape or a.shape != b.shape or a.dtype != blocks.dtype:
                 raise EvoPressError(
-                    f"{blocks.block_name(index)} of this {family.name} gets something that depends on the tokens beside its "
-                    f"hidden states, of the shape {list(a.shape)}: choose another model"
+                    f"{blocks.block_name(index)} of this {family.name} takes another input that depends on the tokens, of shape "
+                    f"{list(a.shape)}, beside its hidden states: choose another model"
                 )
             form.sides[index, place] = tuple(a.shape[2:])
         by_batch |= [each.shape for each in one] != [each.shape for each in two]

@@ -264,7 +264,7 @@ def _decoder(model: nn.Module, path: str) -> str:
         name = ".".join(parts[:end])
         if "input_ids" in inspect.signature(model.get_submodule(name).forward).parameters:
             return name
-    raise EvoPressError(f"nothing around {path} of {type(model).__name__} takes token ids: choose another model")
+    raise EvoPressError(f"no module around {path} of {type(model).__name__} takes token ids: choose another model")
 
 
 def _stays(name: str, module: Any, *, shared: bool, hidden: int) -> str:

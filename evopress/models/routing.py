@@ -146,7 +146,7 @@ def check_routers(blocks: BlockModel) -> None:
                     wrong = str(error).partition(":")[0]
             if wrong:
                 raise EvoPressError(
-                    f"experts of {blocks.family.name} cannot be dropped: with one left out, {wrong} "
+                    f"experts of {blocks.family.name} cannot be dropped: without one, {wrong} "
                     f"({blocks.block_name(index)}.{layer.router}); choose another model or method"
                 )
 

@@ -57,7 +57,7 @@ def outside_slots(model: Any, include: Sequence[str]) -> list[Slot]:
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         what = f"{names.get(embedding, 'embedding')} is a {type(embedding).__name__}, its head a {type(head).__name__}"
         raise EvoPressError(
-            f"this model's {what}: only a plain embedding and a plain linear head can be units; use method.include=[blocks]"
+            f"this model's {what}: only a plain embedding and a plain linear head can be compressed; use method.include=[blocks]"
         )
     if head.weight is embedding.weight:
         return [Slot(names[embedding], EMBEDDING, embedding)]

@@ -94,7 +94,7 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
         raise EvoPressError(_already(folder, f"{method}{where}"))
     for path in sorted(folder.glob("*.json")):
         if "quant" in path.name.lower():
-            raise EvoPressError(f"{_already(folder, path.name)}; if they are the original weights, take this file away")
+            raise EvoPressError(f"{_already(folder, path.name)}; if they are the original weights, remove this file")
 
 
 def _marks(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

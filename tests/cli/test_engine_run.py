@@ -84,7 +84,11 @@ def test_what_an_engine_cannot_hold_is_refused_before_anything_is_built(
         ("mixtral", "vllm", "engine=vllm is not written for experts (model.layers.0.mlp.experts.0"),
         ("mixtral", "gptqmodel", "engine=gptqmodel is not written for experts"),
         ("opt", "mlx", "engine=mlx: export=[mlx] is not written for models of type opt: it knows"),
-        ("phi3", "gptqmodel", "engine=gptqmodel: export=[gptq] cannot hold a model of type phi3, whose gate_up_proj"),
+        (
+            "phi3",
+            "gptqmodel",
+            "engine=gptqmodel: export=[gptq] cannot hold a model of type phi3: GPTQModel splits its gate_up_proj",
+        ),
     ],
 )
 def test_a_search_for_a_file_that_is_not_written_does_not_begin(

@@ -57,7 +57,11 @@ def test_what_cannot_be_met_is_one_sentence(evopress: Callable[..., Any], tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("architecture", "sentence"), [("lfm2", ""), ("falcon_h1", "not one mixer and one MLP each: use search/strategy=evo")]
+    ("architecture", "sentence"),
+    [
+        ("lfm2", ""),
+        ("falcon_h1", "needs one mixer and one MLP in each block, which falcon_h1 does not have: use search/strategy=evo"),
+    ],
 )
 def test_hybrids_are_searched_or_refused_before_their_levels_are_built(
     evopress: Callable[..., Any], tmp_path: Path, architecture: str, sentence: str

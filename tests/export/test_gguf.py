@@ -204,7 +204,7 @@ def test_levels_that_are_types_are_written_as_they_are(exported: Callable[..., E
     bits = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert bits["blk.0.attn_q.weight"] == kinds["model.layers.0.self_attn.q_proj"]
     wrong = replace(export, forms=tuple(replace(form, label="Q4_0") for form in forms))
-    with pytest.raises(EvoPressError, match="at Q4_0 is stored otherwise in the level database"):
+    with pytest.raises(EvoPressError, match="at Q4_0 does not match what the level database stores"):
         write_export(GGUF(), tmp_path / "wrong", wrong)
 
 
@@ -377,7 +377,7 @@ def test_how_text_is_split_has_a_name(pattern: str, name: str | None) -> None:
     if name is not None:
         assert split_name(steps) == name
         return
-    with pytest.raises(EvoPressError, match=r"splits text by Split and ByteLevel as this one does: name it, such as"):
+    with pytest.raises(EvoPressError, match=r"pre-tokenizer \(Split and ByteLevel\): give it, such as"):
         split_name(steps)
 
 

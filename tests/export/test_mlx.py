@@ -178,7 +178,7 @@ def test_gemma_3_is_told_which_blocks_have_full_attention(exported: Callable[...
         config = engine_config(exported("gemma3_text", config={"layer_types": kinds}).model, {})
         assert config["sliding_window_pattern"] == every
     for kinds, blocks in (([full, sliding, sliding], r"\[0\]"), ([sliding] * 3, r"\[\]")):
-        with pytest.raises(EvoPressError, match=rf"of whose blocks {blocks} have full attention"):
+        with pytest.raises(EvoPressError, match=rf"whose full-attention blocks are {blocks}"):
             engine_config(exported("gemma3_text", config={"layer_types": kinds}).model, {})
 
 

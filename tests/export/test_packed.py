@@ -156,7 +156,7 @@ def test_experts_are_refused_before_a_search(what: str) -> None:
 def test_models_whose_weights_gptqmodel_splits_are_refused(model_type: str) -> None:
     """It would load them, and leave what lies in the file as gate_up_proj unread."""
     with pytest.raises(
-        EvoPressError, match=rf"^export=\[gptq\] cannot hold a model of type {model_type}, whose gate_up_proj GPTQModel"
+        EvoPressError, match=rf"^export=\[gptq\] cannot hold a model of type {model_type}: GPTQModel splits its gate_up_proj"
     ):
         GPTQFiles().check({"model_type": model_type}, [])
 
@@ -289,7 +289,7 @@ SAME = [integers(name, 4) for name in (Q, K, V)]
             "self_attn.q_proj and k_proj, v_proj at levels of their own: .*engine=vllm",
         ),
         ("gptq", [integers("a.o_proj", 4, 576)], "groups of 32, 64, 128, 256, 512, 1024, or whole rows"),
-        ("gptq", [integers("a.o_proj", 4, rows=48)], r"\[48, 128\]: GPTQModel packs integers in words of 32 bits"),
+        ("gptq", [integers("a.o_proj", 4, rows=48)], r"\[48, 128\]: GPTQModel packs integers in 32-bit words"),
         ("gptq", [integers("a.o_proj", 4, scale_dtype="float32")], "whose scales are float32: GPTQModel has float16"),
     ],
 )

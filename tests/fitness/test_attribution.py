@@ -201,7 +201,7 @@ def test_numbers_that_are_not_finite_are_told_with_the_unit(live_model, tokens) 
     live, ids = live_model("llama", num_blocks=4), tokens(2, 12, seed=5)
     base = base_states(PopulationEvaluator(live), ids, batch_tokens=48)
     base[1, 3] = torch.nan
-    with pytest.raises(EvoPressError, match=r"holds of the fitness is not a finite number on sequence 1"):
+    with pytest.raises(EvoPressError, match=r"the attribution of .* is not finite on sequence 1"):
         attribute(live, genome_of(live), ids, base, KLDivergence())
 
 

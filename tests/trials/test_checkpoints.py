@@ -105,7 +105,7 @@ def test_sizes_of_an_audio_codec_are_no_mark(config: dict[str, Any], checkpoint:
 def test_a_mark_in_a_file_counts_whatever_its_name(name: str, checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint()
     (folder / name).write_text("{}", encoding="utf-8")
-    with pytest.raises(EvoPressError, match=rf"already quantized \({name}\).*take this file away"):
+    with pytest.raises(EvoPressError, match=rf"already quantized \({name}\).*remove this file"):
         find_weights(folder)
     (folder / name).unlink()
     assert find_weights(folder)
