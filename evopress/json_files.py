@@ -33,19 +33,19 @@ def load_json(path: str | Path, *, limit: int = MAX_BYTES, what: str = "JSON fil
     return parse_json(load_bytes(path, limit=limit, what=what), path)
 
 
-def load_document(path: str | Path, *, what: str, newest: int, oldest: int = 1) -> dict[str, Any]:
+def load_document(path: str | Path, *, what: str, newest: int) -> dict[str, Any]:
     """Read a JSON file of ours and check its version: see `load_json` and `check_schema`."""
-    return check_schema(load_json(path, what=what), path, what=what, newest=newest, oldest=oldest)
+    return check_schema(load_json(path, what=what), path, what=what, newest=newest)
 
 
-def check_schema(document: Any, source: str | Path, *, what: str, newest: int, oldest: int = 1) -> dict[str, Any]:
+def check_schema(document: Any, source: str | Path, *, what: str, newest: int) -> dict[str, Any]:
     """Return a document after checking that it is an object of a version that this code reads.
 
     Args:
         source: the file, for the sentence.
         what: what the file should be: "search state".
 
-    Raises: EvoPressError if it is no object, has no schema number, or one above `newest` or below `oldest`.
+    Raises: EvoPressError if it is no object, has no schema number, or one above `newest` or below 1.
     """
     schema = document.get("schema") if isinstance(document, dict) else None
     if type(schema) is not int:
@@ -55,10 +55,10 @@ def check_schema(document: Any, source: str | Path, *, what: str, newest: int, o
             f"{source} has schema {shown(schema)} but this version of evopress reads up to {newest}: update evopress, or start a "
             "new run folder"
         )
-    if schema < oldest:
+    if schema < 1:
         raise EvoPressError(
-            f"{source} has schema {shown(schema)}, older than this version of evopress reads (from {oldest}): remove it, and it is "
-            "made again"
+            f"{source} has schema {shown(schema)}, older than this version of evopress reads (from 1): remove it, and it is made "
+            "again"
         )
     return document
 

@@ -26,8 +26,8 @@ from evopress.progress import counted
 from evopress.reporting.curve import HeldOutCurve, held_out_curve
 from evopress.reporting.drawing import (
     COLOURS,
-    DASHES,
     MARKERS,
+    STYLES,
     log_scale,
     new_figure,
     open_frame,
@@ -165,7 +165,9 @@ def draw(
     unit, unit_name = time_unit(most)
     names = list(dict.fromkeys(name for values in baselines.values() for name in values))
     colours = COLOURS[len(group) :] + COLOURS[: len(group)]  # those that no curve has, as far as there are so many
-    looks = {name: {"color": colours[i % len(colours)], "linestyle": DASHES[i % len(DASHES)]} for i, name in enumerate(names)}
+    looks = {
+        name: {"color": colours[i % len(colours)], "linestyle": STYLES[1:][i % (len(STYLES) - 1)]} for i, name in enumerate(names)
+    }
     figure = new_figure(12, 1.4 + 3.2 * len(measures))
     axes = figure.subplots(len(measures), len(X_AXES), sharey="row", squeeze=False)
     for measure, row in zip(measures, axes, strict=True):

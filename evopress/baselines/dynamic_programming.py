@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from evopress.baselines.baseline import WEIGHTS, Baseline, Problem
 from evopress.errors import EvoPressError
-from evopress.search.program import best_genome, best_in
+from evopress.search.program import best_in
 from evopress.search.sensitivity import with_modules_kept
-from evopress.units import Budget, Genome, Space, Unit, is_module
+from evopress.units import Budget, Genome, Space
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class DynamicProgramming(Baseline):
         return {"dp": genome}
 
 
-def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[float]], *, group_by: str | None = None) -> Genome:
+def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[float]]) -> Genome:
     """Choose the levels with the least sum of errors within the budget and all its limits.
 
     Args:
@@ -42,52 +42,24 @@ def dynamic_programming(space: Space, budget: Budget, errors: Sequence[Sequence[
         budget: the total cost allowed, and what else limits it.
         errors: errors[i][l] is the error of unit i at level l (quantization: relative squared output error), finite. Modules that
             could be dropped have none, and stay; what lies in one that is gone from the start keeps its first level.
-        group_by: None for one problem over all units; "size" for one per group of units with equal numbers of weights,
-            each with its proportional part of the budget, without further limits (the authors' `--group_by_numel`).
 
-    Raises: EvoPressError if the errors do not match the units, or the budget, or a group's part of it, cannot be met.
+    Raises: EvoPressError if the errors do not match the units, or the budget cannot be met.
     """
     budget.check(space)
     _check_errors(space, errors)
-    if group_by not in (None, "size"):
-        raise EvoPressError(f'group_by is "{group_by}": expected "size", or nothing for one problem over all units')
-    if group_by is None:
-        least = _least_errors(space, budget, errors)
-        if least is None:
-            limits = f" and {', '.join(map(str, budget.limits))}" if budget.limits else ""
-            raise EvoPressError(
-                f"no genome that keeps all modules is within {budget.target:g} {budget.measure}{limits}: raise the target "
-                "or the limits, or add a more compressed level"
-            )
-        return least
-    genome = [0] * len(space)
-    groups: dict[int, list[int]] = {}
-    for index, unit in enumerate(space.units):
-        if not is_module(unit) and not space.is_gone(genome, index):
-            groups.setdefault(unit.size, []).append(index)
-    for members in groups.values():
-        units = [space.units[index] for index in members]
-        total = budget.total * sum(unit.size for unit in units) // space.size
-        levels = _solve(units, [space.prices[index] for index in members], total, [errors[index] for index in members])
-        for index, level in zip(members, levels, strict=True):
-            genome[index] = level
-    return tuple(genome)
+    least = _least_errors(space, budget, errors)
+    if least is None:
+        limits = f" and {', '.join(map(str, budget.limits))}" if budget.limits else ""
+        raise EvoPressError(
+            f"no genome that keeps all modules is within {budget.target:g} {budget.measure}{limits}: raise the target "
+            "or the limits, or add a more compressed level"
+        )
+    return least
 
 
 def _least_errors(space: Space, budget: Budget, errors: Sequence[Sequence[float]]) -> Genome | None:
     """Solve the problem over all units; None if no genome that drops nothing is within the budget and its limits."""
     return best_in(space, budget, with_modules_kept(space, errors))
-
-
-def _solve(units: Sequence[Unit], prices: Sequence[Sequence[int]], total: int, errors: Sequence[Sequence[float]]) -> Genome:
-    """Solve one multiple-choice knapsack: one level for each unit, costs within `total`, least sum of errors."""
-    genome = best_genome([(prices, total)], errors)
-    if genome is None:
-        raise EvoPressError(
-            f"a budget of {total} for {len(units)} units (first: {units[0].name}) is below their least cost "
-            f"{sum(of_unit[-1] for of_unit in prices)}: add a more compressed level, raise the target, or leave group_by empty"
-        )
-    return genome
 
 
 def _check_errors(space: Space, errors: Sequence[Sequence[float]]) -> None:

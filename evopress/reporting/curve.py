@@ -27,8 +27,6 @@ class HeldOutCurve:
     """Predicted tokens of the text; None: of a run that did not say."""
     whole: bool
     """Whether that is the text that the results table has."""
-    num_left_out: int = 0
-    """Measurements on another text."""
 
     @property
     def lines(self) -> dict[str, Mapping[str, Any]]:
@@ -56,15 +54,13 @@ def held_out_curve(records: Sequence[Record], rows: Sequence[Mapping[str, Any]])
         if tokens is not None and _tokens(row.get("held_out_in_search")) == tokens
     }
     kept = [dict(record) for record in records]
-    left_out = 0
     for record in kept:
         if record.get("held_out") and _tokens(record["held_out"]) != tokens:
             record["held_out"] = None
-            left_out += 1
     if kept and kept[-1].get("held_out") and "evopress" in on_text:
         kept[-1]["held_out"] = on_text["evopress"]
     ours: Mapping[str, Any] = next((row for row in rows if row.get("name") == "evopress"), {})
-    return HeldOutCurve(kept, on_text, tokens, _is_whole(ours, tokens), left_out)
+    return HeldOutCurve(kept, on_text, tokens, _is_whole(ours, tokens))
 
 
 def _is_whole(row: Mapping[str, Any], tokens: int | None) -> bool:

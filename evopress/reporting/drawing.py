@@ -18,8 +18,6 @@ COLOURS = _SEVEN * 2
 # The second seven differ from the first by their dashes and markers.
 _DOTTED = ((0, (6, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (2, 3)), (0, (9, 2, 1, 2)))
 STYLES = ("-", "--", "-.", ":", "--", "-.", ":", *_DOTTED)
-DASHES = STYLES[1:]
-"""For straight lines beside curves."""
 MARKERS = "osD^vPX<>ph*d8"
 _FIXED = {"evopress": 0, "dp": 1, "best_of": 2}
 
@@ -116,11 +114,11 @@ def legend_below(figure: Figure, handles: Iterable[Any], labels: Iterable[str], 
     figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
 
 
-def legend_above(axis: Axes, figure: Figure, *, most: int = 6) -> None:
-    """Put the legend of a wide panel above it, where no curve is, of as many columns up to `most` as fit."""
+def legend_above(axis: Axes, figure: Figure) -> None:
+    """Put the legend of a wide panel above it, where no curve is, of as many columns up to six as fit."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        _legend(axis, figure, handles, labels, most, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
+        _legend(axis, figure, handles, labels, 6, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
 
 
 def _legend(owner: Axes | Figure, figure: Figure, handles: Iterable[Any], labels: Iterable[str], most: int, **place: Any) -> Legend:

@@ -62,20 +62,6 @@ def test_small_errors_are_told_apart():
     assert dynamic_programming(space, Budget(10, 2.5, "bits per weight"), errors) == (1, 1, 0, 0)
 
 
-def test_groups_by_size_have_their_share_of_the_budget_each():
-    space = space_of((8, 8, 8, 8, 1, 1, 1, 1))
-    budget = Budget(90, 2.5, "bits per weight")
-    errors = [[scale * 4.0**-b for b in (6, 5, 4, 3, 2)] for scale in (9, 7, 5, 3, 8, 6, 4, 2)]
-    grouped = dynamic_programming(space, budget, errors, group_by="size")
-    costs = [unit.levels[level].cost for unit, level in zip(space.units, grouped, strict=True)]
-    assert sum(costs[:4]) <= 80
-    assert sum(costs[4:]) <= 10
-    parts = [space_of((8,) * 4), space_of((1,) * 4)]
-    best = brute_force(parts[0], 80, errors[:4]) + brute_force(parts[1], 10, errors[4:])
-    assert error_sum(grouped, errors) == pytest.approx(best)
-    assert error_sum(dynamic_programming(space, budget, errors), errors) < best
-
-
 def test_hundreds_of_units_are_solved_within_the_budget():
     space = space_of((8, 3, 3, 1, 1) * 40)
     budget = Budget(int(2.5 * space.size), 2.5, "bits per weight")
@@ -100,17 +86,6 @@ def test_impossible_problems_are_refused():
         dynamic_programming(space, Budget(60, 3.5, "bits per weight"), errors[:2])
     with pytest.raises(EvoPressError, match="errors of u1"):
         dynamic_programming(space, Budget(60, 3.5, "bits per weight"), [[0.0, 1.0], [0.0, math.nan], [0.0, 1.0]])
-    with pytest.raises(EvoPressError, match='group_by is "kind"'):
-        dynamic_programming(space, Budget(60, 3.5, "bits per weight"), errors, group_by="kind")
-
-
-def test_a_group_that_cannot_meet_its_share_is_named():
-    wide = Unit("wide", 0, "q", 8, (Level("4 bits", 32, "4", 32),))
-    narrow = Unit("narrow", 1, "q", 4, (Level("4 bits", 16, "4", 16), Level("1 bits", 4, "1", 4)))
-    space = Space("quant", (wide, narrow))
-    with pytest.raises(EvoPressError, match=r"a budget of 24 for 1 units \(first: wide\)"):
-        dynamic_programming(space, Budget(36, 3, "bits per weight"), [[0.0], [0.0, 1.0]], group_by="size")
-    assert dynamic_programming(space, Budget(36, 3, "bits per weight"), [[0.0], [0.0, 1.0]]) == (0, 1)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -35,7 +35,7 @@ def test_on_all_tokens_the_last_point_is_the_tables_number() -> None:
     curve = held_out_curve(records(held_out(2.0), None, held_out(0.98764)), rows)
     assert kls(curve) == [2.0, None, rows[-1]["kl"]]
     assert {name: line["kl"] for name, line in curve.lines.items()} == {"dp": 1.5}
-    assert (curve.text, curve.num_left_out) == ("all 100 held-out tokens", 0)
+    assert curve.text == "all 100 held-out tokens"
 
 
 def test_on_part_of_them_the_lines_are_on_that_part() -> None:
@@ -60,7 +60,6 @@ def test_other_text_is_not_drawn_beside_it(measured: Any, rows: Any, expected: l
     curve = held_out_curve(records(*measured), rows)
     assert kls(curve) == expected
     assert curve.lines == {}
-    assert curve.num_left_out == expected.count(None)
 
 
 def test_what_was_found_is_no_line() -> None:

@@ -197,12 +197,3 @@ def test_a_space_without_a_currency_counts_what_its_source_does():
     assert space.priced(BYTES).prices == ((58, 42),)
     assert space.prices_in(CURRENCIES["weights"]) == ((3, 2),)
     assert space.words.measured(3, 10) == pytest.approx(0.7)
-
-
-def test_what_is_gone_with_its_module_needs_no_level_in_a_knapsack_of_its_size():
-    space = joint_space(3)
-    units = tuple(replace(unit, levels=unit.levels[1:]) if unit.name == "0.mlp" else unit for unit in space.units)
-    space = replace(space, units=units, currency=BITS)
-    errors = [[index / 10 for index in range(len(unit.levels))] for unit in space.units]
-    genome = dynamic_programming(space, Budget(space.size * 3, 3.0, "bits"), errors, group_by="size")
-    assert space.units[1].name == "0.down_proj" and genome[1] == 0
