@@ -165,9 +165,8 @@ def draw(
     unit, unit_name = time_unit(most)
     names = list(dict.fromkeys(name for values in baselines.values() for name in values))
     colours = COLOURS[len(group) :] + COLOURS[: len(group)]  # those that no curve has, as far as there are so many
-    looks = {
-        name: {"color": colours[i % len(colours)], "linestyle": STYLES[1:][i % (len(STYLES) - 1)]} for i, name in enumerate(names)
-    }
+    dashes = STYLES[1:]
+    looks = {name: {"color": colours[i % len(colours)], "linestyle": dashes[i % len(dashes)]} for i, name in enumerate(names)}
     figure = new_figure(12, 1.4 + 3.2 * len(measures))
     axes = figure.subplots(len(measures), len(X_AXES), sharey="row", squeeze=False)
     for measure, row in zip(measures, axes, strict=True):

@@ -39,9 +39,9 @@ from evopress.models.blocks import BlockModel, by_blocks
 from evopress.models.experts import linears_of
 from evopress.models.families import named_family
 from evopress.models.outline import outlined
-from evopress.models.tiny_any import any_model, causal_types
 from evopress.settings import ModuleSettings
 from evopress.units import Genome, Space
+from experiments.tiny_any import any_model, causal_types
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 LENGTH, FULL_LENGTH = 24, 40

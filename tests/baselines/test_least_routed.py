@@ -13,8 +13,8 @@ from evopress.methods.drop import Drop
 from evopress.models.blocks import BlockModel
 from evopress.models.experts import together
 from evopress.models.outline import outlined
-from evopress.models.tiny_any import any_model
 from evopress.settings import DropSettings
+from experiments.tiny_any import any_model
 
 IDS = torch.arange(96).reshape(4, 24) * 7919 % 257
 

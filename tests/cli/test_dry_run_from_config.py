@@ -23,10 +23,10 @@ from evopress.models.first_block import first_block
 from evopress.models.loading import load_pretrained
 from evopress.models.opening import find_model, fitted
 from evopress.models.tiny import tiny_config
-from evopress.models.tiny_any import any_config
 from evopress.settings import ModelSettings
 from evopress.stages import preflight, probe
 from evopress.stages.preflight import Plan
+from experiments.tiny_any import any_config
 
 DRY = "dry_run=true"
 ARCHITECTURES = {

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evopress.models.tiny import byte_tokenizer
-from evopress.models.tiny_any import any_model
 from evopress.reporting.tables import markdown_table
+from experiments.tiny_any import any_model
 
 LEVELS = (
     "model.dtype=float32",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from evopress.models.tiny import byte_tokenizer
-from evopress.models.tiny_any import any_model
+from experiments.tiny_any import any_model
 
 
 def read(path: Path) -> Any:

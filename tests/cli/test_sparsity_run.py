@@ -16,7 +16,7 @@ from evopress.compress.sparse import kept_at
 from evopress.levels import build, compressing
 from evopress.levels.store import LevelDatabase
 from evopress.models.tiny import byte_tokenizer
-from evopress.models.tiny_any import any_model
+from experiments.tiny_any import any_model
 
 SEARCH = "stages=[database,search]"
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from evopress.models.blocks import BlockModel
 from evopress.models.experts import copied_for_export, gathered
 from evopress.models.outline import find_family
-from evopress.models.tiny_any import any_model
 from experiments.benchmark import peaks
 from experiments.benchmark.alive import BOTH, DEVICE, HOST, Alive
+from experiments.tiny_any import any_model
 
 
 def near(said: Mapping[str, int], counted: Mapping[str, int]) -> None:

@@ -29,8 +29,8 @@ from evopress.levels.live import LiveModel
 from evopress.models.blocks import BlockModel
 from evopress.models.outline import outlined
 from evopress.models.tiny import byte_tokenizer
-from evopress.models.tiny_any import any_model
 from evopress.units import Level, Space, Unit, is_module
+from experiments.tiny_any import any_model
 
 FILE = "model.safetensors"
 EXPORTERS: dict[str, Callable[..., Exporter]] = {"compressed_tensors": CompressedTensors, "gptq": GPTQFiles}

@@ -30,9 +30,9 @@ from evopress.models.blocks import BlockModel
 from evopress.models.loading import load_pretrained
 from evopress.models.outline import outlined
 from evopress.models.tiny import make_tiny
-from evopress.models.tiny_any import any_model
 from evopress.settings import ModuleSettings
 from evopress.units import is_module
+from experiments.tiny_any import any_model
 
 MODELS = [("llama", False), ("llama", True), ("gemma2", True), ("qwen3", True), ("opt", True), ("phi3", False)]
 MEASURES = [KLDivergence(), KLDivergence(fused=True), TopkKL(5), NegativeLogLikelihood()]

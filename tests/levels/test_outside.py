@@ -27,10 +27,10 @@ from evopress.models.loading import load_pretrained
 from evopress.models.outline import outlined
 from evopress.models.slots import Slot
 from evopress.models.tiny import VOCABULARY, make_tiny, tiny_config
-from evopress.models.tiny_any import any_model
 from evopress.stages import probe
 from evopress.units import BLOCKS, EMBEDDING, HEAD
 from experiments.benchmark.alive import HOST, Alive
+from experiments.tiny_any import any_model
 
 WHOLE = (BLOCKS, HEAD, EMBEDDING)
 MODELS = [("llama", False), ("llama", True), ("qwen3", True), ("gemma2", True), ("gemma3_text", True), ("opt", True)]

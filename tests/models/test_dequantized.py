@@ -20,8 +20,8 @@ from evopress.models.blocks import BlockModel
 from evopress.models.loading import find_weights, load_pretrained
 from evopress.models.opening import ModelSource
 from evopress.models.tiny import byte_tokenizer
-from evopress.models.tiny_any import any_model
 from evopress.settings import ModelSettings
+from experiments.tiny_any import any_model
 
 Weights = dict[str, Tensor]
 _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])

@@ -19,8 +19,8 @@ from evopress.models.dropping import check_fields, shortened, without_dropped
 from evopress.models.families import family_of
 from evopress.models.outline import outlined
 from evopress.models.tiny import tiny_config
-from evopress.models.tiny_any import any_model
 from evopress.settings import ModuleSettings
+from experiments.tiny_any import any_model
 
 KEPT = (0, 2, 3)
 

@@ -26,7 +26,7 @@ from evopress.models import experts
 from evopress.models.blocks import BlockModel
 from evopress.models.experts import gathered, linears_of, together
 from evopress.models.outline import outlined
-from evopress.models.tiny_any import any_model
+from experiments.tiny_any import any_model
 
 IDS = torch.arange(48).reshape(2, 24) * 7919 % 257
 FORMS = ("qwen3_moe", "gpt_oss", "llama4_text", "nemotron_h")

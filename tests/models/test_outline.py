@@ -21,8 +21,8 @@ from evopress.models.families import family_of
 from evopress.models.head import scale_of
 from evopress.models.loading import check_folder
 from evopress.models.outline import find_family, outlined, skeleton
-from evopress.models.tiny_any import any_config, any_model
 from experiments.model_types import TOLERANCE, page, survey
+from experiments.tiny_any import any_config, any_model
 
 
 def opened(model_type: str, **changes: Any) -> BlockModel:
@@ -51,7 +51,7 @@ def test_a_model_without_an_adapter_goes_through_all_methods(model_type: str) ->
 
 @pytest.mark.slow
 def test_every_causal_architecture_works_or_is_refused_in_a_sentence() -> None:
-    from evopress.models.tiny_any import causal_types
+    from experiments.tiny_any import causal_types
 
     rows = survey(causal_types())
     assert not [row for row in rows if "BROKEN" in row.refused or "WRONG" in row.refused + row.no_drop + (row.experts or "")]

@@ -29,10 +29,10 @@ from evopress.methods.targets import BYTES
 from evopress.models.blocks import BlockModel
 from evopress.models.outline import outlined
 from evopress.models.routing import check_fillers, drop_experts, expert_layer, restore_experts
-from evopress.models.tiny_any import any_model
 from evopress.search import LevelSwitch, random_mix
 from evopress.settings import JointSettings, ModuleSettings
 from evopress.units import Genome
+from experiments.tiny_any import any_model
 
 IDS = torch.arange(48).reshape(2, 24) * 7919 % 257
 FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3", "afmoe")

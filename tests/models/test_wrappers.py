@@ -13,7 +13,7 @@ from evopress.models.blocks import BlockModel
 from evopress.models.loading import load_pretrained
 from evopress.models.outline import find_family, num_blocks_of, wrapper_of
 from evopress.models.tiny import byte_tokenizer
-from evopress.models.tiny_any import any_config
+from experiments.tiny_any import any_config
 
 PICTURES = {
     "hidden_size": 32,

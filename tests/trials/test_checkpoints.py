@@ -19,7 +19,7 @@ from evopress.errors import EvoPressError
 from evopress.models.loading import fetch_from_hub, find_weights, load_pretrained
 from evopress.models.stored import INDEX, WEIGHTS
 from evopress.models.tiny import byte_tokenizer
-from evopress.models.tiny_any import any_model
+from experiments.tiny_any import any_model
 
 Weights = dict[str, Tensor]
 
