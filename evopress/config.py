@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from evopress import settings as schema
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, first_line, reason_of
 from evopress.run_folder import job_folder
 from evopress.search.strategies import STRATEGIES, settings_class
 from evopress.settings import METHODS, RunSettings
@@ -172,7 +172,7 @@ def _register_strategies(store: ConfigStore) -> None:
             node = BrokenStrategy(name, str(error))
         except Exception as error:  # of another package
             why = (
-                f"{STRATEGIES.called(name)} cannot be an option ({STRATEGIES.reason_of(error)}): each of its settings needs a "
+                f"{STRATEGIES.called(name)} cannot be an option ({reason_of(error)}): each of its settings needs a "
                 "default, of a type that a config can hold; repair that package, or choose another search/strategy"
             )
             node = BrokenStrategy(name, why)
@@ -210,7 +210,7 @@ def to_settings(config: DictConfig) -> RunSettings:
     try:
         settings = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise EvoPressError(f"the configuration is incomplete: {str(error).splitlines()[0]}") from None
+        raise EvoPressError(f"the configuration is incomplete: {first_line(error)}") from None
     assert isinstance(settings, RunSettings)
     if isinstance(settings.search.strategy, BrokenStrategy):
         raise EvoPressError(settings.search.strategy.why)

@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from inspect import Parameter, signature
 from typing import Any, Generic, TypeVar
 
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Registry(Generic[Part]):
             loaded: Part = points[0].load()
         except Exception as error:
             raise EvoPressError(
-                f"{self.called(name)} could not be loaded ({self.reason_of(error)}): repair that package, or choose another {key}"
+                f"{self.called(name)} could not be loaded ({reason_of(error)}): repair that package, or choose another {key}"
             ) from error
         return loaded
 
@@ -80,11 +80,6 @@ class Registry(Generic[Part]):
         """Name a part with the package that it comes from: "the text source stories of package mine 1.0 (my_package:Stories)"."""
         points = [] if name in self._own else [point for point in _offered(self.group) if point.name == name]
         return f"the {self.kind} {name}" + (f" of {_origins(points)}" if points else "")
-
-    @staticmethod
-    def reason_of(error: Exception) -> str:
-        """Say in part of a sentence what another package raised: its kind, and the first line of its words."""
-        return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
 
     def make(self, name: str, options: Mapping[str, Any], *, key: str, told_by: str) -> Any:
         """Call the part of this name with its options, where the parts are factories that take keywords.
@@ -112,7 +107,7 @@ class Registry(Generic[Part]):
             if name in self._own:
                 raise
             raise EvoPressError(
-                f"{self.called(name)} cannot be made ({self.reason_of(error)}): give it other {told_by}, repair that package, or "
+                f"{self.called(name)} cannot be made ({reason_of(error)}): give it other {told_by}, repair that package, or "
                 f"choose another {key}"
             ) from error
 

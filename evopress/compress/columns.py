@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evopress.compress.grid import round_in_place
 from evopress.compress.sparse import lowest
+from evopress.errors import reason_of
 
 log = logging.getLogger(__name__)
 _LEAST = torch.finfo(torch.float32).tiny
@@ -172,7 +173,6 @@ def _kernels(device: str) -> ModuleType | None:
         kernels = importlib.import_module("evopress.compress.kernels")
         kernels.check(torch.device(device))
     except Exception as error:  # whatever Triton meets on a machine: no compiler, no Triton, an unknown card
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        log.warning("columns are swept without Triton kernels, which is several times slower: %s", reason[:200])
+        log.warning("columns are swept without Triton kernels, which is several times slower: %s", reason_of(error))
         return None
     return kernels

@@ -12,7 +12,7 @@ from typing import Any
 
 from evopress.data.repeats import without_repeats
 from evopress.data.sources import Split, check_split
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, reason_of
 
 _WAY_OUT = "connect to the network, or use data=python_docs, or files of your own by data=text"
 
@@ -92,7 +92,7 @@ class HubText:
             ) from None
         except Exception as error:  # the errors of the HTTP client vary between versions of huggingface_hub
             raise EvoPressError(
-                f"data={self.name} cannot reach {self.repository} on the hub ({_reason(error)}): {_WAY_OUT}"
+                f"data={self.name} cannot reach {self.repository} on the hub ({reason_of(error)}): {_WAY_OUT}"
             ) from error
         return str(info.sha)
 
@@ -114,7 +114,7 @@ class HubText:
             yield from (row["text"] for row in rows if row["text"] is not None)
         except Exception as error:  # datasets lets through errors of its readers and of the HTTP client
             raise EvoPressError(
-                f"data={self.name}: reading {self.repository} from the hub failed ({_reason(error)}): {_WAY_OUT}"
+                f"data={self.name}: reading {self.repository} from the hub failed ({reason_of(error)}): {_WAY_OUT}"
             ) from error
 
 
@@ -165,8 +165,3 @@ def fineweb_edu(*, revision: str = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9") -
         revision=revision,
         parts={"calibration": Part("train", 0, 3), "search": Part("train", 1, 3), "evaluation": Part("train", 2, 3)},
     )
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200].rstrip('. ')}" if lines else type(error).__name__

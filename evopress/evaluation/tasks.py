@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from evopress.data.special_tokens import ids_beyond, leading_ids, not_embedded
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, reason_of
 from evopress.json_files import clip
 
 PAPER_TASKS = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande")
@@ -72,7 +72,7 @@ def load_tasks(tasks: Sequence[str], *, tasks_path: str | None = None) -> dict[s
                 source = f"the folder {root}" if root else "the hub"
                 way_out = "check its task and data files" if root else "check the network, or give evaluation.tasks_path=FOLDER"
                 raise EvoPressError(
-                    f"the questions of task {task!r} cannot be loaded from {source} ({_reason(error)}): {way_out}"
+                    f"the questions of task {task!r} cannot be loaded from {source} ({reason_of(error)}): {way_out}"
                 ) from error
             if not all(map(_counts_right_answers, found["tasks"].values())):
                 raise EvoPressError(
@@ -305,8 +305,3 @@ def _counts_all_questions(group: Any) -> bool:
     """Tell whether a group's accuracy is the share of right answers to all its questions."""
     metrics = [metric for metric in group.aggregate_metric_list or () if metric.metric == "acc"]
     return bool(metrics) and all(metric.weight_by_size and metric.aggregation == "mean" for metric in metrics)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200].rstrip('. ')}" if lines else type(error).__name__

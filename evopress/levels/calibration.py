@@ -22,7 +22,7 @@ from torch import Tensor
 
 from evopress.compress.asymmetric import Lost, PairedSum, Seen
 from evopress.compress.hessian import HessianSum, ProductSum
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, first_line
 from evopress.files import explained, make_folder, temporary_beside
 from evopress.levels.hessians import BlockHessians, HessianStore
 from evopress.levels.passage import Passage, room_for_activations
@@ -474,7 +474,7 @@ def _mapped(path: Path, count: int, dtype: torch.dtype) -> Tensor:
     except OSError as error:
         raise explained(error, path) from error
     except RuntimeError as error:  # torch's own, on opening or mapping
-        raise EvoPressError(f"{path} cannot be mapped ({str(error).splitlines()[0]}): use level_db.activations=memory") from error
+        raise EvoPressError(f"{path} cannot be mapped ({first_line(error)}): use level_db.activations=memory") from error
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from evopress.endings import is_out_of_memory
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, reason_of
 from evopress.models.calls import Call, Form, as_returned, first_of, returned
 from evopress.models.experts import (
     ExpertLinear,
@@ -85,9 +85,8 @@ def by_blocks(family: Family) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EvoPressError(
-            f"running {family.name} block by block failed ({type(error).__name__}: {reason}): this model or this version of "
+            f"running {family.name} block by block failed ({reason_of(error)}): this model or this version of "
             f"transformers calls its blocks in a way that the adapter does not know; {_instead(family)}"
         ) from error
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, first_line, reason_of
 from evopress.json_files import load_json, shown
 from evopress.models import attention
 from evopress.models.devices import claim_gpu
@@ -281,9 +281,8 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
             )
         )
     except Exception as error:  # the hub raises many kinds: network, access, missing repository or revision
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise EvoPressError(
-            f"model {hub_id!r} could not be fetched from the hub ({type(error).__name__}: {reason}): check the name, your "
+            f"model {hub_id!r} could not be fetched from the hub ({reason_of(error)}): check the name, your "
             "access and the network, or give a local folder with model=local model.path=DIR"
         ) from None
 
@@ -370,9 +369,9 @@ def load_pretrained(
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise EvoPressError(
-            f"the model in {folder} could not be loaded ({reason}): fetch the checkpoint again, or check model.attn_implementation"
+            f"the model in {folder} could not be loaded ({first_line(error)}): fetch the checkpoint again, or check "
+            "model.attn_implementation"
         ) from error
     absent = sorted(found["missing_keys"])
     stored = stored_tensors(loaded_files(folder, weights))

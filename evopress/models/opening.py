@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, first_line
 from evopress.files import given_path, open_folder
 from evopress.machine import has_half_products
 from evopress.models.experts import loop, named_linear
@@ -246,9 +246,8 @@ class ModelSource:
                 self.folder, local_files_only=True, trust_remote_code=self._settings.trust_remote_code
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise EvoPressError(
-                f"the tokenizer in {self.folder} could not be loaded ({reason}): fetch the checkpoint again"
+                f"the tokenizer in {self.folder} could not be loaded ({first_line(error)}): fetch the checkpoint again"
             ) from error
 
     @cached_property

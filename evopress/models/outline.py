@@ -27,7 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, reason_of
 from evopress.json_files import shown
 from evopress.models.experts import ExpertLinear, linears_of, loop, named_linear
 from evopress.models.families import Family, Parts, named_family
@@ -129,10 +129,9 @@ def built(config: Mapping[str, Any]) -> nn.Module:
             wrapper = wrapper_of(config)
             model: nn.Module = wrapper(known) if wrapper else AutoModelForCausalLM.from_config(known)
     except Exception as error:  # whatever an architecture makes of such a config
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EvoPressError(
-            f"transformers {__version__} cannot build {shown(config['model_type'])} from its config ({type(error).__name__}: "
-            f"{reason}): fetch the checkpoint again, or choose another model"
+            f"transformers {__version__} cannot build {shown(config['model_type'])} from its config "
+            f"({reason_of(error)}): fetch the checkpoint again, or choose another model"
         ) from error
     return model
 

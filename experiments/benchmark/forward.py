@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evopress.errors import reason_of
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.population import measure_sums
 from evopress.levels.live import LiveModel
@@ -213,8 +214,7 @@ def _compiled(bench: Bench, ids: Tensor) -> Row:
         try:
             run(implementation)
         except Exception as error:  # whatever dynamo, inductor or the compiler behind them raises
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            return Row(part="g", case="a block compiled", note=f"not compiled: {type(error).__name__}: {reason[:120]}")
+            return Row(part="g", case="a block compiled", note=f"not compiled: {reason_of(error)}")
         fast, slow = bench.meter.alternate(lambda: run(implementation), lambda: run(None))
     difference = float((fast.result.float() - slow.result.float()).abs().max() / slow.result.float().abs().max())
     row = compared(

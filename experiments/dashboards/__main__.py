@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, first_line
 from evopress.reporting.tracker import has_key
 from experiments.dashboards.build import build_report, build_workspace, specification
 
@@ -50,9 +50,9 @@ def create(entity: str, project: str, *, only: str | None = None, dry_run: bool 
         try:
             dashboard.save()
         except Exception as error:  # whatever the service or the network says
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise EvoPressError(
-                f"the {name} could not be saved to {entity}/{project} ({reason}): check the entity, the project and the network"
+                f"the {name} could not be saved to {entity}/{project} ({first_line(error)}): check the entity, the project and "
+                "the network"
             ) from error
         print(f"{name}: {dashboard.url}")
 
