@@ -114,6 +114,27 @@ def test_what_is_said_without_weights_is_what_is_said_with_them(
     assert without == with_weights
 
 
+@pytest.mark.parametrize(
+    ("names", "model_type", "engine"),
+    [("mlx,gguf", "llama", "none"), ("compressed_tensors", "llama", "vllm"), ("gptq", "opt", "none")],
+)
+def test_what_packed_formats_take_is_said_without_weights(
+    names: str,
+    model_type: str,
+    engine: str,
+    plan_of: Callable[..., Plan],
+    tiny_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    tiny_config(model_type).save_pretrained(tmp_path / "bare")
+    same = ("+method=quant", "bits=3.5", "+debug=tiny", "model.name=same", "model.group_size=32", "stages=[database,search,export]")
+    same = (*same, f"export=[{names}]", f"engine={engine}")
+    without, with_weights = (
+        plan_of(*same, f"model.path={folder}").stages for folder in (tmp_path / "bare", tiny_folder(model_type))
+    )
+    assert without == with_weights and sum(without[-1].disk.values()) > 0
+
+
 def test_the_first_block_is_as_fast_as_that_of_the_model(
     tiny_folder: Callable[..., Path], plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

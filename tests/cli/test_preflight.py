@@ -90,6 +90,30 @@ def test_a_dry_run_says_what_every_stage_takes_and_leaves_nothing(
     assert not list((tmp_path / "levels").rglob("*"))
 
 
+@pytest.mark.parametrize(
+    ("name", "model_type", "engine"),
+    [("mlx", "llama", "none"), ("gguf", "llama", "none"), ("compressed_tensors", "llama", "vllm"), ("gptq", "opt", "none")],
+)
+def test_what_a_packed_format_takes_is_said_and_refused_before_levels_are_built(
+    name: str,
+    model_type: str,
+    engine: str,
+    evopress: Callable[..., Any],
+    tiny_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = ("+method=quant", "bits=3.5", "+debug=tiny", f"export=[{name}]", f"engine={engine}", "model.group_size=32")
+    asked = (*asked, f"model.path={tiny_folder(model_type)}", f"level_db.root={tmp_path / 'levels'}")
+    monkeypatch.setattr("evopress.databases.ensure_database", lambda *a, **k: pytest.fail("levels were built"))
+    outcome = evopress(*asked, DRY)
+    assert outcome.code == 0 and rows(outcome.text)["export"][0] == name, outcome.text
+    assert not list((tmp_path / "levels").rglob("*"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: DiskUsage(10**9, 10**9, 100_000))
+    refused(evopress(*asked, "hydra.run.dir=run"), "this run needs", "100 kB free", "leave")
+    assert not list((tmp_path / "levels").rglob("*"))
+
+
 def test_what_is_said_is_what_is_done(finished: Any, tiny: Callable[..., Any]) -> None:
     """Candidate tokens exactly; blocks times tokens exactly where nothing is shared."""
     with (finished.folder / "metrics.jsonl").open(encoding="utf-8") as file:
