@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -448,8 +448,7 @@ def _losses_told() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         if _world is not None:
             _world.broken = True
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LostError(
-            f"another process of this run has ended or does not answer ({reason[:160]}): see its output, then resume with resume=, "
-            "on any number of processes"
+            f"another process of this run has ended or does not answer ({first_line(error)[:160]}): see its output, then resume "
+            "with resume=, on any number of processes"
         ) from error

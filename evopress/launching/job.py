@@ -18,7 +18,7 @@ from evopress import command_line, launching, machine, ranks, run_folder
 from evopress import config as configuration
 from evopress.counted import HOW_IT_RUNS
 from evopress.endings import exit_code, is_out_of_memory, of_the_disk
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, first_line
 from evopress.launching import sweep_job
 from evopress.launching.command import Command, say_error
 from evopress.launching.folders import shown
@@ -85,7 +85,7 @@ def _told(error: Exception, config: DictConfig, folder: Path) -> EvoPressError |
     if not is_out_of_memory(error):
         return of_the_disk(error, folder)
     now = {key: OmegaConf.select(config, key) for key in _MEMORY_SETTINGS}
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    reason = first_line(error).rstrip(".")
     return EvoPressError(
         f"out of memory ({reason}): lower one of {', '.join(f'{key}={value}' for key, value in now.items())}, or set "
         "level_db.activations=disk, or model.offload=true on a GPU"

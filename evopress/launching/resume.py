@@ -16,7 +16,7 @@ from yaml import YAMLError
 from evopress import command_line, run_folder
 from evopress import config as configuration
 from evopress.earlier_versions import as_written_now, defaults_of
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, first_line
 from evopress.files import given_path
 from evopress.launching.folders import typed
 
@@ -91,7 +91,7 @@ def _hydras_own(overrides: Path) -> list[str]:
     try:
         listed = OmegaConf.load(overrides)
     except (OSError, ValueError, YAMLError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise EvoPressError(f"{overrides} cannot be read ({reason}): give the whole command with hydra.run.dir instead") from error
     if not isinstance(listed, ListConfig):
         raise EvoPressError(f"{overrides} is not a list of overrides: repeat the whole command with hydra.run.dir instead")

@@ -148,8 +148,8 @@ def check_fields(config: Mapping[str, Any], num_blocks: int, family: Family) -> 
             continue
         if (isinstance(value, (list, tuple)) and len(value) == num_blocks > 1) or _by_block(value, num_blocks):
             raise EvoPressError(
-                f"the model's config has {key}={shown(value)}, which may have one entry per block, of {num_blocks} blocks, to be cut with "
-                "them: leave export out of stages, or add it to per_block in evopress/models/families.py"
+                f"the model's config has {key}={shown(value)}, which may have one entry per block, of {num_blocks} blocks, to be "
+                "cut with them: leave export out of stages, or add it to per_block in evopress/models/families.py"
             )
 
 

@@ -146,10 +146,8 @@ def test_importing_stays_light(module: str, absent: tuple[str, ...]) -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    ("library", "said"), [("hydra", r"Hydra stays in (.*?), OmegaConf"), ("omegaconf", r"Hydra stays in (.*?) and")]
-)
-def test_the_design_page_says_where_hydra_is(library: str, said: str) -> None:
+@pytest.mark.parametrize("library", ["hydra", "omegaconf"])
+def test_the_design_page_says_where_hydra_is(library: str) -> None:
     page = " ".join((PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8").split())
-    found = re.search(said, page)
+    found = re.search(r"Hydra and OmegaConf stay in (.*?)\.", page)
     assert found and {name.rstrip("/") for name in re.findall(r"`([^`]+)`", found[1])} == ONLY_IN[library]
