@@ -125,7 +125,7 @@ def refused(
     known, multirun = {*_settings(), *groups}, bool({"-m", "--multirun"} & set(arguments))
     alone = [argument for argument in arguments if argument in _ALONE]
     if len(alone) > 1:
-        return f"{' and '.join(alone)} exclude each other: leave all but one out"
+        return f"{' and '.join(alone)} cannot be combined: give one of them"
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("--") and (name := name.replace("-", "_")) in known:
@@ -146,7 +146,7 @@ def refused(
         if argument == "resume=":
             return "resume= names no folder: give that of a run, resume=RUN_FOLDER"
         if multirun and argument.startswith("resume=") and argument != "resume=null":
-            return f"{argument} goes on with one run: leave -m out; a sweep goes on by its own command, in the same folder"
+            return f"{argument} resumes a single run: leave -m out; a sweep is resumed by its own command, in the same folder"
     if both := two_targets(arguments, arguments):
         return f"{' and '.join(both)} are both given: leave one of them out"
     return None

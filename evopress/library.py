@@ -253,8 +253,8 @@ def load_model(
             raise EvoPressError(f"the model is {model.dtype}: load it as one of {', '.join(DTYPES)}")
         if dtype not in (AUTO, names[model.dtype]) or str(device) not in (AUTO, model.device.type, str(model.device)):
             raise EvoPressError(
-                f"dtype={dtype} and device={device} are of a model that is loaded here, and this one is {names[model.dtype]} on "
-                f"{model.device}: leave them out, or load or move it yourself"
+                f"dtype={dtype} and device={device} apply to a model that is loaded by name or path, but this one is already "
+                f"{names[model.dtype]} on {model.device}: leave them out, or convert it yourself"
             )
         with lock_of(model):
             pretrained = take_model(model, tokenizer, name=str(model.config.name_or_path or model.config.model_type))
@@ -436,7 +436,7 @@ def export(
     folder = _path(folder)
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not is_empty and not (folder / "evopress.json").is_file():
-        raise EvoPressError(f"{folder} is there and holds no export, which alone may be replaced: give another folder")
+        raise EvoPressError(f"{folder} exists and is not an export of evopress, so it is not overwritten: give another folder")
     _check_levels(levels)
     workspace, genome, space = levels.workspace, _genome(levels, genome), levels.space
     exporter = make_exporters([format], {format: options})[format]
@@ -494,14 +494,14 @@ def _refuse_other_models(model: Any) -> None:
         found = next((inside[name] for name in inside if getattr(model, name, None) is not None), None)
         raise EvoPressError(f"the model is a {kind}: give {found or 'a model of transformers, a folder or a hub id'}")
     if found := next((name for name, each in model.named_modules() if type(each).__module__.startswith("peft.")), None):
-        raise EvoPressError(f"the model has an adapter of peft in it, {found}: give {inside['merge_and_unload']}")
+        raise EvoPressError(f"the model contains a peft adapter, {found}: give {inside['merge_and_unload']}")
     if model.get_output_embeddings() is None:
         raise EvoPressError(f"the model is a {kind}, which has no head over tokens: load it with AutoModelForCausalLM")
 
 
 def _genome(levels: Levels, genome: Genome | Found | str | Path) -> Genome:
     if isinstance(genome, Found) and genome.database not in ("", levels.workspace.database.fingerprint):
-        raise EvoPressError("what was found is of other levels than these: give those that were searched, or search these")
+        raise EvoPressError("the search was on other levels than these: give those that were searched, or search these")
     if isinstance(genome, str | Path):
         return levels.space.check(read_genome(genome, levels.space))
     given = genome.genome if isinstance(genome, Found) else genome

@@ -67,7 +67,7 @@ class Registry(Generic[Part]):
         if not points:
             raise EvoPressError(f"{key}={name} is unknown: choose one of {', '.join(self.names())}")
         if len(points) > 1:
-            raise EvoPressError(f"{key}={name} is offered by {_origins(points)}: uninstall all but one of them")
+            raise EvoPressError(f"{key}={name} is registered by {_origins(points)}: uninstall all but one of them")
         try:
             loaded: Part = points[0].load()
         except Exception as error:
@@ -95,7 +95,7 @@ class Registry(Generic[Part]):
             signature(make).bind(**options)
         except TypeError as error:
             raise EvoPressError(
-                f"the {self.kind} {name} does not take what {told_by} gives it, {dict(options)} ({error}): {_options_of(make)}"
+                f"the {self.kind} {name} does not accept {told_by}={dict(options)} ({error}): {_options_of(make)}"
             ) from None
         try:
             return make(**options)

@@ -603,7 +603,9 @@ class RunSettings:
                 raise EvoPressError("genome is empty: give a file, uniform_3, dp or another baseline, or leave it out")
             self.stages = [stage for stage in self.stages if stage not in ("search", "refine")]
             if not self.stages:
-                raise EvoPressError(f"genome={self.genome} is given, so nothing is searched: name other stages, such as [evaluate]")
+                raise EvoPressError(
+                    f"genome={self.genome} replaces the search, so that no stage is left: name others, such as stages=[evaluate]"
+                )
         self._check_budgets()
         if self.size is not None:
             self.size = str(self.size)

@@ -143,8 +143,8 @@ class Space:
                     one, other = (self.untied.units[i] for i in (members[0], member))
                     raise EvoPressError(
                         f"the genome has {one.name} at {one.levels[genome[members[0]]].label} and {other.name} at "
-                        f"{other.levels[genome[member]].label}, which are one unit here, {self.units[index].name}: give them one "
-                        f"level, or use {'method.experts=each' if is_of_expert(one) else 'engine=none'}"
+                        f"{other.levels[genome[member]].label}, which share one level here, {self.units[index].name}: give them "
+                        f"one level, or use {'method.experts=each' if is_of_expert(one) else 'engine=none'}"
                     )
         return tuple(genome[members[0]] for members in self.members)
 
@@ -323,7 +323,7 @@ class Budget:
                 ours, least = (space.words.measured(price, unit.size) for price in (prices[-1], min(prices)))
                 raise EvoPressError(
                     f"{unit.name} takes {ours:.4g} {space.words.measure} at {last.label}, its most compressed level, and "
-                    f"{least:.4g} at {better.label}: leave {last.label} out, or let its groups be larger"
+                    f"{least:.4g} at {better.label}: leave {last.label} out, or give it larger groups"
                 )
         taken = space.words.taken_away  # a sparsity that is higher spends less
         if self.total < space.least_cost:

@@ -101,8 +101,8 @@ class Workspace:
         self.dtype = pick_dtype(settings.model.dtype, self.device)
         if settings.model.offload and settings.fitness.evaluator == "plain" and self.device.type != "cpu":
             raise EvoPressError(
-                "fitness.evaluator=plain runs the whole model on the device, where model.offload=true does not put it: leave one "
-                "of them out"
+                "fitness.evaluator=plain needs the whole model on the device, but model.offload=true keeps its blocks on the host: "
+                "leave one of them out"
             )
         self.cache = open_folder(given_path(settings.paths.cache, "paths.cache"))
         root = open_folder(given_path(settings.level_db.root, "level_db.root"))

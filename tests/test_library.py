@@ -160,7 +160,8 @@ def test_what_cannot_be_is_one_sentence(model: Any, tiny_folder: Callable[..., P
     with pytest.raises(EvoPressError, match=r"^a tokenizer is given beside the name of a model"):
         evopress.load_model(tiny_folder(), model.tokenizer)
     with pytest.raises(
-        EvoPressError, match=r"^dtype=bfloat16 and device=auto are of a model that is loaded here, and this one is float32"
+        EvoPressError,
+        match=r"^dtype=bfloat16 and device=auto apply to a model that is loaded by name or path, but this one is already float32",
     ):
         evopress.load_model(model.model, model.tokenizer, dtype="bfloat16")
     with pytest.raises(EvoPressError, match=r"^load_model takes no offload='no': expected bool$"):
@@ -238,7 +239,9 @@ def test_what_is_no_export_stays(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "folder" / "thesis.txt", tmp_path / "file"):
         path.write_text("years of work")
-    with pytest.raises(EvoPressError, match=r"is there and holds no export, which alone may be replaced: give another folder"):
+    with pytest.raises(
+        EvoPressError, match=r"exists and is not an export of evopress, so it is not overwritten: give another folder"
+    ):
         evopress.export(SimpleNamespace(), (), tmp_path / name)  # type: ignore[arg-type]
     assert (tmp_path / "folder" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "years of work"
 
@@ -267,7 +270,7 @@ def test_what_was_found_on_other_levels_is_refused(tiny_folder: Callable[..., Pa
     found = evopress.search(one, ids, **numbers)
     assert evopress.evaluate(one, ids, found).kl > 0
     for call in (lambda: evopress.evaluate(other, ids, found), lambda: evopress.export(other, found, tmp_path / "out")):
-        with pytest.raises(EvoPressError, match="what was found is of other levels than these"):
+        with pytest.raises(EvoPressError, match="the search was on other levels than these"):
             call()
     with pytest.raises(EvoPressError, match=r"Levels given where Model is expected: give what load_model returns"):
         evopress.build_levels(one, ids, bits=3.0)  # type: ignore[arg-type]

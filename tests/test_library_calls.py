@@ -141,7 +141,7 @@ def test_what_is_no_model_of_transformers_is_told_what_to_give(
 def test_an_adapter_inside_a_model_is_told(network: Any, tiny_folder: Callable[..., Path]) -> None:
     network.model.layers[1].mlp.up_proj = type("Linear", (torch.nn.Linear,), {"__module__": "peft.tuners.lora.layer"})(4, 4)
     with pytest.raises(
-        EvoPressError, match=r"adapter of peft in it, model\.layers\.1\.mlp\.up_proj: give what the PeftModel's merge"
+        EvoPressError, match=r"contains a peft adapter, model\.layers\.1\.mlp\.up_proj: give what the PeftModel's merge"
     ):
         evopress.load_model(network, AutoTokenizer.from_pretrained(tiny_folder()))
 

@@ -60,7 +60,7 @@ def test_a_package_without_the_part_is_told(install: Install) -> None:
 def test_two_packages_with_one_name_are_refused(install: Install) -> None:
     install("toys", {"two": "toys:part"}, "part = 2", group=GROUP)
     install("games", {"two": "games:part"}, "part = 3", group=GROUP)
-    with pytest.raises(EvoPressError, match=r"toy\.name=two is offered by package .* and package .*: uninstall all but one"):
+    with pytest.raises(EvoPressError, match=r"toy\.name=two is registered by package .* and package .*: uninstall all but one"):
         registry().get("two", key="toy.name")
 
 

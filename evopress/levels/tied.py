@@ -84,7 +84,7 @@ def _together(name: str, units: list[Unit]) -> Unit:
     for unit in units[1:]:
         if [level.key for level in unit.levels] != [level.key for level in first.levels]:
             raise EvoPressError(
-                f"{first.name} and {unit.name} are to have one level ({name}), but they have different ones to choose from: choose "
+                f"{first.name} and {unit.name} must share one level ({name}), but their available levels differ: choose "
                 "others, or use engine=none and method.experts=each"
             )
     levels = tuple(

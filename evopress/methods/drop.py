@@ -190,7 +190,7 @@ class Drop:
         check_targets(None, self.limits)
         if searching and self._of_experts and self.exchange != "fit" and (self.exchange, self.even) != ("name", True):
             raise EvoPressError(
-                f"search.exchange={self.exchange} does not keep how many experts of a block stay: use search.exchange=name with "
+                f"search.exchange={self.exchange} does not keep the number of experts in each block: use search.exchange=name with "
                 "method.balanced=true, else search.exchange=fit"
             )
         if not searching or self.settings.granularity != "module":
@@ -202,8 +202,8 @@ class Drop:
             )
         if not self.settings.balanced and self.exchange in ("name", "size"):
             raise EvoPressError(
-                f"method.balanced=false lets attention and MLP modules be traded, which search.exchange={self.exchange} does not: "
-                "use search.exchange=any"
+                f"method.balanced=false has no effect with search.exchange={self.exchange}, which never trades attention for MLP "
+                "modules: use search.exchange=any"
             )
 
     @property

@@ -86,7 +86,7 @@ def points_of(settings: RunSettings) -> list[Point]:
     units = {parsed_size(point.settings.size)[1] == "bpw" if point.settings.size else None for point in points.values()}
     if len(units) > 1:
         raise EvoPressError(
-            f"budgets={settings.budgets} mixes bits, bits per weight of all (bpw) and bytes: give all in one of them"
+            f"budgets={settings.budgets} mixes units: give all in bits, in bits per weight of all (bpw), or in bytes"
         )
     return in_order(points.values())
 
@@ -104,7 +104,7 @@ def point_at(settings: RunSettings, budget: Any) -> Point:
     if size is None:
         if isinstance(method, JointSettings):
             raise EvoPressError(
-                f"budgets has {budget!r:.60}, and method joint has sizes: write {number:g}bpw, or bytes such as 60MB"
+                f"budgets has {budget!r:.60}, but method joint takes sizes: write {number:g}bpw, or bytes such as 60MB"
             )
         targets["bits" if isinstance(method, QuantSettings) else "sparsity"] = number
     if isinstance(method, SparsitySettings):

@@ -98,8 +98,8 @@ class Sparsity:
         pruner = make(sparsity=self.centre, step=step, num_levels=s.num_levels, dtype_bits=dtype_bits, **own)
         if not isinstance(pruner, SparsityLevels) or type(pruner).settings is SparsityLevels.settings:
             raise EvoPressError(
-                f"method.compressor={s.compressor} is no pruner: expected a class of evopress.compress.sparse.SparsityLevels with "
-                "prune and settings"
+                f"method.compressor={s.compressor} is no pruner: expected a subclass of evopress.compress.sparse.SparsityLevels "
+                "with prune and settings"
             )
         return pruner
 

@@ -104,7 +104,7 @@ def checked_limit(entry: Any) -> tuple[Currency, str | float, str | None]:
     if not isinstance(entry, dict) or not {"currency", "total"} <= set(entry) <= {"currency", "total", "kind"}:
         raise EvoPressError(
             f"limits has {entry!r:.200}: expected {{currency: bytes, total: 60MB}} or {{currency: modules, total: 52}}, with kind: "
-            "where units of one kind count"
+            "to limit units of one kind"
         )
     currency, total = currency_of(str(entry["currency"])), entry["total"]
     if isinstance(total, str):
@@ -115,6 +115,6 @@ def checked_limit(entry: Any) -> tuple[Currency, str | float, str | None]:
         raise EvoPressError(f"limits has the total {total!r:.100} of {currency.name}: expected a number of at least 0")
     elif float(total) != math.floor(float(total)):
         raise EvoPressError(
-            f"limits has {total:g} {currency.name}, which are those of all units together: expected a whole number, no average"
+            f"limits has {total:g} {currency.name}, expected a whole number: limits are totals over all units, not averages"
         )
     return currency, total, entry.get("kind")

@@ -38,7 +38,7 @@ def levels_of_words(path: Path, text: str, space: Space) -> Iterator[tuple[str, 
         if word not in WORDS:
             raise EvoPressError(f"word {number} of {path} is {shown(word)}: expected one of {', '.join(WORDS)} for each block")
     if len(words) != blocks:
-        raise EvoPressError(f"{path} has words for {len(words)} blocks but the model has {blocks}: use a file of this model")
+        raise EvoPressError(f"{path} has {len(words)} lines, one per block, but the model has {blocks}: use a file of this model")
     for unit in space.units:
         dropped = [WORDS[word] for word in words[unit.block : unit.block + _width(unit)]]
         if unit.kind in _BOTH:
@@ -48,7 +48,7 @@ def levels_of_words(path: Path, text: str, space: Space) -> Iterator[tuple[str, 
         else:
             said = " ".join(words[unit.block : unit.block + _width(unit)])
             raise EvoPressError(
-                f"{path} says {said!r} of {unit.name}, which is dropped whole or not at all here: use method.granularity=module"
+                f"{path} says {said!r} of {unit.name}, which can only be dropped whole here: use method.granularity=module"
             )
         if drop and len(unit.levels) == 1:
             raise EvoPressError(f"{path} drops {unit.name}, which method.exclude keeps: exclude less, or use another file")

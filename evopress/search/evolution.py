@@ -72,8 +72,8 @@ class SearchSettings:
         for key, least in (("max_level", 1), ("max_total_deviation", 2)):
             if (value := getattr(self, key)) is not None and value < least:
                 raise EvoPressError(
-                    f"search.{key}={value} allows no switch, which moves two units a level: expected at least {least}, or null "
-                    "for any"
+                    f"search.{key}={value} allows no mutation, since a level switch moves two units: expected at least {least}, or "
+                    "null for any"
                 )
 
     def identity(self) -> dict[str, Any]:
@@ -201,7 +201,7 @@ class Evolution:
                 )
             if not budget.met_by(space, genome):
                 limits = ", ".join(map(str, budget.limits))
-                raise EvoPressError(f"a genome to start from does not keep the budget's further limits ({limits}): leave it out")
+                raise EvoPressError(f"a genome to start from exceeds further limits of the budget ({limits}): leave it out")
         if parent is not None:
             self._finish(parent, fitness=None, accepted=False, parent_fitness=None)
         elif (uniform := uniform_genome(space, budget)) is not None and not self._starts:
@@ -357,8 +357,8 @@ class Evolution:
         centre = uniform_genome(self._space, self._budget)
         if centre is None:
             raise EvoPressError(
-                f"search.max_level={max_level} and search.max_total_deviation={max_total} count levels from the target's, but "
-                f"target {self._budget.target:g} {self._budget.measure} is no level of all units: "
+                f"search.max_level={max_level} and search.max_total_deviation={max_total} count levels from the target, but "
+                f"target {self._budget.target:g} {self._budget.measure} is not a level that all units have: "
                 "leave them null or choose such a target"
             )
         return Deviation(centre, max_level=max_level, max_total=max_total)

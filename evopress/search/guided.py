@@ -86,8 +86,8 @@ class GuidedStrategy(RaceRules):
             )
         if self.second_order_rounds and not self.rounds:
             raise EvoPressError(
-                f"search.strategy.second_order_rounds={self.second_order_rounds} goes on from what rounds of attributions "
-                "found, and search.strategy.rounds=0: ask for at least one"
+                f"search.strategy.second_order_rounds={self.second_order_rounds} needs at least one attribution round before: set "
+                "search.strategy.rounds=1 or more"
             )
         if self.selection not in SELECTIONS:
             raise EvoPressError(f"search.strategy.selection={self.selection} is unknown: choose one of {', '.join(SELECTIONS)}")

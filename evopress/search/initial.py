@@ -118,8 +118,8 @@ def _mix(space: Space, budget: Budget, rng: np.random.Generator) -> list[int]:
                 moved.append(unit)
     if slack < 0:
         raise EvoPressError(
-            f"no mix of the {len(space)} units reaches the budget {budget.total} level by level: every level must cost "
-            "less than the one before it; build the level database again"
+            f"no genome of the {len(space)} units reaches the budget {budget.total}: every level must cost less than the one "
+            "before; build the level database again"
         )
     if not moved:  # some units have no level as dear as the average: the others may rise above theirs
         moved = [unit for unit, level in enumerate(levels) for _ in range(level)]

@@ -46,6 +46,6 @@ def strategy_of(chosen: Any) -> StrategySettings:
     settings = settings_class(name, key="search.strategy.name")
     if not isinstance(chosen, settings):
         raise EvoPressError(
-            f"search.strategy.name={name} stands over the settings of another strategy: choose it with search/strategy={name}"
+            f"search.strategy.name={name} does not match the other search.strategy settings: choose it with search/strategy={name}"
         )
     return chosen

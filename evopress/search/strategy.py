@@ -279,7 +279,7 @@ def run_search(
         if isinstance(question, Question):
             record = strategy.tell(fitness(question.genomes, tokens=question.tokens))
         elif attribute is None:
-            raise EvoPressError("the search asks for attributions, which nothing here answers: use another search/strategy")
+            raise EvoPressError("the search needs attributions, which this fitness does not provide: use another search/strategy")
         else:
             record = strategy.tell(attribute(question))
         if record is not None:

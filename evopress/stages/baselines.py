@@ -223,10 +223,10 @@ def find_baselines(workspace: Workspace) -> None:
             raise EvoPressError(f"the baseline {name} finds {shown(genomes)}, expected a genome by the name of its row")
         for row, genome in genomes.items():
             if row in _RESERVED:
-                raise EvoPressError(f"the baseline {name} gives a row {row!r}, as results call {_RESERVED[row]}: call it otherwise")
+                raise EvoPressError(f"the baseline {name} gives a row {row!r}, the name of {_RESERVED[row]} in results: rename it")
             if row in found:
                 raise EvoPressError(
-                    f"the baseline {name} gives a row {row!r}, which there is already: leave it out of baselines.names"
+                    f"the baseline {name} gives a row {row!r}, which exists already: leave it out of baselines.names"
                 )
             try:
                 found[row] = space.check(genome)

@@ -30,7 +30,7 @@ def check_names(settings: RunSettings) -> None:
     for name in settings.baselines.names:
         if name not in BASELINES or kind not in make_baselines(settings.baselines, [name])[name].serves:
             raise EvoPressError(
-                f"baselines.names has {name!r}, which method {settings.method.name} has not: choose among "
+                f"baselines.names has {name!r}, which method {settings.method.name} does not support: choose among "
                 f"{', '.join(names_serving(kind))}"
             )
 
@@ -71,8 +71,8 @@ def check_tokens(settings: RunSettings) -> None:
     minibatches = [(ask.key, ask.tokens) for ask in asks]
     if any(ask.attribution for ask in asks) and available < 2 * length:
         raise EvoPressError(
-            f"search/strategy={search.strategy.name} compares sequences of the search text, which has one: raise "
-            f"data.search_tokens={data.search_tokens} to at least two of model.sequence_length={length}"
+            f"search/strategy={search.strategy.name} needs at least 2 sequences of search text: raise data.search_tokens="
+            f"{data.search_tokens} to twice model.sequence_length={length}"
         )
     for key, count in minibatches:
         check_minibatch(settings, key, count)

@@ -100,8 +100,8 @@ def _check_search(workspace: Workspace, searching: Searching, space: Space) -> N
         return  # what was found needs it no more
     if there != budget.total:
         raise EvoPressError(
-            f"the search in {path.parent} had another target (its budget is {shown(there)}, here {budget.total}): give the one "
-            "that it had, or start a new run"
+            f"the search in {path.parent} had another target (budget {shown(there)}, now {budget.total}): give its target, "
+            "or start a new run"
         )
 
 

@@ -234,7 +234,7 @@ def export(workspace: Workspace, *, command: str) -> None:
         if size is not None and (not isinstance(size, Integral) or size < 0):
             raise EvoPressError(
                 f"the exporter {name} says that its weight file takes {shown(size)} bytes, expected a whole number, or None where "
-                "that is not known: mend its num_bytes, or leave it out of export"
+                "that is not known: fix its num_bytes, or leave it out of export"
             )
         sizes: dict[str, int] = {} if size is None else {"bytes": int(size)}
         told = {"format": name, "options": dict(workspace.settings.export_options.get(name, {})), **sizes}

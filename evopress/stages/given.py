@@ -107,7 +107,7 @@ def _refuse_another_of_its_name(path: Path, genome: Genome, space: Space, run_di
         same = False
     if not same:
         raise EvoPressError(
-            f"genome={path} is another genome than the {row_name(path)} that this run has exported in {own.parent}: rename the "
+            f"genome={path} differs from the {row_name(path)} that this run has exported in {own.parent}: rename the "
             "file, or remove that folder"
         )
 
@@ -150,8 +150,8 @@ def refuse_missing(workspace: Workspace, given: Sequence[tuple[str, str]], basel
     for key, name in given:
         if file_of(name, key) is None and name not in (*baselines, *made):
             raise EvoPressError(
-                f"{key} has {name!r}, which is not among this run's baselines ({there}): name it as its "
-                "row is called, and let baselines.names and the stage baselines make it, or give a file"
+                f"{key} has {name!r}, which is not among this run's baselines ({there}): use the "
+                "name of its row in results, add it to baselines.names and run the stage baselines, or give a file"
             )
 
 
@@ -170,7 +170,7 @@ def take_best_so_far(workspace: Workspace) -> None:
         if state.get("database") != database.fingerprint or not isinstance(evolution, dict):
             raise EvoPressError(
                 f"the search in {run_dir} was made with level database {shown(state.get('database'))}, this one is "
-                f"{database.fingerprint}: give the settings that it had"
+                f"{database.fingerprint}: give its settings"
             )
         genome = database.space.check(evolution["parent"])
         done = int(evolution["generation"]) - 1
@@ -184,7 +184,7 @@ def take_best_so_far(workspace: Workspace) -> None:
         ) from error
     if found.exists() and read_genome(found, database.space, database=database.fingerprint) == genome:
         return
-    logger.info("search: cut off after generation %d; its best genome so far is taken", done)
+    logger.info("search: interrupted after generation %d; its best genome so far is used", done)
     keep_found(workspace, genome)
 
 

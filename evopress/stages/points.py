@@ -55,7 +55,9 @@ def picked(settings: RunSettings, run_dir: Path) -> tuple[Point, Path]:
     Raises: EvoPressError if nothing was searched there.
     """
     if not has_points(settings):
-        raise EvoPressError(f"pick={settings.pick} names a budget of a run with several: give it with resume=RUN, of such a run")
+        raise EvoPressError(
+            f"pick={settings.pick} chooses among the budgets of an earlier run: add resume=RUN, of a run with several budgets"
+        )
     try:
         point = point_at(settings, settings.pick)
     except EvoPressError:
@@ -111,7 +113,7 @@ def search_one(point: PointRun, near: PointRun | None) -> None:
 
 def left_to_the_picked(workspace: Workspace, stage: str) -> None:
     """Say how a stage that is for one genome is done."""
-    logger.info("%s: left to the budget that is picked, resume=%s pick=BUDGET", stage, workspace.run_dir)
+    logger.info("%s: skipped, choose a budget with resume=%s pick=BUDGET", stage, workspace.run_dir)
 
 
 def _as_neighbour(point: PointRun) -> Neighbour:

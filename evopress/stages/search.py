@@ -233,12 +233,12 @@ def go_on(path: Path, search: Strategy, rng: np.random.Generator, *, database: s
     if state.get("database") != database:
         raise EvoPressError(
             f"the search in {path.parent} was made with level database {shown(state.get('database'))}, this one is {database}: "
-            "start a new run, or give the settings that it had"
+            "start a new run, or give its settings"
         )
     if strategy_in(state) != strategy:
         raise EvoPressError(
-            f"the search in {path.parent} was one by strategy {shown(strategy_in(state))}, this one is by {strategy}: start a new "
-            "run, or give the settings that it had"
+            f"the search in {path.parent} used search/strategy={shown(strategy_in(state))}, this one {strategy}: start a new "
+            "run, or give its settings"
         )
     try:
         search.restore(check_schema(state.get("evolution"), path, what="saved search", newest=1))
@@ -270,8 +270,7 @@ def _starts(workspace: Workspace) -> list[Genome]:
         if over := budget.exceeded(space, genome):
             costs = ", ".join(f"{key}={value:.6g}" for key, value in workspace.method.costs(space, genome).items())
             raise EvoPressError(
-                f"search.starts has {name!r}, which does not keep the budget of {over} ({costs}): leave it out, or change the "
-                "target"
+                f"search.starts has {name!r}, which exceeds the budget of {over} ({costs}): leave it out, or change the target"
             )
         starts.append(genome)
     return starts

@@ -152,7 +152,7 @@ class Smallest:
             there = next((f"{key}={shown(told[key])}" for key in ("max_kl", "min_agreement") if key in told), "another limit")
             raise EvoPressError(
                 f"the smallest budget in {self._workspace.run_dir}, {told['answer']}, was found for {there}, not for {kept.key}="
-                f"{kept.limit:g}: run the stage search for this one first, or give that one"
+                f"{kept.limit:g}: run the stage search with this limit first, or give {there}"
             )
 
 

@@ -53,9 +53,9 @@ def test_one_from_outside_comes_last_with_its_options(install: Callable[..., Pat
     ("name", "options", "message"),
     [
         ("greedly", {}, r"^baselines\.names=greedly is unknown: choose one of uniform, .*, owl, .*, greedy, nothing$"),
-        ("greedy", {"size": 1}, r"^the baseline greedy does not take .*\{'size': 1\} .*: its options are steps=1$"),
-        ("dp", {"size": 1}, r"^the baseline dp does not take .*\{'size': 1\} .*: it has no options$"),
-        ("nothing", {}, r"^baselines\.names has 'nothing', which is a Nothing and no .*Baseline: leave it out$"),
+        ("greedy", {"size": 1}, r"^the baseline greedy does not accept .*\{'size': 1\} .*: its options are steps=1$"),
+        ("dp", {"size": 1}, r"^the baseline dp does not accept .*\{'size': 1\} .*: it has no options$"),
+        ("nothing", {}, r"^baselines\.names has 'nothing', which is a Nothing, expected an .*Baseline: leave it out$"),
     ],
 )
 def test_what_cannot_be_made_is_one_sentence(

@@ -175,7 +175,7 @@ SETTINGS = {
     "a genome that is no file": (["genome=none.txt"], ["'none.txt'", "neither a file", "uniform_3 or dp"]),
     "a genome of an empty folder": (["genome=/dev"], ["'/dev'", "genome.json", "one word per block"]),
     "no genome": (["genome=''"], ["genome is empty", "leave it out"]),
-    "a genome, and only a search": (["genome=dp", "stages=[search]"], ["genome=dp", "nothing is searched", "[evaluate]"]),
+    "a genome, and only a search": (["genome=dp", "stages=[search]"], ["genome=dp", "replaces the search", "[evaluate]"]),
     "a start that is no file": (["search.starts=[dp,none.json]"], ["search.starts has 'none.json'", "neither a file"]),
     "a key that no schema has": (["+search.offspring=4"], ["search.offspring", "search.num_offspring"]),
 }

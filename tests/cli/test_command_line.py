@@ -168,8 +168,8 @@ def test_flags_may_stand_between_settings() -> None:
     ("arguments", "sentence"),
     [
         (["-m", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0 is no number of jobs: give one, or -1"),
-        (["-m", "resume=run"], "resume=run goes on with one run: leave -m out"),
-        (["resume=run", "--multirun"], "resume=run goes on with one run: leave -m out"),
+        (["-m", "resume=run"], "resume=run resumes a single run: leave -m out"),
+        (["resume=run", "--multirun"], "resume=run resumes a single run: leave -m out"),
         (["resume="], "resume= names no folder: give that of a run"),
     ],
 )

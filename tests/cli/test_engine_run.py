@@ -61,7 +61,7 @@ def test_a_run_by_vllm_s_rules(evopress: Callable[..., Any], tmp_path: Path) -> 
     [
         (
             [GROUPS, "export=[compressed_tensors]"],
-            "q_proj and k_proj, v_proj at levels of their own: vLLM runs q_proj, k_proj, v_proj as",
+            "q_proj and k_proj, v_proj at levels of their own: vLLM fuses q_proj, k_proj, v_proj into",
         ),
         (
             ["engine=vllm"],

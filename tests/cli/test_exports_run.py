@@ -104,7 +104,7 @@ def test_exact_scales_of_a_named_genome(copied: Path, evopress: Callable[..., An
         (["export=[]"], "export is empty"),
         (["export=mlx"], "write 'export=[mlx]'"),
         (["+export_options.mlx.scales=float32"], "export=['dequantized'] does not name"),
-        (["export=[mlx]", "+export_options.mlx.bits=3"], "the exporter mlx does not take"),
+        (["export=[mlx]", "+export_options.mlx.bits=3"], "the exporter mlx does not accept"),
         (["export=[mlx]", "+export_options.mlx.scales=bfloat16"], "choose float16 or float32"),
     ],
 )

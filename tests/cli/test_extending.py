@@ -56,7 +56,7 @@ def test_options_from_the_command_line_are_enough(stories: list[str], tiny: Call
     assert outcome.code == 0, outcome.text
     refused = tiny("data.source=lines", "+data.options={file: stories.txt}", folder=tmp_path / "other")
     assert refused.code == 1 and len(refused.errors) == 1
-    assert "the text source lines does not take" in refused.errors[0] and "its options are path" in refused.errors[0]
+    assert "the text source lines does not accept" in refused.errors[0] and "its options are path" in refused.errors[0]
 
 
 def test_a_broken_package_is_one_sentence_before_any_work(
@@ -142,12 +142,12 @@ SPARSE, READ = ("+method=sparsity", "sparsity=0.3", "method.compressor=part"), (
 @pytest.mark.parametrize(
     ("group", "code", "given", "words"),
     [
-        ("baselines", BASELINE % '{"dense": (0,) * 14}', QUANT, "part gives a row 'dense', as results call the dense model"),
+        ("baselines", BASELINE % '{"dense": (0,) * 14}', QUANT, "part gives a row 'dense', the name of the dense model in results"),
         (
             "baselines",
             BASELINE % '{"evopress": (0,) * 14}',
             QUANT,
-            "a row 'evopress', as results call what is found: call it otherwise",
+            "a row 'evopress', the name of what is found in results: rename it",
         ),
         (
             "baselines",
@@ -168,7 +168,7 @@ SPARSE, READ = ("+method=sparsity", "sparsity=0.3", "method.compressor=part"), (
             SPARSE,
             r"the pruner Part keeps \[.*\] of the \d+ weights of model\.layers\.0\..*, asked for \[.*\]: fix it, or choose",
         ),
-        ("pruners", PRUNER % "", SPARSE, "method.compressor=part is no pruner: expected a class of"),
+        ("pruners", PRUNER % "", SPARSE, "method.compressor=part is no pruner: expected a subclass of"),
         ("pruners", "class Part:\n    def __init__(self, **given): pass", SPARSE, "is no pruner"),
         (
             "text_sources",

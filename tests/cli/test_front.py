@@ -113,8 +113,8 @@ def test_a_point_is_picked_and_the_front_stays(asked: RunSettings, copied: Path)
     for changed, sentence in (
         ({"pick": 3.5}, r"pick=3.5 was not searched in .* \(2.5, 4\)"),
         ({"pick": "abc"}, "pick=abc is no budget"),
-        ({"stages": ["export"]}, "is for one genome"),
-        ({"pick": 3, "budgets": [], "bits": 3.0}, "names a budget of a run with several"),
+        ({"stages": ["export"]}, "needs one genome"),
+        ({"pick": 3, "budgets": [], "bits": 3.0}, "chooses among the budgets of an earlier run"),
     ):
         with pytest.raises(EvoPressError, match=sentence):
             run(replace(asked, **changed), copied)

@@ -65,7 +65,7 @@ def test_the_best_so_far_of_an_interrupted_search_is_exported(
     assert not (folder / "genome.json").exists()
     outcome = evopress(f"resume={folder}", "stages=[export]")
     assert outcome.code == 0, outcome.text
-    assert f"cut off after generation {generations}; its best genome so far" in outcome.text
+    assert f"interrupted after generation {generations}; its best genome so far" in outcome.text
     parent = json.loads((folder / "state.json").read_text(encoding="utf-8"))["evolution"]["parent"]
     exported = json.loads((folder / "checkpoint" / "genome.json").read_text(encoding="utf-8"))
     assert [unit["level"] for unit in exported["units"]] == parent
@@ -155,9 +155,7 @@ def test_another_genome_does_not_take_the_place_of_one_whose_file_has_the_same_n
     before = contents(copied / "genomes")
     for stage in ("export", "evaluate"):
         outcome = evopress(f"resume={copied}", f"stages=[{stage}]", f"genome={tmp_path / 'c'}/checkpoint/genome.txt")
-        assert outcome.code == 1 and "is another genome than the checkpoint/genome.txt that this run" in outcome.errors[0], (
-            outcome.text
-        )
+        assert outcome.code == 1 and "differs from the checkpoint/genome.txt that this run" in outcome.errors[0], outcome.text
     assert contents(copied / "genomes") == before
 
 

@@ -123,8 +123,8 @@ def test_listing_groups_copies_no_schemas() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("-m", "+method=quant", "bits=2,3", "--cfg", "job"), "-m and --cfg exclude each other: leave all but one out"),
-        (("--cfg", "job", "--info"), "--cfg and --info exclude each other: leave all but one out"),
+        (("-m", "+method=quant", "bits=2,3", "--cfg", "job"), "-m and --cfg cannot be combined: give one of them"),
+        (("--cfg", "job", "--info"), "--cfg and --info cannot be combined: give one of them"),
         (("--resolve", "+method=quant"), "The --resolve flag can only be used in conjunction with --cfg or --help"),
         (
             ("-m", "+method=quant", "bits=2.5,"),

@@ -457,7 +457,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("elsewhere")
 def test_the_plain_evaluator_does_not_go_with_offload(tiny: Callable[..., Any]) -> None:
     arguments = ("fitness.evaluator=plain", "model.offload=true")
-    refused(tiny(*arguments, DRY), "fitness.evaluator=plain runs the whole model", "model.offload=true", "leave one of them out")
+    refused(tiny(*arguments, DRY), "fitness.evaluator=plain needs the whole model", "model.offload=true", "leave one of them out")
 
 
 def test_on_a_host_the_plain_evaluator_goes_with_offload(tiny: Callable[..., Any]) -> None:
@@ -698,7 +698,7 @@ def test_a_model_without_a_yaml_says_what_was_taken_from_it(
     ("limit", "sentence"),
     [
         ("{currency: bytes, total: 70kB}", r"limits has \d+ bytes, but at their most compressed levels the units take \d+ "),
-        ("{currency: bits, total: 2.5}", "limits has 2.5 bits, which are those of all units together: expected a whole number"),
+        ("{currency: bits, total: 2.5}", "limits has 2.5 bits, expected a whole number: limits are totals"),
         ("{currency: bits, total: 3}", "limits has 3 bits, but at their most compressed levels the units take 36864 in"),
         ("{currency: modules, total: 3}", "limits has 3 modules, which no level of this run counts towards: leave it out"),
     ],

@@ -203,7 +203,7 @@ def test_guided_drops_modules(method: tuple[str, ...], evopress: Callable[..., A
         (("+method=quant", "bits=2.5", "search.strategy.attribution_tokens=4096"), "asks for a minibatch of 4096 tokens"),
         (
             ("+method=quant", "bits=2.5", "data.search_tokens=32", "model.sequence_length=32"),
-            "compares sequences of the search text",
+            "needs at least 2 sequences of search text",
         ),
     ],
 )

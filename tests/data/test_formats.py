@@ -272,7 +272,7 @@ def fails(message: str) -> str:
         (None, "row 2 .* is a chat: name a field"),
         (chat_template(None), r"is a chat, and data\.chat_template is null"),
         (chat_template(own=None), "this tokenizer has no chat template: set data.chat_template=FILE"),
-        (chat_template(own=fails("roles must alternate")), "roles must alternate.*: mend the row"),
+        (chat_template(own=fails("roles must alternate")), "roles must alternate.*: fix the row"),
         (chat_template(own="{{ messages[7].content.x }}"), "cannot be rendered"),
         (chat_template("nowhere.jinja"), "data.chat_template=nowhere.jinja cannot be read"),
     ],

@@ -51,7 +51,7 @@ def test_a_source_of_another_package_gets_its_options(install: Callable[..., Pat
     ("name", "options", "message"),
     [
         ("books", {}, r"^data\.source=books is unknown: choose one of python_docs, text, wikitext2, c4, fineweb_edu, .*stories$"),
-        ("stories", {"size": 2}, r"^the text source stories does not take .*\{'size': 2\} .*: its options are count=3$"),
+        ("stories", {"size": 2}, r"^the text source stories does not accept .*\{'size': 2\} .*: its options are count=3$"),
         ("nothing", {}, r"^data\.source=nothing is no text source: it lacks documents, identity; choose another$"),
     ],
 )

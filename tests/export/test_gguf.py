@@ -385,7 +385,7 @@ def test_smollm2_and_gpt_2_split_text_by_digits_or_not() -> None:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     assert split_name([byte_level]) == "gpt-2"
     assert split_name([{"type": "Digits", "individual_digits": True}, byte_level]) == "smollm"
-    with pytest.raises(EvoPressError, match="by ByteLevel as"):
+    with pytest.raises(EvoPressError, match=r"pre-tokenizer \(ByteLevel\)"):
         split_name([{**byte_level, "add_prefix_space": True}])
 
 

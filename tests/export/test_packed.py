@@ -280,7 +280,7 @@ SAME = [integers(name, 4) for name in (Q, K, V)]
         (
             "compressed_tensors",
             [integers(Q, 4), integers(K, 3), integers(V, 4)],
-            "q_proj at 4 bits in groups of 64 beside .*k_proj at 3 bits .*runs q_proj, k_proj, v_proj as one, qkv_proj, .*=vllm",
+            "q_proj at 4 bits in groups of 64 beside .*k_proj at 3 bits .*fuses q_proj, k_proj, v_proj into qkv_proj, .*=vllm",
         ),
         ("compressed_tensors", [*SAME[:2], Form(V, "dense", DENSE)], "v_proj at dense"),
         (

@@ -85,7 +85,7 @@ def test_a_genome_file_speaks_of_weights(live_model: Callable[..., LiveModel], t
     free = tuple(index % 2 for index in range(len(live.space)))
     write_genome(*files, space=live.space, genome=free, database="0" * 16, budget=10**9)
     with pytest.raises(
-        EvoPressError, match=r"q_proj at 4 bits and .*k_proj at 3 bits, which are one unit here, .*qkv_proj: .*none"
+        EvoPressError, match=r"q_proj at 4 bits and .*k_proj at 3 bits, which share one level here, .*qkv_proj: .*none"
     ):
         read_genome(files[1], space)
 
@@ -117,7 +117,7 @@ def test_weights_with_other_levels_cannot_be_tied_and_engines_have_names() -> No
     four, two = Level("4 bits", 16, "4", 16, QUANT), Level("2 bits", 8, "2", 8, QUANT)
     units = (Unit("a.gate_proj", 0, "gate_proj", 4, (four, two)), Unit("a.up_proj", 0, "up_proj", 4, (four,)))
     with pytest.raises(
-        EvoPressError, match=r"a.gate_proj and a.up_proj are to have one level \(a.gate_up_proj\), but they have different"
+        EvoPressError, match=r"a.gate_proj and a.up_proj must share one level \(a.gate_up_proj\), but their available"
     ):
         tied(Space("quant", units), VLLM)
     assert engine_of("none") is None and engine_of("vllm") is VLLM

@@ -47,9 +47,13 @@ def test_a_word_says_what_a_block_loses(granularity: str, text: str, genome: tup
     ("space", "text", "sentence"),
     [
         (space_of("module"), "none\nattn\nffn\nnone", "word 3 of .* is 'ffn': expected one of none, attn, mlp, attn+mlp"),
-        (space_of("module"), "none\nattn", "for 2 blocks but the model has 4: use a file of this model"),
-        (space_of("module"), "none\n" * 5, "for 5 blocks but the model has 4"),
-        (space_of("block"), "attn\nnone\nnone\nnone", "'attn' of model.layers.0, which is dropped whole .*granularity=module"),
+        (space_of("module"), "none\nattn", "2 lines, one per block, but the model has 4: use a file of this model"),
+        (space_of("module"), "none\n" * 5, "5 lines, one per block, but the model has 4"),
+        (
+            space_of("block"),
+            "attn\nnone\nnone\nnone",
+            "'attn' of model.layers.0, which can only be dropped whole .*granularity=module",
+        ),
         (space_of("pair"), "attn+mlp none none none", "'attn+mlp none' of model.layers.0-1, .*granularity=module"),
         (space_of("module", kept=("model.layers.0.mlp",)), "mlp none none none", "layers.0.mlp, which method.exclude keeps"),
         (Space("quant", (Unit("a", 0, "q", 9, (KEEP, DROP)),)), "attn", "method is quant: use it with +method=drop"),

@@ -267,6 +267,6 @@ def test_bounds_need_a_target_that_is_a_level(quant_space, bounds):
         max_total_deviation=bounds.get("max_total"),
     )
     space, rng = quant_space((4, 4, 4)), np.random.default_rng(0)
-    with pytest.raises(EvoPressError, match=r"search\.max_level=.* target 2\.5 bits per weight is no level"):
+    with pytest.raises(EvoPressError, match=r"search\.max_level=.* target 2\.5 bits per weight is not a level"):
         Evolution(space, Budget(30, 2.5, "bits per weight"), settings, rng_initial=rng, rng_mutation=rng)
     Evolution(space, Budget(36, 3.0, "bits per weight"), settings, rng_initial=rng, rng_mutation=rng)

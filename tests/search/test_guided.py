@@ -318,7 +318,7 @@ def test_rounds_of_every_kind_are_gone_on_with_and_the_plan_says_how_many(quant_
         ({"second_order_rounds": -1}, "search.strategy.second_order_rounds=-1"),
         ({"second_order_tokens": 3}, "search.strategy.second_order_tokens=3"),
         ({"second_order_changes": [0]}, "search.strategy.second_order_changes="),
-        ({"second_order_rounds": 1, "rounds": 0}, "search.strategy.second_order_rounds=1 goes on from"),
+        ({"second_order_rounds": 1, "rounds": 0}, "search.strategy.second_order_rounds=1 needs at least one attribution round"),
         ({"race_parts": 1}, "search.strategy.race_parts=1"),
         ({"delta_tokens": 3}, "search.strategy.delta_tokens=3"),
         ({"predicted_offspring": 1.5}, "search.strategy.predicted_offspring=1.5"),

@@ -110,7 +110,7 @@ def test_an_attribution_is_answered_by_its_own_function() -> None:
 
 
 def test_an_attribution_that_nobody_answers_is_one_sentence() -> None:
-    with pytest.raises(EvoPressError, match="asks for attributions, which nothing here answers"):
+    with pytest.raises(EvoPressError, match="needs attributions, which this fitness does not provide"):
         run_search(Attributing(), sums)
 
 
