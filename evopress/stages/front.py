@@ -39,8 +39,8 @@ class Front:
         """Raise EvoPressError if all that the run is to do is for one genome."""
         if set(settings.stages) <= set(FOR_ONE):
             raise EvoPressError(
-                f"stages=[{','.join(settings.stages)}] is for one genome, and budgets={settings.budgets} have one each: name one "
-                "of them with pick=, such as resume=RUN pick=2.5"
+                f"stages=[{','.join(settings.stages)}] needs one genome, but each of budgets={settings.budgets} has its own: pick "
+                "one, such as resume=RUN pick=2.5"
             )
 
     def refuse(self) -> None:
