@@ -70,7 +70,7 @@ def main() -> None:
         say_error(error)
         sys.exit(1)
     except KeyboardInterrupt as stop:  # between jobs, or before the first
-        say_error("; ".join(["interrupted; go on with the same command, in the same folder", *getattr(stop, "__notes__", [])]))
+        say_error("; ".join(["interrupted; resume with the same command, in the same folder", *getattr(stop, "__notes__", [])]))
         sys.exit(exit_code(stop))
     if jobs.had_none():
         say_error("this sweep has no job: what it sweeps over, such as a glob(...), matches nothing")

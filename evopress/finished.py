@@ -104,7 +104,7 @@ def stages_done(settings: RunSettings, run_dir: Path, kept: Mapping[str, Any] = 
     if not isinstance(there, dict):
         return []
     if there and (changed := _changed(settings, run_dir, there, known)):
-        logger.info("%s was finished with another model or text than there is now (%s): it does not count", run_dir, changed)
+        logger.info("%s was finished with another model or text (%s): its results are not reused", run_dir, changed)
         return []
     if "refine" in settings.stages and finished.get("refine") != _refine(settings):
         known = [stage for stage in known if stage not in STAGES[STAGES.index("refine") :]]

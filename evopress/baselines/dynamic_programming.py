@@ -29,7 +29,7 @@ class DynamicProgramming(Baseline):
         _check_errors(problem.space, problem.errors)
         genome = _least_errors(problem.space, problem.budget, problem.errors)
         if genome is None:
-            logger.info("baseline dp is left out: it keeps all modules, and no levels are then within the target and its limits")
+            logger.info("baseline dp is left out: no genome that keeps all modules is within the target and its limits")
             return {}
         return {"dp": genome}
 

@@ -239,7 +239,7 @@ class GGUF:
         payload = weight.integers()
         of = type_of(payload, exact=self._exact)
         if of is None:
-            logger.warning("gguf: no type holds the integers of %s, which is written as it is decoded", weight.form)
+            logger.warning("gguf: no GGUF type can store the integers of %s, which is written dequantized", weight.form)
             return None
         rounding.worst = max(rounding.worst, _rounding(payload) if of.mins == (1, 1) else 0.0)
 

@@ -56,7 +56,7 @@ def _job(command: Command, config: DictConfig) -> float:
             return _run(command, config, folder)
     except KeyboardInterrupt as stop:
         again = to_go_on_with_sweep() if sweep_job.is_one() and command.is_here() else to_go_on(folder)
-        say_error(f"interrupted; go on with: {again}")
+        say_error(f"interrupted; resume with: {again}")
         sys.exit(exit_code(stop))
     except Exception as error:
         taken = isinstance(error, run_folder.TakenError)
@@ -115,7 +115,7 @@ def _run(command: Command, config: DictConfig, run_dir: Path) -> float:
         write_json(run_dir / "environment.json", environment)
     logger.info("run folder %s", shown(run_dir))
     if defaults:
-        logger.info("an earlier version began this job: it goes on with that version's defaults, %s", " ".join(defaults))
+        logger.info("an earlier version began this job: it is resumed with that version's defaults, %s", " ".join(defaults))
     for sentence in command_line.unused(overrides, strategy=settings.search.strategy.name):
         logger.warning(sentence)
     paper = configuration.at_paper_scale(config)
@@ -181,5 +181,5 @@ def _noting_how_to_go_on(run_dir: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if any((*run_dir.glob("state.json"), *run_dir.glob("points/*/state.json"))):
-            error.add_note(f"what the search has done is kept; go on with: {to_go_on(run_dir)}")
+            error.add_note(f"what the search has done is kept; resume with: {to_go_on(run_dir)}")
         raise

@@ -132,7 +132,7 @@ class SlurmJobLauncher(SlurmLauncher):  # type: ignore[misc, unused-ignore]
         if "timed-out too many times" in words or state.startswith("TIMEOUT"):
             return (
                 f"job {job.job_id}, out of time: raise hydra.launcher.timeout_min={self.params['timeout_min']} or "
-                f"max_num_timeout={self.params['max_num_timeout']}, it goes on where it was"
+                f"max_num_timeout={self.params['max_num_timeout']}, it resumes where it was"
             )
         raised = [line for line in words.split("\n-----", 2)[1].splitlines() if line] if "trace:" in words else []
         return f"job {job.job_id}, {raised[-1] if len(raised) > 1 else state}, see {job.paths.stderr}"

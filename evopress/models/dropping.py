@@ -259,8 +259,7 @@ def _described(blocks: BlockModel, kept: Sequence[int]) -> Any:
         found[key] = _shortened(blocks, kept)
         if found[key] is None:
             logger.warning(
-                "the config of %s cannot describe the blocks that are left alone: those that are dropped stay, with weights of "
-                "zeros",
+                "the config of %s cannot describe a model without the dropped blocks: they are exported with weights of zero",
                 blocks.family.name,
             )
     return found[key]

@@ -107,7 +107,9 @@ def fitted(settings: RunSettings) -> RunSettings:
     if grouped:
         method = replace(method, group_size=size)
     said = {f"model.{key}": value for key, value in changes.items()} | ({"method.group_size": size} if grouped else {})
-    logger.info("from the model: %s", ", ".join(f"{key}={'null' if value is None else value}" for key, value in said.items()))
+    logger.info(
+        "derived from the model: %s", ", ".join(f"{key}={'null' if value is None else value}" for key, value in said.items())
+    )
     return replace(settings, model=replace(model, **changes), method=method)
 
 
@@ -299,8 +301,7 @@ class ModelSource:
         name = safe_name(self._name or self.folder.absolute().name)
         logger.info("model: %s, %s M parameters, %.3g GB in %s on %s", name, millions(count), size / 1e9, self._dtype, self._device)
         logger.info(
-            "its weights %s, so nothing is read but config.json: text is taken to be as long as it was asked for, and "
-            "nothing to be there already",
+            "its weights %s, so only config.json is read: the plan assumes as much text as was asked for, and nothing cached",
             self._unread,
         )
         return Pretrained(cast("Any", model), cast("Any", None), family, name, self.folder, digest="")

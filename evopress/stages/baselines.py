@@ -236,8 +236,8 @@ def find_baselines(workspace: Workspace) -> None:
                 ) from error
             if not baseline.beside_budget and (over := workspace.budget_of(workspace.database.space).exceeded(space, found[row])):
                 logger.warning(
-                    "the baseline %s gives a row %r over the budget of %s: results mark it, and it is compared with nothing that "
-                    "keeps it",
+                    "the baseline %s gives a row %r over the budget of %s: it is marked in results, and not compared with "
+                    "genomes within the budget",
                     name,
                     row,
                     over,

@@ -248,8 +248,8 @@ def export(workspace: Workspace, *, command: str) -> None:
         counted = row.get("bytes")
         if size and counted and workspace.engine is not None and row.get("modules_dropped") and size > _MORE * counted:
             logger.warning(
-                "%s has %s MB of weights where %s were counted: an attention or MLP that is dropped alone is counted as nothing, "
-                "and stays in the file as zeros; ask for a smaller size",
+                "%s has %s MB of weights where %s were counted: attention or MLP modules dropped alone are counted as nothing, "
+                "but stored as zeros; lower size",
                 name,
                 millions(size),
                 millions(counted),

@@ -47,7 +47,7 @@ class Measured:
         """Return what was kept of something, JSON-able as it was given; None: nothing."""
         value = self._known.get(self._key(asked))
         if value is not None and not self._said:
-            logger.info("evaluation: goes on with what %s has", self._path)
+            logger.info("evaluation: resuming from %s", self._path)
             self._said = True
         return value
 

@@ -135,7 +135,7 @@ def _checked(
     plan = Plan(together(taken, once=once), speed, built_first)
     found = rooms_of(workspace)
     each = f" in each of {len(found)} processes (disk: in all)" if len(found) > 1 else ""
-    logger.info("what this run will take%s, beside the model:\n%s", each, plan_table(plan, workspace, found))
+    logger.info("what this run will take%s, in addition to the model:\n%s", each, plan_table(plan, workspace, found))
     try:
         check_room(plan.stages, found, offload=workspace.settings.model.offload)
     except EvoPressError as error:
@@ -202,8 +202,8 @@ def _say_what_stays(space: Space, exchange: str) -> None:
     for unit in space.units:
         if exchange == "size" and unit.is_outside and sizes[unit.size] == 1:
             logger.info(
-                "search: no other unit has the size of %s, so it stays at the level that the search starts from: "
-                "search.exchange=any trades it for many others, search.starts=[dp] starts from what its error asks for",
+                "search: no other unit has the size of %s, so exchanges of equal size cannot change its level: use "
+                "search.exchange=any, or search.starts=[dp] for a better start",
                 unit.name,
             )
 

@@ -141,14 +141,14 @@ def refine(workspace: Workspace) -> None:
     path, database = _genome_file(workspace), _database(workspace)
     genome = read_genome(path, database.space, database=database.fingerprint)
     if not inexact_units(database, genome):
-        logger.info("refine: every unit is at a level that is its weight itself, so there is nothing to refine")
+        logger.info("refine: every unit has its dense weight, so there is nothing to refine")
         _remove_others(workspace.run_dir, None)
         return
     settings = refine_settings(workspace, genome)
     started = time.monotonic()
     _remove_others(workspace.run_dir, folder_of(settings, database))
     logger.info(
-        "refine: %d units anew on %d calibration tokens; %d tokens of search text, from which no search draws, decide what stays",
+        "refine: recompressing %d units on %d calibration tokens; %d tokens of held-back search text decide which are kept",
         len(inexact_units(database, genome)),
         workspace.calibration_tokens.numel(),
         workspace.refine_tokens.numel(),
@@ -279,7 +279,7 @@ def _remove_others(run_dir: Path, keep: Path | None) -> None:
     for folder in root.glob("*") if root.is_dir() else []:
         if folder != keep and folder.is_dir() and not folder.is_symlink():
             forget_found(run_dir, [REFINED_ROW])
-            logger.info("refine: what is in %s was made with other settings or of another genome; it is made again", folder)
+            logger.info("refine: %s was made with other settings or for another genome; it is made again", folder)
             try:
                 shutil.rmtree(folder)
             except OSError as error:

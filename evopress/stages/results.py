@@ -37,5 +37,5 @@ def forget_found(run_dir: Path, names: Collection[str] = OF_FOUND) -> None:
     result = read_result(run_dir)
     rows = [row for row in result.get("rows", []) if row["name"] not in names]
     if len(rows) < len(result.get("rows", [])):
-        logger.info("the results of what was found before are left out: the stage evaluate measures the new one")
+        logger.info("results of the previous genome are removed: the stage evaluate measures the new one")
         write_json(run_dir / "result.json", {key: value for key, value in result.items() if key != "refine"} | {"rows": rows})

@@ -176,7 +176,7 @@ def test_weights_that_this_machine_has_no_room_for_are_planned_by_their_config(
     monkeypatch.setattr(preflight, "first_block", lambda *_, **__: None)
     assert [needs.stage for needs in plan_of(*same).stages] == [needs.stage for needs in with_room]
     assert "on this machine the run would be refused: the model takes" in caplog.text
-    assert "its weights are more than this machine has room for, so nothing is read but config.json" in caplog.text
+    assert "its weights are more than this machine has room for, so only config.json is read" in caplog.text
 
 
 def test_of_the_hub_the_small_files_are_fetched_alone(
@@ -198,7 +198,7 @@ def test_the_command_says_that_nothing_but_the_config_was_read(evopress: Callabl
     tiny_config().save_pretrained(tmp_path / "model")
     outcome = evopress("+method=quant", "bits=2.5", "+debug=tiny", "model.path=model", "stages=[database]", DRY)
     assert outcome.code == 0, outcome.text
-    assert "its weights are not in model, so nothing is read but config.json" in outcome.text
+    assert "its weights are not in model, so only config.json is read" in outcome.text
     assert "dry run: nothing was built or searched" in outcome.text
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "none"}), encoding="utf-8")
     with pytest.raises(EvoPressError, match="is unknown to transformers"):

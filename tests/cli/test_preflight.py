@@ -691,7 +691,7 @@ def test_a_model_without_a_yaml_says_what_was_taken_from_it(
     model = ("model=local", f"model.path={tiny_folder()}", "model.dtype=float32", "model.device=cpu", *amounts)
     outcome = evopress("+method=quant", "bits=3.5", "+debug=tiny", "search/strategy=evolution", *model, DRY, "hydra.run.dir=run")
     assert outcome.code == 0, outcome.text
-    assert "from the model: model.sequence_length=512, model.group_size=32, method.group_size=32" in outcome.text
+    assert "derived from the model: model.sequence_length=512, model.group_size=32, method.group_size=32" in outcome.text
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_a_run_whose_processes_were_killed_goes_on_with_another_number_of_them(
     for process in (killed[0], killed[1], killed[3]):
         (error,) = [line for line in process.text.splitlines() if line.startswith("error: ")]
         assert "another process of this run has ended" in error and "Traceback" not in process.text
-    assert "go on with: python -m evopress resume=run" in killed[0].text
+    assert "resume with: python -m evopress resume=run" in killed[0].text
 
     ended = run_on(2, evopress_in, "resume=run", HERE[-1], cwd=tmp_path / "killed")
     assert [process.code for process in ended] == [0, 0], ended[0].text

@@ -312,7 +312,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_end(
     assert asked == ["python_docs", "other"] and len(lines) == 1
     (run / "measured.jsonl").write_text(f"{lines[0]}\n{lines[0].replace('e', 'f', 1)}\n" + lines[0][:40])  # of a disk that failed
     outcome = evopress(f"resume={run}", *both)
-    assert outcome.code == 0 and "evaluation: goes on with what" in outcome.text, outcome.text
+    assert outcome.code == 0 and "evaluation: resuming from" in outcome.text, outcome.text
     assert asked == ["python_docs", "other", "other"]
     assert rows(run) == rows(whole) and not (run / "measured.jsonl").exists()
     for name in ("results.csv", "results.md"):
@@ -334,7 +334,7 @@ def test_an_interrupted_search_goes_on_to_the_same_end(
         outcome = tiny(SEARCH)
     assert outcome.code == 130
     assert "Traceback" not in outcome.text
-    assert outcome.errors == ["error: interrupted; go on with: python -m evopress resume=run"]
+    assert outcome.errors == ["error: interrupted; resume with: python -m evopress resume=run"]
     assert not (tmp_path / "run" / "genome.json").exists()
     if num_records:
         assert len(records(tmp_path / "run")) == num_records

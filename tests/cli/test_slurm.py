@@ -144,7 +144,7 @@ def test_an_interrupted_command_names_the_jobs_that_go_on(
         program.main()
     said = capsys.readouterr().err
     assert left.value.code == 130 and said.startswith(
-        "error: interrupted; go on with the same command, in the same folder; 2 jobs "
+        "error: interrupted; resume with the same command, in the same folder; 2 jobs "
     )
     assert "`scancel 7_0 7_2` ends them" in said
 

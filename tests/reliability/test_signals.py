@@ -60,7 +60,7 @@ def test_a_signal_ends_a_run_that_goes_on_to_the_same_end(death: Death, code: in
 def test_the_sentence_says_how_to_go_on(tmp_path: Path, shared_cache: Path) -> None:
     ending = run_child(RUN, cwd=tmp_path, cache=shared_cache, death=Death("search", "minibatch", nth=4, number=TERM))
     assert ending.code == 143
-    assert errors(ending) == ["interrupted; go on with: python -m evopress resume=run"]
+    assert errors(ending) == ["interrupted; resume with: python -m evopress resume=run"]
     assert state(tmp_path)["evolution"]["generation"] == 2  # at once, not at the end of the generation
     assert left_behind(tmp_path) == []
 
@@ -120,7 +120,7 @@ def test_a_signal_stops_a_whole_sweep_which_goes_on_with_the_job(tmp_path: Path,
     ending = run_child(SWEEP, cwd=tmp_path, cache=shared_cache, death=Death("search", "minibatch", nth=4, number=TERM))
     assert ending.code == 143
     (sentence,) = errors(ending)
-    command = sentence.removeprefix("interrupted; go on with: python -m evopress ").removesuffix(
+    command = sentence.removeprefix("interrupted; resume with: python -m evopress ").removesuffix(
         " (jobs that are done are not run again)"
     )
     assert command.startswith("-m +method=quant") and command.endswith("hydra.sweep.dir=sweep")
@@ -168,7 +168,7 @@ def test_no_memory_is_one_sentence_that_names_what_to_lower(
     ):
         assert key in sentence
     searched = owner is MinibatchFitness
-    assert ("what the search has done is kept; go on with: python -m evopress resume=run" in ending.text) == searched
+    assert ("what the search has done is kept; resume with: python -m evopress resume=run" in ending.text) == searched
     assert left_behind(tmp_path) == []
     assert run_child(RUN, cwd=tmp_path, cache=shared_cache).code == 0
     assert outcome(tmp_path) == trials("quant", SHORT).expected
