@@ -12,7 +12,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from evopress.counted import HOW_IT_RUNS, counted, counted_before
 from evopress.data.tokens import tokens_digest
 from evopress.earlier_versions import refine_without_later
 from evopress.errors import EvoPressError
@@ -20,6 +19,7 @@ from evopress.files import sha256_file
 from evopress.levels.store import MANIFEST
 from evopress.reporting.records import read_document, read_json, read_records, write_json
 from evopress.reporting.tables import number
+from evopress.result_settings import HOW_IT_RUNS, result_settings, result_settings_before
 from evopress.settings import STAGES, PathsSettings, RunSettings, TrackerSettings
 from evopress.stages.exports import EXPORTED_BEFORE, exports_asked
 from evopress.stages.given import file_of
@@ -178,8 +178,8 @@ def _refine(settings: RunSettings) -> dict[str, Any]:
 
 
 def settings_digest(settings: RunSettings) -> str:
-    """Return a digest of all settings that decide a result (`counted`)."""
-    return _digest(counted(asdict(settings)))
+    """Return a digest of all settings that decide a result (`result_settings`)."""
+    return _digest(result_settings(asdict(settings)))
 
 
 def _digests_before(settings: RunSettings, kept: Mapping[str, Any]) -> set[str]:
@@ -191,7 +191,11 @@ def _digests_before(settings: RunSettings, kept: Mapping[str, Any]) -> set[str]:
     values["tracker"]["project"] = values["tracker"]["project"] or "evopress"  # then the default
     now = {key: values[key] for key in HOW_IT_RUNS}
     plain = {"tracker": {**asdict(TrackerSettings()), "project": "evopress"}, "paths": asdict(PathsSettings()), "threads": None}
-    return {_digest(counted_before({**values, **how, **uncounted})) for how in (now, {**now, **kept}) for uncounted in ({}, plain)}
+    return {
+        _digest(result_settings_before({**values, **how, **uncounted}))
+        for how in (now, {**now, **kept})
+        for uncounted in ({}, plain)
+    }
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ from evopress.models.opening import ModelSource, greatest_group, longest_sequenc
 from evopress.reporting.generations import read_generations
 from evopress.reporting.records import read_genome, write_genome
 from evopress.reporting.tracker import NullTracker
-from evopress.room import check_model
+from evopress.resources import check_model
 from evopress.search.strategies import settings_class
 from evopress.settings import (
     AUTO,

@@ -43,7 +43,7 @@ from evopress.models.opening import ModelSource, pick_dtype
 from evopress.models.outline import find_family, num_blocks_of, skeleton, text_config
 from evopress.models.routing import check_fillers, fewer_experts
 from evopress.ranks import SHARES, collective, launched, leads
-from evopress.room import check_model
+from evopress.resources import check_model
 from evopress.settings import RunSettings
 from evopress.units import BLOCKS, Budget, Genome, Space, is_of_expert
 

@@ -17,11 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from evopress.config import config_folder, plain_dict, register
-from evopress.counted import counted
 from evopress.earlier_versions import as_written_now, earlier_value, refine_without_later
 from evopress.errors import EvoPressError
 from evopress.reporting.jobs import NOT_COMPARED, read_jobs
 from evopress.reporting.records import read_json
+from evopress.result_settings import result_settings
 
 _FREE = ("seed", "evaluation.every", "evaluation.every_tokens")
 """Settings that decide a result in which the jobs of one table may differ."""
@@ -88,7 +88,9 @@ def _untyped_axes(folder: Path, axes: Sequence[str]) -> list[str]:
         with suppress(EvoPressError):
             job = read_job(path.parent.parent, axes)
             place = tuple(value for key, value in job.axes.items() if key != "seed")
-            settings.append((place, {key: value for key, value in _flat(counted(_resolved(job))) if not _within(key, set(_FREE))}))
+            settings.append(
+                (place, {key: value for key, value in _flat(result_settings(_resolved(job))) if not _within(key, set(_FREE))})
+            )
     while True:
         first: dict[tuple[str, ...], dict[str, Any]] = {}
         for place, mine in settings:
@@ -245,7 +247,7 @@ def _check_alike(jobs: Sequence[Job], keys: Sequence[str]) -> None:
     """Raise EvoPressError if jobs differ in more than what was swept."""
     free = {*_FREE, *(name for key in keys for name in _decided(key))}
     settings = [_resolved(job) for job in jobs]
-    _refuse_others(jobs, [counted(each) for each in settings], settings, free)
+    _refuse_others(jobs, [result_settings(each) for each in settings], settings, free)
     refined = [place for place, each in enumerate(settings) if "refine" in (each.get("stages") or ())]
     told = [settings[place] for place in refined]
     decisive = [{"refine": refine_without_later(each.get("refine") or {})} for each in told]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from evopress.earlier_versions import as_written_now, defaults_of, without_later
-from evopress.search.guided import GuidedStrategy
+from evopress.search.guided_settings import GuidedStrategy
 from evopress.settings import QuantSettings, RunSettings, SearchConfig
 
 PAPER = {"recipe": "paper"}

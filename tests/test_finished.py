@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from evopress import finished
 from evopress.config import kept_settings
-from evopress.counted import HOW_IT_RUNS, counted_before
 from evopress.finished import best_fitness, settings_digest, stages_done
+from evopress.result_settings import HOW_IT_RUNS, result_settings_before
 from evopress.settings import (
     DataSettings,
     DropSettings,
@@ -120,7 +120,7 @@ def test_a_run_whose_earlier_version_counted_that_is_known_by_what_its_folder_ke
     (tmp_path / ".hydra").mkdir()
     uncounted = replace(then, tracker=TrackerSettings(project="evopress"), paths=PathsSettings(), threads=None)
     for counting in (then, uncounted):
-        write_finished(tmp_path, finished._digest(counted_before(asdict(counting))))
+        write_finished(tmp_path, finished._digest(result_settings_before(asdict(counting))))
         OmegaConf.save(OmegaConf.create(kept), tmp_path / ".hydra" / "config.yaml")
         there = kept_settings(tmp_path, HOW_IT_RUNS)
         assert stages_done(replace(settings, level_db=MOVED), tmp_path, there) == ["search"]

@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from evopress import command_line, launching, machine, ranks, run_folder
 from evopress import config as configuration
-from evopress.counted import HOW_IT_RUNS
 from evopress.endings import exit_code, is_out_of_memory, of_the_disk
 from evopress.errors import EvoPressError, first_line
 from evopress.launching import sweep_job
@@ -26,6 +25,7 @@ from evopress.launching.processes import shared
 from evopress.launching.resume import earlier_defaults, to_go_on, to_go_on_with_sweep
 from evopress.reporting import jobs
 from evopress.reporting.records import write_json
+from evopress.result_settings import HOW_IT_RUNS
 from evopress.settings import RunSettings
 
 logger = logging.getLogger(__name__)

@@ -16,11 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from evopress import config as configuration
 from evopress import machine, run_folder
-from evopress.counted import HOW_IT_RUNS
 from evopress.errors import EvoPressError
 from evopress.launching.command import Command
 from evopress.launching.folders import shown
 from evopress.launching.resume import earlier_defaults
+from evopress.result_settings import HOW_IT_RUNS
 from evopress.settings import RunSettings
 
 logger = logging.getLogger(__name__)

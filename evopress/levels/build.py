@@ -48,7 +48,7 @@ from evopress.levels.store import (
 from evopress.models.blocks import BlockModel
 from evopress.progress import track
 from evopress.ranks import batch_within_share, collective, map_shards, on_all_ranks, on_rank_zero, shares
-from evopress.room import check_room, rooms
+from evopress.resources import check_room, rooms
 from evopress.units import Space, Unit
 
 logger = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ from typing import Any
 
 import yaml
 
-from evopress.counted import ASKED, HOW_IT_RUNS
 from evopress.errors import EvoPressError
 from evopress.files import remove_empty, write_bytes
 from evopress.json_files import load_json
 from evopress.reporting.records import read_document, write_json
 from evopress.reporting.tables import held_out_kl, significant
+from evopress.result_settings import ASKED, HOW_IT_RUNS
 
 FAILED = ".failed"
 """Folder inside a sweep's: a note for each job that failed when the sweep was run last."""

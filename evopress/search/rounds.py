@@ -37,7 +37,7 @@ from evopress.search.strategy import Attribution, Expansion, Problem, Question, 
 from evopress.units import Budget, Genome, Space, is_module
 
 if TYPE_CHECKING:
-    from evopress.search.guided import GuidedSettings
+    from evopress.search.guided_settings import GuidedSettings
 
 
 _UNITS = 210

@@ -11,7 +11,7 @@ from evopress.search.strategy import StrategySettings
 
 STRATEGIES: Registry[type[StrategySettings]] = Registry(
     "search strategy",
-    {"evolution": "evopress.search.evolution:EvolutionStrategy", "guided": "evopress.search.guided:GuidedStrategy"},
+    {"evolution": "evopress.search.evolution:EvolutionStrategy", "guided": "evopress.search.guided_settings:GuidedStrategy"},
     group="evopress.strategies",
 )
 """A name to the dataclass of its settings, which Hydra gets as `search/strategy=NAME`."""

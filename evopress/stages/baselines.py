@@ -32,7 +32,7 @@ from evopress.levels.union import LevelSource, LevelUnion
 from evopress.models.blocks import BlockModel
 from evopress.progress import counted
 from evopress.reporting.records import append_record, read_document, read_records, write_json
-from evopress.room import Needs
+from evopress.resources import Needs
 from evopress.search import Fitness
 from evopress.search.strategy import BACKWARD_TOKENS, Asks
 from evopress.settings import FitnessSettings

@@ -25,7 +25,7 @@ from evopress.models.experts import copied_for_export
 from evopress.progress import millions
 from evopress.reporting.records import read_genome, read_json, write_genome, write_json
 from evopress.reporting.tables import markdown_table
-from evopress.room import Needs
+from evopress.resources import Needs
 from evopress.settings import RunSettings
 from evopress.stages.given import Given, file_of, folder_of, named_genome, take_best_so_far
 from evopress.stages.needs import Planner

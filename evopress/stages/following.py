@@ -18,7 +18,7 @@ from evopress.levels.store import LevelDatabase
 from evopress.models.blocks import bytes_of
 from evopress.models.loading import pick_device
 from evopress.ranks import collective, follow, on_all_ranks, processes
-from evopress.room import Room, rooms
+from evopress.resources import Room, rooms
 from evopress.settings import RunSettings
 from evopress.stages.baselines import make_fitness
 from evopress.workspace import Workspace

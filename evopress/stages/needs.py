@@ -19,7 +19,7 @@ from evopress.levels.live import block_bytes, decoding_bytes, enough_to_keep
 from evopress.levels.modules import modules_of
 from evopress.levels.plan import BuildNeeds
 from evopress.ranks import batch_within_share, largest_shard, processes
-from evopress.room import Needs
+from evopress.resources import Needs
 from evopress.search.strategy import Asks, Attribution, Searching, backward_tokens
 from evopress.stages.probe import Speed
 from evopress.units import Budget, Space

@@ -10,12 +10,13 @@ from evopress.search.strategy import Searching
 from evopress.settings import RunSettings
 from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.checks import searching
-from evopress.stages.conclude import evaluate, report
 from evopress.stages.earlier import refuse_other_work
+from evopress.stages.evaluate import evaluate
 from evopress.stages.exports import export
 from evopress.stages.kind import Context
 from evopress.stages.points import refuse_points_left
 from evopress.stages.refine import refine, refuse_without_genome
+from evopress.stages.report import report
 from evopress.stages.search import search
 from evopress.workspace import Workspace
 

@@ -13,11 +13,12 @@ from evopress.reporting.generations import read_generations
 from evopress.reporting.records import write_json
 from evopress.reporting.tracker import Tracker, track_figures
 from evopress.stages.baselines import spent_on_baselines, stored_baselines
-from evopress.stages.conclude import add_spent, measured_rows, track_results
+from evopress.stages.evaluate import add_spent, measured_rows
 from evopress.stages.given import take_best_so_far
 from evopress.stages.kind import Context
 from evopress.stages.measured import MEASURED
 from evopress.stages.points import PointRun
+from evopress.stages.report import track_results
 from evopress.stages.results import read_result
 from evopress.units import Genome
 from evopress.workspace import Workspace

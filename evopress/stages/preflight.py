@@ -23,19 +23,20 @@ from evopress.models.blocks import BlockModel
 from evopress.models.first_block import first_block
 from evopress.progress import duration
 from evopress.reporting.records import read_json
-from evopress.room import Needs, Room, amount, by_machine, check_room, disks, in_bytes, room_on
+from evopress.resources import Needs, Room, amount, by_machine, check_room, disks, in_bytes, room_on
 from evopress.search.constraint import make_exchange
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.search.strategy import Asks, Searching
 from evopress.settings import STAGES
 from evopress.stages.baselines import baselines_needs, database_needs, further_levels, make_measure
-from evopress.stages.conclude import evaluate_needs, report_needs
+from evopress.stages.evaluate import evaluate_needs
 from evopress.stages.exports import export_needs
 from evopress.stages.following import model_bytes_there, rooms_of
 from evopress.stages.given import check_levels
 from evopress.stages.needs import Planner, planned_for
 from evopress.stages.probe import Speed, measure_speed
 from evopress.stages.refine import refine_needs
+from evopress.stages.report import report_needs
 from evopress.stages.search import search_needs
 from evopress.units import BLOCKS, Budget, Space
 from evopress.workspace import Workspace

@@ -23,7 +23,7 @@ from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase
 from evopress.progress import counted
 from evopress.ranks import collective, largest_shard
 from evopress.reporting.records import read_genome, read_json, write_json
-from evopress.room import Needs
+from evopress.resources import Needs
 from evopress.stages.given import take_best_so_far
 from evopress.stages.needs import Planner
 from evopress.stages.results import REFINED_ROW, forget_found, read_result

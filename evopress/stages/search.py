@@ -22,7 +22,7 @@ from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics, best_metrics
 from evopress.reporting.records import append_record, read_document, truncate_records, write_json
 from evopress.reporting.tracker import Tracker
-from evopress.room import Needs
+from evopress.resources import Needs
 from evopress.search.evolution import SearchSettings
 from evopress.search.initial import uniform_genome
 from evopress.search.record import GenerationRecord

@@ -32,7 +32,7 @@ from evopress.reporting.records import read_document, read_genome
 from evopress.reporting.tables import display_name, significant
 from evopress.settings import RunSettings
 from evopress.stages.baselines import read_baselines, stored_baselines
-from evopress.stages.conclude import measured_rows
+from evopress.stages.evaluate import measured_rows
 from evopress.units import Genome
 from evopress.workspace import Workspace
 from experiments.composed import settings_of, take_threads

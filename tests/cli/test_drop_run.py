@@ -45,7 +45,7 @@ def test_a_run_compares_all_block_scores_and_the_search(
     drop: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[list[str]] = []
-    monkeypatch.setattr("evopress.stages.conclude.dropped_modules_figure", lambda dropped, *_: shown.append(list(dropped)) or [])
+    monkeypatch.setattr("evopress.stages.report.dropped_modules_figure", lambda dropped, *_: shown.append(list(dropped)) or [])
     outcome = drop("hydra.run.dir=run", "baselines.names=[" + ",".join([*RANKED, "best_of_random", "exhaustive"]) + "]")
     assert outcome.code == 0, outcome.text
     folder = tmp_path / "run"

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from evopress import room
+from evopress import resources
 from evopress.compress.compressor import free_bytes, free_now, sweep_bytes, to_come
 from evopress.errors import EvoPressError
 from evopress.evaluation.tasks import Asked
@@ -33,9 +33,9 @@ from evopress.levels.plan import BuildNeeds
 from evopress.methods.method import Rest
 from evopress.progress import duration
 from evopress.search.strategy import Asks
-from evopress.stages import conclude, preflight, probe
+from evopress.stages import evaluate, preflight, probe
 from evopress.stages import needs as needs_of_stages
-from evopress.stages.conclude import evaluate_needs
+from evopress.stages.evaluate import evaluate_needs
 from evopress.stages.exports import export_needs
 from evopress.stages.needs import Planner
 from evopress.units import Budget, Level, Space, Unit
@@ -401,10 +401,10 @@ def test_a_model_that_memory_cannot_hold_is_not_loaded(tiny: Callable[..., Any],
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_model_that_a_gpu_cannot_hold_is_not_loaded(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "free_now", lambda device: 24 * GB)
+    monkeypatch.setattr(resources, "free_now", lambda device: 24 * GB)
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(200 * GB))
     with nullcontext() if offload else pytest.raises(EvoPressError, match=r"^the model takes 141 GB on cuda:0, .* 24 GB are free"):
-        room.check_model(141 * GB, torch.device("cuda:0"), offload=offload)
+        resources.check_model(141 * GB, torch.device("cuda:0"), offload=offload)
 
 
 def test_what_a_model_will_take_of_a_gpu_is_not_free_for_what_is_planned_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +413,7 @@ def test_what_a_model_will_take_of_a_gpu_is_not_free_for_what_is_planned_beside_
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 0)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 0)
     with to_come(there, 16 * GB):
-        assert (free_bytes(there), free_now(there), sweep_bytes(there), room.room_on(there).device) == (
+        assert (free_bytes(there), free_now(there), sweep_bytes(there), resources.room_on(there).device) == (
             4 * GB,
             20 * GB,
             GB,
@@ -426,12 +426,12 @@ def test_what_would_take_less_of_a_disk_is_said(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("shutil.disk_usage", lambda path: DiskUsage(10**12, 10**12, 10**9))
     levels = tuple(Level(label, kept, label, 16 * kept, "sparsity") for label, kept in (("0%", 10**9), ("50%", 5 * 10**8)))
     build = BuildNeeds((Unit("a", 0, "q_proj", 10**9, levels),), 1, disk_bytes=5 * 10**9, hessian_bytes=3 * 10**9)
-    database, export_ = build.in_folder(tmp_path), room.Needs("export", "", disk={tmp_path: 10**8})
+    database, export_ = build.in_folder(tmp_path), resources.Needs("export", "", disk={tmp_path: 10**8})
     less = r"fewer levels \(method\.num_levels\), keep no Hessians \(3 GB; level_db\.keep_hessians=false\) or use another .*root"
     with pytest.raises(EvoPressError, match=rf"^this run needs 5\.1 GB .*: free some space, store {less}, or leave stages out"):
-        room.check_room([export_, database], [room.Room("here", 10**12)])
+        resources.check_room([export_, database], [resources.Room("here", 10**12)])
     with pytest.raises(EvoPressError, match=rf"^building the level database needs 5 GB .*: free some space, store {less}$"):
-        room.check_room([database], [room.Room("here", 10**12)])
+        resources.check_room([database], [resources.Room("here", 10**12)])
 
 
 def test_what_a_device_lacks_is_refused(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,7 +444,7 @@ def test_what_a_device_lacks_is_refused(tiny: Callable[..., Any], monkeypatch: p
         put(self, needs, size, host=host)
 
     monkeypatch.setattr(Planner, "put", on_device)
-    monkeypatch.setattr(room, "free_now", lambda device: 1000)
+    monkeypatch.setattr(resources, "free_now", lambda device: 1000)
     refused(tiny("stages=[evaluate]"), "the stage evaluate needs about", "but 1 kB are free", "model.offload=true")
 
 
@@ -582,10 +582,10 @@ def test_zero_shot_questions_are_counted_and_have_all_logits_of_a_batch(offload:
     for key, value in (("task_limit", None), ("task_batch_size", 8)):
         setattr(asking.settings.evaluation, key, value)
     asking.settings.model = SimpleNamespace(bos="auto")
-    monkeypatch.setattr(conclude, "_tasks", lambda workspace: {})
-    monkeypatch.setattr(conclude, "count_asked", lambda tasks, tokenizer, **settings: Asked(10_000, 1_000_000))
+    monkeypatch.setattr(evaluate, "_tasks", lambda workspace: {})
+    monkeypatch.setattr(evaluate, "count_asked", lambda tasks, tokenizer, **settings: Asked(10_000, 1_000_000))
     needs, without = evaluate_needs(asking), evaluate_needs(planner("cuda", offload=offload))
-    models = 1 + conclude._num_genomes(asking)
+    models = 1 + evaluate._num_genomes(asking)
     assert needs.tokens == without.tokens + models * 10_000
     blocks = asking.workspace.blocks
     logits = 2 * 8 * 1_000_000 * blocks.head().weight.shape[0] * blocks.dtype.itemsize

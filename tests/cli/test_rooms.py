@@ -32,30 +32,31 @@ MAY_IMPORT = {
     "config": {"settings", "errors", "run_folder", "search"},
     "command_line": {"run_folder", "settings"},
     "search": VOCABULARY,
-    "reporting": VOCABULARY | {"counted"},
+    "reporting": VOCABULARY | {"result_settings"},
     "compress": {"units", "errors", "machine"},
     "models": VOCABULARY | {"endings", "settings", "machine", "ranks"},
     "data": VOCABULARY | {"settings"},
-    "room": {"compress", "errors", "files", "ranks"},
-    "levels": VOCABULARY | {"endings", "ranks", "room", "compress", "models", "data"},
+    "resources": {"compress", "errors", "files", "ranks"},
+    "levels": VOCABULARY | {"endings", "ranks", "resources", "compress", "models", "data"},
     "fitness": VOCABULARY | {"ranks", "compress", "models", "data", "levels"},
     "evaluation": VOCABULARY | {"ranks", "compress", "models", "data", "levels", "fitness"},
     "export": VOCABULARY | {"endings", "compress", "models", "data", "levels", "fitness"},
     "baselines": VOCABULARY | {"compress", "models", "data", "levels", "fitness", "search", "settings"},
     "endings": {"errors", "files"},
     "earlier_versions": set(),
-    "counted": {"earlier_versions"},
+    "result_settings": {"earlier_versions"},
     "methods": VOCABULARY | {"compress", "models", "levels", "settings"},
     "databases": VOCABULARY | {"compress", "models", "data", "levels", "methods", "settings"},
     "workspace": VOCABULARY
-    | {"machine", "ranks", "room", "endings", "models", "data", "databases", "levels", "fitness", "methods", "settings"},
+    | {"machine", "ranks", "resources", "endings", "models", "data", "databases", "levels", "fitness", "methods", "settings"},
     "stages": VOCABULARY
-    | {"endings", "ranks", "room", "compress", "models", "data", "levels", "fitness", "search", "settings"}
+    | {"endings", "ranks", "resources", "compress", "models", "data", "levels", "fitness", "search", "settings"}
     | {"methods", "workspace", "baselines", "evaluation", "export", "reporting"},
-    "finished": VOCABULARY | {"counted", "earlier_versions", "data", "levels", "reporting", "settings", "stages", "workspace"},
+    "finished": VOCABULARY
+    | {"result_settings", "earlier_versions", "data", "levels", "reporting", "settings", "stages", "workspace"},
     "pipeline": VOCABULARY | {"finished", "methods", "reporting", "settings", "stages", "workspace"},
     "library": VOCABULARY
-    | {"machine", "models", "data", "evaluation", "export", "reporting", "room", "search", "settings", "stages", "workspace"},
+    | {"machine", "models", "data", "evaluation", "export", "reporting", "resources", "search", "settings", "stages", "workspace"},
 }
 """A room to the rooms beside itself that it may import; what is not named here (the entry point, launching) may import any."""
 ONLY_IN = {

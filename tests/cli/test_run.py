@@ -22,7 +22,7 @@ from evopress.data.tokens import token_sequences
 from evopress.fitness.archive import ARCHIVE
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.reporting.tables import MEANS
-from evopress.stages import conclude, one_budget, search
+from evopress.stages import evaluate, one_budget, search
 
 SEARCH = "stages=[database,search]"
 
@@ -298,7 +298,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_end(
     run, whole = (shutil.copytree(finished.folder, tmp_path / name) for name in ("run", "whole"))
     both = ("stages=[evaluate,report]", f"+evaluation.files.other={tmp_path / 'other.txt'}")
     assert evopress(f"resume={whole}", *both).code == 0
-    asked, measure = [], conclude.scores_by_data_set
+    asked, measure = [], evaluate.scores_by_data_set
 
     def counted(evaluator: Any, genomes: Any, data_sets: Any, **sizes: Any) -> Any:
         asked.append(*data_sets)
@@ -306,7 +306,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_end(
             raise KeyboardInterrupt
         return measure(evaluator, genomes, data_sets, **sizes)
 
-    monkeypatch.setattr(conclude, "scores_by_data_set", counted)
+    monkeypatch.setattr(evaluate, "scores_by_data_set", counted)
     assert evopress(f"resume={run}", *both).code == 130
     lines = (run / "measured.jsonl").read_text().splitlines()
     assert asked == ["python_docs", "other"] and len(lines) == 1

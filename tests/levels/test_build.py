@@ -15,7 +15,7 @@ import pytest
 import torch
 from database_literal import captured_inputs, output_errors
 
-from evopress import room
+from evopress import resources
 from evopress.compress import gptq
 from evopress.compress.compressor import Working
 from evopress.compress.gptq import GPTQ
@@ -499,13 +499,13 @@ def test_too_little_disk_is_refused_before_any_forward(activations, tmp_path, bu
     monkeypatch.setattr(llama, "run", None)
     monkeypatch.setattr(llama, "embed", None)
     free = needed - 1 if activations == "memory" else int(needed * 1.03)  # enough but for the activations
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: Usage(10**12, 0, free))
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: Usage(10**12, 0, free))
     with pytest.raises(EvoPressError, match=r"the level database needs .*B of disk but .*B free: .*method.levels"):
         ensure_database(settings, llama, ids, compressor)
 
 
 def test_too_little_memory_is_refused_before_any_forward(tmp_path, build_settings, llama, ids, compressor, monkeypatch):
-    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(100_000))
+    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(100_000))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llama, "run", None)
         patch.setattr(llama, "embed", None)
@@ -518,7 +518,7 @@ def test_activations_on_disk_take_no_memory(tmp_path, build_settings, llama, tok
     on_disk = build_settings(tmp_path, activations="disk")
     available = plan.planned(on_disk, llama, many, compressor)[1].memory_bytes
     assert available < 2**24
-    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(available))
+    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(available))
     monkeypatch.setattr(build, "_build", lambda *args: (_ for _ in ()).throw(CrashError))
     with pytest.raises(EvoPressError, match="of memory"):
         ensure_database(build_settings(tmp_path), llama, many, compressor)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from evopress import room
+from evopress import resources
 from evopress.compress.sparsegpt import SparseGPT
 from evopress.errors import EvoPressError
 from evopress.levels import compressing, store
@@ -179,7 +179,7 @@ Usage = namedtuple("Usage", "total used free")
 def test_room_for_hessians_is_asked_for_before_any_forward(settings, llama, ids, forwards, monkeypatch):
     levels = database_bytes(plan_space(llama, at(0.5), method="sparsity"))
     at_most = 3 * 4 * (6 * 32**2 + 64**2)  # as if no two linears shared their input
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: Usage(10**12, 0, int(1.02 * (levels + at_most)) - 100))
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: Usage(10**12, 0, int(1.02 * (levels + at_most)) - 100))
     with pytest.raises(EvoPressError, match="B free"):
         ensure_database(settings(0.5), llama, ids, at(0.5))
     assert forwards == []

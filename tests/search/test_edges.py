@@ -16,7 +16,7 @@ from evopress.errors import EvoPressError
 from evopress.levels.tied import tied
 from evopress.search import Evolution, LevelSwitch, Problem, SearchSettings
 from evopress.search.deltas import Deltas
-from evopress.search.guided import GuidedStrategy
+from evopress.search.guided_settings import GuidedStrategy
 from evopress.search.predicted import PredictedSwitch
 from evopress.search.program import best_in
 from evopress.search.racing import Race, RaceRules

@@ -14,7 +14,7 @@ from guided_literal import best_of_all, shrunk
 
 from evopress.errors import EvoPressError
 from evopress.search import Attribution, Expansion, Problem, Question, SearchSettings, run_search
-from evopress.search.guided import GuidedStrategy
+from evopress.search.guided_settings import GuidedStrategy
 from evopress.search.sensitivity import sensitivities
 from evopress.units import Budget, Genome, Level, Limit, Space, Unit, is_module
 

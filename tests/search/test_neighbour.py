@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from evopress.search import Attribution, Neighbour, Problem, Question, SearchSettings, run_search
-from evopress.search.guided import GuidedStrategy
+from evopress.search.guided_settings import GuidedStrategy
 from evopress.search.neighbour import genomes_from_neighbour, moved
 from evopress.units import Budget, Level, Limit, Space, Unit
 

@@ -20,18 +20,18 @@ _OF_A_SCALE = ("depth_generations",)
 """Of a scale, what is no other setting's default: by it method drop has its generations."""
 
 
-def counted(values: Mapping[str, Any]) -> dict[str, Any]:
+def result_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that decide a result; what earlier versions had no setting for is left out where it says what they did.
 
     Args: values: settings as nested dictionaries, interpolations resolved; groups may be absent.
     """
-    kept = counted_before({key: value for key, value in values.items() if key not in HOW_IT_RUNS})
+    kept = result_settings_before({key: value for key, value in values.items() if key not in HOW_IT_RUNS})
     if "scale" in kept:
         kept["scale"] = {key: value for key, value in kept["scale"].items() if key in _OF_A_SCALE}
     return kept
 
 
-def counted_before(values: Mapping[str, Any]) -> dict[str, Any]:
+def result_settings_before(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that earlier versions took for those that decide a result."""
     kept = without_later({key: value for key, value in values.items() if key not in ASKED})
     for group, keys in _SAID_ELSEWHERE.items():

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from evopress.counted import counted
-from evopress.search.guided import GuidedStrategy
+from evopress.result_settings import result_settings
+from evopress.search.guided_settings import GuidedStrategy
 from evopress.settings import QuantSettings, RunSettings, SearchConfig
 
 BEFORE: dict[str, Any] = {"method": {"name": "quant", "scale_dtype": "float16"}, "search": {"num_offspring": 16}}
@@ -25,7 +25,7 @@ BEFORE: dict[str, Any] = {"method": {"name": "quant", "scale_dtype": "float16"},
     ],
 )
 def test_what_says_the_same_is_the_same(now: dict[str, Any]) -> None:
-    found = counted(BEFORE | now)
+    found = result_settings(BEFORE | now)
     assert {key: value for key, value in found.items() if value} == BEFORE
 
 
@@ -39,10 +39,10 @@ def test_what_says_the_same_is_the_same(now: dict[str, Any]) -> None:
     ],
 )
 def test_what_says_something_else_counts(now: dict[str, Any]) -> None:
-    assert counted(BEFORE | now) != counted(BEFORE)
+    assert result_settings(BEFORE | now) != result_settings(BEFORE)
 
 
 def test_no_group_need_be_there() -> None:
-    assert counted({}) == {}
+    assert result_settings({}) == {}
     run = RunSettings(method=QuantSettings(), bits=3.0, search=SearchConfig(strategy=GuidedStrategy()))
-    assert {"tracker", "paths", "threads", "level_db", "stages"}.isdisjoint(counted(asdict(run)))
+    assert {"tracker", "paths", "threads", "level_db", "stages"}.isdisjoint(result_settings(asdict(run)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from evopress.errors import EvoPressError
-from evopress.room import Needs, Room, check_room, disks
+from evopress.resources import Needs, Room, check_room, disks
 
 GB = 10**9
 SEARCH = Needs("search", "", memory=3 * GB)
