@@ -13,8 +13,13 @@ from dataclasses import dataclass, field
 from evopress.errors import EvoPressError
 
 NONE = "none"
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Linears on one input that vLLM runs as one matrix, by the name that it gives them."""
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "w13": ("w1", "w3"),  # LFM2's
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),  # Qwen3.5's linear attention; Qwen3-Next has it as one
+}
+"""Linears on one input that vLLM runs as one matrix, by the name that it gives them: its models' `packed_modules_mapping`."""
 
 
 @dataclass(frozen=True)

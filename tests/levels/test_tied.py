@@ -18,6 +18,9 @@ from evopress.fitness.minibatch import base_states
 from evopress.fitness.population import PopulationEvaluator
 from evopress.levels.live import LiveModel
 from evopress.levels.tied import TiedLevels, as_engine_has, tied
+from evopress.models.blocks import BlockModel
+from evopress.models.outline import outlined
+from evopress.models.tiny_any import any_model
 from evopress.reporting.records import read_genome, read_json, write_genome
 from evopress.units import Level, Space, Unit
 
@@ -111,6 +114,23 @@ def test_what_lies_in_a_dropped_module_is_free_where_it_is_tied() -> None:
     assert [unit.name for unit in space.units] == ["0.attn.qkv_proj", "0.attn.o_proj", "0.attention"]
     assert space.inside == (2, 2, None)
     assert space.cost((0, 1, 0)) == 3 * 16 + 8 and space.cost((0, 1, 1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "block", "expected"),
+    [
+        ("qwen3_5_text", 0, ["in_proj_qkvz", "out_proj", "gate_up_proj", "down_proj"]),
+        ("qwen3_5_text", 3, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+        ("lfm2", 0, ["in_proj", "out_proj", "w13", "w2"]),
+        ("lfm2", 1, ["qkv_proj", "out_proj", "w13", "w2"]),
+    ],
+)
+def test_models_have_names_of_their_own_for_what_runs_as_one(model_type: str, block: int, expected: list[str]) -> None:
+    model = any_model(model_type)
+    levels = (Level("4 bits", 16, "4", 16, QUANT), Level("2 bits", 8, "2", 8, QUANT))
+    slots = BlockModel(model, outlined(model)).slots(block)
+    units = tuple(Unit(name, block, slot.kind, slot.weight.numel(), levels) for name, slot in slots.items())
+    assert [unit.name.rpartition(".")[2] for unit in tied(Space("quant", units), VLLM).units] == expected
 
 
 def test_weights_with_other_levels_cannot_be_tied_and_engines_have_names() -> None:
