@@ -20,9 +20,9 @@ from evopress.levels.live import LiveModel
 from evopress.levels.tied import TiedLevels, as_engine_has, tied
 from evopress.models.blocks import BlockModel
 from evopress.models.outline import outlined
-from evopress.models.tiny_any import any_model
 from evopress.reporting.records import read_genome, read_json, write_genome
 from evopress.units import Level, Space, Unit
+from experiments.tiny_any import any_model
 
 VLLM = ENGINES["vllm"]
 
