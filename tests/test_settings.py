@@ -14,7 +14,7 @@ STRATEGIES = {"search.EvolutionStrategy", "search.GuidedStrategy"}
 
 OTHER_THINGS = (
     "bits data device dtype experts files fitness genome levels method model name names options path refine revision root scale "
-    "size source stages starts step tokens"
+    "size source stages starts step tokens tracker"
 )
 """Words that are no doubling: a record, a shape or a tensor has a field of that name, and means something else by it."""
 
