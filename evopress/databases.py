@@ -28,7 +28,7 @@ from evopress.methods import Method
 from evopress.models.blocks import BlockModel
 from evopress.models.loading import DTYPES
 from evopress.models.opening import ModelSource
-from evopress.progress import millions
+from evopress.progress import in_bytes
 from evopress.settings import LevelDatabaseSettings
 from evopress.units import Space, is_of_expert
 
@@ -80,7 +80,7 @@ class Databases:
         """
         build = self._build_settings(name, compressor)
         database, reused = ensure_database(build, self._blocks, self._text.calibration, compressor)
-        logger.info("level database: %s %s (%s MB)", "reused" if reused else "built", database.folder, millions(database.num_bytes))
+        logger.info("level database: %s %s (%s)", "reused" if reused else "built", database.folder, in_bytes(database.num_bytes))
         return database, reused
 
     def _build_settings(self, name: str, compressor: Compressor) -> BuildSettings:

@@ -203,6 +203,19 @@ def count_of_tokens(count: int) -> str:
     return f"{count:,}" if count < 1e6 else f"{count / 1e6:,.3g} million"
 
 
+def amount(count: float) -> str:
+    """Say a number with three digits: "7.34 M"."""
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def in_bytes(count: float) -> str:
+    """Say a number of bytes with three digits: "7.34 MB"."""
+    return f"{amount(count)}B" if count >= 1e3 else f"{count:.0f} B"
+
+
 def duration(seconds: float) -> str:
     """Say a number of seconds as people do: "45 s", "3 min 20 s", "2 h 5 min"."""
     total = round(seconds)

@@ -15,6 +15,7 @@ import torch
 from evopress.compress.compressor import free_now
 from evopress.errors import EvoPressError
 from evopress.files import make_folder
+from evopress.progress import in_bytes
 from evopress.ranks import Known, collective, on_all_ranks
 
 _SPARE = 1.02
@@ -170,16 +171,3 @@ def by_machine(rooms: Sequence[Room]) -> dict[str, list[int]]:
     if len(rooms) == 1:
         return {"of memory": [0]}
     return {f"of memory for {len(those)} process{'es' * (len(those) > 1)} on {name}": those for name, those in found.items()}
-
-
-def amount(count: float) -> str:
-    """Say a number with three digits: "7.34 M"."""
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.0f}"
-
-
-def in_bytes(count: float) -> str:
-    """Say a number of bytes with three digits: "7.34 MB"."""
-    return f"{amount(count)}B" if count >= 1e3 else f"{count:.0f} B"

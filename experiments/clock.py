@@ -6,8 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping
 
-from evopress.progress import counted
-from evopress.reporting.page import show_duration
+from evopress.progress import counted, duration
 
 
 class Clock:
@@ -39,4 +38,4 @@ class Clock:
         if not count or not known:
             return jobs
         rest = sum(known.get(name, statistics.fmean(known.values())) * left for name, left in self._left.items())
-        return f"{jobs}, about {show_duration(rest / min(self._at_once, count))}"
+        return f"{jobs}, about {duration(rest / min(self._at_once, count))}"

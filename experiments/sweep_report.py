@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
+from evopress.progress import duration, in_bytes
 from evopress.reporting.page import (
     code,
     details,
@@ -29,7 +30,6 @@ from evopress.reporting.page import (
     pictures,
     section,
     show,
-    show_duration,
     table,
     write_page,
 )
@@ -159,7 +159,7 @@ def _jobs(sweep: Sweep, out: Path) -> str:
         cells = [
             escape(describe(job.axes)),
             *(show(held_out_kl(ours)[1], significant) or "", show(perplexity, significant) or ""),
-            *(show(search.get("tokens"), "{:,.0f}".format) or "", show(search.get("seconds"), show_duration) or ""),
+            *(show(search.get("tokens"), "{:,.0f}".format) or "", show(search.get("seconds"), duration) or ""),
             _link(job.folder / "report.html", out),
         ]
         body.append((cells, ""))
@@ -186,7 +186,7 @@ def _costs(sweep: Sweep, spec: Spec) -> str:
         values = [value for search in searches if (value := number(search.get(key))) is not None]
         return statistics.fmean(values) if values else None
 
-    keys = (("evaluations", "{:,.0f}".format), ("tokens", "{:,.0f}".format), ("seconds", show_duration))
+    keys = (("evaluations", "{:,.0f}".format), ("tokens", "{:,.0f}".format), ("seconds", duration))
     body = [
         ([escape(display_name(variant)), str(len(searches)), *(show(mean(searches, key), how) or "" for key, how in keys)], "")
         for variant, searches in of.items()
@@ -196,8 +196,8 @@ def _costs(sweep: Sweep, spec: Spec) -> str:
     totals = {
         "searches": len(everything),
         "tokens evaluated in all": show(sum(number(search.get("tokens")) or 0 for search in everything), "{:,.0f}".format),
-        "time of all searches": show(sum(number(search.get("seconds")) or 0 for search in everything), show_duration),
-        "peak memory": show(max((peak for peak in peaks if peak is not None), default=None), lambda value: f"{value / 1e9:.2f} GB"),
+        "time of all searches": show(sum(number(search.get("seconds")) or 0 for search in everything), duration),
+        "peak memory": show(max((peak for peak in peaks if peak is not None), default=None), in_bytes),
     }
     headers = ["mean of a search", "jobs", "genomes evaluated", "tokens evaluated", "time"]
     return (pairs(totals) + table(headers, body)) if everything else ""

@@ -19,8 +19,9 @@ from evopress.levels.journal import JOURNAL, read_journal
 from evopress.levels.passage import held_on_host, stay_on_device
 from evopress.levels.store import DamagedDatabaseError, block_file, entries_of, fingerprint, read_manifest
 from evopress.models.blocks import BlockModel
+from evopress.progress import in_bytes
 from evopress.ranks import SHARES, batch_within_share, largest_shard, launched, processes
-from evopress.resources import Needs, in_bytes
+from evopress.resources import Needs
 from evopress.units import Level, Space, Unit
 
 CORRECTED_FORWARDS = 6

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from evopress.progress import counted
+from evopress.progress import counted, duration, in_bytes
 from evopress.reporting.lineage import words
 from evopress.reporting.metrics import gain, phases
-from evopress.reporting.page import details, pairs, paragraph, show, show_bytes, show_duration, table
+from evopress.reporting.page import details, pairs, paragraph, show, table
 from evopress.reporting.tables import number, significant
 from evopress.units import Space
 
@@ -160,13 +160,13 @@ def costs(result: Mapping[str, Any], records: Sequence[Record]) -> str:
         "search: generations": show(search.get("generations"), "{:,.0f}".format),
         "search: genomes evaluated": show(search.get("evaluations"), "{:,.0f}".format),
         "search: tokens evaluated": show(tokens, "{:,.0f}".format),
-        "search: time": show(seconds, show_duration),
+        "search: time": show(seconds, duration),
         "search: tokens per second": show(tokens / seconds if tokens and seconds else None, "{:,.0f}".format),
-        "level database: time": show(database.get("seconds"), lambda value: show_duration(value) + reused),
-        "level database: size": show(database.get("bytes"), show_bytes),
+        "level database: time": show(database.get("seconds"), lambda value: duration(value) + reused),
+        "level database: size": show(database.get("bytes"), in_bytes),
         "level database: folder": database.get("path"),
-        "peak memory": show(memory.get("peak_rss_bytes"), show_bytes),
-        "peak memory of the device": show(memory.get("peak_device_bytes") or None, show_bytes),
+        "peak memory": show(memory.get("peak_rss_bytes"), in_bytes),
+        "peak memory of the device": show(memory.get("peak_device_bytes") or None, in_bytes),
     }
     return pairs(shown)
 

@@ -12,7 +12,6 @@ from string import Template
 from typing import Any
 
 from evopress.files import write_bytes
-from evopress.progress import millions
 from evopress.reporting.records import plain
 from evopress.reporting.tables import number
 
@@ -105,19 +104,6 @@ def show(value: Any, how: Callable[[float], str]) -> str | None:
     """Show a number; None where there is none."""
     count = number(value)
     return None if count is None else how(count)
-
-
-def show_duration(seconds: float) -> str:
-    """Show a number of seconds: "45.0 s", "6.2 min"."""
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{minutes:.1f} min" if minutes < 90 else f"{hours:.1f} h"
-
-
-def show_bytes(count: float) -> str:
-    """Show a number of bytes: "271.0 MB", "0.0768 MB"."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{millions(count)} MB"
 
 
 def pictures(figures: Sequence[Path]) -> dict[str, str]:

@@ -21,9 +21,9 @@ from evopress.compress.compressor import Compressor, to_come
 from evopress.errors import EvoPressError
 from evopress.models.blocks import BlockModel
 from evopress.models.first_block import first_block
-from evopress.progress import duration
+from evopress.progress import amount, duration, in_bytes
 from evopress.reporting.records import read_json
-from evopress.resources import Needs, Room, amount, by_machine, check_room, disks, in_bytes, room_on
+from evopress.resources import Needs, Room, by_machine, check_room, disks, room_on
 from evopress.search.constraint import make_exchange
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.search.strategy import Asks, Searching

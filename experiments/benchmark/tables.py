@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from evopress.progress import in_bytes
 from experiments.benchmark.rows import Row
 
 Columns = Sequence[tuple[str, Callable[[Row], str]]]
@@ -53,12 +54,7 @@ def show_seconds(seconds: float) -> str:
 
 def show_bytes(count: float) -> str:
     """Show an amount of memory; NaN is blank."""
-    if math.isnan(count):
-        return ""
-    for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(count) >= size:
-            return f"{count / size:.3g} {name}"
-    return f"{count:.0f} B"
+    return "" if math.isnan(count) else in_bytes(count)
 
 
 _TIMES: Columns = (

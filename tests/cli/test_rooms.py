@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "compress": {"units", "errors", "machine"},
     "models": VOCABULARY | {"endings", "settings", "machine", "ranks"},
     "data": VOCABULARY | {"settings"},
-    "resources": {"compress", "errors", "files", "ranks"},
+    "resources": {"compress", "errors", "files", "progress", "ranks"},
     "levels": VOCABULARY | {"endings", "ranks", "resources", "compress", "models", "data"},
     "fitness": VOCABULARY | {"ranks", "compress", "models", "data", "levels"},
     "evaluation": VOCABULARY | {"ranks", "compress", "models", "data", "levels", "fitness"},

@@ -106,9 +106,9 @@ def test_a_whole_sweep(root: Path, out: Path) -> None:
     assert "data:image/svg+xml;base64," in found["Convergence"]
     assert found["Where the budget went, and how"].count("<img") == 2
     assert "sparsity=0.7 seed=0" in found["Where the budget went, and how"]
-    assert "<dd>3.0 min</dd>" in found["What it cost"]  # 60 + 61 + 62 seconds
-    assert "<td>EvoPress</td><td>3</td><td>30</td><td>1,000</td><td>61.0 s</td>" in found["What it cost"]
-    assert "<dd>2.50 GB</dd>" in found["What it cost"]
+    assert "<dd>3 min 3 s</dd>" in found["What it cost"]  # 60 + 61 + 62 seconds
+    assert "<td>EvoPress</td><td>3</td><td>30</td><td>1,000</td><td>1 min 1 s</td>" in found["What it cost"]
+    assert "<dd>2.5 GB</dd>" in found["What it cost"]
     assert "+experiment=table2_sparsity" in found["Run it again"]
     assert "<dd>3.11, 3.12</dd>" in found["Environment"]
 
