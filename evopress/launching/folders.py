@@ -10,22 +10,16 @@ from pathlib import Path
 
 from evopress import config as configuration
 from evopress.errors import EvoPressError
-from evopress.files import given_path
+from evopress.files import given_path, shown_path
 from evopress.launching.command import Command
 
 _RUNNING = ("-m", "--multirun", "-r", "--run")
 """Flags with which there will be a run."""
 
 
-def shown(path: str | Path) -> str:
-    """Return a path relative to the working directory where it lies below it."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
 def typed(path: str | Path) -> str:
     """Return a path as it is shown, or whole where that would be read as something else."""
-    as_shown = shown(path)
+    as_shown = shown_path(path)
     return os.path.abspath(path) if as_shown.startswith(("~", "'", '"')) or as_shown.lower() in ("null", "???") else as_shown
 
 

@@ -18,9 +18,9 @@ from evopress import command_line, launching, machine, ranks, run_folder
 from evopress import config as configuration
 from evopress.endings import exit_code, is_out_of_memory, of_the_disk
 from evopress.errors import EvoPressError, first_line
+from evopress.files import shown_path
 from evopress.launching import sweep_job
 from evopress.launching.command import Command, say_error
-from evopress.launching.folders import shown
 from evopress.launching.processes import shared
 from evopress.launching.resume import earlier_defaults, to_go_on, to_go_on_with_sweep
 from evopress.reporting import jobs
@@ -113,7 +113,7 @@ def _run(command: Command, config: DictConfig, run_dir: Path) -> float:
     environment = _environment(settings)
     if not there:
         write_json(run_dir / "environment.json", environment)
-    logger.info("run folder %s", shown(run_dir))
+    logger.info("run folder %s", shown_path(run_dir))
     if defaults:
         logger.info("an earlier version began this job: it is resumed with that version's defaults, %s", " ".join(defaults))
     for sentence in command_line.unused(overrides, strategy=settings.search.strategy.name):

@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from evopress import config as configuration
 from evopress import machine, run_folder
 from evopress.errors import EvoPressError
+from evopress.files import shown_path
 from evopress.launching.command import Command
-from evopress.launching.folders import shown
 from evopress.launching.resume import earlier_defaults
 from evopress.result_settings import HOW_IT_RUNS
 from evopress.settings import RunSettings
@@ -54,7 +54,7 @@ def finished_before(settings: RunSettings, run_dir: Path, kept: dict[str, Any]) 
 
     if not set(settings.stages) <= set(finished.stages_done(settings, run_dir, kept)):
         return None
-    logger.info("finished before, so not run again: %s (to run it again, remove the folder)", shown(run_dir))
+    logger.info("finished before, so not run again: %s (to run it again, remove the folder)", shown_path(run_dir))
     return finished.best_fitness(run_dir)
 
 

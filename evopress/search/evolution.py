@@ -20,7 +20,8 @@ from evopress.search.mutation import DISTRIBUTIONS, LevelSwitch, Mutation, offsp
 from evopress.search.neighbour import genomes_from_neighbour
 from evopress.search.racing import Race, RaceRules
 from evopress.search.record import GenerationRecord, StageRecord
-from evopress.search.selection import check_stages, select_fittest
+from evopress.search.selection import check_stages, not_finite, select_fittest
+from evopress.search.state import check_counts, check_same_search
 from evopress.search.strategy import Asks, Problem, Question
 from evopress.units import Budget, Genome, Space
 
@@ -267,11 +268,7 @@ class Evolution:
         survivors = [index for index in survivors if math.isfinite(values[index])]
         with_parent = self._parent in genomes  # in the last stage, and where it is alone
         if not survivors and (with_parent or stage < 0):
-            raise EvoPressError(
-                f"the best fitness of the {len(genomes)} candidates in generation {self._generation} on {tokens} tokens is "
-                f"{values[best]}, not a finite number: look at the model's outputs at these levels (overflow in half "
-                "precision, a damaged level) or raise the target"
-            )
+            raise not_finite(values[best], len(genomes), f"in generation {self._generation} on {tokens} tokens")
         self._tokens += tokens * len(genomes)
         self._evaluations += len(genomes)
         self._stages.append(StageRecord(tokens, len(genomes), values, tuple(survivors)))
@@ -329,15 +326,9 @@ class Evolution:
             raise EvoPressError(
                 f"the saved search has schema {state.get('schema')!r:.100}, this version reads schema 1: start a new run"
             )
-        saved, here = state["settings"], self._identity()
-        changed = [f"{key} {saved.get(key)!r:.100} there, {here[key]!r} here" for key in here if saved.get(key) != here[key]]
-        if changed:
-            raise EvoPressError(
-                f"the saved search had other settings ({'; '.join(changed)}): resume it with its own, or start a new run"
-            )
-        for key in ("generation", "tokens", "evaluations", "non_finite", "fruitless"):
-            if type(state.get(key, 0)) is not int or state.get(key, 0) < 0:
-                raise ValueError(f"its {key} is {state[key]!r:.100}, expected a whole number")
+        here = self._identity()
+        check_same_search(dict.fromkeys(here) | state["settings"], here)
+        check_counts(state, ("generation", "tokens", "evaluations", "non_finite", "fruitless"))
         self._parent = None if state["parent"] is None else self._space.check(state["parent"])
         if (self._parent is None) != (state["generation"] == 0):
             raise ValueError("it has a parent before generation 0, or none after it")

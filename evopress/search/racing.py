@@ -15,6 +15,7 @@ import numpy as np
 
 from evopress.errors import EvoPressError
 from evopress.search.record import StageRecord
+from evopress.search.selection import not_finite
 from evopress.search.strategy import Question
 from evopress.units import Genome
 
@@ -73,10 +74,7 @@ class Race:
         finite = [i for i in running if math.isfinite(self._values[i][-1])]
         self.lost += len(running) - len(finite)
         if not finite:
-            raise EvoPressError(
-                f"the fitness of all {len(running)} candidates on {self._part} tokens is not a finite number: look at the model's "
-                "outputs at these levels (overflow in half precision, a damaged level) or raise the target"
-            )
+            raise not_finite(self._values[running[0]][-1], len(running), f"on {self._part} tokens")
         self._running = finite
         leader = self._leader
         if len(self._values[leader]) >= _FEWEST:

@@ -31,8 +31,9 @@ from evopress.search.program import best_in
 from evopress.search.racing import Race
 from evopress.search.record import GenerationRecord, StageRecord
 from evopress.search.second_order import second_order_values
-from evopress.search.selection import select_fittest
+from evopress.search.selection import not_finite, select_fittest
 from evopress.search.sensitivity import Expected, errors_at, errors_of, is_droppable, latest_sensitivities
+from evopress.search.state import check_counts, check_same_search
 from evopress.search.strategy import Attribution, Expansion, Problem, Question, backward_tokens
 from evopress.units import Budget, Genome, Space, is_module
 
@@ -176,17 +177,8 @@ class Guided:
 
         Raises: EvoPressError if the state is of another search; ValueError or another error of Python's if it is damaged.
         """
-        saved, here = state["settings"], self._identity()
-        changed = [
-            f"{key} {saved[key]!r:.100} there, {here[key]!r} here" for key in here if key in saved and saved[key] != here[key]
-        ]
-        if changed:
-            raise EvoPressError(
-                f"the saved search had other settings ({'; '.join(changed)}): resume it with its own, or start a new run"
-            )
-        for key in ("rounds", "tokens", "evaluations", "non_finite"):
-            if type(state[key]) is not int or state[key] < 0:
-                raise ValueError(f"its {key} is {state[key]!r:.100}, expected a whole number")
+        check_same_search(state["settings"], self._identity())
+        check_counts(state, ("rounds", "tokens", "evaluations", "non_finite"))
         problem = self._problem
         self._parent = problem.space.check(state["found"])
         if not problem.budget.met_by(problem.space, self._parent):
@@ -411,11 +403,7 @@ class Guided:
         values = question.numbers(answer)
         best = select_fittest(genomes, values, 1)[0]
         if not math.isfinite(values[best]):
-            raise EvoPressError(
-                f"the best fitness of the {len(genomes)} candidates in generation {self._generation} on {tokens} tokens is "
-                f"{values[best]}, not a finite number: look at the model's outputs at these levels (overflow in half precision, a "
-                "damaged level) or raise the target"
-            )
+            raise not_finite(values[best], len(genomes), f"in generation {self._generation} on {tokens} tokens")
         lost = sum(not math.isfinite(value) for value in values)
         self._tokens += tokens * len(genomes)
         self._evaluations += len(genomes)

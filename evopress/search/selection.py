@@ -38,3 +38,11 @@ def select_fittest(genomes: Sequence[Genome], fitnesses: Sequence[float], k: int
     """Return the indices of the k fittest, best first; lower is better, not finite counts as +inf, of equals the first wins."""
     keys = [fitness if math.isfinite(fitness) else math.inf for _, fitness in zip(genomes, fitnesses, strict=True)]
     return sorted(range(len(keys)), key=keys.__getitem__)[:k]
+
+
+def not_finite(value: float, candidates: int, where: str) -> EvoPressError:
+    """Return the error of candidates of which even the best one's fitness is not finite, for `where`: "on 64 tokens"."""
+    return EvoPressError(
+        f"the best fitness of the {candidates} candidates {where} is {value}, not a finite number: look at the model's outputs at "
+        "these levels (overflow in half precision, a damaged level) or raise the target"
+    )

@@ -18,7 +18,7 @@ from evopress.export.checkpoint import FILE_BYTES, parts_together
 from evopress.export.exporter import DROPPED, Export, Exporter, Form, Serves, form_of, write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.export.rules import refuse_experts, refuse_unfit
-from evopress.files import make_folder
+from evopress.files import make_folder, shown_path
 from evopress.json_files import shown
 from evopress.models.blocks import bytes_of
 from evopress.models.experts import copied_for_export
@@ -303,8 +303,7 @@ def served(workspace: Workspace, files: Path) -> Iterator[str]:
         folder = files / "exports" / name
         if not isinstance(exporter, Serves) or not folder.is_dir():
             continue
-        where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-        yield f"{name}, {millions(_size(folder))} MB: {exporter.serve(str(where), workspace.blocks.dtype)}"
+        yield f"{name}, {millions(_size(folder))} MB: {exporter.serve(shown_path(folder), workspace.blocks.dtype)}"
 
 
 def _sizes(files: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evopress.files import shown_path
 from evopress.levels.modules import dropped_modules, modules_of
 from evopress.reporting import figures, tables
 from evopress.reporting.curve import held_out_curve
@@ -84,12 +85,11 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
         result.pop("database", None)  # no weights are stored
     if rows:
         tables.write_tables(rows, run_dir, said=headline(rows))
-    shown = checkpoint.relative_to(Path.cwd()) if checkpoint.is_relative_to(Path.cwd()) else checkpoint
     write_report(
         run_dir / "report.html",
         title=f"{workspace.pretrained.name}, {settings.method.name} {title}",
         config=config,
-        result={**result, "checkpoint": str(shown)} if checkpoint.is_dir() else result,
+        result={**result, "checkpoint": shown_path(checkpoint)} if checkpoint.is_dir() else result,
         records=records,
         space=space,
         genome=genome,
