@@ -71,7 +71,7 @@ _SAMPLED = 256
 """Numbers of each tensor that tell whether it has changed."""
 _SEPARATORS = {"smollm2_135m": "<|endoftext|>"}
 """As the models' configs have them."""
-_EXCHANGES = {"drop": "name", "joint": "fit", "sparsity": "any"}
+_EXCHANGES = {"drop": "name", "joint": "fit", "quant": "size", "sparsity": "any"}
 """As the methods' configs choose: attention for attention, whatever fits the size, steps of as many weights in any unit."""
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -366,9 +366,7 @@ def search(
     Raises: EvoPressError if a setting is unknown or out of range, there is too little text, or the folder has another search.
     """
     _check_levels(levels)
-    method = levels.settings.method
-    if exchange := "fit" if getattr(method, "grid", None) == "gguf" else _EXCHANGES.get(method.name):
-        settings.setdefault("exchange", exchange)
+    settings.setdefault("exchange", _exchange_of(levels.settings.method))
     settings["strategy"] = _strategy(settings.get("strategy"))
     seed = _checked(RunSettings, {"seed": seed}, what="search")["seed"]
     tokens = levels.model.sequences(text)
@@ -518,6 +516,10 @@ def _data(calibration: Tensor, search: Tensor) -> DataSettings:
         search_tokens=search.numel(),
         evaluation_tokens=search.numel(),
     )
+
+
+def _exchange_of(method: Any) -> str:
+    return "fit" if getattr(method, "grid", None) == "gguf" else _EXCHANGES[method.name]
 
 
 def _strategy(given: Any) -> Any:
