@@ -102,7 +102,7 @@ def test_the_program_finds_the_same_genome(method: str, target: str, settings: d
 def test_the_rooms_that_share_a_name_with_the_library_are_both() -> None:
     code = (
         "import sys, evopress; from evopress.search.evolution import Evolution; import evopress.search.evolution as module; "
-        "assert callable(evopress.search) and evopress.search.Evolution is Evolution is module.Evolution; "
+        "assert callable(evopress.search) and evopress.search.evolution is module and module.Evolution is Evolution; "
         "assert 'torch' not in sys.modules and set(evopress.__all__) <= {*dir(evopress), *evopress.__all__}"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

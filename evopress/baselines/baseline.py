@@ -18,7 +18,7 @@ from evopress.fitness.gradients import Score
 from evopress.levels.hessians import HessianStore
 from evopress.levels.union import LevelSource
 from evopress.models.blocks import BlockModel
-from evopress.search import Fitness
+from evopress.search.strategy import Fitness
 from evopress.settings import RunSettings
 from evopress.units import Budget, Genome, Level, Space
 

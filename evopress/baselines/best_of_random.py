@@ -11,7 +11,9 @@ import numpy as np
 from evopress.baselines.baseline import Baseline, Pass, Planned, Problem, check_minibatch
 from evopress.errors import EvoPressError
 from evopress.progress import tracked
-from evopress.search import Fitness, random_mixes, select_fittest
+from evopress.search.initial import random_mixes
+from evopress.search.selection import select_fittest
+from evopress.search.strategy import Fitness
 from evopress.settings import RunSettings
 from evopress.units import Budget, Genome, Space
 

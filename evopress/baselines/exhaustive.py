@@ -17,7 +17,7 @@ from evopress.baselines.baseline import EXPERTS, MODULES, Baseline, Pass, Planne
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.progress import track
-from evopress.search import Fitness
+from evopress.search.strategy import Fitness
 from evopress.settings import RunSettings
 from evopress.units import Budget, Genome, Space
 

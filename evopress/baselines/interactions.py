@@ -19,7 +19,7 @@ from evopress.baselines.baseline import MODULES, Baseline, Pass, Planned, Proble
 from evopress.data.minibatch import draw_equal
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
-from evopress.search import random_mixes
+from evopress.search.initial import random_mixes
 from evopress.settings import RunSettings
 from evopress.units import Budget, Genome, Space
 

@@ -33,8 +33,7 @@ from evopress.models.blocks import BlockModel
 from evopress.progress import counted
 from evopress.reporting.records import append_record, read_document, read_records, write_json
 from evopress.resources import Needs
-from evopress.search import Fitness
-from evopress.search.strategy import BACKWARD_TOKENS, Asks
+from evopress.search.strategy import BACKWARD_TOKENS, Asks, Fitness
 from evopress.settings import FitnessSettings
 from evopress.stages.needs import Planner
 from evopress.stages.results import read_result

@@ -25,7 +25,7 @@ from evopress.compress.sparse import distribute
 from evopress.data.minibatch import draw
 from evopress.levels.live import Live
 from evopress.models.blocks import BlockModel
-from evopress.search import Fitness
+from evopress.search.strategy import Fitness
 from evopress.units import Genome
 
 _WEIGHT = "weight"

@@ -19,8 +19,9 @@ from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import MinibatchFitness, base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import Evaluator, PopulationEvaluator
-from evopress.search import Evolution, Fitness, SearchSettings
+from evopress.search.evolution import Evolution, SearchSettings
 from evopress.search.record import GenerationRecord
+from evopress.search.strategy import Fitness
 from experiments.benchmark.levels import Searched, searched
 from experiments.benchmark.plain import StoredLogits
 from experiments.benchmark.rows import Bench, Row, compared

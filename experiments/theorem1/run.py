@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from evopress.reporting.drawing import save
-from evopress.search import Evolution, SearchSettings
+from evopress.search.evolution import Evolution, SearchSettings
 from evopress.units import Budget, Genome, Level, Space, Unit
 
 NUM_BITS = (20, 40, 60, 80)

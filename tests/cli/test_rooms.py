@@ -136,7 +136,7 @@ def test_search_has_no_torch() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("evopress.search", ("torch", "hydra", "transformers")),
+        ("evopress.search.strategies", ("torch", "hydra", "transformers")),
         ("evopress.__main__", ("torch", "transformers", "wandb", "pandas", "matplotlib", "evopress.pipeline")),
     ],
 )

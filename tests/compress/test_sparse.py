@@ -12,7 +12,7 @@ from evopress.compress.sparse import PruneTo, Sparse, SparsityLevels, check_step
 from evopress.compress.sparsegpt import SparseGPT
 from evopress.compress.wanda import Wanda
 from evopress.errors import EvoPressError
-from evopress.search import LevelSwitch
+from evopress.search.mutation import LevelSwitch
 from evopress.units import Budget, Space, Unit
 
 

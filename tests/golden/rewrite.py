@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from evopress.search import Evolution, SearchSettings, run_search
+from evopress.search.evolution import Evolution, SearchSettings
+from evopress.search.strategy import run_search
 from evopress.units import Budget, Genome, Level, Space, Unit
 
 SEARCH_TRACE = Path(__file__).parent / "search_trace.json"

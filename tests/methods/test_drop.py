@@ -16,7 +16,8 @@ from evopress.errors import EvoPressError
 from evopress.levels.modules import ATTENTION, MLP, dropped_modules
 from evopress.methods import make_method
 from evopress.models.blocks import BlockShape, ExpertShape
-from evopress.search import LevelSwitch, offspring, random_mix
+from evopress.search.initial import random_mix
+from evopress.search.mutation import LevelSwitch, offspring
 from evopress.search.neighbour import genomes_from_neighbour
 from evopress.search.strategy import Neighbour, Problem
 from evopress.settings import DropSettings, RunSettings, ScaleSettings, SearchConfig

@@ -18,7 +18,7 @@ from evopress.compress.wanda import Wanda
 from evopress.errors import EvoPressError
 from evopress.levels.tied import tied
 from evopress.methods import make_method
-from evopress.search import uniform_genome
+from evopress.search.initial import uniform_genome
 from evopress.settings import RunSettings, SearchConfig, SparsitySettings
 from evopress.units import Space, Unit
 

@@ -29,7 +29,8 @@ from evopress.methods.targets import BYTES
 from evopress.models.blocks import BlockModel
 from evopress.models.outline import outlined
 from evopress.models.routing import check_fillers, drop_experts, expert_layer, restore_experts
-from evopress.search import LevelSwitch, random_mix
+from evopress.search.initial import random_mix
+from evopress.search.mutation import LevelSwitch
 from evopress.settings import JointSettings, ModuleSettings
 from evopress.units import Genome
 from experiments.tiny_any import any_model

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evopress.search import Asks, GenerationRecord, Problem, Question, random_mix
+from evopress.search.initial import random_mix
+from evopress.search.record import GenerationRecord
+from evopress.search.strategy import Asks, Problem, Question
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from evopress.currencies import currency_of
-from evopress.search import SearchSettings
+from evopress.search.evolution import SearchSettings
 from evopress.units import Budget, Level, Space, Unit
 
 SETTINGS = SearchSettings(

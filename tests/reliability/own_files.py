@@ -23,7 +23,8 @@ from evopress.models.loading import find_weights
 from evopress.reporting.generations import read_generations
 from evopress.reporting.records import append_record, read_genome, write_genome, write_json
 from evopress.run_folder import keep_overrides, kept_overrides
-from evopress.search import Evolution, SearchSettings, run_search
+from evopress.search.evolution import Evolution, SearchSettings
+from evopress.search.strategy import run_search
 from evopress.settings import DataSettings, LevelDatabaseSettings, PathsSettings, QuantSettings, RunSettings, ScaleSettings
 from evopress.stages.baselines import read_baselines
 from evopress.stages.refine import said, summary_of

@@ -28,7 +28,11 @@ from evopress.levels import build, compressing
 from evopress.levels.build import ensure_database
 from evopress.levels.hessians import BlockHessians
 from evopress.levels.live import LiveModel
-from evopress.search import EXCHANGES, Evolution, LevelSwitch, SearchSettings, initial_candidates, random_mix, run_search
+from evopress.search.constraint import EXCHANGES
+from evopress.search.evolution import Evolution, SearchSettings
+from evopress.search.initial import initial_candidates, random_mix
+from evopress.search.mutation import LevelSwitch
+from evopress.search.strategy import run_search
 from evopress.stages.preflight import check_switches
 from evopress.units import Budget, Genome, Level, Space, Unit
 

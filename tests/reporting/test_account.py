@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from evopress.reporting import account
-from evopress.search import Evolution, run_search
+from evopress.search.evolution import Evolution
+from evopress.search.strategy import run_search
 from evopress.units import Space
 
 

@@ -19,7 +19,8 @@ from evopress import progress
 from evopress.progress import StatusLine, count_of_tokens, on_terminal, track, tracked, within
 from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics
-from evopress.search import Evolution, run_search
+from evopress.search.evolution import Evolution
+from evopress.search.strategy import run_search
 from evopress.units import Space
 
 GENERATIONS = 5

@@ -21,7 +21,8 @@ from evopress.reporting.metrics import (
     search_history,
     switches_table,
 )
-from evopress.search import Evolution, run_search
+from evopress.search.evolution import Evolution
+from evopress.search.strategy import run_search
 from evopress.units import Genome, Space
 
 Make = Callable[..., Evolution]

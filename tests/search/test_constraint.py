@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evopress.errors import EvoPressError
-from evopress.search import EXCHANGES, Evolution, SearchSettings, make_exchange, run_search
-from evopress.search.constraint import Deviation
+from evopress.search.constraint import EXCHANGES, Deviation, make_exchange
+from evopress.search.evolution import Evolution, SearchSettings
+from evopress.search.strategy import run_search
 from evopress.units import Budget, Level, Space, Unit
 
 SIZES = (8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1)

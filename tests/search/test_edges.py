@@ -14,13 +14,15 @@ from toy_search import SETTINGS, budget_of, joint_space, quant_space
 from evopress.currencies import CURRENCIES
 from evopress.errors import EvoPressError
 from evopress.levels.tied import tied
-from evopress.search import Evolution, LevelSwitch, Problem, SearchSettings
 from evopress.search.deltas import Deltas
+from evopress.search.evolution import Evolution, SearchSettings
 from evopress.search.guided_settings import GuidedStrategy
+from evopress.search.mutation import LevelSwitch
 from evopress.search.predicted import PredictedSwitch
 from evopress.search.program import best_in
 from evopress.search.racing import Race, RaceRules
 from evopress.search.sensitivity import Expected, of_modules, sensitivities
+from evopress.search.strategy import Problem
 from evopress.units import Budget, Level, Limit, Space, Unit
 
 EVOLUTION = SearchSettings(9, 4, [2, 1], [8, 16], 3, 8, 3, "min_uniform", "any")

@@ -8,7 +8,9 @@ import pytest
 from toy_search import SETTINGS
 
 from evopress.errors import EvoPressError
-from evopress.search import EXCHANGES, Evolution, SearchSettings, run_search
+from evopress.search.constraint import EXCHANGES
+from evopress.search.evolution import Evolution, SearchSettings
+from evopress.search.strategy import run_search
 from evopress.units import Budget, Genome, Level, Limit, Space, Unit
 
 SIZES = (8, 3, 3, 1, 1, 8, 3, 3, 1, 1, 8, 8)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from evopress.baselines.dynamic_programming import dynamic_programming
 from evopress.currencies import CURRENCIES, own_currency
 from evopress.errors import EvoPressError
-from evopress.search import LevelSwitch, offspring, random_mix, uniform_genome
 from evopress.search.constraint import Spending
+from evopress.search.initial import random_mix, uniform_genome
+from evopress.search.mutation import LevelSwitch, offspring
 from evopress.units import Budget, Level, Limit, Space, Unit
 
 MODULES, BYTES, BITS = CURRENCIES["modules"], CURRENCIES["bytes"], CURRENCIES["bits"]

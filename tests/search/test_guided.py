@@ -13,9 +13,10 @@ import pytest
 from guided_literal import best_of_all, shrunk
 
 from evopress.errors import EvoPressError
-from evopress.search import Attribution, Expansion, Problem, Question, SearchSettings, run_search
+from evopress.search.evolution import SearchSettings
 from evopress.search.guided_settings import GuidedStrategy
 from evopress.search.sensitivity import sensitivities
+from evopress.search.strategy import Attribution, Expansion, Problem, Question, run_search
 from evopress.units import Budget, Genome, Level, Limit, Space, Unit, is_module
 
 EVOLUTION = SearchSettings(9, 4, [2, 1], [8, 16], 3, 8, 3, "min_uniform", "any")

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evopress.errors import EvoPressError
-from evopress.search import initial_candidates, random_mix, random_mixes, uniform_genome
+from evopress.search.initial import initial_candidates, random_mix, random_mixes, uniform_genome
 from evopress.units import Budget, Level, Limit, Space, Unit
 
 SIZES = (8, 3, 3, 1, 1) * 4

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from evopress.errors import EvoPressError
-from evopress.search import DISTRIBUTIONS, EXCHANGES, LevelSwitch, offspring, random_mix
+from evopress.search.constraint import EXCHANGES
+from evopress.search.initial import random_mix
+from evopress.search.mutation import DISTRIBUTIONS, LevelSwitch, offspring
 from evopress.units import Budget
 
 SIZES = (8, 3, 3, 1, 1, 8, 3, 3, 1, 1, 8, 8)

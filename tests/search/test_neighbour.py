@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evopress.search import Attribution, Neighbour, Problem, Question, SearchSettings, run_search
+from evopress.search.evolution import SearchSettings
 from evopress.search.guided_settings import GuidedStrategy
 from evopress.search.neighbour import genomes_from_neighbour, moved
+from evopress.search.strategy import Attribution, Neighbour, Problem, Question, run_search
 from evopress.units import Budget, Level, Limit, Space, Unit
 
 EVOLUTION = SearchSettings(2, 4, [1], [8], 3, 8, 3, "min_uniform", "any")

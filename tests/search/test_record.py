@@ -1,7 +1,7 @@
 import json
 import math
 
-from evopress.search import GenerationRecord, StageRecord
+from evopress.search.record import GenerationRecord, StageRecord
 
 
 def test_a_record_reads_back_from_json_with_null_for_what_is_not_finite():

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from evopress.errors import EvoPressError
-from evopress.search import check_stages, select_fittest
+from evopress.search.selection import check_stages, select_fittest
 
 GENOMES = [(0,), (1,), (2,), (3,), (4,)]
 

@@ -9,19 +9,10 @@ import pytest
 from random_search import RandomSearch
 
 from evopress.errors import EvoPressError
-from evopress.search import (
-    STRATEGIES,
-    Asks,
-    Attribution,
-    Evolution,
-    EvolutionStrategy,
-    Problem,
-    Question,
-    SearchSettings,
-    initial_candidates,
-    run_search,
-    strategy_of,
-)
+from evopress.search.evolution import Evolution, EvolutionStrategy, SearchSettings
+from evopress.search.initial import initial_candidates
+from evopress.search.strategies import STRATEGIES, strategy_of
+from evopress.search.strategy import Asks, Attribution, Problem, Question, run_search
 
 SETTINGS = SearchSettings(5, 4, [2, 1], [8, 16], 3, 8, 3, "min_uniform", "size")
 
