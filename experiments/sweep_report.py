@@ -24,7 +24,6 @@ from evopress.progress import duration, in_bytes
 from evopress.reporting.page import (
     code,
     details,
-    markdown,
     pairs,
     paragraph,
     pictures,
@@ -36,6 +35,7 @@ from evopress.reporting.page import (
 from evopress.reporting.tables import display_name, held_out_kl, number, significant
 from experiments.commands import of_sweep
 from experiments.convergence import draw_sweep, make_figures
+from experiments.markdown import markdown
 from experiments.specs import SPECS, Spec
 from experiments.sweeps import Job, Sweep, command_of_folder, describe
 from experiments.tables import BEGIN, END, command_of, make_table, make_table_of

@@ -59,7 +59,7 @@ def read_rows(path: Path, field: str, *, key: str = "data.field") -> Iterator[Ro
 def read_text(path: Path, *, wikitext: bool = False) -> Iterator[str]:
     """Yield the text of a .txt in pieces; line ends are "\\n".
 
-    Args: wikitext: the file has WikiText's layout, see `wikitext_text`.
+    Args: wikitext: the file has WikiText's layout, see `_wikitext_pieces`.
 
     Raises: EvoPressError if it has nothing but white space, is not UTF-8 or cannot be read.
     """
@@ -76,14 +76,6 @@ def read_text(path: Path, *, wikitext: bool = False) -> Iterator[str]:
         yield from chunks
 
     yield from _wikitext_pieces(pieces()) if wikitext else pieces()
-
-
-def wikitext_text(text: str) -> str:
-    """Return WikiText as perplexity is measured on it: the usual loaders' rows joined by blank lines.
-
-    A row is a line with its newline, or the empty string for a blank line; the original files hold one space there.
-    """
-    return "".join(_wikitext_pieces([text]))
 
 
 def paragraphs(pieces: Iterable[str]) -> Iterator[str]:
@@ -116,7 +108,7 @@ def _not_blank(text: str) -> Iterator[str]:
 
 
 def _wikitext_pieces(pieces: Iterable[str]) -> Iterator[str]:
-    """Join lines by blank lines, a blank line counting as an empty one."""
+    """Join lines by blank lines, a blank line counting as an empty one: so the usual loaders' rows are joined for perplexity."""
     rest, between = "", ""
     for piece in pieces:
         *lines, rest = re.split(r"(?<=\n)", rest + piece)

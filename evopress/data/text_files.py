@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from evopress.data.chat import ChatTemplate
 from evopress.data.formats import EXPECTED, Row, kind_of, paragraphs, read_rows, read_text, unreadable
-from evopress.data.formats import wikitext_text as wikitext_text
 from evopress.data.repeats import NOT_COMPARED, SET_ASIDE, Listed, Seen, WholeKey, content_key, deal
 from evopress.data.sources import SPLITS, Split, check_split
 from evopress.errors import EvoPressError

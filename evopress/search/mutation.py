@@ -93,9 +93,7 @@ class LevelSwitch:
         )
 
 
-def offspring(
-    mutation: Mutation, parent: Genome, num_offspring: int, rng: np.random.Generator, max_attempts: int | None = None
-) -> list[Genome]:
+def offspring(mutation: Mutation, parent: Genome, num_offspring: int, rng: np.random.Generator) -> list[Genome]:
     """Draw offspring that differ from each other and from the parent.
 
     Args:
@@ -103,12 +101,11 @@ def offspring(
         parent: left as it is.
         num_offspring: how many to make, at least 1.
         rng: the mutation's generator.
-        max_attempts: mutations to draw at most; by default 100 + 10 * num_offspring.
 
     Returns: `num_offspring` genomes in order of creation; fewer where the attempts found no more (a small space).
     Raises: EvoPressError from the mutation, naming the constraint, where there is none at all.
     """
-    attempts = 100 + 10 * num_offspring if max_attempts is None else max_attempts
+    attempts = 100 + 10 * num_offspring
     found: dict[Genome, None] = {}  # a set that keeps its order
     for _ in range(attempts):
         child = mutation(parent, rng)

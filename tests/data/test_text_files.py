@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evopress.data.sources import SPLITS
-from evopress.data.text_files import TextFiles, wikitext_text
+from evopress.data.text_files import TextFiles
 from evopress.errors import EvoPressError
 
 
@@ -67,7 +67,6 @@ def test_shared_file_with_too_little_text_is_refused(tmp_path):
 def test_wikitext_rows_are_joined_by_blank_lines(tmp_path):
     raw = " \n = Title = \n \n First paragraph\u2028 of it . \n"
     rows = ["", " = Title = \n", "", " First paragraph\u2028 of it . \n"]
-    assert wikitext_text(raw) == "\n\n".join(rows)
     path = tmp_path / "wiki.txt"
     path.write_text(raw, encoding="utf-8")
     assert _documents(path, wikitext=True) == ["\n\n".join(rows)]

@@ -12,8 +12,8 @@ import pytest
 
 from evopress.reporting.differences import Difference
 from evopress.reporting.findings import headline, results_table
-from evopress.reporting.page import markdown
 from evopress.reporting.tables import results_columns, told_differences, write_tables
+from experiments.markdown import markdown
 
 
 def row(name: str, kls: list[float], **more: Any) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from evopress.reporting.page import CAPTIONS, markdown, paragraph, pictures, section, write_page
+from evopress.reporting.page import CAPTIONS, paragraph, pictures, section, write_page
 from evopress.reporting.tables import write_tables
+from experiments.markdown import markdown
 
 
 def test_markdown_of_a_table() -> None:
