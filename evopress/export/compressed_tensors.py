@@ -28,8 +28,9 @@ from evopress.export.card import model_card
 from evopress.export.exporter import Export, Form
 from evopress.export.rules import refuse_experts, refuse_unfit
 from evopress.export.tensors_file import Entry, Section, num_bytes
-from evopress.export.written import Weight, hub_config, packed_sections, shape_of, unquantized, write_model
+from evopress.export.written import Weight, hub_config, names_in_checkpoint, packed_sections, shape_of, unquantized, write_model
 from evopress.levels.codec import pack_bits
+from evopress.models.outline import built
 
 logger = logging.getLogger(__name__)
 ENGINE = ENGINES["vllm"]
@@ -65,6 +66,10 @@ class CompressedTensors:
         forms = list(forms)
         refuse_experts(forms, asked=ENGINE.export)
         refuse_unfit(ENGINE, forms, asked=ENGINE.export, otherwise="use export=[dequantized]")
+        try:
+            names_in_checkpoint(built(config))
+        except EvoPressError as error:
+            raise EvoPressError(f"{ENGINE.export} is not written for this model: {error}; use export=[dequantized]") from error
 
     def serve(self, folder: str, dtype: torch.dtype) -> str:
         """See `Serves`."""
@@ -80,7 +85,8 @@ class CompressedTensors:
         rounding, dtype = _Rounding(), self._served(export)
         with shape_of(export):
             sections, forms = self._sections(export, rounding)
-            config = hub_config(export.model, dtype) | {"quantization_config": quantization_config(export.model, forms)}
+            packed = quantization_config(export.model, forms, names_in_checkpoint(export.model))
+            config = hub_config(export.model, dtype) | {"quantization_config": packed}
             write_model(folder, export, sections, config, _METADATA)
         name = str(dtype).removeprefix("torch.")
         exactness = f"Integers and zeros are those that were measured. Served in {name}, which "
@@ -105,8 +111,10 @@ class CompressedTensors:
         return self._dtype or export.model.dtype
 
     def _sections(self, export: Export, rounding: _Rounding) -> tuple[list[Section], dict[str, Form]]:
-        dtype = self._served(export)
-        return packed_sections(export, lambda weight: _packed(weight, dtype, rounding), groups=ENGINE.groups, dtype=dtype)
+        dtype, names = self._served(export), names_in_checkpoint(export.model)
+        return packed_sections(
+            export, lambda weight: _packed(weight, dtype, rounding), groups=ENGINE.groups, dtype=dtype, names=names
+        )
 
 
 def _packed(weight: Weight, dtype: torch.dtype, rounding: _Rounding) -> Section:
@@ -171,10 +179,12 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     return words[:, : _num_words(columns, bits)].contiguous()
 
 
-def quantization_config(model: nn.Module, forms: Mapping[str, Form]) -> dict[str, Any]:
+def quantization_config(model: nn.Module, forms: Mapping[str, Form], names: Mapping[str, str]) -> dict[str, Any]:
     """Return what compressed-tensors reads from config.json: a group for each width and group size, and what is not packed.
 
-    Args: forms: of the packed weights, by the names of their modules.
+    Args:
+        forms: of the packed weights, by the names of their modules in the file.
+        names: of all tensors in the file, by their names in the model.
     """
     schemes: dict[tuple[int, int], list[str]] = {}
     for name, form in forms.items():
@@ -201,5 +211,5 @@ def quantization_config(model: nn.Module, forms: Mapping[str, Form]) -> dict[str
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": unquantized(model, forms),
+        "ignore": unquantized(model, forms, names),
     }

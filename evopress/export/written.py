@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from evopress.compress.compressor import Payload
@@ -115,8 +117,29 @@ def weights_of(export: Export, *, zeros: Callable[[int], Form | None]) -> list[W
     return found
 
 
+def names_in_checkpoint(model: Any) -> dict[str, str]:
+    """Return what a checkpoint calls a model's tensors, by their names in the model: transformers renames some when it loads them.
+
+    Raises: EvoPressError if a checkpoint has one of them otherwise, as part of another or in several.
+    """
+    blank = {name: torch.empty_like(tensor, device="meta") for name, tensor in _tensors(model).items()}
+    there = {id(tensor): name for name, tensor in revert_weight_conversion(model, blank).items()}
+    for name, tensor in blank.items():
+        if id(tensor) not in there:
+            raise EvoPressError(
+                f"checkpoints of a {model.config.model_type} have no {name}, which transformers makes of other tensors when it "
+                "loads them"
+            )
+    return {name: there[id(tensor)] for name, tensor in blank.items()}
+
+
 def packed_sections(
-    export: Export, pack: Callable[[Weight], Section], *, groups: Sequence[int], dtype: torch.dtype | None = None
+    export: Export,
+    pack: Callable[[Weight], Section],
+    *,
+    groups: Sequence[int],
+    dtype: torch.dtype | None = None,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[Section], dict[str, Form]]:
     """Return a file's tensors in the model's order, and the forms of those that are packed, by the names of their modules.
 
@@ -124,41 +147,70 @@ def packed_sections(
         pack: makes the section of integers.
         groups: sizes that the format has, for a dropped module's linears.
         dtype: of what is not packed; None: its own.
+        names: what the file calls tensors, by their names in the model, where it calls them otherwise.
     """
     fewest = min((form.bits for form in export.forms if form.kind == INTEGERS), default=4)
     sections: dict[str, Section] = {}
     forms: dict[str, Form] = {}
     for weight in weights_of(export, zeros=zeros_in(groups, fewest)):
         if weight.form.kind == INTEGERS:
-            forms[weight.name] = weight.form
+            forms[_module_in(names, weight.name)] = weight.form
             sections[f"{weight.name}.weight"] = pack(weight)
         else:
             sections[f"{weight.name}.weight"] = weight.dense_section(dtype or export.model.dtype)
-    return in_order(export.model, sections, dtype=dtype), forms
+    return in_order(export.model, sections, dtype=dtype, names=names), forms
 
 
-def in_order(model: nn.Module, sections: Mapping[str, Section], *, dtype: torch.dtype | None = None) -> list[Section]:
+def _module_in(names: Mapping[str, str], module: str) -> str:
+    """Return what a file calls a module of the model."""
+    return names.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
+
+
+def in_order(
+    model: nn.Module,
+    sections: Mapping[str, Section],
+    *,
+    dtype: torch.dtype | None = None,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> list[Section]:
     """Return a section for everything that the model has, in its order, a tied weight once; what has none is as it is.
 
     Args:
         sections: by the name of the parameter in whose place they are.
         dtype: of what has none; None: its own.
+        names: what the file calls tensors, by their names in the model, where it calls them otherwise.
     """
     seen: set[int] = set()
     found = []
-    everything = {**dict(model.named_parameters(remove_duplicate=False)), **model.state_dict(keep_vars=True)}
-    for name, tensor in everything.items():
+    for name, tensor in _tensors(model).items():
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
         if name in sections:
-            found.append(sections[name])
+            found.append(_called(sections[name], name, names.get(name, name)))
             continue
         kept = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
         found.append(
-            Section((Entry(name, kept, tuple(tensor.shape)),), lambda tensor=tensor, kept=kept: [tensor.data.to(kept)])  # type: ignore[misc]
+            Section(
+                (Entry(names.get(name, name), kept, tuple(tensor.shape)),),
+                lambda tensor=tensor, kept=kept: [tensor.data.to(kept)],  # type: ignore[misc]
+            )
         )
     return found
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return everything that a model has, by name, tied weights under each of theirs."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **model.state_dict(keep_vars=True)}
+
+
+def _called(section: Section, name: str, other: str) -> Section:
+    """Return the section in a parameter's place as it is written where that has another name."""
+    if name == other:
+        return section
+    before, after = name.rpartition(".")[0], other.rpartition(".")[0]
+    entries = (replace(entry, name=after + entry.name.removeprefix(before)) for entry in section.entries)
+    return Section(tuple(entries), section.make)
 
 
 def write_model(
@@ -178,9 +230,15 @@ def hub_config(model: Any, dtype: torch.dtype) -> dict[str, Any]:
     return config | {"architectures": [type(model).__name__], "dtype": str(dtype).removeprefix("torch.")}
 
 
-def unquantized(model: nn.Module, packed: Collection[str]) -> list[str]:
-    """Return the names of a model's linears that are not packed, in its order."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and name not in packed]
+def unquantized(model: nn.Module, packed: Collection[str], names: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """Return the names of a model's linears that are not packed, in its order.
+
+    Args:
+        packed: names of those that are, as the file has them.
+        names: what the file calls tensors, by their names in the model, where it calls them otherwise.
+    """
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    return [name for name in (_module_in(names, name) for name in linears) if name not in packed]
 
 
 def zeros_in(groups: Sequence[int], bits: int) -> Callable[[int], Form | None]:

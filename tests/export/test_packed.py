@@ -30,7 +30,7 @@ from evopress.models.blocks import BlockModel
 from evopress.models.outline import outlined
 from evopress.models.tiny import byte_tokenizer
 from evopress.units import Level, Space, Unit, is_module
-from experiments.tiny_any import any_model
+from experiments.tiny_any import any_config, any_model
 
 FILE = "model.safetensors"
 EXPORTERS: dict[str, Callable[..., Exporter]] = {"compressed_tensors": CompressedTensors, "gptq": GPTQFiles}
@@ -133,6 +133,54 @@ def test_a_weight_as_it_is_lies_as_the_model_holds_it(what: str, tmp_path: Path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
     assert {f"{unit.name}.weight" for unit in units} < state.keys()
     assert schemes(tmp_path / what)("transformer.h.0.attn.c_attn") is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "in_model", "in_file"),
+    [("gpt_neox", "lm_head", "embed_out"), ("lfm3", "model.layers.2.self_attn.g_proj", "model.layers.2.self_attn.gate_proj")],
+)
+def test_tensors_have_the_names_of_checkpoints_where_vllm_reads_them(
+    model_type: str, in_model: str, in_file: str, tmp_path: Path
+) -> None:
+    """GPTQModel fills transformers' own model by the names that it has."""
+    model = any_model(model_type, **({"num_key_value_heads": 2} if model_type == "lfm3" else {}))  # rows of 32
+    blocks = BlockModel(model, outlined(model))
+    slots = [(part, slot) for part in blocks.parts for slot in blocks.slots(part).values()]
+    four = (Level("4 bits", 4, "4", 4, "quant"),)
+    units = tuple(Unit(slot.name, part, slot.kind, slot.weight.numel(), four) for part, slot in slots)
+
+    def read(unit: int, level: int, device: str = "cpu") -> Quantized:
+        rows, columns = slots[unit][1].weight.shape
+        scales = torch.ones(rows, columns // 32, dtype=torch.float16)
+        return Quantized(torch.ones(rows, columns, dtype=torch.uint8), scales, scales.to(torch.int16), 4, torch.float32)
+
+    levels: Any = SimpleNamespace(space=Space("quant", units), folder=Path(), read=read)
+    forms = tuple(
+        Form(unit.name, "4 bits", INTEGERS, 4, 32, rows=slot.weight.shape[0], columns=slot.weight.shape[1])
+        for unit, (_, slot) in zip(units, slots, strict=True)
+    )
+    export = Export(LiveModel(blocks, levels), model, byte_tokenizer(), (0,) * len(units), forms)
+    CompressedTensors().check(model.config.to_dict(), forms)
+    model.save_pretrained(tmp_path / "checkpoint")
+    folder = write_export(CompressedTensors(), tmp_path / "packed", export)
+    assert CompressedTensors().num_bytes(export) == (folder / FILE).stat().st_size
+    ends = r"\.weight(_packed|_scale|_zero_point|_shape)?$"
+    found, expected = ({re.sub(ends, "", name) for name in load_file(each / FILE)} for each in (folder, tmp_path / "checkpoint"))
+    assert found == expected and in_file in found and in_model not in found
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    told = {*config["ignore"], *(name for group in config["config_groups"].values() for name in group["targets"])}
+    assert in_file in told and told - {"lm_head"} <= found  # which may be tied to the embedding
+    gptq = load_file(write_export(GPTQFiles(), tmp_path / "gptq", export) / FILE)
+    assert any(name.startswith(f"{in_model}.") for name in gptq) and not any(name.startswith(f"{in_file}.") for name in gptq)
+
+
+def test_a_model_whose_checkpoints_have_other_tensors_is_refused() -> None:
+    config = any_config("olmo_hybrid").to_dict()
+    with pytest.raises(
+        EvoPressError, match=r"checkpoints of a olmo_hybrid have no .*conv1d.weight, .*; use export=\[dequantized\]"
+    ):
+        CompressedTensors().check(config, [])
+    GPTQFiles().check(config, [])
 
 
 @pytest.mark.parametrize(
@@ -301,7 +349,7 @@ def test_what_a_format_cannot_hold_is_refused(what: str, forms: list[Form], sent
 def test_what_fits_is_not_refused() -> None:
     tied = [integers(name, bits, tied="model.layers.0.self_attn.qkv_proj") for name in (Q, K, V) for bits in (4, 3)]
     for forms in (SAME, tied, [integers("model.layers.0.mlp.gate_proj", 4), integers("model.layers.1.mlp.up_proj", 3)]):
-        CompressedTensors().check({}, forms)
+        CompressedTensors().check({"model_type": "llama"}, forms)
     GPTQFiles().check({}, [integers(Q, 4), integers(K, 3), integers(V, 4), integers("a.o_proj", 4, 576, columns=576)])
     with pytest.raises(EvoPressError, match="dtype=int8 is unknown"):
         CompressedTensors(dtype="int8")
