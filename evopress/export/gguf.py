@@ -37,6 +37,7 @@ from evopress.export.gguf_model import (
     order_of_rows,
 )
 from evopress.export.gguf_tokenizer import add_tokenizer
+from evopress.export.rules import refuse_head_size
 from evopress.export.written import Weight, modules_dropped, shape_of, weights_of, zeros_in
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ _ROUNDED = GGUF_TYPES["Q8_0"]
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _WITHOUT_BIASES = ("qwen3",)
 """Model types whose attention's output has no bias in llama.cpp."""
+_WITHOUT_HEAD_SIZES = ("qwen2",)
+"""Those whose heads are the model's width divided by their number in llama.cpp."""
 _MOST_BITS = 7
 """Of integers with any zero: their differences fit Q8_0's signed bytes."""
 
@@ -119,6 +122,7 @@ class GGUF:
                 f"export=[gguf] cannot hold a {model_type} with attention_bias={config['attention_bias']}, where llama.cpp has no "
                 "place for the bias of o_proj: use export=[dequantized]"
             )
+        refuse_head_size(config, _WITHOUT_HEAD_SIZES, asked="export=[gguf]", program="llama.cpp")
         frequency_factors(config)
         for form in forms:
             if form.kind == SPARSE:

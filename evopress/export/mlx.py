@@ -23,7 +23,7 @@ from evopress.engines import ENGINES
 from evopress.errors import EvoPressError
 from evopress.export.card import model_card
 from evopress.export.exporter import INTEGERS, Export, Form
-from evopress.export.rules import refuse_unfit
+from evopress.export.rules import refuse_head_size, refuse_unfit
 from evopress.export.tensors_file import Entry, Section, num_bytes
 from evopress.export.written import Weight, in_order, modules_dropped, shape_of, weights_of, write_model, zeros_in
 from evopress.levels.codec import pack_bits
@@ -35,6 +35,8 @@ _OF_GELU = ("gemma", "gemma2", "gemma3_text")
 """Those whose MLPs mlx-lm computes with GELU; all others' with SiLU."""
 _WITHOUT_BIASES = ("qwen3", "phi3", *_OF_GELU)
 """Those whose attention has no biases in mlx-lm."""
+_WITHOUT_HEAD_SIZES = ("qwen2", "phi3")
+"""Those whose heads are the model's width divided by their number in mlx-lm."""
 _WITHOUT_WINDOWS = ("mistral", "qwen2", "qwen3", "phi3", "gemma2")
 """Those that have sliding windows in transformers and none in mlx-lm 0.32.2."""
 _WITH_GAPS = "nemotron-nas"
@@ -88,6 +90,7 @@ class MLX:
                 f"export=[mlx] cannot hold a {model_type} with attention_bias={config['attention_bias']}, where mlx-lm has no "
                 "place for biases: use export=[dequantized]"
             )
+        refuse_head_size(config, _WITHOUT_HEAD_SIZES, asked="export=[mlx]", program="mlx-lm")
         refuse_unfit(ENGINES["mlx"], forms, asked="export=[mlx]", otherwise="use export=[dequantized]")
 
     def serve(self, folder: str, dtype: torch.dtype) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from evopress.engines import Engine
 from evopress.errors import EvoPressError
@@ -42,6 +43,21 @@ def refuse_experts(forms: Iterable[Form], *, asked: str, otherwise: str = "use e
     """Raise EvoPressError if one of these forms is an expert's weight, for formats that are not written for those."""
     if (form := next((form for form in forms if form.of_expert), None)) is not None:
         raise EvoPressError(f"{asked} is not written for experts ({form}): {otherwise}")
+
+
+def refuse_head_size(config: Mapping[str, Any], model_types: Collection[str], *, asked: str, program: str) -> None:
+    """Raise EvoPressError if a model of these types says how large its heads are, otherwise than a program takes them to be.
+
+    Args: model_types: those whose heads the program has divide the model's width among them.
+    """
+    if (head_size := config.get("head_dim")) is None or config["model_type"] not in model_types:
+        return
+    if head_size * config["num_attention_heads"] != config["hidden_size"]:
+        raise EvoPressError(
+            f"{asked} cannot hold a {config['model_type']} with head_dim={head_size}, where {program} takes "
+            f"hidden_size / num_attention_heads = {config['hidden_size']} / {config['num_attention_heads']}: use "
+            "export=[dequantized]"
+        )
 
 
 def _refuse_integers(engine: Engine, form: Form, *, asked: str, otherwise: str) -> None:

@@ -335,6 +335,16 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(config: dict[str, 
     GGUF().check({"model_type": "qwen3", "attention_bias": False}, [])
 
 
+@pytest.mark.parametrize("model_type", ["qwen2"])
+def test_heads_of_another_size_are_refused(model_type: str) -> None:
+    config = {"model_type": model_type, "hidden_size": 128, "num_attention_heads": 4}
+    for fits in ({}, {"head_dim": None}, {"head_dim": 32}):
+        GGUF().check(config | fits, [])
+    GGUF().check(config | {"model_type": "qwen3", "head_dim": 64}, [])
+    with pytest.raises(EvoPressError, match=rf"a {model_type} with head_dim=64, where llama.cpp takes .* = 128 / 4: use "):
+        GGUF().check(config | {"head_dim": 64}, [])
+
+
 def test_the_engine_asks_for_types_and_others_refuse_them() -> None:
     types, integers = [Form("a.q_proj", "Q4_K", GGUF_TYPE)], [Form("a.q_proj", "4 bits", INTEGERS, 4, 64)]
     refuse_unfit(ENGINES["llama_cpp"], types, asked="engine=llama_cpp", otherwise="use engine=none")

@@ -267,6 +267,16 @@ def test_what_mlx_lm_computes_otherwise_is_refused(config: dict[str, Any], sente
     MLX().check({"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "attention_bias": False}, [])
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "phi3"])
+def test_heads_of_another_size_are_refused(model_type: str) -> None:
+    config = {"model_type": model_type, "hidden_size": 128, "num_attention_heads": 4}
+    for fits in ({}, {"head_dim": None}, {"head_dim": 32}):
+        MLX().check(config | fits, [])
+    MLX().check(config | {"model_type": "qwen3", "head_dim": 64}, [])
+    with pytest.raises(EvoPressError, match=rf"a {model_type} with head_dim=64, where mlx-lm takes .* = 128 / 4: use "):
+        MLX().check(config | {"head_dim": 64}, [])
+
+
 def test_sliding_windows_that_mlx_lm_does_not_know_are_said() -> None:
     phi3 = {"model_type": "phi3", "sliding_window": 2047, "max_position_embeddings": 4096}
     assert window_left_out(phi3) == 2047
