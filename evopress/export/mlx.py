@@ -33,6 +33,9 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", 
 """Models that are written here; mlx-lm 0.32.2 knows others, too."""
 _OF_GELU = ("gemma", "gemma2", "gemma3_text")
 """Those whose MLPs mlx-lm computes with GELU; all others' with SiLU."""
+_GELU, _SILU = ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast"), ("silu", "swish")
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+"""What Gemma 2 has in mlx-lm, always."""
 _WITHOUT_BIASES = ("qwen3", "phi3", *_OF_GELU)
 """Those whose attention has no biases in mlx-lm."""
 _WITHOUT_HEAD_SIZES = ("qwen2", "phi3")
@@ -79,12 +82,18 @@ class MLX:
                 f"export=[mlx] is not written for models of type {model_type}: it knows {', '.join(MODEL_TYPES)}; use "
                 "export=[dequantized]"
             )
-        activation = config.get("hidden_act") or "silu"
-        if activation not in ("silu", "swish") and model_type not in _OF_GELU:
+        known = _GELU if model_type in _OF_GELU else _SILU
+        key = "hidden_activation" if model_type in ("gemma2", "gemma3_text") else "hidden_act"
+        if (activation := config.get(key) or known[0]) not in known:
             raise EvoPressError(
-                f"export=[mlx] cannot hold a {model_type} with hidden_act={activation}, where mlx-lm computes silu: use "
+                f"export=[mlx] cannot hold a {model_type} with {key}={activation}, where mlx-lm computes {known[0]}: use "
                 "export=[dequantized]"
             )
+        for cap in _CAPS if model_type == "gemma2" else ():
+            if cap in config and config[cap] is None:
+                raise EvoPressError(
+                    f"export=[mlx] cannot hold a gemma2 with {cap}=null, where mlx-lm always has a cap: use export=[dequantized]"
+                )
         if config.get("attention_bias") and model_type in _WITHOUT_BIASES:
             raise EvoPressError(
                 f"export=[mlx] cannot hold a {model_type} with attention_bias={config['attention_bias']}, where mlx-lm has no "

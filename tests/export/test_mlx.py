@@ -258,13 +258,20 @@ def test_what_mlx_cannot_hold_is_refused(form: Form, sentence: str) -> None:
         ({"model_type": "llama", "hidden_act": "gelu"}, "a llama with hidden_act=gelu, where mlx-lm computes silu"),
         ({"model_type": "qwen3", "attention_bias": True}, "a qwen3 with attention_bias=True, where mlx-lm has no place"),
         ({"model_type": "gemma2", "attention_bias": True}, "a gemma2 with attention_bias=True"),
+        ({"model_type": "gemma", "hidden_act": "relu"}, "a gemma with hidden_act=relu, where mlx-lm computes gelu"),
+        ({"model_type": "gemma2", "hidden_activation": "silu"}, "a gemma2 with hidden_activation=silu, where"),
+        ({"model_type": "gemma3_text", "hidden_activation": "relu"}, "a gemma3_text with hidden_activation=relu"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": None}, "a gemma2 with attn_logit_softcapping=null, where"),
+        ({"model_type": "gemma2", "final_logit_softcapping": None}, "a gemma2 with final_logit_softcapping=null, where"),
     ],
 )
 def test_what_mlx_lm_computes_otherwise_is_refused(config: dict[str, Any], sentence: str) -> None:
     with pytest.raises(EvoPressError, match=sentence):
         MLX().check(config, [])
     MLX().check({"model_type": "llama", "hidden_act": "silu", "attention_bias": True}, [])
-    MLX().check({"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "attention_bias": False}, [])
+    gemma = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
+    for model_type in ("gemma", "gemma2", "gemma3_text"):
+        MLX().check({"model_type": model_type, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} | gemma, [])
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "phi3"])
