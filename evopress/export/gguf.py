@@ -37,7 +37,7 @@ from evopress.export.gguf_model import (
     order_of_rows,
 )
 from evopress.export.gguf_tokenizer import add_tokenizer
-from evopress.export.rules import refuse_head_size
+from evopress.export.rules import about_windows, refuse_head_size
 from evopress.export.written import Weight, modules_dropped, shape_of, weights_of, zeros_in
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ _WITHOUT_BIASES = ("qwen3",)
 """Model types whose attention's output has no bias in llama.cpp."""
 _WITHOUT_HEAD_SIZES = ("qwen2",)
 """Those whose heads are the model's width divided by their number in llama.cpp."""
+_WITHOUT_WINDOWS = ("mistral", "qwen2", "qwen3")
+"""Those that have sliding windows in transformers and none in llama.cpp."""
 _MOST_BITS = 7
 """Of integers with any zero: their differences fit Q8_0's signed bytes."""
 
@@ -176,6 +178,7 @@ class GGUF:
         if self._rounded or self._dense not in (None, export.model.dtype):
             to = _ROUNDED.name if self._rounded else _DENSE[self._dense or export.model.dtype]
             exactness += f" Matrices that are no units are rounded to {to}."
+        exactness += about_windows(export.model.config.to_dict(), _WITHOUT_WINDOWS, program="llama.cpp")
         logger.info("gguf: %s", exactness)
         card = model_card(
             export,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from evopress.engines import ENGINES
 from evopress.errors import EvoPressError
 from evopress.export.card import model_card
 from evopress.export.exporter import INTEGERS, Export, Form
-from evopress.export.rules import refuse_head_size, refuse_unfit
+from evopress.export.rules import about_windows, refuse_head_size, refuse_unfit
 from evopress.export.tensors_file import Entry, Section, num_bytes
 from evopress.export.written import Weight, in_order, modules_dropped, shape_of, weights_of, write_model, zeros_in
 from evopress.levels.codec import pack_bits
@@ -126,12 +125,7 @@ class MLX:
         else:
             exactness = "Scales and biases are float32, so the weights are those that were measured, bit for bit."
         own = export.model.config.model_type  # a Mistral with gaps is another architecture of mlx-lm
-        window = window_left_out(config | {"model_type": own})
-        if window is not None:
-            exactness += (
-                f" mlx-lm 0.32.2 knows no sliding window of a {own}: on texts of more than {window} tokens it "
-                "computes something else."
-            )
+        exactness += about_windows(config | {"model_type": own}, _WITHOUT_WINDOWS, program="mlx-lm 0.32.2")
         logger.info("mlx: %s", exactness)
         card = model_card(
             export,
@@ -236,15 +230,6 @@ def engine_config(
         quantization = {**first, "mode": "affine", **{name: dict(layer) for name, layer in layers.items()}}
         config |= {"quantization": quantization, "quantization_config": quantization}
     return config
-
-
-def window_left_out(config: Mapping[str, Any]) -> int | None:
-    """Return the tokens of a sliding window that mlx-lm does not know and a text can be longer than; None: there is none."""
-    window, layer_types = config.get("sliding_window"), config.get("layer_types")
-    slides = config.get("model_type") in _WITHOUT_WINDOWS and isinstance(window, int)
-    if not slides or (layer_types is not None and "sliding_attention" not in layer_types):
-        return None
-    return window if window < config.get("max_position_embeddings", math.inf) else None
 
 
 def _pattern(layer_types: Sequence[str]) -> int:

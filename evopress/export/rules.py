@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -58,6 +59,28 @@ def refuse_head_size(config: Mapping[str, Any], model_types: Collection[str], *,
             f"hidden_size / num_attention_heads = {config['hidden_size']} / {config['num_attention_heads']}: use "
             "export=[dequantized]"
         )
+
+
+def window_left_out(config: Mapping[str, Any], model_types: Collection[str]) -> int | None:
+    """Return the tokens of a sliding window that a text can be longer than, where a program knows none; None: there is none.
+
+    Args: model_types: those that have sliding windows in transformers and none in the program.
+    """
+    window, layer_types = config.get("sliding_window"), config.get("layer_types")
+    slides = config.get("model_type") in model_types and isinstance(window, int)
+    if not slides or (layer_types is not None and "sliding_attention" not in layer_types):
+        return None
+    return window if window < config.get("max_position_embeddings", math.inf) else None
+
+
+def about_windows(config: Mapping[str, Any], model_types: Collection[str], *, program: str) -> str:
+    """Return what log and card say of a sliding window that a program does not know, nothing where there is none."""
+    if (window := window_left_out(config, model_types)) is None:
+        return ""
+    return (
+        f" {program} knows no sliding window of a {config['model_type']}: on texts of more than {window} tokens it computes "
+        "something else."
+    )
 
 
 def _refuse_integers(engine: Engine, form: Form, *, asked: str, otherwise: str) -> None:

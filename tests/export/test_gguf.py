@@ -345,6 +345,16 @@ def test_heads_of_another_size_are_refused(model_type: str) -> None:
         GGUF().check(config | {"head_dim": 64}, [])
 
 
+@pytest.mark.parametrize(("model_type", "said"), [("mistral", True), ("llama", False)])
+def test_sliding_windows_that_llama_cpp_does_not_know_are_said(
+    model_type: str, said: bool, exported: Callable[..., Export], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    folder = write_export(GGUF(), tmp_path / "gguf", exported(model_type, config={"sliding_window": 16}))
+    sentence = f"llama.cpp knows no sliding window of a {model_type}: on texts of more than 16 tokens it computes something else."
+    assert [sentence in told for told in (caplog.text, (folder / "README.md").read_text())] == [said] * 2
+
+
 def test_the_engine_asks_for_types_and_others_refuse_them() -> None:
     types, integers = [Form("a.q_proj", "Q4_K", GGUF_TYPE)], [Form("a.q_proj", "4 bits", INTEGERS, 4, 64)]
     refuse_unfit(ENGINES["llama_cpp"], types, asked="engine=llama_cpp", otherwise="use engine=none")

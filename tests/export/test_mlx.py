@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evopress.errors import EvoPressError
 from evopress.export.exporter import INTEGERS, SPARSE, Export, Form, write_export
-from evopress.export.mlx import MLX, MODEL_TYPES, engine_config, window_left_out
+from evopress.export.mlx import _WITHOUT_WINDOWS, MLX, MODEL_TYPES, engine_config
+from evopress.export.rules import window_left_out
 from evopress.units import is_module
 
 FILE = "model.safetensors"
@@ -285,14 +287,15 @@ def test_heads_of_another_size_are_refused(model_type: str) -> None:
 
 
 def test_sliding_windows_that_mlx_lm_does_not_know_are_said() -> None:
+    left_out = partial(window_left_out, model_types=_WITHOUT_WINDOWS)
     phi3 = {"model_type": "phi3", "sliding_window": 2047, "max_position_embeddings": 4096}
-    assert window_left_out(phi3) == 2047
-    assert window_left_out(phi3 | {"max_position_embeddings": 2047}) is None, "no text is longer"
-    assert window_left_out(phi3 | {"sliding_window": None}) is None
-    assert window_left_out({"model_type": "gemma3_text", "sliding_window": 16}) is None, "mlx-lm has these"
+    assert left_out(phi3) == 2047
+    assert left_out(phi3 | {"max_position_embeddings": 2047}) is None, "no text is longer"
+    assert left_out(phi3 | {"sliding_window": None}) is None
+    assert left_out({"model_type": "gemma3_text", "sliding_window": 16}) is None, "mlx-lm has these"
     qwen2 = {"model_type": "qwen2", "sliding_window": 64, "max_position_embeddings": 512}
-    assert window_left_out(qwen2 | {"layer_types": ["full_attention"] * 2}) is None
-    assert window_left_out(qwen2 | {"layer_types": ["full_attention", "sliding_attention"]}) == 64
+    assert left_out(qwen2 | {"layer_types": ["full_attention"] * 2}) is None
+    assert left_out(qwen2 | {"layer_types": ["full_attention", "sliding_attention"]}) == 64
 
 
 @pytest.mark.parametrize("model_type", ["opt", "mixtral"])
