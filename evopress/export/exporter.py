@@ -141,9 +141,11 @@ class Serves(Protocol):
     """An exporter whose folder one command serves."""
 
     def serve(self, folder: str, dtype: torch.dtype) -> str:
-        """Return the command.
+        """Return the command, as a shell takes it.
 
-        Args: dtype: of the model.
+        Args:
+            folder: quoted for a shell, where it has to be.
+            dtype: of the model.
         """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -303,7 +304,7 @@ def served(workspace: Workspace, files: Path) -> Iterator[str]:
         folder = files / "exports" / name
         if not isinstance(exporter, Serves) or not folder.is_dir():
             continue
-        yield f"{name}, {millions(_size(folder))} MB: {exporter.serve(shown_path(folder), workspace.blocks.dtype)}"
+        yield f"{name}, {millions(_size(folder))} MB: {exporter.serve(shlex.quote(shown_path(folder)), workspace.blocks.dtype)}"
 
 
 def _sizes(files: Path) -> dict[str, Any]:

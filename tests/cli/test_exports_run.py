@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,10 @@ def test_a_run_ends_with_the_commands_that_serve_its_files(tmp_path: Path, monke
         "mlx, 1.2 MB: mlx_lm.server --model run/exports/mlx",
         "compressed_tensors, 2.0 MB: vllm serve run/exports/compressed_tensors --dtype bfloat16",
     ]
+    (tmp_path / "run").rename(tmp_path / "a run (1)")
+    commands = [line.partition(": ")[2] for line in served(workspace, tmp_path / "a run (1)")]
+    assert shlex.split(commands[0]) == ["mlx_lm.server", "--model", "a run (1)/exports/mlx"]
+    assert shlex.split(commands[1])[:3] == ["vllm", "serve", "a run (1)/exports/compressed_tensors"]
 
 
 def test_exact_scales_of_a_named_genome(copied: Path, evopress: Callable[..., Any]) -> None:
