@@ -20,6 +20,7 @@ from evopress.reporting.generations import read_generations
 from evopress.reporting.metrics import search_history
 from evopress.reporting.sweep import tracked_as
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
+from evopress.search.strategy import Searching
 from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.checks import check_names, check_questions, check_strategy, check_tasks, check_tokens, search_cost, searching
 from evopress.stages.earlier import STATE, refuse_other_settings
@@ -74,15 +75,15 @@ def run(
     if workspace.dtype != settings.model.dtype:
         logger.info("model.dtype=%s: %s on this %s", settings.model.dtype, workspace.dtype, workspace.device.type.upper())
     work = kind(workspace)
-    if "search" in settings.stages:
-        if any(ask.attribution for ask in work.searching.asks()):
-            workspace.check_gates()
-        _tell_cost(workspace, work, paper)
+    if "search" in settings.stages and any(ask.attribution for ask in work.searching.asks()):
+        workspace.check_gates()
     workspace.read_text()
     check_questions(workspace)
     refuse_other_settings(workspace, work.searching)
     work.refuse()
     refuse_unfit_formats(workspace, exported=work.exports)
+    if "search" in settings.stages:
+        _tell_cost(workspace, work, paper)
     plan = preflight(workspace, work.searching, work.planned(), once=work.once)
     workspace.check_uneven()
     if settings.dry_run:
@@ -131,21 +132,23 @@ def _check(settings: RunSettings) -> None:
 
 def _tell_cost(workspace: Workspace, work: Kind, paper: RunSettings | None) -> None:
     """Say what the search will evaluate, and what it would at the paper's size."""
-    settings = workspace.settings
+    settings, (space, _) = workspace.settings, workspace.databases.plan()
     logger.info(
         "scale %s: the search evaluates at most %s candidate tokens%s%s",
         settings.scale.name,
-        count_of_tokens(
-            search_cost(work.searching, modules=workspace.method.modules is not None, starts=len(settings.search.starts))
-        ),
+        count_of_tokens(_cost(workspace, work.searching, settings, units=len(space))),
         work.each,
-        f" (scale=paper: {count_of_tokens(_paper_cost(workspace, paper))})" if paper else "",
+        f" (scale=paper: {count_of_tokens(_paper_cost(workspace, paper, units=len(space)))})" if paper else "",
     )
 
 
-def _paper_cost(workspace: Workspace, paper: RunSettings) -> int:
-    numbers = searching(paper.search, derived=workspace.generations(paper))
-    return search_cost(numbers, modules=workspace.method.modules is not None)
+def _paper_cost(workspace: Workspace, paper: RunSettings, *, units: int) -> int:
+    return _cost(workspace, searching(paper.search, derived=workspace.generations(paper)), paper, units=units)
+
+
+def _cost(workspace: Workspace, numbers: Searching, settings: RunSettings, *, units: int) -> int:
+    modules, starts = workspace.method.modules is not None, len(settings.search.starts)
+    return search_cost(numbers, modules=modules, units=units, starts=starts)
 
 
 def _start_tracker(context: Context, workspace: Workspace, work: Kind) -> None:

@@ -178,6 +178,15 @@ def test_guided_searches_and_a_killed_run_ends_with_the_same_genome(
         assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
 
 
+def test_measured_neighbours_are_among_the_tokens_that_are_said_first(evopress: Callable[..., Any]) -> None:
+    own = ("search/strategy=guided", "search.strategy.delta_rounds=1")
+    outcome = evopress("+method=quant", "bits=3.5", "+debug=tiny", STAGES, *own)
+    assert outcome.code == 0, outcome.text
+    before = re.search(r"the search evaluates at most ([\d,]+) candidate tokens", outcome.text)
+    then = re.search(r"at most ([\d,]+) candidate tokens$", outcome.text, re.MULTILINE)
+    assert before and then and before[1] == then[1] and before.end() < outcome.text.index("what this run will take")
+
+
 @pytest.mark.parametrize("method", [("+method=drop", "sparsity=0.5"), ("+method=joint", "size=2.5bpw")], ids=["drop", "joint"])
 def test_guided_drops_modules(method: tuple[str, ...], evopress: Callable[..., Any], tmp_path: Path) -> None:
     outcome = evopress(*method, "+debug=tiny", STAGES, "search/strategy=guided", f"hydra.run.dir={tmp_path / 'run'}")
