@@ -155,9 +155,14 @@ def _answers(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> ZeroShot:
     assert results is not None
     scores = {}
     for name, task in tasks.items():
-        of_parts = (sorted(results["samples"][part.task_name], key=lambda sample: sample["doc_id"]) for part in tasks_in(task))
+        of_parts = (_of_questions(results["samples"][part.task_name]) for part in tasks_in(task))
         scores[name] = TaskScore(tuple(bool(sample["acc"]) for samples in of_parts for sample in samples))
     return ZeroShot(scores)
+
+
+def _of_questions(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return a task's samples in the order of its questions: those of its first filter, where it has several."""
+    return sorted((sample for sample in samples if sample["filter"] == samples[0]["filter"]), key=lambda sample: sample["doc_id"])
 
 
 @collective

@@ -115,6 +115,16 @@ def test_a_group_counts_all_its_questions_as_lm_eval_does(limit, live_model, wri
     assert scores["all"].accuracy == pytest.approx(theirs["results"]["all"]["acc,none"], abs=1e-12)
 
 
+def test_a_question_counts_once_however_many_filters_a_task_has(live_model, write_task, tmp_path):
+    rows = [{"question": f"Who is {i}?", "options": ["ant", "bee", "owl"], "gold": i % 3} for i in range(7)]
+    filters = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("first", "second")]
+    write_task(tmp_path, "plain", rows)
+    write_task(tmp_path, "filtered", rows, filter_list=filters)
+    tasks = load_tasks(["plain", "filtered"], tasks_path=str(tmp_path))
+    scores = measure_zero_shot(live_model(), byte_tokenizer(), {"dense": None}, tasks)["dense"].tasks
+    assert scores["filtered"] == scores["plain"] and scores["filtered"].num_questions == 7
+
+
 BOS = "Ā"  # the letter of byte 0, which no text has
 
 
