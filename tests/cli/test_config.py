@@ -404,6 +404,15 @@ def test_every_job_of_every_experiment_composes(name: str, composed: Callable[..
     assert f"python -m evopress +experiment={name}" in text[1]
 
 
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith(("table", "figure"))])
+def test_experiments_of_the_paper_at_its_scale_have_no_second_pass(name: str, composed: Callable[..., DictConfig]) -> None:
+    """It has none; with the paper's texts and tasks they have what its tables have."""
+    given = ("model=llama3_8b", "data=fineweb_edu", "scale=paper", "evaluation=paper")
+    result = configuration.to_settings(composed(f"+experiment={name}", *given))
+    assert "refine" not in result.stages
+    assert result.evaluation.data == ["wikitext2", "c4", "fineweb_edu"] and len(result.evaluation.tasks) == 5
+
+
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if len(expected_jobs(name)) > 1])
 def test_sweeps_lie_in_a_folder_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of one sweep in folders that say what they are; under debug=tiny they lie apart from results."""
