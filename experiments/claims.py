@@ -20,7 +20,7 @@ from experiments.sweeps import describe
 from experiments.tables import fill_readme, number_of
 
 README = Path(__file__).parent / "README.md"
-_SURE = 0.05
+SURE = 0.05
 _OPPOSITE = {"worse": "better", "better": "worse"}
 
 
@@ -77,7 +77,7 @@ def _against(method: str, row: Mapping[str, str], reference: float, ratios: Sequ
         said = {theirs: "**holds**", _OPPOSITE[theirs]: "**does not hold**", "tie": "**a tie** here"}.get(
             row["verdict"], "one seed"
         )
-    if (p := chance(row)) > _SURE and row["verdict"] in _OPPOSITE:
+    if (p := chance(row)) > SURE and row["verdict"] in _OPPOSITE:
         said += f" (p={p:.2f})"
     return f"{display_name(method)} ×{least:.2f} to ×{most:.2f} in the paper, ×{float(row['mean']) / reference:.2f} here, {said}"
 
