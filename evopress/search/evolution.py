@@ -126,7 +126,10 @@ class SearchSettings:
 
 @dataclass
 class EvolutionStrategy:
-    """The paper's search, to the letter; its numbers are those of `search` itself."""
+    """The paper's Algorithm 1; its numbers are those of `search` itself.
+
+    Beyond the paper's text initial candidates, and offspring of a generation, differ from each other, and these from their parent.
+    """
 
     name: str = "evolution"
 
