@@ -10,29 +10,23 @@ What a t test of as many seeds does not bear out at 5% has its p beside it.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from evopress.reporting.tables import display_name
 from experiments.specs import SPECS, home
 from experiments.sweeps import describe
-from experiments.tables import fill_readme, number_of
+from experiments.tables import fill_readme, number_of, read_csv
 
 README = Path(__file__).parent / "README.md"
 SURE = 0.05
 _OPPOSITE = {"worse": "better", "better": "worse"}
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV; none where there is none."""
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
-
-
 def claims(name: str) -> Iterator[str]:
     """Yield a sentence for each table of a sweep that the paper has too: every method against the reference."""
     spec = SPECS[name]
-    ours, paper = read(home(name) / "results.csv"), read(home(spec.twin_of or name) / "paper.csv")
+    ours, paper = read_csv(home(name) / "results.csv"), read_csv(home(spec.twin_of or name) / "paper.csv")
     measure = next((row["measure"] for row in ours if row["measure"].startswith("ppl ")), None)
     groups = dict.fromkeys(tuple(row[key] for key in spec.group) for row in ours)
     for group in groups if paper and measure else ():

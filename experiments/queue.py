@@ -37,8 +37,8 @@ from experiments.clock import Clock
 from experiments.commands import with_its_jobs
 from experiments.single_runs import SingleRun, evopress_all, has_finished, logged, why_it_failed
 from experiments.specs import SPECS, home
-from experiments.sweeps import Sweep, describe, expected_jobs, read_sweep
-from experiments.tables import make_table, sweep_of
+from experiments.sweeps import Sweep, describe, expected_jobs, read_job, read_sweep
+from experiments.tables import check_no_fewer, make_table, sweep_of
 
 FIGURE1 = "figure1"
 """A sweep whose table is made by its script."""
@@ -142,17 +142,32 @@ def folder_of(name: str, out: Path | None) -> Path:
     return home(name) if out is None else out / home(name).relative_to(Path(__file__).parent)
 
 
-def make(name: str, root: Path, out: Path | None) -> None:
-    """Make the table of a sweep, as far as its jobs have finished; say what forbids it."""
+def make(name: str, root: Path, out: Path | None, *, failed: bool = False) -> bool:
+    """Make the table of a sweep, as far as its jobs have finished; say what forbids it, and tell whether nothing does.
+
+    Args: failed: some of its jobs have: a table of more jobs, of an earlier time, is then left as it is.
+    """
     if name not in SPECS:
-        return
+        return True
     to = folder_of(name, out)
     try:
+        if failed:
+            check_no_fewer(name, sweep_of(name, root), to)
         found = make_table(name, root=root, out=to)
     except EvoPressError as error:
         print(f"{name}: no table: {error}", flush=True)
-    else:
-        print(f"{name}: the table of {len(found.jobs)} jobs is in {to}", flush=True)
+        return False
+    print(f"{name}: the table of {len(found.jobs)} jobs is in {to}", flush=True)
+    return True
+
+
+def not_left(run: SingleRun) -> str:
+    """Say what a sweep's job that ended well has not left for the table; nothing: it is all there."""
+    try:
+        read_job(run.folder, ())
+    except EvoPressError as error:
+        return f"it ended without results that can be read ({error}): remove {run.folder}, then it is run anew"
+    return ""
 
 
 def commands(name: str, root: Path, jobs: int, further: Sequence[str]) -> Iterator[list[str]]:
@@ -228,16 +243,19 @@ def go(names: Sequence[str], *, root: Path, out: Path | None, at_once: int, furt
     print(clock, flush=True)
     for each in left:
         if not each.jobs and each.name in SPECS and is_stale(each.name, root, out):
-            make(each.name, root, out)
+            failed += not make(each.name, root, out)
+    failing = set()
     swept = (run for each in left for run in runs(each.name, each.jobs, root, further))
     for run, well in evopress_all(chain(swept, *(each.runs for each in of_scripts)), at_once=at_once):
         name = run.labels["sweep"]
-        failed += not well and name in SWEEPS  # a script tries again
+        reason = "" if well else why_it_failed(run.folder)
+        if name in SWEEPS and (reason := reason or not_left(run)):  # a script tries again
+            failed += 1
+            failing.add(name)
         last = clock.ended(name)
-        ended = "done" if well else f"failed, {why_it_failed(run.folder)}"
-        print(f"{name} {run.labels['job']}: {ended}; {clock}", flush=True)
+        print(f"{name} {run.labels['job']}: {f'failed, {reason}' if reason else 'done'}; {clock}", flush=True)
         if last and name in SWEEPS:
-            make(name, root, out)
+            failed += not make(name, root, out, failed=name in failing)
     for name in scripts:
         well = run_script(name, root, at_once, further)
         failed += not well

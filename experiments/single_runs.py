@@ -26,6 +26,7 @@ from evopress.reporting.jobs import typed_settings
 from evopress.reporting.records import read_json
 from evopress.run_folder import ANY_JOB, LOCK, kept_overrides, own_stages
 from experiments.clock import Clock
+from experiments.sweeps import read_results
 
 _OF_ROUNDING = ("model.device", "fitness.max_tokens_in_flight", "fitness.chunk_tokens")
 """Settings that decide what a job finds by its rounding alone."""
@@ -150,7 +151,10 @@ def each_told(runs: Sequence[SingleRun], *, at_once: int = 1) -> Iterator[tuple[
 
 
 def has_finished(folder: Path) -> bool:
-    """Tell whether a job has ended well, of whatever settings; not if a later command was killed in one of its stages."""
+    """Tell whether a job has ended well, of whatever settings, and its results are there.
+
+    Not if a later command was killed in one of its stages.
+    """
     path, config = folder / "finished.json", folder / ".hydra" / "config.yaml"
     if not path.exists():
         return False
@@ -160,9 +164,11 @@ def has_finished(folder: Path) -> bool:
         if own is None and config.exists():
             register()  # of what the stages are by default
             asked = list(OmegaConf.select(OmegaConf.load(config), "stages") or ())
+        if isinstance(done, list) and "evaluate" in done:
+            read_results(folder)
     except (EvoPressError, AttributeError, YAMLError, OmegaConfBaseException):
         return False
-    return not isinstance(done, list) or set(asked) <= set(done)
+    return not isinstance(done, list) or (set(asked) <= set(done) and config.with_name("overrides.yaml").exists())
 
 
 def why_it_failed(folder: Path) -> str:

@@ -194,18 +194,27 @@ def setting(job: Job, key: str) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def read_job(folder: Path, keys: Sequence[str]) -> Job:
-    """Read one job; raise EvoPressError if it has no results yet or they cannot be read."""
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read the results of one job; raise EvoPressError if it has none yet or they cannot be read."""
     if not (folder / "result.json").is_file():
         raise EvoPressError("not evaluated yet")
     result = read_json(folder / "result.json")
     if not isinstance(result, dict) or not result.get("rows"):
         raise EvoPressError("not evaluated yet")
-    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    assert isinstance(config, DictConfig)
-    parser = OverridesParser.create()
-    lines = as_written_now([str(line) for line in OmegaConf.load(folder / ".hydra" / "overrides.yaml")])
-    overrides = [parser.parse_override(line) for line in lines]
+    return result
+
+
+def read_job(folder: Path, keys: Sequence[str]) -> Job:
+    """Read one job; raise EvoPressError if it has no results yet, or they or its config cannot be read."""
+    result = read_results(folder)
+    try:
+        config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+        assert isinstance(config, DictConfig)
+        parser = OverridesParser.create()
+        lines = as_written_now([str(line) for line in OmegaConf.load(folder / ".hydra" / "overrides.yaml")])
+        overrides = [parser.parse_override(line) for line in lines]
+    except (OSError, ValueError, TypeError, AssertionError, YAMLError, OmegaConfBaseException, HydraException) as error:
+        raise EvoPressError(f"{folder / '.hydra'} does not say what it is: config.yaml or overrides.yaml is damaged") from error
     typed = {override.key_or_group: override.get_value_element_as_str().strip("'\"") for override in overrides}
     axes = {key: typed[key] if key in typed else _chosen(folder, config, key) for key in keys}
     environment = folder / "environment.json"

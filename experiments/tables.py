@@ -309,14 +309,28 @@ def make_table(experiment: str, *, root: Path, out: Path) -> Sweep:
     return sweep
 
 
+def check_no_fewer(experiment: str, sweep: Sweep, out: Path) -> None:
+    """Raise EvoPressError if the table of an experiment that lies in a folder has results of more runs than a sweep has."""
+    there, here = _num_runs(read_csv(out / "runs.csv")), _num_runs(Table(sweep.jobs, SPECS[experiment]).runs())
+    if here < there:
+        raise EvoPressError(
+            f"the one in {out} has {there} rows of single seeds, the jobs that have finished give {here}: it stays as it is until "
+            "the others have, too (python -m experiments.tables makes it of what there is)"
+        )
+
+
+def _num_runs(rows: Iterable[Mapping[str, Any]]) -> int:
+    """Count the groups, variants and seeds in rows of `runs.csv`."""
+    return len({tuple(str(value) for key, value in row.items() if key not in ("measure", "value")) for row in rows})
+
+
 def write_tables(experiment: str, sweep: Sweep, out: Path) -> None:
     """Write the table of an experiment's jobs: results.csv, runs.csv, table.md, and the README's part."""
     spec = SPECS[experiment]
     table = Table(sweep.jobs, spec)
     write_csv(out / "results.csv", table.summary())
     write_csv(out / "runs.csv", table.runs())
-    path = (home(spec.twin_of) if spec.twin_of else out) / "paper.csv"
-    paper = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+    paper = read_csv((home(spec.twin_of) if spec.twin_of else out) / "paper.csv")
     write_table(out, spec.title, render(sweep, spec, paper))
 
 
@@ -394,6 +408,11 @@ def number_of(value: str) -> tuple[int, float, str]:
 def markdown(headers: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     lines = [headers, ["---", *("---:" for _ in headers[1:])], *body]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV; none where there is none."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

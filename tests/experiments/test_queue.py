@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -76,6 +77,37 @@ def test_what_is_missing_is_run_and_what_failed_is_run_again(
     assert said.startswith("1 job left, about ")
     assert "Missing" not in (tmp_path / "out" / "table3" / "table.md").read_text(encoding="utf-8")
     assert go() == (0, "0 jobs left\n") and len(ran) == 4
+
+
+def test_a_job_that_is_damaged_is_run_again_and_failed_as_long_as_it_is(
+    ran: list[SingleRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where an earlier table has more jobs, it stays."""
+    jobs, out = [tmp_path / "table3" / f"seed-{seed}" for seed in range(3)], tmp_path / "out"
+    for seed, folder in enumerate(jobs):
+        write_job(folder, [f"seed={seed}"], stages=["evaluate"])
+        (folder / "finished.json").write_text('{"stages": ["evaluate"]}')
+    go = lambda: queue.go(["table3"], root=tmp_path, out=out, at_once=1, further=[])  # noqa: E731
+    assert go() == 0 and not ran
+    table = (out / "table3" / "runs.csv").read_text(encoding="utf-8")
+    shutil.rmtree(jobs[0] / ".hydra")
+    (jobs[1] / "result.json").write_text('{"sch')
+    assert [has_finished(folder) for folder in jobs] == [False, False, True]
+
+    monkeypatch.setattr(queue, "evopress_all", evopress_all)
+    monkeypatch.setattr("experiments.single_runs.logged", lambda *_, **__: True)
+    capsys.readouterr()
+    assert go() == 3, "two jobs and the table"
+    said = capsys.readouterr().out
+    assert f"table3 seed=0: failed, it ended without results that can be read ({jobs[0]}/.hydra does not say what it is" in said
+    assert "table3 seed=1: failed, " in said and f"remove {jobs[1]}, then it is run anew" in said
+    assert "table3: no table: the one in" in said and "has 12 rows of single seeds" in said
+    assert (out / "table3" / "runs.csv").read_text(encoding="utf-8") == table
+
+
+def test_a_sweep_without_a_table_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "evopress_all", lambda runs, at_once: ((run, False) for run in runs))
+    assert queue.go(["table3"], root=tmp_path, out=tmp_path / "out", at_once=1, further=[]) == 4, "three jobs and the table"
 
 
 def test_a_list_runs_nothing(ran: list[SingleRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,7 +392,7 @@ def test_a_script_without_what_it_needs_stops_no_other(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("experiments.calibration.measure.write_texts", gone)
     monkeypatch.setattr(queue.claims, "write", lambda: None)
-    monkeypatch.setattr(queue, "make", lambda *_: None)
+    monkeypatch.setattr(queue, "make", lambda *_, **__: True)
     assert (
         queue.go(["table3", "calibration"], root=tmp_path / "multirun", out=None, at_once=2, further=[]) == 2
     )  # one of table3 fails
