@@ -32,6 +32,7 @@ from hydra import compose, initialize_config_dir
 
 from evopress import config as configuration
 from evopress.errors import EvoPressError
+from evopress.files import explained
 from experiments import claims
 from experiments.clock import Clock
 from experiments.commands import with_its_jobs
@@ -154,8 +155,8 @@ def make(name: str, root: Path, out: Path | None, *, failed: bool = False) -> bo
         if failed:
             check_no_fewer(name, sweep_of(name, root), to)
         found = make_table(name, root=root, out=to)
-    except EvoPressError as error:
-        print(f"{name}: no table: {error}", flush=True)
+    except (EvoPressError, OSError) as error:
+        print(f"{name}: no table: {explained(error, to) if isinstance(error, OSError) else error}", flush=True)
         return False
     print(f"{name}: the table of {len(found.jobs)} jobs is in {to}", flush=True)
     return True

@@ -12,6 +12,7 @@ README.md and the paper's numbers in paper.csv, and a line in `specs.py`.
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import math
 import statistics
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
-from evopress.files import write_bytes
+from evopress.files import make_folder, write_bytes
 from evopress.reporting.differences import Difference
 from evopress.reporting.jobs import as_markdown as jobs_as_markdown
 from evopress.reporting.jobs import read_jobs
@@ -416,14 +417,17 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with eight digits; a column for every key of any row, blank where a row lacks it or has NaN."""
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: _plain(value) for key, value in row.items()})
+    """Write rows with eight digits; a column for every key of any row, blank where a row lacks it or has NaN.
+
+    Raises: EvoPressError if the folder cannot be written to, or the disk is full; an earlier file is then as it was.
+    """
+    names, text = list(dict.fromkeys(key for row in rows for key in row)), io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _plain(value) for key, value in row.items()})
+    make_folder(path.parent)
+    write_bytes(path, text.getvalue().encode())
 
 
 def _plain(value: Any) -> Any:

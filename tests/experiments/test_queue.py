@@ -110,6 +110,18 @@ def test_a_sweep_without_a_table_has_failed(tmp_path: Path, monkeypatch: pytest.
     assert queue.go(["table3"], root=tmp_path, out=tmp_path / "out", at_once=1, further=[]) == 4, "three jobs and the table"
 
 
+def test_a_table_that_cannot_be_written_stops_no_other_sweep(
+    ran: list[SingleRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(3):
+        write_job(tmp_path / "table3" / f"seed-{seed}", [f"seed={seed}"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "table3").write_text("")
+    go = lambda: queue.go(["table3", "demo"], root=tmp_path, out=tmp_path / "out", at_once=1, further=[])  # noqa: E731
+    assert go() > 0 and {run.labels["sweep"] for run in ran} == {"demo"}
+    assert f"table3: no table: {tmp_path}/out/table3 cannot be written (" in capsys.readouterr().out
+
+
 def test_a_list_runs_nothing(ran: list[SingleRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     queue.show(["table3", "figure5", "guided"], tmp_path, 4, ["threads=1", "+debug=tiny"])
     said = capsys.readouterr().out.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 from pathlib import Path
@@ -453,3 +454,18 @@ def test_the_command_line(sweep: Path, tmp_path: Path) -> None:
     assert "missing: sparsity=0.7 seed=2" in done.text
     assert "| EvoPress |" in done.text
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"results.csv", "runs.csv", "table.md"}
+
+
+def test_a_csv_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "table" / "results.csv"
+    tables.write_csv(path, [{"a": 1, "b": 0.5}, {"a": 2, "c": math.nan}])
+    assert path.read_text(encoding="utf-8") == "a,b,c\n1,0.5,\n2,,\n"
+
+    def full(path: Path, data: bytes) -> None:
+        path.open("wb").write(data[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("evopress.files._fill", full)
+    with pytest.raises(EvoPressError, match="the disk is full while writing"):
+        tables.write_csv(path, [{"a": 3}])
+    assert path.read_text(encoding="utf-8").startswith("a,b,c\n") and list(path.parent.iterdir()) == [path]
