@@ -103,7 +103,7 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize(("document", "command"), commands("python -m evopress"))
 def test_commands_compose(document: str, command: str) -> None:
     """As they are typed, a sweep's first job for the sweep; `resume=` brings its own method, so one is put in its place."""
-    typed = shlex.split(command.replace("=NAME", "=table4"), comments=True)[3:]
+    typed = shlex.split(command.replace("=NAME", "=table4").replace("--cfg job", "--cfg=job"), comments=True)[3:]
     given = [argument for argument in typed if not argument.startswith(("-", "resume=", "..."))]
     overrides = [_first_of_a_sweep(argument) for argument in command_line.prepared(given)]
     if any(argument.startswith("resume=") for argument in typed):
