@@ -112,8 +112,8 @@ def measure_zero_shot(
 ) -> dict[str, ZeroShot]:
     """Let the model answer tasks at named genomes (None: the dense model), all of them the same questions.
 
-    The numbers are those of `lm_eval --model hf` on the exported checkpoint with the same tasks, limit and batch size: prompts,
-    tokenization, batches and attention are the same. They do not depend on how many processes share the batches.
+    With bos="auto" the numbers are those of `lm_eval --model hf` on the exported checkpoint with the same tasks, limit and batch
+    size: prompts, tokenization, batches and attention are the same. They do not depend on how many processes share the batches.
 
     Args:
         live: a model that can be held at a genome; it is the dense one again afterwards.
