@@ -137,6 +137,14 @@ class Exporter(Protocol):
 
 
 @runtime_checkable
+class Bounded(Protocol):
+    """An exporter that holds integers in other bits than the level database does."""
+
+    def most_bits(self, form: Form) -> int:
+        """Return the bits that a weight of integers takes at most, scales and all, which is known before its level is built."""
+
+
+@runtime_checkable
 class Serves(Protocol):
     """An exporter whose folder one command serves."""
 

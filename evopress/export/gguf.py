@@ -146,6 +146,18 @@ class GGUF:
                     f"export=[gguf] cannot hold {form} with {form.scale_dtype} scales: set method.scale_dtype=float16"
                 )
 
+    def most_bits(self, form: Form) -> int:
+        """See `Bounded`: those of the smallest type that holds every zero the form may have; with `exact` zeros cost two bits."""
+        signed = [of for of in GGUF_TYPES.values() if of.offset and not of.part]
+        with_min = [of for of in GGUF_TYPES.values() if not of.offset and not of.part]
+        if form.symmetric:
+            fitting = [of for of in signed if of.bits >= form.bits]
+        elif self._exact:
+            fitting = [of for of in signed if of.bits >= form.bits + 2]
+        else:
+            fitting = [of for of in with_min if of.bits >= form.bits]
+        return 8 * form.rows * (fitting or [_ROUNDED])[0].row_bytes(form.columns)
+
     def serve(self, folder: str, dtype: torch.dtype) -> str:
         """See `Serves`."""
         return f"llama-server -m {folder}/{FILE}"

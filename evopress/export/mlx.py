@@ -101,6 +101,10 @@ class MLX:
         refuse_head_size(config, _WITHOUT_HEAD_SIZES, asked="export=[mlx]", program="mlx-lm")
         refuse_unfit(ENGINES["mlx"], forms, asked="export=[mlx]", otherwise="use export=[dequantized]")
 
+    def most_bits(self, form: Form) -> int:
+        """See `Bounded`: exactly as many."""
+        return form.rows * form.columns * form.bits + form.rows * form.columns // form.group_size * 2 * 8 * self._dtype.itemsize
+
     def serve(self, folder: str, dtype: torch.dtype) -> str:
         """See `Serves`."""
         return f"mlx_lm.server --model {folder}"

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from evopress.currencies import num_experts
 from evopress.engines import Engine
 from evopress.errors import EvoPressError
 from evopress.export.checkpoint import FILE_BYTES, parts_together
-from evopress.export.exporter import DROPPED, Export, Exporter, Form, Serves, form_of, write_export
+from evopress.export.exporter import DROPPED, INTEGERS, Bounded, Export, Exporter, Form, Serves, form_of, write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.export.rules import refuse_experts, refuse_unfit
 from evopress.files import make_folder, shown_path
@@ -123,15 +124,30 @@ def _described(workspace: Workspace, space: Space) -> Any:
     return describe
 
 
-def _packed_bytes(planner: Planner) -> int:
+def _packed_bytes(planner: Planner, exporter: Exporter) -> int:
     """Return the bytes that a packed format takes, at most: what is no unit as it is, and the budget with all metadata."""
     space, budget = planner.space, planner.budget
-    most = space.stored_bits((0,) * len(space))
+    written = _written_bits(planner, exporter)
+    most = sum(map(max, written))
     if space.words.name in ("bits", "bytes"):
-        prices = zip(space.units, space.prices, strict=True)
-        beside = [max(level.stored_bits - price for level, price in zip(unit.levels, own, strict=True)) for unit, own in prices]
-        most = min(most, budget.total + sum(beside))
+        most = min(most, budget.total + sum(max(map(sub, *each)) for each in zip(written, space.prices, strict=True)))
     return planner.workspace.rest_of(space).bits // 8 + -(-most // 8)  # `other_bytes` would build the level database
+
+
+def _written_bits(planner: Planner, exporter: Exporter) -> list[list[int]]:
+    """Return the bits that each unit takes in a file at each of its levels, at most."""
+    space = planner.space
+    if not isinstance(exporter, Bounded):
+        return [[level.stored_bits for level in unit.levels] for unit in space.units]
+    describe, whole = _described(planner.workspace, space), space.whole
+    members = space.members or tuple((index,) for index in range(len(space)))
+
+    def bits_of(unit: Unit, level: Level) -> int:
+        form = describe(unit, level)
+        return exporter.most_bits(form) if form.kind == INTEGERS else level.stored_bits
+
+    units = ([whole.units[index] for index in indices] for indices in members)
+    return [[sum(bits_of(unit, unit.levels[level]) for unit in of) for level in range(len(of[0].levels))] for of in units]
 
 
 def what_is_exported(
@@ -172,8 +188,9 @@ def export_needs(planner: Planner) -> Needs:
     workspace = planner.workspace
     size = bytes_of(workspace.pretrained.model)
     less = "leave export out of stages, or use a machine with more memory"
-    names = list(exporters_of(planner.settings))
-    written = sum(size if name == DEQUANTIZED else _packed_bytes(planner) for name in names)
+    exporters = exporters_of(planner.settings)
+    names = list(exporters)
+    written = sum(size if name == DEQUANTIZED else _packed_bytes(planner, exporter) for name, exporter in exporters.items())
     what = ", ".join("checkpoint" if name == DEQUANTIZED else name for name in names)
     needs = Needs("export", what, disk={workspace.run_dir: written}, alone=True, less_memory=less)
     if DEQUANTIZED not in names:  # others read a weight at a time

@@ -499,6 +499,7 @@ def planner(
         device=torch.device("cpu"),
         forward_bytes=lambda tokens, length: 0,
         carried_bytes=lambda index: 0,
+        slots=lambda part: {f"u{i}": SimpleNamespace(weight=torch.empty(50, 10**6, device="meta")) for i in range(part, 70, 2)},
     )
     tokens = torch.empty(0, 1024, dtype=torch.int64)
     workspace = SimpleNamespace(
@@ -520,6 +521,7 @@ def planner(
             export_options={},
         ),
         method=SimpleNamespace(weights=object()),
+        databases=SimpleNamespace(compressor=SimpleNamespace(settings=dict)),
         model_source=SimpleNamespace(is_outline=True),
         refines=True,
         rest_of=lambda space: Rest(bits=8000),

@@ -345,6 +345,21 @@ def test_heads_of_another_size_are_refused(model_type: str) -> None:
         GGUF().check(config | {"head_dim": 64}, [])
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
+def test_no_weight_takes_more_than_was_said_before_it_was_built(bits: int, symmetric: bool, exact: bool) -> None:
+    rng = torch.Generator().manual_seed(bits)
+    for group_size in (32, 64, 256):
+        shape = (8, 512 // group_size)
+        codes = torch.randint(2**bits, (8, 512), generator=rng).to(torch.uint8)
+        zeros = torch.full(shape, 2 ** (bits - 1)) if symmetric else torch.randint(2**bits, shape, generator=rng)
+        scales = torch.rand(shape, generator=rng).to(torch.float16)
+        of = type_of(Quantized(codes, scales, zeros.to(torch.int16), bits, torch.float32), exact=exact)
+        form = Form("a", "", INTEGERS, bits, group_size, symmetric, rows=8, columns=512)
+        assert of is not None and 8 * 8 * of.row_bytes(512) <= GGUF(exact=exact).most_bits(form)
+
+
 @pytest.mark.parametrize(("model_type", "said"), [("mistral", True), ("llama", False)])
 def test_sliding_windows_that_llama_cpp_does_not_know_are_said(
     model_type: str, said: bool, exported: Callable[..., Export], tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -298,6 +298,19 @@ def test_sliding_windows_that_mlx_lm_does_not_know_are_said() -> None:
     assert left_out(qwen2 | {"layer_types": ["full_attention", "sliding_attention"]}) == 64
 
 
+@pytest.mark.parametrize(("scales", "per_group"), [("float16", 32), ("float32", 64)])
+def test_a_weight_takes_what_is_said_before_it_is_built(
+    scales: str, per_group: int, exported: Callable[..., Export], tmp_path: Path
+) -> None:
+    export = exported()
+    form = next(form for form in export.forms if form.kind == INTEGERS)
+    said = form.rows * form.columns * form.bits + per_group * form.rows * form.columns // form.group_size
+    assert MLX(scales=scales).most_bits(form) == said
+    with safe_open(write_export(MLX(scales=scales), tmp_path / "mlx", export) / "model.safetensors", framework="pt") as file:
+        parts = [file.get_tensor(f"{form.unit}.{part}") for part in ("weight", "scales", "biases")]
+    assert said == 8 * sum(part.nbytes for part in parts)
+
+
 @pytest.mark.parametrize("model_type", ["opt", "mixtral"])
 def test_models_that_it_is_not_written_for_are_refused(model_type: str) -> None:
     with pytest.raises(EvoPressError, match=rf"^export=\[mlx\] is not written for models of type {model_type}: it knows llama, "):
