@@ -91,10 +91,10 @@ def _silenced_without_reader() -> bool:
     return True
 
 
-def _is_hydras(error: Exception) -> bool:
-    """Tell whether Hydra itself has raised an error."""
+def _is_of(package: str, error: Exception) -> bool:
+    """Tell whether a package itself, such as Hydra, has raised an error; its `__file__` names it."""
     raised = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised).is_relative_to(Path(hydra.__file__).parent)
+    return Path(raised).is_relative_to(Path(package).parent)
 
 
 def _compose_and_run(entry: Callable[[], None]) -> None:
@@ -117,8 +117,13 @@ def _compose_and_run(entry: Callable[[], None]) -> None:
     except EvoPressError:  # of a launcher
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and _is_hydras(error):  # of flags that it does not take together, or as they are
+        if isinstance(error, ValueError) and _is_of(
+            hydra.__file__, error
+        ):  # of flags that it does not take together, or as they are
             say_error(error)
+            sys.exit(1)
+        if isinstance(error, ValueError) and (optuna := sys.modules.get("optuna")) and _is_of(str(optuna.__file__), error):
+            say_error(f"the sweeper has no result ({error}): mend what its jobs say, and give the same command again")
             sys.exit(1)
         if isinstance(error, BrokenPipeError) and _silenced_without_reader():  # who has had enough: `--help | head`
             sys.exit(1)

@@ -73,7 +73,7 @@ class BrokenStrategy:
 
 
 class JobFailedError(CompactHydraException):  # type: ignore[misc, unused-ignore]
-    """A job that a launcher ran in another process failed, and has said why."""
+    """A job of a launcher, or a trial of a sweeper that tunes, failed, and has said why."""
 
 
 class StructuredConfigSource(structured_config_source.StructuredConfigSource):  # type: ignore[misc, unused-ignore]

@@ -62,6 +62,7 @@ def _job(command: Command, config: DictConfig) -> float:
         taken = isinstance(error, run_folder.TakenError)
         if taken and (fitness := sweep_job.finished_meanwhile(config, folder)) is not None:
             return fitness
+        untunable = isinstance(error, sweep_job.UntunableError)
         told = error if isinstance(error, EvoPressError) else _told(error, config, folder)
         if told is None:
             raise
@@ -70,12 +71,13 @@ def _job(command: Command, config: DictConfig) -> float:
     for note in notes:
         print(note, file=sys.stderr, flush=True)
     command.failures.append(str(told))
-    if not sweep_job.is_one():
+    if not sweep_job.is_one() or (untunable and command.is_here()):
         sys.exit(1)
     refused = finished_at is not None and jobs.finished_at(folder) == finished_at
     typed = HydraConfig.get().overrides.task
     jobs.note_failure(Path(HydraConfig.get().sweep.dir), folder, typed, str(told), refused=refused, taken=taken)
-    if not command.is_here():  # the command learns of it by this alone, when the launcher's jobs have all ended
+    # The command learns of a launcher's job by this alone, when all have ended; a sweeper that tunes takes it for a failed trial.
+    if not command.is_here() or sweep_job.is_tuned():
         raise configuration.JobFailedError(str(told))
     return float("nan")
 
@@ -99,6 +101,7 @@ def _run(command: Command, config: DictConfig, run_dir: Path) -> float:
     overrides = [*(each for each in given.hydra if each.startswith("hydra.searchpath=")), *given.task, *defaults]
     there = run_folder.holds_a_run(run_dir)
     settings = configuration.to_settings(config)
+    sweep_job.refuse_untunable(settings)
     composed = _composed(config, overrides)
     if not there:
         run_folder.keep_config(run_dir, composed)

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evopress import config as configuration
@@ -24,11 +24,41 @@ from evopress.result_settings import HOW_IT_RUNS
 from evopress.settings import RunSettings
 
 logger = logging.getLogger(__name__)
+_LISTS = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+"""Hydra's own sweeper, which makes no use of what jobs return."""
+
+
+class UntunableError(EvoPressError):
+    """No job of a sweep would return the number that its sweeper needs."""
 
 
 def is_one() -> bool:
     """Tell whether this run is a job of a sweep."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def is_tuned() -> bool:
+    """Tell whether this run is a job of a sweep whose sweeper goes by what its jobs return; Hydra's own goes by a list."""
+    return is_one() and OmegaConf.select(HydraConfig.get(), "sweeper._target_") != _LISTS
+
+
+def refuse_untunable(settings: RunSettings) -> None:
+    """Raise UntunableError if a job of a sweeper that tunes would return no number, whatever it finds."""
+    if not is_tuned():
+        return
+    with machine.importing():
+        from evopress.methods.points import has_limit
+    why = (
+        *(["budgets=[...] has a genome for each budget"] if settings.budgets else []),
+        *(["a run with a limit, such as max_kl=, returns no fitness of one budget"] if has_limit(settings) else []),
+        *(["dry_run=true searches nothing"] if settings.dry_run else []),
+        *(["the stages have no search"] if "search" not in settings.stages else []),
+    )
+    if why:
+        raise UntunableError(
+            f"this sweeper tunes by the fitness that a job returns, and {why[0]}: give a single target (bits=, sparsity= or size=) "
+            "and stages=[database,search], or leave +hparams_search= and hydra/sweeper= out"
+        )
 
 
 def as_begun(config: DictConfig, run_dir: Path) -> tuple[DictConfig, list[str]]:
