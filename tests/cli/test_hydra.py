@@ -57,6 +57,7 @@ def test_the_sweeper_that_tunes(composed: Callable[..., Any], monkeypatch: pytes
     assert (sweeper.direction, sweeper.sampler.seed, config.hydra.mode.name) == ("minimize", 4, "MULTIRUN")
     assert set(sweeper.params) == {"search.max_switches", "search.distribution"}
     assert set(config.stages) == {"database", "search"}
+    assert config.search.strategy.name == "evolution", "the one that has the settings of its space"
 
 
 @pytest.mark.parametrize(
