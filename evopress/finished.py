@@ -30,12 +30,13 @@ logger = logging.getLogger(__name__)
 FINISHED = "finished.json"
 
 
-def finish(workspace: Workspace, done: Collection[str], earlier: Mapping[str, Any]) -> None:
+def finish(workspace: Workspace, done: Collection[str], earlier: Mapping[str, Any], *, fitness: float | None = None) -> None:
     """Write that the stages of a run are done, beside those that were.
 
     Args:
         done: of earlier runs, as `stages_done` returns them.
         earlier: what the file said before, as `read_finished` returns it.
+        fitness: of what was found, on text that is the same for all searches; None: it was not measured there.
     """
     settings = workspace.settings
     there = earlier.get("contents", {}) if done else {}
@@ -46,6 +47,10 @@ def finish(workspace: Workspace, done: Collection[str], earlier: Mapping[str, An
         "contents": there | contents(workspace, settings.stages),
         "stages": stages,
     }
+    if fitness is None and "search" in done and "search" not in settings.stages:
+        fitness = number(earlier.get("fitness"))
+    if fitness is not None:
+        finished["fitness"] = fitness
     if "refine" in stages:
         finished["refine"] = _refine(settings) if "refine" in settings.stages else earlier.get("refine")
     if "export" in stages:
@@ -120,11 +125,19 @@ def _are_of(finished: Mapping[str, Any], settings: RunSettings, kept: Mapping[st
     return isinstance(digest, str) and (digest == settings_digest(settings) or digest in _digests_before(settings, kept))
 
 
+def compared_fitness(run_dir: Path) -> float | None:
+    """Return the fitness of what a finished run found on text that is the same for all searches; None: it was not measured."""
+    return number(read_finished(run_dir).get("fitness"))
+
+
 def best_fitness(run_dir: Path) -> float:
     """Return the fitness of what a search found, on search text: of the last generation that measured it; else NaN.
 
-    It is what a sweeper may tune by. Nothing of the text that results are measured on goes into it.
+    Where it was measured on text that is the same for all searches, by which a sweeper tunes, it is that one. Nothing of the
+    text that results are measured on goes into it.
     """
+    if (compared := compared_fitness(run_dir)) is not None:
+        return compared
     with suppress(EvoPressError):
         records = read_records(run_dir / "metrics.jsonl")
         for record in reversed(records):  # one that asked nothing left the genome as it was

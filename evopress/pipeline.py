@@ -32,6 +32,7 @@ from evopress.stages.kind import Context, Kind
 from evopress.stages.one_budget import OneBudget
 from evopress.stages.points import picked
 from evopress.stages.preflight import preflight
+from evopress.stages.search import measure_found
 from evopress.stages.smallest import Smallest
 from evopress.workspace import Workspace
 
@@ -48,8 +49,11 @@ def run(
     environment: dict[str, Any],
     paper: RunSettings | None = None,
     kept: Mapping[str, Any] = MappingProxyType({}),
+    compared: bool = False,
 ) -> float:
     """Run the stages that the settings name and return the fitness of what was found, on search text (NaN without a search).
+
+    It is that of the last generation that measured it, on that generation's minibatch.
 
     With `dry_run` it stops before the first of them, having said what they will take. What a stage does is up to the kind of run
     (see `kind_of`); with `pick` the run is that of one of several budgets.
@@ -61,6 +65,7 @@ def run(
         environment: versions and machine, for the report.
         paper: the same run at the paper's size, to say what that would cost.
         kept: how the run in the folder has run so far, as `stages_done` takes it.
+        compared: measure the found genome once more, on text that is the same for all searches, and return that fitness.
     """
     picks = settings.pick is not None
     if picks:
@@ -103,11 +108,12 @@ def run(
             if stage in settings.stages:
                 with plan.timed(stage):
                     getattr(work, stage)(context)
+        fitness = measure_found(workspace) if compared else None
     finally:
         context.tracker.finish()
     cut_off = not picks and (run_dir / STATE).exists() and "search" not in {*settings.stages, *earlier.get("stages", ())}
     if not aside and not cut_off:  # of a search that was killed, what was looked at is no end
-        finish(workspace, done, earlier)
+        finish(workspace, done, earlier, fitness=fitness)
     logger.info("done in %s: %s", duration(time.monotonic() - started), run_dir)
     return best_fitness(run_dir)
 

@@ -132,6 +132,7 @@ def _run(command: Command, config: DictConfig, run_dir: Path) -> float:
             environment=environment,
             paper=paper and replace(paper, model=settings.model, method=settings.method),
             kept=how_it_ran,
+            compared=sweep_job.is_tuned(),
         )
 
 

@@ -84,6 +84,8 @@ def finished_before(settings: RunSettings, run_dir: Path, kept: dict[str, Any]) 
 
     if not set(settings.stages) <= set(finished.stages_done(settings, run_dir, kept)):
         return None
+    if is_tuned() and finished.compared_fitness(run_dir) is None:  # by a command that had no use for it: what is done is kept
+        return None
     logger.info("finished before, so not run again: %s (to run it again, remove the folder)", shown_path(run_dir))
     return finished.best_fitness(run_dir)
 

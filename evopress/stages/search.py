@@ -20,7 +20,7 @@ from evopress.ranks import collective
 from evopress.reporting.generations import read_generations
 from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics, best_metrics
-from evopress.reporting.records import append_record, read_document, truncate_records, write_json
+from evopress.reporting.records import append_record, read_document, read_genome, truncate_records, write_json
 from evopress.reporting.tracker import Tracker
 from evopress.resources import Needs
 from evopress.search.evolution import SearchSettings
@@ -45,6 +45,8 @@ from evopress.workspace import MOST_KEPT_BYTES, Workspace
 
 logger = logging.getLogger(__name__)
 _RECORD_BYTES = 400
+_COMPARED_TOKENS = 2**16
+"""Of the search text, on which what several searches found is measured."""
 _METRICS, _STATE = "metrics.jsonl", "state.json"
 
 
@@ -259,6 +261,18 @@ def check_records(metrics: Path, search: Strategy, space: Space) -> None:
             f"{metrics} has {count} records of the {search.generation} generations that {state} says are done: "
             f"restore it, or remove {state} to search again"
         )
+
+
+def measure_found(workspace: Workspace) -> float:
+    """Return the fitness of the found genome on the first `_COMPARED_TOKENS` of the search text, whatever the search drew of it.
+
+    So searches with other generations or tokens can be compared; fitnesses of generations are each on text of its own.
+    """
+    database, sequences = workspace.database, workspace.search_tokens
+    genome = read_genome(workspace.run_dir / "genome.json", database.space, database=database.fingerprint)
+    count = min(max(_COMPARED_TOKENS // sequences.shape[1], 1), len(sequences))
+    fitness = make_fitness(workspace, np.random.default_rng(0), count)
+    return fitness([genome], tokens=count * sequences.shape[1])[0]
 
 
 def _starts(workspace: Workspace) -> list[Genome]:

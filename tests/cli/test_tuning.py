@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -70,6 +71,18 @@ def test_a_trial_that_fails_raises_and_the_others_go_on(tuned: Callable[..., Any
     assert outcome.code == 1 and len(returned) == 2, outcome.text
     assert type(returned[0]).__name__ == "JobFailedError" and math.isfinite(returned[1])
     assert "Traceback" not in outcome.text
+
+
+def test_trials_return_the_fitness_on_one_text(tuned: Callable[..., Any], tmp_path: Path) -> None:
+    """So that the same genome has the same one, whatever the last generation drew; a trial that is done is not measured again."""
+    space = ("bits=3.5", "search.starts=[]", "search.max_switches=1", "search.num_offspring=1", "search.survivors=[1]")
+    outcome, returned = tuned(*space, "search.tokens=[32],[64]")
+    assert outcome.code == 0, outcome.text
+    genomes = [path.read_text(encoding="utf-8") for path in sorted(tmp_path.glob("sweep/*/genome.txt"))]
+    last = [json.loads(path.read_text().splitlines()[-1])["fitness"] for path in sorted(tmp_path.glob("sweep/*/metrics.jsonl"))]
+    assert len(returned) == 2 and (returned[0] == returned[1]) == (genomes[0] == genomes[1]) and last[0] != last[1]
+    again, same = tuned(*space, "search.tokens=[32],[64]")
+    assert same == returned and again.text.count("finished before") == 2
 
 
 @pytest.mark.parametrize(
