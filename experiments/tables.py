@@ -342,7 +342,9 @@ def make_table_of(folder: Path, *, out: Path) -> tuple[Sweep, Spec]:
     """
     sweep, jobs = any_sweep(folder), read_jobs(folder)
     if not sweep.jobs:
-        raise EvoPressError(f"no job in {folder} has been evaluated: run the sweep again, it goes on where it was")
+        finished = any(job.state == "finished" for job in jobs)
+        how = "its stages have no evaluate; jobs.csv has its jobs" if finished else "run the sweep again, it goes on where it was"
+        raise EvoPressError(f"no job in {folder} has been evaluated: {how}")
     spec = any_spec(f"The sweep in {folder.resolve().name}", list(sweep.jobs[0].axes))
     table = Table(sweep.jobs, spec)
     write_csv(out / "results.csv", table.summary())

@@ -10,7 +10,7 @@ import hashlib
 import io
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from evopress.errors import EvoPressError
 from evopress.files import remove_empty, write_bytes
 from evopress.json_files import load_json
 from evopress.reporting.records import read_document, write_json
-from evopress.reporting.tables import held_out_kl, significant
+from evopress.reporting.tables import held_out_kl, number, significant
 from evopress.result_settings import ASKED, HOW_IT_RUNS
 
 FAILED = ".failed"
@@ -43,6 +43,8 @@ class SweepJob:
     """Setting or config group to what was typed for it."""
     kl: float | None = None
     """Held-out KL of what was found, or given, on the run's own text: nats per token."""
+    fitness: float | None = None
+    """Of what was found, on the search text by which a sweeper tunes; None: no such sweeper ran the job."""
     state: str = "not finished"
     """ "finished", "not finished", "at work elsewhere" or "failed: " and the sentence."""
 
@@ -186,9 +188,10 @@ def as_csv(jobs: Sequence[SweepJob]) -> str:
     """Lay jobs out for programs."""
     settings, text = columns(jobs), io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["job", *settings, "held-out KL", "state"])
+    writer.writerow(["job", *settings, *(header for header, _ in _measured(jobs)), "state"])
     for job in jobs:
-        writer.writerow([job.name, *(job.typed.get(key, "") for key in settings), "" if job.kl is None else job.kl, job.state])
+        values = ("" if (value := of(job)) is None else value for _, of in _measured(jobs))
+        writer.writerow([job.name, *(job.typed.get(key, "") for key in settings), *values, job.state])
     return text.getvalue()
 
 
@@ -209,21 +212,28 @@ def _read_job(sweep: Path, folder: Path) -> SweepJob:
     with suppress(EvoPressError):
         result = load_json(folder / "result.json")
         kl = held_out_kl(own_row(result) or {})[1] if isinstance(result, Mapping) else None
+    fitness = None
+    with suppress(EvoPressError):
+        fitness = number(read_document(folder / "finished.json", what="list of finished stages").get("fitness"))
     state = "not finished" if finished_at(folder) is None else "finished"
-    return SweepJob(_below(sweep, folder), typed, None if kl is None else float(kl), state)
+    return SweepJob(_below(sweep, folder), typed, None if kl is None else float(kl), fitness, state)
 
 
 def _cells(jobs: Sequence[SweepJob], *, last: str) -> list[list[str]]:
     """Return the head and a row for each job; jobs whose folders are named by their settings are not named again."""
     settings = columns(jobs)
     named = not settings or not all("=" in job.name for job in jobs)
-    rows = [["job", *settings, "held-out KL", last]]
-    rows += [[job.name, *(job.typed.get(key, "") for key in settings), _kl(job), job.state] for job in jobs]
+    rows = [["job", *settings, *(header for header, _ in _measured(jobs)), last]]
+    for job in jobs:
+        values = ("" if (value := of(job)) is None else significant(value) for _, of in _measured(jobs))
+        rows.append([job.name, *(job.typed.get(key, "") for key in settings), *values, job.state])
     return rows if named else [row[1:] for row in rows]
 
 
-def _kl(job: SweepJob) -> str:
-    return "" if job.kl is None else significant(job.kl)
+def _measured(jobs: Sequence[SweepJob]) -> list[tuple[str, Callable[[SweepJob], float | None]]]:
+    """Return the columns of numbers, header and where a job has it; that of the fitness where a sweeper has tuned by it."""
+    tuned = any(job.fitness is not None for job in jobs)
+    return [*([("fitness", lambda job: job.fitness)] if tuned else []), ("held-out KL", lambda job: job.kl)]
 
 
 def _below(sweep: Path, job: Path) -> str:

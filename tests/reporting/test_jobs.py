@@ -74,6 +74,12 @@ def test_the_table_is_shown_once_and_written(sweep: Path, capsys: pytest.Capture
     assert (sweep / "jobs.csv").read_text(encoding="utf-8").startswith("job,bits,seed,held-out KL,state\n0,3,0,1.25,finished\n")
 
 
+def test_what_a_sweeper_tunes_by_has_a_column(sweep: Path) -> None:
+    (sweep / "0" / "finished.json").write_text('{"schema": 1, "fitness": 0.5}', encoding="utf-8")
+    assert as_csv(read_jobs(sweep)).startswith("job,bits,seed,fitness,held-out KL,state\n0,3,0,0.5,1.25,finished\n2,2.5,0,,,not")
+    assert as_text(read_jobs(sweep)).splitlines()[2].split() == ["0", "3", "0", "0.5000", "1.250", "finished"]
+
+
 @pytest.mark.parametrize("damage", ["overrides", "result", "note", "nothing"])
 def test_what_is_damaged_is_not_finished_or_left_out(damage: str, sweep: Path) -> None:
     if damage == "overrides":
