@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +21,6 @@ from evopress.reporting.generations import read_generations
 from evopress.reporting.metrics import search_history
 from evopress.reporting.sweep import tracked_as
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
-from evopress.search.strategy import Searching
 from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.checks import check_names, check_questions, check_strategy, check_tasks, check_tokens, search_cost, searching
 from evopress.stages.earlier import STATE, refuse_other_settings
@@ -139,22 +139,18 @@ def _check(settings: RunSettings) -> None:
 def _tell_cost(workspace: Workspace, work: Kind, paper: RunSettings | None) -> None:
     """Say what the search will evaluate, and what it would at the paper's size."""
     settings, (space, _) = workspace.settings, workspace.databases.plan()
+    cost = partial(search_cost, modules=workspace.method.modules is not None, units=len(space))
+    own, at_paper_scale = cost(work.searching, starts=len(settings.search.starts)), ""
+    if paper:
+        numbers = searching(paper.search, derived=workspace.generations(paper))
+        at_paper_scale = f" (scale=paper: {count_of_tokens(cost(numbers, starts=len(paper.search.starts)))})"
     logger.info(
         "scale %s: the search evaluates at most %s candidate tokens%s%s",
         settings.scale.name,
-        count_of_tokens(_cost(workspace, work.searching, settings, units=len(space))),
+        count_of_tokens(own),
         work.each,
-        f" (scale=paper: {count_of_tokens(_paper_cost(workspace, paper, units=len(space)))})" if paper else "",
+        at_paper_scale,
     )
-
-
-def _paper_cost(workspace: Workspace, paper: RunSettings, *, units: int) -> int:
-    return _cost(workspace, searching(paper.search, derived=workspace.generations(paper)), paper, units=units)
-
-
-def _cost(workspace: Workspace, numbers: Searching, settings: RunSettings, *, units: int) -> int:
-    modules, starts = workspace.method.modules is not None, len(settings.search.starts)
-    return search_cost(numbers, modules=modules, units=units, starts=starts)
 
 
 def _start_tracker(context: Context, workspace: Workspace, work: Kind) -> None:

@@ -254,7 +254,7 @@ def test_a_space_with_fewer_offspring_than_asked_is_searched(quant_space, budget
         ({"exchange": "sizes"}, "exchange=sizes is unknown"),
         ({"distribution": "poisson"}, "distribution=poisson is unknown"),
         ({"max_switches": 0}, "max_switches=0 is out of range"),
-        ({"max_level": 0}, "max_level=0 allows no switch"),
+        ({"max_level": 0}, "max_level=0 allows no mutation"),
     ],
 )
 def test_settings_out_of_range_are_refused(change, sentence):
@@ -297,5 +297,5 @@ def test_a_start_that_breaks_the_budgets_split_is_refused():
     settings = SearchSettings(3, 2, [1], [8], 2, 8, 1, "constant", "name")
     rngs = {"rng_initial": np.random.default_rng(0), "rng_mutation": np.random.default_rng(1)}
     Evolution(space, budget, settings, **rngs, starts=[(1, 0, 0, 1, 0, 0)])
-    with pytest.raises(EvoPressError, match=r"limits \(2 of attention, 2 of mlp\)"):
+    with pytest.raises(EvoPressError, match=r"limits of the budget \(2 of attention, 2 of mlp\)"):
         Evolution(space, budget, settings, **rngs, starts=[(1, 0, 1, 0, 0, 0)])
