@@ -198,16 +198,21 @@ def millions(count: float) -> str:
     return f"{count / 1e6:.1f}" if count >= 1e6 else f"{count / 1e6:#.3g}"
 
 
+def _three_digits(number: float) -> str:
+    """Say a number of at most six digits with three that count: "7.34", "1,230"."""
+    return f"{float(f'{number:.3g}'):,g}"
+
+
 def count_of_tokens(count: int) -> str:
     """Say a number of tokens: "11,520", and from a million on "1.97 million"."""
-    return f"{count:,}" if count < 1e6 else f"{count / 1e6:,.3g} million"
+    return f"{count:,}" if count < 1e6 else f"{_three_digits(count / 1e6)} million"
 
 
 def amount(count: float) -> str:
     """Say a number with three digits: "7.34 M"."""
     for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if count >= size:
-            return f"{count / size:.3g}{unit}"
+            return f"{_three_digits(count / size)}{unit}"
     return f"{count:.0f}"
 
 

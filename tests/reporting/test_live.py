@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from evopress import progress
-from evopress.progress import StatusLine, count_of_tokens, on_terminal, track, tracked, within
+from evopress.progress import StatusLine, count_of_tokens, in_bytes, on_terminal, track, tracked, within
 from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics
 from evopress.search.evolution import Evolution
@@ -146,9 +146,17 @@ def test_jobs_of_a_sweep_say_which_they_are(search: Search, tmp_path: Path, capl
     assert lines[-1].startswith("[seed-1] search: done")
 
 
-@pytest.mark.parametrize(("count", "said"), [(640, "640"), (11_520, "11,520"), (1_966_080, "1.97 million"), (177e6, "177 million")])
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(640, "640"), (11_520, "11,520"), (1_966_080, "1.97 million"), (177e6, "177 million"), (1_234_000_000, "1,230 million")],
+)
 def test_tokens_are_counted_in_what_fits_their_number(count: int, said: str) -> None:
     assert count_of_tokens(count) == said
+
+
+@pytest.mark.parametrize(("count", "said"), [(640, "640 B"), (7_340_000, "7.34 MB"), (999_960, "1,000 kB"), (1.5e15, "1,500 TB")])
+def test_bytes_are_said_with_three_digits(count: float, said: str) -> None:
+    assert in_bytes(count) == said
 
 
 def test_a_search_that_ends_before_its_last_generation_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
