@@ -47,8 +47,8 @@ def test_a_word_says_what_a_block_loses(granularity: str, text: str, genome: tup
     ("space", "text", "sentence"),
     [
         (space_of("module"), "none\nattn\nffn\nnone", "word 3 of .* is 'ffn': expected one of none, attn, mlp, attn+mlp"),
-        (space_of("module"), "none\nattn", "2 lines, one per block, but the model has 4: use a file of this model"),
-        (space_of("module"), "none\n" * 5, "5 lines, one per block, but the model has 4"),
+        (space_of("module"), "none\nattn", "2 words, one per block, but the model has 4: use a file of this model"),
+        (space_of("module"), "none\n" * 5, "5 words, one per block, but the model has 4"),
         (
             space_of("block"),
             "attn\nnone\nnone\nnone",
