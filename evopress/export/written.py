@@ -127,7 +127,7 @@ def names_in_checkpoint(model: Any) -> dict[str, str]:
     for name, tensor in blank.items():
         if id(tensor) not in there:
             raise EvoPressError(
-                f"checkpoints of a {model.config.model_type} have no {name}, which transformers makes of other tensors when it "
+                f"checkpoints of {model.config.model_type} have no {name}, which transformers makes of other tensors when it "
                 "loads them"
             )
     return {name: there[id(tensor)] for name, tensor in blank.items()}

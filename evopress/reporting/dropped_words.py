@@ -38,7 +38,7 @@ def levels_of_words(path: Path, text: str, space: Space) -> Iterator[tuple[str, 
         if word not in WORDS:
             raise EvoPressError(f"word {number} of {path} is {shown(word)}: expected one of {', '.join(WORDS)} for each block")
     if len(words) != blocks:
-        raise EvoPressError(f"{path} has {len(words)} words, one per block, but the model has {blocks} blocks: use a file of this model")
+        raise EvoPressError(f"{path} has {len(words)} words, one per block, but the model has {blocks}: use a file of this model")
     for unit in space.units:
         dropped = [WORDS[word] for word in words[unit.block : unit.block + _width(unit)]]
         if unit.kind in _BOTH:

@@ -50,7 +50,7 @@ def test_quant_takes_a_size_too(evopress: Callable[..., Any], tmp_path: Path) ->
 
 def test_what_cannot_be_met_is_one_sentence(evopress: Callable[..., Any], tmp_path: Path) -> None:
     outcome = evopress("+method=quant", "size=1kB", "+debug=tiny", "hydra.run.dir=run")
-    assert outcome.code == 1 and "size=1kB is less than" in outcome.text and "Traceback" not in outcome.text
+    assert outcome.code == 1 and "size=1kB is too small" in outcome.text and "Traceback" not in outcome.text
     limits = ("search/strategy=evolution", "limits=[{currency: bytes, total: 90kB}]")
     outcome = evopress("+method=quant", "bits=3.5", "+debug=tiny", "hydra.run.dir=other", *limits)
     assert outcome.code == 1 and "search.exchange=fit" in outcome.text and "Traceback" not in outcome.text

@@ -92,7 +92,7 @@ def test_both_rows_are_reported_and_the_refined_one_is_exported(
     assert tree(database) == before, "the level database stays as it was"
     sizes = {row["name"]: row.get("checkpoint_bytes") for row in read(run / "result.json")["rows"]}
     assert [name for name, size in sizes.items() if size] == ["evopress_refined"]
-    assert "256 tokens of search text, from which no search draws" in outcome.text
+    assert "256 tokens of held-back search text" in outcome.text
     assert read(run / "finished.json")["stages"][3] == "refine"
 
 

@@ -144,7 +144,7 @@ def test_corrected_levels_make_good_what_units_before_have_lost(
 
 
 def test_a_level_to_propagate_that_does_not_exist_is_refused(tmp_path, build_settings, llama, ids, compressor):
-    with pytest.raises(EvoPressError, match=r"level '7'.*4, 3, 2"):
+    with pytest.raises(EvoPressError, match=r"propagate_bits=7 is no level of .*4, 3, 2"):
         ensure_database(build_settings(tmp_path, propagate="7"), llama, ids, compressor)
 
 

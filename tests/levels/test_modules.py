@@ -126,7 +126,7 @@ def test_a_model_that_normalises_its_residual_stream_is_refused(tmp_path: Path) 
     blocks = load(tmp_path, "opt")
     for block in blocks.blocks:
         block.do_layer_norm_before = False  # as in OPT-350m
-    with pytest.raises(EvoPressError, match="normalises the residual stream"):
+    with pytest.raises(EvoPressError, match="normalise the residual stream"):
         LiveModel(blocks, ModuleLevels(space_of(blocks)))
     assert not any("forward" in module.__dict__ for module in blocks.model.modules())
 
