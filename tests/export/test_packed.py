@@ -176,9 +176,7 @@ def test_tensors_have_the_names_of_checkpoints_where_vllm_reads_them(
 
 def test_a_model_whose_checkpoints_have_other_tensors_is_refused() -> None:
     config = any_config("olmo_hybrid").to_dict()
-    with pytest.raises(
-        EvoPressError, match=r"checkpoints of olmo_hybrid have no .*conv1d.weight, .*; use export=\[dequantized\]"
-    ):
+    with pytest.raises(EvoPressError, match=r"checkpoints of olmo_hybrid have no .*conv1d.weight, .*; use export=\[dequantized\]"):
         CompressedTensors().check(config, [])
     GPTQFiles().check(config, [])
 
