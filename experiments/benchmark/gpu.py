@@ -33,6 +33,7 @@ from evopress.models.blocks import BlockModel
 from experiments.benchmark.forward import GivenStates
 from experiments.benchmark.sizes import Shape
 from experiments.benchmark.subject import make_blocks
+from experiments.frames import write_frame
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
 SIZES = {
@@ -198,7 +199,7 @@ def main() -> None:
     table = table.rename(columns={"seconds": "measured", "paper": "32 blocks at the paper's size, s"})
     print(table.drop(columns="device").to_string(index=False, na_rep="", float_format="%.4g"))
     asked.out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(asked.out / f"{name.replace(' ', '_').lower()}.csv", index=False, float_format="%.5g")
+    write_frame(asked.out / f"{name.replace(' ', '_').lower()}.csv", table, digits="%.5g")
 
 
 if __name__ == "__main__":

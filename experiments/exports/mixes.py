@@ -28,6 +28,7 @@ from evopress.stages.exports import what_is_exported
 from evopress.workspace import Workspace
 from experiments.composed import settings_of
 from experiments.exports.llama_cpp import quantize
+from experiments.frames import write_frame
 
 RUNS = Path("multirun/exports")
 MIXES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M")
@@ -98,7 +99,7 @@ def main() -> None:
             quantize(dense, scratch, mix, importance if name == mix else None)
             scratch.rename(path)
     rows = [row_of(path.stem, path) for path in sorted(asked.folder.glob("*.gguf"), key=lambda path: path.stat().st_size)]
-    pd.DataFrame(rows).to_csv(asked.folder / SIZES, index=False)
+    write_frame(asked.folder / SIZES, pd.DataFrame(rows), digits=None)
     print(pd.DataFrame(rows).to_string(index=False))
 
 

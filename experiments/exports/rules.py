@@ -23,6 +23,7 @@ import pandas as pd
 
 from evopress.engines import ENGINES, NONE
 from experiments.commands import file_to_write, with_its_jobs
+from experiments.frames import write_frame
 from experiments.joint.run import has_run, rows_of
 from experiments.single_runs import why_it_failed
 
@@ -91,7 +92,7 @@ def main() -> None:
     found = [row for row in found if "row" in row and not pd.isna(row["row"])]  # a sentence may no longer be true
     for row in rows(asked, {(row["seed"], row["size"], row["engine"]) for row in found}):
         found.append(row)
-        pd.DataFrame(found).to_csv(asked.results, index=False, float_format="%.6g")
+        write_frame(asked.results, pd.DataFrame(found))
         print(row, flush=True)
     print(table(pd.DataFrame(found)).to_string(index=False))
 

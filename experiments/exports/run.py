@@ -30,6 +30,7 @@ from evopress.reporting.drawing import COLOURS, MARKERS, log_scale, new_figure, 
 from experiments.commands import file_to_write
 from experiments.exports.engines import bytes_of, engine_of, opened
 from experiments.exports.mixes import DENSE, MIXES, RUNS, workspace_of
+from experiments.frames import write_frame
 
 FOLDER = Path(__file__).parent
 _NAMED = "llama.cpp's mixes, importance matrix"
@@ -145,7 +146,7 @@ def main() -> None:
                 of = tokens[: asked.mlx_sequences] if engine == "MLX" else tokens
                 found = measured(path, engine, of, base)
                 done.append({"file": name, "engine": engine, "bytes": bytes_of(path), **found})
-                pd.DataFrame(done).to_csv(asked.results, index=False, float_format="%.6g")
+                write_frame(asked.results, pd.DataFrame(done))
                 print(f"{name}, {engine}: KL {found['kl']:.4g}, {time.perf_counter() - begun:.0f} s", flush=True)
         finally:
             scratch.unlink(missing_ok=True)
@@ -155,7 +156,7 @@ def main() -> None:
     ):
         next(row for row in done if (row["file"], row["engine"]) == (name, engine)).update(speeds)
     table = pd.DataFrame(done)
-    table.to_csv(asked.results, index=False, float_format="%.6g")
+    write_frame(asked.results, table)
     draw(table, asked.results.parent)
     print(table.to_string(index=False))
 

@@ -24,6 +24,7 @@ from evopress.reporting.curve import held_out_curve
 from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, open_frame, save, show_tokens
 from evopress.reporting.records import read_json, read_records
 from experiments.commands import file_to_write, with_its_jobs
+from experiments.frames import write_frame
 from experiments.single_runs import SingleRun, each_told, folder_name
 
 FOLDER = Path(__file__).parent
@@ -202,7 +203,7 @@ def merged(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if path.exists():
         old, seen = read(path), set(new[KEYS].itertuples(index=False, name=None))
         new = pd.concat([old[[key not in seen for key in old[KEYS].itertuples(index=False, name=None)]], new])
-    new.sort_values(KEYS, kind="stable").to_csv(path, index=False, float_format="%.6g")
+    write_frame(path, new.sort_values(KEYS, kind="stable"))
 
 
 def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:

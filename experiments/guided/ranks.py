@@ -39,6 +39,7 @@ from evopress.units import Budget, Genome, Space
 from evopress.workspace import Workspace
 from experiments.commands import file_to_write
 from experiments.composed import settings_of
+from experiments.frames import write_frame
 from experiments.single_runs import evopress, folder_name, why_it_failed
 
 FOLDER = Path(__file__).parent
@@ -162,7 +163,7 @@ def main() -> None:
     for target in arguments.targets or TARGETS[arguments.method]:
         for row in rows(arguments, target):
             found.append(row)
-            pd.DataFrame(found).to_csv(arguments.results, index=False)
+            write_frame(arguments.results, pd.DataFrame(found), digits=None)
             print(row, flush=True)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.commands import file_to_write, with_its_jobs
+from experiments.frames import write_frame
 from experiments.single_runs import SingleRun, evopress, evopress_all, folder_name, why_it_failed
 
 FOLDER = Path(__file__).parent
@@ -126,7 +127,7 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     for row in rows(asked.sizes, asked.seeds, asked.further, strategy=asked.strategy, at_once=asked.jobs):
         found.append(row)
-        pd.DataFrame(found).to_csv(asked.results, index=False, float_format="%.6g")
+        write_frame(asked.results, pd.DataFrame(found))
         print(row, flush=True)
 
 

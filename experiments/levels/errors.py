@@ -22,6 +22,7 @@ from evopress.compress.grid import Grid
 from evopress.compress.hessian import inverse_factor
 from evopress.compress.order import group_order
 from evopress.compress.ranges import fit_range
+from experiments.frames import write_frame
 
 BITS = (6, 4, 3, 2)
 GROUP_SIZE = 64
@@ -76,7 +77,7 @@ def main() -> None:
         }
         records.append({"idea": idea, **errors, "seconds": time.perf_counter() - started})
     frame = pd.DataFrame(records)
-    frame.to_csv(arguments.out / "errors.csv", index=False, float_format="%.4g")
+    write_frame(arguments.out / "errors.csv", frame, digits="%.4g")
     print(frame.to_string(index=False))
 
 

@@ -21,6 +21,7 @@ import pandas as pd
 
 from evopress.reporting.records import read_json
 from experiments.commands import file_to_write, with_its_jobs
+from experiments.frames import write_frame
 from experiments.single_runs import SingleRun, each_told, folder_name
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -96,7 +97,7 @@ def main() -> None:
             continue
         found += [{**run.labels, **row} for row in rows_of(run.folder)]
         frame = pd.DataFrame(found).sort_values(["row", "target", "seed"], kind="stable")
-        frame.to_csv(asked.out, index=False, float_format="%.6g")
+        write_frame(asked.out, frame)
         print(frame.tail(2).to_string(), flush=True)
 
 

@@ -26,6 +26,7 @@ from evopress.units import Genome
 from evopress.workspace import Workspace
 from experiments.commands import file_to_write
 from experiments.composed import settings_of
+from experiments.frames import write_frame
 
 ROWS: dict[str, list[str]] = {
     "paper": ["method.recipe=paper"],
@@ -118,7 +119,7 @@ def main() -> None:
                 continue
             started = time.monotonic()
             done += measure(row, [*ROWS[row], *arguments.further], seed=seed)
-            pd.DataFrame(done).to_csv(arguments.out, index=False, float_format="%.6g")
+            write_frame(arguments.out, pd.DataFrame(done))
             shown = {record["model"]: round(record["kl"], 4) for record in done[-8:]}
             print(f"{row}, seed {seed}: {shown}, database {done[-1]['database_seconds']:.0f} s", flush=True)
             print(f"  {duration(time.monotonic() - started)}", flush=True)

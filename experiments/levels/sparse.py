@@ -30,6 +30,7 @@ from evopress.levels.union import LevelUnion
 from evopress.workspace import Workspace
 from experiments.commands import file_to_write
 from experiments.composed import settings_of, take_threads
+from experiments.frames import write_frame
 
 SPARSITIES = (0.7, 0.6, 0.5)
 TABLE = Path(__file__).with_suffix(".csv")
@@ -138,7 +139,7 @@ def main() -> None:
 
     def keep(row: dict[str, Any]) -> None:
         rows[:] = [other for other in rows if any(other[key] != row[key] for key in KEYS)] + [row]
-        pd.DataFrame(rows).to_csv(arguments.out, index=False, float_format="%.6g")
+        write_frame(arguments.out, pd.DataFrame(rows))
         print(row, flush=True)
 
     if arguments.inputs:
