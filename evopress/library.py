@@ -59,7 +59,7 @@ from evopress.settings import (
     RunSettings,
     SearchConfig,
 )
-from evopress.stages.checks import check_strategy, check_tokens, searching
+from evopress.stages.checks import check_strategy, check_tokens, searching_of
 from evopress.stages.earlier import refuse_other_settings
 from evopress.stages.exports import forms_of, refuse_unfit_formats, what_is_exported
 from evopress.stages.search import search as run_the_search
@@ -388,7 +388,7 @@ def search(
     workspace = Workspace(
         run, run_dir, model=levels.model.source, text=GivenText(calibration, tokens), blocks=levels.workspace.blocks
     )
-    numbers = searching(run.search, derived=workspace.generations(run))
+    numbers = searching_of(workspace)
     refuse_other_settings(workspace, numbers)
     run_the_search(workspace, numbers, NullTracker())
     space = workspace.database.space

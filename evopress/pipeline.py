@@ -23,7 +23,7 @@ from evopress.reporting.sweep import tracked_as
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
 from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.checks import check_names, check_questions, check_strategy, check_tasks, check_tokens, search_cost, searching
-from evopress.stages.earlier import STATE, refuse_other_settings
+from evopress.stages.earlier import refuse_other_settings
 from evopress.stages.exports import exporters_of, refuse_unfit_formats
 from evopress.stages.following import open_for_all
 from evopress.stages.front import Front
@@ -32,7 +32,7 @@ from evopress.stages.kind import Context, Kind
 from evopress.stages.one_budget import OneBudget
 from evopress.stages.points import picked
 from evopress.stages.preflight import preflight
-from evopress.stages.search import measure_found
+from evopress.stages.search import STATE, measure_found
 from evopress.stages.smallest import Smallest
 from evopress.workspace import Workspace
 

@@ -32,7 +32,7 @@ from hydra import compose, initialize_config_dir
 
 from evopress import config as configuration
 from evopress.errors import EvoPressError
-from evopress.files import explained
+from evopress.files import explained, write_bytes
 from experiments import claims
 from experiments.clock import Clock
 from experiments.commands import with_its_jobs
@@ -188,7 +188,7 @@ def run_script(name: str, root: Path, jobs: int, further: Sequence[str]) -> bool
     left = missing_of_script(name, root, jobs, further)
     if left and left.jobs:  # scripts make their tables of what there is
         return False
-    (root / f"{name}.done").write_text(as_run(name, root, further), encoding="utf-8")
+    write_bytes(root / f"{name}.done", as_run(name, root, further).encode())
     return True
 
 

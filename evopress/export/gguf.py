@@ -38,7 +38,7 @@ from evopress.export.gguf_model import (
 )
 from evopress.export.gguf_tokenizer import add_tokenizer
 from evopress.export.rules import about_windows, refuse_head_size
-from evopress.export.written import Weight, modules_dropped, shape_of, weights_of, zeros_in
+from evopress.export.written import Weight, mismatch, modules_dropped, shape_of, weights_of, zeros_in
 
 logger = logging.getLogger(__name__)
 logging.getLogger("gguf").setLevel(logging.WARNING)  # the package tells what it is about to do
@@ -358,7 +358,7 @@ def _stored(weight: Weight) -> Tensor:
     """Return the bytes of a weight of one of GGUF's types."""
     payload = weight.read()
     if not isinstance(payload, GGUFWeight) or payload.kind != weight.form.label:
-        raise EvoPressError(f"{weight.form} does not match what the level database stores: remove the database, it is then rebuilt")
+        raise mismatch(weight.form)
     return payload.blocks
 
 

@@ -35,6 +35,11 @@ from evopress.units import is_module
 WEIGHTS = "model.safetensors"
 
 
+def mismatch(form: Form) -> EvoPressError:
+    """Return the error that a weight is stored otherwise than its form says."""
+    return EvoPressError(f"{form} does not match what the level database stores: remove the database, it is then rebuilt")
+
+
 @dataclass(frozen=True)
 class Weight:
     """A weight that will be written."""
@@ -55,9 +60,7 @@ class Weight:
         """
         payload = self.read()
         if not isinstance(payload, Quantized) or payload.bits != self.form.bits:
-            raise EvoPressError(
-                f"{self.form} does not match what the level database stores: remove the database, it is then rebuilt"
-            )
+            raise mismatch(self.form)
         return payload
 
     def dense_section(self, dtype: torch.dtype) -> Section:
@@ -68,9 +71,7 @@ class Weight:
     def _dense(self) -> torch.Tensor:
         payload = self.read()
         if not isinstance(payload, Dense):
-            raise EvoPressError(
-                f"{self.form} does not match what the level database stores: remove the database, it is then rebuilt"
-            )
+            raise mismatch(self.form)
         return payload.weight.T if self.transposed else payload.weight
 
 

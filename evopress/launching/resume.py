@@ -91,8 +91,9 @@ def _hydras_own(overrides: Path) -> list[str]:
     try:
         listed = OmegaConf.load(overrides)
     except (OSError, ValueError, YAMLError) as error:
-        reason = first_line(error)
-        raise EvoPressError(f"{overrides} cannot be read ({reason}): give the whole command with hydra.run.dir instead") from error
+        raise EvoPressError(
+            f"{overrides} cannot be read ({first_line(error)}): give the whole command with hydra.run.dir instead"
+        ) from error
     if not isinstance(listed, ListConfig):
         raise EvoPressError(f"{overrides} is not a list of overrides: repeat the whole command with hydra.run.dir instead")
     return [str(override) for override in listed]

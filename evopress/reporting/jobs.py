@@ -186,11 +186,11 @@ def as_text(jobs: Sequence[SweepJob]) -> str:
 
 def as_csv(jobs: Sequence[SweepJob]) -> str:
     """Lay jobs out for programs."""
-    settings, text = columns(jobs), io.StringIO()
+    settings, numbers, text = columns(jobs), _measured(jobs), io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["job", *settings, *(header for header, _ in _measured(jobs)), "state"])
+    writer.writerow(["job", *settings, *(header for header, _ in numbers), "state"])
     for job in jobs:
-        values = ("" if (value := of(job)) is None else value for _, of in _measured(jobs))
+        values = ("" if (value := of(job)) is None else value for _, of in numbers)
         writer.writerow([job.name, *(job.typed.get(key, "") for key in settings), *values, job.state])
     return text.getvalue()
 
@@ -221,11 +221,11 @@ def _read_job(sweep: Path, folder: Path) -> SweepJob:
 
 def _cells(jobs: Sequence[SweepJob], *, last: str) -> list[list[str]]:
     """Return the head and a row for each job; jobs whose folders are named by their settings are not named again."""
-    settings = columns(jobs)
+    settings, numbers = columns(jobs), _measured(jobs)
     named = not settings or not all("=" in job.name for job in jobs)
-    rows = [["job", *settings, *(header for header, _ in _measured(jobs)), last]]
+    rows = [["job", *settings, *(header for header, _ in numbers), last]]
     for job in jobs:
-        values = ("" if (value := of(job)) is None else significant(value) for _, of in _measured(jobs))
+        values = ("" if (value := of(job)) is None else significant(value) for _, of in numbers)
         rows.append([job.name, *(job.typed.get(key, "") for key in settings), *values, job.state])
     return rows if named else [row[1:] for row in rows]
 

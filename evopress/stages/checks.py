@@ -93,6 +93,11 @@ def searching(config: SearchConfig, *, derived: int | None = None) -> Searching:
     return strategy_of(config.strategy).searching(SearchSettings(**given))
 
 
+def searching_of(workspace: Workspace) -> Searching:
+    """Return the checked numbers of a run's search, those that depend on the model too."""
+    return searching(workspace.settings.search, derived=workspace.generations(workspace.settings))
+
+
 def check_strategy(settings: RunSettings) -> None:
     """Raise EvoPressError if the search asks for attributions and nothing can answer."""
     if "search" not in settings.stages or not any(ask.attribution for ask in searching(settings.search, derived=1).asks()):

@@ -17,11 +17,9 @@ from evopress.stages.baselines import baselines_as_asked, changes, read_baseline
 from evopress.stages.exports import refuse_nothing_to_export
 from evopress.stages.given import refuse_missing
 from evopress.stages.results import read_result
-from evopress.stages.search import check_records, go_on, strategy_in
+from evopress.stages.search import STATE, check_records, go_on, strategy_in
 from evopress.units import Space
 from evopress.workspace import Workspace
-
-STATE = "state.json"
 
 
 def refuse_other_settings(workspace: Workspace, searching: Searching) -> None:

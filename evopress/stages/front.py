@@ -13,7 +13,7 @@ from evopress.methods.points import points_of
 from evopress.search.strategy import Searching
 from evopress.settings import RunSettings
 from evopress.stages.baselines import build_database, find_baselines
-from evopress.stages.checks import searching
+from evopress.stages.checks import searching_of
 from evopress.stages.kind import Context
 from evopress.stages.points import FOR_ONE, PointRun, left_to_the_picked, nearest, open_point, refuse_other_points, search_one
 from evopress.stages.points_results import evaluate_points, report_points
@@ -32,7 +32,7 @@ class Front:
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
         self._points = [open_point(workspace, point) for point in points_of(workspace.settings)]
-        self.searching = searching(workspace.settings.search, derived=workspace.generations(workspace.settings))
+        self.searching = searching_of(workspace)
 
     @staticmethod
     def check(settings: RunSettings, run_dir: Path) -> None:

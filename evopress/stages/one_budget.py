@@ -9,7 +9,7 @@ from typing import ClassVar
 from evopress.search.strategy import Searching
 from evopress.settings import RunSettings
 from evopress.stages.baselines import build_database, find_baselines
-from evopress.stages.checks import searching
+from evopress.stages.checks import searching_of
 from evopress.stages.earlier import refuse_other_work
 from evopress.stages.evaluate import evaluate
 from evopress.stages.exports import export
@@ -30,7 +30,7 @@ class OneBudget:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
-        self.searching = searching(workspace.settings.search, derived=workspace.generations(workspace.settings))
+        self.searching = searching_of(workspace)
 
     @staticmethod
     def check(settings: RunSettings, run_dir: Path) -> None:

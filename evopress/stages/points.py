@@ -17,7 +17,7 @@ from evopress.reporting.records import read_document, read_genome
 from evopress.reporting.tracker import NullTracker
 from evopress.search.strategy import Neighbour, Searching
 from evopress.settings import RunSettings
-from evopress.stages.checks import searching
+from evopress.stages.checks import searching_of
 from evopress.stages.earlier import refuse_other_settings, refuse_other_work
 from evopress.stages.search import search
 from evopress.units import Genome
@@ -49,6 +49,11 @@ class PointRun:
         return read_genome(self.workspace.run_dir / "genome.json", database.space, database=database.fingerprint)
 
 
+def names_searched(run_dir: Path) -> list[str]:
+    """Return the names of the points of a run that a genome was found for, sorted."""
+    return sorted(path.name for path in (run_dir / POINTS).glob("*") if (path / "genome.json").exists())
+
+
 def picked(settings: RunSettings, run_dir: Path) -> tuple[Point, Path]:
     """Return the point that `pick` names, and its folder.
 
@@ -64,10 +69,9 @@ def picked(settings: RunSettings, run_dir: Path) -> tuple[Point, Path]:
         raise EvoPressError(f"pick={settings.pick} is no budget: give one of this run's, such as pick=2.5 or pick=60MB") from None
     folder = run_dir / POINTS / point.name
     if not any((folder / name).exists() for name in ("genome.json", "state.json")):
-        there = sorted(path.name for path in (run_dir / POINTS).glob("*") if (path / "genome.json").exists())
+        there = ", ".join(names_searched(run_dir)) or "nothing was"
         raise EvoPressError(
-            f"pick={settings.pick} was not searched in {run_dir} ({', '.join(there) or 'nothing was'}): run the stage search "
-            "first, or add it to budgets"
+            f"pick={settings.pick} was not searched in {run_dir} ({there}): run the stage search first, or add it to budgets"
         )
     return point, folder
 
@@ -80,7 +84,7 @@ def open_point(workspace: Workspace, point: Point, *, all_stages: bool = False) 
     stages = [stage for stage in point.settings.stages if all_stages or stage not in FOR_ONE] or ["report"]
     settings = replace(point.settings, stages=stages)
     run = Workspace(settings, workspace.run_dir / POINTS / point.name, beside=workspace)
-    return PointRun(point.name, run, searching(settings.search, derived=run.generations(settings)))
+    return PointRun(point.name, run, searching_of(run))
 
 
 def refuse_points_left(run_dir: Path) -> None:

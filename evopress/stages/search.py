@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 _RECORD_BYTES = 400
 _COMPARED_TOKENS = 2**16
 """Of the search text, on which what several searches found is measured."""
-_METRICS, _STATE = "metrics.jsonl", "state.json"
+_METRICS, STATE = "metrics.jsonl", "state.json"
 
 
 def search_needs(planner: Planner) -> Needs:
@@ -120,7 +120,7 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
 
 def _go_on_or_begin(workspace: Workspace, searching: Searching, strategy: Strategy) -> float:
     """Take up what an earlier run has searched, or forget its record; return the seconds that it took."""
-    metrics, state = workspace.run_dir / _METRICS, workspace.run_dir / _STATE
+    metrics, state = workspace.run_dir / _METRICS, workspace.run_dir / STATE
     if not state.exists():
         metrics.unlink(missing_ok=True)
         return 0.0
@@ -203,7 +203,7 @@ class _Journal:
     def _keep_state(self, seconds: float) -> None:
         workspace, strategy = self._workspace, self._searching.strategy
         write_json(
-            workspace.run_dir / _STATE,
+            workspace.run_dir / STATE,
             {
                 "schema": 1,
                 "database": workspace.database.fingerprint,
@@ -256,7 +256,7 @@ def check_records(metrics: Path, search: Strategy, space: Space) -> None:
     """Raise EvoPressError if the records before a search's next generation are not all there; later ones do not count."""
     count = sum(record["generation"] < search.generation for record in read_generations(metrics, space))
     if count != search.generation:
-        state = metrics.with_name("state.json")
+        state = metrics.with_name(STATE)
         raise EvoPressError(
             f"{metrics} has {count} records of the {search.generation} generations that {state} says are done: "
             f"restore it, or remove {state} to search again"

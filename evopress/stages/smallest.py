@@ -18,10 +18,10 @@ from evopress.search.strategy import Searching
 from evopress.settings import RunSettings
 from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.bisection import Bisection, Kept
-from evopress.stages.checks import searching
+from evopress.stages.checks import searching_of
 from evopress.stages.exports import export
 from evopress.stages.kind import Context
-from evopress.stages.points import POINTS, PointRun, left_to_the_picked, open_point, refuse_other_points
+from evopress.stages.points import PointRun, left_to_the_picked, names_searched, open_point, refuse_other_points
 from evopress.stages.points_results import evaluate_points, report_points
 from evopress.stages.results import read_result
 from evopress.units import Genome
@@ -39,12 +39,10 @@ class Smallest:
     once: ClassVar[Collection[str]] = ("database", "report", "baselines")
 
     def __init__(self, workspace: Workspace) -> None:
-        settings = workspace.settings
-        self._workspace, self._kept = workspace, Kept.of(settings)
-        names = (path.name for path in (workspace.run_dir / POINTS).glob("*") if (path / "genome.json").exists())
-        searched = in_order(point_at(settings, name) for name in names)
+        self._workspace, self._kept = workspace, Kept.of(workspace.settings)
+        searched = in_order(point_at(workspace.settings, name) for name in names_searched(workspace.run_dir))
         self._points = [open_point(workspace, point) for point in searched]  # of an earlier run, until this one searches
-        self.searching = searching(settings.search, derived=workspace.generations(settings))
+        self.searching = searching_of(workspace)
 
     @staticmethod
     def check(settings: RunSettings, run_dir: Path) -> None:

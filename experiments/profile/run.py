@@ -2,8 +2,8 @@
 
 Source: paper, sections 4.2 and 4.3, appendices E.2 and F.3, Figures 8, 9, 11 and 12.
 
-    python -m experiments.guided.measure --recipes best --targets 2.5 --rows evolution guided
-    python -m experiments.profile.run multirun/guided/quant-best-2.5-evolution-* multirun/guided/quant-best-2.5-guided-*
+    python -m experiments.guided.measure --recipes best --targets 2.5 --rows evolution guided --seeds 0 1 --results multirun/p.csv
+    python -m experiments.profile.run multirun/guided/quant-best-2.5-evolution-[01] multirun/guided/quant-best-2.5-guided-[01]
 
 Reads finished runs of methods quant and sparsity, and of their level databases the manifests. Runs that differ in their seed alone
 are one profile. Writes results.csv (a row per profile and projection or block), table.md and profile.png.
@@ -21,6 +21,7 @@ from typing import Any
 from evopress.currencies import QUANT, SPARSITY
 from evopress.errors import EvoPressError
 from evopress.levels.store import read_manifest, space_of
+from evopress.progress import counted
 from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, legend_below, new_figure, open_frame, save
 from evopress.reporting.figures import averages, measure, measure_name, measured_size
 from evopress.reporting.records import read_genome, read_json
@@ -184,7 +185,7 @@ def draw(groups: Sequence[Group], folder: Path) -> None:
         profiles, colour = list(group.profiles.values()), COLOURS[index]
         at = [place + (index - (len(groups) - 1) / 2) * bar for place in range(len(kinds))]
         means, below, above = _means([[profile.kinds[kind] - profile.average for kind in kinds] for profile in profiles])
-        count = f"{len(profiles)} seed{'s' if len(profiles) > 1 else ''}"
+        count = counted(len(profiles), "seed")
         left.bar(
             at, means, bar * 0.92, yerr=[below, above], color=colour, error_kw={"elinewidth": 1}, label=f"{group.name} ({count})"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evopress.files import write_bytes
 from evopress.reporting.drawing import save
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.units import Budget, Genome, Level, Space, Unit
@@ -106,11 +108,12 @@ def _dropped_weight(weights: np.ndarray, genomes: Sequence[Genome]) -> list[floa
 
 
 def _write_csv(cells: Sequence[Cell], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Cell)])
-        writer.writeheader()
-        for cell in cells:
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in asdict(cell).items()})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Cell)])
+    writer.writeheader()
+    for cell in cells:
+        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in asdict(cell).items()})
+    write_bytes(path, text.getvalue().encode())
 
 
 def _write_table(cells: Sequence[Cell], path: Path) -> None:
@@ -133,7 +136,7 @@ def _write_table(cells: Sequence[Cell], path: Path) -> None:
         + ", ".join(f"{fit_slope([c for c in cells if c.num_offspring == x]):.3f} at λ = {x}" for x in lambdas)
         + ".",
     ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 def _plot(cells: Sequence[Cell], folder: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import subprocess
@@ -126,10 +127,11 @@ def main() -> None:
     text = table(lines, means)
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_bytes(arguments.out / "table.md", text.encode())
-    with (arguments.out / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    written = io.StringIO()
+    writer = csv.DictWriter(written, fieldnames=list(lines[0]))
+    writer.writeheader()
+    writer.writerows(lines)
+    write_bytes(arguments.out / "results.csv", written.getvalue().encode())
     print(text)
 
 

@@ -108,6 +108,7 @@ def test_what_a_packed_format_takes_is_said_and_refused_before_levels_are_built(
     monkeypatch.setattr("evopress.databases.ensure_database", lambda *a, **k: pytest.fail("levels were built"))
     outcome = evopress(*asked, DRY)
     assert outcome.code == 0 and rows(outcome.text)["export"][0] == name, outcome.text
+    assert rows(outcome.text)["database"][0] == "2 of 2 blocks to build"
     assert not list((tmp_path / "levels").rglob("*"))
     monkeypatch.setattr("shutil.disk_usage", lambda path: DiskUsage(10**9, 10**9, 100_000))
     refused(evopress(*asked, "hydra.run.dir=run"), "this run needs", "100 kB free", "leave")
@@ -288,17 +289,6 @@ def test_a_dry_sweep_is_not_taken_for_a_finished_one(evopress: Callable[..., Any
 def test_every_stage_says_how_long_it_took(finished: Any) -> None:
     for stage in ("database", "baselines", "search", "evaluate", "export", "report"):
         assert re.search(rf"{stage} took \d+ s$", finished.outcome.text, re.MULTILINE), stage
-
-
-@pytest.mark.parametrize("form", ["mlx", "gguf"])
-def test_a_packed_format_is_counted_before_anything_is_built(form: str, evopress: Callable[..., Any], tmp_path: Path) -> None:
-    levels = tmp_path / "levels"
-    size = "model.group_size=32"
-    outcome = evopress(*METHODS["quant"], "+debug=tiny", size, DRY, f"export=[{form}]", f"level_db.root={levels}")
-    assert outcome.code == 0, outcome.text
-    assert rows(outcome.text)["database"][0] == "2 of 2 blocks to build"
-    assert rows(outcome.text)["export"][0] == form
-    assert not list(levels.rglob("*"))
 
 
 @pytest.mark.parametrize("method", METHODS)
