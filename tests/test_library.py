@@ -22,6 +22,7 @@ import evopress
 from evopress import library, machine
 from evopress.data.opening import RunText
 from evopress.errors import EvoPressError
+from evopress.models.tiny import ensure_tiny
 from evopress.settings import DataSettings, EvaluationSettings, ModelSettings
 
 GUIDE = Path(__file__).parents[1] / "docs" / "library.md"
@@ -276,10 +277,13 @@ def test_what_was_found_on_other_levels_is_refused(tiny_folder: Callable[..., Pa
         evopress.build_levels(one, ids, bits=3.0)  # type: ignore[arg-type]
 
 
-def test_half_of_a_surrogate_pair_is_one_sentence_and_the_separator_is_a_runs(tmp_path: Path) -> None:
+def test_half_of_a_surrogate_pair_is_one_sentence_and_the_separator_is_a_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = evopress.load_model("tiny", dtype="float32", device="cpu", sequence_length=32, cache=tmp_path)
     with pytest.raises(EvoPressError, match="an unpaired surrogate"):
         model.sequences(["a text", "\ud800 another"])
+    monkeypatch.setattr("evopress.models.opening.ensure_smollm2", ensure_tiny)  # the default model is neither fetched nor converted
     assert evopress.load_model("smollm2_135m", cache=tmp_path).settings.separator == "<|endoftext|>"
     assert evopress.load_model("smollm2_135m", cache=tmp_path, separator=None).settings.separator is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -45,6 +46,7 @@ def invoke(*arguments: str, cache: Path, cwd: Path) -> Outcome:
         patch.setenv("NETRC", str(cache / "none"))
         patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        patch.setattr(gc, "collect", lambda *_: 0)  # before every job, here of all that earlier tests have imported and keep
         try:
             return _run(lambda: program.main(), ["evopress", *arguments], cwd)
         finally:

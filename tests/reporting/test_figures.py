@@ -77,7 +77,7 @@ def is_inside(artist: Any, figure: Any) -> bool:
     return bool(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1)
 
 
-@pytest.mark.parametrize("count", [0, 12])
+@pytest.mark.parametrize("count", [12, 0])
 def test_legends_and_titles_are_whole(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     seen: list[Any] = []
     for module in (figures, lineage, dropped):
