@@ -18,24 +18,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from evopress.errors import EvoPressError
+from evopress.search.approach import Approach
 from evopress.search.deltas import Deltas
 from evopress.search.evolution import Evolution
 from evopress.search.initial import random_mixes, uniform_genome
+from evopress.search.level_values import LevelValues
 from evopress.search.mutation import LevelSwitch, Mutation
 from evopress.search.neighbour import genomes_from_neighbour
 from evopress.search.predicted import EitherMutation, PredictedSwitch
 from evopress.search.program import best_in
 from evopress.search.racing import Race
 from evopress.search.record import GenerationRecord, StageRecord
-from evopress.search.second_order import second_order_values
 from evopress.search.selection import not_finite, select_fittest
-from evopress.search.sensitivity import Expected, errors_at, errors_of, is_droppable, latest_sensitivities
+from evopress.search.sensitivity import Expected
 from evopress.search.state import check_counts, check_same_search
 from evopress.search.strategy import Attribution, Expansion, Problem, Question, backward_tokens
-from evopress.units import Budget, Genome, Space, is_module
+from evopress.units import Genome, is_module
 
 if TYPE_CHECKING:
     from evopress.search.guided_settings import GuidedSettings
@@ -54,24 +53,21 @@ class Guided:
     def __init__(self, problem: Problem, settings: GuidedSettings) -> None:
         problem.budget.check(problem.space)
         self._problem, self._settings, self._numbers = problem, settings, settings.numbers
-        self._errors = errors_of(problem.space, problem.errors)
-        self._droppable = [is_droppable(problem.space, unit) for unit in range(len(problem.space))]
-        self._modules = [is_module(unit) for unit in problem.space.units]
-        self._backward = backward_tokens(any(self._droppable))
+        self._values = LevelValues(problem.space, problem.errors, averaged=self._numbers.averaged)
+        self._all_modules = all(is_module(unit) for unit in problem.space.units)
+        self._backward = backward_tokens(any(self._values.droppable))
         self._generation = 0  # the one that is asked about next, as long as there is no evolution
         self._parent: Genome | None = None
         self._schedule = self._numbers.schedule()
-        if any(self._droppable):
+        if any(self._values.droppable):
             self._schedule.expansions.most = 0
         self._tokens = self._evaluations = self._non_finite = 0
-        self._sensitivities: list[list[float]] = []  # of the last rounds, the latest last
         self._question: Question | Attribution | None = None
         self._details: dict[str, Any] = {}  # of the round so far
         self._evolution: Evolution | None = None
         self._race: Race | None = None
         self._deltas: Deltas | None = None
-        self._above: Genome | None = None  # above the budget: where the way to the first genome has come
-        self._steps = 0  # of that way, so far
+        self._approach: Approach | None = None  # the way to the first genome
         self.initial_record: GenerationRecord | None = None
         """The record of generation 0, where nothing was given to choose from."""
         own = (*self._own_starts(), *self._from_neighbour())
@@ -82,7 +78,7 @@ class Guided:
                     f"a genome to start from costs {problem.space.cost(genome)} and does not keep the budget of "
                     f"{problem.budget.total}: leave it out"
                 )
-        if len(self._candidates) == 1 and self._above is None:
+        if len(self._candidates) == 1 and self._approach is None:
             self.initial_record = self._finish(self._candidates[0])
 
     @property
@@ -121,10 +117,10 @@ class Guided:
         numbers = self._numbers
         if self._race is not None:
             return self._race.ask()
-        if self._above is not None and self._measures_the_way:
-            return self._deltas_at(self._above, numbers.approach_tokens).ask()
-        if self._above is not None:
-            return Attribution(self._above, numbers.attribution_tokens, numbers.attribution_sequences)
+        if self._approach is not None and self._measures_the_way:
+            return self._deltas_at(self._approach.genome, numbers.approach_tokens).ask()
+        if self._approach is not None:
+            return Attribution(self._approach.genome, numbers.attribution_tokens, numbers.attribution_sequences)
         if self._parent is None:
             return Question(self._candidates, numbers.screen_tokens, stage=-1)
         if self._schedule.next is self._schedule.expansions:
@@ -148,10 +144,14 @@ class Guided:
             return self._tell_deltas(self._deltas, answer)
         if isinstance(self._question, Question):
             return self._choose(self._question, answer)
+        self._evaluations += 1
         if isinstance(self._question, Expansion):
-            return self._propose(self._expanded(self._question, answer), self._numbers.second_order_changes)
-        values = self._attributed(self._question, answer)
-        return self._propose(values, (None, *self._changes)) if self._above is None else self._come_down(values)
+            self._tokens += backward_tokens(True) * self._question.tokens
+            self._details = {"second_order": True}
+            return self._propose(self._values.expanded(self._question, answer), self._numbers.second_order_changes)
+        self._tokens += self._backward * self._question.tokens
+        self._details = self._values.learn(self._question, answer)
+        return self._go_on(self._values.all())
 
     def state(self) -> dict[str, Any]:
         """Return, between generations, all that `restore` needs to go on, as JSON-able values."""
@@ -166,7 +166,7 @@ class Guided:
             "tokens": self._tokens,
             "evaluations": self._evaluations,
             "non_finite": self._non_finite,
-            "sensitivities": self._sensitivities,
+            "sensitivities": self._values.sensitivities,
             "evolution": None if self._evolution is None else self._evolution.state(),
             "rng_initial": self._problem.rng_initial.bit_generator.state,
             "rng_mutation": self._problem.rng_mutation.bit_generator.state,
@@ -183,13 +183,10 @@ class Guided:
         self._parent = problem.space.check(state["found"])
         if not problem.budget.met_by(problem.space, self._parent):
             raise ValueError("its genome is not within the budget")
-        sensitivities = np.asarray(state["sensitivities"], dtype=np.float64).reshape(-1, len(problem.space))
-        if not bool(np.isfinite(sensitivities).all()) or not bool((sensitivities > 0).all()):
-            raise ValueError("its sensitivities are not all positive numbers")
-        self._sensitivities = sensitivities.tolist()
+        self._values.restore(state["sensitivities"])
         self._schedule.restore(state)
         self._generation = state["rounds"] + 1
-        self._race = self._deltas = self._above = None  # generation 0 is over
+        self._race = self._deltas = self._approach = None  # generation 0 is over
         self._tokens, self._evaluations, self._non_finite = state["tokens"], state["evaluations"], state["non_finite"]
         self._question, self._details, self.initial_record, self._evolution = None, {}, None, None
         problem.rng_initial.bit_generator.state = state["rng_initial"]
@@ -212,13 +209,13 @@ class Guided:
         if (uniform := uniform_genome(space, budget)) is not None:
             return [uniform]
         whole = [
-            [math.inf if error and len(of_unit) > 1 and self._droppable[i] else float(error) for error in of_unit]
-            for i, of_unit in enumerate(self._errors)
+            [math.inf if error and len(of_unit) > 1 and self._values.droppable[i] else error for error in of_unit]
+            for i, of_unit in enumerate(self._values.plain())
         ]
         if (genome := best_in(space, budget, whole)) is not None:
             return [genome]
         if self._numbers.rounds or self._measures_the_way:
-            self._above = tuple(0 if self._droppable[i] else len(unit.levels) - 1 for i, unit in enumerate(space.units))
+            self._approach = Approach(space, budget, self._values.droppable, steps=self._numbers.approach)
             return []
         count = self._settings.evolution.initial_candidates
         return random_mixes(space, budget, num_candidates=count, rng=self._problem.rng_initial)
@@ -232,74 +229,25 @@ class Guided:
         space, budget, neighbour = self._problem.space, self._problem.budget, self._problem.neighbour
         if neighbour is None:
             return []
-        found = np.asarray(neighbour.state.get("sensitivities", ()), dtype=np.float64).reshape(-1, len(space))
-        values: list[list[float]] | None = None
-        if len(found):
-            learnt = np.exp(np.log(found).mean(axis=0))
-            self._sensitivities = [learnt.tolist()]
-            values = [(weight * of_unit).tolist() for weight, of_unit in zip(learnt, self._errors, strict=True)]
+        values = self._values.take_over(neighbour.state.get("sensitivities", ()))
         genomes = list(genomes_from_neighbour(self._problem, values))
-        if values is None and not any(self._droppable):
-            values = [of_unit.tolist() for of_unit in self._errors]
+        if values is None and not any(self._values.droppable):
+            values = self._values.plain()
         free = None if values is None else best_in(space, budget, values, near=space.check(neighbour.genome))
         genomes += [] if free is None or not budget.met_by(space, free) else [free]
         if genomes:
-            self._above = None  # no need of a way down
+            self._approach = None  # no need of a way down
         return genomes
 
-    def _attributed(self, question: Attribution, answer: Any) -> list[list[float]]:
-        """Turn attributions into values[unit][level], what every level holds by the sensitivities of the last rounds."""
-        space, genome = self._problem.space, question.genome
-        held = np.asarray(answer, dtype=np.float64)
-        if held.ndim != 2 or held.shape[1] != len(space) or len(held) < 2 or not bool(np.isfinite(held).all()):
-            raise EvoPressError(
-                f"the attribution returned {'x'.join(map(str, held.shape))} numbers for at least 2 sequences of "
-                f"{len(space)} units, or some that are not finite: look at the model's outputs at these levels, or use "
-                "search/strategy=evolution"
-            )
-        self._tokens += self._backward * question.tokens
-        self._evaluations += 1
-        errors = errors_at(space, self._errors, genome)
-        latest = latest_sensitivities(space, genome, held, errors)
-        self._sensitivities = [*self._sensitivities, latest.tolist()][-self._numbers.averaged :]
-        self._details = self._held(genome, held.mean(axis=0) / 2)
-        return self._values()
-
-    def _expanded(self, question: Expansion, answer: Any) -> list[list[float]]:
-        """Turn an expansion into values[unit][level], what every level changes, drawn towards what the sensitivities say."""
-        space = self._problem.space
-        found = np.asarray(answer, dtype=np.float64)
-        shape = (len(space), max(len(unit.levels) for unit in space.units))
-        if found.ndim != 3 or found.shape[1:] != shape or len(found) < 2 or bool(np.isinf(found).any()):
-            raise EvoPressError(
-                f"the expansion returned {'x'.join(map(str, found.shape))} numbers for at least 2 sequences of {shape[0]} units "
-                f"with {shape[1]} levels, or infinite ones: use search.strategy.second_order_rounds=0"
-            )
-        self._tokens += backward_tokens(True) * question.tokens
-        self._evaluations += 1
-        self._details = {"second_order": True}
-        return second_order_values(space, question.genome, found, self._values())
-
-    def _held(self, genome: Genome, means: np.ndarray) -> dict[str, Any]:
-        """Lay out what each unit holds; a module that is kept holds nothing, and what dropping it would add stands apart."""
-        space = self._problem.space
-        kept = [self._modules[i] and not unit.levels[genome[i]].drops for i, unit in enumerate(space.units)]
-        held = {"held": [0.0 if there else round(float(value), 9) for there, value in zip(kept, means, strict=True)]}
-        if any(self._modules):
-            held["dropping"] = [round(float(value), 9) if there else 0.0 for there, value in zip(kept, means, strict=True)]
-        return held
-
-    def _come_down(self, values: Sequence[Sequence[float]]) -> GenerationRecord | None:
-        """Go on from a genome above the budget: a step of the way, or the first genome within it."""
-        space, budget = self._problem.space, self._problem.budget
-        above = self._above
-        assert above is not None
-        self._steps += 1
-        left = 1 - self._steps / self._numbers.approach
-        self._question = None
-        self._above = best_in(space, _towards(space, budget, above, left), values, near=above) if left > 0 else None
-        if self._above is not None:
+    def _go_on(self, values: Sequence[Sequence[float]]) -> GenerationRecord | None:
+        """Make proposals by values[unit][level]; before there is a genome within the budget, take a step of the way to one."""
+        if self._approach is None:
+            return self._propose(values, (None, *self._changes))
+        self._question = self._deltas = None
+        if self._approach.step(values):
             return None
+        space, budget, above = self._problem.space, self._problem.budget, self._approach.genome
+        self._approach = None
         first = best_in(space, budget, values, near=above)
         mixes = [first] if first is not None else random_mixes(space, budget, num_candidates=1, rng=self._problem.rng_initial)
         self._candidates = tuple(dict.fromkeys((*mixes, *self._candidates)))
@@ -338,24 +286,15 @@ class Guided:
             return None
         self._tokens += deltas.tokens
         self._evaluations += deltas.evaluations
-        expected = Expected(self._problem.space, self._values())
+        expected = self._values.expected()
         self._details = {"deltas": deltas.report(expected)}
-        values = deltas.values(expected)
-        if self._above is None:
-            return self._propose(values, (None, *self._changes))
-        self._deltas = None
-        return self._come_down(values)
+        return self._go_on(deltas.values(expected))
 
     def _deltas_at(self, genome: Genome, tokens: int) -> Deltas:
         """Return what measures the neighbours of a genome, the one that has begun where there is one."""
         if self._deltas is None:
             self._deltas = Deltas(self._problem.space, genome, tokens=tokens, parts=self._numbers.delta_parts)
         return self._deltas
-
-    def _values(self) -> list[list[float]]:
-        """Return values[unit][level], what every level holds by the mean sensitivities of the last rounds; or the plain errors."""
-        averaged = np.exp(np.log(self._sensitivities).mean(axis=0)) if self._sensitivities else np.ones(len(self._errors))
-        return [(weight * of_unit).tolist() for weight, of_unit in zip(averaged, self._errors, strict=True)]
 
     def _tell_race(self, race: Race, answer: Sequence[float]) -> GenerationRecord | None:
         """Take the fitnesses of a race's minibatch; when it is over, finish the round."""
@@ -393,7 +332,7 @@ class Guided:
     def _changes(self) -> list[int]:
         """The most changes of each proposal; where all units are modules, which are few, in proportion to their number."""
         space, changes = self._problem.space, self._numbers.changes
-        if not all(self._modules):
+        if not self._all_modules:
             return changes
         return [max(round(most * len(space) / _UNITS), 2) for most in changes]
 
@@ -447,7 +386,7 @@ class Guided:
 
     @property
     def _measures_the_way(self) -> bool:
-        return self._numbers.approach_tokens > 0 and all(self._modules)
+        return self._numbers.approach_tokens > 0 and self._all_modules
 
     def _evolve_if_over(self) -> None:
         """Begin the evolution once the rounds are over, where one was asked for."""
@@ -470,11 +409,11 @@ class Guided:
     def _mutation(self) -> Mutation | None:
         """Return what draws a share of the offspring by what is expected of them; None: nothing does."""
         problem, evolution, share = self._problem, self._settings.evolution, self._numbers.predicted_offspring
-        if not share or not self._sensitivities:
+        if not share or not self._values.sensitivities:
             return None
         numbers: dict[str, Any] = {"max_switches": evolution.max_switches, "distribution": evolution.distribution}
         plain = LevelSwitch(problem.space, problem.budget, exchange=evolution.exchange, **numbers)
-        return EitherMutation(PredictedSwitch(problem.space, problem.budget, self._values(), **numbers), plain, share)
+        return EitherMutation(PredictedSwitch(problem.space, problem.budget, self._values.all(), **numbers), plain, share)
 
     def _renumbered(self, record: GenerationRecord) -> GenerationRecord:
         """Return a record of the evolution as one of the whole search."""
@@ -487,13 +426,3 @@ class Guided:
 
     def _identity(self) -> dict[str, Any]:
         return self._settings.identity() | {"budget": self._problem.budget.total, "units": len(self._problem.space)}
-
-
-def _towards(space: Space, budget: Budget, genome: Genome, left: float) -> Budget:
-    """Return a budget between a genome above it and itself: with so much left of the way, a share."""
-
-    def between(total: int, spent: int) -> int:
-        return max(total, total + math.floor((spent - total) * left))
-
-    limits = tuple(replace(limit, total=between(limit.total, limit.spent(space, genome))) for limit in budget.limits)
-    return replace(budget, total=between(budget.total, space.cost(genome)), limits=limits)
