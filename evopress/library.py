@@ -37,6 +37,7 @@ from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.export.exporter import write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.files import given_path, make_folder, open_folder
+from evopress.levels.store import LevelDatabase
 from evopress.machine import exactly
 from evopress.models.alone import lock_of
 from evopress.models.loading import DTYPES, pick_device, take_model
@@ -56,12 +57,14 @@ from evopress.settings import (
     ModelSettings,
     PathsSettings,
     QuantSettings,
+    RefineSettings,
     RunSettings,
     SearchConfig,
 )
 from evopress.stages.checks import check_strategy, check_tokens, searching_of
 from evopress.stages.earlier import refuse_other_settings
 from evopress.stages.exports import forms_of, refuse_unfit_formats, what_is_exported
+from evopress.stages.refine import refine_genome, summary_of
 from evopress.stages.search import search as run_the_search
 from evopress.units import Genome, Space
 from evopress.workspace import Workspace
@@ -191,6 +194,24 @@ class Found:
     kept: Any = field(default=None, repr=False)
     database: str = field(default="", repr=False)
     """Fingerprint of the levels that the genome counts."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A genome with its units compressed anew: `evaluate` and `export` take it in the genome's place."""
+
+    genome: Genome
+    """As it was given, of `levels.space`."""
+    blocks_kept: int
+    """Blocks whose new weights stay; in the others the levels' weights are as good or better."""
+    kl_before: float | None
+    """KL divergence on the text that decided, before the first block; None where there was nothing to compress anew."""
+    kl_after: float | None
+    """The same, after the last one."""
+    workspace: Workspace = field(repr=False)
+    refined: LevelDatabase | None = field(repr=False)
+    """Weights made anew; None: every unit of the genome is its dense weight."""
+    kept: Any = field(default=None, repr=False)
 
 
 def _alone(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -400,16 +421,59 @@ def search(
 
 
 @_alone
-def evaluate(levels: Levels, text: Text, genome: Genome | Found | str | Path | None = None) -> Scores:
+def refine(
+    levels: Levels,
+    genome: Genome | Found | str | Path,
+    text: Text,
+    *,
+    correction: float = RefineSettings.correction,
+    folder: str | Path | None = None,
+) -> Refined:
+    """Compress every unit of a genome anew at its level, for what enters it in the compressed model: the stage `refine` of a run.
+
+    The calibration text is that of the levels.
+
+    Args:
+        text: search text that the search has not seen: the KL divergence on it decides, block by block, whether new weights stay.
+        correction: share of what the compressed model's inputs have lost that new weights make good, from 0 to 1.
+        folder: where the weights are kept, and gone on with after an interruption; None: a temporary one.
+
+    Raises: EvoPressError if the genome does not fit the levels, or their method has nothing to refine.
+    """
+    _check_levels(levels)
+    given, workspace = _genome(levels, genome), levels.workspace
+    if not workspace.refines:
+        why = "stores no weights" if workspace.method.weights is None else "drops modules"
+        raise EvoPressError(f"method {workspace.method.name} {why}, so there is nothing to refine: leave refine out")
+    tokens = levels.model.sequences(text)
+    kept = tempfile.TemporaryDirectory(prefix="evopress-") if folder is None else None
+    run_dir = Path(kept.name) if kept is not None else _path(folder)
+    make_folder(run_dir)
+    settings = _made(RefineSettings, {"tokens": tokens.numel(), "correction": correction}, what="refine")
+    refining = Workspace(
+        replace(levels.settings, refine=settings),
+        run_dir,
+        model=levels.model.source,
+        text=GivenText(workspace.calibration_tokens, after_search=tokens),
+        blocks=workspace.blocks,
+    )
+    refined = refine_genome(refining, refining.database.space.unfold(given))
+    told: dict[str, Any] = {"kept": 0, "kl_before": None, "kl_after": None} if refined is None else summary_of(refined)
+    return Refined(given, told["kept"], told["kl_before"], told["kl_after"], refining, refined, kept)
+
+
+@_alone
+def evaluate(levels: Levels, text: Text, genome: Genome | Found | Refined | str | Path | None = None) -> Scores:
     """Measure a genome, or the dense model, on held-out text: KL divergence to the dense model, perplexity, top-1 agreement.
 
     Raises: EvoPressError if the genome does not fit the levels, or there is too little text.
     """
     _check_levels(levels)
     fitness = levels.settings.fitness
+    workspace, measured = (levels.workspace, None) if genome is None else _placed(levels, genome)
     (scores,) = measure_held_out(
-        levels.workspace.evaluator,
-        [None if genome is None else _genome(levels, genome)],
+        workspace.evaluator,
+        [measured],
         levels.model.sequences(text),
         batch_tokens=fitness.max_tokens_in_flight,
         chunk_tokens=fitness.chunk_tokens,
@@ -419,7 +483,7 @@ def evaluate(levels: Levels, text: Text, genome: Genome | Found | str | Path | N
 
 @_alone
 def export(
-    levels: Levels, genome: Genome | Found | str | Path, folder: str | Path, *, format: str = DEQUANTIZED, **options: Any
+    levels: Levels, genome: Genome | Found | Refined | str | Path, folder: str | Path, *, format: str = DEQUANTIZED, **options: Any
 ) -> Path:
     """Write the model at a genome, replacing an older export; return the folder.
 
@@ -436,14 +500,17 @@ def export(
     if folder.exists() and not is_empty and not (folder / "evopress.json").is_file():
         raise EvoPressError(f"{folder} exists and is not an export of evopress, so it is not overwritten: give another folder")
     _check_levels(levels)
-    workspace, genome, space = levels.workspace, _genome(levels, genome), levels.space
+    workspace, written = _placed(levels, genome)
+    found, space = _genome(levels, genome), levels.space
     exporter = make_exporters([format], {format: options})[format]
-    exporter.check(workspace.model_source.config, forms_of(workspace, space, genome))
+    exporter.check(workspace.model_source.config, forms_of(workspace, workspace.levels.space, written))
     with tempfile.TemporaryDirectory(prefix="evopress-") as scratch:
         files = (Path(scratch, "genome.json"), Path(scratch, "genome.txt"))
-        write_genome(*files, space=space, genome=genome, database=workspace.database.fingerprint, budget=workspace.budget)
+        write_genome(*files, space=space, genome=found, database=workspace.database.fingerprint, budget=workspace.budget)
         told = {} if format == DEQUANTIZED else {"export": {"format": format, "options": options}}
-        what = what_is_exported(workspace, genome, files=files, told={**workspace.method.costs(space, genome), **told})
+        if isinstance(genome, Refined) and genome.refined is not None:
+            told["refined"] = {"fingerprint": genome.refined.fingerprint, **summary_of(genome.refined)}
+        what = what_is_exported(workspace, written, files=files, told={**workspace.method.costs(space, found), **told})
         return write_export(exporter, folder, what)
 
 
@@ -497,12 +564,22 @@ def _refuse_other_models(model: Any) -> None:
         raise EvoPressError(f"the model is a {kind}, which has no head over tokens: load it with AutoModelForCausalLM")
 
 
-def _genome(levels: Levels, genome: Genome | Found | str | Path) -> Genome:
+def _placed(levels: Levels, genome: Genome | Found | Refined | str | Path) -> tuple[Workspace, Genome]:
+    """Return a genome of all levels that a workspace has, and that workspace."""
+    found = _genome(levels, genome)
+    if isinstance(genome, Refined) and genome.refined is not None:
+        return genome.workspace, genome.workspace.add_refined(genome.refined)[0]
+    return levels.workspace, found
+
+
+def _genome(levels: Levels, genome: Genome | Found | Refined | str | Path) -> Genome:
+    if isinstance(genome, Refined) and genome.workspace.database.fingerprint != levels.workspace.database.fingerprint:
+        raise EvoPressError("what was refined are other levels than these: give those that were refined, or refine these")
     if isinstance(genome, Found) and genome.database not in ("", levels.workspace.database.fingerprint):
         raise EvoPressError("the search was on other levels than these: give those that were searched, or search these")
     if isinstance(genome, str | Path):
         return levels.space.check(read_genome(genome, levels.space))
-    given = genome.genome if isinstance(genome, Found) else genome
+    given = genome.genome if isinstance(genome, Found | Refined) else genome
     if not isinstance(given, Iterable):
         raise EvoPressError(f"the genome is a {type(given).__name__}: give a level for each unit, or what a search found")
     return levels.space.check(tuple(given))

@@ -71,7 +71,8 @@ def test_the_program_finds_the_same_genome(method: str, target: str, settings: d
         target,
         "+debug=tiny",
         "search/strategy=evolution",
-        "stages=[database,search]",
+        "stages=[database,search,refine]",
+        "refine.tokens=256",
         "evaluation.every=0",
         "seed=3",
         *(f"search.{key}={json.dumps(value).replace(' ', '')}" for key, value in SMALL.items()),
@@ -98,6 +99,10 @@ def test_the_program_finds_the_same_genome(method: str, target: str, settings: d
     assert [record["fitness"] for record in found.records] == [record["fitness"] for record in records]
     at_file = evopress.evaluate(levels, text.search, tmp_path / "run" / "genome.json")
     assert at_file == evopress.evaluate(levels, text.search, found)
+    refined = evopress.refine(levels, found, text.after_search(256))
+    said = json.loads((tmp_path / "run" / "result.json").read_text())["refine"]
+    assert (refined.blocks_kept, refined.kl_before, refined.kl_after) == (said["kept"], said["kl_before"], said["kl_after"])
+    assert refined.kl_after < refined.kl_before
 
 
 def test_the_rooms_that_share_a_name_with_the_library_are_both() -> None:
@@ -108,7 +113,8 @@ def test_the_rooms_that_share_a_name_with_the_library_are_both() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert all(
-        callable(getattr(evopress, name)) for name in ("Space", "build_levels", "evaluate", "export", "load_model", "search")
+        callable(getattr(evopress, name))
+        for name in ("Space", "build_levels", "evaluate", "export", "load_model", "refine", "search")
     )
     assert evopress.load_model is importlib.import_module("evopress.library").load_model
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -140,25 +140,32 @@ def refine(workspace: Workspace) -> None:
     take_best_so_far(workspace)
     path, database = _genome_file(workspace), _database(workspace)
     genome = read_genome(path, database.space, database=database.fingerprint)
-    if not inexact_units(database, genome):
-        logger.info("refine: every unit has its dense weight, so there is nothing to refine")
-        _remove_others(workspace.run_dir, None)
-        return
-    settings = refine_settings(workspace, genome)
     started = time.monotonic()
-    _remove_others(workspace.run_dir, folder_of(settings, database))
-    logger.info(
-        "refine: recompressing %d units on %d calibration tokens; %d tokens of held-back search text decide which are kept",
-        len(inexact_units(database, genome)),
-        workspace.calibration_tokens.numel(),
-        workspace.refine_tokens.numel(),
-    )
-    refined = _refined(workspace, settings, genome)
+    settings = refine_settings(workspace, genome)
+    _remove_others(workspace.run_dir, folder_of(settings, database) if inexact_units(database, genome) else None)
+    refined = refine_genome(workspace, genome)
+    if refined is None:
+        return
     summary = {**summary_of(refined), "tokens": workspace.refine_tokens.numel(), "seconds": time.monotonic() - started}
     logger.info("refine: %s", said(summary))
     result = read_result(workspace.run_dir)
     result["refine"] = summary
     write_json(workspace.run_dir / "result.json", result)
+
+
+def refine_genome(workspace: Workspace, genome: Genome) -> LevelDatabase | None:
+    """Compress the units of a genome of the stored levels anew; None, which is said, where every unit is its dense weight."""
+    database = _database(workspace)
+    if not (inexact := inexact_units(database, genome)):
+        logger.info("refine: every unit has its dense weight, so there is nothing to refine")
+        return None
+    logger.info(
+        "refine: recompressing %d units on %d calibration tokens; %d tokens of held-back search text decide which are kept",
+        len(inexact),
+        workspace.calibration_tokens.numel(),
+        workspace.refine_tokens.numel(),
+    )
+    return _refined(workspace, refine_settings(workspace, genome), genome)
 
 
 @collective
