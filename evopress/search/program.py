@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evopress.search.constraint import Prices, tables_of
+from evopress.search.reduction import Relaxation
 from evopress.units import Budget, Genome, Space
 
 if TYPE_CHECKING:
@@ -71,7 +72,10 @@ def best_genome(
     objective = np.where(allowed, objective, 0.0)
     # The solver stops at an absolute gap of 1e-6, which must be small against every difference that matters.
     objective = objective / (np.abs(objective).max() or 1.0) * 1e4
-    genome = _solved(variables, objective, allowed, [_Capacity(variables, prices, total) for prices, total in limits], changes)
+    capacities = [_Capacity(variables, prices, total) for prices, total in limits]
+    if changes is None and len(values) >= _MANY_UNITS and len(capacities) == 1:
+        allowed = variables.relaxation(objective, allowed, capacities[0]).worth_choosing()
+    genome = _solved(variables, objective, allowed, capacities, changes)
     if genome is None:
         return None
     there = variables.there(genome)
@@ -79,6 +83,10 @@ def best_genome(
         level if counts else (0 if near is None else near[unit])
         for unit, (level, counts) in enumerate(zip(genome, there, strict=True))
     )
+
+
+_MANY_UNITS = 2000
+"""Of so many the solver takes minutes, of a few thousand more it does not come to an end: most levels are ruled out before."""
 
 
 class _Variables:
@@ -140,6 +148,20 @@ class _Variables:
                 same[0, self._kept[module]] -= 1.0
         return LinearConstraint(same, lb=number - most)
 
+    def relaxation(self, objective: np.ndarray, allowed: np.ndarray, capacity: _Capacity) -> Relaxation:
+        """Return the program with a price on what is spent."""
+        keeps = np.zeros(self.size, dtype=bool)
+        keeps[[variable for those in self._kept.values() for variable in those]] = True
+        return Relaxation(
+            values=objective,
+            costs=capacity.costs,
+            allowed=allowed,
+            unit=np.repeat(np.arange(len(self.counts)), self.counts),
+            module=np.array([-1 if module is None else module for module in self.inside]),
+            keeps=keeps,
+            capacity=capacity.left,
+        )
+
     def genome(self, x: np.ndarray) -> list[int]:
         """Return the level of every unit: the variable that is next to 1."""
         return [int(np.argmax(of_unit)) for of_unit in np.split(x, self.starts[1:])]
@@ -156,14 +178,15 @@ class _Capacity:
         extra, least = variables.above_least(prices)
         self._prices, self._total = prices, total
         self._divisor = math.gcd(*map(int, extra)) or 1
-        self._costs = np.array([price // self._divisor for price in extra], dtype=np.float64)
+        self.costs = np.array([price // self._divisor for price in extra], dtype=np.float64)
+        """Of every variable, beyond its unit's least."""
         self.left = (total - int(least)) // self._divisor
         """What may be spent beyond the least."""
 
     def constraint(self) -> LinearConstraint:
         from scipy.optimize import LinearConstraint
 
-        return LinearConstraint(self._costs[None, :], ub=self.left)
+        return LinearConstraint(self.costs[None, :], ub=self.left)
 
     def tighten(self, genome: Sequence[int], there: Sequence[bool]) -> bool:
         """Lower the capacity by what a genome spends too much; return whether it does."""
