@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ Record = Mapping[str, Any]
 UP, DOWN = COLOURS[0], COLOURS[1]
 _MOST_NAMES = 64
 """Above so many units the rows are named by their blocks."""
+_MOST_CELLS = 20000
+"""Above so many the cells of an SVG are a picture in it: else it has megabytes."""
 
 
 def words(space: Space) -> tuple[str, str]:
@@ -105,8 +108,13 @@ def selection(records: Sequence[Record], folder: Path, *, fitness: str = "kl") -
     legend_above(top, figure)
     window = max(5, len(tried) // 10)
     accepted = [bool(record.get("accepted")) for record in tried]
-    means = [sum(accepted[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(accepted))]
-    bottom.bar(generations, [float(each) for each in accepted], width=1.0, color="#cfd6dd", label="an offspring won")
+    won = [0, *accumulate(map(int, accepted))]
+    means = [(won[i] - won[max(i - window, 0)]) / min(i, window) for i in range(1, len(won))]
+    by_generation = dict(zip(generations, accepted, strict=True))
+    first, last = generations[0], generations[-1]
+    steps = [float(by_generation.get(generation, False)) for generation in range(first, last + 1)]
+    edges = [generation - 0.5 for generation in range(first, last + 2)]
+    bottom.stairs(steps, edges, fill=True, color="#cfd6dd", label="an offspring won")
     bottom.plot(generations, means, color=UP, linewidth=1.8, label=f"mean of the last {window}")
     open_frame(bottom)
     bottom.set_ylim(0, 1.05)
@@ -132,16 +140,18 @@ def lineage(records: Sequence[Record], space: Space, folder: Path) -> list[Path]
     ]
     places = {unit.block: unit.place for unit in sorted(space.units, key=lambda unit: unit.block)}
     blocks = list(places)
-    profiles = np.array([[averages(space, genome, by="block")[block] for block in blocks] for _, genome in parents]).T
-    change = profiles - profiles[:, :1]  # [blocks, generations]
-    most = max(float(np.abs(change).max()), 1e-9)
     generations = [generation for generation, _ in parents]
-    edges = [*generations, generations[-1] + 1]
+    others = [i for i, (_, genome) in enumerate(parents) if i == 0 or genome != parents[i - 1][1]]  # one column as long as it stays
+    of_each = [averages(space, parents[i][1], by="block") for i in others]
+    profiles = np.array([[of_blocks[block] for block in blocks] for of_blocks in of_each]).T
+    change = profiles - profiles[:, :1]  # [blocks, parents]
+    most = max(float(np.abs(change).max()), 1e-9)
+    edges = [*(generations[i] for i in others), generations[-1] + 1]
     figure = new_figure(12, min(max(4.6, 0.13 * len(blocks) + 3.2), 14))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(max(2.0, 0.12 * len(blocks)), 1))
     less_compressed = colormaps["RdBu_r" if space.words.taken_away else "RdBu"]  # blue has gained
     mesh = top.pcolormesh(edges, np.arange(len(blocks) + 1) - 0.5, change, cmap=less_compressed, vmin=-most, vmax=most)
-    mesh.set(edgecolor="face", linewidth=0.4)  # no hairlines between cells of an SVG
+    mesh.set(edgecolor="face", linewidth=0.4, rasterized=change.size > _MOST_CELLS)  # no hairlines between cells of an SVG
     top.invert_yaxis()
     step = max(1, -(-len(blocks) // 16))
     top.set_yticks(range(0, len(blocks), step), [places[block] for block in blocks[::step]])
