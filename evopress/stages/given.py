@@ -148,6 +148,11 @@ def refuse_missing(workspace: Workspace, given: Sequence[tuple[str, str]], basel
         made = [*uniform_genomes(space, workspace.method.uniform_name), "dp"]
     there = f"{', '.join(baselines) or 'none'}{'; made when asked for: ' if made else ''}{', '.join(made)}"
     for key, name in given:
+        if name == "evopress":
+            raise EvoPressError(
+                f"{key} has 'evopress', which is what a run finds: give its file, such as {workspace.run_dir / 'genome.json'}, whose "
+                "weights are those without a second pass, or leave it out"
+            )
         if file_of(name, key) is None and name not in (*baselines, *made):
             raise EvoPressError(
                 f"{key} has {name!r}, which is not among this run's baselines ({there}): use the "

@@ -125,6 +125,17 @@ def test_a_named_genome_beside_a_finished_run(name: str, copied: Path, evopress:
     assert [row["name"] for row in json.loads((copied / "result.json").read_text(encoding="utf-8"))["rows"]][-1] == "evopress"
 
 
+def test_the_name_of_what_a_run_finds_is_told_its_file(copied: Path, evopress: Callable[..., Any]) -> None:
+    before = contents(copied)
+    outcome = evopress(f"resume={copied}", "stages=[export]", "genome=evopress")
+    assert outcome.code == 1 and "genome has 'evopress', which is what a run finds" in outcome.errors[0]
+    assert f"give its file, such as {copied / 'genome.json'}" in outcome.errors[0], outcome.errors
+    assert {name: data for name, data in contents(copied).items() if name in before and not name.endswith(".log")} == {
+        name: data for name, data in before.items() if not name.endswith(".log")
+    }
+    assert evopress(f"resume={copied}", "stages=[export]", f"genome={copied / 'genome.json'}").code == 0
+
+
 def test_a_file_gives_the_model_that_was_searched(copied: Path, tiny: Callable[..., Any], tmp_path: Path) -> None:
     """The found genome, given again to a fresh run: the same weights, the same numbers, by its file's name."""
     earlier, fresh = copied.rename(tmp_path / "earlier_run"), tmp_path / "fresh"
