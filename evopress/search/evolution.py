@@ -5,6 +5,7 @@ Source: paper, Algorithm 1. The search asks for fitnesses and is told them; who 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -231,6 +232,14 @@ class Evolution:
     def non_finite(self) -> int:
         """Candidates so far that lost because their fitness was not a finite number."""
         return self._non_finite
+
+    def stuck(self) -> EvoPressError | None:
+        """Return why the parent has no offspring in the next generation; None: it has. What is drawn later stays as it is."""
+        try:
+            offspring(self._mutation, self.parent, self._settings.num_offspring, copy.deepcopy(self._rng_mutation))
+        except EvoPressError as error:
+            return error
+        return None
 
     def ask(self) -> Question:
         """Return the genomes to evaluate next; the same question until it is answered by `tell`."""

@@ -13,6 +13,7 @@ to the fitness from where g is. Beside weights, that is counted from the dense o
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,7 +40,7 @@ from evopress.units import Genome, is_module
 if TYPE_CHECKING:
     from evopress.search.guided_settings import GuidedSettings
 
-
+logger = logging.getLogger(__name__)
 _UNITS = 210
 """Units of the model that `changes` was measured on."""
 
@@ -86,7 +87,7 @@ class Guided:
         """Tell whether the rounds are over, and the evolution after them."""
         if self._evolution is not None:
             return self._evolution.finished
-        return self._rounds_over and not self._numbers.generations_after
+        return self._rounds_over
 
     @property
     def generation(self) -> int:
@@ -389,9 +390,14 @@ class Guided:
         return self._numbers.approach_tokens > 0 and self._all_modules
 
     def _evolve_if_over(self) -> None:
-        """Begin the evolution once the rounds are over, where one was asked for."""
-        if self._parent is not None and self._rounds_over and self._numbers.generations_after:
-            self._evolution = self._evolution_from(self._parent)
+        """Begin the evolution once the rounds are over, where one was asked for and it can move; else the search ends here."""
+        if self._parent is None or not self._rounds_over or not self._numbers.generations_after:
+            return
+        evolution = self._evolution_from(self._parent)
+        if (reason := evolution.stuck()) is None:
+            self._evolution = evolution
+        else:
+            logger.warning("search: it ends after its rounds, since no evolution goes on from what they found: %s", reason)
 
     def _evolution_from(self, genome: Genome) -> Evolution:
         problem = self._problem

@@ -227,6 +227,24 @@ def test_evolution_goes_on_from_the_genome_that_was_found(quant_space, budget_of
     assert tuple(records[-1]["genome"]) == best
 
 
+@pytest.mark.parametrize("options", [{}, {"predicted_offspring": 0.5}, {"selection": "racing"}])
+def test_a_search_whose_genome_evolution_cannot_move_ends_with_it(quant_space, budget_of, caplog, options) -> None:
+    space = quant_space((1, 2, 4))  # no two units of one size
+    toy, budget = Additive(space), budget_of(space, 3.0)
+    plain, alone = run(NUMBERS.searching(EVOLUTION).make(problem_of(space, budget, toy.errors)), toy)
+    settings = replace(NUMBERS, generations_after=4, **options).searching(replace(EVOLUTION, exchange="size"))
+    strategy = settings.make(problem_of(space, budget, toy.errors))
+    best, records = run(strategy, toy)
+    assert best == plain and len(records) == len(alone) and strategy.finished
+    again = settings.make(problem_of(space, budget, toy.errors))
+    again.restore(json.loads(json.dumps(strategy.state())))
+    assert again.finished and again.parent == best
+    assert [line.split(":")[:2] for line in caplog.messages] == [
+        ["search", " it ends after its rounds, since no evolution goes on from what they found"]
+    ] * 2
+    assert 'exchange "size"' in caplog.text
+
+
 OPTIONS = {
     "second_order_rounds": 2,
     "second_order_changes": [2, 1],
