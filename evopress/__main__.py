@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from yaml import YAMLError
 
 from evopress import command_line, launching, ranks
 from evopress import config as configuration
-from evopress.endings import exit_code, stopping_at_signals
+from evopress.endings import exit_code, silenced_without_reader, stopping_at_signals
 from evopress.errors import EvoPressError
 from evopress.files import explained
 from evopress.launching.command import Command, say_error
@@ -78,19 +77,6 @@ def main() -> None:
     sys.exit(1 if command.failures else 0)
 
 
-def _silenced_without_reader() -> bool:
-    """Send what this process still says to nowhere if nobody reads it any more; return whether that is so."""
-    try:
-        said_to, poll = sys.stdout.fileno(), select.poll()
-        poll.register(said_to, select.POLLOUT)
-        if not any(event & select.POLLERR for _, event in poll.poll(0)):
-            return False
-        os.dup2(os.open(os.devnull, os.O_WRONLY), said_to)
-    except (AttributeError, ValueError, OSError):  # there is none, it is closed, or no file
-        return False
-    return True
-
-
 def _is_of(package: str, error: Exception) -> bool:
     """Tell whether a package itself, such as Hydra, has raised an error; its `__file__` names it."""
     raised = traceback.extract_tb(error.__traceback__)[-1].filename
@@ -125,7 +111,7 @@ def _compose_and_run(entry: Callable[[], None]) -> None:
         if isinstance(error, ValueError) and (optuna := sys.modules.get("optuna")) and _is_of(str(optuna.__file__), error):
             say_error(f"the sweeper has no result ({error}): mend what its jobs say, and give the same command again")
             sys.exit(1)
-        if isinstance(error, BrokenPipeError) and _silenced_without_reader():  # who has had enough: `--help | head`
+        if isinstance(error, BrokenPipeError) and silenced_without_reader():  # who has had enough: `--help | head`
             sys.exit(1)
         if isinstance(error, OSError) and error.errno in _NO_FOLDER and isinstance(error.filename, str):
             say_error(explained(error, Path(error.filename)))  # of the folder that Hydra makes

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +77,19 @@ def stop_if_asked() -> None:
     """Raise `Stopped` if a signal came in a place that swallows what is raised there, such as a finaliser."""
     if _received is not None:
         raise Stopped(_received)
+
+
+def silenced_without_reader() -> bool:
+    """Send what this process still says to nowhere if nobody reads it any more; return whether that is so."""
+    try:
+        said_to, poll = sys.stdout.fileno(), select.poll()
+        poll.register(said_to, select.POLLOUT)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), said_to)
+    except (AttributeError, ValueError, OSError):  # there is none, it is closed, or no file
+        return False
+    return True
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from evopress.reporting.tables import display_name
+from experiments.commands import in_one_sentence
 from experiments.specs import SPECS, home
 from experiments.sweeps import describe
 from experiments.tables import fill_readme, number_of, read_csv
@@ -94,6 +95,7 @@ def write() -> None:
     fill_readme(README, text())
 
 
+@in_one_sentence()
 def main() -> None:
     """Write it, and show it."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()

@@ -9,13 +9,13 @@ import argparse
 import logging
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evopress.errors import EvoPressError
+from experiments.commands import in_one_sentence
 from experiments.tables import write_csv, write_table
 
 if TYPE_CHECKING:
@@ -51,13 +51,6 @@ def model_options(parser: argparse.ArgumentParser, *, out: Path) -> None:
 
 def _out_option(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument("--out", type=Path, default=out, help="folder to write to (default: the experiment's own)")
-
-
-def check_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Raise EvoPressError for a count below 1."""
-    for name in names:
-        if getattr(arguments, name) < 1:
-            raise EvoPressError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is out of range: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -184,8 +177,5 @@ def publish(out: Path, title: str, text: str, rows: Sequence[Mapping[str, Any]])
 def run(main: Callable[[], None]) -> None:
     """Run a script: progress is logged, a user's error is one sentence and exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
+    with in_one_sentence():
         main()
-    except EvoPressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)

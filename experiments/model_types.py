@@ -41,6 +41,7 @@ from evopress.models.families import named_family
 from evopress.models.outline import outlined
 from evopress.settings import ModuleSettings
 from evopress.units import Genome, Space
+from experiments.commands import in_one_sentence
 from experiments.tiny_any import any_model, causal_types
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -316,6 +317,7 @@ def page(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+@in_one_sentence()
 def main() -> None:
     """Write the page, or print rows of the architectures that are named."""
     rows = survey(sys.argv[1:] or causal_types(), said=True)

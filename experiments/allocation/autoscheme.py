@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from evopress.errors import EvoPressError
 from evopress.models.opening import find_model
 from evopress.workspace import Workspace
+from experiments.commands import in_one_sentence
 from experiments.composed import settings_of
 
 OPTIONS = (6, 5, 4, 3, 2)
@@ -50,6 +53,7 @@ def allocation(model: Path, text: Path, bits: float, *, samples: int, length: in
     return {name: int(of["bits"]) for name, of in compressor.layer_config.items() if of.get("bits", 16) < 16}
 
 
+@in_one_sentence()
 def main() -> None:
     """Write the tool's genomes at the bits that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,6 +63,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a sample")
     parser.add_argument("--seed", type=int, default=42, help="of the order of samples (default: the tool's)")
     asked = parser.parse_args()
+    if find_spec("auto_round") is None:
+        raise EvoPressError("auto-round is not installed: pip install --no-deps auto-round==0.16.1 py-cpuinfo")
     asked.folder.mkdir(parents=True, exist_ok=True)
     text = (asked.folder / "search.jsonl").resolve()
     workspace = Workspace(settings_of(["+method=quant", "bits=3"]), asked.folder)

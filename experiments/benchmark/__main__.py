@@ -12,7 +12,6 @@ import argparse
 import gc
 import logging
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from evopress.errors import EvoPressError
 from evopress.progress import duration
 from experiments.benchmark.sizes import Size, load_size, size_names
+from experiments.commands import in_one_sentence
 
 if TYPE_CHECKING:
     from experiments.benchmark.rows import Bench, Row
@@ -216,8 +216,5 @@ def _compared(before: Path, after: Path) -> str:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("evopress").setLevel(logging.WARNING)
-    try:
+    with in_one_sentence():
         main()
-    except EvoPressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)

@@ -6,7 +6,6 @@ import argparse
 import json
 import resource
 import time
-from pathlib import Path
 
 from evopress import machine
 from evopress.levels.live import LiveModel
@@ -17,15 +16,17 @@ from experiments.benchmark.levels import Searched
 from experiments.benchmark.search import EVALUATORS, prepare
 from experiments.benchmark.sizes import load_size, table8
 from experiments.benchmark.subject import load_subject
+from experiments.commands import file_to_read, in_one_sentence
 
 
+@in_one_sentence()
 def main() -> None:
     """Load the model, open the database, run a generation, print its seconds and the peak."""
     parser = argparse.ArgumentParser(description="Run one generation and print its time and peak memory.")
     parser.add_argument("--size", required=True)
     parser.add_argument("--row", required=True)
     parser.add_argument("--evaluator", required=True, choices=tuple(EVALUATORS))
-    parser.add_argument("--database", required=True, type=Path, help="of quantization levels of all blocks")
+    parser.add_argument("--database", required=True, type=file_to_read, help="of quantization levels of all blocks")
     arguments = parser.parse_args()
     machine.keep_freed_memory()
     machine.exact_products()

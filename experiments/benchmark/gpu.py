@@ -33,6 +33,7 @@ from evopress.models.blocks import BlockModel
 from experiments.benchmark.forward import GivenStates
 from experiments.benchmark.sizes import Shape
 from experiments.benchmark.subject import make_blocks
+from experiments.commands import in_one_sentence
 from experiments.frames import write_frame
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
@@ -162,6 +163,7 @@ def products(device: torch.device, width: int) -> Iterator[dict[str, Any]]:
     yield {"part": f"bare product of {width:,}, float32, TFLOP/s", "way": "", "seconds": 2 * width**3 / took / 1e12}
 
 
+@in_one_sentence()
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

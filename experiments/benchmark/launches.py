@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evopress.compress import columns, gptq, sparsegpt
 from evopress.compress.gptq import GPTQ
 from evopress.compress.sparse import SparsityLevels, derive_step
+from experiments.commands import in_one_sentence
 
 ROOM = 4 * 2**30
 """Bytes of a sweep."""
@@ -83,6 +84,7 @@ def rounding(units: dict[str, int], width: int) -> Iterator[int]:
         yield width
 
 
+@in_one_sentence()
 def main() -> None:
     """Print the table."""
     print("| levels | sweeps | columns | launches, torch | a column | waits | launches, kernels | a column | waits |")

@@ -39,6 +39,7 @@ from evopress.models.tiny import byte_tokenizer
 from evopress.stages import preflight
 from evopress.stages.preflight import Plan
 from experiments.benchmark.alive import BOTH, DEVICE, HOST, Alive
+from experiments.commands import in_one_sentence
 
 STAGES = ("database", "search", "evaluate", "export")
 LARGE = {
@@ -329,6 +330,7 @@ def compared(cases: Iterable[Case]) -> Iterator[tuple[Case, dict[str, int], dict
                 yield case, *counted_in_run(case, Path(folder))
 
 
+@in_one_sentence()
 def main() -> None:
     """Print the tables."""
     for cases, stages in (({f"{case.model}, {case.dtype}": case for case in CASES}, STAGES), (OTHERS, _MORE)):

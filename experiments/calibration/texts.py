@@ -20,6 +20,7 @@ from evopress.data.python_docs import PythonDocs
 from evopress.data.sources import SPLITS
 from evopress.errors import EvoPressError
 from evopress.files import write_bytes
+from experiments.commands import in_one_sentence
 from experiments.heldout.texts import LANGUAGES, MODULES, exams, module
 
 TEXTS = Path("multirun/calibration/texts")
@@ -112,6 +113,7 @@ def write_texts(folder: Path) -> None:
             write_bytes(folder / f"{name}.jsonl", lines.encode())
 
 
+@in_one_sentence()
 def main() -> None:
     """Write the texts into the folder that is named."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):

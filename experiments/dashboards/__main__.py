@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from evopress.errors import EvoPressError, first_line
 from evopress.reporting.tracker import has_key
+from experiments.commands import in_one_sentence
 from experiments.dashboards.build import build_report, build_workspace, specification
 
 
+@in_one_sentence()
 def main() -> None:
     """Create the dashboards that the command line asks for."""
     parser = argparse.ArgumentParser(description="Create the W&B report and workspace of a project.")
@@ -25,11 +26,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("report", "workspace"), help="create one of the two")
     parser.add_argument("--dry-run", action="store_true", help="print the specification as JSON and create nothing")
     arguments = parser.parse_args()
-    try:
-        create(arguments.entity, arguments.project, only=arguments.only, dry_run=arguments.dry_run)
-    except EvoPressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    create(arguments.entity, arguments.project, only=arguments.only, dry_run=arguments.dry_run)
 
 
 def create(entity: str, project: str, *, only: str | None = None, dry_run: bool = False) -> None:

@@ -24,7 +24,8 @@ import numpy as np
 from evopress.errors import EvoPressError
 from evopress.progress import track
 from evopress.reporting.drawing import COLOURS, MARKERS, new_figure, open_frame, save
-from experiments.depth import BATCH_TOKENS, DepthModel, check_positive, load, model_options, publish, run
+from experiments.commands import check_positive
+from experiments.depth import BATCH_TOKENS, DepthModel, load, model_options, publish, run
 from experiments.tables import markdown
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from evopress.export.gguf_model import architecture, order_of_rows
+from experiments.commands import file_to_read, in_one_sentence
 from experiments.exports.engines import bytes_of, decompressed, engine_of
 
 Weights = Iterator[tuple[str, NDArray[np.float32]]]
@@ -104,11 +105,12 @@ def compared(checkpoint: Path, path: Path) -> dict[str, Any]:
     return {**row, "greatest_share": worst}
 
 
+@in_one_sentence()
 def main() -> None:
     """Compare what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("exports", type=Path, nargs="+")
+    parser.add_argument("checkpoint", type=file_to_read)
+    parser.add_argument("exports", type=file_to_read, nargs="+")
     asked = parser.parse_args()
     print(pd.DataFrame([compared(asked.checkpoint, path) for path in asked.exports]).to_string(index=False))
 

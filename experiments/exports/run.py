@@ -26,8 +26,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from evopress.errors import EvoPressError
 from evopress.reporting.drawing import COLOURS, MARKERS, log_scale, new_figure, open_frame, save
-from experiments.commands import file_to_write
+from experiments.commands import existing, file_to_write, in_one_sentence
 from experiments.exports.engines import bytes_of, engine_of, opened
 from experiments.exports.mixes import DENSE, MIXES, RUNS, workspace_of
 from experiments.frames import write_frame
@@ -85,11 +86,15 @@ def best_speeds(files: Sequence[tuple[str, Path, str]], *, rounds: int, threads:
 
 
 def named(asked: Sequence[str]) -> Iterator[tuple[str, Path, str]]:
-    """Yield name, path and engine of what is asked for, as NAME=PATH or PATH; NAME@ENGINE=PATH names the engine too."""
+    """Yield name, path and engine of what is asked for, as NAME=PATH or PATH; NAME@ENGINE=PATH names the engine too.
+
+    Raises: EvoPressError if nothing is at a path, or no model.
+    """
     for each in asked:
-        name, _, path = each.rpartition("=")
+        name, _, given = each.rpartition("=")
         name, _, engine = name.partition("@")
-        yield name or Path(path).stem, Path(path), engine or engine_of(Path(path))
+        path = existing(given)
+        yield name or path.stem, path, engine or engine_of(path)
 
 
 def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
@@ -118,6 +123,7 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
     return save(figure, folder, "kl_by_size")
 
 
+@in_one_sentence()
 def main() -> None:
     """Measure what is asked for and not yet in the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,9 +139,12 @@ def main() -> None:
     parser.add_argument("--further", nargs="*", default=[], help="overrides of the model and the text, as for mixes")
     asked = parser.parse_args()
     done: list[dict[Any, Any]] = pd.read_csv(asked.results).to_dict("records") if asked.results.exists() else []
+    if not done and not asked.files:
+        raise EvoPressError(f"no file is named, and {asked.results} has none: name what is to be measured")
     known = {(row["file"], row["engine"]) for row in done}
     missing = [each for each in named(asked.files) if (each[0], each[2]) not in known]
     if missing:
+        existing(asked.dense)
         workspace = workspace_of(asked.results.parent, asked.further)
         tokens = next(iter(workspace.evaluation_data.values())).numpy()[: asked.sequences]
         scratch = asked.results.with_suffix(".reference.tmp")

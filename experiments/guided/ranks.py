@@ -37,7 +37,7 @@ from evopress.search.sensitivity import Expected, errors_at, errors_of, latest_s
 from evopress.stages.baselines import make_fitness
 from evopress.units import Budget, Genome, Space
 from evopress.workspace import Workspace
-from experiments.commands import file_to_write
+from experiments.commands import file_to_write, in_one_sentence
 from experiments.composed import settings_of
 from experiments.frames import write_frame
 from experiments.single_runs import evopress, folder_name, why_it_failed
@@ -148,6 +148,7 @@ def rows(arguments: argparse.Namespace, target: float) -> Iterator[dict[str, Any
         }
 
 
+@in_one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="quant", choices=list(TARGETS))

@@ -17,6 +17,7 @@ from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.reporting.records import read_json, read_records
+from experiments.commands import in_one_sentence
 from experiments.guided.measure import RUNS, folder_of
 from experiments.specs import SPECS, home
 from experiments.sweeps import Job, Sweep, expected_jobs, read_job
@@ -85,6 +86,7 @@ def _guided(folder: Path) -> Iterator[dict[str, Any]]:
         yield {**_with_tokens(result["rows"][-1], result), "name": "guided"}
 
 
+@in_one_sentence()
 def main() -> None:
     """Make the tables that are named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -35,6 +35,7 @@ from evopress.stages.baselines import read_baselines, stored_baselines
 from evopress.stages.evaluate import measured_rows
 from evopress.units import Genome
 from evopress.workspace import Workspace
+from experiments.commands import file_to_read, in_one_sentence
 from experiments.composed import settings_of, take_threads
 from experiments.heldout.texts import write_texts
 from experiments.specs import Spec
@@ -230,10 +231,11 @@ def render(jobs: Sequence[Job], table: Table) -> str:
     return "\n".join(parts)
 
 
+@in_one_sentence()
 def main() -> None:
     """Measure the runs that are named and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_FOLDER", help=f"default: {RUNS}/{DEFAULT}")
+    parser.add_argument("runs", nargs="*", type=file_to_read, metavar="RUN_FOLDER", help=f"default: {RUNS}/{DEFAULT}")
     parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of NAME.txt (default %(default)s)")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=FILE", help="a further text: .txt, .jsonl, …")
     parser.add_argument("--reference", default="guided, from dp", help="what others are compared with (default %(default)r)")
@@ -242,24 +244,24 @@ def main() -> None:
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked, further = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        files, reasons = write_texts(asked.texts)
-        for kind, reason in reasons.items():
-            print(f"{kind}: left out, {reason}", flush=True)
-        files |= {name: Path(path) for name, _, path in (each.partition("=") for each in asked.also)}
-        by_database: dict[str, list[Run]] = {}
-        folders = [folder for folder in asked.runs or sorted(RUNS.glob(DEFAULT)) if folder.is_dir()]
-        for run in finished_runs(folders, files, further):
-            by_database.setdefault(run.database, []).append(run)
-        jobs = [job for runs in by_database.values() for job in measured(runs, rebuilt=asked.rebuilt)]
-        table = Table(jobs, spec_of(jobs, asked.reference))
-        write_csv(asked.out / "results.csv", table.summary())
-        write_csv(asked.out / "runs.csv", table.runs())
-        text = render(jobs, table)
-        write_table(asked.out, table.spec.title, text)
-    except EvoPressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    folders = [folder for folder in asked.runs or sorted(RUNS.glob(DEFAULT)) if folder.is_dir()]
+    if not folders:
+        raise EvoPressError(
+            f"no run lies in {RUNS}/{DEFAULT}: run python -m experiments.guided.measure first, or name folders of finished runs"
+        )
+    files, reasons = write_texts(asked.texts)
+    for kind, reason in reasons.items():
+        print(f"{kind}: left out, {reason}", flush=True)
+    files |= {name: Path(path) for name, _, path in (each.partition("=") for each in asked.also)}
+    by_database: dict[str, list[Run]] = {}
+    for run in finished_runs(folders, files, further):
+        by_database.setdefault(run.database, []).append(run)
+    jobs = [job for runs in by_database.values() for job in measured(runs, rebuilt=asked.rebuilt)]
+    table = Table(jobs, spec_of(jobs, asked.reference))
+    write_csv(asked.out / "results.csv", table.summary())
+    write_csv(asked.out / "runs.csv", table.runs())
+    text = render(jobs, table)
+    write_table(asked.out, table.spec.title, text)
     print(text)
 
 

@@ -19,6 +19,7 @@ import yaml
 
 from evopress.errors import EvoPressError
 from evopress.files import write_bytes
+from experiments.commands import in_one_sentence
 
 MODULES = ("argparse", "datetime", "tarfile", "inspect", "pickle", "zipfile", "difflib", "mailbox")
 """Long ones, of many authors and styles; the first fill the tokens that a run evaluates at `scale=mini`."""
@@ -103,6 +104,7 @@ def write_texts(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     return files, reasons
 
 
+@in_one_sentence()
 def main() -> None:
     """Write the texts into the folder that is named."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):

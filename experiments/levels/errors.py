@@ -22,6 +22,7 @@ from evopress.compress.grid import Grid
 from evopress.compress.hessian import inverse_factor
 from evopress.compress.order import group_order
 from evopress.compress.ranges import fit_range
+from experiments.commands import file_to_read, in_one_sentence
 from experiments.frames import write_frame
 
 BITS = (6, 4, 3, 2)
@@ -57,10 +58,11 @@ def error_of(
     return float(((H.double() @ E) * E).sum() / ((H.double() @ Wt.double()) * Wt).sum())
 
 
+@in_one_sentence()
 def main() -> None:
     """Write `errors.csv`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("vectors", type=Path)
+    parser.add_argument("vectors", type=file_to_read)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     tensors = load_file(arguments.vectors)

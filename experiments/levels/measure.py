@@ -24,7 +24,7 @@ from evopress.methods import make_method
 from evopress.progress import duration
 from evopress.units import Genome
 from evopress.workspace import Workspace
-from experiments.commands import file_to_write
+from experiments.commands import file_to_write, in_one_sentence
 from experiments.composed import settings_of
 from experiments.frames import write_frame
 
@@ -101,6 +101,7 @@ def measure(row: str, overrides: list[str], *, seed: int) -> list[dict[str, Any]
         ]
 
 
+@in_one_sentence()
 def main() -> None:
     """Measure what is asked for and not yet in the table; write `results.csv` after each database."""
     parser = argparse.ArgumentParser(description=__doc__)

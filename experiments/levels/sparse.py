@@ -28,7 +28,7 @@ from evopress.compress.sparsegpt import RECIPES, SparseGPT
 from evopress.evaluation.heldout import measure_held_out
 from evopress.levels.union import LevelUnion
 from evopress.workspace import Workspace
-from experiments.commands import file_to_write
+from experiments.commands import file_to_read, file_to_write, in_one_sentence
 from experiments.composed import settings_of, take_threads
 from experiments.frames import write_frame
 
@@ -124,10 +124,11 @@ def workspace_of(root: Path, sparsity: float, overrides: Sequence[str]) -> Works
     return Workspace(settings, root)
 
 
+@in_one_sentence()
 def main() -> None:
     """Measure what is asked for and not in the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=Path, help="layers to measure, instead of models")
+    parser.add_argument("--inputs", type=file_to_read, help="layers to measure, instead of models")
     parser.add_argument("--target-only", action="store_true", help="build no other levels")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))

@@ -22,6 +22,7 @@ from evopress.files import write_bytes
 from evopress.reporting.drawing import save
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.units import Budget, Genome, Level, Space, Unit
+from experiments.commands import check_positive, in_one_sentence
 
 NUM_BITS = (20, 40, 60, 80)
 ZERO_SHARES = (8, 4, 2)
@@ -175,12 +176,14 @@ def _plot(cells: Sequence[Cell], folder: Path) -> None:
     plt.close(figure)
 
 
+@in_one_sentence()
 def main() -> None:
     """Measure the grid and write results.csv, table.md, plot.png and plot.svg."""
     parser = argparse.ArgumentParser(description="Measure Theorem 1 of the EvoPress paper.")
     parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="runs per cell (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the results")
     arguments = parser.parse_args()
+    check_positive(arguments, "seeds")
     arguments.out.mkdir(parents=True, exist_ok=True)
     cells = []
     for n in NUM_BITS:

@@ -19,6 +19,7 @@ from typing import Any
 from evopress.errors import EvoPressError
 from evopress.files import write_bytes
 from evopress.stages.results import read_result
+from experiments.commands import existing, in_one_sentence
 
 
 def lm_eval(
@@ -88,6 +89,7 @@ def table(lines: list[dict[str, Any]], means: dict[str, tuple[float, float, floa
     return head + body
 
 
+@in_one_sentence()
 def main() -> None:
     """Read the run, ask lm-eval, write `results.csv` and `table.md`."""
     parser = argparse.ArgumentParser(description="Compare a run's zero-shot numbers with the lm-eval command line's.")
@@ -99,31 +101,28 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
-    try:
-        rows = {row["name"]: row for row in read_result(arguments.run).get("rows", [])}
-        lines, means = [], {}
-        checkpoints = dict(given.split("=", 1) for given in arguments.checkpoint)
-        for name in checkpoints:
-            if name not in rows or "zero_shot" not in rows[name]:
-                raise EvoPressError(f"{arguments.run} has no zero-shot numbers of {name!r}: it has {', '.join(rows) or 'no rows'}")
-        for name, row in rows.items():
-            if "zero_shot" not in row:
-                continue
-            theirs = None
-            if name in checkpoints:
-                theirs = lm_eval(
-                    Path(checkpoints[name]).resolve(),
-                    [f"{task}_local" for task in row["zero_shot"]],
-                    tasks_path=arguments.tasks_path,
-                    limit=arguments.limit,
-                    batch_size=arguments.batch_size,
-                    dtype=arguments.dtype,
-                )
-            lines += compare(row, theirs)
-            means[name] = (row["zero_shot_mean"], row["zero_shot_mean_stderr"], row.get("flip_rate"))
-    except EvoPressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    rows = {row["name"]: row for row in read_result(arguments.run).get("rows", [])}
+    lines, means = [], {}
+    checkpoints = {name: existing(folder) for name, _, folder in (given.partition("=") for given in arguments.checkpoint)}
+    existing(arguments.tasks_path)
+    for name in checkpoints:
+        if name not in rows or "zero_shot" not in rows[name]:
+            raise EvoPressError(f"{arguments.run} has no zero-shot numbers of {name!r}: it has {', '.join(rows) or 'no rows'}")
+    for name, row in rows.items():
+        if "zero_shot" not in row:
+            continue
+        theirs = None
+        if name in checkpoints:
+            theirs = lm_eval(
+                checkpoints[name].resolve(),
+                [f"{task}_local" for task in row["zero_shot"]],
+                tasks_path=arguments.tasks_path,
+                limit=arguments.limit,
+                batch_size=arguments.batch_size,
+                dtype=arguments.dtype,
+            )
+        lines += compare(row, theirs)
+        means[name] = (row["zero_shot_mean"], row["zero_shot_mean_stderr"], row.get("flip_rate"))
     text = table(lines, means)
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_bytes(arguments.out / "table.md", text.encode())

@@ -218,7 +218,7 @@ def test_another_s_broken_pipe_is_no_end_of_reading(monkeypatch: pytest.MonkeyPa
     def entry() -> None:
         raise BrokenPipeError("a worker's")
 
-    monkeypatch.setattr(main, "_silenced_without_reader", lambda: False)
+    monkeypatch.setattr(main, "silenced_without_reader", lambda: False)
     with pytest.raises(SystemExit):
         main._compose_and_run(entry)
     assert "a worker's" in capsys.readouterr().err

@@ -129,7 +129,9 @@ def test_engines_are_known_by_what_lies_there(tmp_path: Path) -> None:
         assert engine_of(tmp_path / name) == name
     (tmp_path / "MLX" / "model.safetensors").write_bytes(b"abc")
     assert engine_of(tmp_path / "a.gguf") == "llama.cpp" and bytes_of(tmp_path / "MLX") == 3
-    assert [each[0::2] for each in run.named(["a/b.gguf", "x@transformers bfloat16=a"])] == [
-        ("b", "llama.cpp"),
+    file = tmp_path / "a.gguf"
+    file.touch()
+    assert [each[0::2] for each in run.named([f"{file}", f"x@transformers bfloat16={tmp_path}"])] == [
+        ("a", "llama.cpp"),
         ("x", "transformers bfloat16"),
     ]
