@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -122,11 +122,12 @@ def _run(command: Command, config: DictConfig, run_dir: Path) -> float:
     for sentence in command_line.unused(overrides, strategy=settings.search.strategy.name):
         logger.warning(sentence)
     paper = configuration.at_paper_scale(config)
-    with _noting_how_to_go_on(run_dir):
+    begin = partial(_begin, run_dir, overrides, composed, environment, resumed=settings.resume is not None)
+    with _noting_how_to_go_on(run_dir, begin) as begins:
         return pipeline.run(
             settings,
             run_dir,
-            begin=partial(_begin, run_dir, overrides, composed, environment, resumed=settings.resume is not None),
+            begin=begins,
             config=configuration.plain_dict(config),
             command=run_folder.command_of(run_dir, overrides),
             environment=environment,
@@ -179,11 +180,18 @@ def _begin(run_dir: Path, overrides: list[str], composed: Mapping[str, str], env
 
 
 @contextmanager
-def _noting_how_to_go_on(run_dir: Path) -> Iterator[None]:
-    """Add to an error how the run goes on, where a search has done something."""
+def _noting_how_to_go_on(run_dir: Path, begin: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Yield `begin`; add to an error after it, which refuses nothing, how a run goes on whose search has done something."""
+    begun = False
+
+    def begins() -> None:
+        nonlocal begun
+        begun = True
+        begin()
+
     try:
-        yield
+        yield begins
     except Exception as error:
-        if any((*run_dir.glob("state.json"), *run_dir.glob("points/*/state.json"))):
+        if begun and any((*run_dir.glob("state.json"), *run_dir.glob("points/*/state.json"))):
             error.add_note(f"what the search has done is kept; resume with: {to_go_on(run_dir)}")
         raise

@@ -67,6 +67,7 @@ def refused(finished: Any, evopress: Callable[..., Any], tmp_path: Path, no_trac
         outcome = evopress("resume=run", *arguments)
         assert outcome.code == 1, f"{arguments} was not refused: {outcome.text}"
         assert "Traceback" not in outcome.text
+        assert "has done is kept" not in outcome.text, "nothing was under way"
         (sentence,) = outcome.errors
         assert re.search(": |; ", sentence.removeprefix("error: "))
         after = contents(folder)
