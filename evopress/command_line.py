@@ -215,6 +215,15 @@ def _no_setting(found: re.Match[str], error: Exception, groups: Mapping[str, Seq
     return f"{key} is no setting: " + (f"did you mean {_either(near[:3])}?" if near else _HELP)
 
 
+def _no_seed(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
+    """A sampler of Optuna's that draws nothing: `hydra/sweeper/sampler=grid`."""
+    return (
+        "hydra/sweeper/sampler=grid draws nothing and takes no seed, which +hparams_search=optuna gives its sampler: choose "
+        "another one, such as tpe, or sweep over a grid without +hparams_search=optuna, by search/strategy=evolution "
+        "search.max_switches=1,3,7"
+    )
+
+
 def _of_a_clone(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence[str]]) -> str:
     """What is in a clone alone: `hydra/callbacks=page`."""
     return "hydra/callbacks=page needs the folder experiments, which a clone has and no installation: run it there, or leave it out"
@@ -283,6 +292,7 @@ def _twice(found: re.Match[str], error: Exception, groups: Mapping[str, Sequence
 _SENTENCES = (
     (r"Could not override '([^']*)'\. No match in the defaults list\..*?\+\S*?=(\S*)", _not_chosen),
     (r"Could not override '([^']*)'", _no_setting),
+    (r"Key 'seed' not in 'SamplerConfig'", _no_seed),
     (r"Could not (?:find|load) '([^']*)'", _no_option),
     (r"Ambiguous value for argument '([^\n]*)'", _several),
     (r"Error merging override (\S+)\n[^\n]*is not a ListConfig", _no_list),

@@ -178,6 +178,12 @@ def test_what_is_refused_in_one_sentence(arguments: list[str], sentence: str) ->
     assert told is not None and told.startswith(sentence)
 
 
+def test_a_sampler_that_draws_nothing_is_refused_where_a_seed_is_given() -> None:
+    text = "In 'hparams_search/optuna': ConfigKeyError raised while composing config:\nKey 'seed' not in 'SamplerConfig'"
+    sentence = command_line.told(ValueError(text), {})
+    assert sentence.startswith("hydra/sweeper/sampler=grid ") and "choose another one, such as tpe" in sentence
+
+
 def test_a_misspelt_setting_of_method_joint_alone_is_recognized() -> None:
     error = ValueError("Could not override 'method.droped'.")
     assert command_line.told(error, {}).startswith("method.droped is no setting: did you mean method.dropped or ")
