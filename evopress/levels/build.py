@@ -46,7 +46,7 @@ from evopress.levels.store import (
     write_manifest,
 )
 from evopress.models.blocks import BlockModel
-from evopress.progress import track
+from evopress.progress import in_bytes, track
 from evopress.ranks import batch_within_share, collective, map_shards, on_all_ranks, on_rank_zero, shares
 from evopress.resources import check_room, rooms
 from evopress.units import Space, Unit
@@ -138,12 +138,12 @@ def _preflight(
     """Compare what the build needs with what there is, before the first forward pass."""
     needs = needs_of(settings, space, entries, blocks, tokens, compressor)
     logger.info(
-        "level database: %s to build, %d units, %d levels, %.2f GB on disk, about %.2f GB of memory, %d calibration tokens",
+        "level database: %s to build, %d units, %d levels, %s on disk, about %s of memory, %d calibration tokens",
         needs.what,
         len(needs.units),
         sum(len(unit.levels) for unit in needs.units),
-        needs.disk_bytes / 1e9,
-        needs.memory_bytes / 1e9,
+        in_bytes(needs.disk_bytes),
+        in_bytes(needs.memory_bytes),
         tokens.numel(),
     )
     check_room([needs.in_folder(settings.folder)], rooms(blocks), offload=blocks.offload)

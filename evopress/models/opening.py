@@ -36,7 +36,7 @@ from evopress.models.slots import shape_of
 from evopress.models.smollm2 import ensure_smollm2
 from evopress.models.stored import loaded_files, stored_tensors
 from evopress.models.tiny import ensure_tiny
-from evopress.progress import millions
+from evopress.progress import in_bytes, millions
 from evopress.settings import AUTO, ModelSettings, QuantSettings, RunSettings
 
 logger = logging.getLogger(__name__)
@@ -299,7 +299,7 @@ class ModelSource:
         count = sum(parameter.numel() for parameter in model.parameters())
         size = count * DTYPES[self._dtype].itemsize
         name = safe_name(self._name or self.folder.absolute().name)
-        logger.info("model: %s, %s M parameters, %.3g GB in %s on %s", name, millions(count), size / 1e9, self._dtype, self._device)
+        logger.info("model: %s, %s M parameters, %s in %s on %s", name, millions(count), in_bytes(size), self._dtype, self._device)
         logger.info(
             "its weights %s, so only config.json is read: the plan assumes as much text as was asked for, and nothing cached",
             self._unread,

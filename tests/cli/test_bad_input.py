@@ -578,6 +578,7 @@ def test_a_disk_that_fills_up_while_the_database_is_built(
     again = tiny(f"level_db.root={root}", "stages=[database]")
     assert again.code == 0, again.text
     assert "1 of 2 blocks to build" in again.text
+    assert re.search(r"levels, \d+\.?\d* kB on disk, about \d+\.?\d* [kM]B of memory", again.text), again.text
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "missing", "manifest"])
