@@ -187,16 +187,25 @@ class Space:
         )
 
     def cost(self, genome: Sequence[int]) -> int:
-        """Add up what a genome spends of the budget."""
-        return self.total(self.prices, genome)
+        """Add up what a genome spends of the budget.
+
+        Raises: EvoPressError as `check`.
+        """
+        return self.total(self.prices, self.check(genome))
 
     def cost_in(self, currency: Currency, genome: Sequence[int], kind: str | None = None) -> int:
-        """Add up what a genome costs in any currency, on all units or on those of one kind."""
-        return self.total(self.prices_in(currency), genome, kind)
+        """Add up what a genome costs in any currency, on all units or on those of one kind.
+
+        Raises: EvoPressError as `check`.
+        """
+        return self.total(self.prices_in(currency), self.check(genome), kind)
 
     def stored_bits(self, genome: Sequence[int]) -> int:
-        """Add up the bits that storing a genome's levels takes, metadata included."""
-        return self.total(tuple(tuple(level.stored_bits for level in unit.levels) for unit in self.units), genome)
+        """Add up the bits that storing a genome's levels takes, metadata included.
+
+        Raises: EvoPressError as `check`.
+        """
+        return self.total(tuple(tuple(level.stored_bits for level in unit.levels) for unit in self.units), self.check(genome))
 
     @property
     def least_cost(self) -> int:
@@ -254,8 +263,8 @@ class Limit:
     """Units of which kind, or group, count; None: all."""
 
     def spent(self, space: Space, genome: Sequence[int]) -> int:
-        """Return what a genome spends of it."""
-        return space.cost_in(self.currency or space.words, genome, self.kind)
+        """Return what a genome of the space spends of it."""
+        return space.total(space.prices_in(self.currency or space.words), genome, self.kind)
 
     def bounds(self, space: Space) -> tuple[int, int]:
         """Return the least and the most that genomes spend of it, each unit for itself; what can be dropped is free."""
@@ -293,8 +302,10 @@ class Budget:
     """What the target counts beside the total, in the same: the bits of what is no unit."""
 
     def met_by(self, space: Space, genome: Sequence[int]) -> bool:
-        """Tell whether a genome is within the total and all further limits."""
-        return space.cost(genome) <= self.total and all(limit.spent(space, genome) <= limit.total for limit in self.limits)
+        """Tell whether a genome of the space is within the total and all further limits."""
+        return space.total(space.prices, genome) <= self.total and all(
+            limit.spent(space, genome) <= limit.total for limit in self.limits
+        )
 
     def exceeded(self, space: Space, genome: Sequence[int]) -> str:
         """Say which limits a genome goes over: "9500 bytes (11520)"; nothing where it keeps the budget and all of them."""

@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -165,6 +166,10 @@ def test_numbers_and_genomes_of_numpy_and_torch_are_taken(network: Any, tiny_fol
     ):
         with pytest.raises(EvoPressError, match=f"{words}.*does not exist: it has levels 0 to 2"):
             evopress.evaluate(levels, tokens(8, 32), genome)
+    space = levels.space
+    for counted in (space.cost, space.stored_bits, partial(space.cost_in, space.words)):
+        with pytest.raises(EvoPressError, match=r"level -1 of .*does not exist: it has levels 0 to 2"):
+            counted([-1] * 14)
     with pytest.raises(
         EvoPressError, match=r"^model.layers.0.*proj has no level '3bits': choose .*, it has 4 bits, 3 bits, 2 bits$"
     ):
