@@ -78,14 +78,15 @@ class CompressedTensors:
     def num_bytes(self, export: Export) -> int:
         """See `Exporter`."""
         with shape_of(export):
-            return num_bytes(self._sections(export, _Rounding())[0], _METADATA)
+            return num_bytes(self._sections(export, _Rounding(), names_in_checkpoint(export.model))[0], _METADATA)
 
     def write(self, folder: Path, export: Export) -> None:
         """Write weights, config, tokenizer and model card; see `written` for modules that are dropped."""
         rounding, dtype = _Rounding(), self._served(export)
         with shape_of(export):
-            sections, forms = self._sections(export, rounding)
-            packed = quantization_config(export.model, forms, names_in_checkpoint(export.model))
+            names = names_in_checkpoint(export.model)
+            sections, forms = self._sections(export, rounding, names)
+            packed = quantization_config(export.model, forms, names)
             config = hub_config(export.model, dtype) | {"quantization_config": packed}
             write_model(folder, export, sections, config, _METADATA)
         name = str(dtype).removeprefix("torch.")
@@ -110,8 +111,8 @@ class CompressedTensors:
     def _served(self, export: Export) -> torch.dtype:
         return self._dtype or export.model.dtype
 
-    def _sections(self, export: Export, rounding: _Rounding) -> tuple[list[Section], dict[str, Form]]:
-        dtype, names = self._served(export), names_in_checkpoint(export.model)
+    def _sections(self, export: Export, rounding: _Rounding, names: Mapping[str, str]) -> tuple[list[Section], dict[str, Form]]:
+        dtype = self._served(export)
         return packed_sections(
             export, lambda weight: _packed(weight, dtype, rounding), groups=ENGINE.groups, dtype=dtype, names=names
         )

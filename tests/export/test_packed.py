@@ -25,6 +25,7 @@ from evopress.export.exporter import DENSE, INTEGERS, SPARSE, Export, Exporter, 
 from evopress.export.gptq import GPTQFiles
 from evopress.export.named import make_exporters
 from evopress.export.tensors_file import Entry, Section, header, write_sections
+from evopress.export.written import names_in_checkpoint
 from evopress.levels.live import LiveModel
 from evopress.models.blocks import BlockModel
 from evopress.models.outline import outlined
@@ -140,7 +141,7 @@ def test_a_weight_as_it_is_lies_as_the_model_holds_it(what: str, tmp_path: Path)
     [("gpt_neox", "lm_head", "embed_out"), ("lfm3", "model.layers.2.self_attn.g_proj", "model.layers.2.self_attn.gate_proj")],
 )
 def test_tensors_have_the_names_of_checkpoints_where_vllm_reads_them(
-    model_type: str, in_model: str, in_file: str, tmp_path: Path
+    model_type: str, in_model: str, in_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GPTQModel fills transformers' own model by the names that it has."""
     model = any_model(model_type, **({"num_key_value_heads": 2} if model_type == "lfm3" else {}))  # rows of 32
@@ -162,7 +163,12 @@ def test_tensors_have_the_names_of_checkpoints_where_vllm_reads_them(
     export = Export(LiveModel(blocks, levels), model, byte_tokenizer(), (0,) * len(units), forms)
     CompressedTensors().check(model.config.to_dict(), forms)
     model.save_pretrained(tmp_path / "checkpoint")
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "evopress.export.compressed_tensors.names_in_checkpoint", lambda model: asked.append(model) or names_in_checkpoint(model)
+    )
     folder = write_export(CompressedTensors(), tmp_path / "packed", export)
+    assert len(asked) == 1
     assert CompressedTensors().num_bytes(export) == (folder / FILE).stat().st_size
     ends = r"\.weight(_packed|_scale|_zero_point|_shape)?$"
     found, expected = ({re.sub(ends, "", name) for name in load_file(each / FILE)} for each in (folder, tmp_path / "checkpoint"))
@@ -212,7 +218,9 @@ def test_a_weight_takes_what_its_engine_is_said_to_store(exported: Callable[...,
     export = exported(packed=True)
     for what, engine in (("compressed_tensors", "vllm"), ("gptq", "gptqmodel")):
         exporter: Any = EXPORTERS[what](**({"dtype": "float16"} if what == "compressed_tensors" else {}))
-        sections = exporter._sections(export, *([_Ignored()] if what == "compressed_tensors" else []))[0]
+        sections = exporter._sections(
+            export, *([_Ignored(), names_in_checkpoint(export.model)] if what == "compressed_tensors" else [])
+        )[0]
         sizes = {s.entries[0].name.rpartition(".")[0]: sum(entry.num_bytes for entry in s.entries) for s in sections}
         for form in export.forms:
             if form.kind == INTEGERS:
