@@ -305,7 +305,7 @@ class WandbTracker:
 
         def open_run() -> Any:
             return wandb.init(
-                project=self.project or wandb.setup().settings.project or PROJECT,
+                project=self.project or project_by_default(),
                 entity=self.entity,
                 id=_run_id(run_dir),
                 resume="allow" if mode == "online" else None,
@@ -423,6 +423,13 @@ def _run_id(run_dir: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, secrets.token_hex(4).encode())
     return path.read_text(encoding="ascii").strip()
+
+
+def project_by_default() -> str:
+    """Return the project that wandb is set to, by WANDB_PROJECT or its settings, else evopress."""
+    import wandb
+
+    return wandb.setup().settings.project or PROJECT
 
 
 def has_key() -> bool:

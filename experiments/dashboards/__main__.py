@@ -12,7 +12,7 @@ import argparse
 import json
 
 from evopress.errors import EvoPressError, first_line
-from evopress.reporting.tracker import has_key
+from evopress.reporting.tracker import has_key, project_by_default
 from experiments.commands import in_one_sentence
 from experiments.dashboards.build import build_report, build_workspace, specification
 
@@ -22,11 +22,13 @@ def main() -> None:
     """Create the dashboards that the command line asks for."""
     parser = argparse.ArgumentParser(description="Create the W&B report and workspace of a project.")
     parser.add_argument("--entity", required=True, help="user or team that the project belongs to")
-    parser.add_argument("--project", default="evopress", help="project that runs were tracked in (default %(default)s)")
+    parser.add_argument(
+        "--project", help="that runs were tracked in (default: what wandb is set to, by WANDB_PROJECT, else evopress)"
+    )
     parser.add_argument("--only", choices=("report", "workspace"), help="create one of the two")
     parser.add_argument("--dry-run", action="store_true", help="print the specification as JSON and create nothing")
     arguments = parser.parse_args()
-    create(arguments.entity, arguments.project, only=arguments.only, dry_run=arguments.dry_run)
+    create(arguments.entity, arguments.project or project_by_default(), only=arguments.only, dry_run=arguments.dry_run)
 
 
 def create(entity: str, project: str, *, only: str | None = None, dry_run: bool = False) -> None:

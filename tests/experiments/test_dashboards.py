@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from evopress.errors import EvoPressError
 from evopress.reporting import drawing
 from evopress.reporting.metrics import AXES
 from experiments.dashboards import build
-from experiments.dashboards.__main__ import create
+from experiments.dashboards.__main__ import create, main
 from experiments.dashboards.panels import SECTIONS, Lines, names
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")  # inside wandb-workspaces
@@ -217,3 +218,15 @@ def test_the_command_line_asks_for_an_entity() -> None:
     done = run_script("experiments.dashboards.__main__")
     assert done.code == 2
     assert "--entity" in done.text
+
+
+@needs_workspaces
+@pytest.mark.parametrize(("given", "project"), [([], "mine"), (["--project", "other"], "other")])
+def test_the_project_is_the_one_that_wandb_is_set_to(
+    given: list[str], project: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SimpleNamespace(settings=SimpleNamespace(project="mine"))
+    monkeypatch.setattr("wandb.setup", lambda: settings)
+    monkeypatch.setattr(sys, "argv", ["dashboards", "--entity", "me", "--dry-run", "--only", "workspace", *given])
+    main()
+    assert f'"project": "{project}"' in capsys.readouterr().out
