@@ -158,6 +158,7 @@ def _register_schemas() -> None:
         store.store(group="method", name=f"base_{method}", node=node)
     OmegaConf.register_new_resolver("at_scale", _at_scale, replace=True)
     OmegaConf.register_new_resolver("number_at_scale", schema.at_scale, replace=True)
+    OmegaConf.register_new_resolver("tasks_for", lambda num_gpus: num_gpus or 1, replace=True)  # of a Slurm job; without GPUs one
     OmegaConf.register_new_resolver("scaled", _scaled, replace=True)  # in configs of earlier versions
     OmegaConf.register_new_resolver("stages_by_default", lambda refine: schema.stages_by_default(refine=refine), replace=True)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
+from omegaconf import OmegaConf
 
 from evopress import config as configuration
 
@@ -149,6 +150,14 @@ def test_presets_are_those_of_the_plugins(preset: str, target: str, values: dict
         for part in key.split("."):
             node = node[part]
         assert node == value
+
+
+@pytest.mark.parametrize(("given", "tasks"), [("null", 1), ("0", 1), ("8", 8)])
+def test_a_job_without_gpus_has_one_task(given: str, tasks: int) -> None:
+    configuration.register()
+    launcher = OmegaConf.load(configuration.config_folder() / "hydra" / "launcher" / "slurm_gpus.yaml")
+    launcher = OmegaConf.merge(launcher, OmegaConf.from_dotlist([f"gpus_per_node={given}"]))
+    assert launcher.tasks_per_node == tasks
 
 
 def test_a_plugin_that_is_not_there_is_told_by_name(evopress: Callable[..., Any]) -> None:
