@@ -141,7 +141,7 @@ def judged(groups: Sequence[Group]) -> str:
         first = next(iter(group.profiles.values()))
         for statement in (each for each in STATEMENTS if each.method == group.method and each.fits(first)):
             body.append([group.name, statement.where, statement.says, *_against(statement, group.profiles)])
-    return markdown(["found", "paper", "it says", "here", "against", "difference", "verdict"], body)
+    return markdown(["found", "paper", "it says", "here", "against", "difference", "holds on", "verdict"], body)
 
 
 def _against(statement: Statement, profiles: Mapping[str, Profile]) -> list[str]:
@@ -152,7 +152,8 @@ def _against(statement: Statement, profiles: Mapping[str, Profile]) -> list[str]
         verdict += f" (p={p:.2f})"
     error = f" ± {significant(difference.standard_error, 2)}" if difference.decided else ""
     numbers = [spread([of(profile) for profile in profiles.values()]) for of in (statement.one, statement.other)]
-    return [*numbers, f"{significant(difference.mean, 3)}{error}", verdict]
+    holding = f"{statement.num_holding(profiles)} of {counted(len(profiles), 'seed')}"
+    return [*numbers, f"{significant(difference.mean, 3)}{error}", holding, verdict]
 
 
 def rows(groups: Sequence[Group]) -> list[dict[str, Any]]:

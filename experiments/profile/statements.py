@@ -65,11 +65,22 @@ class Statement:
         one, other = ({seed: of(profile) for seed, profile in profiles.items()} for of in (self.one, self.other))
         return Difference.of(one, other)
 
+    @property
+    def _sign(self) -> int:
+        """Of a difference that bears it out."""
+        return 1 if self.less != own_currency(self.method).taken_away else -1
+
+    def num_holding(self, profiles: Mapping[str, Profile]) -> int:
+        """Return on how many seeds it holds; where both are equal it does not."""
+        return sum(self._sign * (self.one(profile) - self.other(profile)) > 0 for profile in profiles.values())
+
     def verdict(self, profiles: Mapping[str, Profile]) -> str:
-        """Say "holds", "does not hold" or "a tie"; of one seed, or of equal ones, that it is so."""
-        best = max if self.less != own_currency(self.method).taken_away else min
-        found = self.difference(profiles).verdict(best)
-        return _SAID.get(found, found)
+        """Say "holds", "does not hold" or "a tie"; of one seed, or of equal ones, which of both, and that it is so."""
+        difference = self.difference(profiles)
+        found = difference.verdict(max if self._sign > 0 else min)
+        if found in _SAID:
+            return _SAID[found]
+        return f"{_SAID['better' if self._sign * difference.mean > 0 else 'worse']}, {found}"
 
     def fits(self, profile: Profile) -> bool:
         """Tell whether the model has what is spoken of."""

@@ -39,8 +39,13 @@ def test_verdicts_on_bits() -> None:
     assert verdicts("quant", turned) == ["does not hold"] * 6
     unlike = {"0": bits(2.0, 3.0, 2.4, 3.1, 2.9), "1": bits(3.0, 2.0, 2.4, 1.9, 2.1, v_proj=2.0)}
     assert verdicts("quant", unlike)[1:] == ["a tie"] * 5
-    assert set(verdicts("quant", {"0": papers["0"]})) == {"one seed"}
-    assert set(verdicts("quant", {"0": papers["0"], "1": papers["0"]})) == {"alike on all seeds"}
+    assert set(verdicts("quant", {"0": papers["0"]})) == {"holds, one seed"}
+    assert set(verdicts("quant", {"0": papers["0"], "1": papers["0"]})) == {"holds, alike on all seeds"}
+    assert set(verdicts("quant", {"0": turned["0"], "1": turned["0"]})) == {"does not hold, alike on all seeds"}
+    for profiles, count in ((papers, 2), (turned, 0), (unlike, 1)):
+        assert {each.num_holding(profiles) for each in STATEMENTS if each.method == "quant"} == {count}
+    same = bits(2.5, 2.5, 2.5, v_proj=2.5)
+    assert not any(each.num_holding({"0": same}) for each in STATEMENTS if each.method == "quant"), "equal is not less"
 
 
 def test_verdicts_on_sparsity_turn_the_sign() -> None:
@@ -50,11 +55,11 @@ def test_verdicts_on_sparsity_turn_the_sign() -> None:
         "0": Profile(0.7, {"q_proj": 0.8, "v_proj": 0.4}, blocks),
         "1": Profile(0.7, {"q_proj": 0.75, "v_proj": 0.45}, [value + 0.01 * i for i, value in enumerate(blocks)]),
     }
-    assert verdicts("sparsity", papers) == ["alike on all seeds", *["holds"] * 5]
+    assert verdicts("sparsity", papers) == ["holds, alike on all seeds", *["holds"] * 5]
     turned = {
         seed: Profile(0.7, {k: 1.4 - v for k, v in p.kinds.items()}, [1.4 - b for b in p.blocks]) for seed, p in papers.items()
     }
-    assert verdicts("sparsity", turned) == ["alike on all seeds", *["does not hold"] * 5]
+    assert verdicts("sparsity", turned) == ["does not hold, alike on all seeds", *["does not hold"] * 5]
 
 
 def test_parts_of_the_depth_have_a_block_at_least() -> None:
@@ -89,7 +94,10 @@ def test_runs_of_one_search_are_one_profile(runs: Path, tmp_path: Path) -> None:
     blocks = [float(row["mean"]) for row in rows if row["found"] == evolution and row["of"] == "block"]
     assert sum(blocks) / len(blocks) == pytest.approx(next(float(row["mean"]) for row in rows if row["of"] == "all"))
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert text.count(f"| {evolution} | F.3 |") == text.count(f"| {guided} | F.3 |") == 3 and "| one seed |" in text
+    assert (
+        text.count(f"| {evolution} | F.3 |") == text.count(f"| {guided} | F.3 |") == 3
+        and "| 1 of 1 seed | holds, one seed |" in text
+    )
     run.main([str(runs / "sparse-0"), "--out", str(tmp_path)])
     assert "guided, 50% sparsity, best levels" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
