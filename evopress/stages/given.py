@@ -150,8 +150,8 @@ def refuse_missing(workspace: Workspace, given: Sequence[tuple[str, str]], basel
     for key, name in given:
         if name == "evopress":
             raise EvoPressError(
-                f"{key} has 'evopress', which is what a run finds: give its file, such as {workspace.run_dir / 'genome.json'}, whose "
-                "weights are those without a second pass, or leave it out"
+                f"{key} has 'evopress', which is what a run finds: give its file, such as {workspace.run_dir / 'genome.json'}, "
+                "whose weights are those without a second pass, or leave it out"
             )
         if file_of(name, key) is None and name not in (*baselines, *made):
             raise EvoPressError(
