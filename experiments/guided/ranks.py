@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from evopress.errors import EvoPressError
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.population import measure_sequences
 from evopress.reporting.records import read_genome
@@ -160,12 +161,20 @@ def main() -> None:
     parser.add_argument("--results", type=file_to_write, default=FOLDER / "ranks.csv")
     parser.add_argument("further", nargs="*", help="overrides for every run, after --")
     arguments = parser.parse_args()
-    found: list[dict[str, Any]] = []
+    found: dict[tuple[str, float, int], list[dict[Any, Any]]] = {}
+    for row in pd.read_csv(arguments.results).to_dict("records") if arguments.results.exists() else ():
+        found.setdefault((row["method"], row["target"], row["seed"]), []).append(row)
+    failed: list[float] = []
     for target in arguments.targets or TARGETS[arguments.method]:
-        for row in rows(arguments, target):
-            found.append(row)
-            write_frame(arguments.results, pd.DataFrame(found), digits=None)
-            print(row, flush=True)
+        measured_now = list(rows(arguments, target))
+        print(*measured_now, sep="\n", flush=True)
+        if "failed" in measured_now[0]:  # what was measured before stays
+            failed.append(target)
+            continue
+        found[arguments.method, target, arguments.seed] = measured_now
+        write_frame(arguments.results, pd.DataFrame([row for those in found.values() for row in those]), digits=None)
+    if failed:
+        raise EvoPressError(f"runs of {', '.join(f'{target:g}' for target in failed)} failed, see above")
 
 
 if __name__ == "__main__":

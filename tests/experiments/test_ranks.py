@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from evopress.units import Budget, Level, Space, Unit
+from experiments.guided import ranks as script
 from experiments.guided.ranks import around, ranks
 
 
@@ -28,3 +33,24 @@ def test_a_perfect_predictor_reaches_the_ceiling(noise) -> None:
     perfect, opposite = ranks(kl, {"perfect": true, "opposite": -true})
     assert perfect["spearman"] == pytest.approx(perfect["ceiling"], abs=0.08) and opposite["spearman"] == -perfect["spearman"]
     assert (perfect["ceiling"] > 0.99) is (noise < 0.1)
+
+
+def test_a_run_that_fails_takes_no_measured_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    results = tmp_path / "ranks.csv"
+    told = {"predictor": "search", "spearman": 0.5}
+
+    def rows(arguments: Any, target: float) -> Iterator[dict[str, Any]]:
+        about = {"method": arguments.method, "target": target, "seed": arguments.seed}
+        yield about | ({"failed": "no such setting"} if target == 3.0 and arguments.further else told)
+
+    monkeypatch.setattr(script, "rows", rows)
+    for further, code in (((), None), (("--", "misspelt=1"), 1)):
+        monkeypatch.setattr("sys.argv", ["ranks", "--targets", "2.5", "3", "--results", str(results), *further])
+        if code is None:
+            script.main()
+            before = results.read_bytes()
+        else:
+            with pytest.raises(SystemExit) as stop:
+                script.main()
+            assert stop.value.code == code and "runs of 3 failed" in capsys.readouterr().err
+    assert results.read_bytes() == before and len(before.splitlines()) == 3
