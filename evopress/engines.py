@@ -57,6 +57,8 @@ class Engine:
     """Its file has room for zeros from 0 to 2^bits - 1 alone."""
     rows_in_words: bool = False
     """The number of rows is a multiple of 32."""
+    tied_in_words: bool = False
+    """Of each of the weights that it runs as one, the number of rows times the bits is a multiple of 32."""
     scale_dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")
     """Of the level database's scales, those that its file keeps or says how it rounds."""
     scales_as_served: bool = False
@@ -111,6 +113,7 @@ ENGINES = {
             zeros_are_codes=True,
             scales_as_served=True,
             outside=False,
+            tied_in_words=True,
             ties=_FUSED,
         ),
         Engine(

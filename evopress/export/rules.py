@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from evopress.engines import Engine
@@ -38,6 +39,8 @@ def refuse_unfit(engine: Engine, forms: Iterable[Form], *, asked: str, otherwise
             tied.setdefault((module, name), {}).setdefault(form.unit, []).append(form)
     for (_, name), members in tied.items():
         _refuse_untied(engine, name, list(members.values()), asked=asked, otherwise=otherwise)
+        if engine.tied_in_words:
+            _refuse_parts_of_words(engine, name, chain.from_iterable(members.values()), asked=asked, otherwise=otherwise)
 
 
 def refuse_experts(forms: Iterable[Form], *, asked: str, otherwise: str = "use export=[dequantized]") -> None:
@@ -130,4 +133,19 @@ def _refuse_untied(engine: Engine, name: str, members: list[list[Form]], *, aske
     raise EvoPressError(
         f"{asked} cannot hold {what}: {engine.title} fuses {', '.join(kinds)} into {name}, with the bits of the first; "
         f"search with engine={engine.name}, which gives them one level, or {otherwise}"
+    )
+
+
+def _refuse_parts_of_words(engine: Engine, name: str, forms: Iterable[Form], *, asked: str, otherwise: str) -> None:
+    """Refuse weights that run as one where the zeros of one do not fill words.
+
+    Source: vLLM 0.32 and 0.33, `_adjust_shard_indexes_for_packing`: a part has rows * bits / 32 words, rounded down.
+    """
+    if (form := next((form for form in forms if form.rows * form.bits % 32), None)) is None:
+        return
+    fit = ", ".join(str(bits) for bits in engine.bits if form.rows * bits % 32 == 0)
+    raise EvoPressError(
+        f"{asked} cannot hold {form}, which has {form.rows} rows: {engine.title} fuses {', '.join(engine.ties[name])} into {name} "
+        "and cuts off what of each one's zeros does not fill 32-bit words, so rows times bits must be a multiple of 32; "
+        + (f"set method.levels to some of {fit} bits, or {otherwise}" if fit else otherwise)
     )

@@ -13,6 +13,8 @@ from evopress.models.tiny import byte_tokenizer
 from experiments.tiny_any import any_model
 
 GROUPS = "model.group_size=32"
+EVEN = "method.levels=[6,4,2]"
+"""Bits of which 16 rows, those of the tiny model's k and v, fill words."""
 
 
 def test_a_run_by_vllm_s_rules(evopress: Callable[..., Any], tmp_path: Path) -> None:
@@ -25,7 +27,7 @@ def test_a_run_by_vllm_s_rules(evopress: Callable[..., Any], tmp_path: Path) -> 
         stages,
         "baselines.names=[uniform,best_of_random,dp]",
     )
-    outcome = evopress("+method=quant", "+debug=tiny", GROUPS, "hydra.run.dir=run", *target, *few)
+    outcome = evopress("+method=quant", "+debug=tiny", GROUPS, EVEN, "hydra.run.dir=run", *target, *few)
     assert outcome.code == 0, outcome.text
     run = tmp_path / "run"
     units = json.loads((run / "genome.json").read_text())["units"]
@@ -67,6 +69,10 @@ def test_a_run_by_vllm_s_rules(evopress: Callable[..., Any], tmp_path: Path) -> 
             ["engine=vllm"],
             "engine=vllm cannot hold model.layers.0.self_attn.q_proj at 6 bits in groups of 16: vLLM has groups of 32",
         ),
+        (
+            [GROUPS, "engine=vllm"],
+            "engine=vllm cannot hold model.layers.0.self_attn.k_proj at 5 bits in groups of 32, which has 16 rows: vLLM fuses",
+        ),
     ],
 )
 def test_what_an_engine_cannot_hold_is_refused_before_anything_is_built(
@@ -98,7 +104,7 @@ def test_a_search_for_a_file_that_is_not_written_does_not_begin(
     any_model(model_type).save_pretrained(tmp_path / model_type)
     byte_tokenizer().save_pretrained(tmp_path / model_type)
     model = ("model=local", f"model.path={tmp_path / model_type}", GROUPS, "model.sequence_length=64")
-    levels = ("+debug=tiny", "method.levels=[6,4,2]")
+    levels = ("+debug=tiny", EVEN)
     for targets in (("bits=4",), ("budgets=[3,4]",))[: 1 + (engine == "mlx")]:
         outcome = evopress("+method=quant", *targets, *levels, *model, f"engine={engine}", "dry_run=true")
         assert outcome.code == 1 and sentence in outcome.errors[0] and outcome.errors[0].endswith("engine=none"), outcome.text
@@ -110,7 +116,7 @@ def test_zeros_of_modules_that_are_dropped_alone_are_told_where_they_were_not_co
     limits = "limits=[{currency: modules, total: 2}]"
     stages = "stages=[database,search,evaluate,export]"
     few = ("evaluation.every=0", "engine=vllm", "export=[compressed_tensors]", stages, "method.include=[blocks]")
-    outcome = evopress("+method=joint", "+debug=tiny", GROUPS, "size=75kB", "hydra.run.dir=run", limits, *few)
+    outcome = evopress("+method=joint", "+debug=tiny", GROUPS, EVEN, "size=75kB", "hydra.run.dir=run", limits, *few)
     assert outcome.code == 0, outcome.text
     (row,) = (row for row in json.loads((tmp_path / "run" / "result.json").read_text())["rows"] if row["name"] == "evopress")
     weights = (tmp_path / "run" / "exports" / "compressed_tensors" / "model.safetensors").stat().st_size

@@ -92,7 +92,7 @@ def test_a_dry_run_says_what_every_stage_takes_and_leaves_nothing(
 
 @pytest.mark.parametrize(
     ("name", "model_type", "engine"),
-    [("mlx", "llama", "none"), ("gguf", "llama", "none"), ("compressed_tensors", "llama", "vllm"), ("gptq", "opt", "none")],
+    [("mlx", "llama", "none"), ("gguf", "llama", "none"), ("compressed_tensors", "opt", "vllm"), ("gptq", "opt", "none")],
 )
 def test_what_a_packed_format_takes_is_said_and_refused_before_levels_are_built(
     name: str,

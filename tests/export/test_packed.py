@@ -342,6 +342,16 @@ SAME = [integers(name, 4) for name in (Q, K, V)]
             [integers(name, bits) for name in (Q, K, V) for bits in (4, 3)],
             "self_attn.q_proj and k_proj, v_proj at levels of their own: .*engine=vllm",
         ),
+        (
+            "compressed_tensors",
+            [integers(Q, 3, rows=240), *(integers(name, 3, rows=80) for name in (K, V))],
+            "q_proj at 3 bits .* has 240 rows: .* into qkv_proj and cuts off .* method.levels to some of 2, 4, 6, 8 bits, or use",
+        ),
+        (
+            "compressed_tensors",
+            [integers(f"model.layers.0.mlp.{part}_proj", 5, rows=65) for part in ("gate", "up")],
+            "gate_proj at 5 bits .* has 65 rows: .* must be a multiple of 32; use",
+        ),
         ("gptq", [integers("a.o_proj", 4, 576)], "groups of 32, 64, 128, 256, 512, 1024, or whole rows"),
         ("gptq", [integers("a.o_proj", 4, rows=48)], r"\[48, 128\]: GPTQModel packs integers in 32-bit words"),
         ("gptq", [integers("a.o_proj", 4, scale_dtype="float32")], "whose scales are float32: GPTQModel has float16"),
@@ -354,7 +364,8 @@ def test_what_a_format_cannot_hold_is_refused(what: str, forms: list[Form], sent
 
 def test_what_fits_is_not_refused() -> None:
     tied = [integers(name, bits, tied="model.layers.0.self_attn.qkv_proj") for name in (Q, K, V) for bits in (4, 3)]
-    for forms in (SAME, tied, [integers("model.layers.0.mlp.gate_proj", 4), integers("model.layers.1.mlp.up_proj", 3)]):
+    odd = [integers(name, 4, rows=rows) for name, rows in ((Q, 240), (K, 80), (V, 80))] + [integers("a.o_proj", 3, rows=80)]
+    for forms in (SAME, tied, odd, [integers("model.layers.0.mlp.gate_proj", 4), integers("model.layers.1.mlp.up_proj", 3)]):
         CompressedTensors().check({"model_type": "llama"}, forms)
     GPTQFiles().check({}, [integers(Q, 4), integers(K, 3), integers(V, 4), integers("a.o_proj", 4, 576, columns=576)])
     with pytest.raises(EvoPressError, match="dtype=int8 is unknown"):
