@@ -26,7 +26,7 @@ from evopress.engines import ENGINES
 from evopress.errors import EvoPressError
 from evopress.export.card import model_card
 from evopress.export.exporter import Export, Form
-from evopress.export.rules import refuse_experts, refuse_unfit
+from evopress.export.rules import refuse_experts, refuse_model_types, refuse_unfit
 from evopress.export.tensors_file import Entry, Section, num_bytes
 from evopress.export.written import Weight, hub_config, names_in_checkpoint, packed_sections, shape_of, unquantized, write_model
 from evopress.levels.codec import pack_bits
@@ -35,6 +35,9 @@ from evopress.models.outline import built
 logger = logging.getLogger(__name__)
 ENGINE = ENGINES["vllm"]
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_UNREAD = ("bloom", "falcon_h1", "gptj", "stablelm", "zamba2")
+"""Model types whose packed weights vLLM 0.32 does not load: its classes do not say what they fuse (GPT-J, StableLM, Zamba2), call
+linears otherwise than weights (Falcon H1), or reorder what belongs to q, k and v as if all of it were weights (BLOOM)."""
 _METADATA = {"format": "pt"}
 
 
@@ -63,6 +66,8 @@ class CompressedTensors:
 
     def check(self, config: Mapping[str, Any], forms: Iterable[Form]) -> None:
         """Refuse what compressed-tensors does not hold, or vLLM would run as something else."""
+        why = "vLLM does not find its packed weights, or reorders them, and fails when it loads them"
+        refuse_model_types(config, _UNREAD, asked=ENGINE.export, why=why)
         forms = list(forms)
         refuse_experts(forms, asked=ENGINE.export)
         refuse_unfit(ENGINE, forms, asked=ENGINE.export, otherwise="use export=[dequantized]")

@@ -25,11 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from evopress.engines import ENGINES
-from evopress.errors import EvoPressError
 from evopress.export.card import model_card
 from evopress.export.compressed_tensors import zeros_as_codes
 from evopress.export.exporter import Export, Form
-from evopress.export.rules import refuse_experts, refuse_unfit
+from evopress.export.rules import refuse_experts, refuse_model_types, refuse_unfit
 from evopress.export.tensors_file import Entry, Section, num_bytes
 from evopress.export.written import Weight, hub_config, packed_sections, shape_of, unquantized, write_model
 from evopress.levels.codec import pack_bits
@@ -48,11 +47,8 @@ class GPTQFiles:
 
     def check(self, config: Mapping[str, Any], forms: Iterable[Form]) -> None:
         """Refuse what GPTQModel does not hold, or would leave unread."""
-        if (model_type := config.get("model_type")) in _SPLIT:
-            raise EvoPressError(
-                f"export=[gptq] cannot hold a model of type {model_type}: GPTQModel splits its gate_up_proj in two and would not "
-                "read the stored one; use export=[dequantized]"
-            )
+        why = "GPTQModel splits its gate_up_proj in two and would not read the stored one"
+        refuse_model_types(config, _SPLIT, asked=ENGINE.export, why=why)
         forms = list(forms)
         refuse_experts(forms, asked=ENGINE.export)
         refuse_unfit(ENGINE, forms, asked=ENGINE.export, otherwise="use export=[dequantized]")

@@ -49,6 +49,15 @@ def refuse_experts(forms: Iterable[Form], *, asked: str, otherwise: str = "use e
         raise EvoPressError(f"{asked} is not written for experts ({form}): {otherwise}")
 
 
+def refuse_model_types(config: Mapping[str, Any], model_types: Collection[str], *, asked: str, why: str) -> None:
+    """Raise EvoPressError if a model is of one of these types.
+
+    Args: why: the program does not read its file.
+    """
+    if (model_type := config.get("model_type")) in model_types:
+        raise EvoPressError(f"{asked} cannot hold a model of type {model_type}: {why}; use export=[dequantized]")
+
+
 def refuse_head_size(config: Mapping[str, Any], model_types: Collection[str], *, asked: str, program: str) -> None:
     """Raise EvoPressError if a model of these types says how large its heads are, otherwise than a program takes them to be.
 

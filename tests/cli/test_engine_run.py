@@ -95,6 +95,7 @@ def test_what_an_engine_cannot_hold_is_refused_before_anything_is_built(
             "gptqmodel",
             "engine=gptqmodel: export=[gptq] cannot hold a model of type phi3: GPTQModel splits its gate_up_proj",
         ),
+        ("stablelm", "vllm", "engine=vllm: export=[compressed_tensors] cannot hold a model of type stablelm: vLLM does not find"),
     ],
 )
 def test_a_search_for_a_file_that_is_not_written_does_not_begin(

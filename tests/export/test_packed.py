@@ -213,6 +213,14 @@ def test_models_whose_weights_gptqmodel_splits_are_refused(model_type: str) -> N
         GPTQFiles().check({"model_type": model_type}, [])
 
 
+@pytest.mark.parametrize("model_type", ["bloom", "falcon_h1", "gptj", "stablelm", "zamba2"])
+def test_models_whose_packed_weights_vllm_does_not_load_are_refused(model_type: str) -> None:
+    with pytest.raises(
+        EvoPressError, match=rf"^export=\[compressed_tensors\] cannot hold a model of type {model_type}: vLLM does not"
+    ):
+        CompressedTensors().check({"model_type": model_type}, [])
+
+
 def test_a_weight_takes_what_its_engine_is_said_to_store(exported: Callable[..., Export]) -> None:
     """The price that a search pays is the file's, its header aside."""
     export = exported(packed=True)
