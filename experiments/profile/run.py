@@ -2,8 +2,8 @@
 
 Source: paper, sections 4.2 and 4.3, appendices E.2 and F.3, Figures 8, 9, 11 and 12.
 
-    python -m experiments.guided.measure --recipes best --targets 2.5 --rows evolution guided --seeds 0 1 --results multirun/p.csv
-    python -m experiments.profile.run multirun/guided/quant-best-2.5-evolution-[01] multirun/guided/quant-best-2.5-guided-[01]
+    python -m experiments.guided.measure --recipes best --targets 2.5 --rows evolution guided --results multirun/p.csv
+    python -m experiments.profile.run multirun/guided/quant-best-2.5-evolution-[012] multirun/guided/quant-best-2.5-guided-[012]
 
 Reads finished runs of methods quant and sparsity, and of their level databases the manifests. Runs that differ in their seed alone
 are one profile. Writes results.csv (a row per profile and projection or block), table.md and profile.png.
