@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from evopress.reporting.tables import display_name
-from experiments.commands import in_one_sentence
+from experiments.scripts import in_one_sentence
 from experiments.specs import SPECS, home
 from experiments.sweeps import describe
 from experiments.tables import fill_readme, number_of, read_csv

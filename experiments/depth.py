@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evopress.errors import EvoPressError
-from experiments.commands import in_one_sentence
+from experiments.scripts import in_one_sentence
 from experiments.tables import write_csv, write_table
 
 if TYPE_CHECKING:

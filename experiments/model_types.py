@@ -41,7 +41,7 @@ from evopress.models.families import named_family
 from evopress.models.outline import outlined
 from evopress.settings import ModuleSettings
 from evopress.units import Genome, Space
-from experiments.commands import in_one_sentence
+from experiments.scripts import in_one_sentence
 from experiments.tiny_any import any_model, causal_types
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"

@@ -35,7 +35,7 @@ from evopress.errors import EvoPressError
 from evopress.files import explained, write_bytes
 from experiments import claims
 from experiments.clock import Clock
-from experiments.commands import with_its_jobs
+from experiments.scripts import with_its_jobs
 from experiments.single_runs import SingleRun, evopress_all, has_finished, logged, why_it_failed
 from experiments.specs import SPECS, home
 from experiments.sweeps import Sweep, describe, expected_jobs, read_job, read_sweep

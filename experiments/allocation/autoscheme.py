@@ -21,8 +21,8 @@ from typing import Any
 from evopress.errors import EvoPressError
 from evopress.models.opening import find_model
 from evopress.workspace import Workspace
-from experiments.commands import in_one_sentence
 from experiments.composed import settings_of
+from experiments.scripts import in_one_sentence
 
 OPTIONS = (6, 5, 4, 3, 2)
 """Bit widths of the default levels."""

@@ -26,8 +26,8 @@ import pandas as pd
 from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, new_figure, open_frame, save
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name
-from experiments.commands import file_to_write, with_its_jobs
 from experiments.guided.measure import KEYS, merged, read, table
+from experiments.scripts import file_to_write, with_its_jobs
 from experiments.single_runs import SingleRun, each_told, folder_name
 
 FOLDER = Path(__file__).parent

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from evopress.errors import EvoPressError
 from evopress.progress import duration
 from experiments.benchmark.sizes import Size, load_size, size_names
-from experiments.commands import in_one_sentence
+from experiments.scripts import in_one_sentence
 
 if TYPE_CHECKING:
     from experiments.benchmark.rows import Bench, Row

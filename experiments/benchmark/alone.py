@@ -16,7 +16,7 @@ from experiments.benchmark.levels import Searched
 from experiments.benchmark.search import EVALUATORS, prepare
 from experiments.benchmark.sizes import load_size, table8
 from experiments.benchmark.subject import load_subject
-from experiments.commands import file_to_read, in_one_sentence
+from experiments.scripts import file_to_read, in_one_sentence
 
 
 @in_one_sentence()

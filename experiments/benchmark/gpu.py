@@ -33,8 +33,8 @@ from evopress.models.blocks import BlockModel
 from experiments.benchmark.forward import GivenStates
 from experiments.benchmark.sizes import Shape
 from experiments.benchmark.subject import make_blocks
-from experiments.commands import in_one_sentence
 from experiments.frames import write_frame
+from experiments.scripts import in_one_sentence
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
 SIZES = {

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evopress.compress import columns, gptq, sparsegpt
 from evopress.compress.gptq import GPTQ
 from evopress.compress.sparse import SparsityLevels, derive_step
-from experiments.commands import in_one_sentence
+from experiments.scripts import in_one_sentence
 
 ROOM = 4 * 2**30
 """Bytes of a sweep."""

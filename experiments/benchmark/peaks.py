@@ -39,7 +39,7 @@ from evopress.models.tiny import byte_tokenizer
 from evopress.stages import preflight
 from evopress.stages.preflight import Plan
 from experiments.benchmark.alive import BOTH, DEVICE, HOST, Alive
-from experiments.commands import in_one_sentence
+from experiments.scripts import in_one_sentence
 
 STAGES = ("database", "search", "evaluate", "export")
 LARGE = {

@@ -28,8 +28,8 @@ from evopress.reporting.differences import Difference
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name, significant
 from experiments.calibration.texts import HELD_OUT, KINDS, TEXTS, write_texts
-from experiments.commands import file_to_write, with_its_jobs
 from experiments.guided.measure import KEYS, merged, read
+from experiments.scripts import file_to_write, with_its_jobs
 from experiments.single_runs import SingleRun, each_told
 from experiments.tables import markdown, write_table
 

@@ -20,8 +20,8 @@ from evopress.data.python_docs import PythonDocs
 from evopress.data.sources import SPLITS
 from evopress.errors import EvoPressError
 from evopress.files import write_bytes
-from experiments.commands import in_one_sentence
 from experiments.heldout.texts import LANGUAGES, MODULES, exams, module
+from experiments.scripts import in_one_sentence
 
 TEXTS = Path("multirun/calibration/texts")
 SEEDS = 3

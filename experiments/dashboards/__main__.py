@@ -13,8 +13,8 @@ import json
 
 from evopress.errors import EvoPressError, first_line
 from evopress.reporting.tracker import has_key, project_by_default
-from experiments.commands import in_one_sentence
 from experiments.dashboards.build import build_report, build_workspace, specification
+from experiments.scripts import in_one_sentence
 
 
 @in_one_sentence()

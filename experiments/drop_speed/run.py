@@ -24,8 +24,8 @@ import numpy as np
 from evopress.errors import EvoPressError
 from evopress.progress import track
 from evopress.reporting.drawing import COLOURS, MARKERS, new_figure, open_frame, save
-from experiments.commands import check_positive
 from experiments.depth import BATCH_TOKENS, DepthModel, load, model_options, publish, run
+from experiments.scripts import check_positive
 from experiments.tables import markdown
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from evopress.export.gguf_model import architecture, order_of_rows
-from experiments.commands import file_to_read, in_one_sentence
 from experiments.exports.engines import bytes_of, decompressed, engine_of
+from experiments.scripts import file_to_read, in_one_sentence
 
 Weights = Iterator[tuple[str, NDArray[np.float32]]]
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evopress.errors import EvoPressError
-from experiments.commands import existing, in_one_sentence
+from experiments.scripts import existing, in_one_sentence
 
 PROMPT_TOKENS, GENERATED_TOKENS = 256, 32
 

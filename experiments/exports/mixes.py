@@ -26,10 +26,10 @@ from evopress.export.gguf import FILE, GGUF
 from evopress.export.gguf_model import architecture
 from evopress.stages.exports import what_is_exported
 from evopress.workspace import Workspace
-from experiments.commands import in_one_sentence
 from experiments.composed import settings_of
 from experiments.exports.llama_cpp import quantize
 from experiments.frames import write_frame
+from experiments.scripts import in_one_sentence
 
 RUNS = Path("multirun/exports")
 MIXES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M")

@@ -22,9 +22,9 @@ from typing import Any
 import pandas as pd
 
 from evopress.engines import ENGINES, NONE
-from experiments.commands import file_to_write, with_its_jobs
 from experiments.frames import write_frame
 from experiments.joint.run import has_run, rows_of
+from experiments.scripts import file_to_write, with_its_jobs
 from experiments.single_runs import why_it_failed
 
 FOLDER = Path(__file__).parent

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 
 from evopress.errors import EvoPressError
 from evopress.reporting.drawing import COLOURS, MARKERS, log_scale, new_figure, open_frame, save
-from experiments.commands import existing, file_to_write, in_one_sentence
 from experiments.exports.engines import bytes_of, engine_of, opened
 from experiments.exports.mixes import DENSE, MIXES, RUNS, workspace_of
 from experiments.frames import write_frame
+from experiments.scripts import existing, file_to_write, in_one_sentence
 
 FOLDER = Path(__file__).parent
 _NAMED = "llama.cpp's mixes, importance matrix"

@@ -23,8 +23,8 @@ import numpy as np
 from evopress.errors import EvoPressError
 from evopress.progress import track
 from evopress.reporting.drawing import COLOURS, log_scale, new_figure, open_frame, save, show_tokens
-from experiments.commands import check_positive
 from experiments.depth import BATCH_TOKENS, load, model_options, perplexities, publish, run
+from experiments.scripts import check_positive
 from experiments.tables import markdown
 
 if TYPE_CHECKING:

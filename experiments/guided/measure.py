@@ -23,8 +23,8 @@ from evopress.errors import EvoPressError
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, open_frame, save, show_tokens
 from evopress.reporting.records import read_json, read_records
-from experiments.commands import file_to_write, with_its_jobs
 from experiments.frames import write_frame
+from experiments.scripts import file_to_write, with_its_jobs
 from experiments.single_runs import SingleRun, each_told, folder_name
 
 FOLDER = Path(__file__).parent

@@ -38,9 +38,9 @@ from evopress.search.sensitivity import Expected, errors_at, errors_of, latest_s
 from evopress.stages.baselines import make_fitness
 from evopress.units import Budget, Genome, Space
 from evopress.workspace import Workspace
-from experiments.commands import file_to_write, in_one_sentence
 from experiments.composed import settings_of
 from experiments.frames import write_frame
+from experiments.scripts import file_to_write, in_one_sentence
 from experiments.single_runs import evopress, folder_name, why_it_failed
 
 FOLDER = Path(__file__).parent

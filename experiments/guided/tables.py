@@ -17,8 +17,8 @@ from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.reporting.records import read_json, read_records
-from experiments.commands import in_one_sentence
 from experiments.guided.measure import RUNS, folder_of
+from experiments.scripts import in_one_sentence
 from experiments.specs import SPECS, home
 from experiments.sweeps import Job, Sweep, expected_jobs, read_job
 from experiments.tables import write_tables

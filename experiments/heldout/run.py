@@ -35,9 +35,9 @@ from evopress.stages.baselines import read_baselines, stored_baselines
 from evopress.stages.evaluate import measured_rows
 from evopress.units import Genome
 from evopress.workspace import Workspace
-from experiments.commands import file_to_read, in_one_sentence
 from experiments.composed import settings_of, take_threads
 from experiments.heldout.texts import write_texts
+from experiments.scripts import file_to_read, in_one_sentence
 from experiments.specs import Spec
 from experiments.sweeps import Job
 from experiments.tables import Group, Table, about_sweep, in_order, markdown, write_csv, write_table

@@ -19,7 +19,7 @@ import yaml
 
 from evopress.errors import EvoPressError
 from evopress.files import write_bytes
-from experiments.commands import in_one_sentence
+from experiments.scripts import in_one_sentence
 
 MODULES = ("argparse", "datetime", "tarfile", "inspect", "pickle", "zipfile", "difflib", "mailbox")
 """Long ones, of many authors and styles; the first fill the tokens that a run evaluates at `scale=mini`."""

@@ -21,8 +21,8 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.commands import file_to_write, with_its_jobs
 from experiments.frames import write_frame
+from experiments.scripts import file_to_write, with_its_jobs
 from experiments.single_runs import SingleRun, evopress, evopress_all, folder_name, why_it_failed
 
 FOLDER = Path(__file__).parent

@@ -22,8 +22,8 @@ from evopress.compress.grid import Grid
 from evopress.compress.hessian import inverse_factor
 from evopress.compress.order import group_order
 from evopress.compress.ranges import fit_range
-from experiments.commands import file_to_read, in_one_sentence
 from experiments.frames import write_frame
+from experiments.scripts import file_to_read, in_one_sentence
 
 BITS = (6, 4, 3, 2)
 GROUP_SIZE = 64

@@ -20,8 +20,8 @@ from typing import Any
 import pandas as pd
 
 from evopress.reporting.records import read_json
-from experiments.commands import file_to_write, with_its_jobs
 from experiments.frames import write_frame
+from experiments.scripts import file_to_write, with_its_jobs
 from experiments.single_runs import SingleRun, each_told, folder_name
 
 TABLE = Path(__file__).with_suffix(".csv")

@@ -24,9 +24,9 @@ from evopress.methods import make_method
 from evopress.progress import duration
 from evopress.units import Genome
 from evopress.workspace import Workspace
-from experiments.commands import file_to_write, in_one_sentence
 from experiments.composed import settings_of
 from experiments.frames import write_frame
+from experiments.scripts import file_to_write, in_one_sentence
 
 ROWS: dict[str, list[str]] = {
     "paper": ["method.recipe=paper"],

@@ -28,9 +28,9 @@ from evopress.compress.sparsegpt import RECIPES, SparseGPT
 from evopress.evaluation.heldout import measure_held_out
 from evopress.levels.union import LevelUnion
 from evopress.workspace import Workspace
-from experiments.commands import file_to_read, file_to_write, in_one_sentence
 from experiments.composed import settings_of, take_threads
 from experiments.frames import write_frame
+from experiments.scripts import file_to_read, file_to_write, in_one_sentence
 
 SPARSITIES = (0.7, 0.6, 0.5)
 TABLE = Path(__file__).with_suffix(".csv")

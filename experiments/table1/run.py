@@ -26,8 +26,8 @@ from evopress.progress import track
 from evopress.reporting.dropped import dropped_modules_figure
 from evopress.reporting.tables import significant
 from evopress.units import Genome, Space
-from experiments.commands import check_positive
 from experiments.depth import load, model_options, perplexities, publish, run
+from experiments.scripts import check_positive
 from experiments.tables import markdown
 
 if TYPE_CHECKING:

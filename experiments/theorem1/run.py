@@ -22,7 +22,7 @@ from evopress.files import write_bytes
 from evopress.reporting.drawing import save
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.units import Budget, Genome, Level, Space, Unit
-from experiments.commands import check_positive, in_one_sentence
+from experiments.scripts import check_positive, in_one_sentence
 
 NUM_BITS = (20, 40, 60, 80)
 ZERO_SHARES = (8, 4, 2)

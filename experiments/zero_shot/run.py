@@ -19,7 +19,7 @@ from typing import Any
 from evopress.errors import EvoPressError
 from evopress.files import write_bytes
 from evopress.stages.results import read_result
-from experiments.commands import existing, in_one_sentence
+from experiments.scripts import existing, in_one_sentence
 
 
 def lm_eval(

@@ -48,7 +48,7 @@ def test_a_wrong_value_is_one_sentence(name: str, tmp_path: Path, monkeypatch, c
 
 
 def test_a_reader_who_has_had_enough_is_told_nothing() -> None:
-    script = "from experiments.commands import in_one_sentence\nwith in_one_sentence():\n    print('line\\n' * 100_000)"
+    script = "from experiments.scripts import in_one_sentence\nwith in_one_sentence():\n    print('line\\n' * 100_000)"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == b"line\n"
