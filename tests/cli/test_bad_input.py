@@ -76,7 +76,7 @@ SETTINGS = {
     "propagated level is missing": (["method.levels=[3,2]", "bits=2.5"], ["propagate_bits=4", "[3, 2]"]),
     "correction of dense activations": (
         ["method.correction=0.5", "method.propagate_bits=null"],
-        ["method.correction=0.5", "propagate_bits=null", "lose nothing"],
+        ["method.correction=0.5", "propagate_bits=null", "has no effect"],
     ),
     "second pass corrected by more than all": (["refine.correction=1.5"], ["refine.correction=1.5", "a share, 0 to 1"]),
     "a level that is no bit width": (["method.levels=[4,x]", "bits=3"], ["method.levels", "'x'", "dense"]),
@@ -125,7 +125,10 @@ SETTINGS = {
     "unknown evaluation data": (["evaluation.data=[wikitext3]"], ["'wikitext3'", "wikitext2"]),
     "held-out file is missing": (["+evaluation.files.wiki=none.txt"], ["none.txt", "does not exist"]),
     "WikiText's layout of no file": (["evaluation.wikitext=[wiki]"], ["'wiki'", "evaluation.files"]),
-    "held-out file is named like another set": (["+evaluation.files.python_docs=a.txt"], ["'python_docs'", "another name"]),
+    "held-out file is named like another set": (
+        ["+evaluation.files.python_docs=a.txt"],
+        ["'python_docs'", "already the name of another data set"],
+    ),
     "activations": (["level_db.activations=tape"], ["level_db.activations=tape", "disk"]),
     "tracker's mode": (["tracker=wandb", "tracker.mode=remote"], ["tracker.mode=remote", "offline"]),
     "negative seed": (["seed=-1"], ["seed=-1"]),
@@ -212,7 +215,10 @@ SPARSITY = {
     "unknown compressor": (["method.compressor=random"], ["method.compressor=random", "sparsegpt, wanda, magnitude"]),
     "unknown recipe": (["method.recipe=worst"], ["method.recipe=worst", "paper, best"]),
     "OWL without Hessians": (["level_db.keep_hessians=false"], ["owl", "level_db.keep_hessians=true"]),
-    "OWL outside the blocks": (["method.include=[blocks,head]"], ["owl", "method.include=['blocks', 'head']", "leave it out"]),
+    "OWL outside the blocks": (
+        ["method.include=[blocks,head]"],
+        ["owl", "method.include=[blocks] only, not ['blocks', 'head']", "leave it out"],
+    ),
     "OWL's tokens": (["baselines.owl_tokens=4096"], ["baselines.owl_tokens=4096", "calibration_tokens=1024"]),
     "a bound that allows no switch": (["search.max_level=0"], ["search.max_level=0", "at least 1"]),
     "a total that allows no switch": (["search.max_total_deviation=1"], ["search.max_total_deviation=1", "at least 2"]),
