@@ -64,7 +64,7 @@ from evopress.settings import (
 from evopress.stages.checks import check_strategy, check_tokens, searching_of
 from evopress.stages.earlier import refuse_other_settings
 from evopress.stages.exports import forms_of, refuse_unfit_formats, what_is_exported
-from evopress.stages.refine import refine_genome, summary_of
+from evopress.stages.refine import refine_genome, summary_of, why_nothing
 from evopress.stages.search import search as run_the_search
 from evopress.units import Genome, Space
 from evopress.workspace import Workspace
@@ -342,8 +342,7 @@ def build_levels(
     if bits is not None and size is not None:
         raise EvoPressError(f"bits={bits} and size={size} are both given: leave one of them out")
     calibration = model.sequences(text)
-    kept = tempfile.TemporaryDirectory(prefix="evopress-") if folder is None else None
-    root = Path(kept.name) if kept is not None else _path(folder)
+    root, kept = _folder(folder)
     target = _checked(RunSettings, {"bits": bits, "sparsity": sparsity, "size": size, "engine": engine}, what="the target")
     run = RunSettings(
         model=replace(model.settings, sequence_length=calibration.shape[1]),
@@ -392,8 +391,7 @@ def search(
     seed = _checked(RunSettings, {"seed": seed}, what="search")["seed"]
     tokens = levels.model.sequences(text)
     calibration = levels.workspace.calibration_tokens
-    kept = tempfile.TemporaryDirectory(prefix="evopress-") if folder is None else None
-    run_dir = Path(kept.name) if kept is not None else _path(folder)
+    run_dir, kept = _folder(folder)
     make_folder(run_dir)
     run = replace(
         levels.settings,
@@ -443,13 +441,11 @@ def refine(
     _check_levels(levels)
     given, workspace = _genome(levels, genome), levels.workspace
     if not workspace.refines:
-        why = "stores no weights" if workspace.method.weights is None else "drops modules"
-        raise EvoPressError(f"method {workspace.method.name} {why}, so there is nothing to refine: leave refine out")
+        raise EvoPressError(f"{why_nothing(workspace)}: leave refine out")
     tokens = levels.model.sequences(text)
-    kept = tempfile.TemporaryDirectory(prefix="evopress-") if folder is None else None
-    run_dir = Path(kept.name) if kept is not None else _path(folder)
-    make_folder(run_dir)
     settings = _made(RefineSettings, {"tokens": tokens.numel(), "correction": correction}, what="refine")
+    run_dir, kept = _folder(folder)
+    make_folder(run_dir)
     refining = Workspace(
         replace(levels.settings, refine=settings),
         run_dir,
@@ -542,6 +538,14 @@ def _path(folder: Any) -> Path:
     if not isinstance(folder, str | PathLike):
         raise EvoPressError(f"the folder is {folder!r:.100}: give its path")
     return given_path(Path(folder), "folder")
+
+
+def _folder(given: Any) -> tuple[Path, Any]:
+    """Return the folder that is given, or a temporary one and what removes that when nothing needs it any more."""
+    if given is not None:
+        return _path(given), None
+    kept = tempfile.TemporaryDirectory(prefix="evopress-")
+    return Path(kept.name), kept
 
 
 def _refuse_other_models(model: Any) -> None:

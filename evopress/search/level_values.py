@@ -39,8 +39,7 @@ class LevelValues:
 
     def all(self) -> list[list[float]]:
         """Return values[unit][level] by the geometric mean of the sensitivities."""
-        mean = np.exp(np.log(self.sensitivities).mean(axis=0)) if self.sensitivities else np.ones(len(self._errors))
-        return self._of(mean)
+        return self._of(_mean(self.sensitivities) if self.sensitivities else np.ones(len(self._errors)))
 
     def expected(self) -> Expected:
         """Return what is expected of genomes by them."""
@@ -61,7 +60,7 @@ class LevelValues:
         found = np.asarray(sensitivities, dtype=np.float64).reshape(-1, len(self._space))
         if not len(found):
             return None
-        mean = np.exp(np.log(found).mean(axis=0))
+        mean = _mean(found)
         self.sensitivities = [mean.tolist()]
         return self._of(mean)
 
@@ -107,3 +106,9 @@ class LevelValues:
 
     def _of(self, sensitivities: np.ndarray) -> list[list[float]]:
         return [(weight * of_unit).tolist() for weight, of_unit in zip(sensitivities, self._errors, strict=True)]
+
+
+def _mean(sensitivities: Any) -> np.ndarray:
+    """Return the geometric mean over attributions."""
+    found: np.ndarray = np.exp(np.log(sensitivities).mean(axis=0))
+    return found

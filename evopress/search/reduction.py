@@ -8,6 +8,7 @@ budget bounds it from above. A level that adds more than the gap between the two
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -37,16 +38,24 @@ class Relaxation:
 
     def worth_choosing(self) -> np.ndarray:
         """Tell of every variable whether it may be in a best solution; all that are allowed where nothing within is found."""
-        price = self._least_price()
-        if price is None:
+        prices = self._least_prices()
+        if prices is None:
             return self.allowed
-        bounds = [self._bounded(each) for each in price]
-        added, lower = max(bounds, key=lambda bound: bound[1])
-        gap = self._value(self._filled(self._chosen(price[-1]))) - lower
+        at = [self._at(price) for price in prices]
+        added, _, lower = max(at, key=lambda each: each[2])
+        gap = self._value(self._filled(at[-1][1])) - lower
         return self.allowed & (added <= gap + _ROUNDING * (abs(lower) + np.abs(self.values[self.allowed]).max(initial=1.0)))
 
-    def _regrets(self, price: float) -> tuple[np.ndarray, np.ndarray, float]:
-        """Return of every variable what it adds to its unit's least, which variable that is, of every unit, and the sum."""
+    @cached_property
+    def _is_module(self) -> np.ndarray:
+        """Of each unit, whether others lie in it."""
+        return np.isin(np.arange(len(self.module)), self.module)
+
+    def _at(self, price: float) -> tuple[np.ndarray, np.ndarray, float]:
+        """Relax the budget at a price: return what every variable adds, the least variable of every unit, and the lower bound.
+
+        Units of dropped modules have a variable too, which counts for nothing.
+        """
         count = len(self.module)
         weighed = np.where(self.allowed, self.values + price * self.costs, np.inf)
         inside = self.module >= 0
@@ -65,20 +74,16 @@ class Relaxation:
         np.minimum.at(keeping, self.unit[self.keeps], added[self.keeps])
         lies = inside[self.unit]
         added[lies] += keeping[self.module[self.unit[lies]]]
-        return added, first, float(least[~inside].sum())
+        return added, first, float(least[~inside].sum()) - price * self.capacity
 
-    def _bounded(self, price: float) -> tuple[np.ndarray, float]:
-        added, _, total = self._regrets(price)
-        return added, total - price * self.capacity
-
-    def _chosen(self, price: float) -> np.ndarray:
-        """Return the variables of the least genome at a price; units of dropped modules have one, which counts for nothing."""
-        return self._regrets(price)[1]
+    def _exceeds(self, price: float) -> bool:
+        """Tell whether the least genome at a price is beyond the capacity."""
+        return self._cost(self._at(price)[1]) > self.capacity
 
     def _there(self, chosen: np.ndarray) -> np.ndarray:
         """Tell of every unit whether its level counts."""
         kept = np.ones(len(self.module) + 1, dtype=bool)  # the last is of no module
-        kept[:-1] = self.keeps[chosen] | ~np.isin(np.arange(len(self.module)), self.module)
+        kept[:-1] = self.keeps[chosen] | ~self._is_module
         return kept[self.module]
 
     def _value(self, chosen: np.ndarray) -> float:
@@ -87,12 +92,12 @@ class Relaxation:
     def _cost(self, chosen: np.ndarray) -> float:
         return float(self.costs[chosen[self._there(chosen)]].sum())
 
-    def _least_price(self) -> tuple[float, ...] | None:
+    def _least_prices(self) -> tuple[float, ...] | None:
         """Return prices next to each other, of which the last one's genome is within the capacity; None if none was found."""
-        if self._cost(self._chosen(0.0)) <= self.capacity:
+        if not self._exceeds(0.0):
             return (0.0,)
         low, high = 0.0, 1e-6
-        while self._cost(self._chosen(high)) > self.capacity:
+        while self._exceeds(high):
             low, high = high, 4.0 * high
             if high > 1e18:
                 return None
@@ -100,7 +105,7 @@ class Relaxation:
             middle = (low + high) / 2
             if not low < middle < high:
                 break
-            if self._cost(self._chosen(middle)) > self.capacity:
+            if self._exceeds(middle):
                 low = middle
             else:
                 high = middle
@@ -109,8 +114,7 @@ class Relaxation:
     def _filled(self, chosen: np.ndarray) -> np.ndarray:
         """Spend what is left, the level that takes most off the value first."""
         chosen, left = chosen.copy(), self.capacity - self._cost(chosen)
-        is_module = np.isin(np.arange(len(self.module)), self.module)
-        movable = self.allowed & (self._there(chosen) & ~is_module)[self.unit]
+        movable = self.allowed & (self._there(chosen) & ~self._is_module)[self.unit]
         for _ in range(_FILLINGS):
             costs = self.costs - self.costs[chosen][self.unit]
             gains = np.where(movable & (costs <= left), self.values[chosen][self.unit] - self.values, 0.0)

@@ -134,15 +134,14 @@ def refine(workspace: Workspace) -> None:
     Skipped, and said, where there is nothing to gain: modules are dropped, or every unit is at a level that is its weight itself.
     """
     if not workspace.refines:
-        why = "stores no weights" if workspace.method.weights is None else "drops modules, which the second pass does not know yet"
-        logger.info("refine: method %s %s, so there is nothing to refine", workspace.method.name, why)
+        logger.info("refine: %s", why_nothing(workspace))
         return
     take_best_so_far(workspace)
     path, database = _genome_file(workspace), _database(workspace)
     genome = read_genome(path, database.space, database=database.fingerprint)
     started = time.monotonic()
-    settings = refine_settings(workspace, genome)
-    _remove_others(workspace.run_dir, folder_of(settings, database) if inexact_units(database, genome) else None)
+    gains = bool(inexact_units(database, genome))
+    _remove_others(workspace.run_dir, folder_of(refine_settings(workspace, genome), database) if gains else None)
     refined = refine_genome(workspace, genome)
     if refined is None:
         return
@@ -151,6 +150,12 @@ def refine(workspace: Workspace) -> None:
     result = read_result(workspace.run_dir)
     result["refine"] = summary
     write_json(workspace.run_dir / "result.json", result)
+
+
+def why_nothing(workspace: Workspace) -> str:
+    """Say why a method has nothing to refine, where it has not."""
+    why = "stores no weights" if workspace.method.weights is None else "drops modules, which the second pass does not know yet"
+    return f"method {workspace.method.name} {why}, so there is nothing to refine"
 
 
 def refine_genome(workspace: Workspace, genome: Genome) -> LevelDatabase | None:
