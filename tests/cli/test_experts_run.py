@@ -37,8 +37,9 @@ def folder(request: Any, tmp_path: Path) -> Path:
 
 
 def test_every_expert_has_levels_and_what_a_token_reads_is_counted(
-    folder: Path, evopress: Callable[..., Any], tmp_path: Path
+    folder: Path, evopress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.undo()  # figures are drawn here
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     parameters = dict(model.named_parameters())
     experts = [p for name, p in parameters.items() if name.endswith(("gate_up_proj", "down_proj"))]

@@ -108,7 +108,7 @@ def test_exact_scales_of_a_named_genome(copied: Path, evopress: Callable[..., An
         (["export=[ml]"], "export=ml is unknown: choose one of dequantized, mlx"),
         (["export=[]"], "export is empty"),
         (["export=mlx"], "write 'export=[mlx]'"),
-        (["+export_options.mlx.scales=float32"], "export=['dequantized'] does not name"),
+        (["+export_options.mlx.scales=float32"], "export_options has mlx, which is not in export=['dequantized']"),
         (["export=[mlx]", "+export_options.mlx.bits=3"], "the exporter mlx does not accept"),
         (["export=[mlx]", "+export_options.mlx.scales=bfloat16"], "choose float16 or float32"),
     ],

@@ -620,7 +620,8 @@ def test_whatever_the_self_check_meets_is_one_sentence(
         raise BROKEN[case]
 
     monkeypatch.setattr(f"evopress.models.blocks.BlockModel.{where}", broken)
-    refused(tiny(DRY), f"block by block failed ({type(BROKEN[case]).__name__}: ", "use fitness.evaluator=plain")
+    words = ": " if str(BROKEN[case]) else "): "
+    refused(tiny(DRY), f"block by block failed ({type(BROKEN[case]).__name__}{words}", "use fitness.evaluator=plain")
 
 
 def test_too_little_memory_for_the_self_check_is_told_as_that(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
