@@ -1,4 +1,7 @@
-"""The integer program of a genome: one level for each unit, the least sum of values, costs within limits; exact.
+"""The integer program of a genome: one level for each unit, the least sum of values, costs within limits.
+
+Exact below a thousand units; of more, what no best genome can have is ruled out before, and the solver ends where what it has found
+is good enough, or after a number of nodes (`reduction.py`; the log says at level DEBUG how far from the best that can be).
 
 With x[u, l] = 1 where unit u is at level l, a unit has one level, and one that lies in a module has one as long as the module is
 kept: the levels of both then add up to the same. So what lies in a dropped module costs nothing and counts for nothing.
@@ -6,9 +9,11 @@ kept: the levels of both then add up to the same. So what lies in a dropped modu
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +23,8 @@ from evopress.units import Budget, Genome, Space
 
 if TYPE_CHECKING:
     from scipy.optimize import LinearConstraint
+
+logger = logging.getLogger(__name__)
 
 
 def best_in(
@@ -73,9 +80,12 @@ def best_genome(
     # The solver stops at an absolute gap of 1e-6, which must be small against every difference that matters.
     objective = objective / (np.abs(objective).max() or 1.0) * 1e4
     capacities = [_Capacity(variables, prices, total) for prices, total in limits]
-    if changes is None and len(values) >= _MANY_UNITS and len(capacities) == 1:
-        allowed = variables.relaxation(objective, allowed, capacities[0]).worth_choosing()
-    genome = _solved(variables, objective, allowed, capacities, changes)
+    if any(capacity.left < 0 for capacity in capacities):
+        return None
+    if changes is None and len(values) >= _MANY_UNITS:
+        genome = _of_many(variables, objective, allowed, capacities)
+    else:
+        genome = _solved(variables, objective, allowed, capacities, changes)
     if genome is None:
         return None
     there = variables.there(genome)
@@ -85,8 +95,10 @@ def best_genome(
     )
 
 
-_MANY_UNITS = 2000
-"""Of so many the solver takes minutes, of a few thousand more it does not come to an end: most levels are ruled out before."""
+_MANY_UNITS = 1000
+"""Of so many the solver may take minutes, or not come to an end: most levels are ruled out before, and it is told when to end."""
+_END: dict[str, Any] = {"mip_rel_gap": 1e-5, "node_limit": 1000}
+"""A gap of the sum of values, and seconds by any measure but a clock's, which would not give the same twice."""
 
 
 class _Variables:
@@ -148,23 +160,31 @@ class _Variables:
                 same[0, self._kept[module]] -= 1.0
         return LinearConstraint(same, lb=number - most)
 
-    def relaxation(self, objective: np.ndarray, allowed: np.ndarray, capacity: _Capacity) -> Relaxation:
-        """Return the program with a price on what is spent."""
+    def relaxation(self, objective: np.ndarray, allowed: np.ndarray, capacities: Sequence[_Capacity]) -> Relaxation:
+        """Return the program with prices on what is spent."""
         keeps = np.zeros(self.size, dtype=bool)
         keeps[[variable for those in self._kept.values() for variable in those]] = True
         return Relaxation(
             values=objective,
-            costs=capacity.costs,
+            costs=np.stack([capacity.costs for capacity in capacities]),
             allowed=allowed,
             unit=np.repeat(np.arange(len(self.counts)), self.counts),
             module=np.array([-1 if module is None else module for module in self.inside]),
             keeps=keeps,
-            capacity=capacity.left,
+            capacities=np.array([capacity.left for capacity in capacities], dtype=np.float64),
         )
 
     def genome(self, x: np.ndarray) -> list[int]:
         """Return the level of every unit: the variable that is next to 1."""
         return [int(np.argmax(of_unit)) for of_unit in np.split(x, self.starts[1:])]
+
+    def levels(self, chosen: np.ndarray) -> list[int]:
+        """Return the level of every unit by its variable."""
+        return [int(level) for level in chosen - self.starts]
+
+    def total(self, objective: np.ndarray, genome: Sequence[int]) -> float:
+        """Add up what counts."""
+        return float(objective[(self.starts + genome)[np.array(self.there(genome))]].sum())
 
     def there(self, genome: Sequence[int]) -> list[bool]:
         """Tell of every unit whether it is in no module that the genome drops."""
@@ -201,17 +221,16 @@ def _solved(
     objective: np.ndarray,
     allowed: np.ndarray,
     capacities: Sequence[_Capacity],
-    changes: LinearConstraint | None,
+    changes: LinearConstraint | None = None,
+    end: Mapping[str, Any] = MappingProxyType({"mip_rel_gap": 0.0}),
 ) -> list[int] | None:
-    """Return the best genome within all capacities, counted in integers; None if there is none.
+    """Return the best genome within all capacities, counted in integers; None if there is none, or none before the end.
 
     Numbers of eight digits are not exact in the solver, which takes 0.999999 for 1: a capacity that what it finds exceeds is
     tightened until nothing does.
     """
     from scipy.optimize import Bounds, milp  # half a second, which naming a strategy need not wait for
 
-    if any(capacity.left < 0 for capacity in capacities):
-        return None
     levels, also = variables.one_level_each(), () if changes is None else (changes,)
     while True:
         result = milp(
@@ -219,7 +238,7 @@ def _solved(
             integrality=np.ones(variables.size),
             bounds=Bounds(0, allowed.astype(np.float64)),
             constraints=[levels, *(capacity.constraint() for capacity in capacities), *also],
-            options={"mip_rel_gap": 0.0},
+            options=dict(end),
         )
         if result.x is None:
             return None
@@ -228,6 +247,19 @@ def _solved(
         exceeded = [capacity.tighten(genome, there) for capacity in capacities]
         if not any(exceeded):
             return genome
+
+
+def _of_many(
+    variables: _Variables, objective: np.ndarray, allowed: np.ndarray, capacities: Sequence[_Capacity]
+) -> list[int] | None:
+    """Return the best genome that the solver finds among what is left, or that of the relaxation where that is better."""
+    reduced = variables.relaxation(objective, allowed, capacities).reduced()
+    if reduced.within is None:
+        return _solved(variables, objective, reduced.allowed, capacities)
+    found = [variables.levels(reduced.within), _solved(variables, objective, reduced.allowed, capacities, end=_END)]
+    value, genome = min((variables.total(objective, genome), genome) for genome in found if genome is not None)
+    logger.debug("integer program of %d units: at most %.1e above the best", len(genome), 1 - reduced.lower / (value or 1.0))
+    return genome
 
 
 def _worth_making(

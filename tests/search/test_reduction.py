@@ -9,13 +9,14 @@ import pytest
 from evopress.search import program
 from evopress.search.constraint import tables_of
 from evopress.search.program import best_genome, best_in
-from evopress.search.reduction import Relaxation
+from evopress.search.reduction import Reduced, Relaxation
 from evopress.units import Budget
 
 
 def both(monkeypatch: pytest.MonkeyPatch, call):
     """Return what a call finds without the reduction, and with it."""
     found = []
+    monkeypatch.setattr(program, "_END", {"mip_rel_gap": 0.0})
     for least in (10**9, 0):
         monkeypatch.setattr(program, "_MANY_UNITS", least)
         found.append(call())
@@ -53,19 +54,65 @@ def test_so_is_that_of_modules_with_weights_inside(joint_space, seed, monkeypatc
             assert space.cost(reduced) <= total and value(reduced) == pytest.approx(value(plain), rel=1e-9)
 
 
-def test_of_thousands_of_units_few_levels_are_left(quant_space, monkeypatch) -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_so_is_that_within_two_limits(seed, monkeypatch) -> None:
+    rng = np.random.default_rng(seed)
+    sizes, reads = rng.choice([1, 2, 3, 7], size=40), rng.choice([1, 5, 20], size=40)
+    prices, read = ([[int(size) * bits for bits in (8, 4, 3, 2)] for size in of] for of in (sizes, sizes * reads))
+    values = (rng.lognormal(sigma=2, size=(40, 1)) * 4.0 ** -np.array([8, 4, 3, 2]) * rng.uniform(0.8, 1.2, size=(40, 4))).tolist()
+    for bits, bits_read in ((3, 2.5), (3, 3), (2.5, 5), (5, 2)):
+        limits = [(prices, int(sizes.sum() * bits)), (read, int((sizes * reads).sum() * bits_read))]
+        plain, reduced = both(monkeypatch, lambda limits=limits: best_genome(limits, values))
+        assert all(spent(of, reduced) <= total for of, total in limits)
+        assert spent(values, reduced) == pytest.approx(spent(values, plain), rel=1e-9)
+    assert both(monkeypatch, lambda: best_genome([limits[0], (read, 2 * int((sizes * reads).sum()) - 1)], values)) == [None, None]
+
+
+def spent(table, genome):
+    return sum(of_unit[level] for of_unit, level in zip(table, genome, strict=True))
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Relaxation, Reduced]]:
+    """Return what is reduced, and to what."""
+    found: list[tuple[Relaxation, Reduced]] = []
+    plain = Relaxation.reduced
+    monkeypatch.setattr(Relaxation, "reduced", lambda self: (found.append((self, plain(self))), found[-1][1])[1])
+    return found
+
+
+def test_of_thousands_of_units_few_levels_are_left(quant_space, seen) -> None:
     rng, count = np.random.default_rng(0), 6000
     space = quant_space([1, 4] * (count // 2), bits=(6, 5, 4, 3, 2))
     values = rng.lognormal(size=(count, 1)) * 4.0 ** -np.arange(6, 1, -1) * rng.uniform(0.9, 1.1, size=(count, 5))
-    seen: list[np.ndarray] = []
-    plain = Relaxation.worth_choosing
-    monkeypatch.setattr(Relaxation, "worth_choosing", lambda self: (seen.append(plain(self)), seen[-1])[1])
     budget = Budget(int(2.5 * space.size), 2.5, "")
     started = time.monotonic()
     genome = best_in(space, budget, values.tolist())
     assert genome is not None and budget.met_by(space, genome) and time.monotonic() - started < 60
-    assert seen[0].sum() < 1.05 * count, "nearly every unit has one level left"
+    assert seen[0][1].allowed.sum() < 1.05 * count, "nearly every unit has one level left"
     best_in(space, budget, values.tolist(), near=genome, most_changes=20)
-    tables = tables_of(space, budget)
-    best_genome([*tables, tables[0]], values[:, ::-1].cumsum(axis=1)[:, ::-1].tolist(), near=genome, most_changes=1)
-    assert len(seen) == 1, "few changes, and further limits, are solved as they are"
+    assert len(seen) == 1, "few changes are solved as they are"
+    again = best_genome(tables_of(space, budget) * 2, values.tolist())
+    assert len(seen) == 2 and spent(values, again) == pytest.approx(spent(values, genome), rel=1e-5), "a limit twice is one"
+
+
+@pytest.mark.parametrize("most_read", [None, 2.6])
+def test_experts_that_fill_no_budget_exactly_take_seconds(quant_space, seen, most_read, monkeypatch) -> None:
+    """Of units of few sizes nearly all may be in the best genome, as far as the bounds tell: the solver alone took minutes."""
+    rng, bits = np.random.default_rng(0), np.array([6, 5, 4, 3, 2])
+    sizes = np.array(([64, 16, 16, 64] + [6] * 3 * 128) * 4)
+    reads = np.array(([16] * 4 + [1] * 3 * 128) * 4)  # of 16
+    values = rng.lognormal(size=(len(sizes), 1)) * sizes[:, None] * 4.0**-bits * rng.uniform(0.9, 1.1, size=(len(sizes), 5))
+    limits = [((sizes[:, None] * bits).tolist(), int(2.77 * sizes.sum()))]
+    if most_read:
+        limits.append(((sizes[:, None] * reads[:, None] * bits).tolist(), int(most_read * (sizes * reads).sum())))
+    started = time.monotonic()
+    genome = best_genome(limits, values.tolist())
+    assert genome is not None and all(spent(of, genome) <= total for of, total in limits) and time.monotonic() - started < 60
+    asked, left = seen[0]
+    assert left.within is not None and len(sizes) < left.allowed.sum() < len(sizes) + 400 < asked.allowed.sum()
+    value = asked.values[np.arange(len(sizes)) * 5 + np.array(genome)].sum()
+    assert left.lower <= value * (1 + 1e-9) and value <= asked.values[left.within].sum() and value < 1.001 * left.lower
+    monkeypatch.setattr(program, "_solved", lambda *_, **__: None)
+    fallback = best_genome(limits, values.tolist())
+    assert fallback == tuple(left.within % 5), "where the solver finds none in time, that of the relaxation"
