@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,6 @@ from evopress.baselines.baseline import EXPERTS, MODULES, Baseline, Pass, Planne
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.progress import track
-from evopress.search.strategy import Fitness
 from evopress.settings import RunSettings
 from evopress.units import Budget, Genome, Space
 
@@ -61,22 +61,23 @@ class Exhaustive(Baseline):
             "budget": [budget.total, *map(list, budget.by_kind.items())],
         }
         records = problem.records("exhaustive", about)
-        known = {
-            tuple(map(int, genome)): float(fitness)
-            for record in records
-            for genome, fitness in zip(record["genomes"], record["fitnesses"], strict=True)
-            if fitness is not None
-        }
+        known: dict[Genome, float] = {}
+        for record in records:
+            fitnesses = zip(record["genomes"], record["fitnesses"], strict=True)
+            taken = {tuple(map(int, genome)): float(fitness) for genome, fitness in fitnesses if fitness is not None}
+            problem.spend(tokens=len(taken.keys() - known) * rows * length, seconds=float(record.get("seconds", 0.0)))
+            known |= taken
+        started = time.monotonic()
 
         def keep(measured: dict[Genome, float]) -> None:
-            genomes = ["".join(map(str, genome)) for genome in measured]
-            records.add({"genomes": genomes, "fitnesses": list(measured.values())})
-
-        fitness: Fitness | None = None
+            nonlocal started
+            genomes, now = ["".join(map(str, genome)) for genome in measured], time.monotonic()
+            records.add({"genomes": genomes, "fitnesses": list(measured.values()), "seconds": round(now - started, 3)})
+            started = now
 
         def fitness_of(genomes: Sequence[Genome]) -> list[float]:
-            nonlocal fitness
-            fitness = fitness or problem.fitness(np.random.default_rng(0), num_sequences=rows)
+            # A generator for each batch: all genomes are measured on the text in the same order, wherever the search goes on.
+            fitness = problem.fitness(np.random.default_rng(0), num_sequences=rows)
             return list(fitness(genomes, tokens=rows * length))
 
         best, _ = exhaustive(problem.space, budget, fitness_of, limit=self.limit, batch=_BATCH, known=known, on_batch=keep)

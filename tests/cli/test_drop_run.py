@@ -88,10 +88,17 @@ def test_the_exhaustive_optimum_is_nowhere_beaten_on_its_own_text(drop: Callable
         record = json.loads(line)
         genome = "".join(map(str, record["genome"]))
         assert record["fitness"] == pytest.approx(fitness[genome], rel=1e-5)
-    path.write_text("\n".join(path.read_text().splitlines()[:2]) + "\n")  # as if it had been cut off
+    assert all(batch.pop("seconds") > 0 for batch in batches)
+    kept = [json.loads(line) | {"seconds": 1000} for line in path.read_text().splitlines()[:2]]
+    path.write_text("".join(json.dumps(batch) + "\n" for batch in kept))  # as if it had been cut off
     again = drop("hydra.run.dir=again", "baselines.names=[exhaustive]", "stages=[database,baselines]")
     assert again.code == 0 and "128 of them measured already" in again.text
-    assert read(tmp_path / "again" / "baselines.json")["genomes"] == read(tmp_path / "run" / "baselines.json")["genomes"]
+    first, second = (read(tmp_path / name / "baselines.json") for name in ("run", "again"))
+    assert first["genomes"] == second["genomes"]
+    assert first["spent"]["exhaustive"]["tokens"] == second["spent"]["exhaustive"]["tokens"] == 15 * 15 * 2048
+    assert second["spent"]["exhaustive"]["seconds"] > 2000  # what was measured before took its time, too
+    after = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [batch | {"seconds": 0} for batch in after] == [batch | {"schema": 1, "seconds": 0} for batch in batches]
 
 
 def test_scores_are_measured_once(drop: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,9 +57,17 @@ def timeless(value: Any) -> Any:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of the level databases or of a checkpoint; locks and the command in it may differ."""
+    """Return the SHA-256 of every file of the level databases or of a checkpoint; locks, the command in it, seconds may differ."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock" and path.name != "evopress.json")
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): hashlib.sha256(_timeless_bytes(path)).hexdigest() for path in files}
+
+
+def _timeless_bytes(path: Path) -> bytes:
+    content = path.read_bytes()
+    if not path.name.startswith(("scores-", "exhaustive-")):
+        return content
+    documents = content.splitlines() if path.suffix == ".jsonl" else [content]
+    return json.dumps([timeless(json.loads(document)) for document in documents]).encode()
 
 
 def left_behind(cwd: Path) -> list[str]:
