@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evopress.library import build_levels, evaluate, load_model, refine
+    from evopress.library import build_levels, evaluate, find_baselines, load_model, refine
     from evopress.units import Space
 
-__all__ = ["Space", "build_levels", "evaluate", "export", "load_model", "refine", "search"]
+__all__ = ["Space", "build_levels", "evaluate", "export", "find_baselines", "load_model", "refine", "search"]
 _BOTH = ("export", "search")
 """Names of the library that rooms have, too: the rooms are called."""
 

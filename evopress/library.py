@@ -50,6 +50,7 @@ from evopress.search.strategies import settings_class
 from evopress.settings import (
     AUTO,
     METHODS,
+    BaselinesSettings,
     DataSettings,
     EvaluationSettings,
     FitnessSettings,
@@ -61,7 +62,9 @@ from evopress.settings import (
     RunSettings,
     SearchConfig,
 )
-from evopress.stages.checks import check_strategy, check_tokens, searching_of
+from evopress.stages.baselines import find_baselines as run_the_baselines
+from evopress.stages.baselines import stored_baselines, with_further_levels
+from evopress.stages.checks import check_baselines, check_names, check_strategy, check_tokens, searching_of
 from evopress.stages.earlier import refuse_other_settings
 from evopress.stages.exports import forms_of, refuse_unfit_formats, what_is_exported
 from evopress.stages.refine import refine_genome, summary_of, why_nothing
@@ -315,6 +318,7 @@ def build_levels(
     bits: float | None = None,
     sparsity: float | None = None,
     size: str | None = None,
+    limits: Sequence[Mapping[str, Any]] = (),
     engine: str = "none",
     folder: str | Path | None = None,
     **settings: Any,
@@ -327,6 +331,7 @@ def build_levels(
         bits: average bits per weight asked for (quant, gguf).
         sparsity: share of weights or modules to remove (sparsity, drop, experts).
         size: of all weights, "60MB" or "2.25bpw" (quant, gguf, joint).
+        limits: further ones, such as [{"currency": "read", "total": "60MB"}]; see docs/methods.md.
         engine: what will run the model, by whose rules it is searched: none, mlx, vllm, gptqmodel or llama_cpp.
         folder: where levels are kept; None: in a temporary folder, as long as the result lives.
         settings: the method's own, such as levels=[4, 3, 2] or recipe="paper"; see docs/methods.md.
@@ -343,7 +348,9 @@ def build_levels(
         raise EvoPressError(f"bits={bits} and size={size} are both given: leave one of them out")
     calibration = model.sequences(text)
     root, kept = _folder(folder)
-    target = _checked(RunSettings, {"bits": bits, "sparsity": sparsity, "size": size, "engine": engine}, what="the target")
+    target = _checked(
+        RunSettings, {"bits": bits, "sparsity": sparsity, "size": size, "limits": limits, "engine": engine}, what="the target"
+    )
     run = RunSettings(
         model=replace(model.settings, sequence_length=calibration.shape[1]),
         data=_data(calibration, calibration),
@@ -386,27 +393,16 @@ def search(
     Raises: EvoPressError if a setting is unknown or out of range, there is too little text, or the folder has another search.
     """
     _check_levels(levels)
-    settings.setdefault("exchange", _exchange_of(levels.settings.method))
+    settings.setdefault("exchange", "fit" if levels.settings.limits else _exchange_of(levels.settings.method))
     settings["strategy"] = _strategy(settings.get("strategy"))
-    seed = _checked(RunSettings, {"seed": seed}, what="search")["seed"]
     tokens = levels.model.sequences(text)
-    calibration = levels.workspace.calibration_tokens
     run_dir, kept = _folder(folder)
     make_folder(run_dir)
-    run = replace(
-        levels.settings,
-        model=replace(levels.model.settings, sequence_length=tokens.shape[1]),
-        data=_data(calibration, tokens),
-        search=_made(SearchConfig, settings, what="search"),
-        fitness=_made(FitnessSettings, {"name": fitness}, what="fitness"),
-        seed=seed,
-        stages=["database", "search"],
-    )
+    asked = _made(SearchConfig, settings, what="search")
+    run = _asking(levels, tokens, fitness=fitness, seed=seed, search=asked, stages=["database", "search"])
     check_strategy(run)
     check_tokens(run)
-    workspace = Workspace(
-        run, run_dir, model=levels.model.source, text=GivenText(calibration, tokens), blocks=levels.workspace.blocks
-    )
+    workspace = _with_text(levels, run, run_dir, tokens)
     numbers = searching_of(workspace)
     refuse_other_settings(workspace, numbers)
     run_the_search(workspace, numbers, NullTracker())
@@ -416,6 +412,51 @@ def search(
     genome = read_genome(run_dir / "genome.json", space, database=workspace.database.fingerprint)
     fingerprint = workspace.database.fingerprint
     return Found(genome, measured[-1] if measured else math.nan, run_dir, records, kept, fingerprint)
+
+
+@_alone
+def find_baselines(
+    levels: Levels,
+    text: Text,
+    names: Sequence[str],
+    *,
+    fitness: str = "kl",
+    seed: int = 0,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> dict[str, Genome]:
+    """Find the genomes that a search is compared with, at the levels' target: the stage `baselines` of a run.
+
+    Args:
+        text: search text.
+        names: uniform, dp, fisher and what else docs/methods.md has; those with levels of their own (owl, atp, alphapruning) aside.
+        fitness: kl, topk_kl or perplexity.
+        seed: of every generator.
+        folder: where they are kept, and found again; None: a temporary one.
+        settings: the baselines' own: num_random=32, importance_tokens=131072, options={"fisher": {"tokens": 4096}} and what else
+            `BaselinesSettings` has.
+
+    Returns: genomes by the names that rows of a run have. The uniform one next above the target is among them.
+
+    Raises: EvoPressError if there is no such baseline for the method, a setting is unknown or out of range, or there is too little
+        text.
+    """
+    _check_levels(levels)
+    tokens = levels.model.sequences(text)
+    asked = _made(BaselinesSettings, {**settings, "names": names}, what="find_baselines")
+    run = _asking(levels, tokens, fitness=fitness, seed=seed, baselines=asked, stages=["database", "baselines"])
+    check_names(run)
+    check_baselines(run)
+    run_dir, _kept = _folder(folder)
+    make_folder(run_dir)
+    workspace = _with_text(levels, run, run_dir, tokens)
+    if further := ",".join(with_further_levels(workspace)):
+        raise EvoPressError(
+            f"baselines compress weights anew, to levels that these lack: leave {further} out, or take the command, "
+            f"python -m evopress +method={run.method.name} baselines.names=[{further}]"
+        )
+    run_the_baselines(workspace)
+    return stored_baselines(workspace)[0]
 
 
 @_alone
@@ -538,6 +579,24 @@ def _path(folder: Any) -> Path:
     if not isinstance(folder, str | PathLike):
         raise EvoPressError(f"the folder is {folder!r:.100}: give its path")
     return given_path(Path(folder), "folder")
+
+
+def _asking(levels: Levels, tokens: Tensor, *, fitness: str, seed: int, **further: Any) -> RunSettings:
+    """Return the settings of a run that asks for more of levels, on given search text."""
+    return replace(
+        levels.settings,
+        model=replace(levels.model.settings, sequence_length=tokens.shape[1]),
+        data=_data(levels.workspace.calibration_tokens, tokens),
+        fitness=_made(FitnessSettings, {"name": fitness}, what="fitness"),
+        seed=_checked(RunSettings, {"seed": seed}, what="search")["seed"],
+        **further,
+    )
+
+
+def _with_text(levels: Levels, run: RunSettings, run_dir: Path, tokens: Tensor) -> Workspace:
+    """Return a run on the levels' model and calibration text, with search text."""
+    text = GivenText(levels.workspace.calibration_tokens, tokens)
+    return Workspace(run, run_dir, model=levels.model.source, text=text, blocks=levels.workspace.blocks)
 
 
 def _folder(given: Any) -> tuple[Path, Any]:

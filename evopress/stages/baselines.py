@@ -197,6 +197,12 @@ def further_levels(workspace: Workspace, planned: Planned) -> dict[str, Compress
     return {name: each for name, each in found.items() if each is not None}
 
 
+def with_further_levels(workspace: Workspace) -> list[str]:
+    """Return the names of those asked for that have levels beside the run's."""
+    planned = Planned(workspace.database.space, workspace.budget, workspace.search_tokens.numel())
+    return list(further_levels(workspace, planned))
+
+
 def find_baselines(workspace: Workspace) -> None:
     """Stage `baselines`: find the genomes that the search is compared with, unless an earlier run of the same settings did."""
     path = workspace.run_dir / "baselines.json"

@@ -76,6 +76,11 @@ def check_tokens(settings: RunSettings) -> None:
         )
     for key, count in minibatches:
         check_minibatch(settings, key, count)
+    check_baselines(settings)
+
+
+def check_baselines(settings: RunSettings) -> None:
+    """Raise EvoPressError for numbers of baselines that the text has too little for."""
     for baseline in make_baselines(settings.baselines).values():
         baseline.check(settings)
 
