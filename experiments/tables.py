@@ -335,8 +335,13 @@ def write_tables(experiment: str, sweep: Sweep, out: Path) -> None:
     write_table(out, spec.title, render(sweep, spec, paper))
 
 
+_MANY_JOBS = 20
+
+
 def make_table_of(folder: Path, *, out: Path) -> tuple[Sweep, Spec]:
     """Read the folder of any sweep and write its tables: the jobs, then a table for each combination of what was swept.
+
+    Many jobs come last: their means over seeds are what is looked for.
 
     Raises: EvoPressError if no job has finished.
     """
@@ -349,8 +354,9 @@ def make_table_of(folder: Path, *, out: Path) -> tuple[Sweep, Spec]:
     table = Table(sweep.jobs, spec)
     write_csv(out / "results.csv", table.summary())
     write_csv(out / "runs.csv", table.runs())
-    text = f"# {spec.title}\n\n{jobs_as_markdown(jobs)}\n{render(sweep, spec, [])}"
-    write_bytes(out / "table.md", text.encode())
+    parts = [jobs_as_markdown(jobs), render(sweep, spec, [])]
+    parts = parts[::-1] if len(jobs) > _MANY_JOBS else parts
+    write_bytes(out / "table.md", "\n".join([f"# {spec.title}\n", *parts]).encode())
     return sweep, spec
 
 
@@ -378,6 +384,8 @@ def about_sweep(jobs: Sequence[Job]) -> str:
     seconds = [float(job.result["search"]["seconds"]) for job in jobs if job.result.get("search")]
     took = f"; a search took {statistics.fmean(seconds):.0f} s on average" if seconds else ""
     model, scale, text = config["model"], config["scale"]["name"], config["data"]["source"]
+    if len(seeds) > 3 and seeds[0].isdigit() and seeds == [str(int(seeds[0]) + index) for index in range(len(seeds))]:
+        seeds = [f"{seeds[0]} to {seeds[-1]}"]
     parts = [
         f"Model {model['name'] or model['path']}, scale {scale}, text {text}, seeds {', '.join(seeds)}{took}.",
         f"Revision {', '.join(revisions)} on {'; '.join(machines)}.",

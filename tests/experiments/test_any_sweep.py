@@ -86,6 +86,18 @@ def test_tables_go_into_the_folder(sweep: Path) -> None:
     assert {(row["bits"], row["method"]) for row in rows} >= {("2.5", "evopress"), ("3", "dp")}
 
 
+@pytest.mark.parametrize("per_target", [4, 12])
+def test_of_many_jobs_the_means_come_first(tmp_path: Path, per_target: int) -> None:
+    folder = tmp_path / "sweep"
+    for bits in ("2.5", "3"):
+        for seed in range(per_target):
+            write_job(folder, f"{bits} {seed}", [f"bits={bits}", f"seed={seed}"], 1.0 + seed, bits=float(bits), seed=seed)
+    make_table_of(folder, out=folder)
+    text = (folder / "table.md").read_text(encoding="utf-8")
+    assert text.count("| finished |") == 2 * per_target and f"seeds 0 to {per_target - 1};" in text
+    assert (text.index("**bits=2.5**") < text.index("| finished |")) == (per_target == 12)
+
+
 def test_the_page_is_written_when_a_sweep_ends(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the callback `hydra/callbacks=page`; a sweep that has nothing to show says so."""
     for folder in (sweep, sweep / "empty"):
