@@ -331,7 +331,7 @@ def build_levels(
         bits: average bits per weight asked for (quant, gguf).
         sparsity: share of weights or modules to remove (sparsity, drop, experts).
         size: of all weights, "60MB" or "2.25bpw" (quant, gguf, joint).
-        limits: further ones, such as [{"currency": "read", "total": "60MB"}]; see docs/methods.md.
+        limits: further ones, such as [{"currency": "bytes", "total": "60MB"}]; see docs/methods.md.
         engine: what will run the model, by whose rules it is searched: none, mlx, vllm, gptqmodel or llama_cpp.
         folder: where levels are kept; None: in a temporary folder, as long as the result lives.
         settings: the method's own, such as levels=[4, 3, 2] or recipe="paper"; see docs/methods.md.
@@ -393,15 +393,15 @@ def search(
     Raises: EvoPressError if a setting is unknown or out of range, there is too little text, or the folder has another search.
     """
     _check_levels(levels)
-    settings.setdefault("exchange", "fit" if levels.settings.limits else _exchange_of(levels.settings.method))
+    settings.setdefault("exchange", _exchange_of(levels.settings))
     settings["strategy"] = _strategy(settings.get("strategy"))
     tokens = levels.model.sequences(text)
-    run_dir, kept = _folder(folder)
-    make_folder(run_dir)
     asked = _made(SearchConfig, settings, what="search")
-    run = _asking(levels, tokens, fitness=fitness, seed=seed, search=asked, stages=["database", "search"])
+    run = _asking(levels, tokens, what="search", fitness=fitness, seed=seed, search=asked, stages=["database", "search"])
     check_strategy(run)
     check_tokens(run)
+    run_dir, kept = _folder(folder)
+    make_folder(run_dir)
     workspace = _with_text(levels, run, run_dir, tokens)
     numbers = searching_of(workspace)
     refuse_other_settings(workspace, numbers)
@@ -444,7 +444,8 @@ def find_baselines(
     _check_levels(levels)
     tokens = levels.model.sequences(text)
     asked = _made(BaselinesSettings, {**settings, "names": names}, what="find_baselines")
-    run = _asking(levels, tokens, fitness=fitness, seed=seed, baselines=asked, stages=["database", "baselines"])
+    stages = ["database", "baselines"]
+    run = _asking(levels, tokens, what="find_baselines", fitness=fitness, seed=seed, baselines=asked, stages=stages)
     check_names(run)
     check_baselines(run)
     run_dir, _kept = _folder(folder)
@@ -581,14 +582,17 @@ def _path(folder: Any) -> Path:
     return given_path(Path(folder), "folder")
 
 
-def _asking(levels: Levels, tokens: Tensor, *, fitness: str, seed: int, **further: Any) -> RunSettings:
-    """Return the settings of a run that asks for more of levels, on given search text."""
+def _asking(levels: Levels, tokens: Tensor, *, what: str, fitness: str, seed: int, **further: Any) -> RunSettings:
+    """Return the settings of a run that asks for more of levels, on given search text.
+
+    Args: what: asks, for a sentence about the seed.
+    """
     return replace(
         levels.settings,
         model=replace(levels.model.settings, sequence_length=tokens.shape[1]),
         data=_data(levels.workspace.calibration_tokens, tokens),
         fitness=_made(FitnessSettings, {"name": fitness}, what="fitness"),
-        seed=_checked(RunSettings, {"seed": seed}, what="search")["seed"],
+        seed=_checked(RunSettings, {"seed": seed}, what=what)["seed"],
         **further,
     )
 
@@ -658,8 +662,8 @@ def _data(calibration: Tensor, search: Tensor) -> DataSettings:
     )
 
 
-def _exchange_of(method: Any) -> str:
-    return "fit" if getattr(method, "grid", None) == "gguf" else _EXCHANGES[method.name]
+def _exchange_of(run: RunSettings) -> str:
+    return "fit" if run.limits or getattr(run.method, "grid", None) == "gguf" else _EXCHANGES[run.method.name]
 
 
 def _strategy(given: Any) -> Any:

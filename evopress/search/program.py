@@ -98,7 +98,7 @@ def best_genome(
 _MANY_UNITS = 1000
 """Of so many the solver may take minutes, or not come to an end: most levels are ruled out before, and it is told when to end."""
 _END: dict[str, Any] = {"mip_rel_gap": 1e-5, "node_limit": 1000}
-"""A gap of the sum of values, and seconds by any measure but a clock's, which would not give the same twice."""
+"""A relative gap of the sum of values, and a number of nodes: a limit of time would not give the same genome twice."""
 
 
 class _Variables:
@@ -182,10 +182,6 @@ class _Variables:
         """Return the level of every unit by its variable."""
         return [int(level) for level in chosen - self.starts]
 
-    def total(self, objective: np.ndarray, genome: Sequence[int]) -> float:
-        """Add up what counts."""
-        return float(objective[(self.starts + genome)[np.array(self.there(genome))]].sum())
-
     def there(self, genome: Sequence[int]) -> list[bool]:
         """Tell of every unit whether it is in no module that the genome drops."""
         return [module is None or not self._drops[module][genome[module]] for module in self.inside]
@@ -253,11 +249,12 @@ def _of_many(
     variables: _Variables, objective: np.ndarray, allowed: np.ndarray, capacities: Sequence[_Capacity]
 ) -> list[int] | None:
     """Return the best genome that the solver finds among what is left, or that of the relaxation where that is better."""
-    reduced = variables.relaxation(objective, allowed, capacities).reduced()
+    relaxation = variables.relaxation(objective, allowed, capacities)
+    reduced = relaxation.reduced()
     if reduced.within is None:
         return _solved(variables, objective, reduced.allowed, capacities)
     found = [variables.levels(reduced.within), _solved(variables, objective, reduced.allowed, capacities, end=_END)]
-    value, genome = min((variables.total(objective, genome), genome) for genome in found if genome is not None)
+    value, genome = min((relaxation.value(variables.starts + genome), genome) for genome in found if genome is not None)
     logger.debug("integer program of %d units: at most %.1e above the best", len(genome), 1 - reduced.lower / (value or 1.0))
     return genome
 

@@ -64,7 +64,7 @@ class Relaxation:
         if within is None:
             return Reduced(self.allowed, lower, None)
         chosen = self._filled(within)
-        gap = self._value(chosen) - lower
+        gap = self.value(chosen) - lower
         left = self.allowed & (added <= gap + _ROUNDING * (abs(lower) + np.abs(self.values[self.allowed]).max(initial=1.0)))
         most = len(self.module) + _CORE
         if left.sum() <= most:
@@ -116,7 +116,8 @@ class Relaxation:
         kept[:-1] = self.keeps[chosen] | ~self._is_module
         return kept[self.module]
 
-    def _value(self, chosen: np.ndarray) -> float:
+    def value(self, chosen: np.ndarray) -> float:
+        """Add up what counts of a solution, the variable of every unit."""
         return float(self.values[chosen[self._there(chosen)]].sum())
 
     def _left(self, chosen: np.ndarray) -> np.ndarray:
@@ -129,7 +130,7 @@ class Relaxation:
 
         count = len(self.costs)
         prices, best, greatest = np.zeros(count), np.zeros(count), -np.inf
-        slopes, offsets = [], []
+        slopes, offsets, bounds = [], [], [(0.0, _MOST)] * count + [(None, None)]
         for _ in range(_CUTS):
             _, first, lower = self._at(prices)
             if lower > greatest:
@@ -137,7 +138,6 @@ class Relaxation:
             slope = -self._left(first) / self._scale
             slopes.append([*-slope, 1.0])
             offsets.append(lower - slope @ prices)
-            bounds = [(0.0, _MOST)] * count + [(None, None)]
             found = linprog([*np.zeros(count), -1.0], A_ub=slopes, b_ub=offsets, bounds=bounds)
             if found.x is None or found.x[-1] - greatest <= 1e-12 * abs(greatest):
                 break
@@ -146,8 +146,8 @@ class Relaxation:
 
     def _within(self, prices: np.ndarray) -> np.ndarray | None:
         """Return the least variable of every unit at the lowest multiple of prices where that is within all capacities."""
-        if (self._left(first := self._at(prices)[1]) >= 0).all():
-            return first
+        if (found := self._fitting(prices)) is not None:
+            return found
         for direction in (prices, np.full_like(prices, max(float(prices.max()), 1e-6))):
             low, high = 0.0, 1e-9
             while (found := self._fitting(prices + high * direction)) is None and high < 1e9:
@@ -164,6 +164,7 @@ class Relaxation:
         return None
 
     def _fitting(self, prices: np.ndarray) -> np.ndarray | None:
+        """Return the least variable of every unit at prices, if that is within all capacities."""
         first = self._at(prices)[1]
         return first if (self._left(first) >= 0).all() else None
 

@@ -97,7 +97,7 @@ def test_of_thousands_of_units_few_levels_are_left(quant_space, seen) -> None:
 
 
 @pytest.mark.parametrize("most_read", [None, 2.6])
-def test_experts_that_fill_no_budget_exactly_take_seconds(quant_space, seen, most_read, monkeypatch) -> None:
+def test_experts_that_fill_no_budget_exactly_take_seconds(seen, most_read, monkeypatch) -> None:
     """Of units of few sizes nearly all may be in the best genome, as far as the bounds tell: the solver alone took minutes."""
     rng, bits = np.random.default_rng(0), np.array([6, 5, 4, 3, 2])
     sizes = np.array(([64, 16, 16, 64] + [6] * 3 * 128) * 4)
