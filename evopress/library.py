@@ -393,7 +393,7 @@ def search(
     Raises: EvoPressError if a setting is unknown or out of range, there is too little text, or the folder has another search.
     """
     _check_levels(levels)
-    settings.setdefault("exchange", _exchange_of(levels.settings))
+    settings.setdefault("exchange", "fit" if levels.settings.limits else _exchange_of(levels.settings.method))
     settings["strategy"] = _strategy(settings.get("strategy"))
     tokens = levels.model.sequences(text)
     asked = _made(SearchConfig, settings, what="search")
@@ -662,8 +662,8 @@ def _data(calibration: Tensor, search: Tensor) -> DataSettings:
     )
 
 
-def _exchange_of(run: RunSettings) -> str:
-    return "fit" if run.limits or getattr(run.method, "grid", None) == "gguf" else _EXCHANGES[run.method.name]
+def _exchange_of(method: Any) -> str:
+    return "fit" if getattr(method, "grid", None) == "gguf" else _EXCHANGES[method.name]
 
 
 def _strategy(given: Any) -> Any:
