@@ -11,10 +11,21 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evopress.library import build_levels, evaluate, find_baselines, load_model, refine
+    from evopress.library import build_levels, evaluate, find_baselines, find_smallest, load_model, refine, search_budgets
     from evopress.units import Space
 
-__all__ = ["Space", "build_levels", "evaluate", "export", "find_baselines", "load_model", "refine", "search"]
+__all__ = [
+    "Space",
+    "build_levels",
+    "evaluate",
+    "export",
+    "find_baselines",
+    "find_smallest",
+    "load_model",
+    "refine",
+    "search",
+    "search_budgets",
+]
 _BOTH = ("export", "search")
 """Names of the library that rooms have, too: the rooms are called."""
 

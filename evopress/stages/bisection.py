@@ -12,7 +12,7 @@ from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
-from evopress.methods.points import Point
+from evopress.methods.points import Point, grid
 from evopress.ranks import collective
 from evopress.reporting.tables import significant
 from evopress.settings import RunSettings
@@ -150,6 +150,21 @@ class Bisection:
             f"{kept} is kept by no budget: {where} the {kept.name} is {value} on {entry['num_tokens']:,} tokens of search "
             f"text; {change}, or {otherwise}"
         )
+
+
+def budgets_to_try(workspace: Workspace) -> list[Point]:
+    """Return the budgets among which the smallest is looked for, from the least compressed on.
+
+    Raises: EvoPressError if there is none.
+    """
+    space, _ = workspace.databases.plan()
+    found = grid(workspace.settings, space, workspace.rest_of(space))
+    if not found:
+        raise EvoPressError(
+            f"{Kept.of(workspace.settings)} has no budget to try between the most and the least compressed level: give budgets to "
+            "choose among, or more levels"
+        )
+    return found
 
 
 @collective

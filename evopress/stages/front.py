@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -15,11 +14,9 @@ from evopress.settings import RunSettings
 from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.checks import searching_of
 from evopress.stages.kind import Context
-from evopress.stages.points import FOR_ONE, PointRun, left_to_the_picked, nearest, open_point, refuse_other_points, search_one
+from evopress.stages.points import FOR_ONE, left_to_the_picked, open_point, refuse_other_points, search_points
 from evopress.stages.points_results import evaluate_points, report_points
 from evopress.workspace import Workspace
-
-logger = logging.getLogger(__name__)
 
 
 class Front:
@@ -67,13 +64,7 @@ class Front:
 
     def search(self, context: Context) -> None:
         """Search at every budget, from the genome of the nearest that was searched before it."""
-        found: list[PointRun] = []
-        for number, point in enumerate(self._points, start=1):
-            near = nearest(point, found)
-            begun = "" if near is None else f", from what was found at {near.name}"
-            logger.info("budget %s, %d of %d%s", point.name, number, len(self._points), begun)
-            search_one(point, near)
-            found.append(point)
+        search_points(self._points)
 
     def refine(self, context: Context) -> None:
         """Say which command does it."""

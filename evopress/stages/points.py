@@ -115,6 +115,17 @@ def search_one(point: PointRun, near: PointRun | None) -> None:
     search(point.workspace, point.searching, NullTracker(), neighbour=None if near is None else _as_neighbour(near))
 
 
+def search_points(points: Sequence[PointRun]) -> None:
+    """Search at every budget, in order, from the genome of the nearest that was searched before it."""
+    found: list[PointRun] = []
+    for number, point in enumerate(points, start=1):
+        near = nearest(point, found)
+        begun = "" if near is None else f", from what was found at {near.name}"
+        logger.info("budget %s, %d of %d%s", point.name, number, len(points), begun)
+        search_one(point, near)
+        found.append(point)
+
+
 def left_to_the_picked(workspace: Workspace, stage: str) -> None:
     """Say how a stage that is for one genome is done."""
     logger.info("%s: skipped, choose a budget with resume=%s pick=BUDGET", stage, workspace.run_dir)

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores
 from evopress.json_files import shown
-from evopress.methods.points import Point, grid, in_order, point_at
+from evopress.methods.points import Point, in_order, point_at
 from evopress.reporting.records import read_document, write_json
 from evopress.search.strategy import Searching
 from evopress.settings import RunSettings
 from evopress.stages.baselines import build_database, find_baselines
-from evopress.stages.bisection import Bisection, Kept
+from evopress.stages.bisection import Bisection, Kept, budgets_to_try
 from evopress.stages.checks import searching_of
 from evopress.stages.exports import export
 from evopress.stages.kind import Context
@@ -116,14 +116,7 @@ class Smallest:
     @cached_property
     def _tried(self) -> list[Point]:
         """The budgets among which the smallest is looked for, from the least compressed on."""
-        space, _ = self._workspace.databases.plan()
-        found = grid(self._workspace.settings, space, self._workspace.rest_of(space))
-        if not found:
-            raise EvoPressError(
-                f"{self._kept} has no budget to try between the most and the least compressed level: give budgets to choose "
-                "among, or more levels"
-            )
-        return found
+        return budgets_to_try(self._workspace)
 
     def _write_answer(self, answer: PointRun, entries: Sequence[Mapping[str, Any]]) -> None:
         run_dir, kept = self._workspace.run_dir, self._kept

@@ -13,8 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from evopress import config as configuration
-from evopress import library
 from evopress.errors import EvoPressError
+from evopress.library.models import BUILTIN, SEPARATORS
+from evopress.library.searches import exchange_of
 from evopress.models.tiny import make_tiny
 from evopress.settings import METHODS, QuantSettings, RunSettings, SearchConfig
 from evopress.stages import checks
@@ -58,13 +59,13 @@ def composed() -> Iterator[Callable[..., DictConfig]]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_library_exchanges_what_a_methods_config_does(method: str, composed: Callable[..., DictConfig]) -> None:
-    assert library._exchange_of(METHODS[method]()) == composed(f"+method={method}").search.exchange
+    assert exchange_of(METHODS[method]()) == composed(f"+method={method}").search.exchange
 
 
-@pytest.mark.parametrize("builtin", library.BUILTIN)
+@pytest.mark.parametrize("builtin", BUILTIN)
 def test_the_library_separates_documents_as_a_models_config_does(builtin: str, composed: Callable[..., DictConfig]) -> None:
     config = composed(f"model={builtin}").model
-    assert config.builtin == builtin and config.separator == library._SEPARATORS.get(builtin, "eos")
+    assert config.builtin == builtin and config.separator == SEPARATORS.get(builtin, "eos")
 
 
 _made: dict[tuple[str, ...], RunSettings] = {}

@@ -56,8 +56,8 @@ MAY_IMPORT = {
     | {"result_settings", "earlier_versions", "data", "levels", "reporting", "settings", "stages", "workspace"},
     "pipeline": VOCABULARY | {"finished", "methods", "reporting", "settings", "stages", "workspace"},
     "library": VOCABULARY
-    | {"machine", "models", "data", "levels", "evaluation", "export", "reporting", "resources", "search", "settings", "stages"}
-    | {"workspace"},
+    | {"machine", "methods", "models", "data", "levels", "evaluation", "export", "reporting", "resources", "search", "settings"}
+    | {"stages", "workspace"},
 }
 """A room to the rooms beside itself that it may import; what is not named here (the entry point, launching) may import any."""
 ONLY_IN = {
