@@ -8,9 +8,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -130,9 +131,14 @@ def evopress_all(runs: Iterable[SingleRun], *, at_once: int = 1) -> Iterator[tup
     running = Running()
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            pending = {pool.submit(evopress, run.folder, *run.arguments, running=running): run for run in runs}
-            for future in as_completed(pending):
-                yield pending[future], future.result()
+            left, pending = iter(runs), dict[Future[bool], SingleRun]()
+            while True:
+                for run in islice(left, 2 * at_once - len(pending)):  # as many wait: composing all takes most of a minute
+                    pending[pool.submit(evopress, run.folder, *run.arguments, running=running)] = run
+                if not pending:
+                    break
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    yield pending.pop(future), future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             running.stop()

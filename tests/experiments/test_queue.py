@@ -351,8 +351,7 @@ def test_whoever_stops_taking_stops_the_jobs(tmp_path: Path, monkeypatch: pytest
     assert set(begun) - set(ended) == {"first"} and len(begun) < 4
 
     def interrupted() -> Iterator[SingleRun]:
-        for name in names[1:]:
-            yield SingleRun(tmp_path / name, (name,))
+        yield SingleRun(tmp_path / "second", ("second",))
         raise KeyboardInterrupt
 
     begun.clear()
@@ -360,6 +359,17 @@ def test_whoever_stops_taking_stops_the_jobs(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         next(evopress_all(interrupted(), at_once=1))
     assert begun == ended and len(begun) < 2
+
+
+def test_the_first_job_is_told_of_before_all_are_composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.single_runs.evopress", lambda folder, *_, running: True)
+    composed = (SingleRun(tmp_path / str(number), ()) for number in range(9))
+    jobs = evopress_all(composed, at_once=2)
+    ended = [next(jobs)]
+    assert len(list(composed)) == 5
+    assert all(well for _, well in [*ended, *jobs])
+    every = evopress_all((SingleRun(tmp_path / str(number), ()) for number in range(9)), at_once=2)
+    assert sorted(run.folder.name for run, _ in every) == [str(number) for number in range(9)]
 
 
 def test_a_finished_run_of_other_settings_is_not_taken_for_the_job(tmp_path: Path) -> None:
