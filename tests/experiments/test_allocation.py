@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.allocation.run import METHODS, draw, ends, runs
+from experiments.allocation.run import METHODS, draw, ends, over_lowest, runs
 from experiments.guided.measure import KEYS, merged, read, table
 
 
@@ -51,4 +51,12 @@ def test_rows_are_of_one_budget_and_uniform_ones_only_where_they_spend_it(tmp_pa
     merged(tmp_path / "results.csv", found[:1])
     results = read(tmp_path / "results.csv")
     assert len(results) == len(table(results)) == 3
-    assert any(file.suffix == ".png" for file in draw(pd.DataFrame(results), tmp_path))
+    assert any(file.suffix == ".png" for file in draw(results, results.iloc[:0], tmp_path))
+
+
+def test_the_picture_compares_rows_with_guided_on_their_own_build_of_the_levels() -> None:
+    kls = [("guided", 0.5, 0.4), ("guided", 0.5, 0.6), ("evolution from dp", 0.5, 1.0), ("fisher", 0.5, 0.8), ("fisher", 0.7, 0.9)]
+    here = pd.DataFrame(kls, columns=["row", "target", "held_out_kl"])
+    theirs = pd.DataFrame([("guided", 0.5, 0.64)], columns=["row", "target", "held_out_kl"])
+    assert list(over_lowest(here, theirs).ratio.round(6)) == [0.8, 1.2, 2.0, 1.25, 1.0]
+    assert list(over_lowest(here, theirs.iloc[:0]).ratio.round(6)) == [0.8, 1.2, 2.0, 1.6, 1.0]
