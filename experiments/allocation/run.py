@@ -170,8 +170,8 @@ def draw(results: pd.DataFrame, on_their_build: pd.DataFrame, folder: Path) -> l
         least, ratios, most, seeds = (found.unstack("target") for found in (by.min(), by.mean(), by.max(), by.count()))
         worst_first = ratios.loc[ratios.mean(axis=1).sort_values(ascending=False).index]
         looks = {name: place % len(COLOURS) for place, name in enumerate(dict.fromkeys((*_IN_ALL, *worst_first.index)))}
-        for name, ratio in worst_first.iterrows():
-            look = looks[name]
+        for name in map(str, worst_first.index):
+            ratio, look = worst_first.loc[name], looks[name]
             line = STYLES[look // (len(COLOURS) // 2)]  # colours come twice
             style = {
                 "color": COLOURS[look],
@@ -181,9 +181,9 @@ def draw(results: pd.DataFrame, on_their_build: pd.DataFrame, folder: Path) -> l
                 "lw": 1.4,
             }
             there = ratio.dropna()
-            axis.plot(there.index, there, label=display_name(str(name)), **style)
+            axis.plot(there.index, there, label=display_name(name), **style)
             axis.vlines(there.index, least.loc[name][there.index], most.loc[name][there.index], color=COLOURS[look], lw=1)
-            single = there[seeds.loc[name][there.index] == 1]
+            single = ratios.where(seeds == 1).loc[name]
             axis.plot(single.index, single, **style | {"linestyle": "", "markerfacecolor": "white"})
         axis.set(title=f"{method}{f', {recipe} levels' if recipe else ''}", xlabel=METHODS[str(method)].shown)
         axis.set_xticks(sorted(set(here.target)))
