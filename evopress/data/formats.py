@@ -232,25 +232,25 @@ def _array_rows(path: Path, field: str, key: str) -> Iterator[Row]:
 
 
 def _entries(path: Path) -> Iterator[Any]:
-    """Yield the values in the array that a JSON file is, holding one of them at a time."""
-    decoder, chunks, buffer, number = json.JSONDecoder(), _text_chunks(path), "", 0
+    """Yield the values in the array that a JSON file is, holding little more than one of them at a time."""
+    decoder, chunks, buffer, place, number = json.JSONDecoder(), _text_chunks(path), "", 0, 0
     end_of = re.compile(r"\s*([\[,\]])\s*")
 
     def more() -> bool:
-        """Read as much again as is there."""
-        nonlocal buffer
-        parts = [buffer]
-        while sum(map(len, parts)) <= min(2 * len(buffer), _LONGEST_LINE) and (chunk := next(chunks, None)) is not None:
+        """Let go of what is read, and read as much again as is left."""
+        nonlocal buffer, place
+        left = len(buffer) - place
+        parts = [buffer[place:]]
+        while sum(map(len, parts)) <= min(2 * left, _LONGEST_LINE) and (chunk := next(chunks, None)) is not None:
             parts.append(chunk)
-        longer = "".join(parts)
-        grew, buffer = len(longer) > len(buffer), longer
-        return grew
+        buffer, place = "".join(parts), 0
+        return len(buffer) > left
 
     more()
     while True:
-        mark = end_of.match(buffer)
+        mark = end_of.match(buffer, place)
         while (mark is None or mark.end() == len(buffer)) and more():
-            mark = end_of.match(buffer)
+            mark = end_of.match(buffer, place)
         if mark is None or (mark[1] == "[") != (number == 0):
             raise EvoPressError(f"{path} is no JSON array after its entry {number}: write it again")
         if mark[1] == "]" or (number == 0 and buffer.startswith("]", mark.end())):
@@ -260,15 +260,14 @@ def _entries(path: Path) -> Iterator[Any]:
                     f"{path} has data after its JSON array: put all documents into the array, or write one a line (.jsonl)"
                 )
             return
-        buffer, number = buffer[mark.end() :], number + 1
+        place, number = mark.end(), number + 1
         while True:
             try:
-                entry, end = decoder.raw_decode(buffer)
+                entry, place = decoder.raw_decode(buffer, place)
                 break
             except (ValueError, RecursionError):
                 if not more():
                     raise EvoPressError(f"entry {number} of {path} is no JSON: write the file again") from None
-        buffer = buffer[end:]
         yield entry
 
 

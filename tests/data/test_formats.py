@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -321,3 +322,16 @@ def test_the_identity_knows_the_template(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "a.txt").write_text("text")
     never: Callable[[], Any] = lambda: pytest.fail("the tokenizer was loaded for a .txt")  # noqa: E731
     assert identity(ChatTemplate(never), tmp_path / "a.txt") == identity(None, tmp_path / "a.txt")
+
+
+def test_a_long_entry_does_not_slow_down_those_after_it(tmp_path: Path) -> None:
+    """Seconds in proportion to the file: what is read is let go of once a piece, not once an entry."""
+    texts = ["long " * 400_000, *(f"document number {number}" for number in range(20_000))]
+    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "array.json").write_text(json.dumps([{"text": text} for text in texts]))
+    seconds = {}
+    for name in ("lines.jsonl", "array.json"):
+        began = time.perf_counter()
+        assert list(read_rows(tmp_path / name, "text")) == texts
+        seconds[name] = time.perf_counter() - began
+    assert seconds["array.json"] < 1 + 5 * seconds["lines.jsonl"]
