@@ -176,6 +176,8 @@ def test_numbers_and_genomes_of_numpy_and_torch_are_taken(network: Any, tiny_fol
         levels.space.uniform("3bits")
     with pytest.raises(EvoPressError, match=r"^the folder is \(1, 1, .*: give its path$"):
         evopress.export(levels, "checkpoint", (1,) * 14)  # type: ignore[arg-type]
+    with pytest.raises(EvoPressError, match=r"^the folder is '': give its path$"):
+        evopress.export(levels, (1,) * 14, "")
     for text in (torch.zeros(4, 32, dtype=torch.int64, device="meta"), torch.ones(4, 32, dtype=torch.int64).to_sparse()):
         with pytest.raises(EvoPressError, match=r"^the token ids are on .*: give a plain tensor in memory, int64"):
             evopress.evaluate(levels, text)

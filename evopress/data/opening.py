@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -49,6 +50,7 @@ class RunText:
         """
         self._data, self._evaluation, self._model = data, evaluation, model
         self._tokenizer, self._embedding_rows, self._cache = tokenizer, embedding_rows, cache
+        self._read: dict[Split, set[bytes]] = {}
 
     def source(self, name: str) -> TextSource:
         """Return a text source by its name in `data.source` or `evaluation.data`."""
@@ -160,7 +162,25 @@ class RunText:
         if (rows := self._embedding_rows()) is not None:
             what = f"the {split} text ({source.name})"
             check_embedded(sequences, tokenizer, num_rows=rows, what=what, separator=model.separator)
+        self._warn_of_shared(split, source.name, sequences)
         return sequences
+
+    def _warn_of_shared(self, split: Split, name: str, sequences: Tensor) -> None:
+        """Warn if sequences of a split are those of another one that was read: others' sources may not keep them apart."""
+        rows = {blake2b(row.tobytes(), digest_size=8).digest() for row in sequences.numpy()}
+        for other, theirs in self._read.items():
+            if other != split and (count := len(rows & theirs)):
+                logger.warning(
+                    "%s of the %s sequences of the %s text (%s) are in the %s text, too: results on text that was seen before are "
+                    "too good; let the source %s keep its splits apart",
+                    f"{count:,}",
+                    f"{len(rows):,}",
+                    split,
+                    name,
+                    other,
+                    name,
+                )
+        self._read.setdefault(split, set()).update(rows)
 
     @cached_property
     def calibration(self) -> Tensor:

@@ -24,7 +24,7 @@ def check_is(value: Any, kind: type, how: str) -> None:
 
 def path_of(folder: Any) -> Path:
     """Return a folder that is given; raise EvoPressError if it is none."""
-    if not isinstance(folder, str | PathLike):
+    if not isinstance(folder, str | PathLike) or folder == "":
         raise EvoPressError(f"the folder is {folder!r:.100}: give its path")
     return given_path(Path(folder), "folder")
 

@@ -84,3 +84,18 @@ def test_the_field_of_further_files_is_their_own(text: Callable[..., RunText], t
 def test_a_token_that_the_embedding_lacks_is_refused(text: Callable[..., RunText]) -> None:
     with pytest.raises(EvoPressError, match=r"^the calibration text \(text\) has the token .*embedding has 40 rows"):
         text(rows=40).calibration  # noqa: B018
+
+
+def test_a_source_that_does_not_keep_its_splits_apart_is_told_of(
+    text: Callable[..., RunText], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = text()
+    assert len(run.calibration) == len(run.search) == len(run.evaluation["text"]) and not caplog.records
+    monkeypatch.setattr(type(run.own_source), "streams", lambda self, split, left_out: iter([["The same words. " * 40]]))
+    monkeypatch.setattr(type(run.own_source), "identity", lambda self: {"kind": "same"})
+    same = text()
+    assert same.calibration.equal(same.evaluation["text"])
+    distinct = len({tuple(row) for row in same.calibration.tolist()})
+    (record,) = caplog.records
+    start = f"{distinct} of the {distinct} sequences of the evaluation text (text) are in the calibration text, too: results on"
+    assert record.levelname == "WARNING" and record.getMessage().startswith(start)
