@@ -33,7 +33,7 @@ _IN_PLACE_OF = {
     "size": ("budgets",),
 }
 """A target to what takes its place, whatever it is, where both are given."""
-_OPEN = re.compile(r"(method\.group_sizes|export_options|baselines\.options|data\.options|evaluation\.files)[.=]")
+_OPEN = re.compile(r"(method\.group_sizes|export_options|baselines\.options|data\.options|fitness\.options|evaluation\.files)[.=]")
 """Settings that hold keys of the user's own, which Hydra takes with a plus alone."""
 _OF_EVOLUTION = re.compile(r"search\.(num_offspring|survivors|tokens|max_switches|distribution|tokens_per_selection)=")
 _AFTER = re.compile(r"search\.strategy\.generations_after=[1-9]")

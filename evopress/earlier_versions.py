@@ -31,6 +31,7 @@ _RUN: dict[str, Any] = {
 }
 _MODEL = {"bos": "auto"}
 _DATA: dict[str, Any] = {"chat_template": "auto", "options": {}}
+_FITNESS: dict[str, Any] = {"options": {}}
 _BASELINES: dict[str, Any] = {"options": {}}
 _EVALUATION: dict[str, Any] = {"field": "text"}
 _REFINE: dict[str, Any] = {"correction": 0.0}
@@ -56,6 +57,7 @@ _GROUPS: dict[str, dict[str, Any]] = {
     "": _RUN,
     "model": _MODEL,
     "data": _DATA,
+    "fitness": _FITNESS,
     "method": _METHOD,
     "baselines": _BASELINES,
     "evaluation": _EVALUATION,
@@ -92,7 +94,7 @@ def without_later(values: Mapping[str, Any]) -> dict[str, Any]:
         kept["search"] = {**kept["search"], "strategy": _without(strategy, _GUIDED)}
     if (kept.get("method") or {}).get("scale_dtype") == "auto":
         kept["method"] = {**kept["method"], "scale_dtype": "float16"}
-    for group in ("model", "data", "method", "baselines", "evaluation"):
+    for group in ("model", "data", "fitness", "method", "baselines", "evaluation"):
         if group in kept:
             kept[group] = _without(kept[group], _GROUPS[group])
     return kept

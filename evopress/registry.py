@@ -52,6 +52,10 @@ class Registry(Generic[Part]):
     def __contains__(self, name: object) -> bool:
         return name in self._own or any(point.name == name for point in _offered(self.group))
 
+    def is_own(self, name: str) -> bool:
+        """Tell whether a part is ours, and no other package's."""
+        return name in self._own
+
     def get(self, name: str, *, key: str) -> Part:
         """Return a part by name. Ours cannot be replaced: where another package uses one of our names, a warning says so.
 

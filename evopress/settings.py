@@ -326,7 +326,9 @@ class FitnessSettings:
     """What the search minimises, and how it is computed."""
 
     name: str = "kl"
-    """kl, topk_kl or perplexity."""
+    """kl, topk_kl, perplexity, or a measure of an installed package."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What an installed package's measure is told, by keyword (`+fitness.options.temperature=2`)."""
     k: int = 10
     """topk_kl: tokens kept."""
     evaluator: str = "population"
@@ -339,7 +341,6 @@ class FitnessSettings:
     """Fuse elementwise work of blocks and KL divergence by torch.compile: for long runs; not where modules are dropped."""
 
     def __post_init__(self) -> None:
-        _expect_one_of("fitness.name", self.name, ("kl", "topk_kl", "perplexity"))
         _expect_one_of("fitness.evaluator", self.evaluator, ("population", "plain"))
         _expect(self.k >= 2, "fitness.k", self.k, "at least 2 tokens")
         _expect(self.max_tokens_in_flight >= 1, "fitness.max_tokens_in_flight", self.max_tokens_in_flight, "at least 1 token")

@@ -25,6 +25,7 @@ from evopress.errors import EvoPressError
 from evopress.files import given_path, open_folder
 from evopress.fitness.archive import ARCHIVE, Archive, Archiving, NoArchive, code_digest
 from evopress.fitness.fusion import can_compile
+from evopress.fitness.measures import MEASURES, Measure, make_measure
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.plain import PlainEvaluator
 from evopress.fitness.population import Evaluator, PopulationEvaluator
@@ -96,6 +97,7 @@ class Workspace:
             model, text = beside.model_source, beside.text
         self.engine = engine_of(settings.engine)
         self.method = make_method(settings)
+        make_measure(settings.fitness.name, settings.fitness.options)
         self.device = pick_device(settings.model.device)
         begin_on(self.device)
         self.dtype = pick_dtype(settings.model.dtype, self.device)
@@ -400,7 +402,8 @@ class Workspace:
     @_shared
     def archive(self) -> Archiving:
         """What was measured on the search text before, and by other runs; not where code is compiled, which rounds as it likes."""
-        if not self.settings.archive or self.fused or not leads():
+        ours = MEASURES.is_own(self.settings.fitness.name)  # of another's the archive would not know when it changes
+        if not self.settings.archive or self.fused or not ours or not leads():
             return NoArchive()
         about = {**self.what_decides, "text": tokens_digest(self.search_tokens), "code": code_digest()}
         return Archive(self.database.folder / ARCHIVE, about, [len(unit.levels) for unit in self.database.space.units])
@@ -423,6 +426,13 @@ class Workspace:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
+
+    @cached_property
+    def measure(self) -> Measure:
+        """What the search minimises."""
+        fitness = self.settings.fitness
+        own: dict[str, dict[str, Any]] = {"kl": {"fused": self.fused}, "topk_kl": {"k": fitness.k}}
+        return make_measure(fitness.name, {**fitness.options, **own.get(fitness.name, {})})
 
     @cached_property
     def fused(self) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from evopress.errors import EvoPressError
 from evopress.fitness.gates import Gate, GatedHead
-from evopress.fitness.measures import KLDivergence, Measure, TopkKL
+from evopress.fitness.measures import Measure, TopkKL, unfused
 from evopress.levels.live import Live, block_at, part_held
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import contributions
@@ -97,7 +96,7 @@ class BackwardPass:
             score: what a unit of a block gets for an error, on each sequence.
             uniform: numbers that draw the labels of a second way back, [b, l - 1], for modules and errors; None: there is none.
         """
-        self.live, self.blocks, self.genome, self.measure = live, live.blocks, genome, _unfused(measure)
+        self.live, self.blocks, self.genome, self.measure = live, live.blocks, genome, unfused(measure)
         self.ids, self.base, self.chunk_tokens = ids, base, chunk_tokens
         self.errors_of, self.score = tuple(errors_of) or (genome,), score
         self.uniform = uniform
@@ -294,11 +293,6 @@ class BackwardPass:
         """Add to the one unit of a part outside the blocks; where head and embedding are tied, both add to it."""
         (name,) = self.blocks.slots(part)
         self.found[0, rows, self.place[name]] += values.cpu()
-
-
-def _unfused(measure: Measure) -> Measure:
-    """Return the measure in the form that can be gone back through."""
-    return replace(measure, fused=False) if isinstance(measure, KLDivergence) else measure
 
 
 def _likelihood(measure: Measure, hidden: Tensor, reference: Any, head: Head, uniform: Tensor) -> Tensor:

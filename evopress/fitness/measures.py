@@ -8,15 +8,17 @@ Shapes: T tokens of a chunk, d hidden size, V vocabulary, k tokens kept by the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from evopress.errors import EvoPressError
 from evopress.fitness.fusion import compiled
 from evopress.models.head import Head
+from evopress.registry import Registry
 
 _IN_CACHE = 2**17
 """Logits that are worked on at a time on a CPU: in float32, with what is made of them, a core's cache holds them."""
@@ -112,6 +114,36 @@ class HeldOut:
 
     def __call__(self, hidden: Tensor, reference: tuple[Tensor, Tensor, Tensor, Tensor], head: Head) -> Tensor:
         return _by_tokens(_held_out, head.scores(hidden), *reference)
+
+
+MEASURES: Registry[Callable[..., Measure]] = Registry(
+    "measure", {"kl": KLDivergence, "topk_kl": TopkKL, "perplexity": NegativeLogLikelihood}, group="evopress.measures"
+)
+"""What a search can minimise, by its name in `fitness.name`; called with its options as keywords."""
+
+
+def make_measure(name: str, options: Mapping[str, Any], *, key: str = "fitness.name") -> Measure:
+    """Make what a search minimises.
+
+    Args:
+        options: what it is told, by keyword.
+        key: the setting that names it, for errors.
+
+    Raises: EvoPressError if there is none of that name, it does not take these options, or it does not give one number per token.
+    """
+    measure: Measure = MEASURES.make(name, options, key=key, told_by="fitness.options")
+    names = getattr(measure, "names", ())
+    if not callable(measure) or not hasattr(measure, "reference") or len(names) != 1:
+        raise EvoPressError(
+            f"{key}={name} is no measure of one number per token: give it `names` of one, `reference(base, labels, head)` and "
+            "`__call__(hidden, reference, head)`, or choose another"
+        )
+    return measure
+
+
+def unfused(measure: Measure) -> Measure:
+    """Return the measure in the form that can be gone back through, and that nothing is compiled for."""
+    return replace(measure, fused=False) if isinstance(measure, KLDivergence) else measure
 
 
 def _held_out(scores: Tensor, p: Tensor, negative_entropy: Tensor, top1: Tensor, labels: Tensor) -> Tensor:

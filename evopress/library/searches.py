@@ -68,7 +68,7 @@ def search(
 
     Args:
         text: what minibatches are drawn from.
-        fitness: kl, topk_kl or perplexity.
+        fitness: kl, topk_kl, perplexity, or a measure of an installed package.
         seed: of every generator.
         folder: run folder, in which a search that was interrupted goes on; None: a temporary one.
         settings: the search's own: generations=50, num_offspring=16, survivors=[4, 1], tokens=[2048, 16384], starts=["dp"] and
@@ -166,7 +166,7 @@ def find_baselines(
     Args:
         text: search text.
         names: uniform, dp, fisher and what else docs/methods.md has; those with levels of their own (owl, atp, alphapruning) aside.
-        fitness: kl, topk_kl or perplexity.
+        fitness: kl, topk_kl, perplexity, or a measure of an installed package.
         seed: of every generator.
         folder: where they are kept, and found again; None: a temporary one.
         settings: the baselines' own: num_random=32, importance_tokens=131072, options={"fisher": {"tokens": 4096}} and what else

@@ -20,6 +20,7 @@ _DOTTED = ((0, (6, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)),
 STYLES = ("-", "--", "-.", ":", "--", "-.", ":", *_DOTTED)
 MARKERS = "osD^vPX<>ph*d8"
 _FIXED = {"evopress": 0, "dp": 1, "best_of": 2}
+KL = "KL divergence (nats per token)"
 
 
 def styles(names: Iterable[str]) -> dict[str, int]:
@@ -32,6 +33,11 @@ def styles(names: Iterable[str]) -> dict[str, int]:
         looks[name] = others[count % len(others)] if fixed is None else fixed
         count += fixed is None
     return looks
+
+
+def axis_of(fitness: str) -> str:
+    """Return what a fitness is on an axis: another package's measure goes by its name."""
+    return KL if fitness in ("kl", "topk_kl") else fitness
 
 
 class Curves:

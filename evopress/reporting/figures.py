@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from evopress.reporting.drawing import (
     COLOURS,
+    KL,
     MARKERS,
     STYLES,
     Curves,
+    axis_of,
     legend_below,
     log_scale,
     new_figure,
@@ -82,7 +84,7 @@ def convergence(
         records: the records of `metrics.jsonl`, all measurements on one text.
         baselines: KL, nats per token, of each baseline by name, on that same text; drawn as horizontal lines.
         perplexities: their perplexities on it, where it is of one data set.
-        fitness: what the search minimised; "perplexity" draws it among the perplexities, all else with the KL.
+        fitness: what the search minimised; kinds of KL are drawn with the KL, "perplexity" among the perplexities, others apart.
         text: which text that is, in words.
 
     Returns: the paths of `convergence.png` and `convergence.svg`.
@@ -97,12 +99,12 @@ def convergence(
             for key in data_sets
         ),
     ]
-    fitness_row = "perplexity" if fitness == "perplexity" else "kl"
+    fitness_row = "kl" if axis_of(fitness) == KL else fitness
     minibatch = [number(record.get("fitness")) for record in records]
-    given = {"kl": baselines or {}, "perplexity": perplexities or {}}
+    given = {fitness_row: {}, "kl": baselines or {}, "perplexity": perplexities or {}}
     lines = {row: {name: value for name, value in of.items() if number(value) is not None} for row, of in given.items()}
     looks = styles(dict.fromkeys(name for of in lines.values() for name in of))
-    y_names = {"kl": "KL divergence (nats per token)", "perplexity": "perplexity"}
+    y_names = {"kl": KL, "perplexity": "perplexity", fitness_row: axis_of(fitness)}
     filled = {name for name, _, values in [*curves, (fitness_row, "", minibatch)] if any(v is not None for v in values)}
     rows = [name for name in y_names if name in filled or (name == "kl" and (lines["kl"] or not filled))]
 

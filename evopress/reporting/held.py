@@ -82,7 +82,7 @@ def held_figure(records: Sequence[Mapping[str, Any]], space: Space, folder: Path
         total = significant(sum(value for index, value in enumerate(held.values) if not _is_kept_module(space, held.genome, index)))
         axis.set_title(f"{_when(held, maps)}: {total} in all", fontsize=10)
     axes[-1].set_xlabel("transformer block")
-    of = "log perplexity" if fitness == "perplexity" else "KL divergence"
+    of = {"kl": "KL divergence", "topk_kl": "KL divergence", "perplexity": "log perplexity"}.get(fitness, fitness)
     bar = figure.colorbar(mesh, ax=list(axes), fraction=0.05, pad=0.015, aspect=12 * len(maps))
     bar.set_label("nats per token")
     bar.ax.tick_params(which="both", length=0)

@@ -7,7 +7,18 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from evopress.reporting.drawing import COLOURS, STYLES, Curves, legend_above, legend_below, log_scale, new_figure, open_frame, save
+from evopress.reporting.drawing import (
+    COLOURS,
+    STYLES,
+    Curves,
+    axis_of,
+    legend_above,
+    legend_below,
+    log_scale,
+    new_figure,
+    open_frame,
+    save,
+)
 from evopress.reporting.figures import averages, measure_name
 from evopress.reporting.metrics import best_fitness, phases
 from evopress.reporting.tables import number
@@ -102,7 +113,7 @@ def selection(records: Sequence[Record], folder: Path, *, fitness: str = "kl") -
     parents = [number(record.get("parent_fitness")) for record in tried]
     drawn.add(parents, "parent in the last stage", color="#555555", linestyle=":", linewidth=1.4)
     open_frame(top)
-    top.set_ylabel("perplexity" if fitness == "perplexity" else "KL divergence (nats per token)")
+    top.set_ylabel(axis_of(fitness))
     if drawn.seen and min(drawn.seen) > 0 and max(drawn.seen) > 4 * min(drawn.seen):
         log_scale(top)
     legend_above(top, figure)

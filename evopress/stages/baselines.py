@@ -21,7 +21,6 @@ from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.fitness.gradients import Score, gradient_scores
-from evopress.fitness.measures import KLDivergence, Measure, NegativeLogLikelihood, TopkKL
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.json_files import shown
 from evopress.levels.hessians import HessianStore
@@ -34,7 +33,6 @@ from evopress.progress import counted
 from evopress.reporting.records import append_record, read_document, read_records, write_json
 from evopress.resources import Needs
 from evopress.search.strategy import BACKWARD_TOKENS, Asks, Fitness
-from evopress.settings import FitnessSettings
 from evopress.stages.needs import Planner
 from evopress.stages.results import read_result
 from evopress.units import Budget, Genome, Level, Space
@@ -79,13 +77,6 @@ def build_database(workspace: Workspace, *, check_budget: bool = True) -> None:
     write_json(workspace.run_dir / "result.json", result)
 
 
-def make_measure(settings: FitnessSettings, *, fused: bool = False) -> Measure:
-    """Return what the search minimises."""
-    if settings.name == "topk_kl":
-        return TopkKL(settings.k)
-    return NegativeLogLikelihood() if settings.name == "perplexity" else KLDivergence(fused=fused)
-
-
 def make_fitness(workspace: Workspace, rng: np.random.Generator, num_sequences: int | None = None) -> MinibatchFitness:
     """Return the fitness on the search text, or its first sequences, minibatches drawn by `rng`."""
     settings = workspace.settings.fitness
@@ -94,7 +85,7 @@ def make_fitness(workspace: Workspace, rng: np.random.Generator, num_sequences: 
         workspace.search_tokens[:num_sequences],
         rng=rng,
         base=workspace.search_base[:num_sequences],
-        measure=make_measure(settings, fused=workspace.fused),
+        measure=workspace.measure,
         chunk_tokens=settings.chunk_tokens,
         max_tokens_in_flight=settings.max_tokens_in_flight,
         archive=workspace.archive,
@@ -112,6 +103,7 @@ def what_decides_fitness(workspace: Workspace, *, text: bool = True) -> dict[str
         "seed": settings.seed,
         "fitness": settings.fitness.name,
         "fitness.k": settings.fitness.k if settings.fitness.name == "topk_kl" else None,
+        **({"fitness.options": settings.fitness.options} if settings.fitness.options else {}),
         **({"search text": tokens_digest(workspace.search_tokens)[:16]} if text else {}),
         "bits": settings.bits,
         "sparsity": settings.sparsity,
@@ -308,7 +300,7 @@ class RunProblem:
     @property
     def what_fitness_is(self) -> list[Any]:
         fitness = self._workspace.settings.fitness
-        return [fitness.name, fitness.k]
+        return [fitness.name, fitness.k, *([fitness.options] if fitness.options else [])]
 
     def fitness(self, rng: np.random.Generator | None = None, *, num_sequences: int | None = None) -> Fitness:
         fitness = make_fitness(self._workspace, rng or self._minibatch_rng, num_sequences)

@@ -19,6 +19,7 @@ import torch
 from evopress.baselines.exhaustive import count_to_measure
 from evopress.compress.compressor import Compressor, to_come
 from evopress.errors import EvoPressError
+from evopress.fitness.measures import unfused
 from evopress.models.blocks import BlockModel
 from evopress.models.first_block import first_block
 from evopress.progress import amount, duration, in_bytes
@@ -28,7 +29,7 @@ from evopress.search.constraint import make_exchange
 from evopress.search.evolution import Evolution, SearchSettings
 from evopress.search.strategy import Asks, Searching
 from evopress.settings import STAGES
-from evopress.stages.baselines import baselines_needs, database_needs, further_levels, make_measure
+from evopress.stages.baselines import baselines_needs, database_needs, further_levels
 from evopress.stages.evaluate import evaluate_needs
 from evopress.stages.exports import export_needs
 from evopress.stages.following import model_bytes_there, rooms_of
@@ -242,7 +243,7 @@ def _probe(workspace: Workspace, compressor: Compressor | None) -> Speed | None:
     return measure_speed(
         blocks,
         ids,
-        make_measure(settings),
+        unfused(workspace.measure),
         compressor,
         chunk_tokens=settings.chunk_tokens,
     )

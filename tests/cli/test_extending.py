@@ -104,6 +104,38 @@ def test_a_pruner_from_outside_makes_a_database_and_is_searched(
     assert len(fours) == 14 and all(((four != 0).sum(1) == 2).all() for four in fours), "the level of 50% is a 2:4 mask"
 
 
+def test_a_fitness_from_outside_is_searched_by_both_strategies(
+    install: Callable[..., Path], tiny: Callable[..., Any], evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    blocks = examples("A fitness of your own")
+    installed(blocks, install)
+    given = blocks["sh"].split("evopress ")[1].split()
+    few = ("+debug=tiny", "search.generations=2", "stages=[database,search,report]")
+    for strategy in ("evolution", "guided"):
+        outcome = evopress(*given, *few, f"search/strategy={strategy}", f"hydra.run.dir={strategy}")
+        assert outcome.code == 0, outcome.text
+        records = [json.loads(line) for line in (tmp_path / strategy / "metrics.jsonl").read_text().splitlines()]
+        found = [record["fitness"] for record in records if record["fitness"] is not None]
+        assert found and min(found) > 0
+    other = evopress(*given, *few, "search/strategy=evolution", "hydra.run.dir=evolution", "fitness.options.temperature=3")
+    assert other.code == 1 and "had other settings (fitness.options" in other.errors[0]
+    assert not list(tmp_path.rglob("archive.jsonl"))
+    refused = tiny("fitness.name=reverse_kl", "+fitness.options.heat=2", folder=tmp_path / "refused")
+    assert refused.code == 1 and "the measure reverse_kl does not accept fitness.options={'heat': 2}" in refused.errors[0]
+    assert "its options are temperature=1.0" in refused.errors[0]
+
+
+def test_a_measure_of_two_numbers_is_refused_before_any_work(
+    install: Callable[..., Path], tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evopress.models.opening.load_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    code = "class Part:\n    names = ('one', 'two')\n    def reference(self, *a): ...\n    def __call__(self, *a): ..."
+    install("my_part", {"part": "my_part:Part"}, code, group="evopress.measures")
+    outcome = tiny("fitness.name=part")
+    assert outcome.code == 1 and len(outcome.errors) == 1
+    assert "fitness.name=part is no measure of one number per token: give it `names` of one" in outcome.errors[0]
+
+
 BASELINE = """
 from evopress.baselines.baseline import Baseline
 

@@ -120,6 +120,13 @@ def test_a_perplexity_search_has_no_empty_panels(run: Any, tmp_path: Path) -> No
     assert image.shape[0] < image.shape[1] / 2  # one row of panels
 
 
+def test_a_measure_of_another_package_has_panels_of_its_own(run: Any, tmp_path: Path) -> None:
+    both, svg = check(figures.convergence(run.records, tmp_path, {"dp": 1.0}, fitness="reverse_kl"), "convergence")
+    only, plain = check(figures.convergence(run.records, tmp_path, {"dp": 1.0}, fitness="topk_kl"), "convergence")
+    assert "<!-- reverse_kl -->" in svg and "<!-- topk_kl -->" not in plain
+    assert both.shape[0] > 1.2 * only.shape[0]
+
+
 def test_heatmap_shows_each_level_in_its_colour(run: Any, tmp_path: Path) -> None:
     flat = run.space.uniform("3 bits")
     image, _ = check(figures.level_heatmap(run.space, run.genome, tmp_path), "level_heatmap")
