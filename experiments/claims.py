@@ -3,16 +3,19 @@
     python -m experiments.claims          # writes the list into experiments/README.md
 
 A claim is that a method has a higher or a lower perplexity than the table's reference. The paper's numbers are ratios over its
-models and texts; ours is the ratio of means over seeds, with the verdict of `results.csv`: paired by seed, two standard errors.
-What a t test of as many seeds does not bear out at 5% has its p beside it.
+models and texts: it has an order where some are on one side of 1 and none on the other. Ours is the geometric mean of the ratios of
+each seed; whether it is a tie is asked of their logarithms: two standard errors. What a t test of as many of them does not bear out
+at 5% has its p beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from evopress.reporting.differences import Difference
 from evopress.reporting.tables import display_name
 from experiments.scripts import in_one_sentence
 from experiments.specs import SPECS, home
@@ -27,16 +30,19 @@ _OPPOSITE = {"worse": "better", "better": "worse"}
 def claims(name: str) -> Iterator[str]:
     """Yield a sentence for each table of a sweep that the paper has too: every method against the reference."""
     spec = SPECS[name]
-    ours, paper = read_csv(home(name) / "results.csv"), read_csv(home(spec.twin_of or name) / "paper.csv")
-    measure = next((row["measure"] for row in ours if row["measure"].startswith("ppl ")), None)
-    groups = dict.fromkeys(tuple(row[key] for key in spec.group) for row in ours)
+    runs, paper = read_csv(home(name) / "runs.csv"), read_csv(home(spec.twin_of or name) / "paper.csv")
+    measure = next((row["measure"] for row in runs if row["measure"].startswith("ppl ")), None)
+    groups = dict.fromkeys(tuple(row[key] for key in spec.group) for row in runs)
     for group in groups if paper and measure else ():
         where = dict(zip(spec.group, group, strict=True))
-        here = {row["method"]: row for row in _of(ours, where) if row["measure"] == measure}
+        here: dict[str, dict[str, float]] = {}
+        for row in _of(runs, where):
+            if row["measure"] == measure:
+                here.setdefault(row["method"], {})[row["seed"]] = math.log(float(row["value"]))
         there = _of(paper, where)
         compared = [method for method in here if method not in (spec.reference, *spec.apart) and spec.reference in here]
         told = [
-            _against(method, here[method], float(here[spec.reference]["mean"]), ratios)
+            _against(method, Difference.of(here[method], here[spec.reference]), ratios)
             for method in compared
             if (ratios := _ratios(there, method, spec.reference))
         ]
@@ -63,26 +69,28 @@ def _ratios(rows: Sequence[Mapping[str, str]], method: str, reference: str) -> l
     ]
 
 
-def _against(method: str, row: Mapping[str, str], reference: float, ratios: Sequence[float]) -> str:
-    least, most = min(ratios), max(ratios)
-    theirs = "worse" if least > 1 else "better" if most < 1 else "tie"
+def _against(method: str, logs: Difference, ratios: Sequence[float]) -> str:
+    """Say the paper's ratios, ours and what follows.
+
+    Args: logs: logarithms of our perplexities, of the method against the reference.
+    """
+    least, most, verdict = min(ratios), max(ratios), logs.verdict(min)
+    theirs = "worse" if least >= 1 < most else "better" if most <= 1 > least else "tie"
     if theirs == "tie":
-        said = "no order in the paper, " + {"tie": "a tie here"}.get(row["verdict"], f"{row['verdict']} here")
+        said = "no order in the paper, " + {"tie": "a tie here"}.get(verdict, f"{verdict} here")
     else:
-        said = {theirs: "**holds**", _OPPOSITE[theirs]: "**does not hold**", "tie": "**a tie** here"}.get(
-            row["verdict"], "one seed"
-        )
-    if (p := chance(row)) > SURE and row["verdict"] in _OPPOSITE:
+        said = {theirs: "**holds**", _OPPOSITE[theirs]: "**does not hold**", "tie": "**a tie** here"}.get(verdict, "one seed")
+    if (p := chance(logs)) > SURE and verdict in _OPPOSITE:
         said += f" (p={p:.2f})"
-    return f"{display_name(method)} ×{least:.2f} to ×{most:.2f} in the paper, ×{float(row['mean']) / reference:.2f} here, {said}"
+    return f"{display_name(method)} ×{least:.2f} to ×{most:.2f} in the paper, ×{math.exp(logs.mean):.2f} here, {said}"
 
 
-def chance(row: Mapping[str, str]) -> float:
+def chance(difference: Difference) -> float:
     """Return the p of a paired t test, two-sided: of so few seeds two standard errors are not much. 0 where nothing varies."""
     from scipy.stats import t
 
-    difference, error, seeds = (float(row.get(key) or "nan") for key in ("difference", "standard_error", "seeds"))
-    return float(2 * t.sf(abs(difference) / error, seeds - 1)) if error > 0 and seeds > 1 else 0.0
+    mean, error, pairs = difference.mean, difference.standard_error, difference.num_pairs
+    return float(2 * t.sf(abs(mean) / error, pairs - 1)) if error > 0 and pairs > 1 else 0.0
 
 
 def text() -> str:

@@ -146,9 +146,7 @@ def judged(groups: Sequence[Group]) -> str:
 
 def _against(statement: Statement, profiles: Mapping[str, Profile]) -> list[str]:
     difference, verdict = statement.difference(profiles), statement.verdict(profiles)
-    row = {"difference": difference.mean, "standard_error": difference.standard_error, "seeds": difference.num_pairs}
-    p = chance({key: str(value) for key, value in row.items()})
-    if p > SURE and verdict in ("holds", "does not hold"):
+    if (p := chance(difference)) > SURE and verdict in ("holds", "does not hold"):
         verdict += f" (p={p:.2f})"
     error = f" ± {significant(difference.standard_error, 2)}" if difference.decided else ""
     numbers = [spread([of(profile) for profile in profiles.values()]) for of in (statement.one, statement.other)]
