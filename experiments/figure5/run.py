@@ -11,6 +11,7 @@ reads the run folders in <root>/table9_12 and writes results.csv (a row per meas
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evopress.errors import EvoPressError
+from evopress.reporting.differences import Difference
 from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, open_frame, save, styles, time_unit
-from evopress.reporting.tables import display_name, significant
+from evopress.reporting.tables import display_name, significant, told
 from experiments.convergence import KL, X_AXES, Curve, band, curves, on_curves_text, text_of
 from experiments.depth import publish, run, sweep_options
 from experiments.specs import SPECS
@@ -35,8 +37,8 @@ SEARCHES = ("evopress", "evopress_blocks")
 _OFF_SCALE = 4.0
 """A baseline so many times worse than the worst of the curves is named and not drawn."""
 
-Values = Mapping[str, Mapping[str, float]]
-"""Measure and variant to the value at the end of the runs, on the text of the curves, mean over seeds."""
+Values = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Variant, measure and seed to the value at the end of the runs, on the text of the curves."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,13 @@ class Panel:
     values: Values
 
     def baselines(self, measure: str) -> dict[str, float]:
-        """Return the values of what was not searched, best first."""
-        of = self.values.get(measure, {})
+        """Return the values of what was not searched, means over seeds, best first."""
+        of = {name: statistics.fmean(variant[measure].values()) for name, variant in self.values.items() if measure in variant}
         return {name: of[name] for name in sorted(of, key=of.__getitem__) if name not in (*SEARCHES, "dense")}
+
+    def at_seeds(self, name: str) -> Mapping[str, float]:
+        """Return what a variant's KL divergence ends at on each seed."""
+        return self.values.get(name, {}).get(KL, {})
 
 
 def overtakes(points: Sequence[tuple[float, float, float, float]], value: float) -> float | None:
@@ -59,28 +65,28 @@ def overtakes(points: Sequence[tuple[float, float, float, float]], value: float)
 
 
 def table(panels: Sequence[Panel]) -> str:
-    """Say when each search is better than the best baseline."""
-    headers = ["sparsity", "search", "best baseline", "its KL", "better from generation", "better after", "final KL", "seeds"]
+    """Say when each search is better than the best baseline in the mean, and whether it is so at its end, paired by seed."""
+    headers = ["sparsity", "search", "best baseline", "its KL", "better from generation", "better after", "final KL", "difference"]
     body = []
     for panel in panels:
-        best = next(iter(panel.baselines(KL).items()), None)
+        best, its_kl = next(iter(panel.baselines(KL).items()), ("", math.nan))
         for name, curve in panel.searches.items():
-            seconds = overtakes(band(curve, "seconds", KL), best[1]) if best else None
-            generation = overtakes(band(curve, "generation", KL), best[1]) if best else None
-            final = panel.values.get(KL, {}).get(name)
+            seconds, generation = (overtakes(band(curve, x, KL), its_kl) for x in ("seconds", "generation"))
+            final = panel.at_seeds(name)
             body.append(
                 [
                     f"{100 * float(panel.sparsity):g}%",
                     display_name(name),
-                    display_name(best[0]) if best else "",
-                    significant(best[1]) if best else "",
+                    display_name(best) if best else "",
+                    significant(its_kl) if best else "",
                     "never" if generation is None else f"{generation:g}",
                     "never" if seconds is None else f"{seconds:.0f} s",
-                    "" if final is None else significant(final),
+                    significant(statistics.fmean(final.values())) if final else "",
+                    told(Difference.of(final, panel.at_seeds(best)), min),
                     str(len(curve)),
                 ]
             )
-    return markdown(headers, body)
+    return markdown([*headers, "seeds"], body)
 
 
 def draw(panels: Sequence[Panel], folder: Path) -> None:
@@ -164,10 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for (sparsity,), searches in curves(sweep, spec).items():
         if float(sparsity) not in arguments.sparsity:
             continue
-        of = values.get((sparsity,), {})
-        measures = dict.fromkeys(measure for variant in of.values() for measure in variant)
-        means = {m: {name: statistics.fmean(variant[m].values()) for name, variant in of.items() if m in variant} for m in measures}
-        panels.append(Panel(sparsity, searches, means))
+        panels.append(Panel(sparsity, searches, values.get((sparsity,), {})))
     if not panels:
         wanted = ", ".join(f"{sparsity:g}" for sparsity in arguments.sparsity)
         raise EvoPressError(
@@ -178,7 +181,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = [f"{about_sweep(jobs)}\n"]
     if missing := [axes for axes in sweep.missing if float(axes["sparsity"]) in arguments.sparsity]:
         parts.append(f"**Half-finished.** Missing: {'; '.join(map(describe, missing))}.\n")
-    parts.append(f"Curves, baselines and final KL are of one text: {text_of(jobs)}.\n")
+    parts.append(
+        f"Curves, baselines and final KL are of one text: {text_of(jobs)}. Better from where the mean over seeds is below the "
+        "baseline; the difference is that of the ends, paired by seed, and within two standard errors (±) a tie.\n"
+    )
     publish(arguments.out, TITLE, "\n".join([*parts, table(panels)]), rows(panels))
     draw(panels, arguments.out)
 

@@ -26,6 +26,7 @@ from evopress.models.blocks import BlockModel
 from evopress.models.tiny import make_tiny
 from evopress.units import Genome
 from experiments import depth
+from experiments.convergence import X_AXES, Point
 from experiments.drop_speed import run as drop_speed
 from experiments.figure1 import run as figure1
 from experiments.figure5 import run as figure5
@@ -501,10 +502,32 @@ def test_when_a_search_overtakes() -> None:
     assert figure5.overtakes([], 2.0) is None
 
 
+def panel_of(**kl: float | tuple[float, ...]) -> figure5.Panel:
+    """Return a panel of variants' KL divergences on three seeds, those of the searches reached at once."""
+    seeds = {name: dict(zip("012", of if isinstance(of, tuple) else (of,) * 3, strict=True)) for name, of in kl.items()}
+    searches = {
+        name: {seed: [Point(dict.fromkeys(X_AXES, 7.0), {figure5.KL: value})] for seed, value in of.items()}
+        for name, of in seeds.items()
+        if name in figure5.SEARCHES
+    }
+    return figure5.Panel("0.25", searches, {name: {figure5.KL: of} for name, of in seeds.items()})
+
+
 def test_baselines_come_best_first_and_searches_apart() -> None:
-    values = {figure5.KL: {"dense": 0.0, "shortgpt": 3.0, "evopress": 1.0, "evopress_blocks": 1.5, "shortened_llama": 2.0}}
-    assert figure5.Panel("0.25", {}, values).baselines(figure5.KL) == {"shortened_llama": 2.0, "shortgpt": 3.0}
-    assert figure5.Panel("0.25", {}, values).baselines("ppl x") == {}
+    panel = panel_of(dense=0.0, shortgpt=3.0, evopress=1.0, evopress_blocks=1.5, shortened_llama=2.0)
+    assert panel.baselines(figure5.KL) == {"shortened_llama": 2.0, "shortgpt": 3.0}
+    assert panel.baselines("ppl x") == {}
+
+
+def test_a_search_whose_seeds_do_not_tell_ties_with_the_best_baseline() -> None:
+    """Its mean is above; the ends of three seeds are both sides of it."""
+    panel = panel_of(sliding_window=0.98, evopress=(1.0, 1.1, 0.96), evopress_blocks=(1.05, 1.06, 1.05))
+    modules, blocks = (line for line in figure5.table([panel]).splitlines() if line.startswith("| 25%"))
+    assert "| never | never | 1.020 | 0.0400 ± 0.042 (tie) | 3 |" in modules
+    assert "| never | never | 1.053 | 0.0733 ± 0.0033 (worse) | 3 |" in blocks
+    found = panel_of(sliding_window=0.98, evopress=(0.8, 0.81, 0.79))
+    assert "| 7 | 7 s | 0.8000 | -0.180 ± 0.0058 (better) | 3 |" in figure5.table([found])
+    assert "| 25% | EvoPress |  |  | never | never | 0.8000 |  | 3 |" in figure5.table([panel_of(evopress=0.8)])
 
 
 def test_figure_5_end_to_end(depth_sweep: Path, tmp_path: Path) -> None:
