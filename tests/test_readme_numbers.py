@@ -90,6 +90,21 @@ def best_depth_baseline(sparsity: float) -> Number:
     )
 
 
+def over(one: Number, other: Number) -> Number:
+    """Return a ratio of two numbers."""
+    return lambda: one() / other()
+
+
+def uniform_over_owl(target: float, experiment: str = "allocation") -> Number:
+    """Return how many times OWL's perplexity uniform sparsity has: on the best levels, or in a sweep's table."""
+    if experiment == "allocation":
+        where = {"method": "sparsity", "recipe": "best", "target": target}
+        of = [mean("allocation", "perplexity", **where, row=row) for row in ("uniform", "owl")]
+    else:
+        of = [kl(experiment, row, PERPLEXITY, sparsity=target) for row in ("uniform", "owl")]
+    return over(*of)
+
+
 def said(document: str, pattern: str, group: int = 1) -> Number:
     """Return a number that a document says, where that is itself written by a command or measured once."""
 
@@ -111,6 +126,7 @@ GB = r"([\d.]+) GB"
 QUALITY = ("held_out_kl", "perplexity")
 ALL = ("tokens", *QUALITY)
 README, SEARCH, START = "README.md", "docs/search.md", "docs/start.md"
+EXPERIMENTS = "experiments/README.md"
 CLAIMS: list[tuple[str, str, tuple[Number, ...]]] = [
     (README, "It took {:.0f} min {:.0f} s on two cores", tuple(said(DEMO, r"took (\d+) min (\d+) s \(", n) for n in (1, 2))),
     (README, "some {:.0f} minutes on two without", (said("Makefile", r"4 to (\d+) minutes on 2 cores"),)),
@@ -237,6 +253,16 @@ CLAIMS: list[tuple[str, str, tuple[Number, ...]]] = [
         START,
         "`Q4_K_M` with importance matrix has {:.3f}, and its `Q2_K` {:.3f}",
         tuple(mean("exports", "kl", file=file, engine="llama.cpp") for file in ("Q4_K_M", "Q2_K")),
+    ),
+    (
+        EXPERIMENTS,
+        "Here it has {:.2f} and {:.2f} times on the paper's levels; on the best ones ([allocation](allocation)) {:.2f} and {:.2f} "
+        "times, and {:.2f} at 50%",
+        (
+            uniform_over_owl(0.7, "table2_sparsity"),
+            uniform_over_owl(0.6, "table14_15_sparsity"),
+            *(uniform_over_owl(target) for target in (0.7, 0.6, 0.5)),
+        ),
     ),
 ]
 SETTINGS = (
