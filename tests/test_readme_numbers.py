@@ -7,6 +7,7 @@ and settings are taken out has no number.
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 import statistics
 from collections.abc import Callable
@@ -105,6 +106,37 @@ def uniform_over_owl(target: float, experiment: str = "allocation") -> Number:
     return over(*of)
 
 
+def of_shortgpt(sparsity: float) -> tuple[Number, Number]:
+    """Return the shares in percent of what ShortGPT drops: among the modules that the search drops, and among all."""
+    of = [(float(row["dropped"]), float(row["shortgpt"])) for row in rows("figure6", sparsity=sparsity)]
+    shared = sum(ours * theirs for ours, theirs in of) / sum(ours for ours, _ in of)
+    return lambda: 100 * shared, lambda: 100 * sum(theirs for _, theirs in of) / len(of)
+
+
+def ends(numbers: list[float]) -> tuple[Number, Number]:
+    """Return the least and the greatest."""
+    return lambda: min(numbers), lambda: max(numbers)
+
+
+def gained(experiment: str, file: str, column: str, part: float, **where: object) -> tuple[Number, Number]:
+    """Return the range over seeds of the share in percent of a search's improvement that a part of its generations makes."""
+    shares = []
+    for seed in ("0", "1", "2"):
+        of = {int(row["generation"]): float(row[column]) for row in rows(experiment, file, **where, seed=seed)}
+        first, last = of[0], of[max(of)]
+        shares.append(100 * (first - of[next(place for place in of if place >= part * max(of))]) / (first - last))
+    return ends(shares)
+
+
+def largest_step(**where: object) -> tuple[Number, Number]:
+    """Return the range over seeds of how many mean steps a search's largest step is."""
+    seeds: dict[str, list[float]] = {}
+    for row in rows("guided", "curves.csv", row="evolution", **where):
+        seeds.setdefault(row["seed"], []).append(float(row["held_out_kl"]))
+    steps = [[before - after for before, after in itertools.pairwise(kls)] for kls in seeds.values()]
+    return ends([max(of) / statistics.fmean(of) for of in steps])
+
+
 def said(document: str, pattern: str, group: int = 1) -> Number:
     """Return a number that a document says, where that is itself written by a command or measured once."""
 
@@ -127,6 +159,7 @@ QUALITY = ("held_out_kl", "perplexity")
 ALL = ("tokens", *QUALITY)
 README, SEARCH, START = "README.md", "docs/search.md", "docs/start.md"
 EXPERIMENTS = "experiments/README.md"
+FOUR = "{:.0f}, {:.0f}, {:.0f} and {:.0f}%"
 CLAIMS: list[tuple[str, str, tuple[Number, ...]]] = [
     (README, "It took {:.0f} min {:.0f} s on two cores", tuple(said(DEMO, r"took (\d+) min (\d+) s \(", n) for n in (1, 2))),
     (README, "some {:.0f} minutes on two without", (said("Makefile", r"4 to (\d+) minutes on 2 cores"),)),
@@ -262,6 +295,60 @@ CLAIMS: list[tuple[str, str, tuple[Number, ...]]] = [
             uniform_over_owl(0.7, "table2_sparsity"),
             uniform_over_owl(0.6, "table14_15_sparsity"),
             *(uniform_over_owl(target) for target in (0.7, 0.6, 0.5)),
+        ),
+    ),
+    (
+        EXPERIMENTS,
+        "Shortened Llama has {:.2f} times the search's perplexity ({:.1f} against {:.1f})",
+        (
+            over(*(kl("table9_12", method, PERPLEXITY, sparsity=0.375) for method in ("shortened_llama", "evopress"))),
+            *(kl("table9_12", method, PERPLEXITY, sparsity=0.375) for method in ("shortened_llama", "evopress")),
+        ),
+    ),
+    (
+        EXPERIMENTS,
+        "at 50% {:.0f} times the dense model's perplexity, 6 to 19 times in the paper; the best baseline has {:.0f} times",
+        tuple(
+            over(*(kl("table9_12", name, PERPLEXITY, sparsity=0.5) for name in (method, "dense")))
+            for method in ("evopress", "shortened_llama")
+        ),
+    ),
+    *(
+        (page, template, tuple(of_shortgpt(sparsity)[place] for place in (0, 1) for sparsity, _ in DEPTH))
+        for page, template in (
+            (EXPERIMENTS, f"ShortGPT drops {FOUR}, and as many random ones would be {FOUR}"),
+            (
+                "experiments/figure6/README.md",
+                f"{FOUR} of the dropped modules are ShortGPT's too, where as many random ones would be {FOUR}",
+            ),
+        )
+    ),
+    (
+        EXPERIMENTS,
+        "At 2.25 bits the three seeds have {:.0f} to {:.0f}% of it after 9 of 36 generations ([guided](guided)/curves.csv), "
+        "at 3 bits {:.0f} to {:.0f}% after 10",
+        (
+            *gained("guided", "curves.csv", "held_out_kl", 0.25, recipe="paper", target=2.25, row="evolution"),
+            *gained("table3", "convergence.csv", "held-out KL", 0.25),
+        ),
+    ),
+    (
+        EXPERIMENTS,
+        "A search's largest step is {:.1f} to {:.1f} times its mean step, {:.1f} to {:.1f} times at 70% sparsity on the best "
+        "levels; at 3 bits {:.0f} and {:.0f} times",
+        (
+            *largest_step(recipe="paper", target=2.25),
+            *largest_step(method="sparsity", recipe="best", target=0.7),
+            *largest_step(method="quant", recipe="paper", target=3.0),
+        ),
+    ),
+    (
+        EXPERIMENTS,
+        "at 2.5 bits dynamic programming has {:.2f} times its perplexity on one build of the paper's levels "
+        "([demo_paper](demo_paper)), and {:.2f} times on another",
+        (
+            over(kl("demo_paper", "dp", PERPLEXITY), kl("demo_paper", "evopress", PERPLEXITY)),
+            over(*(kl("table16", method, PERPLEXITY, bits=2.5) for method in ("dp", "evopress"))),
         ),
     ),
 ]
