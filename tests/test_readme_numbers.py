@@ -113,6 +113,19 @@ def of_shortgpt(sparsity: float) -> tuple[Number, Number]:
     return lambda: 100 * shared, lambda: 100 * sum(theirs for _, theirs in of) / len(of)
 
 
+def builds(recipe: str, *sweeps: tuple[str, str]) -> tuple[Number, Number]:
+    """Return the range of the perplexities of uniform 3 bits over builds: three seeds of levels, and one of each sweep."""
+    of = [float(row["perplexity"]) for row in rows("levels", recipe=recipe, model="uniform_3")]
+    return ends([*of, *(kl(experiment, method, PERPLEXITY)() for experiment, method in sweeps)])
+
+
+def uniform_apart(target: float) -> Number:
+    """Return by how many percent the perplexities of uniform sparsity differ on two builds of the best levels."""
+    where = {"method": "sparsity", "recipe": "best", "target": target, "row": "uniform"}
+    one, other = (mean(experiment, "perplexity", **where)() for experiment in ("guided", "allocation"))
+    return lambda: 100 * (max(one, other) / min(one, other) - 1)
+
+
 def ends(numbers: list[float]) -> tuple[Number, Number]:
     """Return the least and the greatest."""
     return lambda: min(numbers), lambda: max(numbers)
@@ -341,6 +354,18 @@ CLAIMS: list[tuple[str, str, tuple[Number, ...]]] = [
             *largest_step(method="sparsity", recipe="best", target=0.7),
             *largest_step(method="quant", recipe="paper", target=3.0),
         ),
+    ),
+    (
+        EXPERIMENTS,
+        "Uniform 3 bits have a perplexity of {:.1f} to {:.1f} on five builds of the paper's levels",
+        builds("paper", ("table3", "uniform"), ("demo_paper", "uniform_3")),
+    ),
+    (EXPERIMENTS, "of {:.1f} to {:.1f} on four of the best", builds("best", ("demo", "uniform_3"))),
+    (
+        EXPERIMENTS,
+        "uniform sparsity of 50, 60 and 70% on two of the best ([guided](guided), [allocation](allocation)) is {:.1f}, {:.1f} and "
+        "{:.1f}% apart",
+        tuple(uniform_apart(target) for target in (0.5, 0.6, 0.7)),
     ),
     (
         EXPERIMENTS,
