@@ -312,6 +312,20 @@ CLAIMS: list[tuple[str, str, tuple[Number, ...]]] = [
     ),
     (
         EXPERIMENTS,
+        "and from {:,.0f} to {:,.0f} here, KL divergence from {:.2f} to {:.2f}",
+        tuple(mean("table1", column, set=name) for column in ("perplexity", "kl") for name in ("A2", "B2")),
+    ),
+    (
+        "experiments/table9_12/README.md",
+        "Shortened Llama by {:.2f} to {:.2f} and Weight Subcloning by {:.2f} to {:.2f}, both ties",
+        tuple(
+            kl("table9_12", method, PERPLEXITY, sparsity=sparsity)
+            for sparsity, best in ((0.125, "shortened_llama"), (0.25, "weight_subcloning"))
+            for method in (best, "evopress")
+        ),
+    ),
+    (
+        EXPERIMENTS,
         "Shortened Llama has {:.2f} times the search's perplexity ({:.1f} against {:.1f})",
         (
             over(*(kl("table9_12", method, PERPLEXITY, sparsity=0.375) for method in ("shortened_llama", "evopress"))),

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from evopress.errors import EvoPressError
 from evopress.run_folder import LOCK, keep_overrides
 from evopress.settings import STAGES
-from experiments import queue
+from experiments import claims, queue
 from experiments.single_runs import SingleRun, evopress, evopress_all, has_finished, logged, why_it_failed
 from experiments.specs import BEST_LEVELS, home
 
@@ -430,3 +430,10 @@ def test_a_script_whose_jobs_failed_is_not_done(tmp_path: Path, monkeypatch: pyt
     for run in runs_of("levels"):
         write_job(run.folder, [])
     assert queue.run_script("levels", tmp_path / "multirun", 2, [])
+
+
+def test_the_page_says_what_no_queue_runs() -> None:
+    page = claims.README.read_text(encoding="utf-8")
+    said = set(re.findall(r"\[(\w+)\]", page.partition("but for")[2].partition("whose pages")[0]))
+    there = {path.parent.name for path in claims.README.parent.glob("*/README.md")}
+    assert said == there - set(queue.NAMES) and len(said) > 1
