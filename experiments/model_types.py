@@ -1,4 +1,7 @@
-"""What works on every causal architecture of transformers: `python -m experiments.model_types` writes `docs/models.md`.
+"""What works on every causal architecture of transformers: `docs/models.md`, or rows of those that are named.
+
+    python -m experiments.model_types                  # writes the page
+    python -m experiments.model_types llama gpt_oss    # prints two rows
 
 Of each a tiny model with random weights is made and taken through what a run does: its blocks found and compared with the whole
 model, a level database of each method, the population against the plain way, the export against what it exports, generation with
@@ -7,6 +10,7 @@ and without a cache. What is refused is so by the sentence that a user would rea
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import tempfile
@@ -16,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -317,11 +322,24 @@ def page(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _known(model_type: str) -> str:
+    """Read a model type; raise argparse.ArgumentTypeError if transformers has no causal language model of it."""
+    if model_type not in (known := causal_types()):
+        near = get_close_matches(model_type, known) or sorted(known)
+        raise argparse.ArgumentTypeError(
+            f"{model_type} is no model type that transformers has a causal language model for: choose among {', '.join(near)}"
+        )
+    return model_type
+
+
 @in_one_sentence()
 def main() -> None:
     """Write the page, or print rows of the architectures that are named."""
-    rows = survey(sys.argv[1:] or causal_types(), said=True)
-    if not sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_types", nargs="*", type=_known, metavar="MODEL_TYPE", help="default: all of them")
+    named = parser.parse_args().model_types
+    rows = survey(named or causal_types(), said=True)
+    if not named:
         PAGE.write_text(page(rows), encoding="utf-8")
         print(f"{sum(row.works for row in rows)} of {sum(not row.built for row in rows)} work: {PAGE}")
 

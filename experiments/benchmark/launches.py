@@ -8,6 +8,7 @@ there are. An operation counts as one launch, a sort too, which is several. Prin
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -87,6 +88,7 @@ def rounding(units: dict[str, int], width: int) -> Iterator[int]:
 @in_one_sentence()
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print("| levels | sweeps | columns | launches, torch | a column | waits | launches, kernels | a column | waits |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, sweep in {"2 to 6 bits, `recipe=paper`": rounding, "up to 17 sparsities, `recipe=paper`": pruning}.items():

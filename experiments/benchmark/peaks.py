@@ -9,6 +9,7 @@ beside the model's. Prints a table of Markdown.
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -333,6 +334,7 @@ def compared(cases: Iterable[Case]) -> Iterator[tuple[Case, dict[str, int], dict
 @in_one_sentence()
 def main() -> None:
     """Print the tables."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for cases, stages in (({f"{case.model}, {case.dtype}": case for case in CASES}, STAGES), (OTHERS, _MORE)):
         print("| | " + " | ".join(f"{stage}: said | counted | ratio" for stage in stages) + " |")
         print("|---|" + "---:|---:|---:|" * len(stages))

@@ -8,9 +8,9 @@ vocabulary and written as text, none of them held out.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -116,10 +116,11 @@ def write_texts(folder: Path) -> None:
 @in_one_sentence()
 def main() -> None:
     """Write the texts into the folder that is named."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m experiments.calibration.texts FOLDER")
-    write_texts(Path(sys.argv[1]))
-    for path in sorted(Path(sys.argv[1]).glob("*.jsonl")):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="to write to")
+    folder = parser.parse_args().folder
+    write_texts(folder)
+    for path in sorted(folder.glob("*.jsonl")):
         print(f"{path}: {path.stat().st_size:,} bytes")
 
 

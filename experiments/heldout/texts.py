@@ -8,8 +8,8 @@ prompts: questions with reasoned answers, as turns of chats, and exam questions 
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,9 +107,10 @@ def write_texts(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 @in_one_sentence()
 def main() -> None:
     """Write the texts into the folder that is named."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m experiments.heldout.texts FOLDER")
-    files, reasons = write_texts(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="to write to")
+    folder = parser.parse_args().folder
+    files, reasons = write_texts(folder)
     for kind, path in files.items():
         print(f"{kind}: {path}, {path.stat().st_size:,} bytes")
     for kind, reason in reasons.items():

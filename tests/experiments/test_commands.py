@@ -21,6 +21,7 @@ WRONG = {
     "exports.run": (["{there}", "--results", "{there}/results.csv"], "is no .gguf file and no folder with a config.json"),
     "levels.measure": (["--out", "{there}/results.csv", "--seeds", "0", "--", "bit=3"], "bit"),
     "theorem1.run": (["--seeds", "0", "--out", "{there}"], "--seeds 0 is out of range"),
+    "model_types": (["lama"], "lama is no model type that transformers has a causal language model for: choose among llama"),
     "levels.sparse": (["--recipes", "bets", "--out", "{there}/sparse.csv"], "method.recipe=bets is unknown"),
 }
 
@@ -45,6 +46,23 @@ def test_a_file_that_is_not_there_is_named(name: str, tmp_path: Path, monkeypatc
 def test_a_wrong_value_is_one_sentence(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     words, part = WRONG[name]
     assert part in ended(name, words, tmp_path, monkeypatch, capsys)
+
+
+FOLDER = Path(__file__).parents[2] / "experiments"
+SCRIPTS = sorted(
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    for path in FOLDER.rglob("*.py")
+    if "\ndef main(" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_is_a_usage_and_nothing_is_measured(name: str, monkeypatch, capsys) -> None:
+    script = import_module(f"experiments.{name}")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("usage: ")
 
 
 def test_a_reader_who_has_had_enough_is_told_nothing() -> None:
