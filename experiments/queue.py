@@ -10,7 +10,7 @@ A sweep is a job for each combination of what `conf/experiment/NAME.yaml` sweeps
 `python -m evopress +experiment=NAME` has finished are not run again. NAME_best is the same sweep on the best levels. When the last
 job of a sweep has ended its table is made. What scripts run are jobs like these; scripts themselves come last, one after the other,
 and make their tables of what there is. `paper` stands for the tables and figures that the paper has, on both forms of levels, `all`
-for all. What follows `--` is given to every job, and to scripts that take it.
+for all names. What follows `--` is given to every job, and to scripts that take it.
 """
 
 from __future__ import annotations

@@ -391,6 +391,13 @@ def test_the_page_says_how_many_jobs_there_are(tmp_path: Path) -> None:
     assert f"on both forms of levels: {of_paper} jobs" in text and f"It is {sweeps + total} jobs" in text
 
 
+def test_the_page_names_the_experiments_that_no_name_stands_for() -> None:
+    page = Path(queue.__file__).with_name("README.md")
+    _, _, after = page.read_text(encoding="utf-8").partition("`ARGS=all` ")
+    left_out = {path.parent.name for path in page.parent.glob("*/README.md")} - set(queue.GROUPS["all"])
+    assert left_out and set(re.findall(r"\]\((\w+)\)", after.partition("whose pages")[0])) == left_out
+
+
 def test_a_folder_may_have_any_name_and_scripts_choose_plain_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr("experiments.single_runs.logged", lambda command, folder, running: asked.append(command[-1]) or True)
