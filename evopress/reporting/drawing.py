@@ -20,6 +20,7 @@ _DOTTED = ((0, (6, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)),
 STYLES = ("-", "--", "-.", ":", "--", "-.", ":", *_DOTTED)
 MARKERS = "osD^vPX<>ph*d8"
 _FIXED = {"evopress": 0, "dp": 1, "best_of": 2}
+_SEARCHES = {"guided": 0, "evolution": 1}
 KL = "KL divergence (nats per token)"
 
 
@@ -32,6 +33,21 @@ def styles(names: Iterable[str]) -> dict[str, int]:
         fixed = next((index for start, index in _FIXED.items() if name.startswith(start)), None)
         looks[name] = others[count % len(others)] if fixed is None else fixed
         count += fixed is None
+    return looks
+
+
+def search_styles(names: Iterable[str]) -> dict[str, int]:
+    """Give each search a colour, line and marker by index: guided and evolution have the same ones in every figure.
+
+    The first name that begins with one of these has its index; variants ("guided, then evolution") have others.
+    """
+    others = [index for index in range(len(COLOURS)) if index not in _SEARCHES.values()]
+    looks: dict[str, int] = {}
+    count = 0
+    for name in names:
+        own = next((index for start, index in _SEARCHES.items() if name.startswith(start) and index not in looks.values()), None)
+        looks[name] = others[count % len(others)] if own is None else own
+        count += own is None
     return looks
 
 

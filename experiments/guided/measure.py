@@ -21,7 +21,7 @@ import pandas as pd
 
 from evopress.errors import EvoPressError
 from evopress.reporting.curve import held_out_curve
-from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, open_frame, save, show_tokens
+from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, open_frame, save, search_styles, show_tokens
 from evopress.reporting.records import read_json, read_records
 from experiments.frames import write_frame
 from experiments.scripts import file_to_write, with_its_jobs
@@ -157,11 +157,15 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(curves: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw held-out KL against tokens, a row of panels per recipe, a panel per target, a curve per seed: one picture per method."""
+    """Draw held-out KL against tokens, a row of panels per recipe, a panel per target, a curve per seed: one picture per method.
+
+    Guided is above the rows that begin with its rounds, which go on where it ends.
+    """
     files = []
     for method, of_method in curves.groupby("method"):
         unit, recipes = _UNITS[str(method)], sorted(of_method.recipe.unique())
         targets, names = sorted(of_method.target.unique()), list(dict.fromkeys(of_method.row))
+        looks = search_styles(names)
         figure = new_figure(min(3.1 * len(targets), 12.4) + 0.4, 2.6 * len(recipes) + 0.5)
         panels, lines = figure.subplots(len(recipes), len(targets), squeeze=False), {}
         for row, recipe in zip(panels, recipes, strict=True):
@@ -171,8 +175,8 @@ def draw(curves: pd.DataFrame, folder: Path) -> list[Path]:
                     panel.set_axis_off()
                     continue
                 for (name, _), points in here.groupby(["row", "seed"], sort=False):
-                    look = names.index(name)
-                    style = {"color": COLOURS[look], "linestyle": STYLES[look], "lw": 1.2}
+                    above = {"lw": 1.7, "zorder": 3} if name == "guided" else {"lw": 1.2, "zorder": 2}
+                    style = {"color": COLOURS[looks[name]], "linestyle": STYLES[looks[name]], **above}
                     (lines[name],) = panel.plot(points.tokens, points.held_out_kl, **style)
                 panel.set(title=f"{target:g}{unit}{f', {recipe} levels' if recipe else ''}")
                 panel.xaxis.set_major_formatter(show_tokens)

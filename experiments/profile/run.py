@@ -4,6 +4,7 @@ Source: paper, sections 4.2 and 4.3, appendices E.2 and F.3, Figures 8, 9, 11 an
 
     python -m experiments.guided.measure --recipes best --targets 2.5 --rows evolution guided --results multirun/p.csv
     python -m experiments.profile.run multirun/guided/quant-best-2.5-evolution-[012] multirun/guided/quant-best-2.5-guided-[012]
+    python -m experiments.profile.run --draw           # the picture, from results.csv
 
 Reads finished runs of methods quant and sparsity, and of their level databases the manifests. Runs that differ in their seed alone
 are one profile. Writes results.csv (a row per profile and projection or block), table.md and profile.png.
@@ -18,11 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from evopress.currencies import QUANT, SPARSITY
 from evopress.errors import EvoPressError
 from evopress.levels.store import read_manifest, space_of
 from evopress.progress import counted
-from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, legend_below, new_figure, open_frame, save
+from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, legend_below, new_figure, open_frame, save, search_styles
 from evopress.reporting.figures import averages, measure, measure_name, measured_size
 from evopress.reporting.records import read_genome, read_json
 from evopress.reporting.tables import significant
@@ -31,6 +34,7 @@ from experiments.claims import SURE, chance
 from experiments.depth import publish, run
 from experiments.heldout.run import Run, finished_runs
 from experiments.profile.statements import STATEMENTS, Profile, Statement
+from experiments.scripts import existing
 from experiments.single_runs import has_finished
 from experiments.sweeps import Job
 from experiments.tables import about_sweep, markdown
@@ -170,54 +174,53 @@ def rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return found
 
 
-def draw(groups: Sequence[Group], folder: Path) -> None:
-    """Draw what each projection and each block gets, against the average: means over seeds, with the least and the greatest."""
+def draw(results: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw what each projection and each block gets, against the average: means over seeds, with the least and the greatest.
+
+    Args: results: a row for each of `rows`, or what results.csv has.
+
+    Returns: the paths of the PNG and the SVG.
+    """
     figure = new_figure(12, 4.3)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
-    kinds = list(next(iter(groups[0].profiles.values())).kinds)
-    bar = 0.8 / len(groups)
+    names = list(dict.fromkeys(results.found))
+    looks, bar = search_styles(names), 0.8 / len(names)
     for axis in (left, right):
         open_frame(axis)
         axis.axhline(0, color="#555555", linewidth=0.8)
-        axis.set_ylabel(f"{groups[0].measure}, against the average")
-    for index, group in enumerate(groups):
-        profiles, colour = list(group.profiles.values()), COLOURS[index]
-        at = [place + (index - (len(groups) - 1) / 2) * bar for place in range(len(kinds))]
-        means, below, above = _means([[profile.kinds[kind] - profile.average for kind in kinds] for profile in profiles])
-        count = counted(len(profiles), "seed")
-        left.bar(
-            at, means, bar * 0.92, yerr=[below, above], color=colour, error_kw={"elinewidth": 1}, label=f"{group.name} ({count})"
-        )
-        means, below, above = _means([[value - profile.average for value in profile.blocks] for profile in profiles])
-        blocks = range(len(means))
-        least = [mean - down for mean, down in zip(means, below, strict=True)]
-        greatest = [mean + up for mean, up in zip(means, above, strict=True)]
-        right.fill_between(blocks, least, greatest, color=colour, alpha=0.18, linewidth=0)
-        style = {"color": colour, "linestyle": STYLES[index], "marker": MARKERS[index]}
-        right.plot(blocks, means, markersize=3.5, linewidth=1.6, **style)
-    left.set_xticks(range(len(kinds)), kinds, rotation=25, ha="right", rotation_mode="anchor")
+        axis.set_ylabel(f"{results.measure.iloc[0]}, against the average")
+    for index, name in enumerate(names):
+        here, look = results[results.found == name], looks[name]
+        kinds, blocks = here[here.of == "projection"], here[here.of == "block"]
+        at = [place + (index - (len(names) - 1) / 2) * bar for place in range(len(kinds))]
+        ends = [(far - near).clip(lower=0) for far, near in ((kinds["mean"], kinds["min"]), (kinds["max"], kinds["mean"]))]
+        style: dict[str, Any] = {"color": COLOURS[look], "label": f"{name} ({counted(int(here.seeds.iloc[0]), 'seed')})"}
+        left.bar(at, kinds.against_average, bar * 0.92, yerr=ends, error_kw={"elinewidth": 1}, **style)
+        places, average = range(len(blocks)), blocks["mean"] - blocks.against_average
+        right.fill_between(places, blocks["min"] - average, blocks["max"] - average, color=COLOURS[look], alpha=0.18, linewidth=0)
+        style = {"color": COLOURS[look], "linestyle": STYLES[look], "marker": MARKERS[look]}
+        right.plot(places, blocks.against_average, markersize=3.5, linewidth=1.6, **style)
+        left.set_xticks(range(len(kinds)), kinds.place, rotation=25, ha="right", rotation_mode="anchor")
     left.set_title("by projection", fontsize=10)
     right.set_xlabel("transformer block")
     right.xaxis.get_major_locator().set_params(integer=True)
     right.set_title("by transformer block", fontsize=10)
     legend_below(figure, *left.get_legend_handles_labels(), most=3)
-    save(figure, folder, "profile")
-
-
-def _means(seeds: Sequence[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
-    """Return of each place the mean over seeds, and how far the least is below and the greatest above it."""
-    places = list(zip(*seeds, strict=True))
-    means = [statistics.fmean(values) for values in places]
-    below = [mean - min(values) for mean, values in zip(means, places, strict=True)]
-    return means, below, [max(values) - mean for mean, values in zip(means, places, strict=True)]
+    return save(figure, folder, "profile")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the runs that are named and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="finished runs of one model and method")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_FOLDER", help="finished runs of one model and method")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (default: the experiment's own)")
+    parser.add_argument("--draw", action="store_true", help="draw the results.csv that is there, read no runs")
     arguments = parser.parse_args(argv)
+    if arguments.draw:
+        draw(pd.read_csv(existing(arguments.out / "results.csv")), arguments.out)
+        return
+    if not arguments.runs:
+        parser.error("no runs: name folders of finished runs, or give --draw")
     groups, jobs = read_groups(arguments.runs)
     parts = [
         f"{about_sweep(jobs)}\n",
@@ -228,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         judged(groups),
     ]
     publish(arguments.out, TITLES[groups[0].method], "\n".join(parts), rows(groups))
-    draw(groups, arguments.out)
+    draw(pd.DataFrame(rows(groups)), arguments.out)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 import pytest
 
+from evopress.reporting.drawing import COLOURS, search_styles
 from experiments.guided import measure, tables
 from experiments.guided.measure import asked_for, folder_of, runs
 
@@ -93,6 +95,19 @@ def test_a_script_that_is_stopped_takes_its_jobs_along(tmp_path: Path) -> None:
     said = script.communicate(timeout=120)[1]
     assert script.returncode == 128 + signal.SIGTERM and said == "stopped; the same command goes on\n", said
     assert not psutil.wait_procs(jobs, timeout=60)[1]
+
+
+def test_guided_is_drawn_above_what_begins_with_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(measure, "save", lambda figure, *_: drawn.append(figure) or [])
+    rows = [("evolution", 9), ("guided", 2), ("guided, then evolution", 4)]
+    points = [("quant", "best", 2.5, row, 0, place, 100 * place, 1 / (1 + place)) for row, last in rows for place in range(last)]
+    measure.draw(pd.DataFrame(points, columns=[*measure.KEYS, "generation", "tokens", "held_out_kl"]), tmp_path)
+    evolution, guided, after = drawn[0].axes[0].get_lines()
+    assert guided.get_zorder() > max(evolution.get_zorder(), after.get_zorder())
+    assert len({line.get_color() for line in (evolution, guided, after)}) == 3
+    looks = search_styles(["evolution", "guided"])
+    assert [line.get_color() for line in (evolution, guided)] == [COLOURS[look] for look in looks.values()]
 
 
 def test_results_that_nothing_wrote_are_one_sentence(

@@ -98,8 +98,19 @@ def test_runs_of_one_search_are_one_profile(runs: Path, tmp_path: Path) -> None:
         text.count(f"| {evolution} | F.3 |") == text.count(f"| {guided} | F.3 |") == 3
         and "| 1 of 1 seed | holds, one seed |" in text
     )
+    (picture := tmp_path / "profile.png").write_bytes(b"")
+    run.main(["--draw", "--out", str(tmp_path)])
+    assert picture.stat().st_size > 10_000, "of results.csv alone"
     run.main([str(runs / "sparse-0"), "--out", str(tmp_path)])
     assert "guided, 50% sparsity, best levels" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+def test_runs_or_results_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--out", str(tmp_path)])
+    assert "name folders of finished runs, or give --draw" in capsys.readouterr().err
+    with pytest.raises(EvoPressError, match=r"there is no file or folder .*results.csv"):
+        run.main(["--draw", "--out", str(tmp_path)])
 
 
 def test_what_cannot_be_averaged_together_is_refused(runs: Path, tmp_path: Path) -> None:

@@ -208,6 +208,15 @@ def test_a_genome_keeps_its_colour_in_every_figure() -> None:
     assert len(set(more.values())) == len(more)
 
 
+def test_guided_and_evolution_look_alike_in_any_order() -> None:
+    one = drawing.search_styles(["evolution, 2.5 bits", "guided, from dp, 2.5 bits"])
+    other = drawing.search_styles(["guided, 70% sparsity", "evolution, 70% sparsity"])
+    assert list(one.values()) == list(other.values())[::-1]
+    many = drawing.search_styles(["evolution", "evolution from dp", "guided", "guided, then evolution", "dp"])
+    assert (many["guided"], many["evolution"]) == tuple(other.values()) and len(set(many.values())) == 5
+    assert len(drawing.search_styles(f"row {number}" for number in range(30))) == 30
+
+
 def test_the_same_data_give_the_same_files(run: Any, tmp_path: Path) -> None:
     first = figures.level_heatmap(run.space, run.genome, tmp_path / "a")
     second = figures.level_heatmap(run.space, run.genome, tmp_path / "b")
