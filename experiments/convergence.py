@@ -150,9 +150,15 @@ def _at(line: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def draw(
-    group: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], folder: Path, name: str, *, title: str
+    group: Mapping[str, Curve],
+    baselines: Mapping[str, Mapping[str, float]],
+    folder: Path,
+    name: str,
+    *,
+    title: str,
+    timed: bool = True,
 ) -> list[Path]:
-    """Draw a row of panels per measure: against generations, candidate tokens and time.
+    """Draw a row of panels per measure: against generations, candidate tokens and, where times are told, time.
 
     Args:
         group: variant to its curve.
@@ -167,11 +173,12 @@ def draw(
     colours = COLOURS[len(group) :] + COLOURS[: len(group)]  # those that no curve has, as far as there are so many
     dashes = STYLES[1:]
     looks = {name: {"color": colours[i % len(colours)], "linestyle": dashes[i % len(dashes)]} for i, name in enumerate(names)}
-    figure = new_figure(12, 1.4 + 3.2 * len(measures))
-    axes = figure.subplots(len(measures), len(X_AXES), sharey="row", squeeze=False)
+    across = X_AXES if timed else tuple(x for x in X_AXES if x != "seconds")
+    figure = new_figure(4 * len(across), 1.4 + 3.2 * len(measures))
+    axes = figure.subplots(len(measures), len(across), sharey="row", squeeze=False)
     for measure, row in zip(measures, axes, strict=True):
         seen: list[float] = []
-        for axis, x in zip(row, X_AXES, strict=True):
+        for axis, x in zip(row, across, strict=True):
             seen += _panel(axis, group, x, measure, scale=unit if x == "seconds" else 1.0)
             for baseline, value in baselines.get(measure, {}).items():
                 axis.axhline(value, label=display_name(baseline), linewidth=1.3, **looks[baseline])
@@ -250,10 +257,17 @@ def draw_sweep(sweep: Sweep, spec: Spec, out: Path, *, beside: Mapping[str, Curv
         }
         name = "_".join(["convergence", *(re.sub(r"[^\w.+-]+", "-", f"{key}-{value}") for key, value in where.items())])
         seeds = max(len(curve) for curve in variants.values())
-        about = f"mean and range, {seeds} seed{'s' if seeds > 1 else ''}; {text}"
+        about = f"mean and range, {seeds} seed{'s' if seeds > 1 else ''}; {text}{untimed(spec)}"
         title = f"{spec.title}{', ' if where else ''}{describe(where)}\n({about})"
-        paths += draw({**variants, **beside}, baselines, out, name, title=title)
+        paths += draw({**variants, **beside}, baselines, out, name, title=title, timed=not spec.shares)
     return paths
+
+
+def untimed(spec: Spec) -> str:
+    """Say why no time is drawn: searches that another experiment has too may have taken their fitnesses from the archive."""
+    if not spec.shares:
+        return ""
+    return f";\nno time: {SPECS[spec.shares].title.partition(':')[0]} has some of these searches, whose fitnesses are measured once"
 
 
 def _companion(experiment: str, root: Path) -> dict[str, Curve]:

@@ -28,6 +28,8 @@ class Spec:
     """What those are."""
     settings: tuple[str, ...] = ()
     """Settings of the search that are shown beside each variant, such as those that were swept."""
+    shares: str = ""
+    """An experiment that has some of these searches too; the second of them takes their fitnesses from the archive, in no time."""
     without: tuple[str, ...] = ("acceptance rate", "flips")
     """Measures, by how their names begin, that the CSVs have and the table has no column for: the paper does not report them."""
 
@@ -93,18 +95,21 @@ SPECS = {
         variant=by_first_stage,
         reference="512_tokens",
         settings=("search.num_offspring", "search.tokens"),
+        shares="table6",
     ),
     "table6": Spec(
         "Table 6: offspring per generation",
         variant=by_axis("search.num_offspring", "{} offspring"),
         reference="16 offspring",
         settings=("search.tokens",),
+        shares="table5",
     ),
     "table7": Spec(
         "Table 7: KL divergence against perplexity as fitness",
         group=("bits",),
         variant=by_fitness,
         reference="EvoPress (KL)",
+        shares="table3",
     ),
     "table9_12": Spec(
         "Tables 9 to 12: depth pruning at 12.5, 25, 37.5 and 50%",

@@ -14,7 +14,9 @@ from matplotlib.image import imread
 from omegaconf import OmegaConf
 
 from evopress.errors import EvoPressError
+from evopress.finished import settings_digest
 from experiments import convergence
+from experiments.composed import settings_of
 from experiments.convergence import KL, Point, band, curves, make_figures, on_curves_text, text_of
 from experiments.specs import SPECS
 from experiments.sweeps import expected_jobs, read_sweep
@@ -147,8 +149,17 @@ def test_figures_and_measurements_of_a_sweep(tmp_path: Path) -> None:
     text = paths[2].read_text(encoding="utf-8")
     assert "Table 7" in text and "bits=3.0" in text and "<!-- uniform -->" in text
     assert "the first 1,000 held-out tokens" in text
+    assert "candidate tokens" in text and "seconds" not in text and "no time: Table 3 has some of these searches" in text
     again = make_figures("table7", root=tmp_path, out=tmp_path / "again")[1]
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
+
+
+def test_experiments_that_share_searches_say_so() -> None:
+    """Of two that have the same search the second takes no time for it."""
+    assert {name for name, spec in SPECS.items() if spec.shares} == {"table5", "table6", "table7", "table7_best"}
+    assert all(spec.shares in SPECS for spec in SPECS.values() if spec.shares)
+    three, seven = (settings_of([f"+experiment={name}", "bits=3", "seed=0", "baselines.names=[]"]) for name in ("table3", "table7"))
+    assert settings_digest(three) == settings_digest(seven)
 
 
 def test_lines_are_of_the_curves_text(tmp_path: Path) -> None:
@@ -212,6 +223,7 @@ def test_the_full_search_stands_beside_the_super_fast_one(tmp_path: Path) -> Non
     write_search(tmp_path / "table2_sparsity", {"sparsity": "0.7", "seed": 0}, [4.0, 1.0])
     both = make_figures("figure3", root=tmp_path, out=tmp_path / "both")[1]
     assert "full search" in both[2].read_text(encoding="utf-8")
+    assert "seconds" in both[2].read_text(encoding="utf-8")
     assert "full search,0,1,1000,1,1,10" in both[0].read_text(encoding="utf-8")
 
 
