@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from evopress.errors import EvoPressError
@@ -88,3 +91,23 @@ def test_runs_are_told_apart_and_measured_on_their_threads(tmp_path: Path, monke
     monkeypatch.setattr(run, "Workspace", lambda *_: pytest.fail(f"opened with threads {asked}"))
     with pytest.raises(pytest.fail.Exception, match=r"opened with threads \[3\]"):
         next(run.measured(runs))
+
+
+@pytest.mark.parametrize(("folder", "said"), [("", (28, 2)), ("bits_3", (48, 6)), ("second_order", (13, 5))])
+def test_the_page_counts_by_seed_what_its_runs_have(folder: str, said: tuple[int, int]) -> None:
+    """By two standard errors of three seeds, of the differences that are decided so on the run's own text."""
+    rows = pd.read_csv(run.FOLDER / folder / "runs.csv")
+    rows = rows[rows.measure.str.startswith(run.KL) & ~rows.measure.str.contains("all data sets") & (rows.method != "dense")]
+
+    def below(text: str, one: str, other: str) -> bool | None:
+        of = rows[rows.measure == text].pivot(index="seed", columns="method", values="value")
+        difference = of[one] - of[other]
+        error = difference.sem()
+        return None if error == 0 or abs(difference.mean()) <= 2 * error else bool(difference.mean() < 0)
+
+    home, *others = rows.measure.unique()
+    decided = [pair for pair in itertools.permutations(rows.method.unique(), 2) if below(home, *pair)]
+    found = Counter(below(text, *pair) for text in others for pair in decided)
+    assert (found[True], found[None], found[False]) == (*said, 0)
+    page = " ".join((run.FOLDER / "README.md").read_text(encoding="utf-8").split())
+    assert {"": "it is 28 of 30", "bits_3": "48 are, and six ties", "second_order": "decided on code alone"}[folder] in page
