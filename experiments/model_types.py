@@ -272,6 +272,7 @@ Random float32 weights, groups of 128, 4, 3 and 2 bits by the paper's recipe, 4,
 2026-11-26: `python -m evopress +method=quant bits=3 model=local model.path=DIR model.dtype=float32 model.sequence_length=512
 data.calibration_tokens=4096 method.levels=[4,3,2] method.recipe=paper stages=[database] threads=1`. Builds were stopped after the
 blocks that are given; the peak is resident memory of the whole process, the model's 1.25 GB included.
+The single measurements were not kept.
 
 | shape | weights | blocks | CPU seconds a block | of blocks | peak |
 |---|---:|---:|---:|---|---:|
