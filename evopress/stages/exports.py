@@ -31,8 +31,8 @@ from evopress.resources import Needs
 from evopress.settings import RunSettings
 from evopress.stages.given import Given, file_of, folder_of, named_genome, take_best_so_far
 from evopress.stages.needs import Planner
-from evopress.stages.refine import is_refined, refined_levels, summary_of
-from evopress.stages.results import read_result
+from evopress.stages.refine import refined_levels, summary_of
+from evopress.stages.results import exported_found, formats, read_result
 from evopress.units import Genome, Level, Space, Unit, is_module, is_of_expert
 from evopress.workspace import Workspace
 
@@ -298,11 +298,7 @@ def add_sizes(rows: Sequence[dict[str, Any]], workspace: Workspace) -> None:
         row.pop("exports", None)
         if sizes := _sizes(run_dir / "genomes" / folder_of(row["name"])):
             row["exports"] = sizes
-    ours = run_dir / "genome.json"
-    for folder in (run_dir / "checkpoint", *_formats(run_dir)):
-        if not (folder / ours.name).is_file() or (folder / ours.name).read_bytes() != ours.read_bytes():
-            continue
-        name = "evopress_refined" if is_refined(folder) else "evopress"
+    for name, folder in exported_found(run_dir):
         if name not in by_name:
             continue
         row = by_name[name]
@@ -326,12 +322,7 @@ def served(workspace: Workspace, files: Path) -> Iterator[str]:
 
 def _sizes(files: Path) -> dict[str, Any]:
     """Return the bytes of what lies in a folder's `exports`, by format."""
-    return {folder.name: {"bytes": _size(folder)} for folder in _formats(files)}
-
-
-def _formats(files: Path) -> list[Path]:
-    """Return the folders in a folder's `exports`, but for what a run that was killed left half written."""
-    return sorted(path for path in (files / "exports").glob("*") if path.is_dir() and not path.name.startswith("."))
+    return {folder.name: {"bytes": _size(folder)} for folder in formats(files)}
 
 
 def _size(folder: Path) -> int:

@@ -257,12 +257,6 @@ def refined_levels(workspace: Workspace, genome: Genome) -> LevelDatabase | None
     return None
 
 
-def is_refined(checkpoint: Path) -> bool:
-    """Tell whether refined weights were exported."""
-    path = checkpoint / "evopress.json"
-    return path.is_file() and isinstance(told := read_json(path), dict) and "refined" in told
-
-
 def _judge(workspace: Workspace, genome: Genome) -> SuffixLoss:
     fitness = workspace.settings.fitness
     sequences = workspace.refine_tokens

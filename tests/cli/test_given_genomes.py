@@ -101,6 +101,7 @@ def test_longer_searches_that_are_cut_off_export_the_newer_genome(copied: Path, 
     before = {each["name"] for each in json.loads((copied / "result.json").read_text(encoding="utf-8"))["rows"]}
     outcome = evopress(f"resume={copied}", "stages=[export,report]")
     assert outcome.code == 0 and "the stage evaluate measures the new one" in outcome.text, outcome.text
+    assert "checkpoint still holds the previous weights: the stage export writes the new ones" in outcome.text
     exported = json.loads((copied / "checkpoint" / "genome.json").read_text(encoding="utf-8"))
     assert [unit["level"] for unit in exported["units"]] == parent
     after = {each["name"] for each in json.loads((copied / "result.json").read_text(encoding="utf-8"))["rows"]}
