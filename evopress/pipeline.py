@@ -46,6 +46,7 @@ def run(
     begin: Callable[[], None] = lambda: None,
     config: dict[str, Any],
     command: str,
+    second_pass: str = "",
     environment: dict[str, Any],
     paper: RunSettings | None = None,
     kept: Mapping[str, Any] = MappingProxyType({}),
@@ -61,7 +62,8 @@ def run(
     Args:
         begin: called when nothing can be refused any more, before the first change of what an earlier run left in the folder.
         config: the composed config, for the report and the tracker.
-        command: what was typed, for the report.
+        command: what was typed, for the report and what is exported.
+        second_pass: what follows it there where weights were refined, unless it refines them itself.
         environment: versions and machine, for the report.
         paper: the same run at the paper's size, to say what that would cost.
         kept: how the run in the folder has run so far, as `stages_done` takes it.
@@ -101,7 +103,7 @@ def run(
     open_for_all(workspace)
     if not aside:
         begin_again(run_dir, settings.stages, done, earlier)
-    context = Context(make_tracker(settings.tracker), config, command, environment)
+    context = Context(make_tracker(settings.tracker), config, command, environment, second_pass)
     _start_tracker(context, workspace, work)
     try:
         for stage in STAGES:

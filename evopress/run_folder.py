@@ -167,6 +167,22 @@ def command_of(folder: Path, overrides: Sequence[str]) -> str:
     return " && ".join(f"python -m evopress {shlex.join(each)}".strip() for each in commands)
 
 
+def second_pass_of(folder: Path, overrides: Sequence[str], *, by_default: bool) -> str:
+    """Return what follows `command_of` where weights were refined, beginning with `&&`; nothing where that refines them itself.
+
+    Args:
+        overrides: of the command that is at work.
+        by_default: a run that names no stages refines.
+    """
+    resumed = any(each.startswith("resume=") for each in overrides)
+    own = own_stages(kept_with_own_stages(folder, overrides) if resumed else overrides)
+    if by_default if own is None else "refine" in re.findall(r"\w+", own):
+        return ""
+    picked = [each for each in overrides if each.startswith("pick=")] if looks_aside(folder, overrides) else []
+    again = ["resume=RUN_FOLDER", *picked, "stages=[refine,evaluate,export,report]"]
+    return f" && python -m evopress {shlex.join(again)}"
+
+
 def job_folder(overrides: Sequence[str], sweep: Path) -> str:
     """Return the subfolder of a sweep for the job with these overrides, named by them: "bits=2.25,method=quant,seed=0".
 

@@ -130,6 +130,7 @@ def _run(command: Command, config: DictConfig, run_dir: Path) -> float:
             begin=begins,
             config=configuration.plain_dict(config),
             command=run_folder.command_of(run_dir, overrides),
+            second_pass=run_folder.second_pass_of(run_dir, overrides, by_default=settings.scale.refine),
             environment=environment,
             paper=paper and replace(paper, model=settings.model, method=settings.method),
             kept=how_it_ran,

@@ -209,10 +209,12 @@ def export_needs(planner: Planner) -> Needs:
     return needs
 
 
-def export(workspace: Workspace, *, command: str) -> None:
+def export(workspace: Workspace, *, command: str, second_pass: str = "") -> None:
     """Stage `export`: write a genome in every format that `export` names.
 
     It is the found one, refined where it has been; the best so far of a search that was cut off; or the one that is given.
+
+    Args: second_pass: what follows the command where weights were refined.
     """
     run_dir, database = workspace.run_dir, workspace.database
     take_best_so_far(workspace)
@@ -231,7 +233,7 @@ def export(workspace: Workspace, *, command: str) -> None:
         workspace,
         written,
         files=(files / "genome.json", files / "genome.txt"),
-        command=command,
+        command=command if refined is None else command + second_pass,
         told={
             **({} if given is None else {"genome": given.name}),
             **workspace.method.costs(space, genome),

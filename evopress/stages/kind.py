@@ -24,6 +24,8 @@ class Context:
     """What was typed."""
     environment: dict[str, Any]
     """Versions and machine."""
+    second_pass: str = ""
+    """What follows the command where weights were refined, unless it refines them itself."""
 
 
 class Kind(Protocol):

@@ -74,8 +74,15 @@ class OneBudget:
 
     def export(self, context: Context) -> None:
         """Write the found genome's model."""
-        export(self._workspace, command=context.command)
+        export(self._workspace, command=context.command, second_pass=context.second_pass)
 
     def report(self, context: Context) -> None:
         """Write tables, figures and the page."""
-        report(self._workspace, context.tracker, config=context.config, command=context.command, environment=context.environment)
+        report(
+            self._workspace,
+            context.tracker,
+            config=context.config,
+            command=context.command,
+            second_pass=context.second_pass,
+            environment=context.environment,
+        )

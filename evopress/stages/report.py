@@ -25,7 +25,7 @@ from evopress.stages.baselines import stored_baselines
 from evopress.stages.exports import served
 from evopress.stages.given import named_genome, take_best_so_far
 from evopress.stages.needs import Planner
-from evopress.stages.results import read_result
+from evopress.stages.results import REFINED_ROW, read_result
 from evopress.workspace import Workspace
 
 _REPORT_BYTES = 4 * 2**20
@@ -36,8 +36,19 @@ def report_needs(planner: Planner) -> Needs:
     return Needs("report", "tables, figures, page", disk={planner.workspace.run_dir: _REPORT_BYTES}, alone=True)
 
 
-def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], command: str, environment: dict[str, Any]) -> None:
-    """Stage `report`: tables, figures and one HTML page; prints the table."""
+def report(
+    workspace: Workspace,
+    tracker: Tracker,
+    *,
+    config: dict[str, Any],
+    command: str,
+    second_pass: str = "",
+    environment: dict[str, Any],
+) -> None:
+    """Stage `report`: tables, figures and one HTML page; prints the table.
+
+    Args: second_pass: what follows the command where weights were refined.
+    """
     settings, run_dir, database = workspace.settings, workspace.run_dir, workspace.database
     take_best_so_far(workspace)
     result, records = read_result(run_dir), read_generations(run_dir / "metrics.jsonl", database.space)
@@ -94,7 +105,7 @@ def report(workspace: Workspace, tracker: Tracker, *, config: dict[str, Any], co
         space=space,
         genome=genome,
         figures=pictures,
-        command=command,
+        command=command + second_pass if any(row["name"] == REFINED_ROW for row in rows) else command,
         environment=environment,
     )
     track_results(tracker, rows, records)

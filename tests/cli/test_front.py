@@ -25,7 +25,7 @@ from evopress.finished import FINISHED, settings_digest
 from evopress.launching.resume import with_resumed
 from evopress.models.opening import fitted
 from evopress.reporting.front import best_baseline, front_rows, front_words
-from evopress.run_folder import command_of, keep_overrides, looks_aside, without_options_of_others
+from evopress.run_folder import command_of, keep_overrides, looks_aside, second_pass_of, without_options_of_others
 from evopress.settings import RunSettings
 
 NAMES = ["4", "2.5"]
@@ -133,6 +133,27 @@ def test_what_makes_a_run_again_is_its_own_command(tmp_path: Path) -> None:
     assert command_of(tmp_path, picked) == f"{command_of(tmp_path, own)} && python -m evopress resume=RUN_FOLDER pick=2.5"
     keep_overrides(tmp_path, ["+method=quant"])
     assert command_of(tmp_path, ["+method=quant", "stages=[report]", f"resume={tmp_path}"]) == "python -m evopress +method=quant"
+
+
+@pytest.mark.parametrize(
+    ("own", "by_default", "later", "follows"),
+    [
+        (["bits=3"], False, ["stages=[refine,export]"], "resume=RUN_FOLDER 'stages=[refine,evaluate,export,report]'"),
+        (["bits=3"], False, ["stages=[export]"], "resume=RUN_FOLDER 'stages=[refine,evaluate,export,report]'"),
+        (["bits=3"], True, ["stages=[export]"], ""),
+        (["bits=3", "stages=[search,refine]"], False, ["stages=[export]"], ""),
+        (["bits=3", "stages=[search]"], True, ["stages=[refine]"], "resume=RUN_FOLDER 'stages=[refine,evaluate,export,report]'"),
+        (["budgets=[2,3]"], False, ["pick=2"], "resume=RUN_FOLDER pick=2 'stages=[refine,evaluate,export,report]'"),
+        (["stages=[search,refine]"], False, [], ""),
+    ],
+)
+def test_a_second_pass_that_was_named_later_follows_the_command(
+    own: list[str], by_default: bool, later: list[str], follows: str, tmp_path: Path
+) -> None:
+    keep_overrides(tmp_path, own)
+    overrides = [*own, *later, f"resume={tmp_path}"] if later else own
+    expected = f" && python -m evopress {follows}" if follows else ""
+    assert second_pass_of(tmp_path, overrides, by_default=by_default) == expected
 
 
 def test_options_of_formats_that_a_later_command_does_not_name_are_left_behind() -> None:

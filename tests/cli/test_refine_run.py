@@ -84,6 +84,7 @@ def test_both_rows_are_reported_and_the_refined_one_is_exported(
     (refined,) = (run / "refined").iterdir()
     manifest = read(refined / "manifest.json")
     provenance = read(run / "checkpoint" / "evopress.json")["refined"]
+    assert "RUN_FOLDER" not in read(run / "checkpoint" / "evopress.json")["command"], "its own stages refine"
     summary = read(run / "result.json")["refine"]
     assert provenance["fingerprint"] == manifest["fingerprint"] == refined.name.rpartition("-")[2]
     assert summary["kept"] == provenance["kept"] == sum(step["kept"] for step in manifest["steps"]) > 0
@@ -138,6 +139,8 @@ def test_a_finished_run_is_refined_later(again: Path, evopress: Callable[..., An
     after = rows(again)
     assert {name: row for name, row in after.items() if name != "evopress_refined"} == before
     assert kl_of_checkpoint(again / "checkpoint", cache)[0] == pytest.approx(after["evopress_refined"]["kl"], rel=1e-3)
+    second_pass = " && python -m evopress resume=RUN_FOLDER 'stages=[refine,evaluate,export,report]'"
+    assert read(again / "checkpoint" / "evopress.json")["command"].endswith(second_pass)
     assert read(again / "finished.json")["stages"] == ["database", "baselines", "search", "refine", "evaluate", "export"]
     bytes_before = tree(again / "refined")
     assert "done: 2 blocks" in evopress(f"resume={again}", AFTER, "dry_run=true").text
@@ -184,7 +187,8 @@ def test_refined_levels_of_another_genome_are_left_out(again: Path, evopress: Ca
     assert "is of another genome or level database, so it is left out" in outcome.text
     assert "evopress_refined" not in rows(again)
     assert "refine" not in read(again / "result.json")
-    assert "refined" not in read(again / "checkpoint" / "evopress.json")
+    told = read(again / "checkpoint" / "evopress.json")
+    assert "refined" not in told and "refine" not in told["command"]
 
 
 def test_damage_is_one_sentence_and_the_stage_mends_it(again: Path, evopress: Callable[..., Any]) -> None:
