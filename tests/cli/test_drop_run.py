@@ -148,6 +148,7 @@ REFUSED = {
     "everything": (["sparsity=1"], ["sparsity=1 "]),
     "odd pairs": (["method.granularity=pair", "sparsity=0.5"], ["3 of 6 blocks", "two at a time"]),
     "too few left": (["method.exclude=[0,1,2,3,4]"], ["leaves 1 attention", "drops 2"]),
+    "one genome left": (["method.exclude=[0,1,2,3]"], ["leaves 2 attention units and 2 mlp units to drop", "drops all of them"]),
     "a name that does not exist": (["method.exclude=[model.layers.9.mlp]"], ["'model.layers.9.mlp'"]),
     "a baseline of another method": (["baselines.names=[dp]"], ["'dp'", "method drop", "shortgpt"]),
     "a bound in levels": (["search.max_level=1"], ["search.max_level=1"]),
