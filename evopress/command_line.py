@@ -91,11 +91,14 @@ def _home() -> str:
 def with_plus(arguments: Sequence[str]) -> list[str]:
     """Let `method=quant` mean `+method=quant`, since there is no other by default; beside an experiment it means that one's.
 
-    `+debug=tiny` comes after them wherever it is typed: it makes smaller what they choose, and the last one counts.
+    Wherever they are typed, `+method=quant` comes before an experiment, which changes what its method chooses, and `+debug=tiny`
+    after both, which makes smaller what they choose: the last one counts.
     """
     chosen = any(argument.lstrip("+").startswith("experiment=") for argument in arguments)
     found = [_WITHOUT_PLUS.match(argument) for argument in arguments]
     meant = [f"+{each}" if of and not (chosen and of[1] == "method") else each for each, of in zip(arguments, found, strict=True)]
+    first = next((place for place, each in enumerate(meant) if each.startswith("+experiment=")), len(meant))
+    meant[first:] = sorted(meant[first:], key=lambda each: not each.startswith("+method="))
     last = max((place for place, each in enumerate(meant) if each.startswith(("+method=", "+experiment="))), default=0)
     return [*sorted(meant[: last + 1], key=lambda each: each.startswith("+debug=")), *meant[last + 1 :]]
 

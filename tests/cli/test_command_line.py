@@ -121,6 +121,10 @@ def test_an_element_of_a_list_that_a_scale_makes_is_refused(evopress: Callable[.
             ["debug=tiny", "+method=sparsity", "seed=1"],
             ["+method=sparsity", "+debug=tiny", "seed=1"],
         ),  # it makes smaller what that has
+        (
+            ["+experiment=table3", "-m", "+debug=tiny", "+method=quant", "+hparams_search=optuna", "seed=1"],
+            ["+method=quant", "+experiment=table3", "-m", "+debug=tiny", "+hparams_search=optuna", "seed=1"],
+        ),  # it changes what its method chooses
         (["+experiment=table4", "method=quant"], ["+experiment=table4", "method=quant"]),  # in the place of the experiment's
         (["method=", "method.levels=[3,2]", "hydra.run.dir=a=b"], ["method=", "method.levels=[3,2]", "hydra.run.dir=a=b"]),
     ],
