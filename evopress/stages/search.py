@@ -114,8 +114,8 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
     seconds = _go_on_or_begin(workspace, searching, strategy)
     if not strategy.finished:
         _search(workspace, searching, strategy, tracker, seconds_before=seconds)
+    keep_found(workspace, strategy.parent)  # first: it depends on no record
     tracker.summarize(best_metrics(read_generations(run_dir / _METRICS, database.space)))
-    keep_found(workspace, strategy.parent)
 
 
 def _go_on_or_begin(workspace: Workspace, searching: Searching, strategy: Strategy) -> float:

@@ -21,6 +21,7 @@ from evopress.data.python_docs import PythonDocs
 from evopress.data.tokens import token_sequences
 from evopress.fitness.archive import ARCHIVE
 from evopress.fitness.minibatch import MinibatchFitness
+from evopress.reporting import records as written
 from evopress.reporting.tables import MEANS
 from evopress.stages import evaluate, one_budget, search
 
@@ -387,6 +388,15 @@ def test_more_generations_go_on_from_the_last(
     assert records(tmp_path / "run", without=without) == records(finished.folder, without=without)
     assert evopress("resume=run", SEARCH).code == 0  # finished: nothing to do, and the settings of the last time hold
     assert len(records(tmp_path / "run")) == 4
+
+
+def test_records_that_cannot_be_read_cost_no_genome(
+    finished: Any, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written, "MAX_RECORDS_BYTES", 100)
+    outcome = tiny(SEARCH)
+    assert outcome.code == 1 and "metrics.jsonl is larger than" in outcome.errors[0], outcome.text
+    assert (tmp_path / "run" / "genome.json").read_bytes() == (finished.folder / "genome.json").read_bytes()
 
 
 def test_stages_alone_on_an_earlier_run(finished: Any, evopress: Callable[..., Any], tmp_path: Path) -> None:
