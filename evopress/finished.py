@@ -17,7 +17,7 @@ from evopress.earlier_versions import refine_without_later
 from evopress.errors import EvoPressError
 from evopress.files import sha256_file
 from evopress.levels.store import MANIFEST
-from evopress.reporting.records import read_document, read_json, read_records, write_json
+from evopress.reporting.records import each_record, read_document, read_json, write_json
 from evopress.reporting.tables import number
 from evopress.result_settings import HOW_IT_RUNS, result_settings, result_settings_before
 from evopress.settings import STAGES, PathsSettings, RunSettings, TrackerSettings
@@ -139,10 +139,9 @@ def best_fitness(run_dir: Path) -> float:
     if (compared := compared_fitness(run_dir)) is not None:
         return compared
     with suppress(EvoPressError):
-        records = read_records(run_dir / "metrics.jsonl")
-        for record in reversed(records):  # one that asked nothing left the genome as it was
-            if (fitness := number(record.get("fitness"))) is not None:
-                return float(fitness)
+        fitnesses = [number(record.get("fitness")) for record in each_record(run_dir / "metrics.jsonl")]
+        # One that asked nothing left the genome as it was.
+        return next((float(fitness) for fitness in reversed(fitnesses) if fitness is not None), float("nan"))
     return float("nan")
 
 

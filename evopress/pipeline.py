@@ -17,7 +17,7 @@ from typing import Any
 from evopress.finished import begin_again, best_fitness, finish, read_finished, stages_done
 from evopress.methods.points import has_limit, has_points
 from evopress.progress import count_of_tokens, duration
-from evopress.reporting.generations import read_generations
+from evopress.reporting.generations import each_generation
 from evopress.reporting.metrics import search_history
 from evopress.reporting.sweep import tracked_as
 from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
@@ -166,7 +166,7 @@ def _start_tracker(context: Context, workspace: Workspace, work: Kind) -> None:
         group=settings.tracker.group or group,
         tags=[*tags, *settings.tracker.tags],
         history=lambda: search_history(
-            read_generations(run_dir / "metrics.jsonl", workspace.database.space), workspace.database.space
+            each_generation(run_dir / "metrics.jsonl", workspace.database.space), workspace.database.space
         ),
     )
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from evopress.errors import EvoPressError
 from evopress.json_files import shown
-from evopress.reporting.records import read_records
+from evopress.reporting.records import each_record
 from evopress.units import Space
 
 
@@ -20,15 +20,19 @@ def read_generations(path: str | Path, space: Space) -> list[dict[str, Any]]:
 
     Raises: EvoPressError if a record lacks something, has it of another type, or names units or levels that are not there.
     """
-    records = read_records(path)
-    for number, record in enumerate(records, start=1):
+    return list(each_generation(path, space))
+
+
+def each_generation(path: str | Path, space: Space) -> Iterator[dict[str, Any]]:
+    """Yield what `read_generations` returns, record by record, each checked before it is: of many, a list takes much memory."""
+    for number, record in enumerate(each_record(path), start=1):
         for key, fits in _FITS.items():
             if not fits(record.get(key), space):
                 raise EvoPressError(
                     f"record {number} of {path} is damaged: its {key} is {shown(record.get(key))}; restore the file, or remove it "
                     "and state.json beside it to search again"
                 )
-    return records
+        yield record
 
 
 def _count(value: Any, space: Space) -> bool:

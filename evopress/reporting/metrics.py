@@ -26,28 +26,24 @@ class SearchMetrics:
 
     Args:
         space: units and levels; None leaves out what needs them.
-        earlier: records that a resumed run has already.
+        earlier: records that a resumed run has already; what their own numbers were is not reckoned again.
     """
 
     def __init__(self, space: Space | None = None, earlier: Iterable[Record] = ()) -> None:
         self._space = space
         self._initial: Sequence[int] | None = None
         self._before: Record | None = None
-        self._tried = self._accepted = 0
+        self.num_records = self._tried = self._accepted = 0
         for record in earlier:
-            self.add(record)
+            self._count(record)
 
     def add(self, record: Record, *, timed: bool = True) -> dict[str, float]:
         """Return the numbers of the next record; what was not measured is left out.
 
         Args: timed: all its evaluations were measured; what is taken from the archive takes no time.
         """
-        genome = record.get("genome") or ()
-        if self._initial is None:
-            self._initial = genome
-        if record.get("generation"):
-            self._tried += 1
-            self._accepted += bool(record.get("accepted"))
+        speed = self._speed(record, timed=timed)
+        initial, genome = self._count(record), record.get("genome") or ()
         recorded = ("fitness", "parent_fitness", *AXES[1:], "evaluations", "cost", "non_finite")
         numbers: dict[str, Any] = {key: record.get(key) for key in recorded}
         numbers |= {
@@ -55,8 +51,8 @@ class SearchMetrics:
             "acceptance_rate": self._accepted / self._tried if self._tried else None,
             "gain": gain(record),
             "num_switches": len(record.get("switches") or ()),
-            "distance": sum(a != b for a, b in zip(self._initial, genome, strict=False)),
-            **self._speed(record, timed=timed),
+            "distance": sum(a != b for a, b in zip(initial, genome, strict=False)),
+            **speed,
         }
         for index, stage in enumerate(record.get("stages") or (), start=1):
             numbers[f"stage/{index}/best"] = best_fitness(stage)
@@ -65,8 +61,18 @@ class SearchMetrics:
         numbers |= {f"held_out/ppl_{name}": value for name, value in (held_out.get("perplexity") or {}).items()}
         if self._space is not None and len(genome) == len(self._space):
             numbers |= {f"budget/{kind}": value for kind, value in averages(self._space, tuple(genome), by="kind").items()}
-        self._before = record
         return {key: shown for key, value in numbers.items() if (shown := number(value)) is not None}
+
+    def _count(self, record: Record) -> Sequence[int]:
+        """Take in what later records' numbers rest on; return the initial genome."""
+        if self._initial is None:
+            self._initial = record.get("genome") or ()
+        self.num_records += 1
+        if record.get("generation"):
+            self._tried += 1
+            self._accepted += bool(record.get("accepted"))
+        self._before = record
+        return self._initial
 
     def _speed(self, record: Record, *, timed: bool) -> dict[str, float]:
         """Return the time since the record before, and the tokens evaluated per second in it, if all of them were, and any."""
@@ -83,11 +89,11 @@ def search_history(records: Iterable[Record], space: Space | None = None) -> lis
     return [{**metrics.add(record), AXES[0]: record[AXES[0]]} for record in records]
 
 
-def best_metrics(records: Sequence[Record]) -> dict[str, float]:
+def best_metrics(records: Iterable[Record]) -> dict[str, float]:
     """Return what was best on held-out text: `best/kl`, its perplexities and its `best/generation`; of one text, the last."""
     measured = [
         (kl, record)
-        for record in held_out_curve(records, []).records
+        for record in held_out_curve([record for record in records if record.get("held_out")], []).records
         if (kl := number((record.get("held_out") or {}).get("kl"))) is not None
     ]
     if not measured:

@@ -41,6 +41,9 @@ _SLOW = 5.0
 _MOST_TAG = 64
 """W&B refuses longer tags."""
 
+_MANY = 1000
+"""Generations that W&B is told of in a second or two; before more of them are sent, a line says what takes so long."""
+
 History = Callable[[], Iterable[Mapping[str, float]]]
 
 _log = logging.getLogger(__name__)
@@ -333,10 +336,12 @@ class WandbTracker:
         for axis in AXES[1:]:
             run.define_metric(axis)
         run.define_metric("*", step_metric=AXES[0])
-        for metrics in done:
-            if (generation := int(metrics["generation"])) > self._sent:
-                run.log(dict(metrics))
-                self._sent = generation
+        lacking = [metrics for metrics in done if int(metrics["generation"]) > self._sent]
+        if len(lacking) > _MANY:
+            _log.info("Weights & Biases gets the %s generations so far that it lacks, then the run goes on", f"{len(lacking):,}")
+        for metrics in lacking:
+            run.log(dict(metrics))
+            self._sent = int(metrics["generation"])
 
     def _table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
         data = [plain(row) for row in rows]

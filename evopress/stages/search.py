@@ -17,7 +17,7 @@ from evopress.evaluation.heldout import Scores, measure_held_out
 from evopress.json_files import check_schema, clip, shown
 from evopress.progress import count_of_tokens, counted
 from evopress.ranks import collective
-from evopress.reporting.generations import read_generations
+from evopress.reporting.generations import each_generation
 from evopress.reporting.live import LiveSearch
 from evopress.reporting.metrics import SearchMetrics, best_metrics
 from evopress.reporting.records import append_record, read_document, read_genome, truncate_records, write_json
@@ -111,29 +111,37 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
             neighbour=neighbour,
         )
     )
-    seconds = _go_on_or_begin(workspace, searching, strategy)
+    seconds, numbers = _go_on_or_begin(workspace, searching, strategy)
     if not strategy.finished:
-        _search(workspace, searching, strategy, tracker, seconds_before=seconds)
+        _search(workspace, searching, strategy, tracker, seconds_before=seconds, numbers=numbers)
     keep_found(workspace, strategy.parent)  # first: it depends on no record
-    tracker.summarize(best_metrics(read_generations(run_dir / _METRICS, database.space)))
+    tracker.summarize(best_metrics(each_generation(run_dir / _METRICS, database.space)))
 
 
-def _go_on_or_begin(workspace: Workspace, searching: Searching, strategy: Strategy) -> float:
-    """Take up what an earlier run has searched, or forget its record; return the seconds that it took."""
+def _go_on_or_begin(workspace: Workspace, searching: Searching, strategy: Strategy) -> tuple[float, SearchMetrics]:
+    """Take up what an earlier run has searched, or forget its record; return the seconds that it took, and its numbers."""
     metrics, state = workspace.run_dir / _METRICS, workspace.run_dir / STATE
     if not state.exists():
         metrics.unlink(missing_ok=True)
-        return 0.0
+        return 0.0, SearchMetrics(workspace.database.space)
     database, rng = workspace.database, workspace.rng["minibatch"]
     seconds = go_on(state, strategy, rng, database=database.fingerprint, strategy=searching.strategy)
     truncate_records(metrics, strategy.generation - 1)
-    check_records(metrics, strategy, database.space)
+    numbers = check_records(metrics, strategy, database.space)
     if not strategy.finished:
         logger.info("search: resuming at generation %d of %d", strategy.generation, searching.num_generations)
-    return seconds
+    return seconds, numbers
 
 
-def _search(workspace: Workspace, searching: Searching, strategy: Strategy, tracker: Tracker, *, seconds_before: float) -> None:
+def _search(
+    workspace: Workspace,
+    searching: Searching,
+    strategy: Strategy,
+    tracker: Tracker,
+    *,
+    seconds_before: float,
+    numbers: SearchMetrics,
+) -> None:
     """Let a strategy search until it is finished."""
     space = workspace.database.space
     modules, starts = workspace.method.modules is not None, len(workspace.settings.search.starts)
@@ -147,7 +155,7 @@ def _search(workspace: Workspace, searching: Searching, strategy: Strategy, trac
             return fitness.expand(question.genome, **drawn, counts=[len(unit.levels) for unit in space.units])
         return fitness.attribute(question.genome, **drawn)
 
-    journal = _Journal(workspace, searching, strategy, tracker, seconds_before=seconds_before)
+    journal = _Journal(workspace, searching, strategy, tracker, seconds_before=seconds_before, numbers=numbers)
     num_stages = len(searching.tokens) if isinstance(searching, SearchSettings) else None
     every, run_dir = workspace.settings.evaluation.every, workspace.run_dir
     with LiveSearch(searching.num_generations, num_stages, every=every, run_dir=run_dir) as live:
@@ -163,15 +171,23 @@ def _search(workspace: Workspace, searching: Searching, strategy: Strategy, trac
 class _Journal:
     """Keeps and shows what a search does: a record, a checkpoint, a tracker's step and a line for every generation.
 
-    Args: seconds_before: what earlier runs searched. What showing and measuring on held-out text take is no part of the search.
+    Args:
+        seconds_before: what earlier runs searched. What showing and measuring on held-out text take is no part of the search.
+        numbers: of the records of earlier runs.
     """
 
     def __init__(
-        self, workspace: Workspace, searching: Searching, strategy: Strategy, tracker: Tracker, *, seconds_before: float
+        self,
+        workspace: Workspace,
+        searching: Searching,
+        strategy: Strategy,
+        tracker: Tracker,
+        *,
+        seconds_before: float,
+        numbers: SearchMetrics,
     ) -> None:
         self._workspace, self._searching, self._strategy, self._tracker = workspace, searching, strategy, tracker
-        space = workspace.database.space
-        self._numbers = SearchMetrics(space, read_generations(workspace.run_dir / _METRICS, space))
+        self._numbers = numbers
         self._held_out = _HeldOut(workspace)
         self._asked = what_decides_fitness(workspace)
         self._seconds_before, self._started, self._showing = seconds_before, time.monotonic(), 0.0
@@ -252,15 +268,20 @@ def go_on(path: Path, search: Strategy, rng: np.random.Generator, *, database: s
         ) from error
 
 
-def check_records(metrics: Path, search: Strategy, space: Space) -> None:
-    """Raise EvoPressError if the records before a search's next generation are not all there; later ones do not count."""
-    count = sum(record["generation"] < search.generation for record in read_generations(metrics, space))
-    if count != search.generation:
+def check_records(metrics: Path, search: Strategy, space: Space) -> SearchMetrics:
+    """Return the numbers of the records before a search's next generation; later ones do not count.
+
+    Raises: EvoPressError if they are not all there, or one is damaged.
+    """
+    earlier = (record for record in each_generation(metrics, space) if record["generation"] < search.generation)
+    numbers = SearchMetrics(space, earlier)
+    if (count := numbers.num_records) != search.generation:
         state = metrics.with_name(STATE)
         raise EvoPressError(
             f"{metrics} has {count} records of the {search.generation} generations that {state} says are done: "
             f"restore it, or remove {state} to search again"
         )
+    return numbers
 
 
 def measure_found(workspace: Workspace) -> float:

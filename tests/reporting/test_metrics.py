@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from evopress.reporting import metrics as metrics_module
 from evopress.reporting.curve import held_out_curve
 from evopress.reporting.metrics import (
     SearchMetrics,
@@ -76,6 +77,12 @@ def test_a_resumed_search_goes_on_with_the_same_numbers(space: Space, evolution:
     for cut in (1, 4):
         resumed = SearchMetrics(space, records[:cut])
         assert [resumed.add(record) for record in records[cut:]] == expected[cut:]
+
+
+def test_earlier_records_are_counted_without_their_numbers(space: Space, evolution: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = searched(space, evolution)
+    monkeypatch.setattr(metrics_module, "averages", lambda *args, **options: pytest.fail("what was told is reckoned again"))
+    assert SearchMetrics(space, iter(records)).num_records == len(records)
 
 
 def test_without_a_space_or_most_of_a_record() -> None:

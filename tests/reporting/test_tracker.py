@@ -481,6 +481,19 @@ def test_a_resumed_run_has_each_generation_once(tmp_path: Path, service: Service
     assert (service.summaries[name]["best/kl"], service.summaries[name]["final/evopress/kl"]) == (0.5, 0.6)
 
 
+def test_what_is_sent_of_a_long_run_before_it_goes_on_is_said(
+    tmp_path: Path, service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "evopress")
+    part(tmp_path, "online", 0, 3)
+    part(tmp_path, "online", 3, 4)
+    assert "gets the" not in caplog.text
+    part(tmp_path, "online", 1003, 1004)
+    assert "gets the" not in caplog.text, "it has some of them"
+    part(tmp_path, "offline", 2004, 2005)
+    assert "gets the 2,005 generations so far that it lacks" in caplog.text
+
+
 def test_a_search_begun_anew_in_its_folder_is_another_run(tmp_path: Path, service: Service) -> None:
     part(tmp_path, "online", 0, 5)
     part(tmp_path, "online", 0, 3)
