@@ -35,6 +35,8 @@ Cell = tuple[str, int]
 
 _MOST_LABELS = 10
 """Above so many level labels the heat map's colours are a continuous scale."""
+_MOST_ROW_NAMES = 120
+"""Of more rows only every second, third, … is named, and where a kind begins: a page has room for so many lines."""
 
 
 def measure_name(space: Space) -> str:
@@ -302,7 +304,11 @@ def draw_cells(axis: Axes, image: Any, rows: Sequence[Cell], blocks: Sequence[in
         linewidth=0.8,
     )
     several = {kind for kind, number in rows if number > 0}
-    axis.set_yticks(range(len(rows)), [f"{kind} [{number}]" if kind in several else kind for kind, number in rows])
+    names = [f"{kind} [{number}]" if kind in several else kind for kind, number in rows]
+    each = max(1, -(-len(rows) // _MOST_ROW_NAMES))
+    starts = range(0, len(rows), each)
+    begun = [[start, *(row for row in range(start + 1, min(start + each, len(rows))) if rows[row][1] == 0)] for start in starts]
+    axis.set_yticks(starts, [", ".join(names[row] for row in those) for those in begun])
     axis.invert_yaxis()
     step = max(1, -(-len(blocks) // 32))
     axis.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from matplotlib.image import imread
 
 from evopress.currencies import CURRENCIES
-from evopress.reporting import drawing, dropped, figures, lineage
+from evopress.reporting import drawing, dropped, figures, held, lineage
 from evopress.reporting.tables import significant
 from evopress.units import Level, Space, Unit
 
@@ -141,6 +142,26 @@ def test_heatmap_and_profile_of_an_odd_space(tmp_path: Path) -> None:
     genome = tuple(range(len(space)))
     check(figures.level_heatmap(space, genome, tmp_path), "level_heatmap")
     check(figures.level_profile(space, {"evopress": genome}, tmp_path), "level_profile")
+
+
+@pytest.mark.parametrize(("experts", "named"), [(8, 28), (96, 98)])
+def test_names_of_rows_never_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: int, named: int) -> None:
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", *(k for k in ("gate_proj", "up_proj", "down_proj") for _ in range(experts))]
+    levels = tuple(Level(f"{bits} bits", bits * 64, str(bits), bits * 64) for bits in (4, 2))
+    space = Space("quant", tuple(Unit(f"layers.0.{i}.{kind}", 0, kind, 64, levels) for i, kind in enumerate(kinds)))
+    drawn: list[Any] = []
+    for module in (figures, held):
+        monkeypatch.setattr(module, "save", lambda figure, *rest: (drawn.append(figure), figure.canvas.draw())[0])
+    genome = (0,) * len(space)
+    figures.level_heatmap(space, genome, tmp_path)
+    asked = {"generation": 1, "genome": list(genome), "details": {"held": [0.5] * len(space)}}
+    held.held_figure([{"generation": 0, "genome": list(genome)}, asked], space, tmp_path)
+    for figure in drawn:
+        labels = figure.axes[0].get_yticklabels()
+        boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.y0)
+        assert len(labels) == named and all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
+        words = ", ".join(label.get_text() for label in labels)
+        assert all(name in words for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj [0]", "up_proj [0]"))
 
 
 def sparsity_space(blocks: int = 12, *, levels: int = 9) -> Space:
