@@ -56,6 +56,15 @@ def axis_of(fitness: str) -> str:
     return KL if fitness in ("kl", "topk_kl") else fitness
 
 
+_MOST_POINTS = 5000
+"""Above so many, what has them is a picture in an SVG: else it has megabytes."""
+
+
+def is_picture(num_points: int) -> bool:
+    """Tell if what has so many points is better a picture in an SVG than a shape of its own."""
+    return num_points > _MOST_POINTS
+
+
 class Curves:
     """Draw curves over one x axis, skipping what was not recorded."""
 
@@ -69,7 +78,7 @@ class Curves:
         if points:
             if len(points) == 1:
                 style.setdefault("marker", "o")
-            self.axis.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
+            self.axis.plot([x for x, _ in points], [y for _, y in points], label=label, rasterized=is_picture(len(points)), **style)
             self.seen += [y for _, y in points]
 
 

@@ -12,6 +12,7 @@ from evopress.reporting.drawing import (
     STYLES,
     Curves,
     axis_of,
+    is_picture,
     legend_above,
     legend_below,
     log_scale,
@@ -71,7 +72,14 @@ def switches(records: Sequence[Record], space: Space, folder: Path) -> list[Path
         ]
         if marks:
             xs, ys, sizes = zip(*marks, strict=True)
-            axis.scatter(xs, ys, s=sizes, marker=marker, color=colour, linewidths=0, label=label, zorder=3)
+            look: dict[str, Any] = {
+                "marker": marker,
+                "color": colour,
+                "linewidths": 0,
+                "zorder": 3,
+                "rasterized": is_picture(len(marks)),
+            }
+            axis.scatter(xs, ys, s=sizes, label=label, **look)
     _rows(axis, space, order)
     axis.invert_yaxis()
     axis.set_xlim(0, max(record["generation"] for record in records) + 1)
@@ -125,8 +133,9 @@ def selection(records: Sequence[Record], folder: Path, *, fitness: str = "kl") -
     first, last = generations[0], generations[-1]
     steps = [float(by_generation.get(generation, False)) for generation in range(first, last + 1)]
     edges = [generation - 0.5 for generation in range(first, last + 2)]
-    bottom.stairs(steps, edges, fill=True, color="#cfd6dd", label="an offspring won")
-    bottom.plot(generations, means, color=UP, linewidth=1.8, label=f"mean of the last {window}")
+    many = is_picture(len(steps))
+    bottom.stairs(steps, edges, fill=True, color="#cfd6dd", label="an offspring won", rasterized=many)
+    bottom.plot(generations, means, color=UP, linewidth=1.8, label=f"mean of the last {window}", rasterized=many)
     open_frame(bottom)
     bottom.set_ylim(0, 1.05)
     bottom.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -174,7 +183,8 @@ def lineage(records: Sequence[Record], space: Space, folder: Path) -> list[Path]
     bar.outline.set_visible(False)
     for name, other, colour, style in (("initial", parents[0][1], COLOURS[1], "--"), ("final", parents[-1][1], COLOURS[0], "-")):
         distance = [sum(a != b for a, b in zip(genome, other, strict=True)) for _, genome in parents]
-        bottom.plot(generations, distance, color=colour, linestyle=style, linewidth=1.8, label=f"from the {name} genome")
+        look: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": 1.8, "rasterized": is_picture(len(distance))}
+        bottom.plot(generations, distance, label=f"from the {name} genome", **look)
     open_frame(bottom)
     bottom.set_ylabel("units that differ")
     bottom.set_xlabel("generation")

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from evopress.reporting import drawing
+from evopress.reporting.figures import convergence
 from evopress.reporting.lineage import lineage, lineage_figures, selection, switches, words
 from evopress.units import Level, Space, Unit
 
@@ -120,6 +122,20 @@ def test_blue_has_gained_whatever_is_measured(run: Any, tmp_path: Path) -> None:
     dark_blue = np.where((abs(image - np.array((5, 48, 97))) < 3).all(axis=-1))[0]
     dark_red = np.where((abs(image - np.array((103, 0, 31))) < 3).all(axis=-1))[0]
     assert np.median(dark_blue) < np.median(dark_red)  # block 1 was kept again, block 5 dropped
+
+
+def test_what_has_many_points_is_a_picture_in_an_svg(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(folder: Path) -> list[Path]:
+        return [*convergence(run.records, folder), *lineage_figures(run.records, run.space, folder)]
+
+    few = drawn(tmp_path / "few")
+    monkeypatch.setattr(drawing, "_MOST_POINTS", 10)
+    for before, after in zip(few, drawn(tmp_path / "many"), strict=True):
+        if before.suffix == ".svg":
+            pictures = [path.read_text().count("<image") for path in (before, after)]
+            assert pictures[1] > pictures[0] == (before.stem == "lineage"), before.stem  # whose bar of colours is one
+        else:
+            assert before.read_bytes() == after.read_bytes()
 
 
 def test_parts_of_a_search(run: Any, tmp_path: Path) -> None:
