@@ -124,9 +124,12 @@ def test_blue_has_gained_whatever_is_measured(run: Any, tmp_path: Path) -> None:
     assert np.median(dark_blue) < np.median(dark_red)  # block 1 was kept again, block 5 dropped
 
 
-def test_what_has_many_points_is_a_picture_in_an_svg(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("figures", ["convergence", "lineage"])
+def test_what_has_many_points_is_a_picture_in_an_svg(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: str
+) -> None:
     def drawn(folder: Path) -> list[Path]:
-        return [*convergence(run.records, folder), *lineage_figures(run.records, run.space, folder)]
+        return convergence(run.records, folder) if figures == "convergence" else lineage_figures(run.records, run.space, folder)
 
     few = drawn(tmp_path / "few")
     monkeypatch.setattr(drawing, "_MOST_POINTS", 10)
