@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from evopress.compress.gptq import GPTQ
+from evopress.data.opening import RunText
 from evopress.levels.build import ensure_database
 from evopress.levels.live import LiveModel
 from evopress.levels.plan import BuildSettings
@@ -25,6 +27,7 @@ from evopress.models.blocks import BlockModel
 from evopress.models.loading import load_pretrained
 from evopress.models.tiny import VOCABULARY, make_tiny
 from evopress.reporting import drawing
+from evopress.settings import DataSettings, EvaluationSettings, ModelSettings
 
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
 torch.set_num_threads(1)
@@ -176,3 +179,20 @@ def hash_weights(model: nn.Module) -> str:
 @pytest.fixture(scope="session")
 def weights_digest() -> Callable[[nn.Module], str]:
     return hash_weights
+
+
+@pytest.fixture
+def text_of_tiny() -> Callable[..., RunText]:
+    """Return what gives a model of the library, the built-in tiny one, the text that a run with `+debug=tiny` has."""
+
+    def text(model: Any, cache: Path) -> RunText:
+        return RunText(
+            DataSettings(source="python_docs", calibration_tokens=1024, search_tokens=2048),
+            EvaluationSettings(),
+            ModelSettings(sequence_length=64),
+            tokenizer=lambda: model.tokenizer,
+            embedding_rows=lambda: None,
+            cache=cache,
+        )
+
+    return text

@@ -20,10 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evopress
 from evopress import library, machine
-from evopress.data.opening import RunText
 from evopress.errors import EvoPressError
 from evopress.models.tiny import ensure_tiny
-from evopress.settings import DataSettings, EvaluationSettings, ModelSettings
 
 GUIDE = Path(__file__).parents[1] / "docs" / "library.md"
 SMALL = {
@@ -65,7 +63,9 @@ def test_the_guides_example_runs(
     [("quant", "bits=3.5", {"bits": 3.5, "group_size": 16}), ("sparsity", "sparsity=0.5", {"sparsity": 0.5})],
     ids=["quant", "sparsity"],
 )
-def test_the_program_finds_the_same_genome(method: str, target: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_program_finds_the_same_genome(
+    method: str, target: str, settings: dict[str, Any], tmp_path: Path, text_of_tiny: Callable[..., Any]
+) -> None:
     command = [
         f"+method={method}",
         target,
@@ -83,15 +83,7 @@ def test_the_program_finds_the_same_genome(method: str, target: str, settings: d
 
     cache = tmp_path / "cache"
     model = evopress.load_model("tiny", dtype="float32", device="cpu", sequence_length=64, cache=cache)
-    data = DataSettings(source="python_docs", calibration_tokens=1024, search_tokens=2048)
-    text = RunText(
-        data,
-        EvaluationSettings(),
-        ModelSettings(sequence_length=64),
-        tokenizer=lambda: model.tokenizer,
-        embedding_rows=lambda: None,
-        cache=cache,
-    )
+    text = text_of_tiny(model, cache)
     levels = evopress.build_levels(model, text.calibration, method=method, **settings)
     found = evopress.search(levels, text.search, seed=3, **SMALL)
     assert list(found.genome) == [unit["level"] for unit in there["units"]]

@@ -9,9 +9,7 @@ import pytest
 from in_process import invoke
 
 import evopress
-from evopress.data.opening import RunText
 from evopress.errors import EvoPressError
-from evopress.settings import DataSettings, EvaluationSettings, ModelSettings
 
 FEW: dict[str, Any] = {
     "generations": 2,
@@ -37,7 +35,13 @@ def model(tiny_folder: Callable[..., Path]) -> Any:
     ids=["quant", "sparsity"],
 )
 def test_they_are_those_of_a_run(
-    method: str, target: str, settings: dict[str, Any], budgets: list[float], limit: float, tmp_path: Path
+    method: str,
+    target: str,
+    settings: dict[str, Any],
+    budgets: list[float],
+    limit: float,
+    tmp_path: Path,
+    text_of_tiny: Callable[..., Any],
 ) -> None:
     cache = tmp_path / "cache"
     command = [
@@ -58,14 +62,7 @@ def test_they_are_those_of_a_run(
         assert done.code == 0, done.text
 
     model = evopress.load_model("tiny", dtype="float32", device="cpu", sequence_length=64, cache=cache)
-    text = RunText(
-        DataSettings(source="python_docs", calibration_tokens=1024, search_tokens=2048),
-        EvaluationSettings(),
-        ModelSettings(sequence_length=64),
-        tokenizer=lambda: model.tokenizer,
-        embedding_rows=lambda: None,
-        cache=cache,
-    )
+    text = text_of_tiny(model, cache)
     levels = evopress.build_levels(model, text.calibration, method=method, **settings)
     front = evopress.search_budgets(levels, text.search, budgets, **FEW)
     assert [found.budget for found in front] == [f"{budget:g}" for budget in sorted(budgets, reverse=method == "quant")]

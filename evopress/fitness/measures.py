@@ -122,21 +122,19 @@ MEASURES: Registry[Callable[..., Measure]] = Registry(
 """What a search can minimise, by its name in `fitness.name`; called with its options as keywords."""
 
 
-def make_measure(name: str, options: Mapping[str, Any], *, key: str = "fitness.name") -> Measure:
+def make_measure(name: str, options: Mapping[str, Any]) -> Measure:
     """Make what a search minimises.
 
-    Args:
-        options: what it is told, by keyword.
-        key: the setting that names it, for errors.
+    Args: options: what it is told, by keyword.
 
     Raises: EvoPressError if there is none of that name, it does not take these options, or it does not give one number per token.
     """
-    measure: Measure = MEASURES.make(name, options, key=key, told_by="fitness.options")
+    measure: Measure = MEASURES.make(name, options, key="fitness.name", told_by="fitness.options")
     names = getattr(measure, "names", ())
     if not callable(measure) or not hasattr(measure, "reference") or len(names) != 1:
         raise EvoPressError(
-            f"{key}={name} is no measure of one number per token: give it `names` of one, `reference(base, labels, head)` and "
-            "`__call__(hidden, reference, head)`, or choose another"
+            f"fitness.name={name} is no measure of one number per token: give it `names` of one, `reference(base, labels, head)` "
+            "and `__call__(hidden, reference, head)`, or choose another"
         )
     return measure
 

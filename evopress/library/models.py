@@ -36,6 +36,7 @@ SEPARATORS = {"smollm2_135m": "<|endoftext|>"}
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Text = Sequence[str] | Tensor
+"""Documents, or token ids int64 [N, L], which are taken as they are."""
 
 
 @dataclass(frozen=True)

@@ -269,6 +269,7 @@ def _with_text(levels: Levels, run: RunSettings, run_dir: Path, tokens: Tensor) 
 
 
 def exchange_of(method: Any) -> str:
+    """Return which units exchange levels in evolution, as the config of a method's settings has it."""
     return "fit" if getattr(method, "grid", None) == "gguf" else _EXCHANGES[method.name]
 
 

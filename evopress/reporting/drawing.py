@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,31 +24,27 @@ _SEARCHES = {"guided": 0, "evolution": 1}
 KL = "KL divergence (nats per token)"
 
 
-def styles(names: Iterable[str]) -> dict[str, int]:
-    """Give each genome a colour, line and marker by index; a name has the same ones in every figure."""
-    others = [index for index in range(len(COLOURS)) if index not in _FIXED.values()]
+def styles(names: Iterable[str], fixed: Mapping[str, int] = _FIXED, *, once: bool = False) -> dict[str, int]:
+    """Give each genome a colour, line and marker by index; a name has the same ones in every figure.
+
+    Args:
+        fixed: the index of names that begin so.
+        once: of these the first alone has it.
+    """
+    others = [index for index in range(len(COLOURS)) if index not in fixed.values()]
     looks: dict[str, int] = {}
     count = 0
     for name in names:
-        fixed = next((index for start, index in _FIXED.items() if name.startswith(start)), None)
-        looks[name] = others[count % len(others)] if fixed is None else fixed
-        count += fixed is None
+        own = (index for start, index in fixed.items() if name.startswith(start) and not (once and index in looks.values()))
+        found = next(own, None)
+        looks[name] = others[count % len(others)] if found is None else found
+        count += found is None
     return looks
 
 
 def search_styles(names: Iterable[str]) -> dict[str, int]:
-    """Give each search a colour, line and marker by index: guided and evolution have the same ones in every figure.
-
-    The first name that begins with one of these has its index; variants ("guided, then evolution") have others.
-    """
-    others = [index for index in range(len(COLOURS)) if index not in _SEARCHES.values()]
-    looks: dict[str, int] = {}
-    count = 0
-    for name in names:
-        own = next((index for start, index in _SEARCHES.items() if name.startswith(start) and index not in looks.values()), None)
-        looks[name] = others[count % len(others)] if own is None else own
-        count += own is None
-    return looks
+    """Give each search its `styles`: guided and evolution have the same in every figure, "guided, then evolution" another."""
+    return styles(names, _SEARCHES, once=True)
 
 
 def axis_of(fitness: str) -> str:

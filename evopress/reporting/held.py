@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evopress.reporting.drawing import new_figure, save
+from evopress.reporting.drawing import KL, axis_of, new_figure, save
 from evopress.reporting.figures import cells, draw_cells
 from evopress.reporting.tables import number, significant
 from evopress.units import Genome, Space, is_module
@@ -82,7 +82,7 @@ def held_figure(records: Sequence[Mapping[str, Any]], space: Space, folder: Path
         total = significant(sum(value for index, value in enumerate(held.values) if not _is_kept_module(space, held.genome, index)))
         axis.set_title(f"{_when(held, maps)}: {total} in all", fontsize=10)
     axes[-1].set_xlabel("transformer block")
-    of = {"kl": "KL divergence", "topk_kl": "KL divergence", "perplexity": "log perplexity"}.get(fitness, fitness)
+    of = {KL: "KL divergence", "perplexity": "log perplexity"}.get(axis_of(fitness), fitness)
     bar = figure.colorbar(mesh, ax=list(axes), fraction=0.05, pad=0.015, aspect=12 * len(maps))
     bar.set_label("nats per token")
     bar.ax.tick_params(which="both", length=0)

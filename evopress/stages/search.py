@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -111,37 +111,37 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
             neighbour=neighbour,
         )
     )
-    seconds, numbers = _go_on_or_begin(workspace, searching, strategy)
+    earlier = _go_on_or_begin(workspace, searching, strategy)
     if not strategy.finished:
-        _search(workspace, searching, strategy, tracker, seconds_before=seconds, numbers=numbers)
+        _search(workspace, searching, strategy, tracker, earlier)
     keep_found(workspace, strategy.parent)  # first: it depends on no record
     tracker.summarize(best_metrics(each_generation(run_dir / _METRICS, database.space)))
 
 
-def _go_on_or_begin(workspace: Workspace, searching: Searching, strategy: Strategy) -> tuple[float, SearchMetrics]:
-    """Take up what an earlier run has searched, or forget its record; return the seconds that it took, and its numbers."""
+class _Earlier(NamedTuple):
+    """What earlier runs searched."""
+
+    seconds: float
+    numbers: SearchMetrics
+    """Of their records."""
+
+
+def _go_on_or_begin(workspace: Workspace, searching: Searching, strategy: Strategy) -> _Earlier:
+    """Take up what an earlier run has searched, or forget its record."""
     metrics, state = workspace.run_dir / _METRICS, workspace.run_dir / STATE
     if not state.exists():
         metrics.unlink(missing_ok=True)
-        return 0.0, SearchMetrics(workspace.database.space)
+        return _Earlier(0.0, SearchMetrics(workspace.database.space))
     database, rng = workspace.database, workspace.rng["minibatch"]
     seconds = go_on(state, strategy, rng, database=database.fingerprint, strategy=searching.strategy)
     truncate_records(metrics, strategy.generation - 1)
     numbers = check_records(metrics, strategy, database.space)
     if not strategy.finished:
         logger.info("search: resuming at generation %d of %d", strategy.generation, searching.num_generations)
-    return seconds, numbers
+    return _Earlier(seconds, numbers)
 
 
-def _search(
-    workspace: Workspace,
-    searching: Searching,
-    strategy: Strategy,
-    tracker: Tracker,
-    *,
-    seconds_before: float,
-    numbers: SearchMetrics,
-) -> None:
+def _search(workspace: Workspace, searching: Searching, strategy: Strategy, tracker: Tracker, earlier: _Earlier) -> None:
     """Let a strategy search until it is finished."""
     space = workspace.database.space
     modules, starts = workspace.method.modules is not None, len(workspace.settings.search.starts)
@@ -155,7 +155,7 @@ def _search(
             return fitness.expand(question.genome, **drawn, counts=[len(unit.levels) for unit in space.units])
         return fitness.attribute(question.genome, **drawn)
 
-    journal = _Journal(workspace, searching, strategy, tracker, seconds_before=seconds_before, numbers=numbers)
+    journal = _Journal(workspace, searching, strategy, tracker, earlier)
     num_stages = len(searching.tokens) if isinstance(searching, SearchSettings) else None
     every, run_dir = workspace.settings.evaluation.every, workspace.run_dir
     with LiveSearch(searching.num_generations, num_stages, every=every, run_dir=run_dir) as live:
@@ -171,26 +171,15 @@ def _search(
 class _Journal:
     """Keeps and shows what a search does: a record, a checkpoint, a tracker's step and a line for every generation.
 
-    Args:
-        seconds_before: what earlier runs searched. What showing and measuring on held-out text take is no part of the search.
-        numbers: of the records of earlier runs.
+    What showing and measuring on held-out text take is no part of the search's seconds.
     """
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        searching: Searching,
-        strategy: Strategy,
-        tracker: Tracker,
-        *,
-        seconds_before: float,
-        numbers: SearchMetrics,
-    ) -> None:
+    def __init__(self, workspace: Workspace, searching: Searching, strategy: Strategy, tracker: Tracker, earlier: _Earlier) -> None:
         self._workspace, self._searching, self._strategy, self._tracker = workspace, searching, strategy, tracker
-        self._numbers = numbers
+        self._numbers = earlier.numbers
         self._held_out = _HeldOut(workspace)
         self._asked = what_decides_fitness(workspace)
-        self._seconds_before, self._started, self._showing = seconds_before, time.monotonic(), 0.0
+        self._seconds_before, self._started, self._showing = earlier.seconds, time.monotonic(), 0.0
         self._reused = workspace.archive.reused  # a generation whose numbers were is not timed
 
     def finish_generation(self, record: GenerationRecord, live: LiveSearch) -> None:
