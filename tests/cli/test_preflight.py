@@ -641,10 +641,11 @@ def test_a_budget_that_leaves_no_switch_is_refused_before_the_database(evopress:
         "method.exclude=[0]",
         f"level_db.root={tmp_path / 'levels'}",
     )
-    refused(evopress(*arguments), "method.exclude leaves 1 attention units and 1 mlp units", "no other genome: exclude fewer")
+    refused(evopress(*arguments), "found no other genome", "2 of the 4 units have one level, as those of method.exclude do")
     assert not list((tmp_path / "levels").rglob("manifest.json"))
-    outcome = evopress(*arguments, "stages=[database]")
-    assert outcome.code == 0, outcome.text  # nothing is to be searched
+    for given in ("stages=[database]", "search.generations=0"):  # no offspring are to be drawn
+        outcome = evopress(*arguments, given)
+        assert outcome.code == 0, outcome.text
 
 
 @pytest.fixture
