@@ -30,6 +30,7 @@ from evopress.reporting.tables import markdown_table
 from evopress.resources import Needs
 from evopress.settings import RunSettings
 from evopress.stages.given import Given, file_of, folder_of, named_genome, take_best_so_far
+from evopress.stages.kind import Context
 from evopress.stages.needs import Planner
 from evopress.stages.refine import refined_levels, summary_of
 from evopress.stages.results import exported_found, formats, read_result
@@ -209,12 +210,10 @@ def export_needs(planner: Planner) -> Needs:
     return needs
 
 
-def export(workspace: Workspace, *, command: str, second_pass: str = "") -> None:
+def export(workspace: Workspace, context: Context) -> None:
     """Stage `export`: write a genome in every format that `export` names.
 
     It is the found one, refined where it has been; the best so far of a search that was cut off; or the one that is given.
-
-    Args: second_pass: what follows the command where weights were refined.
     """
     run_dir, database = workspace.run_dir, workspace.database
     take_best_so_far(workspace)
@@ -233,7 +232,7 @@ def export(workspace: Workspace, *, command: str, second_pass: str = "") -> None
         workspace,
         written,
         files=(files / "genome.json", files / "genome.txt"),
-        command=command if refined is None else command + second_pass,
+        command=context.command_of(refined=refined is not None),
         told={
             **({} if given is None else {"genome": given.name}),
             **workspace.method.costs(space, genome),

@@ -27,6 +27,10 @@ class Context:
     second_pass: str = ""
     """What follows the command where weights were refined, unless it refines them itself."""
 
+    def command_of(self, *, refined: bool) -> str:
+        """Return what makes the model again, whose weights were refined or were not."""
+        return self.command + (self.second_pass if refined else "")
+
 
 class Kind(Protocol):
     """A kind of run, by what it looks for; its stages are methods of their names, called in order and any of them alone."""

@@ -74,15 +74,8 @@ class OneBudget:
 
     def export(self, context: Context) -> None:
         """Write the found genome's model."""
-        export(self._workspace, command=context.command, second_pass=context.second_pass)
+        export(self._workspace, context)
 
     def report(self, context: Context) -> None:
         """Write tables, figures and the page."""
-        report(
-            self._workspace,
-            context.tracker,
-            config=context.config,
-            command=context.command,
-            second_pass=context.second_pass,
-            environment=context.environment,
-        )
+        report(self._workspace, context)

@@ -24,6 +24,7 @@ from evopress.resources import Needs
 from evopress.stages.baselines import stored_baselines
 from evopress.stages.exports import served
 from evopress.stages.given import named_genome, take_best_so_far
+from evopress.stages.kind import Context
 from evopress.stages.needs import Planner
 from evopress.stages.results import REFINED_ROW, read_result
 from evopress.workspace import Workspace
@@ -36,19 +37,8 @@ def report_needs(planner: Planner) -> Needs:
     return Needs("report", "tables, figures, page", disk={planner.workspace.run_dir: _REPORT_BYTES}, alone=True)
 
 
-def report(
-    workspace: Workspace,
-    tracker: Tracker,
-    *,
-    config: dict[str, Any],
-    command: str,
-    second_pass: str = "",
-    environment: dict[str, Any],
-) -> None:
-    """Stage `report`: tables, figures and one HTML page; prints the table.
-
-    Args: second_pass: what follows the command where weights were refined.
-    """
+def report(workspace: Workspace, context: Context) -> None:
+    """Stage `report`: tables, figures and one HTML page; prints the table."""
     settings, run_dir, database = workspace.settings, workspace.run_dir, workspace.database
     take_best_so_far(workspace)
     result, records = read_result(run_dir), read_generations(run_dir / "metrics.jsonl", database.space)
@@ -99,22 +89,22 @@ def report(
     write_report(
         run_dir / "report.html",
         title=f"{workspace.pretrained.name}, {settings.method.name} {title}",
-        config=config,
+        config=context.config,
         result={**result, "checkpoint": shown_path(checkpoint)} if checkpoint.is_dir() else result,
         records=records,
         space=space,
         genome=genome,
         figures=pictures,
-        command=command + second_pass if any(row["name"] == REFINED_ROW for row in rows) else command,
-        environment=environment,
+        command=context.command_of(refined=any(row["name"] == REFINED_ROW for row in rows)),
+        environment=context.environment,
     )
-    track_results(tracker, rows, records)
-    track_figures(tracker, pictures)
+    track_results(context.tracker, rows, records)
+    track_figures(context.tracker, pictures)
     if genome is not None:
-        tracker.table("levels", *levels_table(space, genome))
-        tracker.table("accepted_switches", *switches_table(records, database.space))
+        context.tracker.table("levels", *levels_table(space, genome))
+        context.tracker.table("accepted_switches", *switches_table(records, database.space))
     files = [run_dir / name for name in ("genome.json", "genome.txt", "result.json") if (run_dir / name).exists()]
-    tracker.artifact(f"genome-{database.fingerprint}", "genome", files)
+    context.tracker.artifact(f"genome-{database.fingerprint}", "genome", files)
     if rows:
         print(f"\n{tables.format_table(rows)}\n", *headlines(rows), sep="\n", flush=True)
     print(f"report: {run_dir / 'report.html'}", *served(workspace, exported), sep="\n", flush=True)

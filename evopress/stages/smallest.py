@@ -107,7 +107,7 @@ class Smallest:
 
     def export(self, context: Context) -> None:
         """Write the answer's model."""
-        export(self._answer().workspace, command=context.command, second_pass=context.second_pass)
+        export(self._answer().workspace, context)
 
     def report(self, context: Context) -> None:
         """Write the front, table, figure and page."""
