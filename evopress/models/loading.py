@@ -23,6 +23,7 @@ from evopress.json_files import load_json, shown
 from evopress.models import attention
 from evopress.models.devices import claim_gpu
 from evopress.models.families import Family
+from evopress.models.fp8 import with_partial_blocks
 from evopress.models.outline import find_family, wrapper_of
 from evopress.models.stored import (
     INDEX,
@@ -357,16 +358,19 @@ def load_pretrained(
     if attn_implementation == attention.NAME:
         attention.register()
     try:
-        model, found = (wrapper_of(config) or AutoModelForCausalLM).from_pretrained(
-            folder,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            **({"quantization_config": AutoQuantizationConfig.from_dict(quantized | {"dequantize": True})} if quantized else {}),
-        )
+        with with_partial_blocks():
+            model, found = (wrapper_of(config) or AutoModelForCausalLM).from_pretrained(
+                folder,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                **(
+                    {"quantization_config": AutoQuantizationConfig.from_dict(quantized | {"dequantize": True})} if quantized else {}
+                ),
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise EvoPressError(

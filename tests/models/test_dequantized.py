@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from evopress.settings import ModelSettings
 from experiments.tiny_any import any_model
 
 Weights = dict[str, Tensor]
+BLOCK = 24
+"""Rows and columns that have one scale; sizes of tiny models are no multiples."""
 _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
@@ -31,13 +34,15 @@ def in_blocks(weights: Weights, expected: Weights) -> dict[str, Any]:
     """FP8 as DeepSeek has it: a scale for each square block."""
     for name in [name for name in weights if name.endswith("_proj.weight")]:
         W = weights[name]
-        parts = W.unflatten(0, (-1, 16)).unflatten(2, (-1, 16)).transpose(1, 2)  # [rows, columns, 16, 16]
-        scales = parts.abs().amax((2, 3), keepdim=True) / 448
-        codes = (parts / scales).to(torch.float8_e4m3fn)
-        expected[name] = (codes.float() * scales).transpose(1, 2).flatten(2).flatten(0, 1)
-        weights[name] = codes.transpose(1, 2).flatten(2).flatten(0, 1).contiguous()
-        weights[name.replace("weight", "weight_scale_inv")] = scales[..., 0, 0].contiguous()
-    return {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 16]}
+        rows, columns = (torch.arange(size) // BLOCK for size in W.shape)  # the block that each belongs to: the last is cut off
+        scales = torch.zeros(int(rows[-1]) + 1, int(columns[-1]) + 1)
+        for i, j in itertools.product(*map(range, scales.shape)):
+            scales[i, j] = W[rows == i][:, columns == j].abs().max() / 448
+        each = scales[rows][:, columns]
+        weights[name] = (W / each).to(torch.float8_e4m3fn)
+        expected[name] = weights[name].float() * each
+        weights[name.replace("weight", "weight_scale_inv")] = scales
+    return {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
 
 
 def by_tensor(weights: Weights, expected: Weights) -> dict[str, Any]:
