@@ -37,16 +37,14 @@ class BestOfRandom(Baseline):
 
     def find(self, problem: Problem) -> dict[str, Genome]:
         """See `Baseline`."""
-        logger.info("best of %d random: %d tokens each", self.num_candidates, self.tokens)
-        with tracked(f"best of {self.num_candidates} random"):
-            genome, _ = best_of_random(
-                problem.space,
-                problem.budget,
-                problem.fitness(),
-                num_candidates=self.num_candidates,
-                tokens=self.tokens,
-                rng=problem.rng,
-            )
+        genome, _ = best_of_random(
+            problem.space,
+            problem.budget,
+            problem.fitness(),
+            num_candidates=self.num_candidates,
+            tokens=self.tokens,
+            rng=problem.rng,
+        )
         return {f"best_of_{self.num_candidates}": genome}
 
 
@@ -74,7 +72,10 @@ def best_of_random(
     Raises: EvoPressError if the budget cannot be met or no mix has a finite fitness.
     """
     genomes = random_mixes(space, budget, num_candidates=num_candidates, rng=rng)
-    fitnesses = [float(value) for value in fitness(genomes, tokens=tokens)]
+    found = "" if len(genomes) == num_candidates else f", of which there {'is' if len(genomes) == 1 else 'are'} {len(genomes)}"
+    logger.info("best of %d random%s: %d tokens each", num_candidates, found, tokens)
+    with tracked(f"best of {num_candidates} random"):  # the drawing is not part of it: the time left is that of the models
+        fitnesses = [float(value) for value in fitness(genomes, tokens=tokens)]
     (best,) = select_fittest(genomes, fitnesses, 1)
     if not math.isfinite(fitnesses[best]):
         raise EvoPressError(

@@ -1,9 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evopress.currencies import currency_of
 from evopress.errors import EvoPressError
+from evopress.search import initial
+from evopress.search.constraint import StepCosts
 from evopress.search.initial import initial_candidates, random_mix, random_mixes, uniform_genome
 from evopress.units import Budget, Level, Limit, Space, Unit
 
@@ -53,6 +58,39 @@ def test_a_small_space_gives_the_mixes_it_has(quant_space, budget_of):
     space = quant_space((1, 1, 1, 1))
     mixes = random_mixes(space, budget_of(space, 2.5), num_candidates=100, rng=np.random.default_rng(0))
     assert len(mixes) == 6  # two of four units at 3 bits
+
+
+def counted_draws(monkeypatch):
+    draws = []
+    draw = initial._TotalMixer.draw
+    monkeypatch.setattr(initial._TotalMixer, "draw", lambda self, rng: draws.append(1) or draw(self, rng))
+    return draws
+
+
+@pytest.mark.parametrize("limits", [(), (Limit(3 * 64, currency_of("bits")),), (Limit(3 * 64, kind="q"),)])
+def test_the_only_mix_there_is_takes_one_draw(quant_space, budget_of, monkeypatch, limits):
+    """Where the target is a level: one draw finds it, however many are asked for."""
+    space, draws = quant_space((4,) * 16, kinds=["q"] * 16), counted_draws(monkeypatch)
+    budget = replace(budget_of(space, 3), limits=limits)
+    assert random_mixes(space, budget, num_candidates=32, rng=np.random.default_rng(0)) == [(3,) * 16]
+    assert len(draws) <= 2  # the second looks whether something could still move
+
+
+def test_the_only_mix_is_known_where_modules_stay(joint_space):
+    whole = tuple(0 if unit.kind == "mlp" else 1 for unit in joint_space.units)
+    budget = Budget(joint_space.cost(whole), 3, "bits per weight")
+    mixer = initial._mixer(joint_space, budget)
+    assert mixer.only_one and mixer.draw(np.random.default_rng(0)) == whole
+    assert not initial._mixer(joint_space, replace(budget, total=budget.total + 1)).only_one
+    assert not initial._mixer(joint_space, replace(budget, limits=(Limit(1, currency_of("modules")),))).only_one
+
+
+def test_what_no_draw_changes_is_worked_out_once(quant_space, budget_of, monkeypatch):
+    space, calls = quant_space(SIZES), []
+    tabulated = StepCosts.of
+    monkeypatch.setattr(initial.StepCosts, "of", lambda space: calls.append(1) or tabulated(space))
+    assert len(random_mixes(space, budget_of(space, 2.5), num_candidates=32, rng=np.random.default_rng(0))) == 32
+    assert len(calls) == 1
 
 
 @settings(max_examples=100, deadline=None)
