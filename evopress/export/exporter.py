@@ -124,7 +124,8 @@ class Exporter(Protocol):
     def check(self, config: Mapping[str, Any], forms: Iterable[Form]) -> None:
         """Raise EvoPressError, in one sentence, if the format cannot hold a model of this kind or one of these forms.
 
-        Called before any work with all that a search may choose, and again with what it chose.
+        Called without forms before the model is loaded, before any work with all that a search may choose, and again with what it
+        chose.
 
         Args: config: the model's own config.json.
         """

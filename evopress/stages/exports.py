@@ -14,7 +14,6 @@ from typing import Any
 
 from evopress.baselines.uniform import uniform_genomes
 from evopress.currencies import num_experts
-from evopress.engines import Engine
 from evopress.errors import EvoPressError
 from evopress.export.checkpoint import FILE_BYTES, parts_together
 from evopress.export.exporter import DROPPED, INTEGERS, Bounded, Export, Exporter, Form, Serves, form_of, write_export
@@ -55,10 +54,29 @@ def exporters_of(settings: RunSettings) -> dict[str, Exporter]:
     return make_exporters(settings.export, settings.export_options) if "export" in settings.stages else {}
 
 
+def refuse_unknown_models(workspace: Workspace, *, exported: bool = True) -> None:
+    """Raise EvoPressError if a format, or the engine's, is not written for models of this kind, whatever their levels.
+
+    Levels and a search by an engine's rules are refused, too, exported now or later. The model's config.json tells it, before the
+    weights are loaded.
+
+    Args: exported: the stage `export` writes something now; of several budgets it does not.
+    """
+    config, engine = workspace.model_source.config, workspace.engine
+    if engine is not None and {"database", "search"} & set(workspace.settings.stages):
+        (exporter,) = make_exporters(engine.formats[:1], {}).values()
+        try:
+            exporter.check(config, ())
+        except EvoPressError as error:
+            raise EvoPressError(f"engine={engine.name}: {error} and engine=none") from error
+    for exporter in exporters_of(workspace.settings).values() if exported else ():
+        exporter.check(config, ())
+
+
 def refuse_unfit_formats(workspace: Workspace, *, exported: bool = True) -> None:
     """Raise EvoPressError if a format, or the engine, cannot hold what may be exported: the genome if it is known, else any.
 
-    Levels and a search by an engine's rules are refused where the engine's format is not written for the model, exported now or
+    Levels and a search by an engine's rules are refused where the engine's format is not written for experts, exported now or
     later. Builds nothing; the model is loaded for it.
 
     Args: exported: the stage `export` writes something now; of several budgets it does not.
@@ -71,20 +89,10 @@ def refuse_unfit_formats(workspace: Workspace, *, exported: bool = True) -> None
     forms = list(_all_forms(workspace, space)) if genome is None else forms_of(workspace, space, genome)
     if engine is not None:
         if {"database", "search"} & set(workspace.settings.stages):
-            _refuse_what_is_not_written(workspace, engine, forms)
+            refuse_experts(forms, asked=f"engine={engine.name}", otherwise="use engine=none")
         refuse_unfit(engine, forms, asked=f"engine={engine.name}", otherwise="use engine=none")
     for exporter in exporters.values():
         exporter.check(workspace.model_source.config, forms)
-
-
-def _refuse_what_is_not_written(workspace: Workspace, engine: Engine, forms: Sequence[Form]) -> None:
-    """Raise EvoPressError if an engine's format is not written for the model, or for experts: no genome could be exported."""
-    refuse_experts(forms, asked=f"engine={engine.name}", otherwise="use engine=none")
-    (exporter,) = make_exporters(engine.formats[:1], {}).values()
-    try:
-        exporter.check(workspace.model_source.config, ())
-    except EvoPressError as error:
-        raise EvoPressError(f"engine={engine.name}: {error} and engine=none") from error
 
 
 def _known_genome(workspace: Workspace, space: Space) -> Genome | None:

@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from evopress.models.tiny import byte_tokenizer
 from evopress.progress import millions
 from evopress.stages.exports import served
+from experiments.tiny_any import any_model
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "exports.md").read_text(encoding="utf-8")
 
@@ -118,6 +120,27 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_built(
 ) -> None:
     monkeypatch.setattr("evopress.databases.ensure_database", lambda *a, **k: pytest.fail("levels were built"))
     outcome = tiny(*arguments, "method.propagate_bits=4")
+    assert outcome.code == 1 and len(outcome.errors) == 1 and sentence in outcome.errors[0], outcome.text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "wanted", "sentence"),
+    [
+        ("opt", "export=[dequantized,mlx]", "export=[mlx] is not written for models of type opt"),
+        ("opt", "export=[gguf]", "export=[gguf] cannot hold a model of type opt"),
+        ("stablelm", "export=[compressed_tensors]", "export=[compressed_tensors] cannot hold a model of type stablelm"),
+        ("opt", "engine=mlx", "engine=mlx: export=[mlx] is not written for models of type opt"),
+    ],
+)
+def test_a_kind_of_model_that_a_format_does_not_know_is_refused_before_its_weights_are_read(
+    model_type: str, wanted: str, sentence: str, evopress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    any_model(model_type).save_pretrained(tmp_path / model_type)
+    byte_tokenizer().save_pretrained(tmp_path / model_type)
+    monkeypatch.setattr("evopress.models.opening.load_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
+    model = ("model=local", f"model.path={tmp_path / model_type}", "model.group_size=32", "model.sequence_length=64")
+    outcome = evopress("+method=quant", "bits=3", "+debug=tiny", *model, wanted, "hydra.run.dir=run")
     assert outcome.code == 1 and len(outcome.errors) == 1 and sentence in outcome.errors[0], outcome.text
     assert not (tmp_path / "run").exists()
 
