@@ -11,7 +11,6 @@ Shapes: N sequences of L tokens, d hidden size, C input columns of a linear.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -39,9 +38,11 @@ from evopress.levels.store import (
     LevelDatabase,
     block_file,
     check_block,
+    damage_in,
     encoded,
     entries_of,
     read_manifest,
+    told_of,
     write_block,
     write_manifest,
 )
@@ -74,15 +75,17 @@ def ensure_database(
             raise EvoPressError(
                 f"method.propagate_bits={settings.propagate} is no level of {unit.name}: choose one of {', '.join(keys)}, or null"
             )
-    database = _opened(folder)  # a manifest is written last, so a whole database needs no lock, and no right to write
-    if database is not None:
+    try:
+        database = LevelDatabase.open(folder)  # a manifest is written last, so a whole one needs no lock, and no right to write
         _remove_journal(folder)
         return database, True
-    make_folder(folder)
+    except DamagedDatabaseError as error:
+        damage = damage_in(folder, error)
+    with told_of(damage):
+        make_folder(folder)
     with alone_in(folder, timeout=settings.lock_timeout, waiting=f"waiting for another run that builds {folder}"):
-        database = _opened(folder, warn=True)  # another run may have built it meanwhile
-        if database is not None:
-            return database, True
+        if (built := _opened(folder, warn=True)) is not None:  # another run may have built it meanwhile
+            return built, True
         _check_names_are_free(folder, len(blocks.parts))
         entries = _finished_blocks(folder, len(blocks.parts))
         _preflight(settings, space, entries, blocks, tokens, compressor)
@@ -95,7 +98,7 @@ def _opened(folder: Path, *, warn: bool = False) -> LevelDatabase | None:
     try:
         return LevelDatabase.open(folder)
     except DamagedDatabaseError as error:
-        if warn and os.path.lexists(folder / MANIFEST):
+        if warn and damage_in(folder, error):
             logger.warning("%s; what is damaged is built again", error)
         return None
 

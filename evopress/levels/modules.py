@@ -16,7 +16,7 @@ from evopress.compress.compressor import Payload
 from evopress.currencies import CURRENCIES, num_experts, num_modules
 from evopress.files import make_folder
 from evopress.levels.locking import alone_in, clear
-from evopress.levels.store import MANIFEST, DamagedDatabaseError, LevelDatabase, fingerprint, write_manifest
+from evopress.levels.store import DamagedDatabaseError, LevelDatabase, damage_in, fingerprint, told_of, write_manifest
 from evopress.units import Space, Unit
 
 ATTENTION, MLP, BLOCK, PAIR = "attention", "mlp", "block", "pair"
@@ -67,12 +67,11 @@ def ensure_modules(
     digits = fingerprint(recipe)
     folder = root / model_name / f"{method}-{digits}"
     try:
-        if (folder / MANIFEST).is_file():
-            database = LevelDatabase.open(folder)
-            clear(folder)
-            return database, True
-    except DamagedDatabaseError:
-        pass  # written again below
+        database = LevelDatabase.open(folder)
+        clear(folder)
+        return database, True
+    except DamagedDatabaseError as error:  # written again below
+        damage = damage_in(folder, error)
     units = [
         {
             "name": unit.name,
@@ -86,7 +85,8 @@ def ensure_modules(
         }
         for unit in space.units
     ]
-    make_folder(folder)
+    with told_of(damage):
+        make_folder(folder)
     with alone_in(folder):
         write_manifest(folder, method=method, fingerprint=digits, recipe=recipe, entries=[{"units": units}])
     return LevelDatabase.open(folder), False

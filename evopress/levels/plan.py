@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from evopress.errors import EvoPressError
 from evopress.levels.hessians import HessianStore
 from evopress.levels.journal import JOURNAL, read_journal
 from evopress.levels.passage import held_on_host, stay_on_device
-from evopress.levels.store import DamagedDatabaseError, block_file, entries_of, fingerprint, read_manifest
+from evopress.levels.store import DamagedDatabaseError, block_file, damage_in, entries_of, fingerprint, read_manifest
 from evopress.models.blocks import BlockModel
 from evopress.progress import in_bytes
 from evopress.ranks import SHARES, batch_within_share, largest_shard, launched, processes
@@ -120,6 +120,8 @@ class BuildNeeds:
     """Of the host, beside the model."""
     device_bytes: int = 0
     """Of the compute device, beside the model; 0 where that is the host."""
+    damage: DamagedDatabaseError | None = None
+    """Of the manifest that is there."""
 
     @property
     def num_blocks(self) -> int:
@@ -163,12 +165,14 @@ def planned(
     Raises: EvoPressError if the compressor's settings fit no unit, with the unit's name.
     """
     space = plan_space(blocks, compressor, method=settings.method)
+    damage = None
     try:
         found = set(entries_of(read_manifest(settings.folder)))
-    except DamagedDatabaseError:
+    except DamagedDatabaseError as error:
+        damage = damage_in(settings.folder, error)
         found = {entry["block"] for entry in read_journal(settings.folder / JOURNAL)}
     whole = {i for i in found if (settings.folder / block_file(i)).is_file()}
-    return space, needs_of(settings, space, whole, blocks, tokens, compressor, seen=seen)
+    return space, replace(needs_of(settings, space, whole, blocks, tokens, compressor, seen=seen), damage=damage)
 
 
 def needs_of(

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +32,7 @@ from evopress.compress.sparse import Sparse
 from evopress.currencies import Currency
 from evopress.endings import is_out_of_memory, os_error
 from evopress.errors import EvoPressError
-from evopress.files import canonical_json, is_sealed, seal, sha256_file, unreadable, write_atomically, write_bytes
+from evopress.files import canonical_json, is_read_only, is_sealed, seal, sha256_file, unreadable, write_atomically, write_bytes
 from evopress.json_files import parse_json, shown
 from evopress.levels.codec import CODECS
 from evopress.levels.entries import block_file, check_file, check_units, leaves_folder
@@ -53,6 +55,22 @@ class DamagedDatabaseError(EvoPressError):
 
 class NewerDatabaseError(EvoPressError):
     """A database of a later version, not to be touched."""
+
+
+def damage_in(folder: Path, error: DamagedDatabaseError) -> DamagedDatabaseError | None:
+    """Return what was found of a folder if it is damage; None: there is no whole database yet."""
+    return error if os.path.lexists(folder / MANIFEST) else None
+
+
+@contextmanager
+def told_of(damage: DamagedDatabaseError | None) -> Iterator[None]:
+    """Let a refusal to write to a place that may only be read say first that the database there is damaged."""
+    try:
+        yield
+    except EvoPressError as error:
+        if damage is None or not is_read_only(error):
+            raise
+        raise EvoPressError(f"{damage}, and it cannot be built again: {error}") from error
 
 
 def fingerprint(recipe: Mapping[str, Any]) -> str:

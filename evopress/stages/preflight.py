@@ -20,6 +20,7 @@ from evopress.baselines.exhaustive import count_to_measure
 from evopress.compress.compressor import Compressor, to_come
 from evopress.errors import EvoPressError
 from evopress.fitness.measures import unfused
+from evopress.levels.store import told_of
 from evopress.models.blocks import BlockModel
 from evopress.models.first_block import first_block
 from evopress.progress import amount, duration, in_bytes
@@ -139,7 +140,8 @@ def _checked(
     each = f" in each of {len(found)} processes (disk: in all)" if len(found) > 1 else ""
     logger.info("what this run will take%s, in addition to the model:\n%s", each, plan_table(plan, workspace, found))
     try:
-        check_room(plan.stages, found, offload=workspace.settings.model.offload)
+        with told_of(build.damage if build is not None else None):
+            check_room(plan.stages, found, offload=workspace.settings.model.offload)
     except EvoPressError as error:
         if not workspace.model_source.is_outline:
             raise

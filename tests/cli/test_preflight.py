@@ -349,6 +349,11 @@ def test_what_is_there_may_be_shared_to_be_read_alone(
     assert outcome.code == 0, outcome.text
     again = evopress(*asked, f"hydra.run.dir={tmp_path / 'other'}", "method.levels=[6,4,3]")
     refused(again, "cannot be written (Read-only file system)", "choose a folder")
+    assert "damaged" not in again.text
+    (manifest,) = shared.glob("levels/tiny/quant-*/manifest.json")
+    manifest.write_text(manifest.read_text().replace("quant", "quart", 1))
+    damaged = evopress(*asked, f"hydra.run.dir={tmp_path / 'other'}")
+    refused(damaged, f"{manifest} is damaged", "and it cannot be built again", "cannot be written (Read-only file system)")
     assert not (tmp_path / "other").exists()
 
 

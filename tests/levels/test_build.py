@@ -2,6 +2,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -391,6 +392,25 @@ def test_a_damaged_block_is_named_and_built_again(damage, index, copied, whole, 
     assert str(path) in caplog.text
     assert compressed_blocks == [index]
     assert contents(copied.folder) == contents(whole)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, block_file(1)])
+def test_damage_where_nothing_can_be_written_is_named(name, copied, llama, ids, compressor, monkeypatch):
+    """A group's levels that another user owns, who would not hear of it."""
+
+    def read_only(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    data = bytearray((copied.folder / name).read_bytes())
+    data[len(data) // 2] ^= 4
+    (copied.folder / name).write_bytes(data)
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    said = rf"^{re.escape(str(copied.folder / name))} .*and it cannot be built again: .* cannot be written .*choose a folder"
+    with pytest.raises(EvoPressError, match=said):
+        ensure_database(copied, llama, ids, compressor)
+    (copied.folder / MANIFEST).unlink()
+    with pytest.raises(EvoPressError, match=rf"^{re.escape(str(copied.folder))} cannot be written"):  # never finished: no damage
+        ensure_database(copied, llama, ids, compressor)
 
 
 def test_two_damaged_blocks_are_both_named(copied, whole, llama, ids, compressor, compressed_blocks, caplog):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -167,6 +169,18 @@ def test_the_database_of_modules_is_a_manifest(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("drop", "dorp", 1))  # damaged: written again
     _, reused = ensure_modules(tmp_path, model_name="m", method="drop", recipe={"a": 1}, space=space)
     assert not reused and LevelDatabase.open(made.folder).space == space
+
+
+def test_damage_where_nothing_can_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(**options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    space = space_of(load(tmp_path / "model", "llama"))
+    made, _ = ensure_modules(tmp_path, model_name="m", method="drop", recipe={}, space=space)
+    (made.folder / "manifest.json").write_text("{}")
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(EvoPressError, match=r"manifest\.json has schema .*, and it cannot be built again: .*cannot be written"):
+        ensure_modules(tmp_path, model_name="m", method="drop", recipe={}, space=space)
 
 
 def test_what_a_killed_run_left_beside_the_manifest_is_removed(tmp_path: Path) -> None:
