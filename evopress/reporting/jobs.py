@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from evopress.errors import EvoPressError
-from evopress.files import remove_empty, write_bytes
+from evopress.files import remove_empty, sha256_file, write_bytes
 from evopress.json_files import load_json
 from evopress.reporting.records import read_document, write_json
 from evopress.reporting.tables import held_out_kl, number, significant
@@ -120,13 +120,28 @@ def note_failure(
     path = sweep / FAILED / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
     with suppress(EvoPressError, OSError):  # the sentence has been printed as well
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"schema": 1, "job": name, "typed": list(typed), "sentence": sentence, "refused": refused, "taken": taken})
+        told = {"job": name, "typed": list(typed), "sentence": sentence, "refused": refused, "taken": taken}
+        write_json(path, {"schema": 1, **told, "finished": _finished(job)})
 
 
 def finished_at(job: Path) -> int | None:
     """Return when what has finished in a job's folder was written down, in nanoseconds; None: nothing has."""
     path = job / "finished.json"
     return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def _finished(job: Path) -> str | None:
+    """Return the digest of what is written down of what has finished in a job's folder; None: nothing is."""
+    path = job / "finished.json"
+    return sha256_file(path) if path.is_file() else None
+
+
+def _gone_on_with(job: Path, note: Mapping[str, Any], path: Path) -> bool:
+    """Tell whether a job has finished something since a note was made of its failure, whatever clocks say."""
+    finished = _finished(job)
+    if finished is None or "finished" in note:
+        return finished not in (None, note.get("finished"))
+    return (job / "finished.json").stat().st_mtime > path.stat().st_mtime  # a note of an earlier version
 
 
 def read_jobs(sweep: Path) -> list[SweepJob]:
@@ -136,12 +151,11 @@ def read_jobs(sweep: Path) -> list[SweepJob]:
         for path in sweep.glob("/".join(["*"] * depth) + "/.hydra/overrides.yaml"):
             jobs[_below(sweep, path.parent.parent)] = _read_job(sweep, path.parent.parent)
     for path in (sweep / FAILED).glob("*.json"):
-        with suppress(EvoPressError):
+        with suppress(EvoPressError, OSError):
             note = read_document(path, what="note of a failed job")
             name, typed = str(note.get("job")), [str(each) for each in note.get("typed") or ()]
-            finished = sweep / name / "finished.json"
-            if finished.is_file() and finished.stat().st_mtime > path.stat().st_mtime:
-                continue  # it was gone on with since
+            if _gone_on_with(sweep / name, note, path):
+                continue
             if note.get("refused") and name in jobs and _decisive(typed_settings(typed)) <= _decisive(jobs[name].typed):
                 continue  # what it had found is there
             jobs[name] = SweepJob(

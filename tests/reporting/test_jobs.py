@@ -113,8 +113,25 @@ def test_a_job_that_was_gone_on_with_is_no_failure_any_more(tmp_path: Path) -> N
     jobs.note_failure(tmp_path, job, ["seed=1"], "the disk is full")
     assert jobs.read_jobs(tmp_path)[0].state == "failed: the disk is full"
     (job / "finished.json").write_text("{}")
-    os.utime(job / "finished.json", (2e9, 2e9))
+    os.utime(job / "finished.json", (1e9, 1e9))  # a clock that is behind, set back or another machine's
     assert jobs.read_jobs(tmp_path)[0].state == "finished"
+    jobs.note_failure(tmp_path, job, ["seed=1"], "the disk is full again")  # after what had finished before
+    os.utime(job / "finished.json", (2e9, 2e9))
+    assert jobs.read_jobs(tmp_path)[0].state == "failed: the disk is full again"
+    (job / "finished.json").write_text('{"stages": ["search"]}')
+    assert jobs.read_jobs(tmp_path)[0].state == "finished"
+
+
+@pytest.mark.parametrize(("time", "state"), [(2e9, "finished"), (1e9, "failed: the disk is full")])
+def test_a_note_of_an_earlier_version_goes_by_the_time(time: float, state: str, tmp_path: Path) -> None:
+    job = write_job(tmp_path, "seed=1", "seed=1")
+    jobs.note_failure(tmp_path, job, ["seed=1"], "the disk is full")
+    (path,) = (tmp_path / FAILED).iterdir()
+    note = json.loads(path.read_text())
+    del note["finished"]
+    path.write_text(json.dumps(note))
+    os.utime(job / "finished.json", (time, time))
+    assert jobs.read_jobs(tmp_path)[0].state == state
 
 
 def test_a_finished_job_that_is_refused_keeps_what_it_had_found(sweep: Path) -> None:
