@@ -24,7 +24,7 @@ from evopress.models import attention
 from evopress.models.devices import claim_gpu
 from evopress.models.families import Family
 from evopress.models.fp8 import with_partial_blocks
-from evopress.models.outline import find_family, wrapper_of
+from evopress.models.outline import find_family, skeleton, wrapper_of
 from evopress.models.stored import (
     INDEX,
     READABLE,
@@ -33,6 +33,7 @@ from evopress.models.stored import (
     check_adapter,
     check_config,
     check_places,
+    check_shapes,
     check_tensors,
     loaded_files,
     readable_quantization,
@@ -190,15 +191,29 @@ def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_shards(folder: Path, files: set[str]) -> None:
-    """Raise EvoPressError if an index names other files than those that lie in the checkpoint's own folder."""
+    """Raise EvoPressError if there is no index of shards, or it names other files than those in the checkpoint's own folder."""
     if WEIGHTS in files:
         return
-    for name, shard in shards_of(folder).items():
+    if not (shards := shards_of(folder)):
+        raise EvoPressError(
+            f"model path {folder} holds {min(files)}{f' and {len(files) - 1} more' if len(files) > 1 else ''}, expected {WEIGHTS}, "
+            f"or shards and {INDEX}, which says what is in each: fetch what is missing"
+        )
+    for name, shard in shards.items():
         if not isinstance(shard, str) or shard not in files:
             raise EvoPressError(
                 f"{folder / INDEX} says that {shown(name)} is in {shown(shard)}, which is no safetensors file of {folder}: fetch "
                 "the checkpoint again"
             )
+
+
+def _check_shapes(folder: Path, config: Mapping[str, Any], weights: list[Path]) -> None:
+    """Raise EvoPressError if weights have other shapes than the model that a config describes, from the heads of their files."""
+    try:
+        model = skeleton(config)
+    except EvoPressError:
+        return  # told when the model is loaded
+    check_shapes(folder, stored_tensors(loaded_files(folder, weights)), model)
 
 
 def take_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> Pretrained:
@@ -349,6 +364,8 @@ def load_pretrained(
             "than they would on weights that were never rounded",
             *(READABLE[quantized["quant_method"]], dtype),
         )
+    if not quantized and not (trust_remote_code and config.get("auto_map")):
+        _check_shapes(folder, config, weights)
     if attn_implementation is None and family.plain_attention and attention.suits(device, DTYPES[dtype]):
         attn_implementation = attention.NAME
     if attn_implementation == attention.NAME and not family.plain_attention:

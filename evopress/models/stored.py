@@ -159,6 +159,23 @@ def check_tensors(folder: Path, tensors: Mapping[str, Stored]) -> None:
             raise EvoPressError(_already(folder, f"{shown(name)} is stored as {tensor.dtype}"))
 
 
+def check_shapes(folder: Path, tensors: Mapping[str, Stored], model: Any) -> None:
+    """Raise EvoPressError if a stored tensor has another shape than the parameter of its name has in the model.
+
+    One whose axes are in another order is let pass: transformers turns some round when it loads them.
+
+    Args: model: the one that config.json describes, with or without its weights.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    others = [name for name, tensor in tensors.items() if sorted(shapes.get(name, tensor.shape)) != sorted(tensor.shape)]
+    if others:
+        more = f", and {len(others) - 1} more do not fit" if len(others) > 1 else ""
+        raise EvoPressError(
+            f"the weights in {folder} have {others[0]} as {list(tensors[others[0]].shape)}, where config.json makes it "
+            f"{list(shapes[others[0]])}{more}: correct config.json, or fetch the checkpoint again"
+        )
+
+
 def silently_left_out(tensors: Iterable[str], homeless: Collection[str], model: Any, prefix: str) -> list[str]:
     """Return names of stored tensors of further heads that transformers leaves out by their names, and does not call homeless.
 

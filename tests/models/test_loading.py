@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from evopress.models.loading import (
     read_config,
     safe_name,
 )
+from evopress.models.stored import Stored, check_shapes
 
 
 @pytest.fixture
@@ -143,6 +145,14 @@ def other_shapes(folder):
     change_config(folder, intermediate_size=48)
 
 
+def no_index(folder):
+    weights = load_file(folder / "model.safetensors")
+    no_weights(folder)
+    for number, part in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), start=1):
+        path = folder / f"model-{number:05}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, path, metadata={"format": "pt"})
+
+
 def no_tokenizer(folder):
     for path in folder.glob("tokenizer*"):
         path.unlink()
@@ -161,7 +171,8 @@ SPOILED = {
     truncated: "could not be loaded",
     not_safetensors: "could not be loaded",
     lacks_a_weight: r"lack model\.layers\.0\.mlp\.up_proj\.weight",
-    other_shapes: "could not be loaded",
+    other_shapes: r"have model\.layers\.0\.mlp\.down_proj\.weight as \[32, 64\], where config\.json makes it \[32, 48\], and 2",
+    no_index: r"holds model-00001-of-00002\.safetensors and 1 more, expected model\.safetensors, or shards and model",
     no_tokenizer: "could not be loaded",
 }
 
@@ -174,6 +185,24 @@ def test_a_checkpoint_that_cannot_be_used_is_one_sentence(spoil, folder):
     sentence = str(caught.value)
     assert folder.name in sentence or "architecture" in sentence
     assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("spoil", [other_shapes, no_index], ids=lambda spoil: spoil.__name__)
+def test_what_the_heads_of_files_tell_is_refused_before_weights_are_read(spoil, folder, monkeypatch):
+    spoil(folder)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    with pytest.raises(EvoPressError, match=SPOILED[spoil]):
+        load_pretrained(folder)
+
+
+def test_axes_that_transformers_turns_round_are_let_pass():
+    """As those of Qwen3-VL's experts."""
+    tensors = {"weight": Stored("F32", (3, 2)), "elsewhere": Stored("F32", (9,))}
+    check_shapes(Path("m"), tensors, torch.nn.Linear(3, 2))
+    with pytest.raises(
+        EvoPressError, match=r"^the weights in m have weight as \[3, 2\], where config\.json makes it \[2, 4\]: correct"
+    ):
+        check_shapes(Path("m"), tensors, torch.nn.Linear(4, 2))
 
 
 def test_no_quantization_is_no_quantization(folder):
