@@ -117,3 +117,14 @@ def test_what_cannot_be_met_or_is_no_budget_is_refused_before_any_search(model: 
     ]:
         with pytest.raises(EvoPressError, match=sentence):
             evopress.find_smallest(levels, ids, **limit, **FEW)
+
+
+def test_a_start_that_exceeds_one_of_the_budgets_is_refused_before_any_search(model: Any, tokens: Any, tmp_path: Path) -> None:
+    levels = evopress.build_levels(model, tokens(8, 32), bits=2.5, group_size=16, levels=[4, 3, 2])
+    few = {**FEW, "starts": ["uniform_3"], "folder": tmp_path / "run"}
+    sentence = r"^budget 2.5: search.starts has 'uniform_3', which exceeds the budget of 2.5 bits per weight"
+    with pytest.raises(EvoPressError, match=sentence):
+        evopress.search_budgets(levels, tokens(8, 32, seed=1), [2.5, 3.5], **few)
+    with pytest.raises(EvoPressError, match=sentence):
+        evopress.find_smallest(levels, tokens(8, 32, seed=1), budgets=[2.5, 3.5], max_kl=1.0, **few)
+    assert not list((tmp_path / "run").rglob("metrics.jsonl"))

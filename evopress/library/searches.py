@@ -27,7 +27,7 @@ from evopress.stages.baselines import stored_baselines, with_further_levels
 from evopress.stages.bisection import Bisection, Kept, budgets_to_try
 from evopress.stages.checks import check_baselines, check_names, check_strategy, check_tokens, searching_of
 from evopress.stages.earlier import refuse_other_settings
-from evopress.stages.points import open_point, refuse_other_points, search_points
+from evopress.stages.points import check_points, open_point, refuse_other_points, search_points
 from evopress.stages.search import search as run_the_search
 from evopress.units import Genome
 from evopress.workspace import Workspace
@@ -110,9 +110,8 @@ def search_budgets(
     several = {"budgets": listed}
     workspace, kept = _searching(levels, text, settings, several, what="search_budgets", fitness=fitness, seed=seed, folder=folder)
     points = [open_point(workspace, point) for point in points_of(workspace.settings)]
-    for point in points:
-        _ = point.workspace.budget  # which is refused where it cannot be met
     refuse_other_points(points)
+    check_points(points, workspace.database.space)
     search_points(points)
     return [_found(point.workspace, kept, budget=point.name) for point in points]
 
@@ -145,7 +144,10 @@ def find_smallest(
     several = {"max_kl": max_kl, "min_agreement": min_agreement, "budgets": _listed(budgets)}
     workspace, kept = _searching(levels, text, settings, several, what="find_smallest", fitness=fitness, seed=seed, folder=folder)
     tried = budgets_to_try(workspace)
-    refuse_other_points([open_point(workspace, point) for point in tried])
+    points = [open_point(workspace, point) for point in tried]
+    refuse_other_points(points)
+    if workspace.settings.budgets:  # any of which may be searched
+        check_points(points, workspace.database.space)
     answer = Bisection(workspace, Kept.of(workspace.settings), tried, {}).find()
     return _found(answer.workspace, kept, budget=answer.name)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,20 @@ class Point:
     """Of its folder, as it is typed: "2.5", "60MB"."""
     settings: RunSettings
     """Those of a run with this budget alone."""
+
+
+@contextmanager
+def at_budget(name: str) -> Iterator[None]:
+    """Name a budget in what is refused of it.
+
+    Args: name: of its point; empty: the run has no other, and sentences name the setting.
+    """
+    try:
+        yield
+    except EvoPressError as error:
+        if not name:
+            raise
+        raise EvoPressError(f"budget {name}: {error}") from error
 
 
 def has_points(settings: RunSettings) -> bool:

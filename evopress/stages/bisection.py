@@ -16,7 +16,8 @@ from evopress.methods.points import Point, grid
 from evopress.ranks import collective
 from evopress.reporting.tables import significant
 from evopress.settings import RunSettings
-from evopress.stages.points import PointRun, nearest, open_point, search_one
+from evopress.stages.point_run import PointRun
+from evopress.stages.points import nearest, open_point, search_one
 from evopress.units import Genome
 from evopress.workspace import Workspace
 

@@ -9,11 +9,11 @@ from typing import ClassVar
 from evopress.errors import EvoPressError
 from evopress.files import make_folder
 from evopress.methods.points import points_of
-from evopress.search.strategy import Searching
 from evopress.settings import RunSettings
 from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.checks import searching_of
 from evopress.stages.kind import Context
+from evopress.stages.point_run import PointRun
 from evopress.stages.points import FOR_ONE, left_to_the_picked, open_point, refuse_other_points, search_points
 from evopress.stages.points_results import evaluate_points, report_points
 from evopress.workspace import Workspace
@@ -44,9 +44,9 @@ class Front:
         """Raise EvoPressError if what an earlier run left of a budget is not this one's."""
         refuse_other_points(self._points)
 
-    def planned(self) -> Sequence[tuple[Workspace, Searching]]:
+    def planned(self) -> Sequence[PointRun]:
         """Return the runs of all budgets."""
-        return [(point.workspace, point.searching) for point in self._points]
+        return self._points
 
     def target(self) -> tuple[str, float | str]:
         """Return all budgets."""

@@ -18,7 +18,7 @@ from evopress.reporting.records import read_document, read_genome, write_genome
 from evopress.settings import RunSettings
 from evopress.stages.baselines import stored_baselines
 from evopress.stages.results import forget_found
-from evopress.units import Genome, Space
+from evopress.units import Budget, Genome, Space
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,36 @@ def check_levels(settings: RunSettings, space: Space, run_dir: Path) -> None:
                 _refuse_another_of_its_name(path, genome, space, run_dir)
 
 
+def check_starts(workspace: Workspace, space: Space, budget: Budget) -> None:
+    """Raise EvoPressError if a genome of `search.starts` exceeds the budget, as far as it is known before anything is built.
+
+    So are those of files and uniform ones, not what baselines find.
+
+    Args: space: of the run's levels, as planned or as built.
+    """
+    if "search" not in workspace.settings.stages:
+        return
+    known = _uniform(workspace, space)
+    for name in workspace.settings.search.starts:
+        genome = known.get(name) if (path := file_of(name, "search.starts")) is None else read_genome(path, space)
+        if genome is not None:
+            refuse_above(workspace, name, genome, space, budget)
+
+
+def refuse_above(workspace: Workspace, name: str, genome: Genome, space: Space, budget: Budget) -> None:
+    """Raise EvoPressError if a genome that `search.starts` names exceeds the budget."""
+    if over := budget.exceeded(space, genome):
+        costs = ", ".join(f"{key}={value:.6g}" for key, value in workspace.method.costs(space, genome).items())
+        raise EvoPressError(
+            f"search.starts has {name!r}, which exceeds the budget of {over} ({costs}): leave it out, or change the target"
+        )
+
+
+def _uniform(workspace: Workspace, space: Space) -> dict[str, Genome]:
+    """Return the genomes of one level, by the names that they have without any stage; none where modules are dropped alone."""
+    return {} if workspace.method.weights is None else uniform_genomes(space, workspace.method.uniform_name)
+
+
 def _refuse_another_of_its_name(path: Path, genome: Genome, space: Space, run_dir: Path) -> None:
     own = run_dir / "genomes" / folder_of(row_name(path)) / "genome.json"
     if not own.is_file():
@@ -117,17 +147,16 @@ def find_genome(workspace: Workspace, given: str, *, key: str = "genome") -> Giv
 
     Raises: EvoPressError if there is no such genome, or a file does not fit the level database.
     """
-    database, method = workspace.database, workspace.method
+    database = workspace.database
     if (path := file_of(given, key)) is not None:
         return Given(row_name(path), read_genome(path, database.space), database.space)
     baselines, space = stored_baselines(workspace)
     if given in baselines:
         return Given(given, baselines[given], space)
     refuse_missing(workspace, [(key, given)], baselines, database.space)
-    assert method.weights is not None
     if given == "dp":
         return Given(given, dynamic_programming(database.space, workspace.budget, database.errors), database.space)
-    return Given(given, uniform_genomes(database.space, method.uniform_name)[given], database.space)
+    return Given(given, _uniform(workspace, database.space)[given], database.space)
 
 
 def named_genome(workspace: Workspace) -> Given | None:
@@ -143,9 +172,7 @@ def refuse_missing(workspace: Workspace, given: Sequence[tuple[str, str]], basel
         given: settings and the names in them.
         space: units and levels that the level database has, or will have.
     """
-    made: list[str] = []
-    if workspace.method.weights is not None:
-        made = [*uniform_genomes(space, workspace.method.uniform_name), "dp"]
+    made = [] if workspace.method.weights is None else [*_uniform(workspace, space), "dp"]
     there = f"{', '.join(baselines) or 'none'}{'; made when asked for: ' if made else ''}{', '.join(made)}"
     for key, name in given:
         if name == "evopress":

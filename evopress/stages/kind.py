@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 from evopress.reporting.tracker import Tracker
 from evopress.search.strategy import Searching
 from evopress.settings import RunSettings
+from evopress.stages.point_run import PointRun
 from evopress.workspace import Workspace
 
 
@@ -53,8 +54,8 @@ class Kind(Protocol):
     def refuse(self) -> None:
         """Raise EvoPressError if what an earlier run left is not this one's, or lacks what a stage needs."""
 
-    def planned(self) -> Sequence[tuple[Workspace, Searching]]:
-        """Return the runs of one budget that there will be, with the numbers of their searches."""
+    def planned(self) -> Sequence[PointRun]:
+        """Return the runs of one budget that there will be."""
 
     def target(self) -> tuple[str, float | str]:
         """Return what the run is to reach, and the setting that says so."""

@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from evopress.search.strategy import Searching
 from evopress.settings import RunSettings
 from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.checks import searching_of
@@ -14,6 +13,7 @@ from evopress.stages.earlier import refuse_other_work
 from evopress.stages.evaluate import evaluate
 from evopress.stages.exports import export
 from evopress.stages.kind import Context
+from evopress.stages.point_run import PointRun
 from evopress.stages.points import refuse_points_left
 from evopress.stages.refine import refine, refuse_without_genome
 from evopress.stages.report import report
@@ -42,9 +42,9 @@ class OneBudget:
         refuse_without_genome(self._workspace)
         refuse_other_work(self._workspace, self.searching)
 
-    def planned(self) -> Sequence[tuple[Workspace, Searching]]:
+    def planned(self) -> Sequence[PointRun]:
         """Return the run itself."""
-        return [(self._workspace, self.searching)]
+        return [PointRun("", self._workspace, self.searching)]
 
     def target(self) -> tuple[str, float | str]:
         """Return the budget, and the setting that it is given by."""

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from evopress.errors import EvoPressError
 from evopress.files import make_folder
-from evopress.methods.points import Point, has_points, point_at
-from evopress.reporting.records import read_document, read_genome
+from evopress.methods.points import Point, at_budget, has_points, point_at
+from evopress.reporting.records import read_document
 from evopress.reporting.tracker import NullTracker
-from evopress.search.strategy import Neighbour, Searching
+from evopress.search.strategy import Neighbour
 from evopress.settings import RunSettings
 from evopress.stages.checks import searching_of
 from evopress.stages.earlier import refuse_other_settings, refuse_other_work
+from evopress.stages.given import check_levels, check_starts
+from evopress.stages.point_run import PointRun
 from evopress.stages.search import search
-from evopress.units import Genome
+from evopress.units import Space
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -28,25 +30,6 @@ POINTS = "points"
 """Folder of the points inside a run's."""
 FOR_ONE = ("refine", "export")
 """Stages that are for one genome."""
-
-
-@dataclass(frozen=True)
-class PointRun:
-    """The run of one budget."""
-
-    name: str
-    workspace: Workspace
-    searching: Searching
-
-    @property
-    def total(self) -> int:
-        """What the budget allows."""
-        return self.workspace.budget.total
-
-    def genome(self) -> Genome:
-        """Read what was found."""
-        database = self.workspace.database
-        return read_genome(self.workspace.run_dir / "genome.json", database.space, database=database.fingerprint)
 
 
 def names_searched(run_dir: Path) -> list[str]:
@@ -102,6 +85,19 @@ def refuse_other_points(points: Sequence[PointRun]) -> None:
         refuse_other_settings(point.workspace, point.searching)
     for point in points:
         refuse_other_work(point.workspace, point.searching)
+
+
+def check_points(points: Sequence[PointRun], space: Space) -> None:
+    """Raise EvoPressError if a point's budget cannot be met, or its search would be refused; before the first is searched.
+
+    Args: space: of the run's levels, as planned or as built.
+    """
+    for point in points:
+        check_levels(point.workspace.settings, space, point.workspace.run_dir)
+        with at_budget(point.name):
+            budget = point.workspace.budget_of(space)
+            budget.check(space)
+            check_starts(point.workspace, space, budget)
 
 
 def nearest(point: PointRun, found: Iterable[PointRun]) -> PointRun | None:

@@ -17,7 +17,7 @@ from evopress.stages.evaluate import add_spent, measured_rows
 from evopress.stages.given import take_best_so_far
 from evopress.stages.kind import Context
 from evopress.stages.measured import MEASURED
-from evopress.stages.points import PointRun
+from evopress.stages.point_run import PointRun
 from evopress.stages.report import track_results
 from evopress.stages.results import read_result
 from evopress.units import Genome

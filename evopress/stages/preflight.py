@@ -21,6 +21,7 @@ from evopress.compress.compressor import Compressor, to_come
 from evopress.errors import EvoPressError
 from evopress.fitness.measures import unfused
 from evopress.levels.store import told_of
+from evopress.methods.points import at_budget, has_limit
 from evopress.models.blocks import BlockModel
 from evopress.models.first_block import first_block
 from evopress.progress import amount, duration, in_bytes
@@ -34,8 +35,9 @@ from evopress.stages.baselines import baselines_needs, database_needs, further_l
 from evopress.stages.evaluate import evaluate_needs
 from evopress.stages.exports import export_needs
 from evopress.stages.following import model_bytes_there, rooms_of
-from evopress.stages.given import check_levels
+from evopress.stages.given import check_levels, check_starts
 from evopress.stages.needs import Planner, planned_for
+from evopress.stages.point_run import PointRun
 from evopress.stages.probe import Speed, measure_speed
 from evopress.stages.refine import refine_needs
 from evopress.stages.report import report_needs
@@ -80,35 +82,36 @@ class Plan:
         logger.info("%s took %s%s", stage, duration(time.monotonic() - started), said)
 
 
-def preflight(
-    workspace: Workspace, searching: Searching, runs: Sequence[tuple[Workspace, Searching]], *, once: Collection[str]
-) -> Plan:
+def preflight(workspace: Workspace, searching: Searching, runs: Sequence[PointRun], *, once: Collection[str]) -> Plan:
     """Print what the run's stages will take, and check it against what there is; changes nothing but the model's place.
 
     Args:
         searching: the search's numbers.
-        runs: of one budget each, with the numbers of their searches: the run itself, or those that it has of several budgets.
+        runs: of one budget each: the run itself, or those that it has of several budgets.
         once: stages that are done once for all of them.
 
-    Raises: EvoPressError if the disk, the memory or the device has too little, the budget leaves nothing to search, or the model's
-        numbers are not finite.
+    Raises: EvoPressError if the disk, the memory or the device has too little, the budget leaves nothing to search or a start of
+        the search exceeds it, or the model's numbers are not finite.
     """
     with to_come(workspace.device, model_bytes_there(workspace) if workspace.model_source.is_outline else 0):
         return _checked(workspace, searching, runs, once)
 
 
-def _checked(
-    workspace: Workspace, searching: Searching, planned: Sequence[tuple[Workspace, Searching]], once: Collection[str]
-) -> Plan:
+def _checked(workspace: Workspace, searching: Searching, planned: Sequence[PointRun], once: Collection[str]) -> Plan:
     """Do it; what a model whose weights are not there will take of a GPU counts as taken."""
     space, build = workspace.databases.plan()
-    runs = [(run, numbers, run.budget_of(space)) for run, numbers in planned]
-    for run, _, budget in runs:
-        budget.check(space)
-        baselines = run.settings.baselines
-        if "baselines" in run.settings.stages and "exhaustive" in baselines.names:
-            count_to_measure(space, budget, limit=baselines.exhaustive_limit)
+    runs = []
+    for point in planned:
+        run, baselines = point.workspace, point.workspace.settings.baselines
         check_levels(run.settings, space, run.run_dir)
+        with at_budget(point.name):
+            budget = run.budget_of(space)
+            budget.check(space)
+            if "baselines" in run.settings.stages and "exhaustive" in baselines.names:
+                count_to_measure(space, budget, limit=baselines.exhaustive_limit)
+            if workspace.settings.budgets or not has_limit(workspace.settings):  # of others none need be searched
+                check_starts(run, space, budget)
+        runs.append((run, point.searching, budget))
     _check_finite(workspace)
     asked = []
     for run, numbers, budget in runs:

@@ -38,7 +38,7 @@ from evopress.search.strategy import (
 )
 from evopress.stages.baselines import make_fitness, what_decides_fitness
 from evopress.stages.checks import search_cost
-from evopress.stages.given import find_genome, keep_found
+from evopress.stages.given import find_genome, keep_found, refuse_above
 from evopress.stages.needs import Planner
 from evopress.units import Genome, Space
 from evopress.workspace import MOST_KEPT_BYTES, Workspace
@@ -291,11 +291,7 @@ def _starts(workspace: Workspace) -> list[Genome]:
     starts = []
     for name in workspace.settings.search.starts:
         genome = space.check(find_genome(workspace, name, key="search.starts").genome)
-        if over := budget.exceeded(space, genome):
-            costs = ", ".join(f"{key}={value:.6g}" for key, value in workspace.method.costs(space, genome).items())
-            raise EvoPressError(
-                f"search.starts has {name!r}, which exceeds the budget of {over} ({costs}): leave it out, or change the target"
-            )
+        refuse_above(workspace, name, genome, space, budget)
         starts.append(genome)
     return starts
 

@@ -14,14 +14,14 @@ from evopress.evaluation.heldout import Scores
 from evopress.json_files import shown
 from evopress.methods.points import Point, in_order, point_at
 from evopress.reporting.records import read_document, write_json
-from evopress.search.strategy import Searching
 from evopress.settings import RunSettings
 from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.bisection import Bisection, Kept, budgets_to_try
 from evopress.stages.checks import searching_of
 from evopress.stages.exports import export
 from evopress.stages.kind import Context
-from evopress.stages.points import PointRun, left_to_the_picked, names_searched, open_point, refuse_other_points
+from evopress.stages.point_run import PointRun
+from evopress.stages.points import check_points, left_to_the_picked, names_searched, open_point, refuse_other_points
 from evopress.stages.points_results import evaluate_points, report_points
 from evopress.stages.results import read_result
 from evopress.units import Genome
@@ -59,16 +59,19 @@ class Smallest:
         elif stages & {"evaluate", "report"} and (told := _told(self._workspace)) is not None:
             self._check_answer(told)
 
-    def planned(self) -> Sequence[tuple[Workspace, Searching]]:
+    def planned(self) -> Sequence[PointRun]:
         """Return as many runs as the bisection does at most, at budgets all over the range; without a search those of an earlier.
 
-        Raises: EvoPressError if there is no budget to try.
+        Raises: EvoPressError if there is no budget to try, or one that is given cannot be searched.
         """
-        tried, points = self._tried, self._points
-        if "search" in self._workspace.settings.stages or not points:
+        workspace, tried, points = self._workspace, self._tried, self._points
+        searching = "search" in workspace.settings.stages
+        if searching and workspace.settings.budgets:  # any of which may be searched
+            check_points([open_point(workspace, point) for point in tried], workspace.databases.plan()[0])
+        if searching or not points:
             count = math.ceil(math.log2(len(tried) + 1))
-            points = [open_point(self._workspace, tried[(2 * i + 1) * len(tried) // (2 * count)]) for i in range(count)]
-        return [(point.workspace, point.searching) for point in points]
+            points = [open_point(workspace, tried[(2 * i + 1) * len(tried) // (2 * count)]) for i in range(count)]
+        return points
 
     def target(self) -> tuple[str, float | str]:
         """Return the limit."""

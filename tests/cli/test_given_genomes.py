@@ -234,6 +234,36 @@ def test_a_search_starts_from_files_and_names(finished: Any, tiny: Callable[...,
     assert first["stages"][0]["num_candidates"] == 4 + 4
 
 
+@pytest.mark.parametrize("start", ["uniform_4", "FILE"])
+@pytest.mark.parametrize(
+    ("target", "where"),
+    [
+        (["bits=3"], ""),
+        (["budgets=[2.5,3.25,4.5]"], "budget 3.25: "),
+        (["budgets=[2.5,3.25,4.5]", "max_kl=0.1"], "budget 3.25: "),
+    ],
+)
+def test_a_start_that_exceeds_a_budget_is_refused_before_any_work(
+    target: list[str], where: str, start: str, finished: Any, evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    given = str(finished.folder / "genome.txt") if start == "FILE" else start
+    own = ("+method=quant", "+debug=tiny", f"level_db.root={tmp_path / 'levels'}", f"hydra.run.dir={tmp_path / 'run'}")
+    for strategy in ("evolution", "guided"):
+        outcome = evopress(*own, *target, f"search/strategy={strategy}", f"search.starts=[{given}]")
+        (sentence,) = outcome.errors
+        said = f"error: {where}search.starts has {given!r}, which exceeds the budget of {target[0][5:] if not where else 3.25} bits"
+        assert outcome.code == 1 and sentence.startswith(said) and "leave it out, or change the target" in sentence, sentence
+    assert not list(tmp_path.rglob("manifest.json")) and not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_a_start_stays_where_a_smaller_budget_need_not_be_searched(evopress: Callable[..., Any]) -> None:
+    """Steps between the levels are no budgets that somebody has asked for; nothing starts where there is no search."""
+    own = ("+method=quant", "+debug=tiny", "dry_run=true", "search.starts=[uniform_4]")
+    for given in (["max_kl=0.1"], ["bits=3", "stages=[database,evaluate]"], ["bits=4"]):
+        outcome = evopress(*own, *given)
+        assert outcome.code == 0, outcome.text
+
+
 def test_a_look_at_a_search_that_was_killed_is_no_end_of_it(
     cut_off: Callable[[int], Path], evopress: Callable[..., Any], tmp_path: Path
 ) -> None:
