@@ -128,3 +128,18 @@ def test_a_start_that_exceeds_one_of_the_budgets_is_refused_before_any_search(mo
     with pytest.raises(EvoPressError, match=sentence):
         evopress.find_smallest(levels, tokens(8, 32, seed=1), budgets=[2.5, 3.5], max_kl=1.0, **few)
     assert not list((tmp_path / "run").rglob("metrics.jsonl"))
+
+
+def test_a_budget_without_another_genome_is_refused_before_any_search(model: Any, tokens: Any, tmp_path: Path) -> None:
+    """At 2.02 bits no unit has more than the lowest level."""
+    ids = tokens(8, 32, seed=1)
+    levels, at = (evopress.build_levels(model, tokens(8, 32), bits=bits, group_size=16, levels=[4, 3, 2]) for bits in (2.5, 2.02))
+    few, stuck = {**FEW, "folder": tmp_path / "run"}, 'exchange "size" with at most 3 switches found no other genome'
+    with pytest.raises(EvoPressError, match=f"^budget 2.02: {stuck}"):
+        evopress.search_budgets(levels, ids, [2.02, 2.5, 3], **few)
+    with pytest.raises(EvoPressError, match=f"^budget 2.02: {stuck}"):
+        evopress.find_smallest(levels, ids, budgets=[2.02, 3], max_kl=1.0, **few)
+    with pytest.raises(EvoPressError, match=f"^{stuck}"):
+        evopress.search(at, ids, **few)
+    assert not list((tmp_path / "run").rglob("*.json*"))
+    assert len(evopress.search_budgets(levels, ids, [2.02, 3], folder=tmp_path / "first", **{**FEW, "generations": 0})) == 2

@@ -29,6 +29,7 @@ from evopress.stages.checks import check_baselines, check_names, check_strategy,
 from evopress.stages.earlier import refuse_other_settings
 from evopress.stages.points import check_points, open_point, refuse_other_points, search_points
 from evopress.stages.search import search as run_the_search
+from evopress.stages.searchable import check_asks
 from evopress.units import Genome
 from evopress.workspace import Workspace
 
@@ -75,11 +76,13 @@ def search(
             what else `SearchConfig` has. strategy: a name, "evolution" (the default) or "guided"; or that with numbers of its own,
             {"name": "guided", "rounds": 3}.
 
-    Raises: EvoPressError if a setting is unknown or out of range, there is too little text, or the folder has another search.
+    Raises: EvoPressError if a setting is unknown or out of range, there is too little text, the target leaves nothing to search, or
+        the folder has another search.
     """
     workspace, kept = _searching(levels, text, settings, what="search", fitness=fitness, seed=seed, folder=folder)
     numbers = searching_of(workspace)
     refuse_other_settings(workspace, numbers)
+    check_asks(workspace, numbers, workspace.database.space, workspace.budget)
     run_the_search(workspace, numbers, NullTracker())
     return _found(workspace, kept)
 
@@ -103,7 +106,7 @@ def search_budgets(
 
     Returns: what was found at each `budget`, from the least compressed to the most.
 
-    Raises: EvoPressError as `search` does, or if a budget is none or cannot be met.
+    Raises: EvoPressError as `search` does, or if a budget is none, cannot be met or cannot be searched; before the first search.
     """
     if not (listed := _listed(budgets)):
         raise EvoPressError("budgets is empty: give some, such as [2.5, 3], or call search for the levels' own target")

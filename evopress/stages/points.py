@@ -22,6 +22,7 @@ from evopress.stages.earlier import refuse_other_settings, refuse_other_work
 from evopress.stages.given import check_levels, check_starts
 from evopress.stages.point_run import PointRun
 from evopress.stages.search import search
+from evopress.stages.searchable import check_asks
 from evopress.units import Space
 from evopress.workspace import Workspace
 
@@ -98,6 +99,7 @@ def check_points(points: Sequence[PointRun], space: Space) -> None:
             budget = point.workspace.budget_of(space)
             budget.check(space)
             check_starts(point.workspace, space, budget)
+            check_asks(point.workspace, point.searching, space, budget)
 
 
 def nearest(point: PointRun, found: Iterable[PointRun]) -> PointRun | None:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from evopress.baselines.exhaustive import count_to_measure
@@ -25,11 +24,9 @@ from evopress.methods.points import at_budget, has_limit
 from evopress.models.blocks import BlockModel
 from evopress.models.first_block import first_block
 from evopress.progress import amount, duration, in_bytes
-from evopress.reporting.records import read_json
 from evopress.resources import Needs, Room, by_machine, check_room, disks, room_on
-from evopress.search.constraint import make_exchange
-from evopress.search.evolution import Evolution, SearchSettings
-from evopress.search.strategy import Asks, Searching
+from evopress.search.evolution import SearchSettings
+from evopress.search.strategy import Searching
 from evopress.settings import STAGES
 from evopress.stages.baselines import baselines_needs, database_needs, further_levels
 from evopress.stages.evaluate import evaluate_needs
@@ -42,11 +39,11 @@ from evopress.stages.probe import Speed, measure_speed
 from evopress.stages.refine import refine_needs
 from evopress.stages.report import report_needs
 from evopress.stages.search import search_needs
-from evopress.units import BLOCKS, Budget, Space
+from evopress.stages.searchable import check_asks
+from evopress.units import BLOCKS, Space
 from evopress.workspace import Workspace
 
 logger = logging.getLogger(__name__)
-_MOST_TRIES = 32
 _FEW_TOKENS = 16
 _NEEDS: dict[str, Callable[[Planner], Needs]] = {
     "database": database_needs,
@@ -100,7 +97,7 @@ def preflight(workspace: Workspace, searching: Searching, runs: Sequence[PointRu
 def _checked(workspace: Workspace, searching: Searching, planned: Sequence[PointRun], once: Collection[str]) -> Plan:
     """Do it; what a model whose weights are not there will take of a GPU counts as taken."""
     space, build = workspace.databases.plan()
-    runs = []
+    runs, asked = [], []
     for point in planned:
         run, baselines = point.workspace, point.workspace.settings.baselines
         check_levels(run.settings, space, run.run_dir)
@@ -111,17 +108,9 @@ def _checked(workspace: Workspace, searching: Searching, planned: Sequence[Point
                 count_to_measure(space, budget, limit=baselines.exhaustive_limit)
             if workspace.settings.budgets or not has_limit(workspace.settings):  # of others none need be searched
                 check_starts(run, space, budget)
+            asked.append(check_asks(run, point.searching, space, budget))
         runs.append((run, point.searching, budget))
     _check_finite(workspace)
-    asked = []
-    for run, numbers, budget in runs:
-        asks = None if "search" not in run.settings.stages else _asks(run, numbers)
-        if asks and numbers.num_generations and isinstance(numbers, SearchSettings):
-            check_switches(space, budget, numbers)
-        evolution = getattr(numbers, "evolution", None)  # after the rounds of a guided search
-        if asks and evolution is not None and evolution.generations:
-            make_exchange(evolution.exchange, space, budget)
-        asked.append(asks)
     if any(asked) and searching.num_generations and isinstance(searching, SearchSettings):
         _say_what_stays(space, workspace.settings.search.exchange)
     compresses = build is not None and (
@@ -187,29 +176,6 @@ def _added(all_of: Sequence[Needs], stage: str, what: str, *, at_once: bool = Fa
     )
 
 
-def check_switches(space: Space, budget: Budget, searching: SearchSettings) -> None:
-    """Raise EvoPressError if no genome that the search may start from has a legal switch."""
-    for index in range(_MOST_TRIES):
-        evolution = Evolution(space, budget, searching, rng_initial=np.random.default_rng(0), rng_mutation=np.random.default_rng(0))
-        tries = 1
-        if evolution.initial_record is None:
-            tries = len(evolution.ask().genomes)
-            evolution.tell([float(i != index) for i in range(tries)])
-        try:
-            evolution.ask()
-            return
-        except EvoPressError as error:
-            if index + 1 < min(tries, _MOST_TRIES):
-                continue
-            fixed = sum(len(unit.levels) == 1 for unit in space.units)
-            if not fixed:
-                raise
-            raise EvoPressError(
-                f"{error}; {fixed} of the {len(space)} units have one level, as those of method.exclude do: exclude fewer, or set "
-                "search.generations=0"
-            ) from error
-
-
 def _say_what_stays(space: Space, exchange: str) -> None:
     """Say which of head and embedding a search by size cannot move: they are larger than anything that they could trade with."""
     sizes = Counter(unit.size for unit in space.units)
@@ -231,16 +197,6 @@ def _check_finite(workspace: Workspace) -> None:
         logits = blocks.model(input_ids=workspace.calibration_tokens[:1, :24].to(blocks.device), use_cache=False).logits
     if not bool(torch.isfinite(logits).all()):
         raise EvoPressError(f"the model's logits are not finite in {blocks.dtype}: {blocks.advice}")
-
-
-def _asks(workspace: Workspace, searching: Searching) -> list[Asks]:
-    """Return what the search asks from where it begins or goes on."""
-    path = workspace.run_dir / "state.json"
-    try:
-        asks = searching.asks(read_json(path)["evolution"] if path.exists() else None)
-    except (EvoPressError, KeyError, TypeError, ValueError):
-        asks = searching.asks()  # the search says what is wrong with it
-    return [ask for ask in asks if ask.times and (not ask.of_modules or workspace.method.modules is not None)]
 
 
 def _probe(workspace: Workspace, compressor: Compressor | None) -> Speed | None:

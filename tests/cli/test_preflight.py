@@ -653,6 +653,17 @@ def test_a_budget_that_leaves_no_switch_is_refused_before_the_database(evopress:
         assert outcome.code == 0, outcome.text
 
 
+@pytest.mark.parametrize("limit", [[], ["max_kl=0.1"]])
+def test_one_of_several_budgets_that_leaves_no_switch_is_named_as_it_was_typed(
+    limit: list[str], evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A bisection may search any that are given."""
+    own = ("+method=quant", "+debug=tiny", "search/strategy=evolution", f"level_db.root={tmp_path / 'levels'}")
+    stuck = "budgets=[5.9,5.5,5,2.002,4.5,4,3.5,3,2.001]"
+    refused(evopress(*own, stuck, *limit), "error: budget 2.002: exchange", "found no other genome", "choose a target")
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
 @pytest.fixture
 def wide(tiny_folder: Callable[..., Path], tmp_path: Path) -> Path:
     """A checkpoint whose activations are more than float16 holds, and less than bfloat16 does."""

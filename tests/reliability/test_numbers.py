@@ -33,7 +33,7 @@ from evopress.search.evolution import Evolution, SearchSettings
 from evopress.search.initial import initial_candidates, random_mix
 from evopress.search.mutation import LevelSwitch
 from evopress.search.strategy import run_search
-from evopress.stages.preflight import check_switches
+from evopress.stages.searchable import check_switches
 from evopress.units import Budget, Genome, Level, Space, Unit
 
 NAN, INF = math.nan, math.inf
@@ -416,7 +416,7 @@ def test_a_stuck_mix_is_no_reason_to_refuse_a_search_that_another_one_can_begin(
                 return question
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("evopress.stages.preflight.Evolution", Turned)
+            patch.setattr("evopress.stages.searchable.Evolution", Turned)
             check_switches(space, budget, SETTINGS)
 
 
