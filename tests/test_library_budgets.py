@@ -97,7 +97,7 @@ def test_what_cannot_be_met_or_is_no_budget_is_refused_before_any_search(model: 
     levels = evopress.build_levels(model, tokens(8, 32), bits=2.5, group_size=16, levels=[4, 3, 2])
     ids = tokens(8, 32, seed=1)
     for budgets, sentence in [
-        ([1.5, 3], r"bits=1.5"),
+        ([1.5, 3], r"budget 1.5 is below the lowest level"),
         ([3, 3], r"budgets=\[3, 3\] has one twice"),
         ([], "budgets is empty"),
         ("3", r"takes no budgets='3'"),

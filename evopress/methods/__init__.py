@@ -29,13 +29,21 @@ def make_method(settings: RunSettings) -> Method:
     Raises: EvoPressError if the target is missing or cannot be met, or the search's bounds do not fit it.
     """
     if has_points(settings):
-        checked = [make_method(point.settings) for point in points_of(settings)]
-        return checked[0] if checked else make_method(any_point(settings))
+        checked = [_make(point.settings, typed=f"budget {point.name}") for point in points_of(settings)]
+        return checked[0] if checked else _make(any_point(settings))
+    return _make(settings)
+
+
+def _make(settings: RunSettings, *, typed: str | None = None) -> Method:
+    """Return the method of a run with one budget; see `make_method`.
+
+    Args: typed: what the budget is in sentences; None: the setting that gives it.
+    """
     for schema, method in _METHODS.items():
         if isinstance(settings.method, schema):
             made: Method = method.of(settings)
             searching = "search" in settings.stages
-            made.check(searching=searching)
+            made.check(searching=searching, typed=typed)
             bounds = {key: getattr(settings.search, key) for key in ("max_level", "max_total_deviation")}
             bounded = [f"search.{key}={bound}" for key, bound in bounds.items() if bound is not None]
             if searching and bounded and not made.target_is_level:

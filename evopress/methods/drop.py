@@ -182,11 +182,12 @@ class Drop:
     def _source(self) -> Modules:
         return Modules(self.settings)
 
-    def check(self, *, searching: bool) -> None:
+    def check(self, *, searching: bool, typed: str | None = None) -> None:
         """Refuse a sparsity outside (0, 1), and exchanges that cannot keep what the method promises."""
         if not 0.0 < self.sparsity < 1.0:
             what = "experts" if self._of_experts else "blocks"
-            raise EvoPressError(f"sparsity={self.sparsity:g} is out of range: expected a share of {what} in (0, 1), such as 0.25")
+            target = typed or f"sparsity={self.sparsity:g}"
+            raise EvoPressError(f"{target} is out of range: expected a share of {what} in (0, 1), such as 0.25")
         check_targets(None, self.limits)
         if searching and self._of_experts and self.exchange != "fit" and (self.exchange, self.even) != ("name", True):
             raise EvoPressError(

@@ -61,13 +61,13 @@ class Joint:
         """Bytes as stored."""
         return BYTES
 
-    def check(self, *, searching: bool) -> None:
+    def check(self, *, searching: bool, typed: str | None = None) -> None:
         """Refuse sizes and limits that are none, and exchanges that cannot keep them."""
         if searching and self.exchange != "fit":
             raise EvoPressError(
                 f"search.exchange={self.exchange} cannot trade modules for levels: method joint needs search.exchange=fit"
             )
-        self.weights.check(searching=searching)
+        self.weights.check(searching=searching, typed=typed)
 
     @property
     def target_is_level(self) -> bool:

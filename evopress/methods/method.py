@@ -102,10 +102,12 @@ class Method(Protocol):
     def currency(self) -> Currency | None:
         """What the budget counts; None: the levels' own costs."""
 
-    def check(self, *, searching: bool) -> None:
+    def check(self, *, searching: bool, typed: str | None = None) -> None:
         """Raise EvoPressError if no genome can meet the target, from settings alone, before any model work.
 
-        Args: searching: refuse also a target that leaves nothing to search.
+        Args:
+            searching: refuse also a target that leaves nothing to search.
+            typed: what the target is in sentences; None: the setting that gives it.
         """
 
     @property

@@ -130,25 +130,24 @@ class Quantization:
         """Share of what activations have lost there that levels make good."""
         return self.settings.correction
 
-    def check(self, *, searching: bool) -> None:
+    def check(self, *, searching: bool, typed: str | None = None) -> None:
         """Refuse bits outside the levels, and at their ends too if there is to be a search."""
         check_targets(self.size, self.limits)
         self.compressor((), dtype_bits=16)
         if self.bits is None:
             return
+        target = typed or f"bits={self.bits:g}"
         widths = [bits_of(level) for level in self.settings.levels]
         least, most = min(widths), max(widths)
         if not least <= self.bits <= most:
             if math.isnan(self.bits):
                 raise EvoPressError(f"bits=nan is no number: give one from {least} to {most}, such as bits=2.5")
             where = f"below the lowest level ({least} bits)" if self.bits < least else f"above the highest level ({most} bits)"
-            raise EvoPressError(
-                f"bits={self.bits:g} is {where} of method.levels {self.settings.levels}: change bits or add such a level"
-            )
+            raise EvoPressError(f"{target} is {where} of method.levels {self.settings.levels}: change it or add such a level")
         if searching and self.bits in (least, most):
             which = "lowest" if self.bits == least else "highest"
             raise EvoPressError(
-                f"bits={self.bits:g} is the {which} of method.levels {self.settings.levels}, "
+                f"{target} is the {which} of method.levels {self.settings.levels}, "
                 f"which leaves nothing to search: give bits between {least} and {most}, or leave search and export out of stages"
             )
 

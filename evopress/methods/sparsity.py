@@ -52,7 +52,7 @@ class Sparsity:
         """Weights kept."""
         return None
 
-    def check(self, *, searching: bool) -> None:
+    def check(self, *, searching: bool, typed: str | None = None) -> None:
         """Refuse a sparsity outside (0, 1) and settings out of range."""
         check_targets(None, self.limits)
         self.compressor((), dtype_bits=16)
