@@ -182,11 +182,14 @@ def run_script(name: str, root: Path, jobs: int, further: Sequence[str]) -> bool
     """Run the commands of a script unless an earlier call has, on the sweeps as they are; tell whether all ended well."""
     if is_done(name, root, further):
         return True
+    failed = False
     for line in commands(name, root, jobs, further):
         if not logged([sys.executable, *line], root / name):
-            return False
+            failed = True
+            if line[1] not in WITH_JOBS:  # which make their tables of what there is, and need no other's
+                return False
     left = missing_of_script(name, root, jobs, further)
-    if left and left.jobs:  # scripts make their tables of what there is
+    if failed or (left and left.jobs):
         return False
     write_bytes(root / f"{name}.done", as_run(name, root, further).encode())
     return True

@@ -23,6 +23,7 @@ from yaml import YAMLError
 from evopress.config import list_of, register
 from evopress.earlier_versions import as_written_now
 from evopress.errors import EvoPressError
+from evopress.progress import counted
 from evopress.reporting.jobs import typed_settings
 from evopress.reporting.records import read_json
 from evopress.run_folder import ANY_JOB, LOCK, kept_overrides, own_stages
@@ -144,16 +145,34 @@ def evopress_all(runs: Iterable[SingleRun], *, at_once: int = 1) -> Iterator[tup
             running.stop()
 
 
-def each_told(runs: Sequence[SingleRun], *, at_once: int = 1) -> Iterator[tuple[SingleRun, bool]]:
-    """Do as `evopress_all`, and say of each how it ended and how long what is left will take."""
-    left = {run.folder for run in runs if not has_finished(run.folder)}
-    clock = Clock({"": len(left)}, at_once)
-    print(f"{len(runs)} jobs, {clock}", flush=True)
-    for run, well in evopress_all(runs, at_once=at_once):
-        if run.folder in left:
-            clock.ended("")
-        print(f"{run.folder.name}: {'done' if well else why_it_failed(run.folder)}; {clock}", flush=True)
-        yield run, well
+class Jobs:
+    """The jobs of a script: those that end well are taken one by one, and the script ends with an error where another did not."""
+
+    def __init__(self, runs: Sequence[SingleRun], *, at_once: int = 1) -> None:
+        """Run nothing yet."""
+        self._runs, self._at_once = runs, at_once
+        self._failed = 0
+
+    def __iter__(self) -> Iterator[SingleRun]:
+        """Do as `evopress_all`, and say of each how it ended and how long what is left will take; yield those that ended well."""
+        left = {run.folder for run in self._runs if not has_finished(run.folder)}
+        clock = Clock({"": len(left)}, self._at_once)
+        if self._runs:
+            print(f"{counted(len(self._runs), 'job')}, {clock}", flush=True)
+        for run, well in evopress_all(self._runs, at_once=self._at_once):
+            if run.folder in left:
+                clock.ended("")
+            print(f"{run.folder.name}: {'done' if well else why_it_failed(run.folder)}; {clock}", flush=True)
+            if well:
+                yield run
+            else:
+                self._failed += 1
+
+    def check(self) -> None:
+        """Raise EvoPressError if a job ended badly; called last, when tables are made of what there is."""
+        if self._failed:
+            failed = f"{self._failed} of {counted(len(self._runs), 'job')} failed"
+            raise EvoPressError(f"{failed}; the same command goes on with what is missing")
 
 
 def has_finished(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, new_figure, ope
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name
 from experiments.guided.measure import KEYS, merged, read, table
-from experiments.scripts import file_to_write, with_its_jobs
-from experiments.single_runs import SingleRun, each_told, folder_name
+from experiments.scripts import existing, file_to_write, with_its_jobs
+from experiments.single_runs import Jobs, SingleRun, folder_name
 
 FOLDER = Path(__file__).parent
 RUNS = Path("multirun/allocation")
@@ -215,10 +216,12 @@ def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def asked_runs(asked: argparse.Namespace) -> list[SingleRun]:
-    """Return the runs that a command line asks for."""
+    """Return the runs that a command line asks for; raise EvoPressError if a genome of another tool is not there."""
     compared = METHODS[asked.method]
     baselines, recipes = compared.baselines if asked.baselines is None else asked.baselines, asked.recipes or compared.recipes
     genomes = {row: Path(folder) for row, _, folder in (each.partition("=") for each in asked.genomes)}
+    for folder, budget in product(genomes.values(), asked.budgets):
+        existing(folder / f"{budget:g}.txt")
     return list(runs(asked.method, recipes, asked.seeds, asked.budgets, baselines, asked.searches, asked.further, genomes))
 
 
@@ -226,15 +229,15 @@ def asked_runs(asked: argparse.Namespace) -> list[SingleRun]:
 def main() -> None:
     """Run what is missing, write what was found, and draw it."""
     asked = asked_for()
-    if not asked.draw:
-        for run, well in each_told(asked_runs(asked), at_once=asked.jobs):
-            if well:
-                merged(asked.results, list(ends(run, asked.budgets, read_json(run.folder / "result.json"))))
+    jobs = Jobs([] if asked.draw else asked_runs(asked), at_once=asked.jobs)
+    for run in jobs:
+        merged(asked.results, list(ends(run, asked.budgets, read_json(run.folder / "result.json"))))
     results = read(asked.results)
     print(table(results).to_string(index=False, float_format="%.4g"))
     their_build = FOLDER / "one_build.csv"  # measured by hand: one seed of guided per budget of sparsity
     for file in draw(results, read(their_build), asked.results.parent):
         print(file)
+    jobs.check()
 
 
 if __name__ == "__main__":

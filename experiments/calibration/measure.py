@@ -30,7 +30,7 @@ from evopress.reporting.tables import display_name, significant
 from experiments.calibration.texts import HELD_OUT, KINDS, TEXTS, write_texts
 from experiments.guided.measure import KEYS, merged, read
 from experiments.scripts import file_to_write, with_its_jobs
-from experiments.single_runs import SingleRun, each_told
+from experiments.single_runs import Jobs, SingleRun
 from experiments.tables import markdown, write_table
 
 FOLDER = Path(__file__).parent
@@ -235,15 +235,15 @@ def prepare(asked: argparse.Namespace) -> None:
 def main() -> None:
     """Run what is missing, and write what was found."""
     asked = asked_for()
+    jobs = Jobs([] if asked.draw else asked_runs(asked), at_once=asked.jobs)
     if not asked.draw:
-        all_runs = asked_runs(asked)
         prepare(asked)
-        for run, well in each_told(all_runs, at_once=asked.jobs):
-            if well:
-                merged(asked.results, list(ends(run)))
+    for run in jobs:
+        merged(asked.results, list(ends(run)))
     text = render(read(asked.results))
     write_table(asked.results.parent, "Text against search", text)
     print(text)
+    jobs.check()
 
 
 if __name__ == "__main__":

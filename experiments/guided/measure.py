@@ -25,7 +25,7 @@ from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, o
 from evopress.reporting.records import read_json, read_records
 from experiments.frames import write_frame
 from experiments.scripts import file_to_write, with_its_jobs
-from experiments.single_runs import SingleRun, each_told, folder_name
+from experiments.single_runs import Jobs, SingleRun, folder_name
 
 FOLDER = Path(__file__).parent
 RUNS = Path("multirun/guided")
@@ -240,21 +240,20 @@ def main() -> None:
     """Run what is missing, write what was found, and draw it."""
     asked = asked_for()
     curves_at = asked.results.with_name("curves.csv")
-    if not asked.draw:
-        found: list[dict[str, Any]] = []
-        points: list[dict[str, Any]] = []
-        for run, well in each_told(asked_runs(asked), at_once=asked.jobs):
-            if not well:
-                continue
-            found += [{**run.labels, **end} for end in ends(run.folder)]
-            points += [{**run.labels, **point} for point in curve(run.folder)]
-            print(found[-1], flush=True)
-            merged(asked.results, found)
-            merged(curves_at, points)
-        if asked.results.exists():
-            print(table(read(asked.results)).to_string(index=False, float_format="%.3f"))
+    jobs = Jobs([] if asked.draw else asked_runs(asked), at_once=asked.jobs)
+    found: list[dict[str, Any]] = []
+    points: list[dict[str, Any]] = []
+    for run in jobs:
+        found += [{**run.labels, **end} for end in ends(run.folder)]
+        points += [{**run.labels, **point} for point in curve(run.folder)]
+        print(found[-1], flush=True)
+        merged(asked.results, found)
+        merged(curves_at, points)
+    if not asked.draw and asked.results.exists():
+        print(table(read(asked.results)).to_string(index=False, float_format="%.3f"))
     for file in draw(read(curves_at), curves_at.parent):
         print(file)
+    jobs.check()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import pandas as pd
 from evopress.reporting.records import read_json
 from experiments.frames import write_frame
 from experiments.scripts import file_to_write, with_its_jobs
-from experiments.single_runs import SingleRun, each_told, folder_name
+from experiments.single_runs import Jobs, SingleRun, folder_name
 
 TABLE = Path(__file__).with_suffix(".csv")
 RUNS = Path("multirun/found")
@@ -92,13 +92,13 @@ def main() -> None:
     """Run what is missing and write what was found."""
     asked = asked_for()
     found: list[dict[str, Any]] = []
-    for run, well in each_told(asked_runs(asked), at_once=asked.jobs):
-        if not well:
-            continue
+    jobs = Jobs(asked_runs(asked), at_once=asked.jobs)
+    for run in jobs:
         found += [{**run.labels, **row} for row in rows_of(run.folder)]
         frame = pd.DataFrame(found).sort_values(["row", "target", "seed"], kind="stable")
         write_frame(asked.out, frame)
         print(frame.tail(2).to_string(), flush=True)
+    jobs.check()
 
 
 if __name__ == "__main__":

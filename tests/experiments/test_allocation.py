@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pandas as pd
+import sys
 
-from experiments.allocation.run import METHODS, draw, ends, over_lowest, runs
+import pandas as pd
+import pytest
+
+from evopress.errors import EvoPressError
+from experiments.allocation.run import METHODS, asked_for, asked_runs, draw, ends, main, over_lowest, runs
 from experiments.guided.measure import KEYS, merged, read, table
 
 
@@ -38,6 +42,27 @@ def test_genomes_of_another_tool_are_measured_as_they_are(tmp_path) -> None:
     assert f"genome={tmp_path}/2.5.txt" in run.arguments and "stages=[database,evaluate]" in run.arguments
     (row,) = ends(run, [2.5], {"rows": [a_row("dense", 16.0), a_row("folder/2.5.txt", 2.5)]})
     assert (row["row"], row["target"], row["bits"]) == ("autoscheme", 2.5, 2.5)
+
+
+def test_a_genome_that_is_not_there_is_refused_before_the_first_job(tmp_path) -> None:
+    (tmp_path / "2.5.txt").write_text("")
+    words = ["--baselines", "--searches", "--seeds", "0", "--genomes", f"mine={tmp_path}", "--budgets", "2.5"]
+    assert len(asked_runs(asked_for(words))) == 2
+    with pytest.raises(EvoPressError, match=f"there is no file or folder {tmp_path}/3.txt: name one that is there"):
+        asked_runs(asked_for([*words, "3"]))
+
+
+def test_a_script_draws_what_there_is_and_ends_with_1_where_a_job_failed(tmp_path, monkeypatch, capsys) -> None:
+    row = dict(zip(KEYS, ("quant", "best", 2.5, "guided", 0), strict=True))
+    merged(tmp_path / "results.csv", [{**row, "held_out_kl": 0.5, "perplexity": 9.0, "bits": 2.5, "tokens": 1, "seconds": 1.0}])
+    given = ["--seeds", "0", "--budgets", "2.5", "--recipes", "best", "--results", str(tmp_path / "results.csv")]
+    monkeypatch.setattr(sys, "argv", ["run", *given])
+    monkeypatch.setattr("experiments.single_runs.evopress_all", lambda runs, at_once: ((run, False) for run in runs))
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr()
+    assert stop.value.code == 1 and "error: 3 of 3 jobs failed; the same command goes on" in said.err
+    assert (tmp_path / "allocation.png").is_file() and "guided" in said.out
 
 
 def test_rows_are_of_one_budget_and_uniform_ones_only_where_they_spend_it(tmp_path) -> None:

@@ -22,7 +22,7 @@ from evopress.errors import EvoPressError
 from evopress.run_folder import LOCK, keep_overrides
 from evopress.settings import STAGES
 from experiments import claims, queue
-from experiments.single_runs import SingleRun, evopress, evopress_all, has_finished, logged, why_it_failed
+from experiments.single_runs import Jobs, SingleRun, evopress, evopress_all, has_finished, logged, why_it_failed
 from experiments.specs import BEST_LEVELS, home
 
 
@@ -245,6 +245,31 @@ def test_scripts_are_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run = lambda *further: queue.run_script("table13", tmp_path, 2, further)  # noqa: E731
     assert [run(), run(), run(), run("threads=2")] == [False, True, True, True]
     assert [command[1] for command in asked] == ["evopress", *["evopress", "experiments.table13.run"] * 2]
+
+
+def test_a_script_whose_jobs_failed_keeps_no_other_from_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(queue, "logged", lambda command, folder: asked.append(command[4]) or len(asked) != 1)
+    monkeypatch.setattr(queue, "missing_of_script", lambda *_: None)
+    assert [queue.run_script("guided", tmp_path, 2, []), queue.run_script("guided", tmp_path, 2, [])] == [False, True]
+    assert asked == ["quant", "sparsity", "drop"] * 2
+
+
+@pytest.mark.parametrize("failing", [(), ("b",), ("a", "b")])
+def test_a_script_ends_with_an_error_where_a_job_has(
+    failing: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others are taken, and tables made of them, before."""
+    monkeypatch.setattr("experiments.single_runs.evopress", lambda folder, *_, running: folder.name not in failing)
+    jobs = Jobs([SingleRun(tmp_path / name, ()) for name in "abc"])
+    assert sorted(run.folder.name for run in jobs) == sorted({*"abc"} - {*failing})
+    said = capsys.readouterr().out
+    assert said.startswith("3 jobs, 3 jobs left\n") and said.count("see its log") == len(failing)
+    if failing:
+        with pytest.raises(EvoPressError, match=f"^{len(failing)} of 3 jobs failed; the same command goes on with what is missing"):
+            jobs.check()
+    else:
+        jobs.check()
 
 
 def test_scripts_that_read_sweeps_are_run_again_when_these_have_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
