@@ -1,0 +1,50 @@
+"""Tools side by side: a checkpoint is measured as a run measures its genome, and a row that is named wrongly is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from torch import Tensor
+
+from evopress.errors import EvoPressError
+from evopress.evaluation.heldout import measure_held_out
+from evopress.fitness.population import PopulationEvaluator
+from evopress.levels.live import LiveModel
+from experiments.end_to_end.run import asked_rows, measured, with_differences
+
+
+def test_a_checkpoint_is_worth_what_a_run_says_of_the_genome_in_it(
+    live_model: Callable[..., LiveModel], tokens: Callable[..., Tensor]
+) -> None:
+    live, sequences = live_model("llama"), tokens(5, 24, seed=3)
+    genome = (2,) * len(live.space)
+    (expected,) = measure_held_out(PopulationEvaluator(live), [genome], sequences)
+    with live.applied(genome):
+        other = copy.deepcopy(live.blocks.model)
+    found = measured(live.blocks.model, other, sequences)
+    assert found.num_tokens == expected.num_tokens and found.kl > 0
+    assert found.by_sequence["kl"] == pytest.approx(expected.by_sequence["kl"], rel=1e-4, abs=1e-6)
+    assert (found.perplexity, found.acceptance_rate) == pytest.approx((expected.perplexity, expected.acceptance_rate), rel=1e-4)
+
+
+def test_rows_are_named_with_their_bits(tmp_path: Path) -> None:
+    (row,) = asked_rows([f"a tool: its best:2.5={tmp_path}"])
+    assert row == ("a tool: its best", 2.5, tmp_path)
+    for wrong in (f"tool={tmp_path}", f"tool:few={tmp_path}"):
+        with pytest.raises(EvoPressError, match="names no row: expected NAME:BITS=CHECKPOINT"):
+            list(asked_rows([wrong]))
+    with pytest.raises(EvoPressError, match="no file or folder"):
+        list(asked_rows(["tool:3=nowhere"]))
+
+
+def test_differences_are_to_the_lowest_row_of_the_same_bits() -> None:
+    named = (("tool", 3.0, 0.4), ("ours", 3.0, 0.2), ("tool", 4.0, 0.07))
+    rows = [{"row": name, "bits": bits, "kl": kl} for name, bits, kl in named]
+    by_sequence = pd.DataFrame({"ours:3": [0.1, 0.2, 0.3], "tool:3": [0.2, 0.4, 0.6], "tool:4": [0.0, 0.1, 0.1]})
+    found = with_differences(rows, by_sequence)
+    assert found.above_lowest.tolist() == pytest.approx([0.2, 0, 0])
+    assert found.standard_error.tolist() == pytest.approx([0.1 / 3**0.5, 0, 0])
