@@ -141,13 +141,23 @@ class Drop:
     scale: float = 1.0
     """Factor on the generations that theory gives."""
     limits: tuple[Any, ...] = ()
+    mutates: bool = False
+    """Evolution draws offspring, so that there must be another genome than the first."""
 
     @classmethod
     def of(cls, run: RunSettings) -> Drop:
         """Take the method out of a run's settings; raise EvoPressError without a target."""
         if run.sparsity is None:
             raise EvoPressError("method drop needs a target: give sparsity=0.25, the share of blocks to drop")
-        return cls(run.method, run.sparsity, run.search.exchange, run.scale.depth_generations, tuple(run.limits))
+        evolves = "search" in run.stages and getattr(run.search.strategy, "name", "evolution") == "evolution"
+        return cls(
+            run.method,
+            run.sparsity,
+            run.search.exchange,
+            run.scale.depth_generations,
+            tuple(run.limits),
+            mutates=evolves and run.search.generations != 0,
+        )
 
     @property
     def name(self) -> str:
@@ -219,8 +229,8 @@ class Drop:
     def space(self, blocks: Sequence[BlockShape], *, dtype_bits: int) -> Space:
         """Return all units; those that are excluded have one level.
 
-        Raises: EvoPressError if the target drops no block or all, pairs come out odd, an excluded name does not exist, or too few
-            units are left.
+        Raises: EvoPressError if the target drops no block or all, pairs come out odd, an excluded name does not exist, too few
+            units are left, or for evolution just those that are to go.
         """
         layers = [shape.experts for shape in blocks if shape.experts is not None] if self._of_experts else []
         if self._of_experts and not layers:
@@ -251,6 +261,7 @@ class Drop:
             none_of = " and ".join(f"none of {n} {kind} units" for kind, n in counts.items())
             least = math.ceil(1e4 / max(counts.values())) / 1e4
             raise EvoPressError(f"sparsity={self.sparsity:g} drops {none_of}: give a share of at least {least:g}")
+        fixed = []
         for kind, kept in budget.by_kind.items() or (("", budget.total),):
             members = [unit for unit in units if kind in ("", unit.group)]
             free = sum(len(unit.levels) > 1 for unit in members)
@@ -259,6 +270,12 @@ class Drop:
                     f"method.exclude leaves {free} {kind or self.settings.granularity} units to drop, but sparsity="
                     f"{self.sparsity:g} drops {len(members) - kept}: exclude fewer or lower the sparsity"
                 )
+            fixed.append(f"{free} {kind or self.settings.granularity} units" if free == len(members) - kept else "")
+        if self.mutates and all(fixed):
+            raise EvoPressError(
+                f"method.exclude leaves {' and '.join(fixed)} to drop, and sparsity={self.sparsity:g} drops all of them, which "
+                "leaves evolution no other genome: exclude fewer, lower the sparsity, or set search.generations=0"
+            )
         return space
 
     def num_dropped(self, num_blocks: int) -> int:

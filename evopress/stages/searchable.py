@@ -42,16 +42,9 @@ def check_switches(space: Space, budget: Budget, searching: SearchSettings) -> N
         try:
             evolution.ask()
             return
-        except EvoPressError as error:
-            if index + 1 < min(tries, _MOST_TRIES):
-                continue
-            fixed = sum(len(unit.levels) == 1 for unit in space.units)
-            if not fixed:
+        except EvoPressError:
+            if index + 1 >= min(tries, _MOST_TRIES):
                 raise
-            raise EvoPressError(
-                f"{error}; {fixed} of the {len(space)} units have one level, as those of method.exclude do: exclude fewer, or set "
-                "search.generations=0"
-            ) from error
 
 
 def _asks(workspace: Workspace, searching: Searching) -> list[Asks]:

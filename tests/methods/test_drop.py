@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from evopress.models.blocks import BlockShape, ExpertShape
 from evopress.search.initial import random_mix
 from evopress.search.mutation import LevelSwitch, offspring
 from evopress.search.neighbour import genomes_from_neighbour
+from evopress.search.strategies import settings_class
 from evopress.search.strategy import Neighbour, Problem
 from evopress.settings import DropSettings, RunSettings, ScaleSettings, SearchConfig
 
@@ -197,6 +199,14 @@ REFUSED = {
     "too few are left": ({"exclude": list(range(25))}, ["leaves 5 attention units", "drops 7", "exclude fewer"]),
     "too few of one kind": ({"exclude": ["*.mlp"]}, ["leaves 0 mlp units"]),
     "too few blocks": ({"exclude": list(range(25)), "granularity": "block"}, ["leaves 5 block units", "drops 7"]),
+    "one genome": (
+        {"exclude": list(range(23))},
+        ["method.exclude leaves 7 attention units and 7 mlp units to drop", "drops all of them", "search.generations=0"],
+    ),
+    "one genome of blocks": (
+        {"exclude": list(range(23)), "granularity": "block"},
+        ["leaves 7 block units to drop, and sparsity=0.25"],
+    ),
     "a name that does not exist": ({"exclude": ["model.layers.3.moe"]}, ["'model.layers.3.moe'", "model.layers.0.attention"]),
     "a block that does not exist": ({"exclude": [30]}, ["30", "from 0 to 29"]),
 }
@@ -210,6 +220,21 @@ def test_what_cannot_be_is_refused(case: str) -> None:
         method_of(**arguments).space(blocks, dtype_bits=16)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"stages": ["database", "evaluate"]},
+        {"search": SearchConfig(exchange="name", generations=0)},
+        {"search": SearchConfig(exchange="name", strategy=settings_class("guided", key="search/strategy")())},
+        {"method": DropSettings(exclude=[*range(22), "*.22.mlp"])},
+    ],
+)
+def test_one_genome_is_enough_where_no_offspring_are_drawn(changed: dict[str, Any]) -> None:
+    """And where one kind of modules has another genome, evolution has, too."""
+    run = RunSettings(method=DropSettings(exclude=list(range(23))), sparsity=0.25, search=SearchConfig(exchange="name"))
+    assert len(space_of(make_method(replace(run, **changed)))) == 60
 
 
 def test_pairs_need_an_even_number_of_blocks() -> None:
