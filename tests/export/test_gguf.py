@@ -23,7 +23,7 @@ from evopress.compress.gguf_levels import GGUFWeight
 from evopress.compress.gptq import Quantized
 from evopress.engines import ENGINES
 from evopress.errors import EvoPressError
-from evopress.export.exporter import DENSE, GGUF_TYPE, INTEGERS, SPARSE, Export, Form, write_export
+from evopress.export.exporter import DENSE, GGUF_TYPE, INTEGERS, OF_EXPERT, SPARSE, Export, Form, write_export
 from evopress.export.gguf import FILE, GGUF, as_blocks, type_of
 from evopress.export.gguf_model import ARCHITECTURES, frequency_factors
 from evopress.export.gguf_tokenizer import add_tokenizer, split_name
@@ -377,6 +377,9 @@ def test_the_engine_asks_for_types_and_others_refuse_them() -> None:
         refuse_unfit(ENGINES["llama_cpp"], integers, asked="engine=llama_cpp", otherwise="use engine=none")
     with pytest.raises(EvoPressError, match=r"cannot hold GGUF's types \(a.q_proj at Q4_K\): set method.grid=integers"):
         refuse_unfit(ENGINES["mlx"], types, asked="export=[mlx]", otherwise="use engine=none")
+    dropped = [Form("a.experts.0", "dropped", OF_EXPERT)]
+    with pytest.raises(EvoPressError, match=r"not written for models whose experts are dropped \(a.experts.0 at dropped\)"):
+        refuse_unfit(ENGINES["vllm"], dropped, asked="export=[compressed_tensors]", otherwise="use export=[dequantized]")
 
 
 def test_options_are_checked() -> None:

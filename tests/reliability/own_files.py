@@ -143,10 +143,6 @@ def make_config(folder: Path) -> None:
     write_json(folder / "config.json", {"model_type": "llama", "max_position_embeddings": 512, **sizes})
     for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
         (folder / name).write_bytes(b"")
-
-
-def make_index(folder: Path) -> None:
-    make_config(folder)
     shards = {f"layers.{i}": f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)}
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 5}, "weight_map": shards})
 
@@ -170,7 +166,7 @@ READERS = [
     ),
     Reader("block-000.json", make_hessians, read_hessians),
     Reader("config.json", make_config, find_weights, versioned=False),
-    Reader("model.safetensors.index.json", make_index, find_weights, versioned=False),
+    Reader("model.safetensors.index.json", make_config, find_weights, versioned=False),
 ]
 
 
