@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from own_files import SPACE, make_baselines, make_config, make_database, make_hessians, make_index, make_search
+from own_files import SPACE, make_baselines, make_config, make_database, make_hessians, make_search
 from safetensors.torch import load_file, save_file
 
 from evopress.data.text_files import TextFiles
@@ -82,7 +82,7 @@ def test_baselines_name_no_folder_elsewhere(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_an_index_of_weights_names_no_file_elsewhere(name: str, tmp_path: Path) -> None:
-    make_index(tmp_path)
+    make_config(tmp_path)
     rewrite(tmp_path / "model.safetensors.index.json", lambda index: index["weight_map"].update({"layers.0": name}), sealed=False)
     with pytest.raises(EvoPressError, match="no safetensors file of"):
         find_weights(tmp_path)
