@@ -84,7 +84,7 @@ def ensure_database(
     with told_of(damage):
         make_folder(folder)
     with alone_in(folder, timeout=settings.lock_timeout, waiting=f"waiting for another run that builds {folder}"):
-        if (built := _opened(folder, warn=True)) is not None:  # another run may have built it meanwhile
+        if (built := _opened(folder)) is not None:  # another run may have built it meanwhile
             return built, True
         _check_names_are_free(folder, len(blocks.parts))
         entries = _finished_blocks(folder, len(blocks.parts))
@@ -93,12 +93,12 @@ def ensure_database(
         return LevelDatabase.open(folder), False
 
 
-def _opened(folder: Path, *, warn: bool = False) -> LevelDatabase | None:
-    """Open a database if it is there and whole."""
+def _opened(folder: Path) -> LevelDatabase | None:
+    """Open a database if it is there and whole; say what is damaged."""
     try:
         return LevelDatabase.open(folder)
     except DamagedDatabaseError as error:
-        if warn and damage_in(folder, error):
+        if damage_in(folder, error):
             logger.warning("%s; what is damaged is built again", error)
         return None
 

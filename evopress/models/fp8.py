@@ -16,13 +16,11 @@ from torch import Tensor, nn
 @contextmanager
 def with_partial_blocks() -> Iterator[None]:
     """Let transformers see whole blocks while it dequantizes: zeros after the last rows and columns, cut off afterwards."""
-    try:
-        from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-    except ImportError:  # versions that refuse partial blocks
-        yield
-        return
-    plain = getattr(Fp8Dequantize, "_dequantize_one", None)
-    if plain is None:
+    from transformers.integrations import finegrained_fp8
+
+    dequantizer: Any = getattr(finegrained_fp8, "Fp8Dequantize", None)
+    plain = getattr(dequantizer, "_dequantize_one", None)
+    if plain is None:  # versions that refuse partial blocks
         yield
         return
 
@@ -34,11 +32,11 @@ def with_partial_blocks() -> Iterator[None]:
         found: Tensor = plain(self, nn.functional.pad(quantized.float(), (0, columns, 0, rows)), scales, *others, **named)
         return found[..., : quantized.shape[-2], : quantized.shape[-1]]
 
-    Fp8Dequantize._dequantize_one = whole
+    dequantizer._dequantize_one = whole
     try:
         yield
     finally:
-        Fp8Dequantize._dequantize_one = plain
+        dequantizer._dequantize_one = plain
 
 
 def missing(weight: Tensor, scales: Tensor, block_size: list[int] | None) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +30,7 @@ from evopress.models.stored import (
     INDEX,
     READABLE,
     WEIGHTS,
+    Stored,
     but_masks,
     check_adapter,
     check_config,
@@ -207,13 +209,13 @@ def _check_shards(folder: Path, files: set[str]) -> None:
             )
 
 
-def _check_shapes(folder: Path, config: Mapping[str, Any], weights: list[Path]) -> None:
-    """Raise EvoPressError if weights have other shapes than the model that a config describes, from the heads of their files."""
+def _check_shapes(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
+    """Raise EvoPressError if stored weights have other shapes than the model that a config describes."""
     try:
         model = skeleton(config)
     except EvoPressError:
         return  # told when the model is loaded
-    check_shapes(folder, stored_tensors(loaded_files(folder, weights)), model)
+    check_shapes(folder, stored, model)
 
 
 def take_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> Pretrained:
@@ -364,8 +366,9 @@ def load_pretrained(
             "than they would on weights that were never rounded",
             *(READABLE[quantized["quant_method"]], dtype),
         )
+    stored = stored_tensors(loaded_files(folder, weights))
     if not quantized and not (trust_remote_code and config.get("auto_map")):
-        _check_shapes(folder, config, weights)
+        _check_shapes(folder, config, stored)
     if attn_implementation is None and family.plain_attention and attention.suits(device, DTYPES[dtype]):
         attn_implementation = attention.NAME
     if attn_implementation == attention.NAME and not family.plain_attention:
@@ -375,7 +378,7 @@ def load_pretrained(
     if attn_implementation == attention.NAME:
         attention.register()
     try:
-        with with_partial_blocks():
+        with with_partial_blocks() if quantized else nullcontext():
             model, found = (wrapper_of(config) or AutoModelForCausalLM).from_pretrained(
                 folder,
                 dtype=DTYPES[dtype],
@@ -395,7 +398,6 @@ def load_pretrained(
             "model.attn_implementation"
         ) from error
     absent = sorted(found["missing_keys"])
-    stored = stored_tensors(loaded_files(folder, weights))
     homeless = but_masks(sorted(found["unexpected_keys"]), stored)
     if absent:  # transformers would go on with random weights
         instead = f" but hold {homeless[0]}, which has no place in it" if homeless else ""

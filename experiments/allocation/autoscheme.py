@@ -40,11 +40,20 @@ def write_text(sequences: Tensor, tokenizer: Any, path: Path) -> None:
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
 
 
+def imported(module: str, packages: str) -> Any:
+    """Import a module of another tool; raise EvoPressError if it is not installed.
+
+    Args: packages: what pip is to install for it, the tool's own first.
+    """
+    package, *_ = packages.partition("==")
+    if find_spec(module.partition(".")[0]) is None:
+        raise EvoPressError(f"{package} is not installed: pip install --no-deps {packages}")
+    return importlib.import_module(module)
+
+
 def tool() -> Any:
-    """Import AutoRound; raise EvoPressError if it is not installed."""
-    if find_spec("auto_round") is None:
-        raise EvoPressError("auto-round is not installed: pip install --no-deps auto-round==0.16.1 py-cpuinfo")
-    return importlib.import_module("auto_round")
+    """Import AutoRound."""
+    return imported("auto_round", "auto-round==0.16.1 py-cpuinfo")
 
 
 def reads(text: Path) -> dict[str, Any]:

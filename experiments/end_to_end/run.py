@@ -69,12 +69,17 @@ def asked_rows(asked: Sequence[str]) -> Iterator[tuple[str, float, Path]]:
             raise EvoPressError(f"{each} names no row: expected NAME:BITS=CHECKPOINT, such as ours:3=RUN/checkpoint") from None
 
 
+def _column(name: str, bits: float) -> str:
+    """Return where a row is in the file of sequences."""
+    return f"{name}:{bits:g}"
+
+
 def with_differences(rows: Sequence[Mapping[str, Any]], by_sequence: pd.DataFrame) -> pd.DataFrame:
     """Return the rows with how far their KL divergence is above the lowest of their bits, by sequence."""
     found = []
     for row in rows:
         lowest = min((other for other in rows if other["bits"] == row["bits"]), key=itemgetter("kl"))
-        one, other = (by_sequence[f"{each['row']}:{each['bits']:g}"].tolist() for each in (row, lowest))
+        one, other = (by_sequence[_column(each["row"], each["bits"])].tolist() for each in (row, lowest))
         difference = Difference.of_sequences(one, other)
         found.append({**row, "above_lowest": difference.mean, "standard_error": difference.standard_error})
     return pd.DataFrame(found)
@@ -102,7 +107,7 @@ def main() -> None:
         if (name, bits) in known:
             continue
         scores = measured(dense, AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), sequences)
-        by_sequence[f"{name}:{bits:g}"] = scores.by_sequence["kl"]
+        by_sequence[_column(name, bits)] = scores.by_sequence["kl"]
         rows.append({"row": name, "bits": bits, "perplexity": scores.perplexity, **scores.means()})
         write_frame(beside, by_sequence)
         write_frame(asked.results, with_differences(rows, by_sequence))

@@ -11,7 +11,6 @@ Groups of 64 with zeros, embeddings as they are; a tool that takes text has the 
 from __future__ import annotations
 
 import argparse
-import importlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +18,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evopress.errors import EvoPressError
 from evopress.models.opening import find_model
 from evopress.workspace import Workspace
-from experiments.allocation.autoscheme import GROUP, chosen_scheme, reads, scheme_of, tool, write_text
+from experiments.allocation.autoscheme import GROUP, chosen_scheme, imported, reads, scheme_of, tool, write_text
 from experiments.composed import settings_of
 from experiments.scripts import check_positive, in_one_sentence
 
@@ -58,7 +58,11 @@ def auto_round(workspace: Workspace, model: Path, folder: Path, asked: argparse.
 
 def hqq(workspace: Workspace, model: Path, folder: Path, asked: argparse.Namespace) -> None:
     """Fit zeros by half-quadratic splitting (HQQ), which looks at no text."""
-    quantizer = importlib.import_module("hqq.core.quantize").Quantizer
+    quantizer = imported("hqq.core.quantize", "hqq==0.2.8.post1 termcolor einops accelerate").Quantizer
+    if asked.bits not in quantizer.SUPPORTED_BITS:
+        raise EvoPressError(
+            f"--bits {asked.bits:g} is none of hqq's: choose one of {', '.join(map(str, quantizer.SUPPORTED_BITS))}"
+        )
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for module in dense.model.layers.modules():
         if isinstance(module, torch.nn.Linear):
