@@ -34,7 +34,7 @@ _DATA: dict[str, Any] = {"chat_template": "auto", "options": {}}
 _FITNESS: dict[str, Any] = {"options": {}}
 _BASELINES: dict[str, Any] = {"options": {}}
 _EVALUATION: dict[str, Any] = {"field": "text"}
-_REFINE: dict[str, Any] = {"correction": 0.0}
+_REFINE: dict[str, Any] = {"correction": 0.0, "scale_epochs": 0, "scale_rate": 0.002}
 
 _GUIDED: dict[str, Any] = {
     "approach": 2,

@@ -429,10 +429,16 @@ class RefineSettings:
     """Tokens of search text, after those that the search draws from: their KL divergence decides whether new weights stay."""
     correction: float = 0.5
     """Share of what the compressed model's inputs have lost that new weights make good, from 0 to 1 (GPTAQ, arXiv:2504.02692)."""
+    scale_epochs: int = 0
+    """Times that the search text is gone through to learn the scales of quantized weights; 0: they stay as they are fitted."""
+    scale_rate: float = 0.002
+    """Rate at which they are learned, at the beginning: about the share by which a step changes a scale."""
 
     def __post_init__(self) -> None:
         _expect(self.tokens >= 2, "refine.tokens", self.tokens, "at least 2 tokens")
         check_correction("refine.correction", self.correction)
+        _expect(self.scale_epochs >= 0, "refine.scale_epochs", self.scale_epochs, "0 or more")
+        _expect(0.0 < self.scale_rate <= 0.1, "refine.scale_rate", self.scale_rate, "above 0, at most 0.1")
 
 
 @dataclass

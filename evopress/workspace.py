@@ -222,7 +222,8 @@ class Workspace:
         """
         stages = set(stages)
         texts = {"calibration text": self.calibration_tokens}  # what the level database's fingerprint stands on
-        if stages & {"baselines", "search"}:
+        learns = "refine" in stages and self.refines and self.settings.refine.scale_epochs > 0
+        if stages & {"baselines", "search"} or learns:
             texts["search text"] = self.search_tokens
         if "refine" in stages and self.refines:
             texts["refine text"] = self.refine_tokens

@@ -49,6 +49,17 @@ def test_refined_weights_are_measured_and_exported(built: Any, tokens: Any, tmp_
     assert kl(found) == pytest.approx(refined.kl_before, rel=1e-3) and kl(anew) == pytest.approx(refined.kl_after, rel=1e-3)
 
 
+def test_scales_are_learned_on_text_of_their_own(built: Any, tokens: Any) -> None:
+    genome, deciding = built.space.uniform("2 bits"), tokens(4, 32, seed=1)
+    fitted = evopress.refine(built, genome, deciding)
+    learned = evopress.refine(built, genome, deciding, scale_text=deciding, scale_epochs=4)
+    assert fitted.refined is not None and learned.refined is not None and learned.refined.folder != fitted.refined.folder
+    assert learned.kl_after < fitted.kl_after, "it has seen the text that decides, here"
+    assert evopress.evaluate(built, deciding, learned).kl == pytest.approx(learned.kl_after, rel=1e-4)
+    with pytest.raises(EvoPressError, match=r"refine\.scale_epochs=-1"):
+        evopress.refine(built, genome, deciding, scale_text=deciding, scale_epochs=-1)
+
+
 def test_a_folder_keeps_them(built: Any, tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     genome, deciding = built.space.uniform("2 bits"), tokens(4, 32, seed=1)
     first = evopress.refine(built, genome, deciding, folder=tmp_path / "kept")

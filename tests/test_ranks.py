@@ -28,12 +28,14 @@ from evopress.evaluation.zero_shot import answering
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import MinibatchFitness, base_states
 from evopress.fitness.population import PopulationEvaluator
+from evopress.fitness.scales import Learning, ScaleLearner
 from evopress.fitness.suffix import SuffixLoss
 from evopress.levels.build import ensure_database
 from evopress.levels.calibration import _Tree
 from evopress.levels.live import LiveModel
 from evopress.levels.plan import WalkSettings
 from evopress.levels.refine import ensure_refined
+from evopress.levels.scaled import ScaledLevels
 from evopress.models.tiny import byte_tokenizer
 from evopress.stages.needs import Planner
 
@@ -149,7 +151,11 @@ class Case:
             base = self.opened("fitness").base
             return SuffixLoss(live, genome, self.search, base=base, measure=KLDivergence(), chunk_tokens=7, max_tokens_in_flight=48)
 
-        ensure_refined(how, live, database, genome, self.calibration, self.compressor, judge)
+        refined = ensure_refined(how, live, database, genome, self.calibration, self.compressor, judge)
+        levels, base = ScaledLevels(refined), self.opened("fitness").base
+        learner = ScaleLearner(self.blocks, levels, self.search, base, Learning(1, 0.01), max_tokens_in_flight=48, chunk_tokens=7)
+        learner.learn(self._levels / "learning.safetensors")
+        ranks.on_rank_zero(lambda: levels.write(self._levels / "learned", {"learned": 1}, {}))
 
     def work(self, folder: Path) -> None:
         """Build, measure and write down what was found."""

@@ -8,8 +8,9 @@ Shapes: b sequences, l tokens each, d hidden size, T tokens of a chunk, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,11 @@ class Entry(NamedTuple):
     num_sequences: int
     sequences: Tensor | None
     """Of every token the sequence that it is of, where they are not the leading dimension: an expert sees some tokens alone."""
+
+
+_Taker = Callable[[Entry], None]
+_Held = dict[tuple[int, str], Tensor]
+"""What each slot gets for each error on each sequence, float64 [b] by the error and name."""
 
 
 def attribution(entry: Entry, delta: Tensor) -> Tensor:
@@ -84,6 +90,7 @@ class BackwardPass:
         *,
         errors_of: Sequence[Genome] = (),
         score: Callable[[Entry, Tensor], Tensor] = attribution,
+        see: Callable[[str, Entry], None] | None = None,
         uniform: Tensor | None = None,
         max_tokens_in_flight: int = 4096,
         chunk_tokens: int = 256,
@@ -94,11 +101,12 @@ class BackwardPass:
             genome: where the model is; None: the dense one.
             errors_of: genomes whose levels' errors are scored, in blocks; none: those of the genome itself.
             score: what a unit of a block gets for an error, on each sequence.
+            see: is shown what every unit of a block sees, by name, some sequences at a time; no errors are then looked at.
             uniform: numbers that draw the labels of a second way back, [b, l - 1], for modules and errors; None: there is none.
         """
         self.live, self.blocks, self.genome, self.measure = live, live.blocks, genome, unfused(measure)
         self.ids, self.base, self.chunk_tokens = ids, base, chunk_tokens
-        self.errors_of, self.score = tuple(errors_of) or (genome,), score
+        self.errors_of, self.score, self.see = tuple(errors_of) or (genome,), score, see
         self.uniform = uniform
         batch = max(max_tokens_in_flight // ids.shape[1], 1)
         self.parts = [slice(start, start + batch) for start in range(0, len(ids), batch)]
@@ -218,11 +226,12 @@ class BackwardPass:
                 self.live.set_block(index, None)
                 if self.uniform is not None and modules and index not in self.adding:
                     self.adding[index] = self._contributions(index, entering)
-                deltas = self._deltas(index, slots)
+                held: _Held = {}
+                takers = self._scoring(slots, self._deltas(index, slots), held) if self.see is None else _shown(slots, self.see)
                 self.live.set_block(index, self.live.with_modules(index, levels))
                 for rows in self.parts:
                     hidden = entering[rows].to(self.blocks.device).requires_grad_()
-                    with _watched(slots, deltas, len(hidden), self.score) as held, self._gated(index, len(hidden)) as gates:
+                    with _watched(slots, len(hidden), takers), self._gated(index, len(hidden)) as gates:
                         output = self.blocks.run(index, hidden, gradients=True)
                         for number, gradient in enumerate(gradients):
                             inputs = [hidden, *(gate.zeros for gate in gates if gate.zeros is not None)]
@@ -243,6 +252,25 @@ class BackwardPass:
                             held.clear()
             finally:
                 self.live.restore_block(index)
+
+    def _scoring(self, slots: Sequence[Slot], deltas: Sequence[Sequence[Tensor | None]], held: _Held) -> dict[str, _Taker]:
+        """Return, by slot, what adds to `held` what its unit gets for each error on each sequence; none where there is no error.
+
+        Args: deltas: of every error, by slot; None: nothing there.
+        """
+
+        def scoring(name: str, of_slot: dict[int, Tensor]) -> _Taker:
+            def take(entry: Entry) -> None:
+                for error, delta in of_slot.items():
+                    values = self.score(entry, delta)
+                    held[error, name] = held[error, name] + values if (error, name) in held else values
+
+            return take
+
+        of_slots = [
+            {error: delta for error, each in enumerate(deltas) if (delta := each[i]) is not None} for i in range(len(slots))
+        ]
+        return {slot.name: scoring(slot.name, of_slot) for slot, of_slot in zip(slots, of_slots, strict=True) if of_slot}
 
     def _deltas(self, index: int, slots: Sequence[Slot]) -> list[list[Tensor | None]]:
         """Return what each error adds to the weights of a block that is dense, by slot; None: nothing."""
@@ -310,41 +338,25 @@ def _or_none(differences: Sequence[Tensor]) -> list[Tensor | None]:
     return [difference if any_of_it else None for difference, any_of_it in zip(differences, some, strict=True)]
 
 
+def _shown(slots: Sequence[Slot], see: Callable[[str, Entry], None]) -> dict[str, _Taker]:
+    return {slot.name: partial(see, slot.name) for slot in slots}
+
+
 @contextmanager
-def _watched(
-    slots: Sequence[Slot],
-    deltas: Sequence[Sequence[Tensor | None]],
-    num_sequences: int,
-    score: Callable[[Entry, Tensor], Tensor],
-) -> Iterator[dict[tuple[int, str], Tensor]]:
-    """Collect, on the way back, what each slot gets for each error on each sequence, float64 [b] by the error and name.
+def _watched(slots: Sequence[Slot], num_sequences: int, takers: Mapping[str, _Taker]) -> Iterator[None]:
+    """Hand what each slot sees to its taker, on the way back; who has none is not looked at."""
 
-    Args: deltas: of every error, by slot; None: nothing there.
-    """
-    held: dict[tuple[int, str], Tensor] = {}
-
-    def watch(name: str, of_slot: dict[int, Tensor]) -> Any:
+    def watch(take: _Taker) -> Any:
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             entered, routed = inputs[0].detach(), getattr(module, "routed", None)
             sequences = None if routed is None else routed[0] // (routed[1] // num_sequences)
-
-            def backward(gradient: Tensor) -> None:
-                for error, delta in of_slot.items():
-                    values = score(Entry(entered, gradient, num_sequences, sequences), delta)
-                    held[error, name] = held[error, name] + values if (error, name) in held else values
-
-            output.register_hook(backward)
+            output.register_hook(lambda gradient: take(Entry(entered, gradient, num_sequences, sequences)))
 
         return forward
 
-    of_slots = [{error: delta for error, each in enumerate(deltas) if (delta := each[i]) is not None} for i in range(len(slots))]
-    hooks = [
-        slot.module.register_forward_hook(watch(slot.name, of_slot))
-        for slot, of_slot in zip(slots, of_slots, strict=True)
-        if of_slot
-    ]
+    hooks = [slot.module.register_forward_hook(watch(takers[slot.name])) for slot in slots if slot.name in takers]
     try:
-        yield held
+        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -137,9 +137,14 @@ def ensure_refined(
     return refined or on_rank_zero(lambda: LevelDatabase.open(folder))
 
 
+def opened_whole(folder: Path) -> LevelDatabase | None:
+    """Open refined levels if they are there and whole; say what is damaged."""
+    return _opened(folder)
+
+
 def _whole(folder: Path, num_parts: int) -> LevelDatabase | None:
     """Open refined levels if all are there; if not, make room for what is missing."""
-    refined = _opened(folder)
+    refined = opened_whole(folder)
     if refined is not None and len(steps_of(refined)) == num_parts:
         with suppress(OSError):  # what a run leaves that is killed right after it has written the manifest
             (folder / JOURNAL).unlink(missing_ok=True)
@@ -211,9 +216,9 @@ class _Walk:
                 if new:
                     before = judge.loss(index, {}) if loss is None else loss
                     after = judge.loss(index, new)
-                kept = bool(new) and _is_better(after, before)
+                kept = bool(new) and is_better(after, before)
                 weights, loss = (new, after) if kept else ({}, before)
-                steps[index] = Step(index, kept, _finite(before), _finite(after))
+                steps[index] = Step(index, kept, finite(before), finite(after))
                 entries[index] = self._write(index, made if kept else [], steps[index])
             if index + 1 in walked and index < len(self.blocks.blocks):
                 with block_at(self.live, index, self.genome, weights):
@@ -283,23 +288,24 @@ class _Walk:
         def write() -> dict[str, Any]:
             names = list(self.blocks.slots(index))
             new = {record["name"] for _, records in parts for record in records}
-            old = encoded({name: [self._of_database(name)] for name in names if name not in new}, self.units)
+            places = {name: self.places[name] for name in names if name not in new}
+            old = encoded({name: [compressed_at(self.database, i, self.genome[i])] for name, i in places.items()}, self.units)
             entry = write_block(self.folder, index, [*parts, old], names)
             append(self.folder / JOURNAL, {**entry, "step": step.to_dict()})
             return entry
 
         return on_rank_zero(write)
 
-    def _of_database(self, name: str) -> Compressed:
-        place = self.places[name]
-        level = self.genome[place]
-        record = self.database.manifest["units"][place]["levels"][level]
-        return Compressed(self.database.read(place, level), float(record["error"]), float(record.get("damping") or 0.0))
-
     def _stored(self, entry: dict[str, Any]) -> dict[str, Tensor]:
         """Decode a finished block's weights from its file."""
         block = LevelDatabase(self.folder, {"method": "", "units": entry["units"], "files": [entry]})
         return {unit.name: block.read(i, 0).decode() for i, unit in enumerate(block.space.units)}
+
+
+def compressed_at(database: LevelDatabase, place: int, level: int) -> Compressed:
+    """Read a unit at a level, with what the manifest says of it."""
+    record = database.manifest["units"][place]["levels"][level]
+    return Compressed(database.read(place, level), float(record["error"]), float(record.get("damping") or 0.0))
 
 
 def _told_steps(folder: Path, entries: Mapping[int, Any]) -> dict[int, Step]:
@@ -313,12 +319,13 @@ def _told_steps(folder: Path, entries: Mapping[int, Any]) -> dict[int, Step]:
     return {step.block: step for step in steps if step.block in entries}
 
 
-def _is_better(after: float | None, before: float | None) -> bool:
+def is_better(after: float | None, before: float | None) -> bool:
     """Tell whether a loss is lower; what is no number is worse than any."""
     if after is None or not math.isfinite(after):
         return False
     return before is None or not math.isfinite(before) or after < before
 
 
-def _finite(loss: float | None) -> float | None:
+def finite(loss: float | None) -> float | None:
+    """Return a loss, or None for what is no number."""
     return loss if loss is not None and math.isfinite(loss) else None

@@ -52,6 +52,8 @@ def refine(
     text: Text,
     *,
     correction: float = RefineSettings.correction,
+    scale_text: Text | None = None,
+    scale_epochs: int = 2,
     folder: str | Path | None = None,
 ) -> Refined:
     """Compress every unit of a genome anew at its level, for what enters it in the compressed model: the stage `refine` of a run.
@@ -61,6 +63,8 @@ def refine(
     Args:
         text: search text that the search has not seen: the KL divergence on it decides, block by block, whether new weights stay.
         correction: share of what the compressed model's inputs have lost that new weights make good, from 0 to 1.
+        scale_text: text that scales of quantized weights are learned on, such as the search's; None: they stay as they are fitted.
+        scale_epochs: times that it is gone through.
         folder: where the weights are kept, and gone on with after an interruption; None: a temporary one.
 
     Raises: EvoPressError if the genome does not fit the levels, or their method has nothing to refine.
@@ -70,14 +74,16 @@ def refine(
     if not workspace.refines:
         raise EvoPressError(f"{why_nothing(workspace)}: leave refine out")
     tokens = levels.model.sequences(text)
-    settings = make_settings(RefineSettings, {"tokens": tokens.numel(), "correction": correction}, what="refine")
+    learned_on = None if scale_text is None else levels.model.sequences(scale_text)
+    asked = {"tokens": tokens.numel(), "correction": correction, "scale_epochs": 0 if learned_on is None else scale_epochs}
+    settings = make_settings(RefineSettings, asked, what="refine")
     run_dir, kept = folder_of(folder)
     make_folder(run_dir)
     refining = Workspace(
         replace(levels.settings, refine=settings),
         run_dir,
         model=levels.model.source,
-        text=GivenText(workspace.calibration_tokens, after_search=tokens),
+        text=GivenText(workspace.calibration_tokens, search=learned_on, after_search=tokens),
         blocks=workspace.blocks,
     )
     refined = refine_genome(refining, refining.database.space.unfold(given))

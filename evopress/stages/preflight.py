@@ -36,7 +36,7 @@ from evopress.stages.given import check_levels, check_starts
 from evopress.stages.needs import Planner, planned_for
 from evopress.stages.point_run import PointRun
 from evopress.stages.probe import Speed, measure_speed
-from evopress.stages.refine import refine_needs
+from evopress.stages.refine_needs import refine_needs
 from evopress.stages.report import report_needs
 from evopress.stages.search import search_needs
 from evopress.stages.searchable import check_asks

@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +215,54 @@ def test_refined_levels_of_another_correction_are_left_out(again: Path, evopress
     assert "evopress_refined" not in rows(again) and "refined" not in read(again / "checkpoint" / "evopress.json")
 
 
+def test_scales_are_learned_where_that_is_asked_for(again: Path, evopress: Callable[..., Any], cache: Path) -> None:
+    assert evopress(f"resume={again}", AFTER).code == 0
+    fitted, (walked,) = rows(again)["evopress_refined"], (again / "refined").iterdir()
+    learned = ("refine.scale_epochs=2", "refine.scale_rate=0.01")
+    assert "done: 2 blocks" not in evopress(f"resume={again}", AFTER, *learned, "dry_run=true").text
+    outcome = evopress(f"resume={again}", AFTER, *learned)
+    assert outcome.code == 0, outcome.text
+    assert "learning scales of 14 units on 2048 tokens of search text, 2 times" in outcome.text
+    (folder,) = (again / "refined").iterdir()
+    assert folder.name != walked.name and not (folder / "learning.safetensors").exists()
+    told, row = read(again / "result.json")["refine"], rows(again)["evopress_refined"]
+    assert (
+        told["scales"]["kept"]
+        and told["scales"]["after"] < told["scales"]["before"]
+        and told["kl_after"] == told["scales"]["after"]
+    )
+    assert told["scales"]["tokens"] == 2 * 2048
+    assert row["kl"] != fitted["kl"] and row["bytes"] == fitted["bytes"]
+    assert kl_of_checkpoint(again / "checkpoint", cache)[0] == pytest.approx(row["kl"], rel=1e-3)
+    assert "refine.scale_epochs=2" in read(again / "checkpoint" / "evopress.json")["command"]
+    before = tree(again / "refined")
+    outcome = evopress(f"resume={again}", AFTER, *learned)
+    assert outcome.code == 0 and "learning scales" not in outcome.text and tree(again / "refined") == before
+    outcome = evopress(f"resume={again}", "stages=[evaluate,export]", "refine.scale_epochs=0")
+    assert outcome.code == 0, outcome.text
+    assert re.search(r"was made with scales that were learned by \S+.*, so it is left out: ", outcome.text)
+    assert "evopress_refined" not in rows(again)
+
+
+def test_scales_that_are_worse_stay_as_they_were(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evopress.fitness.scales import ScaleLearner
+
+    def worse(self: ScaleLearner, state: Path) -> None:
+        for logarithms in self.levels.logarithms.values():
+            logarithms.fill_(1.0)
+
+    monkeypatch.setattr(ScaleLearner, "learn", worse)
+    outcome = tiny(ON, "stages=[database,search,refine]", "refine.scale_epochs=1")
+    assert outcome.code == 0, outcome.text
+    assert "scales do not stay as they were learned" in outcome.text
+    told = read(tmp_path / "run" / "result.json")["refine"]
+    assert (
+        not told["scales"]["kept"]
+        and told["scales"]["after"] > told["scales"]["before"]
+        and told["kl_after"] < told["scales"]["after"]
+    )
+
+
 def test_unfinished_refined_levels_are_left_out(again: Path, evopress: Callable[..., Any]) -> None:
     assert evopress(f"resume={again}", "stages=[refine]").code == 0
     (folder,) = (again / "refined").iterdir()
@@ -285,7 +332,9 @@ def test_runs_of_earlier_versions_count_as_finished(tmp_path: Path) -> None:
     assert stages_done(settings, tmp_path) == done, "only the stage itself reads them"
     settings.stages = [*done[:3], "refine", *done[3:]]
     assert stages_done(settings, tmp_path) == done[:3], "what comes after the stage has to be done again"
-    (tmp_path / "finished.json").write_text(json.dumps({**finished, "stages": settings.stages, "refine": asdict(settings.refine)}))
+    (tmp_path / "finished.json").write_text(
+        json.dumps({**finished, "stages": settings.stages, "refine": {"tokens": 99, "correction": 0.5}})
+    )
     assert stages_done(settings, tmp_path) == settings.stages
     settings.refine = RefineSettings(tokens=98)
     assert stages_done(settings, tmp_path) == done[:3]
