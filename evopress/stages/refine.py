@@ -171,8 +171,8 @@ def summary_of(refined: LevelDatabase) -> dict[str, Any]:
     """Return how many blocks' new weights stayed, and the loss before the first and after the last block."""
     steps = steps_of(refined)
     losses = [(step.before, step.after if step.kept else step.before) for step in steps if step.before is not None or step.kept]
-    scales = refined.manifest.get("scales")
-    if isinstance(scales, dict) and scales.get("kept"):
+    scales = _what_scales_became(refined)
+    if scales is not None and scales["kept"]:
         losses.append((scales["before"], scales["after"]))
     return {
         "blocks": len(steps),
@@ -180,8 +180,19 @@ def summary_of(refined: LevelDatabase) -> dict[str, Any]:
         "kept": sum(step.kept for step in steps),
         "kl_before": losses[0][0] if losses else None,
         "kl_after": losses[-1][1] if losses else None,
-        **({"scales": scales} if isinstance(scales, dict) else {}),
+        **({} if scales is None else {"scales": scales}),
     }
+
+
+def _what_scales_became(refined: LevelDatabase) -> dict[str, Any] | None:
+    """Return what the manifest says of learned scales; None where it says nothing, or something else."""
+    told = refined.manifest.get("scales")
+    if not isinstance(told, dict) or type(told.get("kept")) is not bool or type(told.get("tokens")) is not int:
+        return None
+    losses = {key: told.get(key) for key in ("before", "after")}
+    if not all(loss is None or type(loss) is float for loss in losses.values()):
+        return None
+    return {"kept": told["kept"], **losses, "tokens": told["tokens"]}
 
 
 def said(summary: dict[str, Any]) -> str:

@@ -38,11 +38,15 @@ def refine_needs(planner: Planner) -> Needs:
     forwards = 2.0 + (CORRECTED_FORWARDS if corrected else 0)  # of the calibration text through each block
     suffixes = n + n * (n + 1) // 2 + n  # the genome as it was found, the candidates, the blocks that are settled
     walking = 2 if corrected else 1  # activations of all the text
+    epochs = planner.settings.refine.scale_epochs
     in_memory = level_db.activations == "memory"
     needs = planner.needs(
         "refine",
-        f"{counted(n, 'block')} anew",
-        disk={workspace.run_dir: _stored_bytes(planner) + (0 if in_memory else walking * planner.states(calibration.numel()))},
+        f"{counted(n, 'block')} anew" + (", scales learned" if epochs else ""),
+        disk={
+            workspace.run_dir: (2 if epochs else 1) * _stored_bytes(planner)
+            + (0 if in_memory else walking * planner.states(calibration.numel()))
+        },
         less_memory="use fewer calibration tokens (data.calibration_tokens), level_db.activations=disk, or leave refine out of "
         "stages",
     )
@@ -70,7 +74,7 @@ def refine_needs(planner: Planner) -> Needs:
     working = max(part_bytes(workspace.blocks, units, compressor, **text) for units in parts)
     kept = planner.levels_kept * (1 if planner.space.untied is None else 2)  # the search's, and those of weights that are not tied
     planner.put(needs, kept + working + (activations if beside else 0), host=held)
-    if epochs := planner.settings.refine.scale_epochs:
+    if epochs:
         step = max(STEP_TOKENS, length)
         times = math.ceil(epochs * workspace.search_tokens.numel() / step)
         planner.attribute(needs, Asks("refine.scale_epochs", step, times=times, attribution=True), alone=True)

@@ -33,6 +33,7 @@ PASS = ["stages=[database,baselines,search,refine,evaluate]", *ROOM, "refine.tok
 CORRECTED = ["method.correction=0.5", "baselines.names=[uniform,dp]"]
 ROWS: dict[str, tuple[tuple[float, ...], list[str]]] = {
     "second pass": ((2.25, 2.5, 3), PASS),
+    "second pass, scales learned": ((2.25, 2.5, 3), [*PASS, "refine.scale_epochs=2"]),
     "second pass, not corrected": ((2.25, 2.5, 3), [*PASS, "refine.correction=0"]),
     "corrected through 2 bits": ((2.5,), [*PASS, *CORRECTED, "method.propagate_bits=2"]),
     "corrected through 3 bits": ((2.5,), [*PASS, *CORRECTED, "method.propagate_bits=3"]),
@@ -56,6 +57,8 @@ def runs(names: Sequence[str], bits: Sequence[float] | None, seeds: Sequence[int
 def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the measures of a finished run's models; what was exported, in bytes, beside them."""
     result = read_json(folder / "result.json")
+    refined = result.get("refine", {})
+    scales = {f"scales_{key}": value for key, value in refined.get("scales", {}).items()}
     checkpoint = folder / "checkpoint"
     exported = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else None
     for row in result["rows"]:
@@ -66,7 +69,9 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
             **{key: row[key] for key in ("bits_per_weight", "bytes", "kl", "top1_agreement")},
             "perplexity": next(iter(row["perplexity"].values())),
             "checkpoint_bytes": exported,
-            **{f"refine_{key}": value for key, value in result.get("refine", {}).items() if row["name"] != "evopress"},
+            **{
+                f"refine_{key}": value for key, value in (refined | scales).items() if key != "scales" and row["name"] != "evopress"
+            },
         }
 
 

@@ -54,24 +54,25 @@ def test_what_lies_on_a_device_is_said_of_it_and_not_of_the_host(
 
 
 @pytest.mark.parametrize(
-    ("name", "levels", "stages"),
+    ("name", "own", "stages"),
     [
-        ("SparseGPT", "num_levels=4", ("database",)),
-        ("corrected, refined", "levels=[4,3,2]", ("database", "search", "refine")),
+        ("SparseGPT", ("method.num_levels=4",), ("database",)),
+        ("corrected, refined", ("method.levels=[4,3,2]",), ("database", "search", "refine")),
+        ("corrected, refined", ("method.levels=[4,3,2]", "refine.scale_epochs=1"), ("database", "search", "refine")),
     ],
 )
 def test_of_levels_of_other_methods(
-    name: str, levels: str, stages: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, own: tuple[str, ...], stages: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
-    method = (*peaks.METHODS[name], f"method.{levels}", "level_db.batch_tokens=512")
+    method = (*peaks.METHODS[name], *own, "level_db.batch_tokens=512")
     case = peaks.Case("small", SMALL, "float32", 128, 1024, 2, 1024, 512, "1572864", method, stages, blocks=1)
     near(*peaks.counted_in_run(case, tmp_path))
 
 
 def test_a_refinement_has_the_largest_block_beside_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVOPRESS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("evopress.stages.refine.part_bytes", lambda blocks, units, *_, **__: 2**30 * (1 + units[0].block))
+    monkeypatch.setattr("evopress.stages.refine_needs.part_bytes", lambda blocks, units, *_, **__: 2**30 * (1 + units[0].block))
 
     def said(cache: int) -> int:
         case = peaks.Case("small", SMALL, "float32", 128, 1024, 2, 1024, 512, str(cache), measured=("database", "search", "refine"))
