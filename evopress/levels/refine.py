@@ -149,12 +149,20 @@ def _whole(folder: Path, num_parts: int) -> LevelDatabase | None:
         with suppress(OSError):  # what a run leaves that is killed right after it has written the manifest
             (folder / JOURNAL).unlink(missing_ok=True)
         return refined
+    make_room(folder, num_parts)
+    return None
+
+
+def make_room(folder: Path, num_parts: int) -> None:
+    """Make a folder for refined levels, without what a killed run has left half-written; the run folder is held by this one alone.
+
+    Raises: EvoPressError if it cannot be made, or a folder lies where a file belongs.
+    """
     make_folder(folder)
     _check_names_are_free(folder, num_parts)
-    for pattern in TEMPORARIES:  # what a killed run has left half-written; the run folder is held by this one alone
+    for pattern in TEMPORARIES:
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
-    return None
 
 
 def folder_of(settings: WalkSettings, database: LevelDatabase) -> Path:

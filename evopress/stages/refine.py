@@ -12,7 +12,7 @@ from typing import Any
 
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
-from evopress.files import explained, make_folder
+from evopress.files import explained
 from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.scales import Learning, ScaleLearner
@@ -25,6 +25,7 @@ from evopress.levels.refine import (
     folder_of,
     inexact_units,
     is_better,
+    make_room,
     opened_whole,
     refined_units,
     steps_of,
@@ -67,11 +68,13 @@ def refine(workspace: Workspace) -> None:
     started = time.monotonic()
     gains = bool(inexact_units(database, genome))
     settings = [refine_settings(workspace, genome), learned_settings(workspace, genome)]
-    _remove_others(workspace.run_dir, [folder_of(each, database) for each in settings] if gains else [])
+    keep = [folder_of(each, database) for each in settings] if gains else []
+    for folder in _remove_others(workspace.run_dir, keep):
+        logger.info("refine: %s was made with other settings or for another genome; it is made again", folder)
     refined = refine_genome(workspace, genome)
     if refined is None:
         return
-    _remove_others(workspace.run_dir, [refined.folder])
+    _remove_others(workspace.run_dir, [refined.folder])  # the walk, once its scales are learned
     summary = {**summary_of(refined), "tokens": workspace.refine_tokens.numel(), "seconds": time.monotonic() - started}
     logger.info("refine: %s", said(summary))
     result = read_result(workspace.run_dir)
@@ -126,6 +129,7 @@ def _learned(workspace: Workspace, walked: LevelDatabase, folder: Path, settings
     """Learn the scales of refined levels, and write what comes of it; the scales stay as they are where that is better."""
     fitness, asked, text = workspace.settings.fitness, workspace.settings.refine, workspace.search_tokens
     levels = ScaledLevels(walked)
+    on_rank_zero(lambda: make_room(folder, len(workspace.blocks.parts)))
     told: dict[str, Any] = {"kept": False, "before": None, "after": None, "tokens": text.numel() * asked.scale_epochs}
     state = folder / "learning.safetensors"
     if levels.logarithms:
@@ -133,7 +137,6 @@ def _learned(workspace: Workspace, walked: LevelDatabase, folder: Path, settings
         logger.info(
             "refine: learning scales of %d units on %d tokens of search text, %s", len(levels.logarithms), text.numel(), epochs
         )
-        on_rank_zero(lambda: make_folder(folder))
         learner = ScaleLearner(
             workspace.blocks,
             levels,
@@ -299,14 +302,15 @@ def _genome_file(workspace: Workspace) -> Path:
     return path
 
 
-def _remove_others(run_dir: Path, keep: Collection[Path]) -> None:
-    """Remove refined levels of other settings or genomes: they are those of no row any more."""
-    root = run_dir / REFINED
+def _remove_others(run_dir: Path, keep: Collection[Path]) -> list[Path]:
+    """Remove refined levels of other settings or genomes, which are those of no row any more, and return their folders."""
+    root, removed = run_dir / REFINED, []
     for folder in root.glob("*") if root.is_dir() else []:
         if folder not in keep and folder.is_dir() and not folder.is_symlink():
             forget_found(run_dir, [REFINED_ROW])
-            logger.info("refine: %s was made with other settings or for another genome; it is made again", folder)
             try:
                 shutil.rmtree(folder)
             except OSError as error:
                 raise explained(error, folder) from error
+            removed.append(folder)
+    return removed

@@ -244,6 +244,25 @@ def test_scales_are_learned_where_that_is_asked_for(again: Path, evopress: Calla
     assert "evopress_refined" not in rows(again)
 
 
+def test_a_killed_learning_leaves_the_walk_done(again: Path, evopress: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    learned = ("stages=[refine,evaluate]", "refine.scale_epochs=1")
+
+    def cut(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evopress.fitness.scales.ScaleLearner.learn", cut)
+        assert "resume with" in evopress(f"resume={again}", *learned).text
+    assert evopress(f"resume={again}", "stages=[evaluate]", *learned[1:]).code == 0, (
+        "levels whose scales were not learned are left out"
+    )
+    assert "evopress_refined" not in rows(again)
+    monkeypatch.setattr("evopress.levels.refine.compress_units", cut)
+    outcome = evopress(f"resume={again}", *learned)
+    assert outcome.code == 0, outcome.text
+    assert "evopress_refined" in rows(again) and len(list((again / "refined").iterdir())) == 1
+
+
 def test_scales_that_are_worse_stay_as_they_were(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from evopress.fitness.scales import ScaleLearner
 
