@@ -202,7 +202,7 @@ def said(summary: dict[str, Any]) -> str:
     """Say a summary in words."""
     what = f"the new weights of {summary['kept']} of {summary['blocks']} {summary['of']} stay"
     if (scales := summary.get("scales")) is not None and scales["before"] is not None:
-        what += f", scales {'' if scales['kept'] else 'do not '}stay as they were learned"
+        what += f", learned scales {'' if scales['kept'] else 'do not '}stay"
     if summary["kl_before"] is None or summary["kl_after"] is None:
         return what
     return f"{what}, KL {summary['kl_before']:.4f} before and {summary['kl_after']:.4f} after"

@@ -273,7 +273,7 @@ def test_scales_that_are_worse_stay_as_they_were(tiny: Callable[..., Any], tmp_p
     monkeypatch.setattr(ScaleLearner, "learn", worse)
     outcome = tiny(ON, "stages=[database,search,refine]", "refine.scale_epochs=1")
     assert outcome.code == 0, outcome.text
-    assert "scales do not stay as they were learned" in outcome.text
+    assert "learned scales do not stay" in outcome.text
     told = read(tmp_path / "run" / "result.json")["refine"]
     assert (
         not told["scales"]["kept"]
