@@ -13,7 +13,7 @@ from evopress.fitness.archive import Archive
 from evopress.fitness.measures import KLDivergence, NegativeLogLikelihood
 from evopress.fitness.minibatch import MinibatchFitness
 from evopress.fitness.population import PopulationEvaluator, measure_parts, measure_sequences
-from evopress.levels.refine import _is_better
+from evopress.levels.refine import is_better
 
 
 def test_a_perplexity_that_no_number_holds_is_infinite():
@@ -69,4 +69,4 @@ def test_chunks_end_where_parts_do(live_model, tokens):
 
 def test_weights_that_make_no_number_never_stay():
     for before in (None, math.nan, math.inf):
-        assert not _is_better(math.nan, before) and not _is_better(math.inf, before) and _is_better(1.0, before)
+        assert not is_better(math.nan, before) and not is_better(math.inf, before) and is_better(1.0, before)
