@@ -91,15 +91,9 @@ def why_nothing(workspace: Workspace) -> str:
 def refine_genome(workspace: Workspace, genome: Genome) -> LevelDatabase | None:
     """Compress the units of a genome of the stored levels anew; None, which is said, where every unit is its dense weight."""
     database = _database(workspace)
-    if not (inexact := inexact_units(database, genome)):
+    if not inexact_units(database, genome):
         logger.info("refine: every unit has its dense weight, so there is nothing to refine")
         return None
-    logger.info(
-        "refine: recompressing %d units on %d calibration tokens; %d tokens of held-back search text decide which are kept",
-        len(inexact),
-        workspace.calibration_tokens.numel(),
-        workspace.refine_tokens.numel(),
-    )
     return _refined(workspace, genome)
 
 
@@ -114,6 +108,15 @@ def _refined(workspace: Workspace, genome: Genome) -> LevelDatabase:
 
 
 def _walked(workspace: Workspace, settings: WalkSettings, genome: Genome) -> LevelDatabase:
+    def judge() -> SuffixLoss:
+        logger.info(
+            "refine: recompressing %d units on %d calibration tokens; %d tokens of held-back search text decide which are kept",
+            len(inexact_units(_database(workspace), genome)),
+            workspace.calibration_tokens.numel(),
+            workspace.refine_tokens.numel(),
+        )
+        return _judge(workspace, genome)
+
     return ensure_refined(
         settings,
         workspace.untied_live,
@@ -121,7 +124,7 @@ def _walked(workspace: Workspace, settings: WalkSettings, genome: Genome) -> Lev
         genome,
         workspace.calibration_tokens,
         workspace.databases.compressor,
-        lambda: _judge(workspace, genome),
+        judge,
     )
 
 

@@ -223,6 +223,7 @@ def test_scales_are_learned_where_that_is_asked_for(again: Path, evopress: Calla
     outcome = evopress(f"resume={again}", AFTER, *learned)
     assert outcome.code == 0, outcome.text
     assert "learning scales of 14 units on 2048 tokens of search text, 2 times" in outcome.text
+    assert "recompressing" not in outcome.text, "the walk is done"
     (folder,) = (again / "refined").iterdir()
     assert folder.name != walked.name and not (folder / "learning.safetensors").exists()
     told, row = read(again / "result.json")["refine"], rows(again)["evopress_refined"]
