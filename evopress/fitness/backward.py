@@ -39,6 +39,10 @@ class Entry(NamedTuple):
     sequences: Tensor | None
     """Of every token the sequence that it is of, where they are not the leading dimension: an expert sees some tokens alone."""
 
+    def of_weight(self) -> Tensor:
+        """Return the gradient with respect to W, of all sequences together, float32 [R, C]."""
+        return self.gradient.flatten(0, -2).float().T @ self.entered.flatten(0, -2).float()
+
 
 _Taker = Callable[[Entry], None]
 _Held = dict[tuple[int, str], Tensor]

@@ -26,8 +26,7 @@ Score = Callable[[Entry, Tensor], Tensor]
 
 def first_order(entry: Entry, delta: Tensor) -> Tensor:
     """Return the sum of |∂/∂W ∘ Δ|, the gradient being that of all sequences together."""
-    gradient = entry.gradient.flatten(0, -2).float().T @ entry.entered.flatten(0, -2).float()
-    return _evenly((gradient * delta.float()).abs().sum(), entry)
+    return _evenly((entry.of_weight() * delta.float()).abs().sum(), entry)
 
 
 def fisher(entry: Entry, delta: Tensor) -> Tensor:

@@ -132,8 +132,7 @@ class ScaleLearner:
 
         def see(name: str, entry: Entry) -> None:
             if name in found:
-                of_weight = entry.gradient.flatten(0, -2).float().T @ entry.entered.flatten(0, -2).float()
-                found[name] += self.levels.gradient(name, self.slots[name].weight, of_weight).cpu()
+                found[name] += self.levels.gradient(name, self.slots[name].weight, entry.of_weight()).cpu()
 
         if len(rows):
             BackwardPass(

@@ -84,7 +84,7 @@ def ensure_database(
     with told_of(damage):
         make_folder(folder)
     with alone_in(folder, timeout=settings.lock_timeout, waiting=f"waiting for another run that builds {folder}"):
-        if (built := _opened(folder)) is not None:  # another run may have built it meanwhile
+        if (built := opened_whole(folder)) is not None:  # another run may have built it meanwhile
             return built, True
         _check_names_are_free(folder, len(blocks.parts))
         entries = _finished_blocks(folder, len(blocks.parts))
@@ -93,7 +93,7 @@ def ensure_database(
         return LevelDatabase.open(folder), False
 
 
-def _opened(folder: Path) -> LevelDatabase | None:
+def opened_whole(folder: Path) -> LevelDatabase | None:
     """Open a database if it is there and whole; say what is damaged."""
     try:
         return LevelDatabase.open(folder)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from evopress.compress.compressor import Compressed, Compressor
 from evopress.files import explained, make_folder
-from evopress.levels.build import _check_names_are_free, _finished_blocks, _opened
+from evopress.levels.build import _check_names_are_free, _finished_blocks, opened_whole
 from evopress.levels.calibration import activations_of, propagate, room_for_walks
 from evopress.levels.compressing import Walking, compress_units, hessians_of
 from evopress.levels.journal import JOURNAL, append, read_journal, rewrite_journal
@@ -135,11 +135,6 @@ def ensure_refined(
     except OSError as error:
         raise explained(error, folder) from error
     return refined or on_rank_zero(lambda: LevelDatabase.open(folder))
-
-
-def opened_whole(folder: Path) -> LevelDatabase | None:
-    """Open refined levels if they are there and whole; say what is damaged."""
-    return _opened(folder)
 
 
 def _whole(folder: Path, num_parts: int) -> LevelDatabase | None:

@@ -51,7 +51,7 @@ class ScaledLevels:
     def _scaled(self, name: str, payload: Payload) -> Payload:
         if not isinstance(payload, Quantized) or name not in self.logarithms:
             return payload
-        factors = self.logarithms[name].detach().exp().to(payload.scales.device)
+        factors = self.logarithms[name].exp().to(payload.scales.device)
         return replace(payload, scales=(payload.scales.float() * factors).to(payload.scales.dtype))
 
     def gradient(self, name: str, weight: Tensor, of_weight: Tensor) -> Tensor:

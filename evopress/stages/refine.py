@@ -17,6 +17,7 @@ from evopress.fitness.measures import KLDivergence
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.scales import Learning, ScaleLearner
 from evopress.fitness.suffix import SuffixLoss
+from evopress.levels.build import opened_whole
 from evopress.levels.live import LiveModel
 from evopress.levels.plan import WalkSettings
 from evopress.levels.refine import (
@@ -26,7 +27,6 @@ from evopress.levels.refine import (
     inexact_units,
     is_better,
     make_room,
-    opened_whole,
     refined_units,
     steps_of,
 )
@@ -99,15 +99,14 @@ def refine_genome(workspace: Workspace, genome: Genome) -> LevelDatabase | None:
 
 @collective
 def _refined(workspace: Workspace, genome: Genome) -> LevelDatabase:
-    walking, learning = refine_settings(workspace, genome), learned_settings(workspace, genome)
-    folder = folder_of(learning, _database(workspace))
-    if learning != walking and (whole := on_rank_zero(lambda: opened_whole(folder))) is not None:
-        return whole
-    walked = _walked(workspace, walking, genome)
-    return walked if learning == walking else _learned(workspace, walked, folder, learning)
+    if not workspace.settings.refine.scale_epochs:
+        return _walked(workspace, genome)
+    settings = learned_settings(workspace, genome)
+    folder = folder_of(settings, _database(workspace))
+    return on_rank_zero(lambda: opened_whole(folder)) or _learned(workspace, _walked(workspace, genome), folder, settings)
 
 
-def _walked(workspace: Workspace, settings: WalkSettings, genome: Genome) -> LevelDatabase:
+def _walked(workspace: Workspace, genome: Genome) -> LevelDatabase:
     def judge() -> SuffixLoss:
         logger.info(
             "refine: recompressing %d units on %d calibration tokens; %d tokens of held-back search text decide which are kept",
@@ -118,7 +117,7 @@ def _walked(workspace: Workspace, settings: WalkSettings, genome: Genome) -> Lev
         return _judge(workspace, genome)
 
     return ensure_refined(
-        settings,
+        refine_settings(workspace, genome),
         workspace.untied_live,
         _database(workspace),
         genome,
@@ -155,7 +154,8 @@ def _learned(workspace: Workspace, walked: LevelDatabase, folder: Path, settings
         after = judge.loss(0, {})
         told |= {"kept": is_better(after, before), "before": finite(before), "after": finite(after)}
         if not told["kept"]:
-            levels = ScaledLevels(walked)
+            for logarithms in levels.logarithms.values():
+                logarithms.zero_()
     else:
         logger.info("refine: no weight is quantized with a scale that can be learned, so refine.scale_epochs changes nothing")
 

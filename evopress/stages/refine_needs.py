@@ -101,7 +101,7 @@ def _refined_before(planner: Planner) -> int | None:
             same = recipe["genome"] == genome and made_otherwise(planner.workspace, recipe) is None
             if same and recipe["decided_by"] == tokens_digest(planner.workspace.refine_tokens):
                 return sum(file["block"] < planner.num_blocks for file in files)
-        except (EvoPressError, KeyError, TypeError):
+        except (EvoPressError, KeyError, TypeError, ValueError):
             continue  # the stage says what is wrong with it
     return None
 

@@ -58,7 +58,7 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the measures of a finished run's models; what was exported, in bytes, beside them."""
     result = read_json(folder / "result.json")
     refined = result.get("refine", {})
-    scales = {f"scales_{key}": value for key, value in refined.get("scales", {}).items()}
+    refined |= {f"scales_{key}": value for key, value in refined.pop("scales", {}).items()}
     checkpoint = folder / "checkpoint"
     exported = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else None
     for row in result["rows"]:
@@ -69,9 +69,7 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
             **{key: row[key] for key in ("bits_per_weight", "bytes", "kl", "top1_agreement")},
             "perplexity": next(iter(row["perplexity"].values())),
             "checkpoint_bytes": exported,
-            **{
-                f"refine_{key}": value for key, value in (refined | scales).items() if key != "scales" and row["name"] != "evopress"
-            },
+            **{f"refine_{key}": value for key, value in refined.items() if row["name"] != "evopress"},
         }
 
 

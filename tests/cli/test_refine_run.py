@@ -283,6 +283,16 @@ def test_scales_that_are_worse_stay_as_they_were(tiny: Callable[..., Any], tmp_p
     )
 
 
+def test_a_plan_survives_a_manifest_of_anything(again: Path, evopress: Callable[..., Any]) -> None:
+    assert evopress(f"resume={again}", "stages=[refine]").code == 0
+    (manifest,) = (again / "refined").glob("*/manifest.json")
+    told = read(manifest)
+    manifest.write_text(json.dumps({**told, "recipe": {**told["recipe"], "correction": "much"}}), encoding="utf-8")
+    outcome = evopress(f"resume={again}", "stages=[refine]", "dry_run=true")
+    assert outcome.code == 0, outcome.text
+    assert "2 blocks anew" in outcome.text
+
+
 def test_unfinished_refined_levels_are_left_out(again: Path, evopress: Callable[..., Any]) -> None:
     assert evopress(f"resume={again}", "stages=[refine]").code == 0
     (folder,) = (again / "refined").iterdir()
