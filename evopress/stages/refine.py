@@ -247,9 +247,14 @@ def made_otherwise(workspace: Workspace, recipe: Mapping[str, Any]) -> str | Non
     """Say with what other settings refined levels were made; None: with these."""
     if (correction := recipe.get("correction", 0.0)) != workspace.settings.refine.correction:
         return f"refine.correction={correction:g}"
-    if (scales := recipe.get("scales")) != _scales(workspace):
-        return "refine.scale_epochs=0" if scales is None else f"scales that were learned by {scales}"
-    return None
+    scales, asked = recipe.get("scales"), _scales(workspace)
+    if scales == asked:
+        return None
+    if not isinstance(scales, dict):
+        return "refine.scale_epochs=0"
+    if asked is not None and all(scales.get(key) == asked[key] for key in ("epochs", "rate")):
+        return "scales that were learned on other text"
+    return f"refine.scale_epochs={scales.get('epochs')} refine.scale_rate={scales.get('rate')}"
 
 
 def refined_levels(workspace: Workspace, genome: Genome) -> LevelDatabase | None:

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evopress.data.python_docs import PythonDocs
-from evopress.data.tokens import token_sequences
+from evopress.data.tokens import token_sequences, tokens_digest
 from evopress.finished import settings_digest, stages_done
 from evopress.settings import (
     DataSettings,
@@ -26,6 +27,7 @@ from evopress.settings import (
     RunSettings,
     ScaleSettings,
 )
+from evopress.stages.refine import made_otherwise
 
 ON = "scale.refine=true"
 WITH = "stages=[database,baselines,search,refine,evaluate,export]"
@@ -241,8 +243,25 @@ def test_scales_are_learned_where_that_is_asked_for(again: Path, evopress: Calla
     assert outcome.code == 0 and "learning scales" not in outcome.text and tree(again / "refined") == before
     outcome = evopress(f"resume={again}", "stages=[evaluate,export]", "refine.scale_epochs=0")
     assert outcome.code == 0, outcome.text
-    assert re.search(r"was made with scales that were learned by \S+.*, so it is left out: ", outcome.text)
+    assert "was made with refine.scale_epochs=2 refine.scale_rate=0.01, so it is left out: " in outcome.text
     assert "evopress_refined" not in rows(again)
+
+
+@pytest.mark.parametrize(
+    ("scales", "told"),
+    [
+        (None, "refine.scale_epochs=0"),
+        ({"epochs": 1, "rate": 0.002}, "refine.scale_epochs=1 refine.scale_rate=0.002"),
+        ({"epochs": 2, "rate": 0.002, "text": "another"}, "scales that were learned on other text"),
+    ],
+)
+def test_how_other_levels_were_made_is_told_by_settings(scales: dict[str, Any] | None, told: str) -> None:
+    text = torch.zeros(2, 8, dtype=torch.int64)
+    workspace: Any = SimpleNamespace(
+        settings=SimpleNamespace(refine=RefineSettings(correction=0.0, scale_epochs=2, scale_rate=0.002)), search_tokens=text
+    )
+    assert made_otherwise(workspace, {"scales": scales}) == told
+    assert made_otherwise(workspace, {"scales": {"epochs": 2, "rate": 0.002, "text": tokens_digest(text)}}) is None
 
 
 def test_a_killed_learning_leaves_the_walk_done(again: Path, evopress: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
