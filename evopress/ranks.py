@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 from evopress.errors import EvoPressError, first_line
 
@@ -259,6 +259,37 @@ def shares(count: int) -> list[range]:
         return [range(count)]
     width = -(-count // SHARES)
     return [range(min(number * width, count), min((number + 1) * width, count)) for number in shard(SHARES)]
+
+
+class InPairs(Generic[T]):
+    """What a process's shares add up to, in pairs, pairs of these, and so on: the same bits, however many processes have them."""
+
+    def __init__(self, join: Callable[[T, T], T]) -> None:
+        """Begin with none.
+
+        Args: join: adds the second to the first, which it may change, and returns the sum.
+        """
+        self._join, self._partial, self._count = join, list[T](), 0
+
+    def add(self, share: T) -> None:
+        """Take one more share: the first two are added up, then the next two, and these to those."""
+        self._partial.append(share)
+        self._count += 1
+        pairs = self._count
+        while pairs % 2 == 0:
+            last = self._partial.pop()
+            self._partial[-1] = self._join(self._partial[-1], last)
+            pairs //= 2
+
+    @property
+    def total(self) -> T:
+        """What all shares add up to, once they are there: one, two, four or eight of them."""
+        return self._partial[-1]
+
+
+def sums_held() -> int:
+    """Return how many sums `InPairs` holds at once, at most, where it adds up what `shares` gives a process."""
+    return (SHARES // processes() if launched() else 1).bit_length()
 
 
 def largest_shard(count: int, most: int | None = None) -> int:

@@ -31,7 +31,7 @@ from evopress.fitness.population import PopulationEvaluator
 from evopress.fitness.scales import Learning, ScaleLearner
 from evopress.fitness.suffix import SuffixLoss
 from evopress.levels.build import ensure_database
-from evopress.levels.calibration import _Tree
+from evopress.levels.calibration import _joined
 from evopress.levels.live import LiveModel
 from evopress.levels.plan import WalkSettings
 from evopress.levels.refine import ensure_refined
@@ -306,15 +306,15 @@ def test_what_is_said_of_the_busiest_process_is_what_it_does(size: int, count: i
 def test_sums_of_shares_are_added_in_one_tree() -> None:
     """Of eight numbers that float32 rounds: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), on one process."""
     values = torch.tensor([1e8, 1.0, -1e8, 3.0, 7e7, 5.0, -7e7, 9.0])
-    tree = _Tree()
+    added = ranks.InPairs[dict[str, HessianSum]](_joined)
     for value in values:
         share = HessianSum(1)
         share.total.fill_(value)
-        tree.add({"unit": share})
+        added.add({"unit": share})
     expected = values
     while len(expected) > 1:
         expected = expected[0::2] + expected[1::2]
-    assert tree.sums["unit"].total.item() == expected.item() != values.sum().item()
+    assert added.total["unit"].total.item() == expected.item() != values.sum().item()
 
 
 def test_processes_that_are_given_different_commands_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,7 @@ class GPTQ:
         """See `Working`: codes are held a byte each."""
 
         def unpacked(level: Level, size: int) -> int:
-            return 0 if level.key == DENSE else size + (level.stored_bits - level.cost) // 8
+            return 0 if level.key == DENSE else size + metadata_bits(level) // 8
 
         paper = Working(factoring=4.5, sweeping=2.0, per_weight=5, cut_by=9, unpacked=unpacked)
         return paper if self.recipe == "paper" else Working(unpacked=unpacked)
@@ -303,6 +303,11 @@ def uncompressed(weights: Mapping[str, Tensor], H: Tensor) -> dict[str, Tensor]:
         broken = next(name for name, W in originals.items() if not bool(torch.isfinite(W).all()))
         raise EvoPressError(f"the weight of {broken} is not finite: fetch the checkpoint again")
     return originals
+
+
+def metadata_bits(level: Level) -> int:
+    """Return the bits of scales and zeros, 32 a group or more, of a weight at a level of `GPTQ`; of others, 0."""
+    return level.stored_bits - level.cost if level.source == "quant" else 0
 
 
 def _joined(first: Quantized, second: Quantized) -> Quantized:

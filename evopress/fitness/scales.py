@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,14 +34,28 @@ from evopress.levels.scaled import ScaledLevels
 from evopress.levels.store import save_tensors
 from evopress.models.blocks import BlockModel
 from evopress.progress import track
-from evopress.ranks import on_all_ranks, on_rank_zero, shares, sum_over_ranks
+from evopress.ranks import InPairs, on_all_ranks, on_rank_zero, shares, sum_over_ranks, sums_held
 
 logger = logging.getLogger(__name__)
 STEP_TOKENS = 2048
 """Tokens of a step, at least a sequence."""
 _ADAM = ("exp_avg", "exp_avg_sq")
+_DIGEST = "sha256"
 _SECONDS = 60.0
 """Between two times that the way so far is written down."""
+
+
+def written_bytes(num_scales: int) -> int:
+    """Return the bytes of the way so far on disk, at most: it is there twice while it is replaced."""
+    return 2 * num_scales * 4 * (1 + len(_ADAM))
+
+
+def held_bytes(num_scales: int) -> int:
+    """Return the bytes that learning holds in host memory: logarithms, what Adam keeps, and gradients.
+
+    Those of a share of text are made weight by weight, and put into one row; rows of several shares wait to be added up.
+    """
+    return num_scales * 4 * (2 + len(_ADAM) + sums_held())
 
 
 @dataclass(frozen=True)
@@ -115,9 +130,14 @@ class ScaleLearner:
 
         Raises: EvoPressError if one is not finite.
         """
-        sums: list[Tensor] = []
-        on_all_ranks(lambda: sums.append(_in_pairs([self._of_share(rows[each.start : each.stop]) for each in shares(len(rows))])))
-        together = sum_over_ranks(sums[0])
+        added = InPairs[Tensor](torch.Tensor.add_)
+
+        def walk() -> None:
+            for each in shares(len(rows)):
+                added.add(self._of_share(rows[each.start : each.stop]))
+
+        on_all_ranks(walk)
+        together = sum_over_ranks(added.total)
         if not bool(torch.isfinite(together).all()):
             raise EvoPressError(
                 "a gradient of the scales is not finite: look at the model's outputs at these levels, or set refine.scale_epochs=0"
@@ -161,6 +181,7 @@ class ScaleLearner:
         for name, logarithms in self.levels.logarithms.items():
             adam = self.optimizer.state[logarithms]
             found |= {f"{name}/{part}": adam[part] for part in _ADAM} | {f"{name}/logarithms": logarithms}
+        found[_DIGEST] = _digest_of(found)
         write_atomically(state, lambda path: save_tensors(found, path))
         self._written = time.monotonic()
 
@@ -170,12 +191,14 @@ class ScaleLearner:
         def read() -> dict[str, Tensor] | None:
             try:
                 found = load_file(state)
-                return found if found["way"][0] == self._way else None
+                if torch.equal(found.pop(_DIGEST), _digest_of(found)):
+                    return found if found["way"][0] == self._way else None
             except FileNotFoundError:
                 return None
             except (OSError, SafetensorError, KeyError):
-                logger.warning("%s cannot be read: scales are learned from the beginning", state)
-                return None
+                pass
+            logger.warning("%s is damaged: scales are learned from the beginning", state)
+            return None
 
         if (found := on_rank_zero(read)) is None:
             return 0
@@ -187,8 +210,10 @@ class ScaleLearner:
         return done
 
 
-def _in_pairs(rows: list[Tensor]) -> Tensor:
-    """Add up in pairs, pairs of these, and so on: to the same bits, however many processes share the rows."""
-    while len(rows) > 1:
-        rows = [sum(rows[i + 1 : i + 2], rows[i]) for i in range(0, len(rows), 2)]
-    return rows[0]
+def _digest_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the SHA-256 of tensors, uint8 [32]."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.numpy().data)
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from evopress.levels.passage import Passage, room_for_activations
 from evopress.models.blocks import BlockModel
 from evopress.models.experts import ExpertLinear
 from evopress.progress import track
-from evopress.ranks import batch_within_share, collective, on_all_ranks, on_rank_zero, shares, sum_over_ranks
+from evopress.ranks import InPairs, batch_within_share, collective, on_all_ranks, on_rank_zero, shares, sum_over_ranks
 
 logger = logging.getLogger(__name__)
 Sum = TypeVar("Sum", bound=ProductSum)
@@ -159,7 +159,7 @@ def collect_hessians(
 
         return hook
 
-    total: _Tree[HessianSum] = _Tree()
+    total = InPairs[dict[str, HessianSum]](_joined)
     # What is not finite inside a block is not so where it ends; read once, so that no batch waits for it.
     finite: list[tuple[int, Tensor]] = []
 
@@ -178,20 +178,20 @@ def collect_hessians(
                         passage.put(start, output)
                     inputs = len(alive)
                     alive.clear()
-                total.add(sums)
+                total.add(dict(sums))
                 sums.clear()
         finally:
             for handle in handles:
                 handle.remove()
         if (where := _first_not_finite(finite, batch, buffer, mine)) is not None:
             broken = next((name for name, linear in linears.items() if not bool(torch.isfinite(linear.weight).all())), None)
-            unit = next((owner for owner, each_sum in total.sums.items() if not each_sum.finite), None)
+            unit = next((owner for owner, each_sum in total.total.items() if not each_sum.finite), None)
             what = f"the input activations of {unit} are" if unit else f"the output of {blocks.block_name(index)} is"
             what = what if broken is None else f"the weight of {broken} is"
             raise EvoPressError(f"{what} not finite, first on {where}: {blocks.advice}")
 
     on_all_ranks(walk)
-    found = total.of_all(blocks.device)
+    found = _of_all(total, blocks.device)
     seen = on_all_ranks(lambda: (owners, {name: int(count) for name, count in experts.items()}))
     owners = {name: owner for theirs, _ in seen for name, owner in theirs.items()}
     hessians: dict[str, Tensor] = {}
@@ -210,41 +210,26 @@ def collect_hessians(
     return BlockHessians(owners, hessians)
 
 
-class _Tree(Generic[Sum]):
-    """Sums of shares, added up in pairs, pairs of these, and so on, as they come: the first two, then the next two to these."""
+def _joined(sums: dict[str, Sum], others: dict[str, Sum]) -> dict[str, Sum]:
+    """Add sums to those of the same names."""
+    for name, total in others.items():
+        if name in sums:
+            sums[name].join(total)
+        else:
+            sums[name] = total
+    return sums
 
-    def __init__(self) -> None:
-        self._partial: list[dict[str, Sum]] = []
-        self._count = 0
 
-    def add(self, sums: Mapping[str, Sum]) -> None:
-        """Take the sums of one more share."""
-        self._partial.append(dict(sums))
-        self._count += 1
-        pairs = self._count
-        while pairs % 2 == 0:
-            last = self._partial.pop()
-            for name, total in last.items():
-                if name in self.sums:
-                    self.sums[name].join(total)
-                else:
-                    self.sums[name] = total
-            pairs //= 2
-
-    @property
-    def sums(self) -> dict[str, Sum]:
-        """What the last shares, or all of them, add up to."""
-        return self._partial[-1]
-
-    def of_all(self, device: torch.device) -> dict[str, Sum]:
-        """Return the sums over all shares of all processes, on each of them; the tree has them no more."""
-        told = on_all_ranks(lambda: {name: (type(total), total.widths, total.num_sequences) for name, total in self.sums.items()})
-        found = {}
-        for name, (kind, widths, _) in {name: about for theirs in told for name, about in theirs.items()}.items():
-            found[name] = self.sums.pop(name) if name in self.sums else kind(*widths, device=device)
-            found[name].num_sequences = sum(theirs[name][2] for theirs in told if name in theirs)
-            sum_over_ranks(found[name].total)
-        return found
+def _of_all(added: InPairs[dict[str, Sum]], device: torch.device) -> dict[str, Sum]:
+    """Return the sums over all shares of all processes, on each of them; the shares have them no more."""
+    sums = added.total
+    told = on_all_ranks(lambda: {name: (type(total), total.widths, total.num_sequences) for name, total in sums.items()})
+    found = {}
+    for name, (kind, widths, _) in {name: about for theirs in told for name, about in theirs.items()}.items():
+        found[name] = sums.pop(name) if name in sums else kind(*widths, device=device)
+        found[name].num_sequences = sum(theirs[name][2] for theirs in told if name in theirs)
+        sum_over_ranks(found[name].total)
+    return found
 
 
 def _passages(buffer: Tensor, batch: int, blocks: BlockModel, mine: Sequence[range] | None) -> Iterator[tuple[int, Passage]]:
@@ -296,7 +281,7 @@ def head_hessian(blocks: BlockModel, buffer: Tensor, batch: int, *, mine: Sequen
     """
     assert blocks.head_part is not None
     (name,) = blocks.slots(blocks.head_part)
-    total: _Tree[HessianSum] = _Tree()
+    total = InPairs[dict[str, HessianSum]](_joined)
     finite: list[tuple[int, Tensor]] = []
 
     def walk() -> None:
@@ -311,7 +296,7 @@ def head_hessian(blocks: BlockModel, buffer: Tensor, batch: int, *, mine: Sequen
             raise EvoPressError(f"the last hidden states are not finite, first on {where}: {blocks.advice}")
 
     on_all_ranks(walk)
-    found = total.of_all(blocks.device)
+    found = _of_all(total, blocks.device)
     hessians: dict[str, Tensor] = {}
     on_all_ranks(lambda: hessians.update({name: _result(found[name], [name])}))
     return BlockHessians({name: name}, hessians)
@@ -341,7 +326,7 @@ def collect_lost(
         adding: what `adding_linears` returned.
         mine: as in `collect_hessians`.
     """
-    total: _Tree[ProductSum] = _Tree()
+    total = InPairs[dict[str, ProductSum]](_joined)
 
     def walk() -> None:
         walks = (_passages(activations, batch, blocks, mine) for activations in (dense, buffer))
@@ -354,7 +339,7 @@ def collect_lost(
             total.add(paired.sums)
 
     on_all_ranks(walk)
-    found = PairedSum(total.of_all(blocks.device))
+    found = PairedSum(_of_all(total, blocks.device))
     lost: list[Lost] = []
     on_all_ranks(lambda: lost.append(found.result()))
     return lost[0]

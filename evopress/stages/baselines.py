@@ -162,7 +162,7 @@ def baselines_needs(planner: Planner) -> Needs:
         if each.on_search_text:
             planner.base(needs)
         if each.backward:
-            planner.attribute(needs, Asks("", each.tokens, times=each.genomes), alone=True, errors=each.errors)
+            planner.attribute(needs, Asks("", each.tokens, times=each.genomes), shared_by=lambda rows: rows, errors=each.errors)
         else:
             mine = planner.mine(each.genomes, each.tokens, split=each.on_search_text, alone=each.alone)
             planner.score(needs, *mine, together=each.together)

@@ -151,21 +151,25 @@ class Planner:
             lambda speed: forwards * speed.block + references * speed.reference + whole * speed.head,
         )
 
-    def attribute(self, needs: Needs, ask: Asks, *, alone: bool = False, errors: int = 1) -> None:
+    def attribute(
+        self, needs: Needs, ask: Asks, *, shared_by: Callable[[int], int] | None = None, errors: int = 1, beside: int = 0
+    ) -> None:
         """Add attributions: each block forward, then forward again and backward; what enters each block is held meanwhile.
 
         Where modules can be dropped, and in expansions, there is one more way back.
 
         Args:
-            alone: a baseline's, which goes back once and which processes do not share.
+            shared_by: takes how many sequences there are, and says how many the busiest process has, of a pass that goes back
+                once; None: the strategy's attributions.
             errors: of each weight, whose products with what enters it take about what a forward does.
+            beside: bytes that are held in host memory then.
         """
         blocks, fitness, (available, length) = self.workspace.blocks, self.settings.fitness, self.workspace.search_tokens.shape
         rows = min(max(Attribution.sequences, -(-ask.tokens // length)), available)
-        shared = rows if alone else largest_shard(rows, max(fitness.max_tokens_in_flight * rows // ask.tokens, 1))
-        mine = -(-ask.tokens * shared // rows)
+        own = shared_by or (lambda count: largest_shard(count, max(fitness.max_tokens_in_flight * count // ask.tokens, 1)))
+        mine = -(-ask.tokens * own(rows) // rows)
         tokens = mine * ask.times
-        gates = self.workspace.method.modules is not None and not alone
+        gates = shared_by is None and self.workspace.method.modules is not None
         counted = backward_tokens(gates or ask.expansion)
         # An expansion has the products on both ways back.
         forwards = (counted + errors * (2 if ask.expansion else 1)) * tokens * self.num_blocks
@@ -186,7 +190,7 @@ class Planner:
         )
         # What enters each block and leaves the last one, gradients, and the base of these sequences.
         held = (self.num_blocks + (4 if gates or ask.expansion else 3)) * self.states(mine)
-        self.put(needs, there + self.levels_kept + self._carried, host=self._bases + held)
+        self.put(needs, there + self.levels_kept + self._carried, host=self._bases + held + beside)
 
     def hold(self, needs: Needs, candidates: int, tokens: int, *, apart: bool = False, given: bool = True) -> None:
         """Let the stage's peak be at least that of evaluating candidates on so many tokens each.

@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ from evopress.workspace import Workspace
 logger = logging.getLogger(__name__)
 REFINED = "refined"
 """Folder of a run that the refined levels lie in."""
+_STATE = "learning.safetensors"
+"""In a folder whose scales are being learned: how far that is."""
 _AGAIN = "run the stage refine again, with those after it: stages=[refine,evaluate,export,report]"
 
 
@@ -103,7 +106,15 @@ def _refined(workspace: Workspace, genome: Genome) -> LevelDatabase:
         return _walked(workspace, genome)
     settings = learned_settings(workspace, genome)
     folder = folder_of(settings, _database(workspace))
-    return on_rank_zero(lambda: opened_whole(folder)) or _learned(workspace, _walked(workspace, genome), folder, settings)
+    return on_rank_zero(lambda: _learned_before(folder)) or _learned(workspace, _walked(workspace, genome), folder, settings)
+
+
+def _learned_before(folder: Path) -> LevelDatabase | None:
+    """Open what was learned if it is whole, and remove what a kill between the last two writes has left beside it."""
+    if (found := opened_whole(folder)) is not None:
+        with suppress(OSError):
+            (folder / _STATE).unlink(missing_ok=True)
+    return found
 
 
 def _walked(workspace: Workspace, genome: Genome) -> LevelDatabase:
@@ -133,7 +144,7 @@ def _learned(workspace: Workspace, walked: LevelDatabase, folder: Path, settings
     levels = ScaledLevels(walked)
     on_rank_zero(lambda: make_room(folder, len(workspace.blocks.parts)))
     told: dict[str, Any] = {"kept": False, "before": None, "after": None, "tokens": text.numel() * asked.scale_epochs}
-    state = folder / "learning.safetensors"
+    state = folder / _STATE
     if levels.logarithms:
         epochs = counted(asked.scale_epochs, "time")
         logger.info(

@@ -6,9 +6,10 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from evopress.compress.gptq import metadata_bits
 from evopress.data.tokens import tokens_digest
 from evopress.errors import EvoPressError
-from evopress.fitness.scales import STEP_TOKENS
+from evopress.fitness.scales import STEP_TOKENS, held_bytes, written_bytes
 from evopress.levels.passage import held_on_host, stay_on_device
 from evopress.levels.plan import CORRECTED_FORWARDS, batch_of, compressing_share, part_bytes
 from evopress.levels.store import MANIFEST
@@ -39,12 +40,14 @@ def refine_needs(planner: Planner) -> Needs:
     suffixes = n + n * (n + 1) // 2 + n  # the genome as it was found, the candidates, the blocks that are settled
     walking = 2 if corrected else 1  # activations of all the text
     epochs = planner.settings.refine.scale_epochs
+    scales = _most_scales(planner) if epochs else 0
     in_memory = level_db.activations == "memory"
     needs = planner.needs(
         "refine",
-        f"{counted(n, 'block')} anew" + (", scales learned" if epochs else ""),
+        f"{counted(n, 'block')} anew" + (", scales learned" if scales else ""),
         disk={
             workspace.run_dir: (2 if epochs else 1) * _stored_bytes(planner)
+            + written_bytes(scales)
             + (0 if in_memory else walking * planner.states(calibration.numel()))
         },
         less_memory="use fewer calibration tokens (data.calibration_tokens), level_db.activations=disk, or leave refine out of "
@@ -74,10 +77,12 @@ def refine_needs(planner: Planner) -> Needs:
     working = max(part_bytes(workspace.blocks, units, compressor, **text) for units in parts)
     kept = planner.levels_kept * (1 if planner.space.untied is None else 2)  # the search's, and those of weights that are not tied
     planner.put(needs, kept + working + (activations if beside else 0), host=held)
-    if epochs:
+    if scales:
+        planner.base(needs)
         step = max(STEP_TOKENS, length)
         times = math.ceil(epochs * workspace.search_tokens.numel() / step)
-        planner.attribute(needs, Asks("refine.scale_epochs", step, times=times, attribution=True), alone=True)
+        asks = Asks("refine.scale_epochs", step, times=times, attribution=True)
+        planner.attribute(needs, asks, shared_by=largest_shard, beside=held_bytes(scales))
     return needs
 
 
@@ -87,6 +92,12 @@ def _of_one_level(planner: Planner) -> list[list[Unit]]:
     blocks = planner.workspace.blocks
     parts = ([unit for unit in units if unit.block == part] for part in blocks.parts if part != blocks.embedding_part)
     return [those for those in parts if those]
+
+
+def _most_scales(planner: Planner) -> int:
+    """Return how many scales can be learned, at most: those of the blocks' weights, each at the level that has most."""
+    units = (unit for unit in planner.space.whole.units if not unit.is_outside)
+    return sum(max(map(metadata_bits, unit.levels)) // 32 for unit in units)
 
 
 def _refined_before(planner: Planner) -> int | None:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from evopress import resources
+from evopress import ranks, resources
 from evopress.compress.compressor import free_bytes, free_now, sweep_bytes, to_come
 from evopress.errors import EvoPressError
 from evopress.evaluation.tasks import Asked
@@ -569,6 +569,22 @@ def test_an_attribution_has_the_block_that_is_carried(monkeypatch: pytest.Monkey
         return found.device
 
     assert on_device(True) == on_device(False) + 700
+
+
+def test_what_a_pass_back_takes_goes_by_who_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs_of_stages, "backward_bytes", lambda *args, **settings: 1000)
+    monkeypatch.setattr(ranks, "_world", ranks._World(rank=0, size=2))
+    asking = planner("cpu")
+    asking.workspace.search_tokens = torch.empty(16, 1024, dtype=torch.int64)
+
+    def of(shared_by: Callable[[int], int], **beside: int) -> Any:
+        found = asking.needs("refine", "")
+        asking.attribute(found, Asks("", 8192), shared_by=shared_by, **beside)
+        return found
+
+    shared = of(ranks.largest_shard)
+    assert of(lambda rows: rows).tokens == 2 * shared.tokens
+    assert of(ranks.largest_shard, beside=123).memory == shared.memory + 123
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -239,6 +239,7 @@ def test_scales_are_learned_where_that_is_asked_for(again: Path, evopress: Calla
     assert kl_of_checkpoint(again / "checkpoint", cache)[0] == pytest.approx(row["kl"], rel=1e-3)
     assert "refine.scale_epochs=2" in read(again / "checkpoint" / "evopress.json")["command"]
     before = tree(again / "refined")
+    (folder / "learning.safetensors").write_bytes(b"of a run that was killed between its last two writes")
     outcome = evopress(f"resume={again}", AFTER, *learned)
     assert outcome.code == 0 and "learning scales" not in outcome.text and tree(again / "refined") == before
     outcome = evopress(f"resume={again}", "stages=[evaluate,export]", "refine.scale_epochs=0")
@@ -300,6 +301,24 @@ def test_scales_that_are_worse_stay_as_they_were(tiny: Callable[..., Any], tmp_p
         and told["scales"]["after"] > told["scales"]["before"]
         and told["kl_after"] < told["scales"]["after"]
     )
+
+
+def test_the_plan_of_learning_has_all_that_it_takes(again: Path, evopress: Callable[..., Any], sparse: Callable[..., Any]) -> None:
+    def planned(*stages: str, epochs: int) -> list[str]:
+        outcome = evopress(f"resume={again}", f"stages=[{','.join(stages)}]", f"refine.scale_epochs={epochs}", "dry_run=true")
+        assert outcome.code == 0, outcome.text
+        found = re.search(
+            r"^refine +2 blocks anew(?:, scales learned)? .* ([\d.]+ [kM]?B) +([\d.]+ [kM]?B)", outcome.text, re.MULTILINE
+        )
+        assert found is not None, outcome.text
+        return list(found.groups())
+
+    (disk, alone), (_, plain) = planned("refine", epochs=2), planned("refine", epochs=0)
+    assert planned("search", "refine", epochs=2) == [disk, alone], (
+        "the dense model's states of the search text are held in either case"
+    )
+    assert alone != plain
+    assert "scales learned" not in sparse(ON, WITH, "refine.scale_epochs=2", "dry_run=true").text, "of which there are none"
 
 
 def test_a_plan_survives_a_manifest_of_anything(again: Path, evopress: Callable[..., Any]) -> None:
