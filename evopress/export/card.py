@@ -4,7 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from evopress.export.exporter import Export
+
+
+def exactness(off: float, *, rounded: str, dtype: torch.dtype) -> str:
+    """Return how far a file's weights are from those that were measured, in one sentence.
+
+    Args:
+        off: by how many steps of its grid a weight is from scale · (q - zero) at most.
+        rounded: what makes it so: "Minima are float16".
+        dtype: the model's, to which what was measured is rounded.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if not off:
+        return f"The weights are those that were measured, bit for bit once they are rounded to {name}, the model's dtype."
+    return (
+        f"{rounded}: no weight held as integers differs by more than {off:.2g} of a step of its grid from scale · (q - zero), "
+        f"which was measured rounded to {name}, the model's dtype."
+    )
 
 
 def model_card(export: Export, *, library: str, how: str, commands: Sequence[str], remarks: str) -> str:

@@ -25,7 +25,7 @@ from evopress.compress.gguf_levels import GGUFWeight
 from evopress.compress.gguf_types import GGUF_TYPES, Blocks, GGUFType
 from evopress.compress.gptq import Quantized
 from evopress.errors import EvoPressError
-from evopress.export.card import model_card
+from evopress.export.card import exactness, model_card
 from evopress.export.exporter import GGUF_TYPE, INTEGERS, SPARSE, Export, Form
 from evopress.export.gguf_model import (
     ARCHITECTURES,
@@ -181,23 +181,18 @@ class GGUF:
         counts = Counter(tensor.kind for tensor in tensors if len(tensor.shape) > 1)
         held = ", ".join(f"{counts[kind]} as {kind}" for kind in (*GGUF_TYPES, *_DENSE.values()) if counts[kind])
         logger.info("gguf: weights are held %s", held)
-        exactness = (
-            "Minima are float16: no weight differs from the one that was measured by more than "
-            f"{rounding.worst:.2g} of a step of its grid."
-            if rounding.worst
-            else "The weights are those that were measured, bit for bit once they are rounded to the model's dtype."
-        )
+        told = exactness(rounding.worst, rounded="Minima are float16", dtype=export.model.dtype)
         if self._rounded or self._dense not in (None, export.model.dtype):
             to = _ROUNDED.name if self._rounded else _DENSE[self._dense or export.model.dtype]
-            exactness += f" Matrices that are no units are rounded to {to}."
-        exactness += about_windows(export.model.config.to_dict(), _WITHOUT_WINDOWS, program="llama.cpp")
-        logger.info("gguf: %s", exactness)
+            told += f" Matrices that are no units are rounded to {to}."
+        told += about_windows(export.model.config.to_dict(), _WITHOUT_WINDOWS, program="llama.cpp")
+        logger.info("gguf: %s", told)
         card = model_card(
             export,
             library="llama.cpp",
             how="With [llama.cpp](https://github.com/ggml-org/llama.cpp), in this folder:",
             commands=(f"llama-cli -m {FILE} -p 'Once upon a time'", self.serve(".", export.model.dtype)),
-            remarks=f"Weights are held {held}. {exactness} llama.cpp rounds activations that meet them to 8 bits.",
+            remarks=f"Weights are held {held}. {told} llama.cpp rounds activations that meet them to 8 bits.",
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from evopress.compress.gptq import Quantized
 from evopress.engines import ENGINES
 from evopress.errors import EvoPressError
-from evopress.export.card import model_card
+from evopress.export.card import exactness, model_card
 from evopress.export.exporter import INTEGERS, Export, Form
 from evopress.export.rules import about_windows, refuse_head_size, refuse_unfit
 from evopress.export.tensors_file import Entry, Section, num_bytes
@@ -46,12 +46,11 @@ _WITH_GAPS = "nemotron-nas"
 _OF_A_GAP = {"attention": ("input_layernorm", "self_attn"), "ffn": ("post_attention_layernorm", "mlp")}
 _SCALES = {"float16": torch.float16, "float32": torch.float32}
 _METADATA = {"format": "mlx"}
-_LARGEST = torch.finfo(torch.float16).max
 
 
 @dataclass
 class _Rounding:
-    """What float16 scales and biases have changed so far."""
+    """What the dtype of scales and biases has changed so far."""
 
     worst: float = 0.0
     """In steps of the grid that a weight lies on."""
@@ -72,7 +71,7 @@ class MLX:
         """
         if scales not in tuple(_SCALES):
             raise EvoPressError(f"export_options.mlx.scales={scales} is unknown: choose {' or '.join(_SCALES)}")
-        self._dtype = _SCALES[scales]
+        self._name, self._dtype = scales, _SCALES[scales]
 
     def check(self, config: Mapping[str, Any], forms: Iterable[Form]) -> None:
         """Refuse what MLX, or mlx-lm, does not hold."""
@@ -121,22 +120,16 @@ class MLX:
             sections, layers = self._sections(export, rounding)
             config = engine_config(export.model, layers, gaps=_gaps(export))
             write_model(folder, export, sections, config, _METADATA)
-        if self._dtype == torch.float16:
-            exactness = (
-                "Scales and biases are float16: no weight differs from the one that was measured by more than "
-                f"{rounding.worst:.2g} of a step of its grid."
-            )
-        else:
-            exactness = "Scales and biases are float32, so the weights are those that were measured, bit for bit."
+        told = exactness(rounding.worst, rounded=f"Scales and biases are {self._name}", dtype=export.model.dtype)
         own = export.model.config.model_type  # a Mistral with gaps is another architecture of mlx-lm
-        exactness += about_windows(config | {"model_type": own}, _WITHOUT_WINDOWS, program="mlx-lm 0.32.2")
-        logger.info("mlx: %s", exactness)
+        told += about_windows(config | {"model_type": own}, _WITHOUT_WINDOWS, program="mlx-lm 0.32.2")
+        logger.info("mlx: %s", told)
         card = model_card(
             export,
             library="mlx",
             how="`pip install mlx-lm`, and in this folder:",
             commands=("mlx_lm.generate --model . --prompt 'Once upon a time'", self.serve(".", export.model.dtype)),
-            remarks=exactness,
+            remarks=told,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -181,15 +174,13 @@ class MLX:
         return Section(entries, make)
 
     def _scales_and_biases(self, payload: Quantized, what: str, rounding: _Rounding) -> tuple[Tensor, Tensor]:
-        scales = payload.scales.to(torch.float32)
-        biases = -scales * payload.zeros.to(torch.float32) + 0.0  # no negative zeros
-        if self._dtype == torch.float32:
-            return scales, biases
-        if float(biases.abs().max()) > _LARGEST:
-            raise EvoPressError(f"the biases of {what} are too large for float16: use '+export_options.mlx.scales=float32'")
-        stored = scales.to(torch.float16), biases.to(torch.float16)
-        off = [each.double() - exact.double() for each, exact in zip(stored, (scales, biases), strict=True)]
-        step = scales.double().abs().clamp_min(torch.finfo(torch.float64).tiny)
+        scales = payload.scales.double()
+        biases = -scales * payload.zeros.double() + 0.0  # no negative zeros
+        if float(biases.abs().max()) > torch.finfo(self._dtype).max:
+            raise EvoPressError(f"the biases of {what} are too large for {self._name}: use '+export_options.mlx.scales=float32'")
+        stored = scales.to(self._dtype), biases.to(self._dtype)
+        off = [each.double() - exact for each, exact in zip(stored, (scales, biases), strict=True)]
+        step = scales.abs().clamp_min(torch.finfo(torch.float64).tiny)
         for code in (0, 2**payload.bits - 1):  # what is off grows with the code, from one end to the other
             rounding.worst = max(rounding.worst, float(((off[0] * code + off[1]).abs() / step).masked_fill(scales == 0, 0.0).max()))
         return stored

@@ -156,18 +156,22 @@ def test_scales_that_float16_does_not_hold_have_no_type() -> None:
     assert type_of(replace(integers, scales=integers.scales.float() * 1.0001)) is None
 
 
-def test_minima_are_rounded_by_what_the_card_says(exported: Callable[..., Export], tmp_path: Path) -> None:
-    export = exported()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_minima_are_rounded_by_what_the_card_says(dtype: torch.dtype, exported: Callable[..., Export], tmp_path: Path) -> None:
+    export = exported(dtype=dtype)
     folder = write_export(GGUF(), tmp_path / "gguf", replace(export, licence="Apache-2.0", table="| name |"))
     card = (folder / "README.md").read_text()
     for said in ("license: apache-2.0", f"llama-server -m ./{FILE}", "| name |", "as Q4_1", "as Q5_1", "as Q8_0"):
         assert said in card
+    assert f"which was measured rounded to {str(dtype).removeprefix('torch.')}, the model's dtype" in card
     said, worst = float(card.split("more than ")[1].split(" of a step")[0]), 0.0
     state = decoded(folder / FILE, export)
     for index, unit in enumerate(export.live.space.units):
         stored: Any = export.levels.read(index, export.genome[index])
-        off = (state[f"{unit.name}.weight"] - stored.decode()).abs()
-        if isinstance(stored, Quantized):
+        as_integers = isinstance(stored, Quantized) and type_of(stored) is not None
+        measured = replace(stored, dtype=torch.float32) if as_integers else stored
+        off = (state[f"{unit.name}.weight"] - measured.decode()).abs()
+        if as_integers:
             step = stored.scales.float().repeat_interleave(off.shape[1] // stored.scales.shape[1], dim=1)
             worst = max(worst, float((off / step).max()))
         else:

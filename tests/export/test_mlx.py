@@ -95,24 +95,32 @@ def test_the_size_is_known_to_the_byte(scales: str, given: dict[str, Any], expor
     assert (write_export(exporter, tmp_path / "mlx", export) / FILE).stat().st_size == said
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float16_takes_as_many_bits_as_a_database_and_differs_by_less_than_the_card_says(
-    exported: Callable[..., Export], tmp_path: Path
+    dtype: torch.dtype, exported: Callable[..., Export], tmp_path: Path
 ) -> None:
-    export = exported()
+    export = exported(dtype=dtype)
     folders = [write_export(MLX(scales=scales), tmp_path / scales, export) for scales in ("float16", "float32")]
     half, whole = (decoded(folder, torch.float32) for folder in folders)
-    said = float((folders[0] / "README.md").read_text().split("more than ")[1].split(" of a step")[0])
+    cards = [(folder / "README.md").read_text() for folder in folders]
+    name = str(dtype).removeprefix("torch.")
+    assert "Scales and biases are float16: no weight held" in cards[0] and f"which was measured rounded to {name}" in cards[0]
+    assert f"those that were measured, bit for bit once they are rounded to {name}" in cards[1]
+    said = float(cards[0].split("more than ")[1].split(" of a step")[0])
     assert 0 < said <= 2**-11 * 258  # the largest zero that was made up is 257
-    groups, worst = 0, 0.0
+    groups, worst, of_measured = 0, 0.0, 0.0
     for index, (unit, level) in enumerate(zip(export.live.space.units, export.genome, strict=True)):
         payload: Any = export.levels.read(index, level)
         if not hasattr(payload, "scales"):
             continue
         groups += payload.scales.numel()
         step = payload.scales.float().repeat_interleave(payload.codes.shape[1] // payload.scales.shape[1], dim=1)
-        off = (half[f"{unit.name}.weight"] - whole[f"{unit.name}.weight"]).abs()
-        worst = max(worst, float((off / step)[step > 0].max()))
+        weight, exact = half[f"{unit.name}.weight"], whole[f"{unit.name}.weight"]
+        worst = max(worst, float(((weight - exact).abs() / step)[step > 0].max()))
+        of_measured = max(of_measured, float(((weight - payload.decode()).abs() / step)[step > 0].max()))
+        assert torch.equal(exact.to(dtype), payload.decode())
     assert said / 2 < worst <= said * 1.06  # said with two digits
+    assert (of_measured > 1.06 * said) is (dtype == torch.bfloat16)  # so that the card has to say what was measured
     sizes = [num_data(folder / FILE) for folder in folders]
     assert sizes[1] - sizes[0] == 4 * groups
 
