@@ -42,6 +42,8 @@ EXPORTED_BEFORE: dict[str, Any] = {DEQUANTIZED: {}}
 _LICENCE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)", re.MULTILINE)
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 _MOST_CARD_CHARACTERS = 2**16
+_OF_FILES = ("checkpoint_bytes", "exports")
+"""What a row says of the files that were written from it."""
 _MORE = 1.05
 """Times the bytes that were counted, above which a file's size is no header's."""
 
@@ -294,17 +296,21 @@ def _row(workspace: Workspace, space: Space, genome: Genome, *, name: str) -> di
     """Return a genome's row: as it was measured, or else what it takes; without what formats that are there already take."""
     found = next((row for row in read_result(workspace.run_dir).get("rows", []) if row["name"] == name), None)
     if found is not None:
-        return {key: value for key, value in found.items() if key not in ("checkpoint_bytes", "exports")}
+        return {key: value for key, value in found.items() if key not in _OF_FILES}
     size = workspace.other_bytes + (space.stored_bits(genome) + 7) // 8
     return {"name": name, **workspace.method.costs(space, genome), "bytes": size}
 
 
 def add_sizes(rows: Sequence[dict[str, Any]], workspace: Workspace) -> None:
-    """Put the bytes of what was exported into the rows that it was written from: the checkpoint's weight files, other formats'."""
+    """Put the bytes of what was exported into the rows that it was written from: the checkpoint's weight files, other formats'.
+
+    What rows say of files that are there no more, or hold another row's weights now, goes.
+    """
     run_dir = workspace.run_dir
     by_name = {row["name"]: row for row in rows}
     for row in rows:
-        row.pop("exports", None)
+        for key in _OF_FILES:
+            row.pop(key, None)
         if sizes := _sizes(run_dir / "genomes" / folder_of(row["name"])):
             row["exports"] = sizes
     for name, folder in exported_found(run_dir):

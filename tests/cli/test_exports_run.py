@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from evopress.models.tiny import byte_tokenizer
 from evopress.progress import millions
-from evopress.stages.exports import served
+from evopress.stages.exports import add_sizes, served
 from experiments.tiny_any import any_model
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "exports.md").read_text(encoding="utf-8")
@@ -81,6 +81,25 @@ def test_a_run_ends_with_the_commands_that_serve_its_files(tmp_path: Path, monke
     commands = [line.partition(": ")[2] for line in served(workspace, tmp_path / "a run (1)")]
     assert shlex.split(commands[0]) == ["mlx_lm.server", "--model", "a run (1)/exports/mlx"]
     assert shlex.split(commands[1])[:3] == ["vllm", "serve", "a run (1)/exports/compressed_tensors"]
+
+
+def test_a_row_has_the_sizes_of_files_that_hold_its_weights_now(tmp_path: Path) -> None:
+    """Written refined, then as found: the checkpoint and MLX are the latter's, GGUF is the former's still."""
+    (tmp_path / "genome.json").write_text("found")
+    for name, told in (("checkpoint", {}), ("exports/mlx", {"export": {"bytes": 7}}), ("exports/gguf", {"refined": {}})):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "genome.json").write_text("found")
+        (folder / "evopress.json").write_text(json.dumps({"export": {"bytes": 8}, **told}))
+        (folder / "model.safetensors").write_bytes(bytes(9))
+    earlier = {"checkpoint_bytes": 5, "exports": {"mlx": {"bytes": 5}}}
+    rows: list[dict[str, Any]] = [{"name": name, **earlier} for name in ("uniform_3", "evopress", "evopress_refined")]
+    add_sizes(rows, SimpleNamespace(run_dir=tmp_path))  # type: ignore[arg-type]
+    assert rows == [
+        {"name": "uniform_3"},
+        {"name": "evopress", "checkpoint_bytes": 9, "exports": {"mlx": {"bytes": 7}}},
+        {"name": "evopress_refined", "exports": {"gguf": {"bytes": 8}}},
+    ]
 
 
 def test_exact_scales_of_a_named_genome(copied: Path, evopress: Callable[..., Any]) -> None:
