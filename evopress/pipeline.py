@@ -24,7 +24,7 @@ from evopress.reporting.tracker import NullTracker, Tracker, WandbTracker
 from evopress.settings import STAGES, DropSettings, RunSettings, TrackerSettings
 from evopress.stages.checks import check_names, check_questions, check_strategy, check_tasks, check_tokens, search_cost, searching
 from evopress.stages.earlier import refuse_other_settings
-from evopress.stages.exports import exporters_of, refuse_unfit_formats, refuse_unknown_models
+from evopress.stages.exports import exporters_of, refuse_resized_files, refuse_unfit_formats, refuse_unknown_models
 from evopress.stages.following import open_for_all
 from evopress.stages.front import Front
 from evopress.stages.given import check_given
@@ -83,6 +83,7 @@ def run(
         logger.info("model.dtype=%s: %s on this %s", settings.model.dtype, workspace.dtype, workspace.device.type.upper())
     work = kind(workspace)
     refuse_unknown_models(workspace, exported=work.exports)
+    refuse_resized_files(workspace)
     if "search" in settings.stages and any(ask.attribution for ask in work.searching.asks()):
         workspace.check_gates()
     workspace.read_text()

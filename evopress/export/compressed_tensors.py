@@ -76,6 +76,11 @@ class CompressedTensors:
         except EvoPressError as error:
             raise EvoPressError(f"{ENGINE.export} is not written for this model: {error}; use export=[dequantized]") from error
 
+    def resized_by(self, dtype: torch.dtype) -> str | None:
+        """See `Resized`."""
+        other = self._dtype is not None and self._dtype.itemsize != dtype.itemsize
+        return f"dtype={str(self._dtype).removeprefix('torch.')}" if other else None
+
     def serve(self, folder: str, dtype: torch.dtype) -> str:
         """See `Serves`."""
         return f"vllm serve {folder} --dtype {str(self._dtype or dtype).removeprefix('torch.')}"

@@ -146,6 +146,17 @@ class Bounded(Protocol):
 
 
 @runtime_checkable
+class Resized(Protocol):
+    """An exporter with an option that gives its file other bits than its engine's rules count."""
+
+    def resized_by(self, dtype: torch.dtype) -> str | None:
+        """Return that option as it was given, "scales=float32"; None: the file is as counted.
+
+        Args: dtype: the model's.
+        """
+
+
+@runtime_checkable
 class Serves(Protocol):
     """An exporter whose folder one command serves."""
 

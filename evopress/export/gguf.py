@@ -158,6 +158,13 @@ class GGUF:
             fitting = [of for of in with_min if of.bits >= form.bits]
         return 8 * form.rows * (fitting or [_ROUNDED])[0].row_bytes(form.columns)
 
+    def resized_by(self, dtype: torch.dtype) -> str | None:
+        """See `Resized`."""
+        if self._rounded:
+            return f"dense={_ROUNDED.name}"
+        other = self._dense is not None and self._dense.itemsize != dtype.itemsize
+        return f"dense={str(self._dense).removeprefix('torch.')}" if other else None
+
     def serve(self, folder: str, dtype: torch.dtype) -> str:
         """See `Serves`."""
         return f"llama-server -m {folder}/{FILE}"

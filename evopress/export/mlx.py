@@ -104,6 +104,10 @@ class MLX:
         """See `Bounded`: exactly as many."""
         return form.rows * form.columns * form.bits + form.rows * form.columns // form.group_size * 2 * 8 * self._dtype.itemsize
 
+    def resized_by(self, dtype: torch.dtype) -> str | None:
+        """See `Resized`."""
+        return None if self._dtype == torch.float16 else f"scales={self._name}"
+
     def serve(self, folder: str, dtype: torch.dtype) -> str:
         """See `Serves`."""
         return f"mlx_lm.server --model {folder}"

@@ -16,13 +16,16 @@ from evopress.baselines.uniform import uniform_genomes
 from evopress.currencies import num_experts
 from evopress.errors import EvoPressError
 from evopress.export.checkpoint import FILE_BYTES, parts_together
-from evopress.export.exporter import DROPPED, INTEGERS, Bounded, Export, Exporter, Form, Serves, form_of, write_export
+from evopress.export.exporter import DROPPED, INTEGERS, Bounded, Export, Exporter, Form, Resized, Serves, form_of, write_export
 from evopress.export.named import DEQUANTIZED, make_exporters
 from evopress.export.rules import refuse_experts, refuse_unfit
 from evopress.files import make_folder, shown_path
 from evopress.json_files import shown
+from evopress.methods.points import any_point, has_points
+from evopress.methods.targets import checked_limit
 from evopress.models.blocks import bytes_of
 from evopress.models.experts import copied_for_export
+from evopress.models.loading import DTYPES
 from evopress.progress import millions
 from evopress.reporting.records import read_genome, read_json, write_genome, write_json
 from evopress.reporting.tables import markdown_table
@@ -45,7 +48,7 @@ _MOST_CARD_CHARACTERS = 2**16
 _OF_FILES = ("checkpoint_bytes", "exports")
 """What a row says of the files that were written from it."""
 _MORE = 1.05
-"""Times the bytes that were counted, above which a file's size is no header's."""
+"""Times the bytes that were counted, above which a file's size is told."""
 
 
 def exporters_of(settings: RunSettings) -> dict[str, Exporter]:
@@ -73,6 +76,40 @@ def refuse_unknown_models(workspace: Workspace, *, exported: bool = True) -> Non
             raise EvoPressError(f"engine={engine.name}: {error} and engine=none") from error
     for exporter in exporters_of(workspace.settings).values() if exported else ():
         exporter.check(config, ())
+
+
+def refuse_resized_files(workspace: Workspace) -> None:
+    """Raise EvoPressError if a search for a size counts by an engine's rules, and an option gives the engine's file other bits.
+
+    An option is what is done with what was found, and may be given by a later command alone, so that no search counts it.
+    """
+    settings, engine = workspace.settings, workspace.engine
+    target = _in_bytes(settings)
+    if engine is None or target is None or not {"baselines", "search"} & set(settings.stages):
+        return
+    for name, exporter in exporters_of(settings).items():
+        if name in engine.formats and (option := _resized_by(workspace, name, exporter)) is not None:
+            raise EvoPressError(
+                f"{target}: sizes count what the file of engine={engine.name} takes without {option}, which gives it other bits; "
+                "leave the option out, or export with it once the search is done (resume=RUN 'stages=[export]')"
+            )
+
+
+def _in_bytes(settings: RunSettings) -> str | None:
+    """Return the setting that asks for a size, as it was given; None: none does."""
+    if (any_point(settings) if has_points(settings) else settings).size is not None:
+        given = (f"{key}={value}" for key in ("size", "budgets", "max_kl", "min_agreement") if (value := getattr(settings, key)))
+        return next(given)
+    for entry in settings.limits:
+        if (currency := checked_limit(entry)[0].name) in ("bytes", "read"):
+            return f"limits with currency: {currency}"
+    return None
+
+
+def _resized_by(workspace: Workspace, name: str, exporter: Exporter) -> str | None:
+    """Return the option by which a format's file has other bits than its engine's rules count; None: it is as counted."""
+    option = exporter.resized_by(DTYPES[workspace.dtype]) if isinstance(exporter, Resized) else None
+    return None if option is None else f"export_options.{name}.{option}"
 
 
 def refuse_unfit_formats(workspace: Workspace, *, exported: bool = True) -> None:
@@ -274,15 +311,8 @@ def export(workspace: Workspace, context: Context) -> None:
             replace(what, table=markdown_table([in_table]), provenance={**what.provenance, "export": told}),
         )
         logger.info("%s: %s%s%s", name, folder, f", {millions(size)} MB of weights" if size else "", gone)
-        counted = row.get("bytes")
-        if size and counted and workspace.engine is not None and row.get("modules_dropped") and size > _MORE * counted:
-            logger.warning(
-                "%s has %s MB of weights where %s were counted: attention or MLP modules dropped alone are counted as nothing, "
-                "but stored as zeros; lower size",
-                name,
-                millions(size),
-                millions(counted),
-            )
+        if size:
+            _tell_larger(workspace, name, exporter, row, size=size)
     result = read_result(run_dir)
     if result.get("rows"):
         add_sizes(result["rows"], workspace)
@@ -290,6 +320,28 @@ def export(workspace: Workspace, context: Context) -> None:
         result["exports"] = own
     if result.keys() - {"schema"}:
         write_json(run_dir / "result.json", result)
+
+
+def _tell_larger(workspace: Workspace, name: str, exporter: Exporter, row: Mapping[str, Any], *, size: int) -> None:
+    """Warn of a file that is larger than was counted, where an engine's rules counted it, or a size was asked for."""
+    counted, engine, target = row.get("bytes"), workspace.engine, _in_bytes(workspace.settings)
+    if not counted or size <= _MORE * counted or (engine is None and target is None):
+        return
+    why = []
+    if (option := _resized_by(workspace, name, exporter)) is not None:
+        why.append(f"{option} is not counted")
+    if engine is None or name not in engine.formats:
+        why.append(f"engine={workspace.settings.engine} does not count this format's bits")
+    if row.get("modules_dropped"):
+        why.append("attention or MLP modules dropped alone are counted as nothing, but stored as zeros")
+    logger.warning(
+        "%s has %s MB of weights where %s were counted: %s%s",
+        name,
+        millions(size),
+        millions(counted),
+        ", and ".join(why) or "a file's header is not counted, which is large where weights are tiny",
+        "" if target is None else "; lower the size",
+    )
 
 
 def _row(workspace: Workspace, space: Space, genome: Genome, *, name: str) -> dict[str, Any]:

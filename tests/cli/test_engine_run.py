@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,64 @@ def test_what_an_engine_cannot_hold_is_refused_before_anything_is_built(
     outcome = tiny(*arguments)
     assert outcome.code == 1 and len(outcome.errors) == 1 and sentence in outcome.errors[0], outcome.text
     assert not (tmp_path / "run").exists()
+
+
+SIZED = ("size=80kB", "search.exchange=fit")
+LIMITED = ("bits=3", "search.exchange=fit", "limits=[{currency: bytes, total: 80kB}]")
+JOINT = ("method=joint", "max_kl=0.1")
+
+
+@pytest.mark.parametrize(
+    ("target", "engine", "exporter", "option", "told"),
+    [
+        (
+            SIZED,
+            "mlx",
+            "mlx",
+            "scales=float32",
+            "size=80kB: sizes count what the file of engine=mlx takes without export_options.mlx.",
+        ),
+        (LIMITED, "mlx", "mlx", "scales=float32", "limits with currency: bytes: sizes count"),
+        (("budgets=[70kB,80kB]",), "vllm", "compressed_tensors", "dtype=bfloat16", "budgets=['70kB', '80kB']: sizes count"),
+        (JOINT, "vllm", "compressed_tensors", "dtype=float16", "max_kl=0.1: sizes count"),
+        (SIZED, "llama_cpp", "gguf", "dense=Q8_0", "without export_options.gguf.dense=Q8_0, which gives it other bits"),
+        (SIZED, "llama_cpp", "gguf", "dense=float16", "without export_options.gguf.dense=float16, which gives it other bits"),
+        (SIZED, "vllm", "compressed_tensors", "dtype=float32", None),  # the tiny model's own
+        (("bits=3",), "mlx", "mlx", "scales=float32", None),
+        (SIZED, "none", "mlx", "scales=float32", None),
+    ],
+)
+def test_an_option_that_a_size_does_not_count_is_refused_before_the_search(
+    target: tuple[str, ...], engine: str, exporter: str, option: str, told: str | None, evopress: Callable[..., Any]
+) -> None:
+    method = "gguf" if engine == "llama_cpp" else "quant"
+    levels = () if method == "gguf" else (EVEN,)
+    what = (f"engine={engine}", f"export=[dequantized,{exporter}]", f"+export_options.{exporter}.{option}", "dry_run=true")
+    first, *others = target if target[0].startswith("method=") else (f"method={method}", *target)
+    outcome = evopress(f"+{first}", "+debug=tiny", GROUPS, *others, *levels, *what)
+    if told is None:
+        assert outcome.code == 0, outcome.text
+    else:
+        assert outcome.code == 1 and len(outcome.errors) == 1 and told in outcome.errors[0], outcome.text
+
+
+def test_a_file_that_is_larger_than_was_counted_is_told(evopress: Callable[..., Any], tmp_path: Path) -> None:
+    """A wider option of a later command, another engine's format, and of neither the header, which is large in a tiny file."""
+    few = ("evaluation.every=0", "engine=mlx", "export=[mlx]", "stages=[database,search,evaluate,export]")
+    outcome = evopress("+method=quant", "+debug=tiny", GROUPS, EVEN, *SIZED, *few, "hydra.run.dir=run")
+    assert outcome.code == 0, outcome.text
+    larger = re.compile(r"(\w+) has ([\d.]+) MB of weights where ([\d.]+) were counted: (.*)")
+    assert [found[3] for found in larger.findall(outcome.text)] == [
+        "a file's header is not counted, which is large where weights are tiny; lower the size"
+    ]
+    outcome = evopress("resume=run", "stages=[export]", "export=[mlx,gguf]", "+export_options.mlx.scales=float32")
+    assert outcome.code == 0, outcome.text
+    assert {found[0]: found[3] for found in larger.findall(outcome.text)} == {
+        "mlx": "export_options.mlx.scales=float32 is not counted; lower the size",
+        "gguf": "engine=mlx does not count this format's bits; lower the size",
+    }
+    (row,) = (row for row in json.loads((tmp_path / "run" / "result.json").read_text())["rows"] if row["name"] == "evopress")
+    assert row["exports"]["mlx"]["bytes"] > 1.05 * row["bytes"]
 
 
 @pytest.mark.parametrize(
