@@ -231,6 +231,10 @@ class Space:
             genome.append(index)
         return tuple(genome)
 
+    def has(self, genome: Sequence[int]) -> bool:
+        """Tell whether a genome is of the space's own levels; those that baselines add come after them."""
+        return all(level < len(unit.levels) for unit, level in zip(self.units, genome, strict=True))
+
     def check(self, genome: Sequence[int]) -> Genome:
         """Return the genome as a tuple; raise EvoPressError unless it has one existing level for each unit."""
         if len(genome) != len(self.units):

@@ -85,5 +85,8 @@ def test_levels_of_their_own_are_the_commands(model: Any, tokens: Any) -> None:
     levels = evopress.build_levels(model, tokens(8, 32), method="sparsity", sparsity=0.5)
     with pytest.raises(EvoPressError, match=r"lack: leave owl out, or .*\+method=sparsity baselines\.names=\[owl\]$"):
         evopress.find_baselines(levels, tokens(8, 32, seed=1), ["dp", "owl"], owl_tokens=128)
+    beside = evopress.build_levels(model, tokens(8, 32), method="sparsity", sparsity=0.5, centre=0.4)
+    with pytest.raises(EvoPressError, match=r"lack: leave uniform out, or .*\+method=sparsity baselines\.names=\[uniform\]$"):
+        evopress.find_baselines(beside, tokens(8, 32, seed=1), ["dp", "uniform"])
     with pytest.raises(EvoPressError, match=r"^limits has 3: expected"):
         evopress.build_levels(model, tokens(8, 32), method="sparsity", sparsity=0.5, limits=[3])  # type: ignore[list-item]

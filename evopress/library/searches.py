@@ -170,7 +170,8 @@ def find_baselines(
 
     Args:
         text: search text.
-        names: uniform, dp, fisher and what else docs/methods.md has; those with levels of their own (owl, atp, alphapruning) aside.
+        names: uniform, dp, fisher and what else docs/methods.md has; those with levels of their own aside: owl, atp,
+            alphapruning, and uniform where a sparsity is not method.centre.
         fitness: kl, topk_kl, perplexity, or a measure of an installed package.
         seed: of every generator.
         folder: where they are kept, and found again; None: a temporary one.

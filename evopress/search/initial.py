@@ -9,9 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from evopress.currencies import SPARSITY
 from evopress.errors import EvoPressError
 from evopress.search.constraint import Spending, StepCosts
 from evopress.units import Budget, Genome, Space
+
+_FLOAT = 1e-9
+"""What a sparsity times a size is off, at most, before it is rounded; of the size."""
 
 
 def uniform_genome(space: Space, budget: Budget) -> Genome | None:
@@ -24,12 +28,27 @@ def uniform_genome(space: Space, budget: Budget) -> Genome | None:
 
 
 def one_level(space: Space, key: str) -> Genome | None:
-    """Return the genome with every unit at the level of this key; None if a unit lacks it.
+    """Return the genome with every unit at the level of this key; None if a unit lacks it, or it is another sparsity in some.
 
     Keys tell levels apart; labels are rounded, so that one sparsity may read 70.0% in one unit and 69.9% in a smaller one.
     """
     indices = [next((i for i, level in enumerate(unit.levels) if level.key == key), None) for unit in space.units]
-    return None if None in indices else tuple(index for index in indices if index is not None)
+    if None in indices:
+        return None
+    genome = tuple(index for index in indices if index is not None)
+    return genome if _is_one_sparsity(space, genome) else None
+
+
+def _is_one_sparsity(space: Space, genome: Genome) -> bool:
+    """Tell whether some sparsity, rounded to whole weights, is that of every pruned weight.
+
+    Their levels are a fixed number of weights from the target, so elsewhere a key is another sparsity in units of another size.
+    """
+    whole = space.whole.units
+    chosen = [(unit.size, unit.levels[level]) for unit, level in zip(whole, space.unfold(genome), strict=True)]
+    pruned = [(size, size - level.cost) for size, level in chosen if level.source == SPARSITY]
+    least, most = ([(count + half) / size for size, count in pruned] for half in (-0.5, 0.5))
+    return max(least, default=0.0) <= min(most, default=1.0) + _FLOAT
 
 
 def random_mix(space: Space, budget: Budget, rng: np.random.Generator) -> Genome:

@@ -16,7 +16,8 @@ from evopress.files import given_path
 from evopress.json_files import clip, shown
 from evopress.reporting.records import read_document, read_genome, write_genome
 from evopress.settings import RunSettings
-from evopress.stages.baselines import stored_baselines
+from evopress.stages.baselines import further_levels, stored_baselines
+from evopress.stages.needs import planned_for
 from evopress.stages.results import forget_found
 from evopress.units import Budget, Genome, Space
 from evopress.workspace import Workspace
@@ -100,20 +101,38 @@ def check_levels(settings: RunSettings, space: Space, run_dir: Path) -> None:
 def check_starts(workspace: Workspace, space: Space, budget: Budget) -> None:
     """Raise EvoPressError if a genome of `search.starts` exceeds the budget, as far as it is known before anything is built.
 
-    So are those of files and uniform ones, not what baselines find.
+    So are those of files and uniform ones, not what baselines find; or if it will be of levels that are not searched.
 
     Args: space: of the run's levels, as planned or as built.
     """
-    if "search" not in workspace.settings.stages:
+    starts = workspace.settings.search.starts if "search" in workspace.settings.stages else ()
+    if not starts:
         return
-    known = _uniform(workspace, space)
-    for name in workspace.settings.search.starts:
+    known, further = _uniform(workspace, space), further_levels(workspace, planned_for(workspace, space, budget))
+    for name in starts:
+        _refuse_other_levels(name, there=name not in further)
         genome = known.get(name) if (path := file_of(name, "search.starts")) is None else read_genome(path, space)
         if genome is not None:
-            refuse_above(workspace, name, genome, space, budget)
+            _refuse_above(workspace, name, genome, space, budget)
 
 
-def refuse_above(workspace: Workspace, name: str, genome: Genome, space: Space, budget: Budget) -> None:
+def start_of(workspace: Workspace, name: str) -> Genome:
+    """Return the genome that `search.starts` names.
+
+    Raises: EvoPressError as `find_genome`, and if it is of levels that are not searched, or exceeds the budget.
+    """
+    space, genome = workspace.database.space, find_genome(workspace, name, key="search.starts").genome
+    _refuse_other_levels(name, there=space.has(genome))
+    _refuse_above(workspace, name, genome, space, workspace.budget)
+    return genome
+
+
+def _refuse_other_levels(name: str, *, there: bool) -> None:
+    if not there:
+        raise EvoPressError(f"search.starts has {name!r}, which is of levels of its own, which are not searched: leave it out")
+
+
+def _refuse_above(workspace: Workspace, name: str, genome: Genome, space: Space, budget: Budget) -> None:
     """Raise EvoPressError if a genome that `search.starts` names exceeds the budget."""
     if over := budget.exceeded(space, genome):
         costs = ", ".join(f"{key}={value:.6g}" for key, value in workspace.method.costs(space, genome).items())

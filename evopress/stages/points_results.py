@@ -41,11 +41,12 @@ def evaluate_points(workspace: Workspace, points: Sequence[PointRun], tracker: T
             found.append(point)
             baselines = {"evopress": point.genome(), **baselines}
         for name, genome in baselines.items():
-            own = name if name.startswith("uniform") and genomes.get(name, genome) == genome else f"{name}@{point.name}"
+            shared = space.has(genome) and name.startswith("uniform") and genomes.get(name, genome) == genome
+            own = name if shared else f"{name}@{point.name}"
             spent[own] = took.get(name, {})
             if own != name:
                 budgets[own] = point.name
-            if all(level < len(unit.levels) for unit, level in zip(space.units, genome, strict=True)):
+            if space.has(genome):
                 genomes[own] = genome
             else:  # levels that this budget's baselines alone have
                 others[own] = genome

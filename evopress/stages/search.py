@@ -38,7 +38,7 @@ from evopress.search.strategy import (
 )
 from evopress.stages.baselines import make_fitness, what_decides_fitness
 from evopress.stages.checks import search_cost
-from evopress.stages.given import find_genome, keep_found, refuse_above
+from evopress.stages.given import keep_found, start_of
 from evopress.stages.needs import Planner
 from evopress.units import Genome, Space
 from evopress.workspace import MOST_KEPT_BYTES, Workspace
@@ -107,7 +107,7 @@ def search(workspace: Workspace, searching: Searching, tracker: Tracker, *, neig
             () if workspace.method.weights is None else database.errors,
             rng_initial=workspace.rng["initial"],
             rng_mutation=workspace.rng["mutation"],
-            starts=tuple(_starts(workspace)),
+            starts=tuple(start_of(workspace, name) for name in workspace.settings.search.starts),
             neighbour=neighbour,
         )
     )
@@ -283,17 +283,6 @@ def measure_found(workspace: Workspace) -> float:
     count = min(max(_COMPARED_TOKENS // sequences.shape[1], 1), len(sequences))
     fitness = make_fitness(workspace, np.random.default_rng(0), count)
     return fitness([genome], tokens=count * sequences.shape[1])[0]
-
-
-def _starts(workspace: Workspace) -> list[Genome]:
-    """Return the genomes that `search.starts` names: baselines, or files."""
-    space, budget = workspace.database.space, workspace.budget
-    starts = []
-    for name in workspace.settings.search.starts:
-        genome = space.check(find_genome(workspace, name, key="search.starts").genome)
-        refuse_above(workspace, name, genome, space, budget)
-        starts.append(genome)
-    return starts
 
 
 def held_out_in_search(workspace: Workspace) -> tuple[str, Tensor]:

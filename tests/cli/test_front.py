@@ -20,9 +20,12 @@ import evopress.pipeline as pipeline
 import evopress.stages.search as search_stage
 from evopress import config as configuration
 from evopress.command_line import refused, unused
+from evopress.compress.sparse import kept_at
 from evopress.errors import EvoPressError
 from evopress.finished import FINISHED, settings_digest
 from evopress.launching.resume import with_resumed
+from evopress.levels import build, compressing
+from evopress.levels.store import LevelDatabase
 from evopress.models.opening import fitted
 from evopress.reporting.front import best_baseline, front_rows, front_words
 from evopress.run_folder import command_of, keep_overrides, looks_aside, second_pass_of, without_options_of_others
@@ -265,6 +268,31 @@ def test_other_methods_have_fronts_too(
     assert len(found) == 2 and len({str(units) for units in found.values()}) == 2
 
 
+def test_pruned_levels_have_a_uniform_row_at_every_budget(
+    paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its very sparsity, in every unit, also where budgets are closer than levels; text is walked once for all."""
+    settings = settings_of("+method=sparsity", "budgets=[0.6,0.65,0.66]", "baselines.names=[uniform]", *paths)
+    run(replace(settings, stages=["database"]), tmp_path / "run")
+    monkeypatch.setattr(compressing, "collect_hessians", lambda *a, **k: pytest.fail("Hessians were computed again"))
+    monkeypatch.setattr(build, "propagate", lambda *a, **k: pytest.fail("activations were computed again"))
+    run(replace(settings, stages=["baselines", "evaluate"]), tmp_path / "run")
+    result = read(tmp_path / "run" / "result.json")
+    rows = {row["name"]: row for row in result["rows"]}
+    assert len(rows) == len(result["rows"])
+    uniform = {name: (row["sparsity"], row.get("budget")) for name, row in rows.items() if name.startswith("uniform")}
+    assert uniform == {
+        "uniform": (pytest.approx(0.65, abs=1e-3), None),  # the levels' centre
+        "uniform@0.6": (pytest.approx(0.6, abs=1e-3), "0.6"),
+        "uniform@0.66": (pytest.approx(0.66, abs=1e-3), "0.66"),
+    }
+    (name,) = read(tmp_path / "run" / "points" / "0.6" / "baselines.json")["further"]
+    database = LevelDatabase.open(Path(result["database"]["path"]).with_name(name))
+    assert [[level.cost for level in unit.levels] for unit in database.space.units] == [
+        [kept_at(unit.size, 0.6)] for unit in database.space.units
+    ]
+
+
 def test_the_smallest_model_that_keeps_a_kl_is_found_by_bisection_and_exported(asked: RunSettings, tmp_path: Path) -> None:
     """Of four budgets two or three are searched; another limit searches only what it lacks."""
     ask = replace(asked, budgets=[4, 3.5, 3, 2.5], max_kl=0.015, stages=[*SEARCH, "evaluate", "export"])
@@ -329,7 +357,7 @@ def test_what_no_budget_decides_is_planned_and_said_once(
     assert tokens(planned(mixed, max_kl=0.1)) != tokens(planned(mixed)), "of two budgets that are tried, those of the answer alone"
     names = "baselines.names=[uniform,owl,atp,alphapruning]"
     pruned = planned(settings_of("+method=sparsity", "budgets=[0.5,0.6]", "model.dtype=auto", names, *paths), stages=["baselines"])
-    assert "uniform, owl, atp, alphapruning (at most 34 further levels of each weight)  " in pruned
+    assert "uniform, owl, atp, alphapruning (at most 35 further levels of each weight)  " in pruned, "uniform of 0.5"
     assert caplog.text.count("model.dtype=auto: ") == 1
 
 

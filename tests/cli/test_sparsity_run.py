@@ -181,6 +181,38 @@ def test_owl_computes_hessians_that_an_earlier_build_did_not_keep(sparse: Callab
     assert len(list((tmp_path / "levels").rglob("hessians-*/block-*.safetensors"))) == 2
 
 
+# A target beside the levels' centre
+
+
+def test_uniform_is_pruned_anew_where_the_target_is_not_the_centre(sparse: Callable[..., Any], tmp_path: Path) -> None:
+    """Also head and embedding; it is exported as any baseline is, and no search can start from it."""
+    own = ("method.centre=0.45", "baselines.names=[uniform]", "method.include=[blocks,head,embedding]", "evaluation.every=0")
+    stages = "stages=[database,baselines,search,evaluate]"
+    refused(sparse(*own, stages, "level_db.keep_hessians=false"), "baseline uniform needs stored Hessians", "keep_hessians=true")
+    refused(sparse(*own, stages, "search.starts=[uniform]"), "search.starts has 'uniform'", "not searched: leave it out")
+    assert not (tmp_path / "run" / "result.json").exists()
+    outcome = sparse(*own, stages, "search.generations=1")
+    assert outcome.code == 0, outcome.text
+    folder = tmp_path / "run"
+    kept, found = target(database_of(folder), 0.5), rows(folder)
+    assert list(found) == ["dense", "uniform", "evopress"] and found["uniform"]["weights_kept"] == kept
+    refused(sparse(*own, "stages=[search]", "search.starts=[uniform]"), "search.starts has 'uniform'", "not searched: leave it out")
+    outcome = sparse(*own, "stages=[evaluate,export]", "genome=uniform")
+    assert outcome.code == 0, outcome.text
+    weights = load_file(folder / "genomes" / "uniform" / "checkpoint" / "model.safetensors")
+    for unit in database_of(folder).space.units:
+        if not unit.is_outside:
+            assert int((weights[f"{unit.name}.weight"] != 0).sum()) == kept_at(unit.size, 0.5)
+
+
+def test_owl_stands_beside_a_uniform_one_that_is_pruned_anew(sparse: Callable[..., Any], tmp_path: Path) -> None:
+    outcome = sparse("method.centre=0.4", "stages=[database,baselines,evaluate]")
+    assert outcome.code == 0, outcome.text
+    kept, found = target(database_of(tmp_path / "run"), 0.5), rows(tmp_path / "run")
+    assert [found[name]["weights_kept"] for name in ("uniform", "owl")] == [kept] * 2
+    assert found["uniform"]["kl"] != found["owl"]["kl"]
+
+
 # Choices
 
 

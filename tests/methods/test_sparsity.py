@@ -86,6 +86,17 @@ def test_names_and_costs() -> None:
     assert method.costs(space, (0,) * 2)["sparsity"] == pytest.approx(0.5 - 8 * derive_step((1000,), 0.5, 8) / 1000)
 
 
+def test_a_level_beside_the_centre_is_another_sparsity_in_units_of_another_size() -> None:
+    method = method_of(0.6, centre=0.5, step=200)
+    space = space_of(method, (1000, 3000))
+    assert list(uniform_genomes(space, method.uniform_name)) == ["uniform_50.0%"]
+    sparser = tuple(next(i for i, level in enumerate(unit.levels) if level.key == "1") for unit in space.units)
+    assert space.cost(sparser) == method.budget(space).total, "70% and 56.7%, as many weights as 60% of each"
+    assert uniform_genome(space, method.budget(space)) is None
+    equal = space_of(method, (1000, 1000))
+    assert list(uniform_genomes(equal, method.uniform_name)) == [f"uniform_{share}.0%" for share in (10, 30, 50, 70, 90)]
+
+
 def test_any_bound_fits_the_target() -> None:
     assert method_of(search=SearchConfig(max_level=1, max_total_deviation=4)).target_is_level
 
