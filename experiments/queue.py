@@ -10,7 +10,8 @@ A sweep is a job for each combination of what `conf/experiment/NAME.yaml` sweeps
 `python -m evopress +experiment=NAME` has finished are not run again. NAME_best is the same sweep on the best levels. When the last
 job of a sweep has ended its table is made. What scripts run are jobs like these; scripts themselves come last, one after the other,
 and make their tables of what there is. `paper` stands for the tables and figures that the paper has, on both forms of levels, `all`
-for all names. What follows `--` is given to every job, and to scripts that take it.
+for all names. What follows `--` is given to every job, and to scripts that take it; a sweep with a finished job of other settings
+is left out, before any job of it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -36,7 +37,7 @@ from evopress.files import explained, write_bytes
 from experiments import claims
 from experiments.clock import Clock
 from experiments.scripts import with_its_jobs
-from experiments.single_runs import SingleRun, evopress_all, has_finished, logged, why_it_failed
+from experiments.single_runs import SingleRun, evopress_all, has_finished, logged, refuse_others, why_it_failed
 from experiments.specs import SPECS, home
 from experiments.sweeps import Sweep, describe, expected_jobs, read_job, read_sweep
 from experiments.tables import check_no_fewer, make_table, sweep_of
@@ -98,12 +99,14 @@ def sweep(name: str, root: Path) -> Sweep:
     return sweep_of(name, root) if name in SPECS else read_sweep(root / name, expected_jobs(name))
 
 
-def missing(name: str, root: Path) -> Missing:
+def missing(name: str, root: Path, further: Sequence[str] = ()) -> Missing:
     """Return what is missing of a sweep.
 
-    Raises: EvoPressError if jobs are there that do not belong together.
+    Raises: EvoPressError if jobs are there that do not belong together, or one has finished with other settings than are asked for.
     """
     there = sweep(name, root)
+    for job in there.jobs:
+        refuse_others(job.folder, arguments_of(name, {}, further), besides=job.axes)
     left = [*there.missing, *(dict(job.axes) for job in there.jobs if not has_finished(job.folder))]  # killed after its evaluation
     took = [float(job.result["search"]["seconds"]) for job in there.jobs if job.result.get("search")]
     return Missing(name, tuple(left), len(there.jobs) + len(there.missing), statistics.fmean(took) if took else None)
@@ -126,14 +129,19 @@ def with_jobs(name: str, root: Path, jobs: int, further: Sequence[str]) -> Itera
             yield script, script.asked_for(words)
 
 
-def runs(name: str, jobs: Sequence[dict[str, str]], root: Path, further: Sequence[str]) -> Iterator[SingleRun]:
-    """Yield the jobs of a sweep as runs, in the folders that Hydra would give them."""
+def arguments_of(name: str, axes: Mapping[str, str], further: Sequence[str]) -> tuple[str, ...]:
+    """Return what is typed for a job of a sweep."""
     spec = SPECS.get(name)
     own = (f"+experiment={spec.twin_of if spec and spec.twin_of else name}", *(spec.overrides if spec else ()))
+    return (*own, *(f"{key}={value}" for key, value in axes.items()), *further)
+
+
+def runs(name: str, jobs: Sequence[dict[str, str]], root: Path, further: Sequence[str]) -> Iterator[SingleRun]:
+    """Yield the jobs of a sweep as runs, in the folders that Hydra would give them."""
     configuration.register()
     with initialize_config_dir(version_base="1.3", config_dir=str(configuration.config_folder())):
         for axes in jobs:
-            given = (*own, *(f"{key}={value}" for key, value in axes.items()), *further)
+            given = arguments_of(name, axes, further)
             folder = root / name / compose("config", list(given), return_hydra_config=True).hydra.sweep.subdir
             yield SingleRun(folder, ("hydra.mode=RUN", *given), {"sweep": name, "job": describe(axes)})
 
@@ -225,7 +233,7 @@ def go(names: Sequence[str], *, root: Path, out: Path | None, at_once: int, furt
         if name not in SWEEPS:
             continue
         try:
-            left.append(missing(name, root))
+            left.append(missing(name, root, further))
         except EvoPressError as error:
             failed += 1
             print(f"{name}: left out: {error}", flush=True)
@@ -285,7 +293,7 @@ def show(names: Sequence[str], root: Path, jobs: int, further: Sequence[str]) ->
     for name in names:
         try:
             if name in SWEEPS:
-                left.append(missing(name, root))
+                left.append(missing(name, root, further))
                 print(f"{name}: {len(left[-1].jobs)} of {left[-1].total} jobs missing")
                 for axes in left[-1].jobs:
                     print(f"    {describe(axes)}")

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,12 +26,10 @@ from evopress.errors import EvoPressError
 from evopress.progress import counted
 from evopress.reporting.jobs import typed_settings
 from evopress.reporting.records import read_json
-from evopress.run_folder import ANY_JOB, LOCK, kept_overrides, own_stages
+from evopress.run_folder import ANY_JOB, LOCK, kept_defaults, kept_overrides, own_stages
 from experiments.clock import Clock
-from experiments.sweeps import read_results
+from experiments.sweeps import OF_ROUNDING, read_results
 
-_OF_ROUNDING = ("model.device", "fitness.max_tokens_in_flight", "fitness.chunk_tokens")
-"""Settings that decide what a job finds by its rounding alone."""
 _BEGUN = "$ "
 """Before the command in a log, once for each time that it was begun."""
 
@@ -90,28 +88,40 @@ def evopress(folder: Path, *arguments: str, running: Running | None = None) -> b
 
     Args: running: has the job's process while it runs.
     """
-    typed, running = typed_settings(arguments), running or Running()
+    running = running or Running()
     running.wait_for(folder)
+    try:
+        refuse_others(folder, arguments)
+    except EvoPressError as error:
+        _log(folder).parent.mkdir(parents=True, exist_ok=True)
+        with _log(folder).open("a", encoding="utf-8") as log:
+            print(f"error: {error}", file=log)
+        return False
     if has_finished(folder):
-        other = _other_settings(folder, typed)
-        if other:
-            _log(folder).parent.mkdir(parents=True, exist_ok=True)
-            with _log(folder).open("a", encoding="utf-8") as log:
-                print(f"error: {folder} has a finished run of other settings ({other}): move it away, or ask for its own", file=log)
-        return not other
+        return True
     plain = re.fullmatch(r"[\w./+-]+", str(folder))
     where = f"hydra.run.dir={folder}" if plain else f"hydra.run.dir='{folder}'"  # Hydra reads commas and equals signs otherwise
     return logged([sys.executable, "-m", "evopress", *arguments, where], folder, running=running)
 
 
-def _other_settings(folder: Path, typed: Mapping[str, str]) -> str:
+def refuse_others(folder: Path, arguments: Sequence[str], *, besides: Collection[str] = ()) -> None:
+    """Raise EvoPressError if a folder has a finished run of other settings than the arguments ask for.
+
+    Args: besides: settings that are known to be the same, however they were given.
+    """
+    if has_finished(folder) and (other := _other_settings(folder, arguments, besides)):
+        raise EvoPressError(f"{folder} has a finished run of other settings ({other}): move it away, or ask for its own")
+
+
+def _other_settings(folder: Path, arguments: Sequence[str], besides: Collection[str]) -> str:
     """Say in what a folder's run was asked for something else; nothing: in nothing that decides its results."""
-    there = typed_settings(as_written_now(kept_overrides(folder) or []))
+    defaults = kept_defaults(folder)
+    there = typed_settings(as_written_now([each for each in kept_overrides(folder) or [] if each not in defaults]))
     if not there:
         return ""
-    now = typed_settings(as_written_now([f"{key}={value}" for key, value in typed.items()]))
+    now = typed_settings(as_written_now(list(arguments)))
     keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
-    keys = [key for key in keys if not ANY_JOB.fullmatch(key) and key not in _OF_ROUNDING]
+    keys = [key for key in keys if not ANY_JOB.fullmatch(key) and key not in (*OF_ROUNDING, *besides)]
     return ", ".join(f"{key}={there.get(key, 'not given')} there, {now.get(key, 'not given')} here" for key in keys)
 
 

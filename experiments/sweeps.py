@@ -23,7 +23,9 @@ from evopress.reporting.jobs import NOT_COMPARED, read_jobs
 from evopress.reporting.records import read_json
 from evopress.result_settings import result_settings
 
-_FREE = ("seed", "evaluation.every", "evaluation.every_tokens")
+OF_ROUNDING = ("model.device", "fitness.max_tokens_in_flight", "fitness.chunk_tokens")
+"""Settings that decide what a job finds by its rounding alone."""
+_FREE = ("seed", "evaluation.every", "evaluation.every_tokens", *OF_ROUNDING)
 """Settings that decide a result in which the jobs of one table may differ."""
 
 

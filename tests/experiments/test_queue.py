@@ -407,6 +407,24 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_the_job(tmp_path: Pat
     assert "of other settings (bits=5 there, 4 here): move it away" in why_it_failed(folder)
 
 
+@pytest.mark.parametrize("done", [2, 3])
+def test_a_finished_job_of_other_settings_leaves_its_sweep_out(
+    done: int, ran: list[SingleRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any job of it; what decides rounding or the machine alone may differ, and an axis need not have been typed."""
+    for seed in range(done):
+        write_job(tmp_path / "table3" / f"seed-{seed}", [f"seed={seed}"] if seed else [], seed=seed)
+        keep_overrides(tmp_path / "table3" / f"seed-{seed}", ["+experiment=table3", *([f"seed={seed}"] if seed else [])])
+    go = lambda *further: queue.go(["table3"], root=tmp_path, out=tmp_path / "out", at_once=1, further=further)  # noqa: E731
+    assert go("threads=1", "search.generations=12") == 1 and not ran
+    said = capsys.readouterr().out
+    assert f"table3: left out: {tmp_path}/table3/seed-0 has a finished run of other settings" in said
+    assert "(search.generations=not given there, 12 here)" in said
+    assert queue.show(["table3"], tmp_path, 1, ["search.generations=12"]) == 1
+    free = ("threads=2", "tracker=none", "model.device=cpu", "fitness.chunk_tokens=64")
+    assert len(queue.missing("table3", tmp_path, free).jobs) == 3 - done
+
+
 def test_the_page_says_how_many_jobs_there_are(tmp_path: Path) -> None:
     sweeps = sum(queue.missing(name, tmp_path).total for name in queue.SWEEPS)
     of_scripts = [queue.missing_of_script(name, tmp_path, 2, []) for name in queue.SCRIPTS]
