@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from yaml import YAMLError
 from evopress.config import list_of, register
 from evopress.earlier_versions import as_written_now
 from evopress.errors import EvoPressError
+from evopress.files import sha256_file
 from evopress.progress import counted
 from evopress.reporting.jobs import typed_settings
 from evopress.reporting.records import read_json
@@ -188,13 +189,16 @@ class Jobs:
 def has_finished(folder: Path) -> bool:
     """Tell whether a job has ended well, of whatever settings, and its results are there.
 
-    Not if a later command was killed in one of its stages.
+    Not if a later command was killed in one of its stages, or the file of the genome that it measured is another one now.
     """
     path, config = folder / "finished.json", folder / ".hydra" / "config.yaml"
     if not path.exists():
         return False
     try:
-        done, own = read_json(path).get("stages"), own_stages(kept_overrides(folder) or [])
+        finished, given = read_json(path), kept_overrides(folder) or []
+        if _has_changed(typed_settings(given).get("genome", ""), finished.get("contents")):
+            return False
+        done, own = finished.get("stages"), own_stages(given)
         asked = list_of(own) if own else []
         if own is None and config.exists():
             register()  # of what the stages are by default
@@ -204,6 +208,12 @@ def has_finished(folder: Path) -> bool:
     except (EvoPressError, AttributeError, YAMLError, OmegaConfBaseException):
         return False
     return not isinstance(done, list) or (set(asked) <= set(done) and config.with_name("overrides.yaml").exists())
+
+
+def _has_changed(genome: str, contents: Mapping[str, str] | None) -> bool:
+    """Tell whether a genome is a file that has changed since a run has measured it: what that came from says so."""
+    known = (contents or {}).get("genome")
+    return known is not None and Path(genome).is_file() and sha256_file(Path(genome)) != known
 
 
 def why_it_failed(folder: Path) -> str:

@@ -19,6 +19,7 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 
 from evopress.errors import EvoPressError
+from evopress.files import sha256_file
 from evopress.run_folder import LOCK, keep_overrides
 from evopress.settings import STAGES
 from experiments import claims, queue
@@ -199,6 +200,20 @@ def test_a_job_has_finished_when_the_stages_of_its_own_config_are_done(tmp_path:
         assert has_finished(tmp_path) == expected
     keep_overrides(tmp_path, ["seed=0", "stages=[database, search]"])  # what was typed counts, a later command's config does not
     assert has_finished(tmp_path)
+
+
+def test_a_job_whose_genome_has_changed_is_measured_again(tmp_path: Path) -> None:
+    genome = tmp_path / "2.5.txt"
+    genome.write_text("one")
+    write_job(tmp_path / "job", [])
+    keep_overrides(tmp_path / "job", [f"genome={genome}", "stages=[evaluate]"])
+    for told in ({}, {"contents": {"genome": sha256_file(genome)}}):
+        (tmp_path / "job" / "finished.json").write_text(json.dumps({"stages": ["evaluate"], **told}))
+        assert has_finished(tmp_path / "job")
+    genome.write_text("another")
+    assert not has_finished(tmp_path / "job")
+    genome.unlink()
+    assert has_finished(tmp_path / "job")
 
 
 def test_a_job_that_outlived_its_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
