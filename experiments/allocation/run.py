@@ -10,7 +10,7 @@
 
 Runs lie in `multirun/allocation/` and are gone on with where they were cut off. Where all budgets have the same levels, one run
 has the baselines of all; a search has a run for each. `results.csv` keeps the rows of earlier calls. What follows `--` is given
-to every run.
+to every run; where another seed of theirs has finished without it they are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import pandas as pd
 from evopress.reporting.drawing import COLOURS, MARKERS, STYLES, new_figure, open_frame, save
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name
-from experiments.guided.measure import KEYS, merged, read, table
+from experiments.guided.measure import KEYS, merged, read, table, with_seeds_alike
 from experiments.scripts import existing, file_to_write, with_its_jobs
 from experiments.single_runs import Jobs, SingleRun, folder_name
 
@@ -216,13 +216,19 @@ def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def asked_runs(asked: argparse.Namespace) -> list[SingleRun]:
-    """Return the runs that a command line asks for; raise EvoPressError if a genome of another tool is not there."""
+    """Return the runs that a command line asks for.
+
+    Raises: EvoPressError as `with_seeds_alike`, or if a genome of another tool is not there.
+    """
     compared = METHODS[asked.method]
     baselines, recipes = compared.baselines if asked.baselines is None else asked.baselines, asked.recipes or compared.recipes
     genomes = {row: Path(folder) for row, _, folder in (each.partition("=") for each in asked.genomes)}
     for folder, budget in product(genomes.values(), asked.budgets):
         existing(folder / f"{budget:g}.txt")
-    return list(runs(asked.method, recipes, asked.seeds, asked.budgets, baselines, asked.searches, asked.further, genomes))
+    return with_seeds_alike(
+        asked,
+        lambda seeds: runs(asked.method, recipes, seeds, asked.budgets, baselines, asked.searches, asked.further, genomes),
+    )
 
 
 @with_its_jobs()

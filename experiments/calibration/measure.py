@@ -28,7 +28,7 @@ from evopress.reporting.differences import Difference
 from evopress.reporting.records import read_json
 from evopress.reporting.tables import display_name, significant
 from experiments.calibration.texts import HELD_OUT, KINDS, TEXTS, write_texts
-from experiments.guided.measure import KEYS, merged, read
+from experiments.guided.measure import KEYS, merged, read, with_seeds_alike
 from experiments.scripts import file_to_write, with_its_jobs
 from experiments.single_runs import Jobs, SingleRun
 from experiments.tables import markdown, write_table
@@ -223,7 +223,7 @@ def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
 def asked_runs(asked: argparse.Namespace) -> list[SingleRun]:
     """Return the runs that a command line asks for; raise EvoPressError for texts that are not known."""
     kept(asked.texts, KINDS, "--texts")
-    return list(runs(asked.texts, asked.targets, asked.seeds, asked.folder, asked.further))
+    return with_seeds_alike(asked, lambda seeds: runs(asked.texts, asked.targets, seeds, asked.folder, asked.further))
 
 
 def prepare(asked: argparse.Namespace) -> None:

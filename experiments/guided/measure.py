@@ -7,13 +7,14 @@
     python -m experiments.guided.measure --draw                         # the figures, from curves.csv
 
 Runs lie in `multirun/guided/` and are gone on with where they were cut off. `results.csv` has how each ended, `curves.csv` the
-held-out KL after every generation and round; both keep the rows of earlier calls. What follows `--` is given to every run.
+held-out KL after every generation and round; both keep the rows of earlier calls. What follows `--` is given to every run; where
+another seed of theirs has finished without it they are refused.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from evopress.reporting.drawing import COLOURS, STYLES, log_scale, new_figure, o
 from evopress.reporting.records import read_json, read_records
 from experiments.frames import write_frame
 from experiments.scripts import file_to_write, with_its_jobs
-from experiments.single_runs import Jobs, SingleRun, folder_name
+from experiments.single_runs import Jobs, SingleRun, folder_name, refuse_others
 
 FOLDER = Path(__file__).parent
 RUNS = Path("multirun/guided")
@@ -210,6 +211,17 @@ def merged(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_frame(path, new.sort_values(KEYS, kind="stable"))
 
 
+def with_seeds_alike(asked: argparse.Namespace, runs: Callable[[Sequence[int]], Iterable[SingleRun]]) -> list[SingleRun]:
+    """Return the runs of the seeds that a command line asks for.
+
+    Raises: EvoPressError if one of them, or of another seed that is in the results, has finished with other settings.
+    """
+    there = list(read(asked.results).seed) if asked.results.is_file() else []
+    for run in runs(list(dict.fromkeys((*asked.seeds, *there)))):
+        refuse_others(run.folder, run.arguments)
+    return list(runs(asked.seeds))
+
+
 def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read a command line (default: this process's)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -229,10 +241,10 @@ def asked_for(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def asked_runs(asked: argparse.Namespace) -> list[SingleRun]:
-    """Return the runs that a command line asks for."""
+    """Return the runs that a command line asks for; raise EvoPressError as `with_seeds_alike`."""
     names, targets = asked.rows or list(ROWS[asked.method]), asked.targets or TARGETS[asked.method]
     recipes = [""] if asked.method == "drop" else asked.recipes or ["best", "paper"]
-    return list(runs(asked.method, recipes, names, targets, asked.seeds, asked.further))
+    return with_seeds_alike(asked, lambda seeds: runs(asked.method, recipes, names, targets, seeds, asked.further))
 
 
 @with_its_jobs()

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from evopress.errors import EvoPressError
+from evopress.run_folder import keep_overrides
 from experiments.allocation.run import METHODS, asked_for, asked_runs, draw, ends, main, over_lowest, runs
 from experiments.guided.measure import KEYS, merged, read, table
 
@@ -50,6 +51,25 @@ def test_a_genome_that_is_not_there_is_refused_before_the_first_job(tmp_path) ->
     assert len(asked_runs(asked_for(words))) == 2
     with pytest.raises(EvoPressError, match=f"there is no file or folder {tmp_path}/3.txt: name one that is there"):
         asked_runs(asked_for([*words, "3"]))
+
+
+def test_seeds_of_other_settings_are_not_mixed(tmp_path, monkeypatch) -> None:
+    """Where the results have them, and their runs are there to tell; what a machine needs may be another."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--recipes", "best", "--budgets", "2.5", "--baselines", "--searches", "guided", "--results", "results.csv"]
+    (first,) = asked_runs(asked_for([*words, "--seeds", "0", "--", "threads=1"]))
+    merged(tmp_path / "results.csv", [{**dict(zip(KEYS, ("quant", "best", 2.5, "guided", 0), strict=True)), "held_out_kl": 0.5}])
+    first.folder.mkdir(parents=True)
+    keep_overrides(first.folder, first.arguments)
+    (first.folder / "finished.json").write_text("{}")
+    (found,) = asked_runs(asked_for([*words, "--seeds", "1", "--", "model.device=cuda"]))
+    assert found.labels["seed"] == 1
+    other = [*words, "--seeds", "1", "--", "method.group_size=32"]
+    with pytest.raises(
+        EvoPressError, match=r"guided-2\.5-0 has a finished run of other settings \(method\.group_size=not given there"
+    ):
+        asked_runs(asked_for(other))
+    assert asked_runs(asked_for([*other[:-2], "--results", "others.csv", *other[-2:]]))
 
 
 def test_a_script_draws_what_there_is_and_ends_with_1_where_a_job_failed(tmp_path, monkeypatch, capsys) -> None:
