@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -256,26 +256,36 @@ def _decided(key: str) -> set[str]:
 
 def _check_alike(jobs: Sequence[Job], keys: Sequence[str]) -> None:
     """Raise EvoPressError if jobs differ in more than what was swept."""
-    free = {*_FREE, *(name for key in keys for name in _decided(key))}
-    settings = [_resolved(job) for job in jobs]
-    _refuse_others(jobs, [result_settings(each) for each in settings], settings, free)
+    free = {name for key in keys for name in _decided(key)}
+    settings, folders = [_resolved(job) for job in jobs], [job.folder for job in jobs]
+    check_settings_alike(folders, settings, free)
     refined = [place for place, each in enumerate(settings) if "refine" in (each.get("stages") or ())]
     told = [settings[place] for place in refined]
     decisive = [{"refine": refine_without_later(each.get("refine") or {})} for each in told]
-    _refuse_others([jobs[place] for place in refined], decisive, told, free)
+    _refuse_others([folders[place] for place in refined], decisive, told, free)
+
+
+def check_settings_alike(folders: Sequence[Path], settings: Sequence[Mapping[str, Any]], free: Collection[str]) -> None:
+    """Raise EvoPressError if runs of one table differ in settings that decide their results.
+
+    Args:
+        settings: of each folder's run, interpolations resolved.
+        free: names of settings and groups in which they may, beside the seed and how a run is looked at.
+    """
+    _refuse_others(folders, [result_settings(each) for each in settings], settings, free)
 
 
 def _refuse_others(
-    jobs: Sequence[Job], decisive: Sequence[Mapping[str, Any]], told: Sequence[Mapping[str, Any]], free: set[str]
+    folders: Sequence[Path], decisive: Sequence[Mapping[str, Any]], told: Sequence[Mapping[str, Any]], free: Collection[str]
 ) -> None:
-    """Raise EvoPressError if a job differs from the first one in a decisive setting that is not free; say it as it was told."""
-    values = [{key: value for key, value in _flat(each) if not _within(key, free)} for each in decisive]
+    """Raise EvoPressError if a run differs from the first one in a decisive setting that is not free; say it as it was told."""
+    values = [{key: value for key, value in _flat(each) if not _within(key, (*_FREE, *free))} for each in decisive]
     for place, mine in enumerate(values):
         for key in (key for key in _in_order(values[0].keys() | mine.keys()) if mine.get(key) != values[0].get(key)):
             here, there = (dict(_flat(told[each])).get(key, earlier_value(key)) for each in (place, 0))
             raise EvoPressError(
-                f"the jobs are not of one sweep: {key} is {there} in {jobs[0].folder} and {here} in {jobs[place].folder}; move one "
-                "of them away"
+                f"the runs are not of one table: {key} is {there} in {folders[0]} and {here} in {folders[place]}; leave "
+                "one of them out, or move it away"
             )
 
 
@@ -288,7 +298,7 @@ def _resolved(job: Job) -> dict[str, Any]:
         return job.config
 
 
-def _within(key: str, names: set[str]) -> bool:
+def _within(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 

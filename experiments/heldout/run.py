@@ -4,9 +4,10 @@
     python -m experiments.heldout.run multirun/guided/quant-best-2.5-* multirun/guided/quant-best-3-*
 
 Runs of one level database are measured together, each with its genome and its baselines: `results.csv` has every mean, with its
-difference to the reference, `runs.csv` every seed, `table.md` what transfers. The texts are those of `texts.py`, written to
-`multirun/heldout/texts` unless they lie there; `--also NAME=FILE` adds one. `--rebuilt` measures genomes on the levels that the
-same settings have on this machine, where they were found on another build of them. What follows `--` is given to every run.
+difference to the reference, `runs.csv` every seed, `table.md` what transfers. Runs of one row that differ in more than the seed are
+refused. The texts are those of `texts.py`, written to `multirun/heldout/texts` unless they lie there; `--also NAME=FILE` adds one.
+`--rebuilt` measures genomes on the levels that the same settings have on this machine, where they were found on another build of
+them. What follows `--` is given to every run.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import itertools
 import logging
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from experiments.composed import settings_of, take_threads
 from experiments.heldout.texts import write_texts
 from experiments.scripts import file_to_read, in_one_sentence
 from experiments.specs import Spec
-from experiments.sweeps import Job
+from experiments.sweeps import Job, check_settings_alike
 from experiments.tables import Group, Table, about_sweep, in_order, markdown, write_csv, write_table
 
 FOLDER = Path(__file__).parent
@@ -78,8 +79,21 @@ class Run:
         """What found its genome: "evolution, from dp"."""
         search = self.settings.search
         after = ", then second order" if getattr(search.strategy, "second_order_rounds", 0) else ""
+        after += f" on {tokens} tokens" if after and (tokens := getattr(search.strategy, "second_order_tokens", None)) else ""
         after += ", then evolution" if getattr(search.strategy, "generations_after", 0) else ""
         return f"{search.strategy.name}{''.join(f', from {start}' for start in search.starts)}{after}"
+
+    @property
+    def has_found(self) -> bool:
+        """Whether its search has ended with a genome."""
+        return (self.folder / "genome.json").is_file()
+
+    @property
+    def names(self) -> list[str]:
+        """What its rows are called, the dense model's aside."""
+        path = self.folder / "baselines.json"
+        baselines = list(read_baselines(path)["genomes"]) if path.is_file() else []
+        return [*baselines, self.strategy] if self.has_found else baselines
 
 
 def finished_runs(folders: Sequence[Path], files: Mapping[str, Path], further: Sequence[str] = ()) -> Iterator[Run]:
@@ -100,6 +114,28 @@ def finished_runs(folders: Sequence[Path], files: Mapping[str, Path], further: S
         yield Run(folder, settings_of([*lines, *more, *further]), database)
 
 
+def check_pooled(runs: Sequence[Run]) -> None:
+    """Raise EvoPressError if runs of one table have other levels or texts, or those of one row differ in more than the seed.
+
+    Those on several builds of the same levels may be seeds of one row.
+    """
+    of_group: dict[Group, list[Run]] = {}
+    of_row: dict[Group, list[Run]] = {}
+    for run in runs:
+        of_group.setdefault(run.group, []).append(run)
+        if run.has_found:
+            of_row.setdefault((*run.group, run.strategy), []).append(run)
+    for alike, free in ((of_group, ["search", "baselines.names"]), (of_row, ["baselines.names"])):
+        for among in alike.values():
+            check_settings_alike([run.folder for run in among], [asdict(run.settings) for run in among], free)
+    for row, among in of_row.items():
+        seeds: dict[str, Run] = {}
+        for run in among:
+            if (other := seeds.setdefault(run.axes["seed"], run)) is not run:
+                job = f"{', '.join(row)}, seed {run.axes['seed']}"
+                raise EvoPressError(f"{other.folder} and {run.folder} are the same job ({job}): name one of them")
+
+
 def genomes_of(run: Run, here: Workspace, *, rebuilt: bool) -> dict[str, Genome]:
     """Return the genomes of a run's baselines and of its search, by name.
 
@@ -114,8 +150,8 @@ def genomes_of(run: Run, here: Workspace, *, rebuilt: bool) -> dict[str, Genome]
             found = {name: space.check(genome) for name, genome in read_baselines(path)["genomes"].items()}
         else:
             found, _ = stored_baselines(here)
-    if (path := run.folder / "genome.json").is_file():
-        found[run.strategy] = read_genome(path, space, database=own)
+    if run.has_found:
+        found[run.strategy] = read_genome(run.folder / "genome.json", space, database=own)
     return found
 
 
@@ -162,14 +198,15 @@ def _job(run: Run, shown: Mapping[str, str], rows: Mapping[str, Mapping[str, Any
     return Job(run.folder, run.axes, about, {"rows": told}, machine.describe(torch.get_num_threads()))  # of what measures
 
 
-def spec_of(jobs: Sequence[Job], reference: str) -> Spec:
+def spec_of(names: Iterable[str], reference: str) -> Spec:
     """Describe the tables: one for each kind of levels and target.
 
-    Raises: EvoPressError if no run has the reference.
+    Args: names: of the rows that the runs have.
+
+    Raises: EvoPressError if the reference is none of them.
     """
-    names = dict.fromkeys(row["name"] for job in jobs for row in job.result["rows"])
-    if reference not in names:
-        raise EvoPressError(f"--reference {reference!r} is in none of the runs: choose among {', '.join(names)}")
+    if reference not in (told := dict.fromkeys(names)):
+        raise EvoPressError(f"--reference {reference!r} is in none of the runs: choose among {', '.join(told)}")
     return Spec("Other kinds of text", group=("levels", "target"), reference=reference)
 
 
@@ -244,7 +281,7 @@ def main() -> None:
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked, further = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    folders = [folder for folder in asked.runs or sorted(RUNS.glob(DEFAULT)) if folder.is_dir()]
+    folders = [folder for folder in dict.fromkeys(asked.runs or sorted(RUNS.glob(DEFAULT))) if folder.is_dir()]
     if not folders:
         raise EvoPressError(
             f"no run lies in {RUNS}/{DEFAULT}: run python -m experiments.guided.measure first, or name folders of finished runs"
@@ -253,11 +290,14 @@ def main() -> None:
     for kind, reason in reasons.items():
         print(f"{kind}: left out, {reason}", flush=True)
     files |= {name: Path(path) for name, _, path in (each.partition("=") for each in asked.also)}
+    opened = list(finished_runs(folders, files, further))
+    check_pooled(opened)
+    spec = spec_of((name for run in opened for name in run.names), asked.reference)
     by_database: dict[str, list[Run]] = {}
-    for run in finished_runs(folders, files, further):
+    for run in opened:
         by_database.setdefault(run.database, []).append(run)
     jobs = [job for runs in by_database.values() for job in measured(runs, rebuilt=asked.rebuilt)]
-    table = Table(jobs, spec_of(jobs, asked.reference))
+    table = Table(jobs, spec)
     write_csv(asked.out / "results.csv", table.summary())
     write_csv(asked.out / "runs.csv", table.runs())
     text = render(jobs, table)

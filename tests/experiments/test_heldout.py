@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from evopress.errors import EvoPressError
 from experiments.composed import settings_of
+from experiments.guided.measure import NO_SEARCH, ROWS
 from experiments.heldout import run, texts
 from experiments.sweeps import Job
 from experiments.tables import Table
@@ -42,7 +44,8 @@ def jobs() -> list[Job]:
 
 
 def test_what_transfers(jobs: list[Job]) -> None:
-    table = Table(jobs, run.spec_of(jobs, "guided"))
+    names = [row["name"] for job in jobs for row in job.result["rows"]]
+    table = Table(jobs, run.spec_of(names, "guided"))
     text = run.render(jobs, table)
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
     assert lines[0] == ["text", "dense perplexity", "uniform 3", "DP", "guided", "guided below DP", "order"]
@@ -54,7 +57,7 @@ def test_what_transfers(jobs: list[Job]) -> None:
     told = "3 pairs of methods differ on docs; on 2 other texts that is 3 the same, 1 a tie, 2 turned round: "
     assert told in text and "uniform 3 below DP on chat" in text and "uniform 3 below guided on chat" in text
     with pytest.raises(EvoPressError, match="--reference 'owl' is in none of the runs: choose among dense, uniform_3, dp, guided"):
-        run.spec_of(jobs, "owl")
+        run.spec_of(names, "owl")
 
 
 def test_texts_are_written_once_and_what_is_not_there_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +94,49 @@ def test_runs_are_told_apart_and_measured_on_their_threads(tmp_path: Path, monke
     monkeypatch.setattr(run, "Workspace", lambda *_: pytest.fail(f"opened with threads {asked}"))
     with pytest.raises(pytest.fail.Exception, match=r"opened with threads \[3\]"):
         next(run.measured(runs))
+
+
+def opened(folder: Path, *overrides: str, row: tuple[str, ...] = ("search/strategy=guided", "search.starts=[dp]")) -> run.Run:
+    folder.mkdir()
+    (folder / "genome.json").write_text("{}")
+    return run.Run(folder, settings_of(["+method=quant", "bits=3", *row, *overrides]), folder.name)
+
+
+def test_rows_are_of_runs_that_differ_in_the_seed_alone(tmp_path: Path) -> None:
+    first = opened(tmp_path / "0", "seed=0")
+    apart = [opened(tmp_path / "1", "seed=1", "threads=2", "model.device=cpu"), opened(tmp_path / "evolution", row=())]
+    baselines = opened(tmp_path / "baselines", "baselines.names=[dp]", row=())
+    (baselines.folder / "genome.json").unlink()
+    run.check_pooled([first, *apart, baselines])
+    for name, override, sentence in (
+        ("levels", "method.group_size=32", r"method\.group_size is 64 in .*/0 and 32 in .*/levels; leave one of them out"),
+        ("search", "search.strategy.rounds=9", r"search\.strategy\.rounds is 5 in .*/0 and 9 in .*/search; leave one"),
+        ("same", "seed=0", r"/0 and .*/same are the same job \(best, 3\.0, guided, from dp, seed 0\): name one of them"),
+    ):
+        other = opened(tmp_path / name, "seed=0" if name == "same" else "seed=2", override)
+        with pytest.raises(EvoPressError, match=sentence):
+            run.check_pooled([first, *apart, other])
+
+
+def test_rows_of_the_guided_experiment_are_told_apart(tmp_path: Path) -> None:
+    rows = [row for row in ROWS["quant"].values() if NO_SEARCH[0] not in row]
+    runs = [opened(tmp_path / str(place), row=tuple(row)) for place, row in enumerate(rows)]
+    assert len({each.strategy for each in runs}) == len(rows) > 3
+    run.check_pooled(runs)
+
+
+def test_a_reference_that_no_run_has_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = opened(tmp_path / "found")
+    (found.folder / "baselines.json").write_text('{"schema": 1, "database": "db", "genomes": {"dp": [1]}}')
+    monkeypatch.setattr(run, "write_texts", lambda _: ({}, {}))
+    monkeypatch.setattr(run, "finished_runs", lambda *_: iter([found]))
+    monkeypatch.setattr(run, "measured", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["run", str(found.folder), "--reference", "owl", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "--reference 'owl' is in none of the runs: choose among dp, guided, from dp" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("folder", "said"), [("", (28, 2)), ("bits_3", (48, 6)), ("second_order", (13, 5))])

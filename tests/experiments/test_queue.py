@@ -138,7 +138,7 @@ def test_a_list_goes_on_where_a_sweep_is_refused(tmp_path: Path, capsys: pytest.
         write_job(tmp_path / "table3" / f"{seed}", [f"seed={seed}"], bits=3.0 + seed)
     assert queue.show(["table3", "table16"], tmp_path, 4, ["threads=1"]) == 1
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("table3: left out: the jobs are not of one sweep: bits is 3.0 in")
+    assert said[0].startswith("table3: left out: the runs are not of one table: bits is 3.0 in")
     assert said[1] == "table16: 6 of 6 jobs missing"
 
 

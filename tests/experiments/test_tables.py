@@ -238,7 +238,7 @@ def test_jobs_of_different_settings_are_not_mixed(change: dict[str, Any], senten
     if sentence is None:
         assert len(make_table("table2_sparsity", root=sweep, out=out).jobs) == 4
     else:
-        with pytest.raises(EvoPressError, match=f"not of one sweep: {sentence}"):
+        with pytest.raises(EvoPressError, match=f"not of one table: {sentence}"):
             make_table("table2_sparsity", root=sweep, out=out)
 
 
@@ -247,7 +247,7 @@ def test_refined_jobs_are_refined_alike(sweep: Path, out: Path) -> None:
         settings = {"stages": ["search", "refine"], "refine": {"tokens": 64, "correction": correction}}
         rows = [DENSE, row("evopress", 0.5, 15.0)]
         write_job(sweep / "table2_sparsity", f"z{seed}", ["sparsity=0.7", f"seed={seed}"], rows, **settings)
-    with pytest.raises(EvoPressError, match=r"not of one sweep: refine\.correction is 0.5 in .* and 0.0 in"):
+    with pytest.raises(EvoPressError, match=r"not of one table: refine\.correction is 0.5 in .* and 0.0 in"):
         make_table("table2_sparsity", root=sweep, out=out)
 
 
