@@ -19,12 +19,13 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from evopress.errors import EvoPressError
+from evopress.errors import EvoPressError, first_line
 from evopress.evaluation.heldout import Scores
 from evopress.fitness.measures import HeldOut
 from evopress.models.head import Head
+from evopress.models.loading import has_weights, read_config
 from evopress.models.opening import find_model
 from evopress.progress import track
 from evopress.reporting.differences import Difference
@@ -69,6 +70,24 @@ def asked_rows(asked: Sequence[str]) -> Iterator[tuple[str, float, Path]]:
             raise EvoPressError(f"{each} names no row: expected NAME:BITS=CHECKPOINT, such as ours:3=RUN/checkpoint") from None
 
 
+def num_tokens(checkpoint: Path) -> int:
+    """Return how many tokens a checkpoint's model knows; raise EvoPressError if the folder holds no model that can be loaded."""
+    read_config(checkpoint)
+    if not has_weights(checkpoint):
+        raise EvoPressError(f"{checkpoint} has no weights: name the folder of a whole checkpoint")
+    try:
+        return int(AutoConfig.from_pretrained(checkpoint).get_text_config().vocab_size)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise EvoPressError(f"{checkpoint} is no checkpoint of a language model that is known here: {first_line(error)}") from error
+
+
+def check_tokens(checkpoints: Sequence[Path], dense: Path) -> None:
+    """Raise EvoPressError as `num_tokens`, or if a checkpoint knows other tokens than the dense model's, whose text it is given."""
+    for checkpoint in checkpoints:
+        if (here := num_tokens(checkpoint)) != (expected := num_tokens(dense)):
+            raise EvoPressError(f"{checkpoint} knows {here} tokens, {dense.name} {expected}: name a checkpoint of that model")
+
+
 def _column(name: str, bits: float) -> str:
     """Return where a row is in the file of sequences."""
     return f"{name}:{bits:g}"
@@ -100,12 +119,13 @@ def main() -> None:
     beside = asked.results.with_name(SEQUENCES)
     by_sequence = pd.read_csv(beside) if beside.exists() else pd.DataFrame()
     known = {(row["row"], row["bits"]) for row in rows}
+    left = [(name, bits, checkpoint) for name, bits, checkpoint in wanted if (name, bits) not in known]
     workspace = Workspace(settings_of(["+method=quant", "bits=3"]), asked.results.parent)
+    folder = find_model(workspace.settings.model, workspace.cache)
+    check_tokens([checkpoint for _, _, checkpoint in left], folder)
     sequences = next(iter(workspace.evaluation_data.values()))
-    dense = AutoModelForCausalLM.from_pretrained(find_model(workspace.settings.model, workspace.cache), dtype=torch.float32)
-    for name, bits, checkpoint in wanted:
-        if (name, bits) in known:
-            continue
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, bits, checkpoint in left:
         scores = measured(dense, AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), sequences)
         by_sequence[_column(name, bits)] = scores.by_sequence["kl"]
         rows.append({"row": name, "bits": bits, "perplexity": scores.perplexity, **scores.means()})

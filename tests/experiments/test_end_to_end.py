@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from evopress.errors import EvoPressError
 from evopress.evaluation.heldout import measure_held_out
 from evopress.fitness.population import PopulationEvaluator
 from evopress.levels.live import LiveModel
-from experiments.end_to_end.run import asked_rows, measured, with_differences
+from experiments.end_to_end.run import asked_rows, check_tokens, measured, with_differences
 
 
 def test_a_checkpoint_is_worth_what_a_run_says_of_the_genome_in_it(
@@ -39,6 +41,26 @@ def test_rows_are_named_with_their_bits(tmp_path: Path) -> None:
             list(asked_rows([wrong]))
     with pytest.raises(EvoPressError, match="no file or folder"):
         list(asked_rows(["tool:3=nowhere"]))
+
+
+def test_a_folder_without_a_model_and_one_of_other_tokens_are_refused(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    dense, other = tiny_folder("llama"), Path(shutil.copytree(tiny_folder("llama"), tmp_path / "other"))
+    check_tokens([dense, other], dense)
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
+    with pytest.raises(
+        EvoPressError, match=f"other knows 7 tokens, {dense.name} {config['vocab_size']}: name a checkpoint of that"
+    ):
+        check_tokens([dense, other], dense)
+    (other / "config.json").write_text("{}")
+    with pytest.raises(EvoPressError, match="other is no checkpoint of a language model that is known here: "):
+        check_tokens([other], dense)
+    (other / "model.safetensors").unlink()
+    with pytest.raises(EvoPressError, match="other has no weights"):
+        check_tokens([other], dense)
+    (other / "config.json").unlink()
+    with pytest.raises(EvoPressError, match=r"other has no config\.json: give the folder of a Hugging Face checkpoint"):
+        check_tokens([other], dense)
 
 
 def test_differences_are_to_the_lowest_row_of_the_same_bits() -> None:
