@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from evopress.errors import EvoPressError
 from evopress.fitness.gates import Gate, GatedHead
-from evopress.fitness.measures import Measure, TopkKL, unfused
+from evopress.fitness.measures import Measure, TopkKL, per_token, unfused
 from evopress.levels.live import Live, block_at, part_held
 from evopress.models.blocks import BlockModel
 from evopress.models.dropping import contributions
@@ -205,7 +205,7 @@ class BackwardPass:
                 gate = torch.ones(len(hidden), 1, device=flat.device, requires_grad=True)
                 wanted, used = [hidden, gate], GatedHead(head.weight, head.bias, head.softcap, head.scale, delta=delta, gate=gate)
             with torch.enable_grad():
-                total = self.measure(hidden, reference, used)[0].sum()
+                total = per_token(self.measure, hidden, reference, used)[0].sum()
             found = torch.autograd.grad(total, wanted)
             gradients[0][chunk] = found[0]
             if delta is not None:

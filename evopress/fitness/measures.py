@@ -43,6 +43,17 @@ class Measure(Protocol):
         """Measure a candidate's last hidden states [T, d]; return float32 [len(names), T]."""
 
 
+def per_token(measure: Measure, hidden: Tensor, reference: Any, head: Head) -> Tensor:
+    """Call a measure; raise EvoPressError if what it returns is not [len(names), T]."""
+    found = measure(hidden, reference, head)
+    if found.shape != (expected := (len(measure.names), len(hidden))):
+        raise EvoPressError(
+            f"the measure {', '.join(measure.names)} returned {list(found.shape)} for {len(hidden)} tokens, expected "
+            f"{list(expected)}: let its __call__ end with .unsqueeze(0), or choose another fitness.name"
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class KLDivergence:
     """KL(base ‖ compressed) in nats, exact over the vocabulary (paper section 3, fitness environment)."""

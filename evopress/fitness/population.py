@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evopress.compress.compressor import free_bytes
-from evopress.fitness.measures import Measure
+from evopress.fitness.measures import Measure, per_token
 from evopress.levels.live import Live, part_held
 from evopress.levels.passage import SHARE_OF_DEVICE
 from evopress.models.blocks import BlockModel
@@ -276,7 +276,7 @@ def _by_chunks(
             for chunk in _chunks(labels.numel(), chunk_tokens, within=apart and apart * (ids.shape[1] - 1)):
                 reference = measure.reference(flat_base[chunk].to(device), labels[chunk], dense)
                 for i, (state, head_levels) in enumerate(ends):
-                    yield i, chunk, measure(flat[state][chunk], reference, heads[head_levels])
+                    yield i, chunk, per_token(measure, flat[state][chunk], reference, heads[head_levels])
                 del reference  # before the next chunk's
                 within(_IN_BLOCKS + (1 - _IN_BLOCKS) * chunk.stop / labels.numel())
 

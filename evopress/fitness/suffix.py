@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evopress.fitness.measures import Measure
+from evopress.fitness.measures import Measure, per_token
 from evopress.levels.live import Live, block_at, part_held
 from evopress.levels.refine import Weights
 from evopress.ranks import batch_within_share, on_all_ranks, shard
@@ -94,5 +94,5 @@ class SuffixLoss:
             for start in range(0, len(labels), self.chunk_tokens):
                 chunk = slice(start, start + self.chunk_tokens)
                 reference = self.measure.reference(base[chunk].to(blocks.device), labels[chunk], dense)
-                sums.append(self.measure(hidden[chunk], reference, head)[0].sum(dtype=torch.float64))
+                sums.append(per_token(self.measure, hidden[chunk], reference, head)[0].sum(dtype=torch.float64))
         return torch.stack(sums).tolist() if sums else []

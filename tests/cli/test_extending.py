@@ -136,6 +136,17 @@ def test_a_measure_of_two_numbers_is_refused_before_any_work(
     assert "fitness.name=part is no measure of one number per token: give it `names` of one" in outcome.errors[0]
 
 
+@pytest.mark.parametrize("strategy", ["evolution", "guided"])
+def test_a_measure_of_another_shape_is_refused_in_a_sentence(
+    strategy: str, install: Callable[..., Path], tiny: Callable[..., Any]
+) -> None:
+    code = "class Flat:\n    names = ('flat',)\n    def reference(self, *a): ...\n    def __call__(self, h, *a): return h.sum(-1)"
+    install("my_flat", {"flat": "my_flat:Flat"}, code, group="evopress.measures")
+    outcome = tiny("fitness.name=flat", f"search/strategy={strategy}", "baselines.names=[]")
+    assert outcome.code == 1 and len(outcome.errors) == 1
+    assert re.search(r"the measure flat returned \[(\d+)\] for \1 tokens, expected \[1, \1\]: let its __call__", outcome.errors[0])
+
+
 BASELINE = """
 from evopress.baselines.baseline import Baseline
 
