@@ -68,7 +68,7 @@ def test_further_limits_bind_searches_and_baselines(model: Any, tokens: Any) -> 
 @pytest.mark.parametrize(
     ("names", "settings", "said"),
     [
-        (["nope"], {}, r"^baselines\.names has 'nope', which method quant does not support: choose among uniform, "),
+        (["nope"], {}, r"^baselines\.names has 'nope', which is unknown: choose among uniform, "),
         ("dp", {}, r"^find_baselines takes no names='dp': expected "),
         (["dp"], {"num_random": 0}, r"^baselines\.num_random=0"),
         (["dp"], {"rounds": 3}, r"^find_baselines has no setting rounds: choose among names, num_random, "),

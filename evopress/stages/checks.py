@@ -28,11 +28,10 @@ def check_names(settings: RunSettings) -> None:
             near = get_close_matches(name, BASELINES, n=1) or list(BASELINES)
             raise EvoPressError(f"baselines.options has {name!r}, which is no baseline: did you mean {' or '.join(near)}?")
     for name in settings.baselines.names:
-        if name not in BASELINES or kind not in make_baselines(settings.baselines, [name])[name].serves:
-            raise EvoPressError(
-                f"baselines.names has {name!r}, which method {settings.method.name} does not support: choose among "
-                f"{', '.join(names_serving(kind))}"
-            )
+        known = name in BASELINES
+        if not known or kind not in make_baselines(settings.baselines, [name])[name].serves:
+            fault = f"method {settings.method.name} does not support" if known else "is unknown"
+            raise EvoPressError(f"baselines.names has {name!r}, which {fault}: choose among {', '.join(names_serving(kind))}")
 
 
 def check_tasks(settings: RunSettings) -> None:
