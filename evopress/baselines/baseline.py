@@ -243,6 +243,14 @@ def check_importance(run: RunSettings, tokens: int) -> None:
         )
 
 
+def check_hessians(run: RunSettings, name: str, why: str = "") -> None:
+    """Raise EvoPressError if Hessians are not kept, which a baseline needs; say why where that is not plain."""
+    if not run.level_db.keep_hessians:
+        raise EvoPressError(
+            f"baseline {name} needs stored Hessians{why}: set level_db.keep_hessians=true, or leave it out of baselines.names"
+        )
+
+
 def check_minibatch(run: RunSettings, key: str, tokens: int) -> None:
     """Raise EvoPressError unless a minibatch of so many tokens can be drawn from the search text; `key` names the setting."""
     length = run.model.sequence_length

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from evopress.baselines.baseline import WEIGHTS, Baseline, Pass, Planned, Problem
+from evopress.baselines.baseline import WEIGHTS, Baseline, Pass, Planned, Problem, check_hessians
 from evopress.compress.compressor import Compressor
 from evopress.compress.sparse import PruneTo, SparsityLevels, kept_at
 from evopress.errors import EvoPressError
@@ -58,10 +58,7 @@ class BlockSparsity(Baseline):
                 f"baseline {self.name} supports method.include=[blocks] only, not {run.method.include}: leave it out of "
                 "baselines.names, or change method.include"
             )
-        if not run.level_db.keep_hessians:
-            raise EvoPressError(
-                f"baseline {self.name} needs stored Hessians: set level_db.keep_hessians=true, or leave it out of baselines.names"
-            )
+        check_hessians(run, self.name)
         if not 2 <= self.tokens <= run.data.calibration_tokens:
             raise EvoPressError(
                 f"baselines.owl_tokens={self.tokens} is out of range: expected 2 to data.calibration_tokens="

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from evopress.baselines.baseline import WEIGHTS, Baseline, Planned, Problem
+from evopress.baselines.baseline import WEIGHTS, Baseline, Planned, Problem, check_hessians
 from evopress.compress.compressor import Compressor
 from evopress.compress.sparse import PruneTo, SparsityLevels, kept_at
 from evopress.currencies import SPARSITY
-from evopress.errors import EvoPressError
 from evopress.search.initial import one_level
 from evopress.settings import RunSettings
 from evopress.units import Budget, Genome, Level, Space
@@ -28,11 +27,8 @@ class Uniform(Baseline):
         """See `Baseline`."""
         several = run.budgets or run.max_kl is not None or run.min_agreement is not None
         aside = run.method.name == "sparsity" and (several or run.method.centre not in (None, run.sparsity))
-        if aside and "baselines" in run.stages and not run.level_db.keep_hessians:
-            raise EvoPressError(
-                "baseline uniform needs stored Hessians where the sparsity is not method.centre, for it is pruned anew there: set "
-                "level_db.keep_hessians=true, or leave it out of baselines.names"
-            )
+        if aside and "baselines" in run.stages:
+            check_hessians(run, "uniform", " where the sparsity is not method.centre, for it is pruned anew there")
 
     def further(self, plan: Planned, compressor: Compressor) -> Compressor | None:
         """See `Baseline`."""

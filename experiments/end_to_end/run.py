@@ -83,8 +83,9 @@ def num_tokens(checkpoint: Path) -> int:
 
 def check_tokens(checkpoints: Sequence[Path], dense: Path) -> None:
     """Raise EvoPressError as `num_tokens`, or if a checkpoint knows other tokens than the dense model's, whose text it is given."""
+    expected = num_tokens(dense)
     for checkpoint in checkpoints:
-        if (here := num_tokens(checkpoint)) != (expected := num_tokens(dense)):
+        if (here := num_tokens(checkpoint)) != expected:
             raise EvoPressError(f"{checkpoint} knows {here} tokens, {dense.name} {expected}: name a checkpoint of that model")
 
 
