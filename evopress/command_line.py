@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from itertools import pairwise
@@ -23,7 +23,6 @@ _WITH_VALUE = (
 """Flags of Hydra whose value is the next argument."""
 _HELP = "`python -m evopress --help` lists them"
 _EXPECTED = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "bool": "true or false"}
-_ELEMENT = re.compile(r"\+*(search\.(?:tokens|survivors))\.\d+=")
 _WITHOUT_PLUS = re.compile(rf"({'|'.join(NOT_BY_DEFAULT)})=\w")
 _EXTRAS = {"optuna": "optuna", "joblib": "joblib", "submitit_slurm": "slurm", "ray": "ray"}
 """An option of one of Hydra's groups to the extra of ours that brings it."""
@@ -120,8 +119,8 @@ def refused(
 ) -> str | None:
     """Return the sentence for what Hydra has no good words for; None: there is none.
 
-    That is a setting that is written as a flag, `--bits 2.5`, a group that is written as one, one element of a list that a scale
-    makes, a sweep whose jobs would have one folder, and a target beside another that takes its place.
+    That is a setting that is written as a flag, `--bits 2.5`, a group that is written as one, a part of what is set as a whole,
+    `stages.0=search`, a sweep whose jobs would have one folder, and a target beside another that takes its place.
 
     Args: is_sweep: tells whether an argument has several values.
     """
@@ -134,11 +133,11 @@ def refused(
         if argument.startswith("--") and (name := name.replace("-", "_")) in known:
             plus = "+" if name in NOT_BY_DEFAULT else ""
             return f"{argument} is no flag: settings are written key=value, {plus}{name}={value if equals else '...'}"
-        if found := _ELEMENT.match(argument):
-            return f"{argument} is one element of a list that the scale makes: write all of it, {found[1]}=[...]"
         key = argument.lstrip("+").partition("=")[0]
         if "." in key and (group := key.replace(".", "/")) in groups:
             return f"{argument} names a config group: write {group}={value}"
+        if whole := _set_as_a_whole(key.lstrip("~"), known, groups):
+            return f"{argument} sets a part of {whole}, which is set as a whole: write {whole}=..."
         if multirun and not key.startswith("hydra") and ANY_JOB.fullmatch(key) and is_sweep(argument):
             return (
                 f"{argument} cannot be swept over: {key} is not part of a job's folder name, so that all jobs would share one; "
@@ -153,6 +152,15 @@ def refused(
     if both := two_targets(arguments, arguments):
         return f"{' and '.join(both)} are both given: leave one of them out"
     return None
+
+
+def _set_as_a_whole(key: str, known: Collection[str], groups: Collection[str]) -> str:
+    """Return the setting of which a key names a part, such as an element of its list; "" if there is none, or it has keys."""
+    whole = key.rpartition(".")[0]
+    while whole and whole not in known:
+        whole = whole.rpartition(".")[0]
+    has_keys = _OPEN.match(f"{whole}.") or whole.replace(".", "/") in groups or any(name.startswith(f"{whole}.") for name in known)
+    return "" if has_keys else whole
 
 
 def two_targets(arguments: Sequence[str], others: Sequence[str]) -> tuple[str, str] | None:

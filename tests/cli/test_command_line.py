@@ -104,11 +104,28 @@ def test_schemas_are_not_offered_as_options(group: str) -> None:
     assert not [name for name in offered if name.startswith("base_")]
 
 
-def test_an_element_of_a_list_that_a_scale_makes_is_refused(evopress: Callable[..., Any], tmp_path: Path) -> None:
-    outcome = evopress("+method=quant", "search.tokens.0=64")
-    sentence = "search.tokens.0=64 is one element of a list that the scale makes: write all of it, search.tokens=[...]"
+@pytest.mark.parametrize(
+    ("typed", "whole"),
+    [
+        ("search.tokens.0=64", "search.tokens"),
+        ("stages.0=search", "stages"),
+        ("export.formats=[gguf]", "export"),
+        ("~export.formats", "export"),
+        ("+baselines.names.first=dp", "baselines.names"),
+        ("method.levels.a=1", "method.levels"),
+        ("data.calibration.0.name=x", "data.calibration"),
+    ],
+)
+def test_a_part_of_what_is_set_as_a_whole_is_refused(evopress: Callable[..., Any], tmp_path: Path, typed: str, whole: str) -> None:
+    outcome = evopress("+method=quant", typed)
+    sentence = f"{typed} sets a part of {whole}, which is set as a whole: write {whole}=..."
     assert (outcome.code, outcome.errors) == (1, [f"error: {sentence}"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("typed", ["baselines.options.owl.tokens=3", "method.group_sizes={2:32}", "search.strategy.rounds=2"])
+def test_a_part_of_what_has_keys_is_set(evopress: Callable[..., Any], typed: str) -> None:
+    assert evopress("+method=quant", "bits=3", typed, "--cfg", "job").code == 0
 
 
 @pytest.mark.parametrize(
