@@ -29,7 +29,7 @@ def check_folder(arguments: list[str]) -> None:
         return  # `--help` and the like make no folder
     named = [argument for argument in arguments if argument.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
     given = configuration.value_of(named[-1]) if named else "multirun"
-    if not given or "${" in given:  # for Hydra to say
+    if given is None or "${" in given:  # for Hydra to say
         return
     key = named[-1].partition("=")[0] if named else ""
     folder = given_path(given, key)

@@ -544,6 +544,13 @@ def test_where_no_folder_can_be_made(
     refused(evopress_in(tmp_path / cwd, *arguments, "+method=quant", "bits=3.5", "+debug=tiny"), *parts)
 
 
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir", "paths.cache", "level_db.root", "model.path"])
+def test_an_empty_path_is_not_the_working_directory(key: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    refused(tiny(f"{key}="), f"{key}= names no path", "give one")
+    assert [path for path in sorted(tmp_path.iterdir()) if path not in before and path.name in (".hydra", "levels", ".lock")] == []
+
+
 def test_what_runs_nothing_needs_no_folder(evopress_in: Callable[..., Any]) -> None:
     assert evopress_in(Path("/proc" if Path("/proc/self").exists() else "/"), "--cfg", "job", "+method=quant").code == 0
 
