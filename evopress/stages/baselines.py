@@ -103,7 +103,7 @@ def what_decides_fitness(workspace: Workspace, *, text: bool = True) -> dict[str
         "seed": settings.seed,
         "fitness": settings.fitness.name,
         "fitness.k": settings.fitness.k if settings.fitness.name == "topk_kl" else None,
-        **({"fitness.options": settings.fitness.options} if settings.fitness.options else {}),
+        "fitness.options": settings.fitness.options,
         **({"search text": tokens_digest(workspace.search_tokens)[:16]} if text else {}),
         "bits": settings.bits,
         "sparsity": settings.sparsity,
@@ -112,6 +112,10 @@ def what_decides_fitness(workspace: Workspace, *, text: bool = True) -> dict[str
         "engine": settings.engine,
         "method.experts": workspace.databases.ties.get("experts", "each"),
     }
+
+
+UNWRITTEN: Mapping[str, Any] = {"fitness.options": {}, "options": {}}
+"""What earlier versions wrote down only where there was something in it, of a search's settings and the baselines'."""
 
 
 def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -138,14 +142,11 @@ def baselines_as_asked(workspace: Workspace) -> dict[str, Any] | None:
     if stored is None:
         return None
     asked = stored.get("asked", {})  # our first versions did not say
-    return stored if isinstance(asked, dict) and not changes(asked, _asked(workspace)) else None
+    return stored if isinstance(asked, dict) and not changes({**UNWRITTEN, **asked}, _asked(workspace)) else None
 
 
 def _asked(workspace: Workspace) -> dict[str, Any]:
-    baselines = asdict(workspace.settings.baselines)
-    if not baselines["options"]:
-        del baselines["options"]  # earlier versions had none
-    return {**what_decides_fitness(workspace), **baselines}
+    return {**what_decides_fitness(workspace), **asdict(workspace.settings.baselines)}
 
 
 def baselines_needs(planner: Planner) -> Needs:

@@ -13,7 +13,7 @@ from evopress.reporting.generations import read_generations
 from evopress.reporting.records import read_document, read_genome
 from evopress.search.evolution import SearchSettings
 from evopress.search.strategy import Problem, Searching
-from evopress.stages.baselines import baselines_as_asked, changes, read_baselines, what_decides_fitness
+from evopress.stages.baselines import UNWRITTEN, baselines_as_asked, changes, read_baselines, what_decides_fitness
 from evopress.stages.exports import refuse_nothing_to_export
 from evopress.stages.given import refuse_missing
 from evopress.stages.results import read_result
@@ -41,7 +41,7 @@ def refuse_other_settings(workspace: Workspace, searching: Searching) -> None:
     there, numbers = state.get("asked", {}), state.get("evolution", {})  # our first versions did not say what was asked
     if not isinstance(there, dict):
         raise EvoPressError(f"{path} is damaged: its settings are {shown(there)}; restore it, or remove it to search again")
-    changed = changes(there, what_decides_fitness(workspace, text=again))
+    changed = changes({**UNWRITTEN, **there}, what_decides_fitness(workspace, text=again))
     changed += changes({"search.strategy": strategy_in(state)}, {"search.strategy": searching.strategy})
     own = ""
     if isinstance(numbers, dict) and isinstance(numbers.get("settings"), dict):  # what is damaged, `go_on` tells

@@ -119,6 +119,11 @@ def test_a_fitness_from_outside_is_searched_by_both_strategies(
         assert found and min(found) > 0
     other = evopress(*given, *few, "search/strategy=evolution", "hydra.run.dir=evolution", "fitness.options.temperature=3")
     assert other.code == 1 and "had other settings (fitness.options" in other.errors[0]
+    plain = [each for each in given if not each.startswith(("fitness.options", "+fitness.options"))]
+    assert len(plain) < len(given) and evopress(*plain, *few, "search/strategy=evolution", "hydra.run.dir=plain").code == 0
+    added = evopress("resume=plain", "+fitness.options.temperature=3")
+    assert added.code == 1 and "had other settings (fitness.options" in added.errors[0]
+    assert evopress("resume=plain", "search.generations=3").code == 0
     assert not list(tmp_path.rglob("archive.jsonl"))
     refused = tiny("fitness.name=reverse_kl", "+fitness.options.heat=2", folder=tmp_path / "refused")
     assert refused.code == 1 and "the measure reverse_kl does not accept fitness.options={'heat': 2}" in refused.errors[0]

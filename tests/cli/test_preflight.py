@@ -214,6 +214,17 @@ def test_scores_go_back_once_where_modules_can_be_dropped_too(evopress: Callable
     assert rows(outcome.text)["baselines"][1] == f"{(2048 + 3 * 512) / 1e3:.3g} k"
 
 
+def test_baselines_are_found_again_with_an_option_that_they_did_not_have(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    fisher = ("bits=3.5", "baselines.names=[fisher]", "stages=[database,baselines]")
+    assert tiny(*fisher).code == 0
+    (path,) = tmp_path.rglob("baselines.json")
+    spent = json.loads(path.read_text(encoding="utf-8"))["spent"]["fisher"]["tokens"]
+    assert tiny(*fisher).code == 0
+    outcome = tiny(*fisher, "+baselines.options.fisher.tokens=512")
+    assert outcome.code == 0 and "they are found again" in outcome.text
+    assert json.loads(path.read_text(encoding="utf-8"))["spent"]["fisher"]["tokens"] == 3 * 512 < spent
+
+
 def test_what_is_there_counts_as_done(finished: Any, evopress: Callable[..., Any], tmp_path: Path) -> None:
     folder = shutil.copytree(finished.folder, tmp_path / "earlier")
     before = contents(folder)
