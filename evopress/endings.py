@@ -22,7 +22,7 @@ from evopress.files import explained
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
 """What torch, its back ends and the C library say, in small letters."""
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 _received: int | None = None
 """The signal that asked this process to stop."""
 
@@ -102,7 +102,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def of_the_disk(error: BaseException, folder: Path) -> EvoPressError | None:
-    """Turn a full or read-only disk, met where nobody expected it, into one sentence; None for any other error.
+    """Turn a full or read-only disk, or a limit of it, met where nobody expected it, into one sentence; None for any other error.
 
     Args: folder: named where the error names no file.
     """

@@ -203,6 +203,8 @@ def test_a_full_disk_says_so_where_nobody_expects_it(tmp_path: Path) -> None:
     told = endings.of_the_disk(OSError(errno.ENOSPC, "No space left on device", "figures/lineage.png"), tmp_path)
     assert "the disk is full while writing figures/lineage.png" in str(told)
     assert str(tmp_path) in str(endings.of_the_disk(OSError(errno.ENOSPC, "No space left on device"), tmp_path))
+    limited = SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+    assert "cannot be written (" in str(endings.of_the_disk(limited, tmp_path)), "ulimit -f"
     assert endings.of_the_disk(OSError(errno.ENOENT, "No such file"), tmp_path) is None
     assert endings.of_the_disk(ValueError(), tmp_path) is None
     weights = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
