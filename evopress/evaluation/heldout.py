@@ -36,7 +36,7 @@ class Scores:
     """Mean of Σ min(p, q): the share of tokens that lossless speculative decoding keeps if this model drafts for the dense one."""
     flips: float = math.nan
     """Share of tokens that either this model or the dense one predicts rightly as the most likely, and the other does not."""
-    by_sequence: Mapping[str, tuple[float, ...]] = field(default_factory=dict, compare=False)
+    by_sequence: Mapping[str, tuple[float, ...]] = field(default_factory=dict, compare=False, repr=False)
     """Mean of each of `MEASURES` over every sequence's tokens, so that genomes can be compared sequence by sequence."""
 
     @classmethod

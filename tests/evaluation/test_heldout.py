@@ -5,7 +5,7 @@ import pytest
 import torch
 from measures_literal import acceptance_rate, flips, kl_divergence, negative_log_likelihood, top1_agreement
 
-from evopress.evaluation.heldout import MEANS, MEASURES, measure_held_out, scores_by_data_set
+from evopress.evaluation.heldout import MEANS, MEASURES, Scores, measure_held_out, scores_by_data_set
 from evopress.fitness import population
 from evopress.fitness.minibatch import base_states
 from evopress.fitness.plain import PlainEvaluator
@@ -49,6 +49,12 @@ def test_scores_are_those_of_the_whole_model(kind, live, tokens):
     assert (scores[-1].top1_agreement, scores[-1].flips) == (1.0, 0.0)
     assert 1 - 1e-5 < scores[-1].acceptance_rate <= 1
     assert scores[0].kl < scores[1].kl
+
+
+def test_scores_are_printed_without_those_of_every_sequence():
+    scores = Scores.of(torch.rand(len(MEASURES), 200, dtype=torch.float64), 31)
+    assert len(scores.by_sequence["kl"]) == 200
+    assert repr(scores).startswith(f"Scores(kl={scores.kl!r}, perplexity=") and "by_sequence" not in repr(scores)
 
 
 def test_batches_and_chunks_change_nothing_but_rounding(live, tokens):
