@@ -304,6 +304,8 @@ class Budget:
     """Further ones, in other currencies or of one kind of unit (as many attention as MLP modules)."""
     beside: int = field(default=0, compare=False)
     """What the target counts beside the total, in the same: the bits of what is no unit."""
+    wider: str = field(default="", compare=False)
+    """What brings the levels to a target out of their reach; empty: a further level does."""
 
     def met_by(self, space: Space, genome: Sequence[int]) -> bool:
         """Tell whether a genome of the space is within the total and all further limits."""
@@ -346,13 +348,13 @@ class Budget:
             raise EvoPressError(
                 f"target {self.target:g} {self.measure} is {side} what the {len(space)} units can reach "
                 f"({end} {self._shown(space, space.least_cost)}; first: {first.name}, {end} {first.levels[-1].label}): "
-                f"add a more compressed level or {way} the target"
+                f"{self.wider or 'add a more compressed level'} or {way} the target"
             )
         if self.total > space.greatest_cost:
             side, way = ("below", "raise") if taken else ("above", "lower")
             raise EvoPressError(
                 f"target {self.target:g} {self.measure} is {side} the least compressed level "
-                f"({self._shown(space, space.greatest_cost)}): add a less compressed level or {way} the target"
+                f"({self._shown(space, space.greatest_cost)}): {self.wider or 'add a less compressed level'} or {way} the target"
             )
         for limit in self.limits:
             lowest, highest = limit.bounds(space)

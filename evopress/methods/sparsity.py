@@ -107,7 +107,8 @@ class Sparsity:
         """Return the weights that uniform sparsity keeps."""
         total = sum(kept_at(unit.size, self.sparsity) for unit in space.whole.units)
         limits = further_limits(self.limits, space, rest)
-        return Budget(total=total, target=self.sparsity, measure="sparsity", limits=limits)
+        wider = f"set method.centre ({self.centre:g} here, around which levels lie) nearer to it or a larger method.step,"
+        return Budget(total=total, target=self.sparsity, measure="sparsity", limits=limits, wider=wider)
 
     def generations(self, space: Space) -> None:
         """The settings say."""

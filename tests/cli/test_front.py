@@ -293,6 +293,19 @@ def test_pruned_levels_have_a_uniform_row_at_every_budget(
     ]
 
 
+def test_sparsities_that_levels_do_not_reach_are_told_what_reaches_them(paths: list[str], tmp_path: Path) -> None:
+    """Of two budgets the higher is the middle one; around the mean of both there are levels for both."""
+    for centre, *own in (("0.6", "budgets=[0.4,0.6]"), ("0.5", "budgets=[0.3,0.7]", "method.centre=0.5")):
+        settings = replace(settings_of("+method=sparsity", *own, "baselines.names=[]", *paths), dry_run=True)
+        with pytest.raises(
+            EvoPressError, match=rf"set method\.centre \({centre} here, .* nearer to it or a larger method\.step, or"
+        ):
+            run(settings, tmp_path / "run")
+    for own in (("budgets=[0.4,0.6]",), ("budgets=[0.3,0.7]", "method.step=200")):
+        settings = settings_of("+method=sparsity", *own, "method.centre=0.5", "baselines.names=[]", *paths)
+        run(replace(settings, dry_run=True), tmp_path / "run")
+
+
 def test_the_smallest_model_that_keeps_a_kl_is_found_by_bisection_and_exported(asked: RunSettings, tmp_path: Path) -> None:
     """Of four budgets two or three are searched; another limit searches only what it lacks."""
     ask = replace(asked, budgets=[4, 3.5, 3, 2.5], max_kl=0.015, stages=[*SEARCH, "evaluate", "export"])

@@ -73,10 +73,7 @@ def test_a_size_that_limits_a_kind_has_nothing_of_the_rest_in_it() -> None:
     ("sparsity", "words"),
     [
         (0.9, r"target 0\.9 sparsity is above what the 1 units can reach \(most 0\.75; first: a, most .*lower the target"),
-        (
-            0.5,
-            r"target 0\.5 sparsity is below the least compressed level \(0\.6\): add a less compressed level or raise the target",
-        ),
+        (0.5, r"0\.5 sparsity is below the least compressed level \(0\.6\): set method\.centre \(0\.5 here, .*or raise the target"),
     ],
 )
 def test_a_sparsity_out_of_reach_is_told_in_sparsities(sparsity: float, words: str) -> None:
