@@ -180,7 +180,7 @@ def contents(workspace: Workspace, stages: Collection[str]) -> dict[str, str]:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(f"{path.relative_to(folder)}\n{sha256_file(path)}\n".encode())
         found["task files"] = digest.hexdigest()
-    if genome is not None and (file := file_of(genome, "genome")) is not None:
+    if genome is not None and (file := file_of(genome, "genome", workspace.run_dir)) is not None:
         found["genome"] = sha256_file(file)
     return found
 

@@ -75,7 +75,7 @@ def run(
         settings, targets = point.settings, ("bits", "sparsity", "size")
         config = {**config, **{key: getattr(settings, key) for key in targets}, "budgets": []}
     kind = kind_of(settings)
-    _check(settings)
+    _check(settings, run_dir)
     kind.check(settings, run_dir)
     started = time.monotonic()
     workspace = Workspace(settings, run_dir)
@@ -129,10 +129,10 @@ def kind_of(settings: RunSettings) -> type[Kind]:
     return Front if has_points(settings) else OneBudget
 
 
-def _check(settings: RunSettings) -> None:
-    """Raise EvoPressError if the settings mean nothing whatever model, text and folder they are for."""
+def _check(settings: RunSettings, run_dir: Path) -> None:
+    """Raise EvoPressError if the settings mean nothing, whatever model and text they are for."""
     check_names(settings)
-    check_given(settings)
+    check_given(settings, run_dir)
     searching(settings.search, derived=1 if isinstance(settings.method, DropSettings) else None)
     check_strategy(settings)
     check_tokens(settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from evopress.baselines.baseline import Planned
-from evopress.baselines.named import make_baselines
+from evopress.baselines.named import BASELINES, make_baselines
 from evopress.compress.compressor import Compressor
 from evopress.data.minibatch import Minibatch
 from evopress.data.tokens import tokens_digest
@@ -31,6 +31,7 @@ from evopress.levels.union import LevelSource, LevelUnion
 from evopress.models.blocks import BlockModel
 from evopress.progress import counted
 from evopress.reporting.records import append_record, read_document, read_records, write_json
+from evopress.reporting.tables import display_name
 from evopress.resources import Needs
 from evopress.search.strategy import BACKWARD_TOKENS, Asks, Fitness
 from evopress.stages.needs import Planner
@@ -43,6 +44,8 @@ _DATABASE = re.compile("[a-z]+-[0-9a-f]{16}")
 """A level database's folder, beside the run's own."""
 _RESERVED = {"dense": "the dense model", "evopress": "what is found", "evopress_refined": "what is found, refined"}
 """Names of rows that are no baseline's."""
+_ROW = re.compile(r"\w[\w.%-]*")
+"""A row's name: others are of files, or of rows at several budgets and after a second pass."""
 
 
 def database_needs(planner: Planner) -> Needs:
@@ -220,12 +223,7 @@ def find_baselines(workspace: Workspace) -> None:
         if not isinstance(genomes, Mapping):
             raise EvoPressError(f"the baseline {name} finds {shown(genomes)}, expected a genome by the name of its row")
         for row, genome in genomes.items():
-            if row in _RESERVED:
-                raise EvoPressError(f"the baseline {name} gives a row {row!r}, the name of {_RESERVED[row]} in results: rename it")
-            if row in found:
-                raise EvoPressError(
-                    f"the baseline {name} gives a row {row!r}, which exists already: leave it out of baselines.names"
-                )
+            _check_row(name, row, found)
             try:
                 found[row] = space.check(genome)
             except EvoPressError as error:
@@ -245,6 +243,20 @@ def find_baselines(workspace: Workspace) -> None:
     stored = {"schema": 1, "database": workspace.database.fingerprint, "asked": _asked(workspace), "further": further}
     genomes_found = {name: list(genome) for name, genome in found.items()}
     write_json(path, {**stored, "genomes": genomes_found, "orders": orders, "spent": spent}, sealed=True)
+
+
+def _check_row(baseline: str, row: Any, found: Collection[str]) -> None:
+    """Raise EvoPressError if a row has no name that settings can give, or results show it as they show another.
+
+    Args: found: names of the rows that there are.
+    """
+    gives = f"the baseline {baseline} gives a row {shown(row)}"
+    if not isinstance(row, str) or not _ROW.fullmatch(row):
+        raise EvoPressError(f"{gives}, which genome=NAME cannot give: name it by letters, digits and any of _ . % -")
+    others = {each: f"the baseline {each}" for each in BASELINES if each != baseline} | {each: f"the row {each}" for each in found}
+    for other, what in {**_RESERVED, **others}.items():
+        if display_name(other) == display_name(row):
+            raise EvoPressError(f"{gives}, the name of {what} in results: rename it, or leave {baseline} out of baselines.names")
 
 
 class RunProblem:
@@ -427,6 +439,15 @@ def stored_baselines(workspace: Workspace) -> tuple[dict[str, Genome], Space]:
     stored = read_baselines(path, database=database.fingerprint)
     space = workspace.add_levels(stored["further"]) if stored["further"] else database.space
     return {name: space.check(genome) for name, genome in stored["genomes"].items()}, space
+
+
+def rows_left(run_dir: Path) -> Collection[str]:
+    """Return the names of the rows that the stage `baselines` left behind, of whatever level database.
+
+    Raises: EvoPressError as `read_baselines` does.
+    """
+    path = run_dir / "baselines.json"
+    return read_baselines(path)["genomes"] if path.exists() else ()
 
 
 def spent_on_baselines(run_dir: Path) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _known_genome(workspace: Workspace, space: Space) -> Genome | None:
     given, found = workspace.settings.genome, workspace.run_dir / "genome.json"
     if given is None:
         return read_genome(found, space) if found.exists() and "search" not in workspace.settings.stages else None
-    if (path := file_of(given, "genome")) is not None:
+    if (path := file_of(given, "genome", workspace.run_dir)) is not None:
         return read_genome(path, space)
     if workspace.method.weights is None:
         return None

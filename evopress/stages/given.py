@@ -16,7 +16,7 @@ from evopress.files import given_path
 from evopress.json_files import clip, shown
 from evopress.reporting.records import read_document, read_genome, write_genome
 from evopress.settings import RunSettings
-from evopress.stages.baselines import further_levels, stored_baselines
+from evopress.stages.baselines import further_levels, rows_left, stored_baselines
 from evopress.stages.needs import planned_for
 from evopress.stages.results import forget_found
 from evopress.units import Budget, Genome, Space
@@ -49,10 +49,12 @@ def folder_of(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("_.") or "genome"
 
 
-def file_of(given: str, key: str) -> Path | None:
+def file_of(given: str, key: str, run_dir: Path) -> Path | None:
     """Return the file that a genome is named by: itself, or that of a run folder or checkpoint; None: it is a name such as "dp".
 
-    Args: key: the setting that names it: "genome".
+    Args:
+        key: the setting that names it: "genome".
+        run_dir: where a baseline may have left rows of other names than its own.
 
     Raises: EvoPressError if it is neither.
     """
@@ -62,6 +64,8 @@ def file_of(given: str, key: str) -> Path | None:
     if path.is_dir():
         path = path / "genome.json"
     if not path.is_file():
+        if given in rows_left(run_dir):
+            return None
         raise EvoPressError(
             f"{key} has {given!r}, which is neither a file nor among this run's baselines: give {_FORMATS}, or a name such as "
             "uniform_3 or dp"
@@ -75,12 +79,12 @@ def row_name(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def check_given(settings: RunSettings) -> None:
+def check_given(settings: RunSettings, run_dir: Path) -> None:
     """Raise EvoPressError if a genome that the settings name by a file is not there; before any model work."""
     if settings.genome is not None:
-        file_of(settings.genome, "genome")
+        file_of(settings.genome, "genome", run_dir)
     for name in settings.search.starts if "search" in settings.stages else ():
-        file_of(name, "search.starts")
+        file_of(name, "search.starts", run_dir)
 
 
 def check_levels(settings: RunSettings, space: Space, run_dir: Path) -> None:
@@ -92,7 +96,7 @@ def check_levels(settings: RunSettings, space: Space, run_dir: Path) -> None:
     if "search" in settings.stages:
         given += [("search.starts", name) for name in settings.search.starts]
     for key, name in given:
-        if (path := file_of(name, key)) is not None:
+        if (path := file_of(name, key, run_dir)) is not None:
             genome = read_genome(path, space)
             if key == "genome" and {"evaluate", "export"} & set(settings.stages):
                 _refuse_another_of_its_name(path, genome, space, run_dir)
@@ -111,7 +115,9 @@ def check_starts(workspace: Workspace, space: Space, budget: Budget) -> None:
     known, further = _uniform(workspace, space), further_levels(workspace, planned_for(workspace, space, budget))
     for name in starts:
         _refuse_other_levels(name, there=name not in further)
-        genome = known.get(name) if (path := file_of(name, "search.starts")) is None else read_genome(path, space)
+        genome = (
+            known.get(name) if (path := file_of(name, "search.starts", workspace.run_dir)) is None else read_genome(path, space)
+        )
         if genome is not None:
             _refuse_above(workspace, name, genome, space, budget)
 
@@ -167,7 +173,7 @@ def find_genome(workspace: Workspace, given: str, *, key: str = "genome") -> Giv
     Raises: EvoPressError if there is no such genome, or a file does not fit the level database.
     """
     database = workspace.database
-    if (path := file_of(given, key)) is not None:
+    if (path := file_of(given, key, workspace.run_dir)) is not None:
         return Given(row_name(path), read_genome(path, database.space), database.space)
     baselines, space = stored_baselines(workspace)
     if given in baselines:
@@ -199,7 +205,7 @@ def refuse_missing(workspace: Workspace, given: Sequence[tuple[str, str]], basel
                 f"{key} has 'evopress', which is what a run finds: give its file, such as {workspace.run_dir / 'genome.json'}, "
                 "whose weights are those without a second pass, or leave it out"
             )
-        if file_of(name, key) is None and name not in (*baselines, *made):
+        if file_of(name, key, workspace.run_dir) is None and name not in (*baselines, *made):
             raise EvoPressError(
                 f"{key} has {name!r}, which is not among this run's baselines ({there}): use the "
                 "name of its row in results, add it to baselines.names and run the stage baselines, or give a file"

@@ -203,6 +203,21 @@ SPARSE, READ = ("+method=sparsity", "sparsity=0.3", "method.compressor=part"), (
             QUANT,
             r"the baseline part gives a row 'short' that is no genome .* has 1 levels",
         ),
+        (
+            "baselines",
+            BASELINE % '{"EvoPress": (0,) * 14}',
+            QUANT,
+            "a row 'EvoPress', the name of what is found in results: rename",
+        ),
+        ("baselines", BASELINE % '{"DP": (0,) * 14}', QUANT, "a row 'DP', the name of the baseline dp in results: rename it"),
+        (
+            "baselines",
+            BASELINE % '{"own": (1,) * 14, "owl": (1,) * 14}',
+            QUANT,
+            "a row 'owl', the name of the baseline owl in results: rename it, or leave part out of baselines.names",
+        ),
+        ("baselines", BASELINE % '{"a/b": (0,) * 14}', QUANT, r"a row 'a/b', which genome=NAME cannot give: name it by letters"),
+        ("baselines", BASELINE % "{7: (0,) * 14}", QUANT, r"a row 7, which genome=NAME cannot give"),
         ("baselines", BASELINE % "None", QUANT, "the baseline part finds None, expected a genome by the name of its row"),
         (
             "baselines",
@@ -254,6 +269,18 @@ def test_a_baseline_over_the_budget_is_told_and_marked(
     assert len(told) == 1 and "the baseline part gives a row 'over' over the budget of 3.5 bits per weight" in told[0], outcome.text
     rows = {row["name"]: row for row in json.loads((tmp_path / "run" / "result.json").read_text())["rows"]}
     assert rows["over"]["within_budget"] is False
+
+
+def test_a_row_of_another_name_than_its_baseline_is_given_by_its_own(
+    install: Callable[..., Path], evopress: Callable[..., Any], tmp_path: Path
+) -> None:
+    install("my_part", {"part": "my_part:Part"}, BASELINE % '{"low": (2,) * 14}', group="evopress.baselines")
+    run = (*QUANT, "+debug=tiny", "hydra.run.dir=run", "stages=[database,baselines,evaluate]")
+    assert evopress(*run).code == 0
+    outcome = evopress("resume=run", "genome=low", "search.starts=[low]", "stages=[search,export]", "search.generations=1")
+    assert outcome.code == 0 and (tmp_path / "run" / "genomes" / "low" / "checkpoint" / "model.safetensors").exists(), outcome.text
+    refused = evopress("resume=run", "genome=lower", "stages=[export]")
+    assert refused.code == 1 and "genome has 'lower', which is neither a file nor among this run's" in refused.errors[0]
 
 
 def test_an_exporter_that_cannot_count_is_refused_before_it_writes(
