@@ -185,6 +185,18 @@ def test_numbers_and_genomes_of_numpy_and_torch_are_taken(network: Any, tiny_fol
         evopress.search(levels, tokens(8, 32), starts=["uniform"], **FEW)
 
 
+def test_a_search_starts_from_a_baseline_that_was_found_in_its_folder(
+    network: Any, tiny_folder: Callable[..., Path], tokens: Any, tmp_path: Path
+) -> None:
+    model = evopress.load_model(network, AutoTokenizer.from_pretrained(tiny_folder()), sequence_length=32)
+    levels = evopress.build_levels(model, tokens(8, 32), bits=2.5, levels=[4, 3, 2])
+    with pytest.raises(EvoPressError, match=r"'fisher', which is not among .* in Python, find_baselines with the same folder"):
+        evopress.search(levels, tokens(8, 32), starts=["fisher"], folder=tmp_path / "kept", **FEW)
+    evopress.find_baselines(levels, tokens(8, 32), ["fisher"], options={"fisher": {"tokens": 64}}, folder=tmp_path / "kept")
+    found = evopress.search(levels, tokens(8, 32), starts=["fisher"], folder=tmp_path / "kept", **FEW)
+    assert found.records[0]["stages"][0]["num_candidates"] == 4 + 1
+
+
 @pytest.mark.parametrize("asked", [{"size": "0.01MB"}, {"size": "0.05MB"}, {"bits": 1.5}], ids=["rest", "units", "bits"])
 def test_a_target_out_of_reach_is_refused_before_a_level_is_built(
     asked: dict[str, Any], network: Any, tiny_folder: Callable[..., Path], tokens: Any, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""What an earlier run left in the folder must fit this one: all that is refused of it is refused here, before the first change."""
+"""What an earlier run left in the folder must fit this one, or be there: what is refused of it is refused before any change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from evopress.search.evolution import SearchSettings
 from evopress.search.strategy import Problem, Searching
 from evopress.stages.baselines import UNWRITTEN, baselines_as_asked, changes, read_baselines, what_decides_fitness
 from evopress.stages.exports import refuse_nothing_to_export
-from evopress.stages.given import refuse_missing
+from evopress.stages.given import given_names, may_find, refuse_missing
 from evopress.stages.results import read_result
 from evopress.stages.search import STATE, check_records, go_on, strategy_in
 from evopress.units import Space
@@ -70,7 +70,8 @@ def refuse_other_work(workspace: Workspace, searching: Searching) -> None:
     if "export" in stages and "search" not in stages:
         refuse_nothing_to_export(workspace)
     read_result(run_dir)
-    if not any((run_dir / name).exists() for name in (STATE, "genome.json", "baselines.json", "metrics.jsonl")):
+    left = any((run_dir / name).exists() for name in (STATE, "genome.json", "baselines.json", "metrics.jsonl"))
+    if not left and not given_names(workspace.settings):
         return
     space, _ = workspace.databases.plan()
     if (run_dir / STATE).exists():
@@ -104,16 +105,22 @@ def _check_search(workspace: Workspace, searching: Searching, space: Space) -> N
 
 
 def _check_baselines(workspace: Workspace, space: Space) -> None:
-    """Raise EvoPressError if the baselines in the folder are damaged or of another database, unless they are found again anyway."""
+    """Raise EvoPressError if the baselines in the folder are damaged or of another database, unless they are found again anyway.
+
+    So it is if a genome that the settings name is not among them, nor among those that will be found.
+    """
     path, settings = workspace.run_dir / "baselines.json", workspace.settings
     stages, fingerprint = set(settings.stages), workspace.databases.fingerprint
     found_again = False
     if "baselines" in stages:
         stored = baselines_as_asked(workspace)
         found_again = stored is None or stored.get("database") != fingerprint
-    given = [("search.starts", name) for name in settings.search.starts] if "search" in stages else []
-    given += [] if settings.genome is None else [("genome", settings.genome)]
-    if found_again or not (given or stages & {"evaluate", "report"}):
+    given = given_names(settings)
+    if found_again:
+        others = [(key, name) for key, name in given if not may_find(settings.baselines.names, name)]
+        refuse_missing(workspace, others, settings.baselines.names, space)
+        return
+    if not (given or stages & {"evaluate", "report"}):
         return
     genomes = {}
     if path.exists():

@@ -81,10 +81,14 @@ def row_name(path: Path) -> str:
 
 def check_given(settings: RunSettings, run_dir: Path) -> None:
     """Raise EvoPressError if a genome that the settings name by a file is not there; before any model work."""
-    if settings.genome is not None:
-        file_of(settings.genome, "genome", run_dir)
-    for name in settings.search.starts if "search" in settings.stages else ():
-        file_of(name, "search.starts", run_dir)
+    for key, name in given_names(settings):
+        file_of(name, key, run_dir)
+
+
+def given_names(settings: RunSettings) -> list[tuple[str, str]]:
+    """Return the genomes that the settings name, by names or files, each after its setting."""
+    given = [] if settings.genome is None else [("genome", settings.genome)]
+    return given + [("search.starts", name) for name in settings.search.starts if "search" in settings.stages]
 
 
 def check_levels(settings: RunSettings, space: Space, run_dir: Path) -> None:
@@ -92,10 +96,7 @@ def check_levels(settings: RunSettings, space: Space, run_dir: Path) -> None:
 
     So it is if the run has exported another genome by that name, whose folder and row would be this one's.
     """
-    given = [] if settings.genome is None else [("genome", settings.genome)]
-    if "search" in settings.stages:
-        given += [("search.starts", name) for name in settings.search.starts]
-    for key, name in given:
+    for key, name in given_names(settings):
         if (path := file_of(name, key, run_dir)) is not None:
             genome = read_genome(path, space)
             if key == "genome" and {"evaluate", "export"} & set(settings.stages):
@@ -207,9 +208,16 @@ def refuse_missing(workspace: Workspace, given: Sequence[tuple[str, str]], basel
             )
         if file_of(name, key, workspace.run_dir) is None and name not in (*baselines, *made):
             raise EvoPressError(
-                f"{key} has {name!r}, which is not among this run's baselines ({there}): use the "
-                "name of its row in results, add it to baselines.names and run the stage baselines, or give a file"
+                f"{key} has {name!r}, which is not among this run's baselines ({there}): use the name of "
+                "its row in results, find it first (baselines.names and the stage baselines; in Python, find_baselines with the "
+                "same folder), or give a file"
             )
+
+
+def may_find(names: Collection[str], row: str) -> bool:
+    """Tell whether baselines may give a row of a name: as they are called, and what those of packages give is not known before."""
+    maker = "best_of_random" if row.startswith("best_of") else row
+    return maker in names or (row not in BASELINES and not all(map(BASELINES.is_own, names)))
 
 
 def take_best_so_far(workspace: Workspace) -> None:

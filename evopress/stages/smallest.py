@@ -19,6 +19,7 @@ from evopress.stages.baselines import build_database, find_baselines
 from evopress.stages.bisection import Bisection, Kept, budgets_to_try
 from evopress.stages.checks import searching_of
 from evopress.stages.exports import export
+from evopress.stages.given import file_of
 from evopress.stages.kind import Context
 from evopress.stages.point_run import PointRun
 from evopress.stages.points import check_points, left_to_the_picked, names_searched, open_point, refuse_other_points
@@ -53,6 +54,7 @@ class Smallest:
         refuse_other_points(self._points)
         stages = set(self._workspace.settings.stages)
         if "search" in stages:
+            self._refuse_starts()
             return
         if stages & {"baselines", "export"}:
             self._answer()
@@ -120,6 +122,15 @@ class Smallest:
     def _tried(self) -> list[Point]:
         """The budgets among which the smallest is looked for, from the least compressed on."""
         return budgets_to_try(self._workspace)
+
+    def _refuse_starts(self) -> None:
+        """Raise EvoPressError if the search is to start from what a baseline finds, which it does after the search."""
+        workspace, levels = self._workspace, self._workspace.method.weights is not None
+        for name in workspace.settings.search.starts:
+            made = levels and (name == "dp" or name.startswith("uniform"))
+            if not made and file_of(name, "search.starts", workspace.run_dir) is None:
+                instead = "give dp, a uniform one or a file" if levels else "give a file"
+                raise EvoPressError(f"search.starts has {name!r}, but with {self._kept.key} baselines follow the search: {instead}")
 
     def _write_answer(self, answer: PointRun, entries: Sequence[Mapping[str, Any]]) -> None:
         run_dir, kept = self._workspace.run_dir, self._kept

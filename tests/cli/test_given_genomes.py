@@ -226,6 +226,43 @@ def test_words_per_block_drop_modules(evopress: Callable[..., Any], tmp_path: Pa
     assert [unit["name"] for unit in units if unit["level"]] == ["model.layers.0.attention", "model.layers.1.mlp"]
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            ["search.starts=[owl]"],
+            "search.starts has 'owl', which is not among this run's baselines (uniform, best_of_random, dp; ",
+        ),
+        (["search.starts=[dp,best_of_4]", "baselines.names=[]"], "search.starts has 'best_of_4', which is not among"),
+        (["search.starts=[uniform_9]"], "search.starts has 'uniform_9', which is not among"),
+        (["search.starts=[fisher]", "stages=[search]"], "baselines (none; made when asked for: uniform_6, uniform_5, "),
+        (["genome=fisher", "stages=[baselines,export]"], "genome has 'fisher', which is not among"),
+        (["bits=null", "budgets=[2.5,3]", "search.starts=[fisher]"], "search.starts has 'fisher', which is not among"),
+        (
+            ["bits=null", "max_kl=0.1", "baselines.names=[fisher]", "search.starts=[fisher]"],
+            "with max_kl baselines follow the search",
+        ),
+    ],
+)
+def test_a_baseline_that_no_stage_will_find_is_refused_before_any_work(
+    given: list[str], words: str, tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    outcome = tiny(f"level_db.root={tmp_path / 'levels'}", *given)
+    assert outcome.code == 1 and len(outcome.errors) == 1 and words in outcome.errors[0], outcome.text
+    assert not list(tmp_path.rglob("manifest.json")) and not (tmp_path / "run" / "baselines.json").exists()
+
+
+def test_baselines_that_are_there_or_will_be_are_no_refusal(finished: Any, copied: Path, tiny: Callable[..., Any]) -> None:
+    """Those of an earlier run too, where they are not found again."""
+    for given in (["fisher", "baselines.names=[fisher]"], ["best_of_4"], ["uniform_3,dp", "baselines.names=[]"]):
+        outcome = tiny("dry_run=true", f"search.starts=[{given[0]}]", *given[1:], folder=copied.with_name("fresh"))
+        assert outcome.code == 0, outcome.text
+    outcome = tiny("dry_run=true", "search.starts=[best_of_4]", "baselines.names=[]", "stages=[search]", folder=copied)
+    assert outcome.code == 0, outcome.text
+    outcome = tiny("dry_run=true", "search.starts=[best_of_4]", "baselines.names=[]", folder=copied)
+    assert outcome.code == 1 and "'best_of_4', which is not among this run's baselines (none; made" in outcome.errors[0]
+
+
 def test_a_search_starts_from_files_and_names(finished: Any, tiny: Callable[..., Any], tmp_path: Path) -> None:
     starts = f"search.starts=[{finished.folder}/genome.json,{finished.folder}/genome.txt,uniform_3,dp]"
     outcome = tiny(starts, FEW, "stages=[search]", "search.generations=1", folder=tmp_path / "fresh")

@@ -197,7 +197,7 @@ def test_sizes_are_of_files_that_exist(finished: Any) -> None:
 
 @pytest.mark.parametrize("refused", [("stages=[export]",), ("bits=1.5",), ("stages=[search]", "search.starts=[owl]")])
 def test_a_refused_run_starts_nothing_at_a_tracker(refused: tuple[str, ...], tiny: Callable[..., Any], tmp_path: Path) -> None:
-    """The first is refused by its stage, the second before any, the third by the search."""
+    """Before any stage, each for a reason of its own."""
     outcome = tiny("tracker=wandb", "tracker.mode=offline", *refused)
     assert outcome.code == 1, outcome.text
     assert len(outcome.errors) == 1, outcome.text
