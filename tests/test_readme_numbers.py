@@ -249,8 +249,8 @@ CLAIMS: list[tuple[str, str, tuple[Number, ...]]] = [
     ),
     (
         README,
-        "where the second pass has {:.3f} at 3 bits and {:.3f} at 2.5, and with scales learned end to end (`refine.scale_epochs=2`) "
-        "{:.3f} and {:.3f}, one seed.",
+        "where the second pass has {:.3f} at 3 bits and {:.3f} at 2.5, and with scales learned end to end "
+        "(`refine.scale_epochs=2`) {:.3f} and {:.3f}, one seed.",
         tuple(
             mean("end_to_end", "kl", row=f"guided, second pass{what}", bits=bits)
             for what in ("", ", scales learned")
