@@ -81,6 +81,9 @@ def refine(workspace: Workspace) -> None:
     summary = {**summary_of(refined), "tokens": workspace.refine_tokens.numel(), "seconds": time.monotonic() - started}
     logger.info("refine: %s", said(summary))
     result = read_result(workspace.run_dir)
+    before = result.get("refine", {})
+    if before | {"seconds": None} == summary | {"seconds": None}:  # it was there: what it took stays what it took
+        summary["seconds"] = before.get("seconds")
     result["refine"] = summary
     write_json(workspace.run_dir / "result.json", result)
 

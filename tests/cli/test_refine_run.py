@@ -145,6 +145,9 @@ def test_a_finished_run_is_refined_later(again: Path, evopress: Callable[..., An
     assert read(again / "finished.json")["stages"] == ["database", "baselines", "search", "refine", "evaluate", "export"]
     bytes_before = tree(again / "refined")
     assert "done: 2 blocks" in evopress(f"resume={again}", AFTER, "dry_run=true").text
+    took = read(again / "result.json")["refine"]["seconds"]
+    assert evopress(f"resume={again}", "stages=[refine]").code == 0
+    assert read(again / "result.json")["refine"]["seconds"] == took, "nothing was made anew"
     outcome = evopress(f"resume={again}", "stages=[evaluate,export]")  # what is refined stays so
     assert outcome.code == 0, outcome.text
     assert rows(again) == after
