@@ -103,7 +103,7 @@ def given_path(given: str | Path, what: str) -> Path:
 
     Raises: EvoPressError if no file can have it: empty, too long, or of a user who is not there.
     """
-    if not str(given).strip():  # of a shell's variable that is not set; the working directory is nobody's wish
+    if not str(given):  # of a shell's variable that is not set; the working directory is nobody's wish
         raise EvoPressError(f"{what}= names no path: give one, or leave it out")
     try:
         path = Path(given).expanduser()

@@ -69,6 +69,8 @@ def test_hydra_is_told_a_text_as_it_is(text: str) -> None:
 
 
 @given(ANY_NAME, st.booleans())
+@example("\r", False)
+@example(" ", True)
 @settings(max_examples=100, deadline=None)
 def test_any_folder_goes_on_by_the_command_that_is_printed(name: str, inside: bool) -> None:
     with tempfile.TemporaryDirectory() as root, contextlib.chdir(root):
